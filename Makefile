@@ -1,0 +1,50 @@
+# One verb per intent. Needs Python 3.10-3.13; uses uv where it is installed, else venv and pip.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV := $(shell command -v uv 2>/dev/null)
+
+.PHONY: help demo test check format setup clean
+help:  ## list the verbs
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/'
+
+demo: $(VENV)/.demo  ## set up, then train a teacher and distil a student on drawn shapes
+	$(BIN)/python train.py
+
+test: $(VENV)/.dev  ## set up, then run all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## format, lint, types and floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev  ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/nbstripout notebooks/*.ipynb
+
+setup: $(VENV)/.dev  ## everything a developer needs
+
+$(BIN)/python:
+ifdef UV
+	uv venv --python $(PYTHON) $(VENV)
+else
+	$(PYTHON) -m venv $(VENV)
+endif
+
+define install
+$(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install) -e "$(1)"
+endef
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(call install,.)
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(call install,.[dev])
+	touch $@ $(VENV)/.demo
+
+clean:  ## remove caches and the environment, never outputs/
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -1,0 +1,47 @@
+"""The command line: the only rooms that know Hydra. Nothing heavy is imported before a configuration composes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from distill.types import DistillError
+
+USAGE = """usage: distill <verb> [options]
+
+  train [overrides]                     train or distil a detector (also: python train.py)
+  evaluate RUN|CKPT [overrides]         AP of a run's student, on any split or data set
+  predict RUN IMAGES... [--score 0.5]   pictures and COCO-format detections
+
+distill <verb> --help says more."""
+
+
+def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
+    from distill.cli import evaluate, predict, train
+
+    return {"train": train.main, "evaluate": evaluate.main, "predict": predict.main}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a verb and return its exit code. A user's mistake ends in one message, not in a traceback."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    verbs = _verbs()
+    if argv[0] not in verbs:
+        from distill.cli.config import nearest
+
+        print(f"distill: there is no verb '{argv[0]}'{nearest(argv[0], verbs)}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        return verbs[argv[0]](argv[1:])
+    except DistillError as error:
+        if os.environ.get("DISTILL_TRACEBACK"):
+            traceback.print_exc()
+        print(f"\ndistill: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndistill: interrupted; ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
+        return 130

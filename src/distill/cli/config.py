@@ -1,0 +1,168 @@
+"""Where the configuration lives, how it is checked, and the one place that builds objects from it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.types import DistillError
+
+NAME = "config"
+
+
+def folder() -> Path:
+    """The ``conf`` folder: inside the installed package, or at the top of the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for place in (package / "conf", package.parents[1] / "conf"):
+        if (place / f"{NAME}.yaml").is_file():
+            return place
+    raise DistillError(f"no conf/{NAME}.yaml beside {package}: reinstall distill")
+
+
+def register_resolvers() -> None:
+    """``${names:node}`` joins a mapping's keys, ``${label:a/b}`` is ``b``: for the names of run folders."""
+    OmegaConf.register_new_resolver("names", lambda node: "+".join(node) or "none", replace=True)
+    OmegaConf.register_new_resolver("label", lambda text: str(text).rsplit("/", 1)[-1], replace=True)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean …?' with the closest names, or all names where none is close."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(names)}"
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their options."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(folder().rglob("*.yaml")):
+        option = file.relative_to(folder()).with_suffix("")
+        if len(option.parts) > 1:
+            found.setdefault(option.parts[0], []).append("/".join(option.parts[1:]))
+    return found
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra reads them."""
+    try:
+        return list(OverridesParser.create().parse_overrides(list(overrides)))
+    except HydraException as error:
+        raise DistillError(f"cannot read the command line: {error}") from None
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of these overrides, outside a run. Interpolations into ``hydra`` are not resolved."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    register_resolvers()
+    if GlobalHydra.instance().is_initialized():  # inside a running job
+        return compose(NAME, list(overrides))
+    with initialize_config_dir(str(folder()), version_base="1.3"):
+        return compose(NAME, list(overrides))
+
+
+def named(overrides: Sequence[str]) -> Path:
+    """The folder of all runs that have the name which these overrides give."""
+    from hydra.core.hydra_config import HydraConfig
+
+    with initialize_config_dir(str(folder()), version_base="1.3"):
+        cfg = compose(NAME, list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return Path(cfg.paths.outputs) / str(cfg.name)
+
+
+def check(overrides: Sequence[str]) -> None:
+    """Compose once without running anything, so that a mistake is named within a second, with the nearest names.
+
+    A sweep is checked by the first value of each axis and by every value of a group.
+    """
+    fixed, axes = [], []
+    for override in parse(overrides):
+        if override.is_hydra_override() or override.is_interval_sweep() or isinstance(override.value(), Glob):
+            continue
+        if override.is_sweep_override():
+            axes.append([f"{_key(override)}={value}" for value in override.sweep_string_iterator()])
+        else:
+            assert override.input_line is not None
+            fixed.append(override.input_line)
+    firsts = [axis[0] for axis in axes]
+    settings = [firsts] + [[*firsts[:i], line, *firsts[i + 1 :]] for i, axis in enumerate(axes) for line in axis[1:]]
+    for setting in settings:
+        try:
+            composed([*fixed, *setting])
+        except (HydraException, OmegaConfBaseException) as error:
+            raise DistillError(_explain(error, [*fixed, *setting])) from None
+
+
+def _key(override: Override) -> str:
+    key = override.get_key_element()
+    return ("+" * override.is_add() if not override.is_force_add() else "++") + key.lstrip("+~")
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    known = groups()
+    for line in overrides:
+        key, _, value = line.lstrip("+~").partition("=")
+        key = key.split("@")[0]
+        if "." not in key and key not in known and key not in _root_keys():
+            return f"'{line}': there is no group or key '{key}'{nearest(key, [*known, *_root_keys()])}"
+        for option in value.strip("[]").split(",") if key in known else ():
+            if option not in ("", "null") and option not in known[key] and f"{key}={option}" not in str(error):
+                return f"'{line}': group '{key}' has no option '{option}'{nearest(option, known[key])}"
+    message = str(error.__cause__ or error).splitlines()[0]
+    match = re.search(r"Key '([^']+)' is not in struct", message)
+    full = re.search(r"full_key: (\S+)", str(error.__cause__ or error))
+    if match:
+        path = full.group(1) if full else match.group(1)
+        return f"there is no key '{path}'{nearest(path, _leaf_keys(overrides))}"
+    return f"the configuration does not compose: {error}"
+
+
+def _root_keys() -> list[str]:
+    return [str(key) for key in OmegaConf.load(folder() / f"{NAME}.yaml") if key not in ("defaults", "hydra")]
+
+
+def _leaf_keys(overrides: Sequence[str]) -> list[str]:
+    chosen = [line for line in overrides if "." not in line.partition("=")[0]]
+    try:
+        config = composed(chosen)
+    except (HydraException, OmegaConfBaseException):
+        return []
+    return list(_walk(OmegaConf.to_container(config), ""))
+
+
+def _walk(node: Any, prefix: str) -> Iterable[str]:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _walk(value, f"{prefix}{key}.")
+
+
+def build(node: Any, **given: Any) -> Any:
+    """Call the constructor that a node names. Every object of a run is built here; ``given`` are run-time arguments.
+
+    Raises:
+        DistillError: the constructor's own, or one that names the target for any other failure.
+    """
+    try:
+        return instantiate(node, **given, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, DistillError):
+            raise cause from None
+        raise DistillError(f"{node.get('_target_')} could not be built: {cause or error}") from error
+
+
+def plain(node: Any) -> Any:
+    """Plain containers with all interpolations resolved."""
+    return OmegaConf.to_container(node, resolve=True)

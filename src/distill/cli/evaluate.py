@@ -1,0 +1,113 @@
+"""The verb evaluate: AP of a finished or interrupted run's student, or of its teacher, on any split or data set."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from distill.cli import config
+from distill.types import DistillError
+
+
+def main(argv: Sequence[str]) -> int:
+    """``distill evaluate RUN|CKPT [--split test] [--teacher] [--json FILE] [data=voc …]``."""
+    parser = argparse.ArgumentParser(prog="distill evaluate", description=__doc__)
+    parser.add_argument("source", type=Path, metavar="RUN|CKPT", help="a run folder, or one of its checkpoints")
+    parser.add_argument("--split", default="val", choices=("train", "val", "test"))
+    parser.add_argument("--teacher", action="store_true", help="measure the run's teacher instead of its student")
+    parser.add_argument("--json", type=Path, help="write the numbers there as well")
+    parser.add_argument(
+        "overrides", nargs="*", help="as for train: data=voc data.source.root=…, metrics.coco.per_class=true"
+    )
+    args = parser.parse_intermixed_args(list(argv))
+    run = run_folder(args.source)
+    cfg = recompose(run, args.overrides)
+    values = evaluate(cfg, run, args.source, args.split, args.teacher)
+    show(values, args.split, "teacher" if args.teacher else "student")
+    if args.json:
+        from distill.cli.report import write_text
+
+        write_text(args.json, json.dumps(values, indent=1))
+    return 0
+
+
+def run_folder(source: Path) -> Path:
+    """The run that a folder or a checkpoint belongs to."""
+    for folder in (source, *source.absolute().parents):
+        if (folder / "overrides.yaml").is_file():
+            return folder.absolute()
+    raise DistillError(
+        f"{source} is not a run, nor a file inside one: expected a folder with overrides.yaml, as train leaves it"
+    )
+
+
+def recompose(run: Path, overrides: Sequence[str]) -> DictConfig:
+    """The run's configuration, composed again with further overrides."""
+    before = [str(line) for line in OmegaConf.load(run / "overrides.yaml")]
+    # A run made by `train` in a teacher's folder names that folder; nothing is written there now.
+    lines = [*before, *overrides]
+    config.check(lines)
+    return config.composed(lines)
+
+
+def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool) -> dict[str, float]:
+    """Numbers by name, as validation inside training measures them."""
+    import torch
+
+    from distill.evaluation import evaluate as measure
+
+    data = config.build(cfg.data)
+    data.setup("test" if split == "test" else "fit")
+    detector = _teacher(run, cfg) if teacher else load_student(run, source, cfg, data.classes)
+    metrics = [config.build(node) for node in cfg.metrics.values() if node]
+    device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
+    return measure(detector, data.loader(split), data.ground_truth(split), data.classes, metrics, device)
+
+
+def load_student(run: Path, source: Path, cfg: DictConfig, classes: Sequence[str]) -> Any:
+    """The exported student of a run folder, or the student inside a checkpoint."""
+    import torch
+
+    from distill.detectors.checkpoints import load_detector
+
+    if source.suffix != ".ckpt":
+        return load_detector(source)
+    state = torch.load(source, map_location="cpu", weights_only=True)
+    student = config.build(cfg.model, classes=state.get("classes") or list(classes))
+    own = {
+        name.removeprefix("student."): value
+        for name, value in state["state_dict"].items()
+        if name.startswith("student.")
+    }
+    student.load_state_dict(own, strict=True)
+    return student
+
+
+def _teacher(run: Path, cfg: DictConfig) -> Any:
+    from distill.cli.teacher import load
+
+    summary = run / "summary.json"
+    identity = json.loads(summary.read_text())["teacher"] if summary.is_file() else None
+    if not identity:
+        raise DistillError(
+            f"{run} has no teacher: its summary.json names none (distill=none, or the run did not finish)"
+        )
+    return load(cfg, identity["source"], identity["classes"])
+
+
+def show(values: dict[str, float], split: str, who: str) -> None:
+    """The numbers as a table, in percent."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{who}, {split}, percent", title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        table.add_row(name, f"{100 * value:.2f}" if value >= 0 else "no ground truth")
+    Console().print(table)

@@ -1,0 +1,78 @@
+"""The verb predict: what a run's student finds in images, as pictures and in COCO's result format."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.types import DistillError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def main(argv: Sequence[str]) -> int:
+    """``distill predict RUN IMAGES… [--out DIR] [--score 0.5]``."""
+    parser = argparse.ArgumentParser(prog="distill predict", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder, or its student.pt")
+    parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
+    parser.add_argument("--out", type=Path, default=Path("outputs/predictions"))
+    parser.add_argument("--score", type=float, default=0.5, help="lowest score that is drawn; the JSON holds all")
+    args = parser.parse_args(list(argv))
+    files = images(args.images)
+    found = predict(args.run, files, args.out, args.score)
+    print(f"{found} detections in {len(files)} images: {args.out / 'detections.json'}, pictures beside it")
+    return 0
+
+
+def images(paths: Sequence[Path]) -> list[Path]:
+    """Image files, those of folders in order of name."""
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise DistillError(f"{path} does not exist: expected an image or a folder of images")
+        inside = (
+            sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        )
+        files += inside
+    if not files:
+        raise DistillError(f"no image ({', '.join(SUFFIXES)}) below {', '.join(map(str, paths))}")
+    return files
+
+
+def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
+    """Write pictures and ``detections.json``; the number of detections."""
+    import torch
+
+    from distill.cli.report import write_text
+    from distill.data.records import read_image
+    from distill.data.transforms import Sample, Transform, collate
+    from distill.detectors.checkpoints import load_detector, read_extra
+    from distill.pictures import panel, save_panel
+    from distill.types import Target
+
+    detector = load_detector(run).eval()
+    options = detector.options
+    transform = Transform((options["min_size"],), options["max_size"])
+    labels = {int(label): number for label, number in read_extra(run).get("category_ids", {}).items()}
+    results, listed = [], []
+    for number, file in enumerate(files):
+        image = read_image(file)
+        size = (image.shape[-2], image.shape[-1])
+        sample = Sample(
+            transform.resize(image), Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)), size, number
+        )
+        found = detector.view(collate([sample]), training=False, frozen=True).detections[0]
+        listed.append({"id": number, "file_name": str(file), "height": size[0], "width": size[1]})
+        for box, value, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
+            x1, y1, x2, y2 = box
+            category = labels.get(label, label)
+            results.append(
+                {"image_id": number, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": value}
+            )
+        picture = panel(image, {"student": found}, detector.classes, min_score=score)
+        save_panel(out / f"{number:06d}-{file.stem}.png", picture)
+    write_text(out / "detections.json", json.dumps(results))
+    write_text(out / "images.json", json.dumps({"images": listed, "classes": list(detector.classes)}))
+    return len(results)

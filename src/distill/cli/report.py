@@ -1,0 +1,185 @@
+"""What a run says and leaves: its folder's files, the opening and closing words, the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from distill.callbacks.panels import crop, look
+from distill.cli.config import plain
+from distill.data.datamodule import DetectionData
+from distill.detectors.checkpoints import save_student
+from distill.evaluation import evaluate
+from distill.module import Distiller
+from distill.pictures import panel, save_panel
+
+STARTED = time.monotonic()
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+@rank_zero_only
+def write_config(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """``config.yaml`` resolved, and ``overrides.yaml`` from which it can be composed again."""
+    write_text(run / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(run / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
+
+
+@rank_zero_only
+def opening(module: Distiller, data: DetectionData, run: Path) -> None:
+    """Data, student, teacher and losses in a few lines; a warning where the teacher is the smaller one."""
+    console = Console()
+    for line in data.summary:
+        console.print(f"[bold]data[/]     {line}", highlight=False)
+    student = module.student
+    console.print(f"[bold]student[/]  {_name(student)}", highlight=False)
+    for line in student.report:
+        console.print(f"         {line}", highlight=False)
+    if module.teacher is not None:
+        teacher = module.teacher.detector
+        console.print(f"[bold]teacher[/]  {_name(teacher)}, {module.teacher.source}", highlight=False)
+        for name, loss in module.losses.items():
+            console.print(f"[bold]loss[/]     {name}: {loss.weights}", highlight=False)
+        if teacher.parameters_count < student.parameters_count:
+            console.print(
+                f"[yellow]warning[/]  the teacher has fewer parameters ({teacher.parameters_count:,}) than its student "
+                f"({student.parameters_count:,}); choose a larger one with teacher=…"
+            )
+    console.print(f"[bold]run[/]      {run}", highlight=False)
+
+
+def _name(detector: Any) -> str:
+    facts = detector.facts
+    size = f"{detector.parameters_count / 1e6:.2f} M parameters"
+    return f"{facts.family}, {size}, norm {facts.norm}, {len(facts.classes)} classes"
+
+
+def log_config(trainer: L.Trainer, cfg: DictConfig) -> None:
+    """The resolved configuration, to the loggers that keep one."""
+    for logger in trainer.loggers:
+        logger.log_hyperparams(plain(cfg))
+
+
+def closing(cfg: DictConfig, trainer: L.Trainer, module: Distiller, data: DetectionData, run: Path) -> dict[str, Any]:
+    """Best weights -> student.pt, AP on val and test, pictures, summary.json, table."""
+    best = _load_best(trainer, module)
+    values: dict[str, float] = {}
+    for split in ["val", "test"] if cfg.test and data.has("test") else ["val"]:
+        measured = evaluate(
+            module.student, data.loader(split), data.ground_truth(split), data.classes, module.metrics, module.device
+        )
+        values |= {f"{split}/{name}": value for name, value in measured.items()}
+    summary = {
+        "student": values,
+        "teacher": module.teacher.identity() if module.teacher else None,
+        "parameters": _parameters(module),
+        "terms": {
+            name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name and "val/" not in name
+        },
+        "best_checkpoint": best,
+        "seconds": round(time.monotonic() - STARTED, 1),
+        "versions": _versions(),
+        "git": _git(),
+    }
+    if trainer.is_global_zero:
+        facts = {"classes": list(data.classes), "category_ids": data.category_ids, "values": values}
+        save_student(module.student, run, facts)
+        if cfg.pictures:
+            _pictures(module, data, cfg.pictures, run / "pictures")
+        write_text(run / "summary.json", json.dumps(summary, indent=1))
+        _table(summary, run)
+    return summary
+
+
+def _load_best(trainer: L.Trainer, module: Distiller) -> str | None:
+    callback = trainer.checkpoint_callback
+    path = getattr(callback, "best_model_path", "")
+    if not path:
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    own = {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
+    module.student.load_state_dict(own, strict=True)
+    return str(path)
+
+
+def _pictures(module: Distiller, data: DetectionData, count: int, folder: Path) -> None:
+    batch = data.batch("val", range(count)).to(module.device)
+    columns = look(module, batch)
+    for number, image in enumerate(crop(batch)):
+        found = {name: column[number] for name, column in columns.items()}
+        save_panel(folder / f"{batch.ids[number]}.png", panel(image, found, data.classes))
+
+
+def _parameters(module: Distiller) -> dict[str, int]:
+    counts = {"student": module.student.parameters_count}
+    if module.teacher is not None:
+        counts["teacher"] = module.teacher.detector.parameters_count
+    return counts
+
+
+def _table(summary: dict[str, Any], run: Path) -> None:
+    values = summary["student"]
+    columns = [name for name in COLUMNS if f"val/{name}" in values]
+    table = Table(title="validation and test, percent", title_justify="left")
+    for name in ("", "split", *columns, "parameters"):
+        table.add_column(name, justify="left" if name in ("", "split") else "right")
+    known = {"teacher": (summary["teacher"] or {}).get("values") or {}, "student": values}
+    for who, measured in known.items():
+        for split in ("val", "test"):
+            if f"{split}/AP" in measured or f"{split}/mAP" in measured:
+                cells = [
+                    f"{100 * measured[key]:.1f}" if (key := f"{split}/{name}") in measured else "" for name in columns
+                ]
+                table.add_row(who, split, *cells, f"{summary['parameters'][who] / 1e6:.2f} M")
+    console = Console()
+    console.print(table)
+    for what, where in (("student", "student.pt"), ("pictures", "pictures/"), ("all numbers", "summary.json")):
+        console.print(f"{what:12} {run / where}", highlight=False, soft_wrap=True)
+
+
+def close_loggers(trainer: L.Trainer, failed: bool) -> None:
+    """Let every logger write its last lines; W&B learns how the run ended."""
+    for logger in trainer.loggers:
+        logger.finalize("failed" if failed else "success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(exit_code=int(failed))
+
+
+def _versions() -> dict[str, str]:
+    packages = ("distill", "torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "pycocotools")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _git() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

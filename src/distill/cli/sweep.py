@@ -1,0 +1,56 @@
+"""The table that a sweep leaves: one row a job, on the terminal and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+
+class SweepTable(Callback):
+    """After the last job, gathers each job's ``summary.json`` and its overrides into ``sweep.csv``."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write and print the table."""
+        folder = Path(config.hydra.sweep.dir)
+        rows = [_row(job) for job in sorted(folder.iterdir(), key=_number) if job.is_dir()]
+        if not rows:
+            return
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        with (folder / "sweep.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        _print(columns, rows, folder)
+
+
+def _number(job: Path) -> tuple[bool, int, str]:
+    return (not job.name.isdigit(), int(job.name) if job.name.isdigit() else 0, job.name)
+
+
+def _row(job: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"job": job.name}
+    overrides = job / "overrides.yaml"
+    if overrides.is_file():
+        row |= dict(str(line).partition("=")[::2] for line in OmegaConf.load(overrides))
+    summary = job / "summary.json"
+    if not summary.is_file():
+        return row | {"state": "failed"}
+    report = json.loads(summary.read_text())
+    return row | {"state": "done"} | {name: round(value, 4) for name, value in report["student"].items()}
+
+
+def _print(columns: list[str], rows: list[dict[str, Any]], folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"sweep {folder}")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    Console().print(table)

@@ -1,0 +1,161 @@
+"""Finds the teacher of a run, or starts the run that makes it: a teacher is a finished run of ``distill=none``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from distill.cli.config import build, composed, parse, plain
+from distill.types import DistillError
+
+# What a teacher's run takes over from the student's run: the data, the machine and the recipe, not the student.
+KEPT_GROUPS = ("data", "trainer", "experiment", "paths")
+KEPT_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+# Keys that cannot change what a teacher learns, so two runs that differ only here share one teacher.
+IGNORED_DATA = ("workers", "cache", "eval_batch_size", "prefetch", "on_overlap")
+RANK_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "MASTER_",
+    "LOCAL_",
+    "SLURM_",
+    "TORCHELASTIC_",
+    "PL_",
+)
+
+
+def find(cfg: DictConfig, classes: Sequence[str]) -> Any:
+    """The guest that ``teacher=`` names: a run folder, a file, an enum, or the cached teacher, trained if need be.
+
+    Args:
+        cfg: the run's configuration.
+        classes: the data set's class names, for a plain weights file that does not list its own.
+
+    Raises:
+        DistillError: nothing is named and nothing is cached under ``teacher.train=never``, or the weights do not fit.
+    """
+    from distill.detectors.checkpoints import load_detector
+    from distill.guest import Guest
+
+    if not cfg.teacher or "model" not in cfg.teacher:
+        raise DistillError(f"distillation losses {list(cfg.distill.losses)} need a teacher: choose teacher=…, not none")
+    if cfg.teacher.weights is None:
+        run = cached(cfg)
+        return Guest(load_detector(run), source=str(run), values=_measured(run))
+    return Guest(load(cfg, str(cfg.teacher.weights), classes), source=str(cfg.teacher.weights))
+
+
+def load(cfg: DictConfig, source: str, classes: Sequence[str]) -> Any:
+    """A teacher from a run folder or exported student, which describe themselves, from plain weights or an enum."""
+    from distill.detectors.checkpoints import load_detector
+
+    path = Path(source).expanduser()
+    if path.is_dir() or path.with_suffix(".json").is_file():
+        return load_detector(path)
+    return build(cfg.teacher.model, classes=list(classes), weights=source)
+
+
+def cached(cfg: DictConfig) -> Path:
+    """The folder of the finished teacher run that fits this run; rank 0 trains it where it is missing."""
+    overrides = run_overrides(cfg)
+    folder = Path(cfg.paths.teachers).absolute() / f"{_option(cfg)}-{_key(cfg, overrides)}"
+    if _finished(folder):
+        return folder
+    command = [sys.executable, "-m", "distill", "train", *overrides, f"hydra.run.dir='{folder}'"]
+    if cfg.teacher.train == "never":
+        raise DistillError(
+            f"there is no trained teacher at {folder} and teacher.train=never. Name one with teacher.weights=…, or "
+            f"make it with:\n  {shlex.join(command)}"
+        )
+    if _rank() != 0:
+        return _wait(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not _finished(folder):
+            _train(command, folder)
+    return folder
+
+
+def run_overrides(cfg: DictConfig) -> list[str]:
+    """Overrides of the run that makes this teacher: the student's, less what concerns the student alone."""
+    kept: list[str] = []
+    model: list[str] = []
+    for override in parse(HydraConfig.get().overrides.task):
+        key, line = override.key_or_group, str(override.input_line)
+        group, _, rest = key.partition(".")
+        if key.startswith("teacher.model."):
+            model.append(line.replace("teacher.model.", "model.", 1))
+        elif group in KEPT_GROUPS and (group != "trainer" or not rest or rest.split(".")[0] in KEPT_TRAINER):
+            kept.append(line)
+    return [
+        *kept,
+        f"model={_option(cfg)}",
+        *model,
+        "distill=none",
+        "teacher=none",
+        f"seed={cfg.teacher.seed}",
+        *cfg.teacher.run,
+    ]
+
+
+def _option(cfg: DictConfig) -> str:
+    return str(HydraConfig.get().runtime.choices["model@teacher.model"])
+
+
+def _key(cfg: DictConfig, overrides: Sequence[str]) -> str:
+    made_by = composed([*overrides, "hydra.run.dir=."])
+    data = {name: value for name, value in plain(made_by.data).items() if name not in IGNORED_DATA}
+    facts = {"data": data, "model": plain(made_by.model), "schedule": plain(made_by.schedule), "seed": made_by.seed}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "summary.json").is_file() and (folder / "student.json").is_file()
+
+
+def _measured(run: Path) -> dict[str, float]:
+    values: dict[str, float] = json.loads((run / "summary.json").read_text())["student"]
+    return values
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
+
+
+def _train(command: list[str], folder: Path) -> None:
+    if (folder / "checkpoints" / "last.ckpt").is_file():
+        command = [*command, "ckpt_path=last"]
+    print(f"distill: no teacher is cached; training one first:\n  {shlex.join(command[1:])}", flush=True)
+    # Its own process, so that neither its random state nor its memory reaches this run.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
+    code = subprocess.run(command, env=alone).returncode
+    if code or not _finished(folder):
+        raise DistillError(
+            f"the teacher's run failed with exit code {code}; its files are in {folder}. Run it by hand:\n"
+            f"  {shlex.join(command)}"
+        )
+
+
+def _wait(folder: Path, patience: float = 24 * 3600) -> Path:
+    start = time.monotonic()
+    while not _finished(folder):
+        if time.monotonic() - start > patience:
+            raise DistillError(
+                f"rank {_rank()} waited {patience / 3600:.0f} h for rank 0 to train the teacher in {folder}"
+            )
+        time.sleep(2)
+    return folder

@@ -1,0 +1,125 @@
+"""The verb train, told in order: compose, check, build, teach, fit, test, export, report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from distill.cli import config
+from distill.types import DistillError
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from distill.module import Distiller
+
+
+def main(argv: Sequence[str]) -> int:
+    """Hydra's own flags work too: ``--help``, ``--cfg job --resolve``, ``-m``, ``-sc install=bash``."""
+    from hydra._internal.utils import _run_hydra, get_args_parser
+
+    config.register_resolvers()
+    parser = get_args_parser()
+    args = parser.parse_args(list(argv))
+    if not (args.help or args.hydra_help or args.shell_completion):
+        config.check(args.overrides)
+    args.overrides = _resumed(args.overrides)
+    # Hydra prints and exits by itself unless this is set; the messages are ours, one level up.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    _run_hydra(
+        args=args, args_parser=parser, task_function=train, config_path=str(config.folder()), config_name=config.NAME
+    )
+    return 0
+
+
+def train(cfg: DictConfig) -> float:
+    """One run. Returns the metric that the configuration names, for sweeps and tuners."""
+    import lightning as L
+
+    from distill.cli import report
+
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    run = Path(HydraConfig.get().runtime.output_dir)
+    report.write_config(run, cfg, HydraConfig.get().overrides.task)
+    data = config.build(cfg.data)
+    data.setup("fit")
+    module = assemble(cfg, data.classes)
+    trainer = build_trainer(cfg, run)
+    report.opening(module, data, run)
+    report.log_config(trainer, cfg)
+    failed = True
+    try:
+        checkpoint = run / "checkpoints" / "last.ckpt" if cfg.ckpt_path == "last" else cfg.ckpt_path
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        summary = report.closing(cfg, trainer, module, data, run)
+        failed = False
+    finally:
+        report.close_loggers(trainer, failed)
+    return _metric(cfg.metric, summary)
+
+
+def assemble(cfg: DictConfig, classes: Sequence[str]) -> Distiller:
+    """Student, teacher and losses of a configuration, for data of these classes."""
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    from distill.cli import teacher
+    from distill.module import Distiller
+
+    student = config.build(cfg.model, classes=list(classes))
+    guest, losses = None, {}
+    if cfg.distill.losses:
+        # The student must start, and the steps must draw, as they would without a teacher.
+        with isolate_rng():
+            guest = teacher.find(cfg, classes)
+            losses = {
+                str(name): config.build(node, student=student.facts, teacher=guest.facts)
+                for name, node in cfg.distill.losses.items()
+            }
+    return Distiller(
+        student,
+        guest,
+        losses,
+        schedule=config.build(cfg.schedule),
+        supervised=config.plain(cfg.supervised),
+        metrics=[config.build(node) for node in cfg.metrics.values()],
+        seed=cfg.seed,
+    )
+
+
+def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
+    """Lightning's trainer with the run's callbacks and loggers."""
+    import torch
+
+    precision = cfg.trainer.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "32-true"
+    callbacks = [config.build(node) for node in cfg.callbacks.values() if node]
+    loggers = [config.build(node) for node in cfg.logger.values() if node]
+    trainer: L.Trainer = config.build(cfg.trainer, precision=precision, callbacks=callbacks, logger=loggers)
+    return trainer
+
+
+def _metric(name: str, summary: dict[str, Any]) -> float:
+    values = summary["student"]
+    if name not in values:
+        raise DistillError(f"metric={name} is not among the measured values{config.nearest(name, values)}")
+    return float(values[name])
+
+
+def _resumed(overrides: Sequence[str]) -> list[str]:
+    """``ckpt_path=last`` goes on in the newest folder of the same name, unless a folder is given."""
+    lines = list(overrides)
+    if "ckpt_path=last" not in lines or any(line.startswith("hydra.run.dir=") for line in lines):
+        return lines
+    home = config.named(lines)
+    found = sorted(home.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise DistillError(
+            f"ckpt_path=last: no run below {home} has a checkpoint; give ckpt_path=FILE or hydra.run.dir=RUN"
+        )
+    return [*lines, f"hydra.run.dir='{found[-1].parents[1]}'"]

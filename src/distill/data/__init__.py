@@ -1,0 +1,1 @@
+"""From annotated files, or from nothing, to Batches."""

@@ -1,0 +1,365 @@
+"""The data of a run: a source, checked once, and the loaders that feed it as Batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from distill.data.checks import check_overlap, check_records
+from distill.data.records import Record, ground_truth, read_image
+from distill.data.sampler import BatchSampler, Key
+from distill.data.transforms import Sample, Transform, collate, padded_size, resized_size
+from distill.types import Batch, DistillError, Size, Target
+
+Split = str
+"""``train``, ``val`` or ``test``."""
+
+
+class Source(Protocol):
+    """A data set in some format. One that does not keep its images in files has ``image(file) -> Tensor`` too."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that it has."""
+
+    def read(self, split: str) -> tuple[Sequence[str], list[Record]]:
+        """Class names, in the order of their labels from 1, and the records of a split as annotated."""
+
+
+class Images(Dataset[Sample]):
+    """The images of one split, one sample a key (epoch, index).
+
+    Annotations are packed into a few tensors: thousands of small Python objects would be copied into every worker as
+    soon as it touches them.
+
+    Args:
+        records: checked records, with their true sizes.
+        load: file -> (3, H, W) uint8.
+        transform: what makes the samples.
+        use_difficult: whether objects marked difficult are training targets. Crowds never are.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        load: Callable[[str], Tensor],
+        transform: Transform,
+        use_difficult: bool = False,
+    ) -> None:
+        self.load, self.transform = load, transform
+        self.files = [record.file for record in records]
+        self.ids = torch.tensor([record.id for record in records], dtype=torch.int64)
+        self.sizes = torch.tensor([record.size for record in records], dtype=torch.int64).reshape(-1, 2)
+        chosen = [usable(record, use_difficult) for record in records]
+        self.ends = np.cumsum([int(keep.sum()) for keep in chosen])
+        boxes = [record.boxes[keep] for record, keep in zip(records, chosen, strict=True)]
+        labels = [record.labels[keep] for record, keep in zip(records, chosen, strict=True)]
+        self.boxes = torch.from_numpy(np.concatenate([np.empty((0, 4)), *boxes])).float()
+        self.labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels]))
+        self.cache: Cache | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: Key) -> Sample:
+        """Load, resize and augment image ``index`` as it looks in ``epoch``."""
+        epoch, index = key
+        image = self.load(self.files[index]) if self.cache is None else self.cache[index]
+        return self.transform(image, self.target(index), self.size(index), int(self.ids[index]), epoch)
+
+    def size(self, index: int) -> Size:
+        """(height, width) of an image before any resize."""
+        height, width = self.sizes[index].tolist()
+        return height, width
+
+    def target(self, index: int) -> Target:
+        """Training target of an image in pixels of the original."""
+        part = slice(self.ends[index - 1] if index else 0, self.ends[index])
+        return Target(self.boxes[part], self.labels[part])
+
+    def keep_in_memory(self, threads: int) -> int:
+        """Decode and resize all images now; returns the bytes that they take."""
+        transform, indices = self.transform, range(len(self))
+        cache = Cache(
+            [resized_size(self.size(index), transform.min_sizes[-1], transform.max_size) for index in indices]
+        )
+
+        def fill(index: int) -> None:
+            cache[index].copy_(transform.resize(self.load(self.files[index])))
+
+        with ThreadPoolExecutor(max(1, threads)) as pool:
+            list(pool.map(fill, indices))
+        self.cache = cache
+        return cache.pixels.numel()
+
+
+class Cache:
+    """Images of different sizes in one block of memory, which forked workers share and spawned ones map."""
+
+    def __init__(self, sizes: Sequence[Size]) -> None:
+        self.sizes = sizes
+        self.ends = np.cumsum([3 * height * width for height, width in sizes])
+        self.pixels = torch.zeros(int(self.ends[-1]) if sizes else 0, dtype=torch.uint8)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Image (3, H, W), a view into the block."""
+        height, width = self.sizes[index]
+        end = int(self.ends[index])
+        return self.pixels[end - 3 * height * width : end].view(3, height, width)
+
+
+def usable(record: Record, use_difficult: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which annotations (N,) of an image are training targets."""
+    keep: np.ndarray[Any, np.dtype[np.bool_]] = ~record.crowd
+    return keep if use_difficult else keep & ~record.difficult
+
+
+def subset(records: list[Record], fraction: float, limit: int | None) -> list[Record]:
+    """A part of the images for quick looks: the same for every seed, a larger part holds every smaller one."""
+    order = np.random.default_rng(0).permutation(len(records))
+    count = max(1, round(fraction * len(records)))
+    chosen = order[: count if limit is None else min(count, limit)]
+    return [records[index] for index in sorted(chosen)]
+
+
+class DetectionData(L.LightningDataModule):
+    """Everything between annotated files and Batches, for training and evaluation.
+
+    Splits are read and checked on first use, or all that a stage needs in ``setup(stage)``.
+
+    Args:
+        source: where images and annotations come from.
+        batch_size: training images per process and step.
+        eval_batch_size: the same for evaluation; None: as in training.
+        workers: loader processes per loader; 0 loads in the main process.
+        min_size: shorter side after the resize in pixels, or a list of them, of which training draws one per image.
+        max_size: cap of the longer side in pixels.
+        eval_min_size, eval_max_size: the same for evaluation; None: the last of ``min_size``, and ``max_size``.
+        antialias: whether the resize filters before it shrinks; torchvision's detectors do not.
+        pad_to: batches are padded to a multiple of this many pixels.
+        flip: probability of a horizontal flip in training.
+        photometric: whether colours are distorted in training, as SSD does.
+        aspect_groups: whether a training batch holds only upright or only broad images, which saves padding.
+        drop_last: leave out a last, incomplete training batch (unless it is the only one).
+        keep_empty: whether images without training targets are trained on.
+        use_difficult: whether VOC's difficult objects are training targets. Off, as in VOC's own protocol and
+            MMDetection (torchvision and Detectron2 train on them); evaluation ignores them in either case.
+        cache: ``none``, or ``ram``: decode and resize all images once, before the workers start.
+        fraction: part of the training images that is used.
+        limit: most training images.
+        limit_eval: most images of val and of test.
+        on_error: ``raise`` at bad data that cannot be mended safely, or ``skip`` it and count.
+        on_overlap: ``warn`` or ``raise`` when an image is in more than one split.
+        prefetch: batches that a worker prepares ahead.
+        persistent_workers: whether workers stay alive between epochs.
+        pin_memory: page-locked batches; None: where CUDA is available.
+        seed: of shuffling and augmentation.
+
+    Raises:
+        DistillError: options that contradict each other, and all that the checks of the data find.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        workers: int = 2,
+        min_size: int | list[int] = 800,
+        max_size: int = 1333,
+        eval_min_size: int | None = None,
+        eval_max_size: int | None = None,
+        antialias: bool = False,
+        pad_to: int = 32,
+        flip: float = 0.5,
+        photometric: bool = False,
+        aspect_groups: bool = True,
+        drop_last: bool = True,
+        keep_empty: bool = False,
+        use_difficult: bool = False,
+        cache: str = "none",
+        fraction: float = 1.0,
+        limit: int | None = None,
+        limit_eval: int | None = None,
+        on_error: str = "raise",
+        on_overlap: str = "warn",
+        prefetch: int = 2,
+        persistent_workers: bool = True,
+        pin_memory: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size)
+        _choose("cache", cache, ("none", "ram"))
+        _choose("on_error", on_error, ("raise", "skip"))
+        _choose("on_overlap", on_overlap, ("warn", "raise"))
+        if cache == "ram" and len(sizes) > 1:
+            raise DistillError(
+                f"data.cache=ram keeps each image at one size, but data.min_size lists {len(sizes)}: {list(sizes)}. "
+                "Give one size, or set data.cache=none."
+            )
+        if not 0 < fraction <= 1 or any(most is not None and most < 1 for most in (limit, limit_eval)):
+            raise DistillError(
+                f"Expected 0 < data.fraction <= 1 and limits of at least 1, got fraction={fraction}, limit={limit}, "
+                f"limit_eval={limit_eval}."
+            )
+        self.source, self.seed = source, seed
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.workers, self.prefetch, self.persistent_workers = workers, prefetch, persistent_workers
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.pad_to, self.aspect_groups, self.drop_last = pad_to, aspect_groups, drop_last
+        self.keep_empty, self.use_difficult, self.cache = keep_empty, use_difficult, cache
+        self.fraction, self.limit, self.limit_eval = fraction, limit, limit_eval
+        self.on_error, self.on_overlap = on_error, on_overlap
+        self.train_transform = Transform(sizes, max_size, flip, photometric, antialias, seed)
+        self.eval_transform = Transform((eval_min_size or sizes[-1],), eval_max_size or max_size, antialias=antialias)
+        self._drawn = hasattr(source, "image")
+        self.summary: list[str] = []
+        self._classes: tuple[str, ...] | None = None
+        self._records: dict[Split, list[Record]] = {}
+        self._images: dict[tuple[Split, bool], Images] = {}
+        self._truth: dict[Split, dict[str, Any]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check what a stage needs: fit train and val, validate val, test test, None all there is."""
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", self.source.splits)
+        for split in wanted:
+            self.records(split)
+
+    def has(self, split: Split) -> bool:
+        """Whether the source has this split."""
+        return split in self.source.splits
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; the label of ``classes[i]`` is ``i + 1``."""
+        if self._classes is None:
+            self.records(self.source.splits[0])
+        assert self._classes is not None
+        return self._classes
+
+    @property
+    def category_ids(self) -> dict[int, int]:
+        """Label -> category id of the source's own files; the label itself where those have none."""
+        own: dict[int, int] | None = getattr(self.source, "category_ids", None)
+        return dict(own) if own else {label: label for label in range(1, len(self.classes) + 1)}
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(min_size, max_size) of evaluation: what a deployed student is to be fed with."""
+        return self.eval_transform.min_sizes[-1], self.eval_transform.max_size
+
+    def ground_truth(self, split: Split) -> dict[str, Any]:
+        """The split in COCO's JSON form, in original pixels; ``category_id`` is our label from 1 to K."""
+        if split not in self._truth:
+            self._truth[split] = ground_truth(self.records(split), self.classes)
+        return self._truth[split]
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Shuffled, augmented batches of this process's share."""
+        images = self.images("train", training=True)
+        upright: list[Hashable] = [self.aspect_groups and height > width for height, width in images.sizes.tolist()]
+        sampler = BatchSampler(upright, self.batch_size, True, self.seed, *self._place(), self.drop_last)
+        if self.trainer is not None:
+            # On a resume Lightning lets the workers start before it sets the epoch, to this very number.
+            progress: Any = self.trainer.fit_loop.epoch_progress.current
+            sampler.set_epoch(progress.processed)
+        return self._loader(images, sampler)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """The validation split, every image once over all processes."""
+        return self.loader("val")
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """The test split, every image once over all processes."""
+        return self.loader("test")
+
+    def loader(self, split: Split) -> DataLoader[Sample]:
+        """A split for evaluation: not shuffled, not augmented, every image once over all processes.
+
+        A batch holds images of one padded size, so that no image's padding, which a detector can see at the border,
+        depends on its neighbours.
+        """
+        images = self.images(split, training=False)
+        min_size, max_size = self.input_size
+        sizes = [resized_size(images.size(index), min_size, max_size) for index in range(len(images))]
+        groups = [padded_size([size], self.pad_to) for size in sizes]
+        rank, world = self._place()
+        return self._loader(images, BatchSampler(groups, self.eval_batch_size, False, rank=rank, world=world))
+
+    def batch(self, split: Split, indices: Sequence[int]) -> Batch:
+        """Some images of a split, by their place in ``ground_truth(split)["images"]``, as evaluation sees them."""
+        images = self.images(split, training=False)
+        return collate([images[0, index] for index in indices], self.pad_to)
+
+    def images(self, split: Split, training: bool) -> Images:
+        """The data set behind a loader."""
+        if (split, training) not in self._images:
+            records = self.records(split)
+            if training and not self.keep_empty:
+                records = [record for record in records if usable(record, self.use_difficult).any()]
+                if not records:
+                    raise DistillError(f"No {split} image has a box to train on. Check the annotations of {split}.")
+            load = getattr(self.source, "image", read_image)
+            images = Images(
+                records, load, self.train_transform if training else self.eval_transform, self.use_difficult
+            )
+            if self.cache == "ram":
+                taken = images.keep_in_memory(self.workers)
+                self.summary.append(
+                    f"{split}: {len(images)} resized images in memory, {taken / 2**20:.0f} MiB per process"
+                )
+            self._images[split, training] = images
+        return self._images[split, training]
+
+    def records(self, split: Split) -> list[Record]:
+        """The checked records of a split, or the part of them that the options leave."""
+        if split not in self._records:
+            found = self._read(split)
+            if not self._drawn:
+                for other, known in self._records.items():
+                    check_overlap({split: found, other: known}, self.on_overlap)
+            self._records[split] = found
+        return self._records[split]
+
+    def _read(self, split: Split) -> list[Record]:
+        classes, annotated = self.source.read(split)
+        if self._classes not in (None, tuple(classes)):
+            raise DistillError(
+                f"Expected the same classes in every split, got {list(classes)} in {split} and {list(self._classes or ())} "
+                "before. Give all annotation files the same categories."
+            )
+        self._classes = tuple(classes)
+        records, line = check_records(annotated, split, self.on_error, files=not self._drawn)
+        fraction, limit = (self.fraction, self.limit) if split == "train" else (1.0, self.limit_eval)
+        part = subset(records, fraction, limit)
+        self.summary.append(line if len(part) == len(records) else f"{line}; {len(part)} of the images are used")
+        return part
+
+    def _place(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _loader(self, images: Images, sampler: BatchSampler) -> DataLoader[Sample]:
+        return DataLoader(
+            images,
+            batch_sampler=sampler,
+            collate_fn=partial(collate, pad_to=self.pad_to),
+            num_workers=self.workers,
+            persistent_workers=self.persistent_workers and self.workers > 0,
+            prefetch_factor=self.prefetch if self.workers else None,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # else each new iterator draws from the global stream that the models use
+        )
+
+
+def _choose(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise DistillError(f"data.{name}: expected one of {', '.join(known)}, got {value!r}.")

@@ -1,0 +1,268 @@
+"""Drawn shapes: a small detection data set made on the spot, hard enough to tell a large detector from a small one.
+
+Every image holds four to ten objects on textured ground among clutter: lines, speckles, pixel noise, and near misses
+of each class (a hexagon for the circle, a rectangle for the square, an open ring ...) that must not be detected. Sizes
+reach from a tenth of the image to most of it, colours say nothing about the class, contrast varies, objects overlap.
+Boxes are amodal: tight around all pixels of the object, those covered by later objects included; at least
+``VISIBLE`` of them can be seen. Nothing is downloaded, and (seed, split, index) alone decides an image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from distill.data.records import Record
+from distill.types import DistillError
+
+VISIBLE = 0.5
+"""Least part of an object's pixels that nothing drawn later covers."""
+CONTRAST = 50
+"""Least difference, in at least one channel of 0-255, between an object and the ground under it."""
+TURN = 0.35
+"""Most that a shape is turned, in radians either way."""
+NOISE = (2.0, 10.0)
+"""Range of the standard deviation of an image's pixel noise, in grey levels."""
+SPLITS = ("train", "val", "test")
+_FINE = 4  # drawn this much larger, then averaged: smooth edges
+_TRIES = 20
+
+
+def _around(turns: NDArray[np.float64], radius: float | NDArray[np.float64] = 1.0) -> NDArray[np.float64]:
+    directions = np.stack([np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)], axis=1)
+    points: NDArray[np.float64] = directions * np.reshape(radius, (-1, 1))
+    return points
+
+
+def _regular(corners: int, start: float = -0.25) -> NDArray[np.float64]:
+    return _around(start + np.arange(corners) / corners)
+
+
+def _spiked(spikes: int, inner: float) -> NDArray[np.float64]:
+    return _around(-0.25 + np.arange(2 * spikes) / (2 * spikes), np.tile([1.0, inner], spikes))
+
+
+def _arc(part: float, inner: float) -> NDArray[np.float64]:
+    turns = np.linspace(0, part, 48)
+    return np.concatenate([_around(turns), _around(turns[::-1], inner)])
+
+
+def _corners(*points: tuple[float, float]) -> NDArray[np.float64]:
+    return np.array(points) / max(math.hypot(*point) for point in points)
+
+
+_BAR = 0.34  # half the width of a cross's bars
+CLASSES: dict[str, NDArray[np.float64]] = {
+    "circle": _regular(48),
+    "square": _regular(4, 0.125),
+    "triangle": _regular(3),
+    "star": _spiked(5, 0.42),
+    "ring": _arc(1.0, 0.55),
+    "cross": _corners(
+        *[(1, -_BAR), (1, _BAR), (_BAR, _BAR), (_BAR, 1), (-_BAR, 1), (-_BAR, _BAR)],
+        *[(-1, _BAR), (-1, -_BAR), (-_BAR, -_BAR), (-_BAR, -1), (_BAR, -1), (_BAR, -_BAR)],
+    ),
+}
+"""Class name -> outline (V, 2) in the unit circle."""
+NEAR_MISSES: dict[str, NDArray[np.float64]] = {
+    "hexagon": _regular(6),
+    "rectangle": _corners((1, 0.5), (-1, 0.5), (-1, -0.5), (1, -0.5)),
+    "kite": _corners((0, -1), (0.6, 0.35), (0, -0.05), (-0.6, 0.35)),
+    "four-star": _spiked(4, 0.42),
+    "open ring": _arc(0.78, 0.55),
+    "tee": _corners((-1, -1), (1, -1), (1, -0.3), (_BAR, -0.3), (_BAR, 1), (-_BAR, 1), (-_BAR, -0.3), (-1, -0.3)),
+}
+"""What looks like a class and is background."""
+_OUTLINES = CLASSES | NEAR_MISSES
+
+
+@dataclass(frozen=True)
+class Item:
+    """One drawn thing: its kind, coverage (h, w) uint8 without empty borders, and left upper corner in pixels."""
+
+    kind: str
+    alpha: NDArray[np.uint8]
+    x: int
+    y: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Tight xyxy box in pixels."""
+        height, width = self.alpha.shape
+        return self.x, self.y, self.x + width, self.y + height
+
+    @property
+    def ink(self) -> NDArray[np.bool_]:
+        """The pixels (h, w) that it covers by half or more."""
+        return self.alpha >= 128
+
+    def paint(self, canvas: NDArray[np.float32], colour: NDArray[np.float32]) -> None:
+        """Lay it over a canvas (H, W, 3), in place."""
+        x1, y1, x2, y2 = self.box
+        patch, weight = canvas[y1:y2, x1:x2], self.alpha[..., None].astype(np.float32) / 255
+        patch += weight * (colour - patch)
+
+
+def stencil(kind: str, radius: float, angle: float) -> NDArray[np.uint8]:
+    """Coverage (h, w) of a shape inscribed in a circle of this radius in pixels, turned by ``angle`` radians."""
+    side = 2 * math.ceil(radius) + 2
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    points = (_OUTLINES[kind] @ turn * radius + side / 2) * _FINE
+    fine = Image.new("L", (side * _FINE, side * _FINE))
+    ImageDraw.Draw(fine).polygon([tuple(point) for point in points], fill=255)
+    alpha = np.array(fine.reduce(_FINE))
+    alpha[alpha < 64] = 0  # a pixel hardly touched cannot be seen and must not widen the box
+    rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
+    return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def arrange(rng: np.random.Generator, size: tuple[int, int], classes: list[str]) -> list[Item]:
+    """Choose the things of one scene, back to front, so that every one of them stays visible.
+
+    A thing that finds no such place in a few tries is left out.
+    """
+    wanted = [*rng.choice(classes, rng.integers(4, 11)), *rng.choice(list(NEAR_MISSES), rng.integers(1, 4))]
+    owner = np.full(size, -1)  # the topmost item of each pixel
+    items: list[Item] = []
+    areas = visible = np.zeros(0)
+    for kind in rng.permutation(wanted):
+        for _ in range(_TRIES):
+            item = _somewhere(rng, str(kind), size)
+            x1, y1, x2, y2 = item.box
+            ink, under = item.ink, owner[y1:y2, x1:x2]
+            left = visible - np.bincount(under[ink] + 1, minlength=len(items) + 1)[1:]
+            if (left >= VISIBLE * areas).all():
+                under[ink] = len(items)
+                areas, visible = np.append(areas, ink.sum()), np.append(left, ink.sum())
+                items.append(item)
+                break
+    return items
+
+
+def _somewhere(rng: np.random.Generator, kind: str, size: tuple[int, int]) -> Item:
+    """A shape of random size, turn and place, wholly inside the image; small ones are as common as large ones."""
+    radius = 0.5 * min(size) * math.exp(rng.uniform(math.log(0.12), math.log(0.8)))
+    alpha = stencil(kind, radius, rng.uniform(-TURN, TURN))
+    y, x = (int(rng.integers(0, side - extent + 1)) for side, extent in zip(size, alpha.shape, strict=True))
+    return Item(kind, alpha, x, y)
+
+
+def ground(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float32]:
+    """A textured canvas (H, W, 3) with lines and speckles on it."""
+    height, width = size
+    base, spread = rng.uniform(30, 225, 3), rng.uniform(5, 30)
+    coarse = (base + rng.normal(0, spread, (5, 5, 3))).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.integers(1, 6)):
+        ends = rng.uniform(0, [width, height, width, height]).tolist()
+        draw.line(ends, fill=tuple(rng.integers(0, 256, 3).tolist()), width=int(rng.integers(1, 4)))
+    for x, y, radius in rng.uniform([0, 0, 0.5], [width, height, 2.5], (rng.integers(0, 12), 3)):
+        dot = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(dot, fill=tuple(rng.integers(0, 256, 3).tolist()))
+    return np.array(image, dtype=np.float32)
+
+
+def draw_scene(rng: np.random.Generator, size: tuple[int, int], classes: list[str]) -> tuple[Tensor, list[Item]]:
+    """One image (3, H, W) uint8 and the things on it, back to front; those whose kind is no class are near misses."""
+    items = arrange(rng, size, classes)
+    canvas = ground(rng, size)
+    for item in items:
+        x1, y1, x2, y2 = item.box
+        under = canvas[y1:y2, x1:x2][item.ink].mean(axis=0)
+        item.paint(canvas, _colour(rng, under))
+    canvas += rng.uniform(*NOISE) * rng.standard_normal(canvas.shape, dtype=np.float32)
+    pixels = canvas.clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), items
+
+
+def _colour(rng: np.random.Generator, under: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A colour that can be told from the ground under it; faint ones are as common as strong ones."""
+    channel, contrast = rng.integers(3), rng.uniform(CONTRAST, 180)
+    colour = np.clip(under + rng.uniform(-contrast, contrast, 3), 0, 255)
+    # Away from the nearer end of 0-255 the full contrast always fits, up to half the range.
+    sign = 1 if under[channel] < 128 else -1
+    colour[channel] = under[channel] + sign * min(contrast, 127)
+    return colour.astype(np.float32)
+
+
+class Shapes:
+    """The source `data=shapes`.
+
+    Args:
+        train: number of training images.
+        val: number of validation images.
+        test: number of test images; 0 for none.
+        size: side of the square images in pixels.
+        classes: some of circle, square, triangle, star, ring and cross, in this order of labels; None takes all.
+        seed: of the drawing. It is the data set's own and not the run's: runs with other seeds see the same images.
+
+    Raises:
+        DistillError: unknown or repeated classes, an image too small to draw on, or a negative count.
+    """
+
+    def __init__(
+        self,
+        train: int = 400,
+        val: int = 100,
+        test: int = 200,
+        size: int = 128,
+        classes: list[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.classes = tuple(CLASSES if classes is None else classes)
+        self.counts = dict(zip(SPLITS, (train, val, test), strict=True))
+        self.size, self.seed = size, seed
+        self._drawn: dict[str, tuple[list[Record], Tensor]] = {}
+        if not self.classes or not set(self.classes) <= set(CLASSES) or len(set(self.classes)) < len(self.classes):
+            raise DistillError(f"data.source.classes: expected different names of {list(CLASSES)}, got {classes}.")
+        if size < 64 or min(self.counts.values()) < 0:
+            raise DistillError(f"data.source: expected size >= 64 and counts >= 0, got size {size}, {self.counts}.")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that hold images."""
+        return tuple(split for split, count in self.counts.items() if count)
+
+    def read(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
+        """Class names and records of a split; its images are drawn now and kept, as uint8."""
+        if split not in self.splits:
+            raise DistillError(f"data=shapes has no {split} images. Set data.source.{split} to how many to draw.")
+        if split not in self._drawn:
+            self._drawn[split] = self._draw(split)
+        return self.classes, self._drawn[split][0]
+
+    def image(self, file: str) -> Tensor:
+        """The image (3, H, W) uint8 of a record's ``file``, such as ``shapes/train/12``."""
+        _, split, index = file.split("/")
+        return self._drawn[split][1][int(index)]
+
+    def _draw(self, split: str) -> tuple[list[Record], Tensor]:
+        side = (self.size, self.size)
+        images = torch.empty(self.counts[split], 3, *side, dtype=torch.uint8)
+        records = []
+        for index in range(len(images)):
+            rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(SPLITS.index(split), index)))
+            images[index], items = draw_scene(rng, side, list(self.classes))
+            records.append(self._record(f"shapes/{split}/{index}", index, items))
+        return records, images
+
+    def _record(self, file: str, index: int, items: list[Item]) -> Record:
+        objects = [item for item in items if item.kind in self.classes]
+        boxes = np.array([item.box for item in objects], dtype=np.float64).reshape(-1, 4)
+        return Record(
+            id=index,
+            file=file,
+            size=(self.size, self.size),
+            boxes=boxes,
+            labels=np.array([self.classes.index(item.kind) + 1 for item in objects], dtype=np.int64),
+            crowd=np.zeros(len(objects), dtype=bool),
+            difficult=np.zeros(len(objects), dtype=bool),
+            area=(boxes[:, 2:] - boxes[:, :2]).prod(axis=1),
+        )

@@ -1,0 +1,107 @@
+"""The grammar that every detector shares: what is known of it before any forward pass, and the View it opens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from distill.detectors.views import LazyView
+from distill.types import Batch, DistillError, Facts, View
+
+
+class Detector(nn.Module):
+    """A torchvision detection model, `net`, behind one grammar. Its state dict is torchvision's, prefixed by ``net.``.
+
+    A subclass builds `net` and hands over what no state dict holds: its `options`, which are the arguments of its
+    constructor. `report` says what was loaded at construction.
+    """
+
+    family: ClassVar[str]
+    enum: ClassVar[Any]
+    """torchvision's weights of this family (ResNet-50)."""
+    class_layers: ClassVar[Mapping[str, int]]
+    """Layers whose rows belong to classes -> neighbouring rows a class (background first; per anchor, if dense)."""
+    opens: ClassVar[type[LazyView]]
+
+    net: Any
+
+    def __init__(self, net: nn.Module, facts: Facts, options: dict[str, Any], frozen: Sequence[str]) -> None:
+        super().__init__()
+        self.net = net
+        self.facts = facts
+        self.options = options
+        self.report: list[str] = []
+        self._frozen = tuple(frozen)
+        self._pixels: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.train()
+
+    def view(self, batch: Batch, *, training: bool = True, frozen: bool = False, seed: int | None = None) -> View:
+        """Open a View on `batch`, which must lie on the detector's device.
+
+        `training` chooses between training and test counts of proposals, whatever `.training` says. `frozen` keeps
+        every stage out of autograd. With a `seed` all draws come from it and the global stream is left alone; without
+        one they come from the global stream in torchvision's order.
+
+        The View keeps the autocast and grad mode it was opened under, so it does not matter where a stage is read.
+        """
+        return self.opens(self, batch, training, frozen, seed)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that a state dict does not hold, as plain JSON: the family and the constructor's arguments."""
+        return {"family": self.family, **self.options, "backbone_weights": None, "weights": None, "head": "keep"}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in label order; label 0 is background."""
+        return self.facts.classes
+
+    @property
+    def parameters_count(self) -> int:
+        """Number of parameters, trained or not."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def train(self, mode: bool = True) -> Detector:
+        """As in torch, but the statistics of frozen stages stay as they are, as their weights do."""
+        super().train(mode)
+        for name in self._frozen:
+            self.net.backbone.body[name].eval()
+        return self
+
+    def pixels(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and std as (3, 1, 1) float32. Not buffers: a teacher cast to bfloat16 must not round them."""
+        if device not in self._pixels:
+            mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (self.facts.mean, self.facts.std))
+            self._pixels[device] = mean, std
+        return self._pixels[device]
+
+
+def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments, from its `locals()`, in plain containers: what `describe` reports."""
+
+    def plain(value: Any) -> Any:
+        return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    return {name: plain(value) for name, value in scope.items() if name not in ("self", "__class__")}
+
+
+def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    """Class names in label order, each once. ("N/A" fills the unused labels of torchvision's COCO weights.)"""
+    names = tuple(classes)
+    twice = sorted({name for name in names if names.count(name) > 1 and name != "N/A"})
+    if not names or twice:
+        raise DistillError(f"classes: expected at least one name, each once, got {list(names)}; repeated: {twice}")
+    return names
+
+
+def anchor_generator(sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> Any:
+    """torchvision's AnchorGenerator for five levels that share one head, so with equally many anchors on each."""
+    if len(sizes) != 5 or len({len(level) for level in sizes}) != 1 or not all(sizes) or not ratios:
+        raise DistillError(
+            "anchor_sizes: expected 5 lists (a level each) of equally many sizes, and at least one of anchor_ratios,"
+            f" got {sizes} and {ratios}"
+        )
+    return AnchorGenerator(tuple(map(tuple, sizes)), (tuple(ratios),) * len(sizes))

@@ -1,0 +1,200 @@
+"""RetinaNet on a ResNet with FPN: torchvision's own model, and its View."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights, retinanet
+from torchvision.models.detection.rpn import permute_and_flatten
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from distill.detectors import checkpoints
+from distill.detectors.backbones import ResNet, freeze, with_fpn
+from distill.detectors.base import Detector, anchor_generator, arguments
+from distill.detectors.views import LazyView, full, geometry, network, roi_align, temporarily
+from distill.types import Detections, DistillError, Facts, Pyramid
+
+STRIDES = (8, 16, 32, 64, 128)
+PASSED_ON = ("fg_iou", "bg_iou", "topk", "score_thresh", "nms_thresh", "detections_per_img", "min_size", "max_size")
+"""Beginnings of the arguments that torchvision's constructor takes under the same names."""
+
+
+class OneStageView(LazyView):
+    """A RetinaNet looking at a batch. Its class and box branches run apart: reading one does not pay for the other."""
+
+    @property
+    def generator(self) -> Any:
+        """torchvision's AnchorGenerator."""
+        return self.net.anchor_generator
+
+    @property
+    def pool(self) -> Any:
+        """RoIAlign over P3..P5."""
+        return self.detector.pool
+
+    @network
+    def _logits(self) -> Pyramid:
+        """(B, A*(K+1), H, W): torchvision's labels begin at 1, so the first logit of each anchor is never a class."""
+        branch = self.net.head.classification_head
+        return {stride: full(branch.cls_logits(branch.conv(x))) for stride, x in self.neck.items()}
+
+    @geometry
+    def class_logits(self) -> Pyramid:
+        """Stride -> (B, A*K, H, W); channel a*K + i belongs to anchor a and class i, label i + 1."""
+        outputs = len(self.facts.classes) + 1
+        return {stride: _classes_only(x, outputs) for stride, x in self._logits.items()}
+
+    @network
+    def deltas(self) -> Pyramid:
+        """Stride -> (B, A*4, H, W)."""
+        branch = self.net.head.regression_head
+        return {stride: full(branch.bbox_reg(branch.conv(x))) for stride, x in self.neck.items()}
+
+    def _flat(self) -> dict[str, list[Tensor]]:
+        """Logits (B, HWA, K+1) and deltas (B, HWA, 4) of each level, by torchvision's names."""
+        return {
+            "cls_logits": [_flatten(x, len(self.facts.classes) + 1) for x in self._logits.values()],
+            "bbox_regression": [_flatten(x, 4) for x in self.deltas.values()],
+        }
+
+    @geometry
+    def losses(self) -> dict[str, Tensor]:
+        """classification and bbox_regression."""
+        outputs = {name: torch.cat(levels, dim=1) for name, levels in self._flat().items()}
+        anchors = [torch.cat(list(self.anchors.values()))] * len(self.batch)
+        return dict(self.net.compute_loss(self.targets, outputs, anchors))
+
+    def predictions(
+        self, score: float | None = None, nms: float | None = None, top: int | None = None
+    ) -> list[Detections]:
+        """Detections in resized pixels; the thresholds default to the detector's own."""
+        anchors = [list(self.anchors.values())] * len(self.batch)
+        thresholds = {"score_thresh": score, "nms_thresh": nms, "detections_per_img": top}
+        with self.scope(autocast=False), temporarily(self.net, **thresholds):
+            found = self.net.postprocess_detections(self._flat(), anchors, self.sizes)
+        return [_without_background(Detections(one["boxes"], one["scores"], one["labels"])) for one in found]
+
+
+def _flatten(x: Tensor, columns: int) -> Tensor:
+    """(B, A*columns, H, W) -> (B, H*W*A, columns), as torchvision flattens it."""
+    batch, channels, height, width = x.shape
+    flat: Tensor = permute_and_flatten(x, batch, channels // columns, columns, height, width)
+    return flat
+
+
+def _classes_only(x: Tensor, outputs: int) -> Tensor:
+    batch, channels, height, width = x.shape
+    return x.reshape(batch, channels // outputs, outputs, height, width)[:, :, 1:].flatten(1, 2)
+
+
+def _without_background(found: Detections) -> Detections:
+    keep = found.labels > 0
+    return Detections(found.boxes[keep], found.scores[keep], found.labels[keep])
+
+
+class RetinaNet(Detector):
+    """RetinaNet with a ResNet and a feature pyramid of strides 8 to 128 (Lin et al. 2017).
+
+    The defaults are torchvision's first version; ``p6_from="c5", head_norm="group", box_loss="giou"`` is its second.
+    Arguments that are not listed here are those of `two_stage.FasterRCNN` or torchvision's.
+
+    Args:
+        classes: names in label order, background left out; None takes those of `weights`.
+        anchor_sizes: sides in pixels, a list for each of the strides 8, 16, 32, 64, 128.
+        p6_from: the map that stride 64 is convolved from: ``p5`` or ``c5`` (the paper's, Detectron2's).
+        head_norm: normalisation in the heads: ``none`` or ``group`` (32 groups).
+        box_loss: ``l1``, ``smooth_l1``, ``giou``, ``diou`` or ``ciou``.
+    """
+
+    family = "retinanet"
+    enum = RetinaNet_ResNet50_FPN_Weights
+    class_layers: ClassVar[Mapping[str, int]] = {"head.classification_head.cls_logits": 1}
+    opens = OneStageView
+
+    def __init__(
+        self,
+        classes: Sequence[str] | None = None,
+        depth: int = 50,
+        width: float = 1.0,
+        norm: str = "live",
+        norm_eps: float = 1e-5,
+        stride_in_1x1: bool = False,
+        trainable_stages: int = 5,
+        neck_channels: int = 256,
+        p6_from: str = "p5",
+        anchor_sizes: Sequence[Sequence[float]] = (
+            (32, 40, 50),
+            (64, 80, 101),
+            (128, 161, 203),
+            (256, 322, 406),
+            (512, 645, 812),
+        ),
+        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        fg_iou_thresh: float = 0.5,
+        bg_iou_thresh: float = 0.4,
+        head_norm: str = "none",
+        box_loss: str = "l1",
+        topk_candidates: int = 1000,
+        score_thresh: float = 0.05,
+        nms_thresh: float = 0.5,
+        detections_per_img: int = 300,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        min_size: int = 800,
+        max_size: int = 1333,
+        backbone_weights: str | None = None,
+        weights: str | None = None,
+        head: str = "keep",
+    ) -> None:
+        options = arguments(locals())
+        names = checkpoints.class_names(classes, weights, self.enum)
+        body = ResNet(depth, width, norm, norm_eps, stride_in_1x1)
+        generator = anchor_generator(anchor_sizes, anchor_ratios)
+        anchors = dict(zip(STRIDES, generator.num_anchors_per_location(), strict=True))
+        net = retinanet.RetinaNet(
+            with_fpn(body, 2, neck_channels, _p6_p7(body, neck_channels, p6_from)),
+            len(names) + 1,
+            anchor_generator=generator,
+            head=_head(neck_channels, anchors[STRIDES[0]], len(names) + 1, head_norm, box_loss),
+            image_mean=list(mean),
+            image_std=list(std),
+            **{name: value for name, value in options.items() if name.startswith(PASSED_ON)},
+        )
+        facts = Facts(
+            family=self.family,
+            two_stage=False,
+            classes=names,
+            body=dict(zip((4, 8, 16, 32), body.channels, strict=True)),
+            neck=dict.fromkeys(STRIDES, neck_channels),
+            anchors=anchors,
+            mean=tuple(mean),
+            std=tuple(std),
+            norm=norm,
+        )
+        super().__init__(net, facts, options, freeze(net.backbone.body, trainable_stages))
+        self.pool = roi_align(STRIDES[:3], 7, 2)
+        """RoIAlign over P3..P5, for losses that look at regions; RetinaNet itself has none."""
+        checkpoints.initialise(self, backbone_weights, weights, head)
+
+
+def _p6_p7(body: ResNet, neck_channels: int, p6_from: str) -> Any:
+    if p6_from not in ("p5", "c5"):
+        raise DistillError(f"p6_from: expected p5 or c5, got {p6_from!r}")
+    levels = LastLevelP6P7(neck_channels if p6_from == "p5" else body.channels[-1], neck_channels)
+    levels.use_P5 = p6_from == "p5"  # torchvision guesses it from the channels, wrongly where C5 is as wide as the neck
+    return levels
+
+
+def _head(channels: int, anchors: int, outputs: int, norm: str, box_loss: str) -> Any:
+    if norm not in ("none", "group") or (norm == "group" and channels % 32):
+        raise DistillError(f"head_norm: expected none, or group with neck_channels a multiple of 32, got {norm!r}")
+    if box_loss not in ("l1", "smooth_l1", "giou", "diou", "ciou"):
+        raise DistillError(f"box_loss: expected l1, smooth_l1, giou, diou or ciou, got {box_loss!r}")
+    layer = partial(nn.GroupNorm, 32) if norm == "group" else None
+    head = retinanet.RetinaNetHead(channels, anchors, outputs, norm_layer=layer)
+    head.regression_head._loss_type = box_loss
+    return head

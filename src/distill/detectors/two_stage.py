@@ -1,0 +1,233 @@
+"""Faster R-CNN on a ResNet with FPN: torchvision's own model, and its View."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, faster_rcnn
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from distill.detectors import checkpoints
+from distill.detectors.backbones import ResNet, freeze, with_fpn
+from distill.detectors.base import Detector, anchor_generator, arguments
+from distill.detectors.views import LazyView, full, geometry, network, roi_align, temporarily
+from distill.types import Detections, Facts, Pyramid, Regions
+
+STRIDES = (4, 8, 16, 32, 64)
+PASSED_ON = ("rpn_", "box_fg", "box_bg", "box_batch", "box_positive", "min_size", "max_size")
+"""Beginnings of the arguments that torchvision's constructor takes under the same names."""
+
+
+class TwoStageView(LazyView):
+    """A Faster R-CNN looking at a batch."""
+
+    @property
+    def generator(self) -> Any:
+        """torchvision's AnchorGenerator."""
+        return self.net.rpn.anchor_generator
+
+    @property
+    def pool(self) -> Any:
+        """RoIAlign over P2..P5."""
+        return self.net.roi_heads.box_roi_pool
+
+    @network
+    def _dense(self) -> tuple[Pyramid, Pyramid]:
+        scores, deltas = self.net.rpn.head(list(self.neck.values()))
+        strides = self.facts.neck
+        return dict(zip(strides, map(full, scores), strict=True)), dict(zip(strides, map(full, deltas), strict=True))
+
+    @property
+    def objectness(self) -> Pyramid:
+        """Stride -> RPN logits (B, A, H, W)."""
+        return self._dense[0]
+
+    @property
+    def deltas(self) -> Pyramid:
+        """Stride -> RPN deltas (B, A*4, H, W)."""
+        return self._dense[1]
+
+    @geometry
+    def _flat(self) -> tuple[Tensor, Tensor]:
+        """Objectness (B*HWA, 1) and deltas (B*HWA, 4) over all levels."""
+        flat = concat_box_prediction_layers(list(self.objectness.values()), list(self.deltas.values()))
+        return flat[0], flat[1]
+
+    @geometry
+    def _image_anchors(self) -> list[Tensor]:
+        return [torch.cat(list(self.anchors.values()))] * len(self.batch)
+
+    @geometry
+    def proposals(self) -> list[Tensor]:
+        """(P, 4) per image, clipped, after NMS, best first, detached."""
+        rpn, (objectness, deltas) = self.net.rpn, self._flat
+        boxes = rpn.box_coder.decode(deltas.detach(), self._image_anchors).view(len(self.batch), -1, 4)
+        counts = [len(level) for level in self.anchors.values()]
+        with temporarily(rpn, training=self.training):
+            return list(rpn.filter_proposals(boxes, objectness, self.sizes, counts)[0])
+
+    @geometry
+    def _rpn_losses(self) -> tuple[Tensor, Tensor]:
+        rpn, anchors = self.net.rpn, self._image_anchors
+        labels, truth = rpn.assign_targets_to_anchors(anchors, self.targets)
+        with self.draw(0):
+            objectness, box = rpn.compute_loss(*self._flat, labels, rpn.box_coder.encode(truth, anchors))
+        return objectness, box
+
+    @geometry
+    def _sample(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Boxes, labels and regression targets of the regions that the box head learns from."""
+        if self.seed is None:
+            _ = self._rpn_losses  # draws first in torchvision; under a seed each draw has a stream of its own
+        with self.draw(1):
+            boxes, _, labels, regression = self.net.roi_heads.select_training_samples(self.proposals, self.targets)
+        return boxes, labels, list(regression)
+
+    @geometry
+    def rois(self) -> Regions:
+        """The regions that the box head learns from: proposals and ground truth, sampled once."""
+        boxes, labels, _ = self._sample
+        return Regions(boxes, labels)
+
+    def roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Class logits (R, K+1), background first, and deltas (R, (K+1)*4), class-major."""
+        return self.keep("roi_logits", boxes, self._roi_logits)
+
+    def _roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        heads, features = self.net.roi_heads, self.roi_features(boxes)
+        with self.scope(autocast=True):
+            logits, deltas = heads.box_predictor(heads.box_head(features))
+        return full(logits), full(deltas)
+
+    @geometry
+    def losses(self) -> dict[str, Tensor]:
+        """loss_classifier, loss_box_reg, loss_objectness, loss_rpn_box_reg."""
+        boxes, labels, regression = self._sample
+        objectness, rpn_box = self._rpn_losses
+        classifier, box = fastrcnn_loss(*self.roi_logits(boxes), labels, regression)
+        return {
+            "loss_classifier": classifier,
+            "loss_box_reg": box,
+            "loss_objectness": objectness,
+            "loss_rpn_box_reg": rpn_box,
+        }
+
+    def predictions(
+        self, score: float | None = None, nms: float | None = None, top: int | None = None
+    ) -> list[Detections]:
+        """Detections in resized pixels; the thresholds default to the detector's own."""
+        heads, proposals = self.net.roi_heads, self.proposals
+        logits, deltas = self.roi_logits(proposals)
+        thresholds = {"score_thresh": score, "nms_thresh": nms, "detections_per_img": top}
+        with self.scope(autocast=False), temporarily(heads, **thresholds):
+            found = heads.postprocess_detections(logits, deltas, proposals, self.sizes)
+        return [Detections(*one) for one in zip(*found, strict=True)]
+
+
+class FasterRCNN(Detector):
+    """Faster R-CNN with a ResNet and a feature pyramid of strides 4 to 64 (Ren et al. 2015, Lin et al. 2017).
+
+    Arguments that torchvision has too carry its names and defaults; `score_thresh`, `nms_thresh` and
+    `detections_per_img` are its `box_...` ones.
+
+    Args:
+        classes: names in label order, background left out; None takes those of `weights`.
+        depth: 10 (one basic block a stage), 18, 34, 50, 101 or 152.
+        width: factor on the channels of every stage; 0.25 is the quarter ResNet of DeFeat.
+        norm: of the backbone: ``frozen`` (statistics and affine), ``fixed`` (statistics only), ``live``, or ``sync``
+            (over all processes; on a CPU like ``live``).
+        norm_eps: its epsilon; weights that need another one bring it along.
+        stride_in_1x1: see `backbones.ResNet`.
+        trainable_stages: how many of C5, C4, C3, C2 and the stem are trained. The statistics of the others rest too.
+        anchor_sizes: sides in pixels, a list for each of the strides 4, 8, 16, 32, 64.
+        anchor_ratios: height / width.
+        head_channels: width of the box head's two layers.
+        box_sampling_ratio: RoIAlign's sample points a bin side; 0 adapts to the region's size.
+        mean, std: pixel statistics, of RGB in [0, 1].
+        min_size, max_size: written into `net.transform` for those who use it without us; a View never resizes.
+        backbone_weights: ImageNet weights by torchvision's name (IMAGENET1K_V1, ...) or a file; unused with `weights`.
+        weights: of the whole detector: torchvision's name (COCO_V1), a file, or the folder of a run.
+        head: where classes differ, ``keep`` takes the rows of the same name over, ``new`` starts afresh.
+    """
+
+    family = "faster_rcnn"
+    enum = FasterRCNN_ResNet50_FPN_Weights
+    class_layers: ClassVar[Mapping[str, int]] = {
+        "roi_heads.box_predictor.cls_score": 1,
+        "roi_heads.box_predictor.bbox_pred": 4,
+    }
+    opens = TwoStageView
+
+    def __init__(
+        self,
+        classes: Sequence[str] | None = None,
+        depth: int = 50,
+        width: float = 1.0,
+        norm: str = "live",
+        norm_eps: float = 1e-5,
+        stride_in_1x1: bool = False,
+        trainable_stages: int = 5,
+        neck_channels: int = 256,
+        anchor_sizes: Sequence[Sequence[float]] = ((32,), (64,), (128,), (256,), (512,)),
+        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        rpn_pre_nms_top_n_train: int = 2000,
+        rpn_pre_nms_top_n_test: int = 1000,
+        rpn_post_nms_top_n_train: int = 2000,
+        rpn_post_nms_top_n_test: int = 1000,
+        rpn_nms_thresh: float = 0.7,
+        rpn_fg_iou_thresh: float = 0.7,
+        rpn_bg_iou_thresh: float = 0.3,
+        rpn_batch_size_per_image: int = 256,
+        rpn_positive_fraction: float = 0.5,
+        box_sampling_ratio: int = 2,
+        box_fg_iou_thresh: float = 0.5,
+        box_bg_iou_thresh: float = 0.5,
+        box_batch_size_per_image: int = 512,
+        box_positive_fraction: float = 0.25,
+        head_channels: int = 1024,
+        score_thresh: float = 0.05,
+        nms_thresh: float = 0.5,
+        detections_per_img: int = 100,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        min_size: int = 800,
+        max_size: int = 1333,
+        backbone_weights: str | None = None,
+        weights: str | None = None,
+        head: str = "keep",
+    ) -> None:
+        options = arguments(locals())
+        names = checkpoints.class_names(classes, weights, self.enum)
+        body = ResNet(depth, width, norm, norm_eps, stride_in_1x1)
+        generator = anchor_generator(anchor_sizes, anchor_ratios)
+        net = faster_rcnn.FasterRCNN(
+            with_fpn(body, 1, neck_channels, LastLevelMaxPool()),
+            rpn_anchor_generator=generator,
+            box_roi_pool=roi_align(STRIDES[:4], 7, box_sampling_ratio),
+            box_head=faster_rcnn.TwoMLPHead(neck_channels * 7 * 7, head_channels),
+            box_predictor=faster_rcnn.FastRCNNPredictor(head_channels, len(names) + 1),
+            box_score_thresh=score_thresh,
+            box_nms_thresh=nms_thresh,
+            box_detections_per_img=detections_per_img,
+            image_mean=list(mean),
+            image_std=list(std),
+            **{name: value for name, value in options.items() if name.startswith(PASSED_ON)},
+        )
+        facts = Facts(
+            family=self.family,
+            two_stage=True,
+            classes=names,
+            body=dict(zip(STRIDES[:4], body.channels, strict=True)),
+            neck=dict.fromkeys(STRIDES, neck_channels),
+            anchors=dict(zip(STRIDES, generator.num_anchors_per_location(), strict=True)),
+            mean=tuple(mean),
+            std=tuple(std),
+            norm=norm,
+        )
+        super().__init__(net, facts, options, freeze(net.backbone.body, trainable_stages))
+        checkpoints.initialise(self, backbone_weights, weights, head)

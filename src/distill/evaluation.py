@@ -1,0 +1,88 @@
+"""AP of any detector on any split: the one road that validation, teachers and the command line all take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from distill.classes import shared_labels
+from distill.detectors.base import Detector
+from distill.metrics.base import DetectionMetric
+from distill.types import Batch, Detections
+
+MakeMetric = Callable[[Mapping[str, Any], Sequence[str]], DetectionMetric]
+"""(ground truth in COCO form, class names) -> metric."""
+
+
+class Evaluation:
+    """Collects a detector's detections batch by batch, then gives the numbers of all metrics.
+
+    A detector whose class list differs from the data's is measured on the classes that both name; what it finds of other
+    classes is dropped.
+
+    Raises:
+        DistillError: detector and data share no class name.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        ground_truth: Mapping[str, Any],
+        classes: Sequence[str],
+        metrics: Sequence[MakeMetric],
+        device: torch.device,
+    ) -> None:
+        self.detector = detector
+        self.labels = torch.tensor(shared_labels(detector.facts.classes, classes), device=device)
+        self.metrics = [make(ground_truth, classes).to(device) for make in metrics]
+
+    def update(self, batch: Batch) -> None:
+        """Detect in a batch and remember what was found."""
+        found = self.detector.view(batch, training=False, frozen=True).detections
+        shared = [relabel(detections, self.labels) for detections in found]
+        for metric in self.metrics:
+            metric.update(batch.ids, shared)
+
+    def compute(self) -> dict[str, float]:
+        """Every metric's numbers; equal on all ranks."""
+        values: dict[str, float] = {}
+        for metric in self.metrics:
+            found = metric.compute()
+            assert not values.keys() & found.keys(), "two metrics give a number the same name"
+            values |= found
+        return values
+
+
+def evaluate(
+    detector: Detector,
+    loader: Iterable[Batch],
+    ground_truth: Mapping[str, Any],
+    classes: Sequence[str],
+    metrics: Sequence[MakeMetric],
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """AP and the rest of a detector over a loader, in evaluation mode; equal on all ranks.
+
+    Example:
+        ``evaluate(detector, data.loader("val"), data.ground_truth("val"), data.classes, [CocoMetric])["AP"]``
+    """
+    place = torch.device(device)
+    evaluation = Evaluation(detector, ground_truth, classes, metrics, place)
+    detector.to(place)
+    before = detector.training
+    detector.train(False)
+    try:
+        for batch in loader:
+            evaluation.update(batch.to(place))
+    finally:
+        detector.train(before)
+    return evaluation.compute()
+
+
+def relabel(found: Detections, labels: torch.Tensor) -> Detections:
+    """Detections in the data's labels, without those of classes that the data does not know."""
+    mapped = labels[found.labels]
+    keep = mapped > 0
+    return Detections(found.boxes[keep], found.scores[keep], mapped[keep])

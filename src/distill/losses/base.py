@@ -1,0 +1,175 @@
+"""What all distillation losses share: named weights, the ramp, averages over all processes, and refusals.
+
+A method is a subclass in a file of its own: its mathematics as pure functions, and below them the class that binds
+them to Views.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distill.schedules import Ramp
+from distill.types import DistillError, Facts, Size, View
+
+Share = tuple[Tensor, Tensor]
+"""A sum over this process's batch, attached to the student, and the count that it is to be divided by. Both scalars."""
+
+RAMP = {"shape": "constant", "warmup": 0.0, "stop": 0.0}
+NORMALIZERS = ("global", "process")
+
+
+class DistillLoss(nn.Module):
+    """A distillation method: ``forward(student, teacher)`` gives **unweighted** scalar terms, keyed like `weights`.
+
+    The Distiller multiplies each by ``weights[term] * ramp(progress, epochs)`` and logs both forms.
+
+    Args:
+        weights: flat term name (``neck.foreground``) -> weight. Terms of weight 0 are left out: a subclass builds and
+            computes what is in ``self.weights`` only.
+        ramp: options of :class:`distill.schedules.Ramp`.
+        normalizer: what counts of :meth:`average` run over: ``global``, the batches of all processes, or ``process``.
+        seed: of the loss's own draws and its adapters' start values.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        ramp: Mapping[str, Any] = RAMP,
+        normalizer: str = "global",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        wrong = {
+            name: each
+            for name, each in weights.items()
+            if not (isinstance(each, (int, float)) and 0 <= each < math.inf)
+        }
+        if wrong:
+            raise DistillError(f"{type(self).__name__}: expected weights that are numbers, 0 or more, got {wrong}")
+        if normalizer not in NORMALIZERS:
+            raise DistillError(
+                f"{type(self).__name__}: expected normalizer to be {' or '.join(NORMALIZERS)}, got '{normalizer}'"
+            )
+        self.weights = {name: float(weight) for name, weight in weights.items() if weight}
+        self.ramp = Ramp(**options("ramp", ramp, RAMP))
+        self.normalizer = normalizer
+        self.seed = seed
+        self.epoch = 0
+
+    def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
+        """Unweighted scalar terms by name, all attached to the student, none to the teacher."""
+        raise NotImplementedError
+
+    def on_epoch_start(self, epoch: int, data: Any, teacher: Any) -> None:
+        """Called before each epoch with its number, the data module and the teacher's holder. Draws change with it."""
+        self.epoch = epoch
+
+    def terms(self, place: str) -> list[str]:
+        """Last words of the terms ``place.*`` that have a weight."""
+        return [name.removeprefix(f"{place}.") for name in self.weights if name.startswith(f"{place}.")]
+
+    def seeds(self, ids: Sequence[int]) -> list[int]:
+        """One seed per image, from the loss's seed, the epoch and the image's id: no matter in which batch or process."""
+        return [derive(self.seed, self.epoch, image) for image in ids]
+
+    def average(self, shares: Mapping[str, Sequence[Share]]) -> dict[str, Tensor]:
+        """Term -> mean over its shares (levels, say) of total / max(1, count).
+
+        With ``normalizer="global"`` the counts are summed over all processes, in one all-reduce for all terms, and the
+        value is scaled by their number: so the mean gradient, which DDP takes, is that of one process with the whole
+        batch. Every process must come here with the same terms.
+        """
+        counts = [count.detach().to(total.dtype) for each in shares.values() for total, count in each]
+        if not counts:
+            return {}
+        summed, processes = torch.stack(counts), 1
+        if self.normalizer == "global":
+            summed, processes = over_processes(summed)
+        factors = iter((processes / summed.clamp(min=1)).unbind())
+        return {term: torch.stack([total * next(factors) for total, _ in each]).mean() for term, each in shares.items()}
+
+
+def over_processes(values: Tensor) -> tuple[Tensor, int]:
+    """Sum of `values` over all processes, and their number; of this one alone where nothing is distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values, 1
+    values = values.clone()
+    dist.all_reduce(values)
+    return values, dist.get_world_size()
+
+
+def full(x: Tensor) -> Tensor:
+    """At least float32: half precision is lifted, float32 and float64 stay."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def derive(*words: int | str) -> int:
+    """A seed from a path of numbers and words, equal on every machine."""
+    text = "/".join(map(str, words))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def options(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`defaults` updated by `given`; an option that they do not name is refused."""
+    unknown = [key for key in given if key not in defaults]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), defaults, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise DistillError(f"{name}: unknown option '{unknown[0]}', expected one of {', '.join(defaults)}{hint}")
+    return {**defaults, **given}
+
+
+def shared_levels(
+    name: str, student: Mapping[int, int], teacher: Mapping[int, int], levels: Sequence[int] | None
+) -> list[int]:
+    """Strides, finest first, that both models have: all of them, or those of `levels`.
+
+    Args:
+        name: of the place, for the error.
+        student, teacher: channels by stride.
+        levels: the strides asked for; None for all that are shared.
+
+    Raises:
+        DistillError: no shared stride, or one asked for that is not.
+    """
+    shared = sorted(set(student) & set(teacher))
+    missing = [level for level in levels or () if level not in shared]
+    if not missing and shared and (levels is None or len(levels) > 0):
+        return shared if levels is None else sorted(set(levels))
+    raise DistillError(
+        f"{name}.levels: expected strides that both models have, got {levels if levels is None else list(levels)}; "
+        f"the student has {list(student)}, the teacher {list(teacher)}, shared are {shared}. "
+        f"Set {name}.levels to some of these, set the weights of {name} to 0, or choose another teacher"
+    )
+
+
+def check_shapes(where: str, student: Tensor, teacher: Tensor, remedy: str) -> None:
+    """Refuse tensors of unequal shape, which would broadcast or fail far from their cause; adapters are behind them."""
+    if student.shape != teacher.shape:
+        raise DistillError(
+            f"{where}: expected student and teacher of equal shape, got the student's {tuple(student.shape)} (after its "
+            f"adapter, if any) and the teacher's {tuple(teacher.shape)}. {remedy}"
+        )
+
+
+def size(x: Tensor) -> Size:
+    """(height, width) of a map."""
+    return x.shape[-2], x.shape[-1]
+
+
+def check_two_stage(name: str, student: Facts, teacher: Facts) -> None:
+    """Refuse a detector without regions."""
+    for who, facts in (("student", student), ("teacher", teacher)):
+        if not facts.two_stage:
+            raise DistillError(
+                f"{name}: both detectors must be two-stage, but the {who} is a {facts.family}. Set the weights of {name} "
+                f"to 0, or choose a Faster R-CNN as the {who}"
+            )

@@ -1,0 +1,201 @@
+"""Masks: which cells of a feature map count, from boxes and the maps' sizes. Pure functions, vectorised over boxes.
+
+Every mask is a dict stride -> weights (B, H, W) in [0, 1], float32, 1 for "object". Boxes come as one (N, 4) tensor per
+image, xyxy in pixels of the resized image: ground truth, proposals or predictions alike. The maps cover the padded
+batch, so padding is background. Nothing here waits for the device.
+
+A box lies on exactly one of the given levels (:func:`assign`). For a mask with every box on a map, ask for that map alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_iou
+
+from distill.types import DistillError, Size, View
+
+KINDS = ("ground_truth", "fine_grained", "gaussian", "random", "none")
+Masks = dict[int, Tensor]
+
+
+def build(
+    kind: str,
+    view: View,
+    sizes: Mapping[int, Size],
+    *,
+    scale: float = 56.0,
+    threshold: float = 0.5,
+    seeds: Sequence[int] = (),
+) -> Masks:
+    """The mask of a kind for the ground truth of a View's batch.
+
+    Args:
+        kind: ``ground_truth``, ``fine_grained``, ``gaussian``, ``random`` or ``none``: the functions below.
+        view: its batch gives the boxes, and its anchors are read by ``fine_grained`` alone.
+        sizes: stride -> (height, width) of the map, in cells, finest first.
+        scale: of the level rule, in pixels.
+        threshold: of ``fine_grained``.
+        seeds: one number per image, for ``random``.
+    """
+    boxes = [target.boxes for target in view.batch.targets]
+    if kind == "fine_grained":
+        return fine_grained(boxes, view.anchors, sizes, threshold, scale)
+    if kind == "gaussian":
+        return gaussian(boxes, sizes, scale)
+    if kind == "random":
+        return random(ground_truth(boxes, sizes, scale), seeds)
+    if kind == "none":
+        return none(len(boxes), sizes, view.batch.images.device)
+    if kind == "ground_truth":
+        return ground_truth(boxes, sizes, scale)
+    raise AssertionError(f"mask kind {kind} was not checked")
+
+
+def check(kind: str, scale: float = 56.0, threshold: float = 0.5) -> None:
+    """Refuse what :func:`build` cannot make."""
+    if kind not in KINDS:
+        raise DistillError(f"mask: expected one of {', '.join(KINDS)}, got '{kind}'")
+    if not scale > 0:
+        raise DistillError(f"mask_scale: expected pixels, above 0, got {scale}")
+    if not 0 <= threshold < 1:
+        raise DistillError(f"mask_threshold: expected a part of the best IoU, from 0 to below 1, got {threshold}")
+
+
+def assign(boxes: Tensor, levels: int, scale: float = 56.0) -> Tensor:
+    """Level, from 0 to `levels` - 1, of boxes (..., 4): clamp(floor(log2(s / scale + 1e-6)), 0, levels - 1).
+
+    s = sqrt((x2 - x1 + 1)(y2 - y1 + 1)), the "+1" as DeFeat's and FGFI's code has it.
+    """
+    width, height = (boxes[..., 2:] - boxes[..., :2] + 1).unbind(-1)
+    ratio = (width * height).sqrt() / scale + 1e-6
+    # Counting the powers of two that fit is the floored logarithm, without the logarithm's rounding.
+    return sum(((ratio >= 2.0**level).long() for level in range(1, levels)), start=torch.zeros_like(ratio).long())
+
+
+def ground_truth(boxes: Sequence[Tensor], sizes: Mapping[int, Size], scale: float = 56.0) -> Masks:
+    """1 on the cells that boxes cover, edges truncated, right and bottom exclusive (DeFeat, released code).
+
+    A box thinner than a cell in any direction sets one single cell.
+    """
+    masks = {}
+    for stride, (rows, columns) in _spans(boxes, sizes, scale).items():
+        # The union of boxes is where the sum over boxes (b, n) of row (h) x column (w) indicators is positive.
+        count = torch.einsum("bnh,bnw->bhw", rows.inside.float(), columns.inside.float())
+        masks[stride] = (count > 0).float()
+    return masks
+
+
+def gaussian(boxes: Sequence[Tensor], sizes: Mapping[int, Size], scale: float = 56.0) -> Masks:
+    """A bump per box, the largest where boxes overlap (TADF, Sun et al. 2020, as DeFeat's repository holds it).
+
+    On the truncated cells of the box, x = 0..w-1 and y = 0..h-1:
+    exp(-((x - w/2) / (w/2))^2 / 2) exp(-((y - h/2) / (h/2))^2 / 2), so it leans half a cell to the right and bottom.
+    A box thinner than a cell in any direction sets one single cell to 1.
+    """
+    masks = {}
+    for stride, (rows, columns) in _spans(boxes, sizes, scale).items():
+        images = zip(rows.bump, columns.bump, strict=True)
+        # Image by image, for (N, H, W) is large.
+        masks[stride] = torch.stack([(row[:, :, None] * column[:, None]).amax(0) for row, column in images])
+    return masks
+
+
+def fine_grained(
+    boxes: Sequence[Tensor],
+    anchors: Mapping[int, Tensor],
+    sizes: Mapping[int, Size],
+    threshold: float = 0.5,
+    scale: float = 56.0,
+) -> Masks:
+    """1 where any anchor of the cell has an IoU above `threshold` times the best IoU that the box has on its level.
+
+    Source: FGFI, Wang et al., CVPR 2019; the level of a box as DeFeat's rerun has it. IoU is torchvision's, without
+    the "+1" of the original, so masks can differ from it by border cells.
+
+    Args:
+        boxes: (N, 4) per image.
+        anchors: stride -> (H*W*A, 4), rows in the order (row, column, anchor).
+        sizes: stride -> (H, W).
+        threshold: the paper's psi. At 1 nothing is on, for the comparison is strict.
+        scale: of the level rule, in pixels.
+    """
+    padded, valid = _pad(boxes)
+    level = assign(padded, len(sizes), scale)
+    masks = {}
+    for index, (stride, (height, width)) in enumerate(sizes.items()):
+        masks[stride] = torch.stack(
+            [
+                _above(box_iou(anchors[stride], image) * on, threshold).view(height, width, -1).any(-1).float()
+                for image, on in zip(padded, valid & (level == index), strict=True)
+            ]
+        )
+    return masks
+
+
+def _above(iou: Tensor, threshold: float) -> Tensor:
+    """(anchors, N) -> (anchors,): anchors that come near enough to the best one of any box."""
+    return (iou > threshold * iou.amax(0)).any(-1)
+
+
+def random(like: Masks, seeds: Sequence[int]) -> Masks:
+    """As many cells as each image sets on each level of `like`, at places drawn from the image's own seed.
+
+    So only the place differs from `like`, not the amount. `like` has weights 0 and 1.
+    """
+    first = next(iter(like.values()))
+    generators = [torch.Generator(first.device).manual_seed(seed) for seed in seeds]
+    return {stride: torch.stack([*map(_shuffled, mask, generators)]) for stride, mask in like.items()}
+
+
+def _shuffled(mask: Tensor, generator: torch.Generator) -> Tensor:
+    draw = torch.rand(mask.numel(), generator=generator, device=mask.device)
+    return (draw.argsort().view_as(mask) < mask.sum()).float()
+
+
+def none(batch: int, sizes: Mapping[int, Size], device: torch.device | None = None) -> Masks:
+    """1 everywhere: all regions alike."""
+    return {stride: torch.ones(batch, *size, device=device) for stride, size in sizes.items()}
+
+
+class _Span:
+    """The cells (B, N, cells) that boxes cover along one axis of a map, from `start` to `end`, exclusive."""
+
+    def __init__(self, start: Tensor, end: Tensor, single: Tensor, on: Tensor, cells: int) -> None:
+        self._single = single[..., None]
+        # A box at the far border may truncate to a cell behind the last one.
+        self._start = start.clamp(max=cells - 1)[..., None]
+        self._end = torch.where(self._single, self._start + 1, end[..., None])
+        self._cell = torch.arange(cells, device=start.device)
+        self.inside = (self._cell >= self._start) & (self._cell < self._end) & on[..., None]
+
+    @property
+    def bump(self) -> Tensor:
+        half = (self._end - self._start).clamp(min=1) / 2
+        bump = torch.exp(-0.5 * ((self._cell - self._start - half) / half) ** 2)
+        return torch.where(self._single, 1.0, bump) * self.inside
+
+
+def _spans(boxes: Sequence[Tensor], sizes: Mapping[int, Size], scale: float) -> dict[int, tuple[_Span, _Span]]:
+    """Stride -> rows and columns of the boxes that lie on that level."""
+    padded, valid = _pad(boxes)
+    level = assign(padded, len(sizes), scale)
+    spans = {}
+    for index, (stride, (height, width)) in enumerate(sizes.items()):
+        left, top, right, bottom = (padded / stride).trunc().clamp(min=0).unbind(-1)
+        right, bottom = right.clamp(max=width), bottom.clamp(max=height)
+        single, on = (left >= right) | (top >= bottom), valid & (level == index)
+        spans[stride] = _Span(top, bottom, single, on, height), _Span(left, right, single, on, width)
+    return spans
+
+
+def _pad(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, N, 4) float32 and which of them are real (B, N); N is at least 1, so that maxima over boxes exist."""
+    # Real boxes are marked in a fifth column: counts from the host would have to be sent to the device.
+    marked = [F.pad(F.pad(each.float(), (0, 1), value=1.0), (0, 0, 0, 1)) for each in boxes]
+    padded = pad_sequence(marked, batch_first=True)
+    return padded[..., :4], padded[..., 4] > 0

@@ -1,0 +1,1 @@
+"""Evaluation: :class:`distill.metrics.coco.CocoMetric` and :class:`distill.metrics.voc.VocMetric`."""

@@ -1,0 +1,112 @@
+"""How the weights move: optimiser, parameter groups, learning rate over the steps, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.ops import FrozenBatchNorm2d
+
+from distill import schedules
+from distill.types import DistillError
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
+SHAPES = ("step", "cosine", "one_cycle", "constant")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Optimiser and learning rate of a run.
+
+    The rate is ``lr * warmup * shape``: a linear warm-up over ``warmup_steps`` from ``warmup_factor``, and one of
+
+    * ``step``: times ``gamma`` after each of ``milestones`` (epochs),
+    * ``cosine``: half a cosine from 1 to 0,
+    * ``one_cycle``: half a cosine up from 1/25 over the first 30 % of the steps, and one down to 0 (Smith 2018, as
+      torch's ``OneCycleLR`` has it),
+    * ``constant``.
+
+    Args:
+        epochs: passes over the training split.
+        steps: optimiser steps at most; -1 for no limit.
+        optimizer: called with parameter groups; gives the optimiser and its base rate.
+        base_batch: scale the rate by (total batch / ``base_batch``), where the total counts processes and accumulation.
+        decay_norms: whether weight decay applies to norms and biases as well.
+        adapter_rate: rate of the distillation losses' own parameters relative to the student's.
+        clip: L2 norm that the gradient is clipped to.
+        accumulate: batches per optimiser step.
+        evaluate_every: epochs between evaluations.
+    """
+
+    epochs: int = 12
+    steps: int = -1
+    optimizer: Callable[[Iterable[Any]], Optimizer] = field(
+        default=partial(SGD, lr=0.02, momentum=0.9, weight_decay=1e-4)
+    )
+    shape: str = "step"
+    milestones: Sequence[float] = (8, 11)
+    gamma: float = 0.1
+    warmup_steps: int = 500
+    warmup_factor: float = 0.001
+    base_batch: int | None = None
+    decay_norms: bool = True
+    adapter_rate: float = 1.0
+    clip: float | None = None
+    accumulate: int = 1
+    evaluate_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise DistillError(f"schedule.shape: expected one of {', '.join(SHAPES)}, got '{self.shape}'")
+        if self.epochs < 1 or self.accumulate < 1 or self.evaluate_every < 1 or self.warmup_steps < 0:
+            raise DistillError(
+                f"schedule: epochs, accumulate and evaluate_every start at 1, warmup_steps at 0; got {self}"
+            )
+
+    def build(self, student: nn.Module, adapters: nn.Module, steps: int, batch: int) -> tuple[Optimizer, LambdaLR]:
+        """Optimiser and scheduler (stepped after each step) for ``steps`` steps at a total batch of ``batch``."""
+        groups = [*self._groups(student, 1.0), *self._groups(adapters, self.adapter_rate)]
+        optimizer = self.optimizer([{"params": group["params"]} for group in groups])
+        scale = 1.0 if self.base_batch is None else batch / self.base_batch
+        for ours, group in zip(groups, optimizer.param_groups, strict=True):
+            group["lr"] *= scale * ours["rate"]
+            if not ours["decays"]:
+                group["weight_decay"] = 0.0
+        return optimizer, LambdaLR(optimizer, self.factor(steps))
+
+    def factor(self, steps: int) -> Callable[[int], float]:
+        """Multiplier of the base rate at each of ``steps`` steps."""
+        total = max(1, steps)
+        milestones = [round(milestone / self.epochs * total) for milestone in self.milestones]
+        shapes: dict[str, Callable[[int], float]] = {
+            "step": lambda step: schedules.drops(step, milestones, self.gamma),
+            "cosine": lambda step: schedules.cosine(step, total),
+            "one_cycle": lambda step: schedules.one_cycle(step, total),
+            "constant": lambda step: 1.0,
+        }
+        shape = shapes[self.shape]
+        return lambda step: schedules.warmup(step, self.warmup_steps, self.warmup_factor) * shape(step)
+
+    def _groups(self, module: nn.Module, rate: float) -> list[dict[str, Any]]:
+        decaying: list[Parameter] = []
+        plain: list[Parameter] = []
+        for owner in module.modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    spared = not self.decay_norms and (isinstance(owner, NORMS) or name.endswith("bias"))
+                    (plain if spared else decaying).append(parameter)
+        return [
+            {"params": params, "decays": decays, "rate": rate}
+            for params, decays in ((_unique(decaying), True), (_unique(plain), False))
+            if params
+        ]
+
+
+def _unique(parameters: Sequence[Parameter]) -> list[Parameter]:
+    return list({id(parameter): parameter for parameter in parameters}.values())

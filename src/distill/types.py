@@ -1,0 +1,172 @@
+"""The vocabulary: what flows between data, detectors, losses and the Distiller. No behaviour lives here.
+
+Axis letters, used in every docstring: B images, C channels, H W map height and width, L levels, A anchors per cell,
+K classes (background not counted), R regions. Boxes are ``xyxy`` in pixels of the *resized* image unless a name says
+otherwise. Labels are torchvision's: 0 is background, class ``i`` of ``classes`` has label ``i + 1``. Student first,
+teacher second, always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a mistyped command line should not wait for it
+    import torch
+    from torch import Tensor
+
+Pyramid: TypeAlias = "dict[int, Tensor]"
+"""Maps (B, C, H, W) keyed by nominal stride in pixels, finest first."""
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+class DistillError(Exception):
+    """Something a user can mend: says what was expected, what came, where, and what to do next."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Ground truth of one image: boxes (N, 4) float32 and labels (N,) int64 from 1 to K. Crowds are left out."""
+
+    boxes: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
+        return Target(
+            self.boxes.to(device, non_blocking=non_blocking), self.labels.to(device, non_blocking=non_blocking)
+        )
+
+    def pin_memory(self) -> Target:
+        return Target(self.boxes.pin_memory(), self.labels.pin_memory())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images made once, on the workers, and seen by both models: resized and padded, but **not** normalised.
+
+    A dataclass with ``to`` and ``pin_memory``, because torch would turn the tuples inside a NamedTuple into lists.
+    """
+
+    images: Tensor
+    """(B, 3, H, W) uint8 RGB, zero-padded to the right and below."""
+    sizes: tuple[Size, ...]
+    """Size of each resized image, without its padding."""
+    original_sizes: tuple[Size, ...]
+    """Size of each image as stored on disk."""
+    targets: tuple[Target, ...]
+    ids: tuple[int, ...]
+    """Image ids of the data set (64-bit)."""
+
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
+        """Move the tensors; asynchronously where the memory is pinned."""
+        fast = self.images.is_pinned() if non_blocking is None else non_blocking
+        moved = tuple(target.to(device, fast) for target in self.targets)
+        return Batch(self.images.to(device, non_blocking=fast), self.sizes, self.original_sizes, moved, self.ids)
+
+    def pin_memory(self) -> Batch:
+        pinned = tuple(target.pin_memory() for target in self.targets)
+        return Batch(self.images.pin_memory(), self.sizes, self.original_sizes, pinned, self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Detections(NamedTuple):
+    """What a detector found in one image: boxes (N, 4), scores (N,) in [0, 1], labels (N,) from 1 to K, best first."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+class Regions(NamedTuple):
+    """Sampled regions of a two-stage detector, one tensor per image: boxes (R, 4) and labels (R,), 0 = background."""
+
+    boxes: list[Tensor]
+    labels: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a detector is, known before any forward pass: enough to build adapters and to refuse a bad match."""
+
+    family: str
+    """``faster_rcnn`` or ``retinanet``."""
+    two_stage: bool
+    classes: tuple[str, ...]
+    body: dict[int, int]
+    """Stride -> channels of the backbone's stages (C2..C5)."""
+    neck: dict[int, int]
+    """Stride -> channels of the feature pyramid."""
+    anchors: dict[int, int]
+    """Stride -> anchors per cell (A)."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    norm: str
+    """Normalisation of the backbone: ``frozen``, ``fixed``, ``live`` or ``sync``."""
+
+    def plain(self) -> dict[str, Any]:
+        """The facts in plain containers, for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class View(Protocol):
+    """One detector looking at one batch. Each stage is computed on first use and kept; the reading order changes nothing.
+
+    A frozen (teacher's) View enters ``no_grad`` around each stage. Per-level entries are keyed by stride.
+    """
+
+    batch: Batch
+    facts: Facts
+
+    @property
+    def body(self) -> Pyramid: ...
+
+    @property
+    def neck(self) -> Pyramid: ...
+
+    @property
+    def anchors(self) -> dict[int, Tensor]:
+        """Stride -> (H*W*A, 4) float32, shared by all images of the batch."""
+
+    @property
+    def class_logits(self) -> Pyramid:
+        """Dense class logits (B, A*K, H, W), one-stage only."""
+
+    @property
+    def objectness(self) -> Pyramid:
+        """RPN logits (B, A, H, W), two-stage only."""
+
+    @property
+    def deltas(self) -> Pyramid:
+        """Dense box deltas (B, A*4, H, W)."""
+
+    @property
+    def proposals(self) -> list[Tensor]:
+        """Two-stage: (P, 4) float32 per image, detached."""
+
+    @property
+    def rois(self) -> Regions:
+        """Two-stage: the regions sampled for the box head, ground truth added. Drawn once."""
+
+    def roi_features(self, boxes: Sequence[Tensor]) -> Tensor:
+        """(R, C, 7, 7) for the regions of all images in order; kept per box list."""
+
+    def roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Two-stage: (R, K+1) class logits and (R, (K+1)*4) box deltas; kept per box list."""
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """The detector's own supervised losses, scalars by torchvision's names."""
+
+    def predictions(
+        self, score: float | None = None, nms: float | None = None, top: int | None = None
+    ) -> list[Detections]:
+        """Detections in resized pixels; the thresholds default to the detector's own."""
+
+    @property
+    def detections(self) -> list[Detections]:
+        """After NMS, in the original image's pixels."""

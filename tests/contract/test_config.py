@@ -1,0 +1,128 @@
+"""Every option composes, names its constructor's every parameter, and a mistyped one is answered with the nearest name."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from distill.cli import config
+from distill.types import DistillError
+
+# `base` is what the other options of its group inherit; it is not complete.
+OPTIONS = [(group, option) for group, options in config.groups().items() for option in options if option != "base"]
+GIVEN = {"classes", "student", "teacher", "ground_truth"}  # handed over at run time, so no YAML can name them
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
+def test_every_option_composes(group: str, option: str) -> None:
+    cfg = config.composed([f"{group}={option}", "paths.run=x"])
+    assert cfg.data.source
+
+
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield path, node
+        for key in node:
+            if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
+                yield from targets(node[key], f"{path}.{key}")
+
+
+OURS = [
+    (group, option)
+    for group, option in OPTIONS
+    if group in ("data", "model", "distill", "schedule", "metrics", "callbacks")
+]
+
+
+@pytest.mark.parametrize(("group", "option"), OURS, ids=lambda value: value)
+def test_yaml_names_every_parameter_of_our_constructors(group: str, option: str) -> None:
+    cfg = config.composed([f"{group}={option}", "paths.run=x"])
+    found = [(path, node) for path, node in targets(cfg[group]) if node._target_.startswith("distill.")]
+    assert found or (group, option) == ("distill", "none")
+    for path, node in found:
+        parameters = inspect.signature(get_class(node._target_)).parameters
+        assert not [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)], path
+        keys = {str(key) for key in node} - {"_target_", "_partial_"}
+        assert keys <= set(parameters), f"{group}/{option}{path}"
+        assert set(parameters) - keys <= GIVEN, f"{group}/{option}{path}"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("modle=frcnn_r50", "no group or key 'modle'; did you mean model"),
+        ("model=frcnn_r5", "group 'model' has no option 'frcnn_r5'; did you mean frcnn_r50"),
+        ("distill=[defeat,defet]", "group 'distill' has no option 'defet'; did you mean defeat"),
+        ("schedule.epoch=3", "no key 'schedule.epoch'; did you mean schedule.epochs"),
+        (
+            "schedule.optimizer.momentumm=3",
+            "no key 'schedule.optimizer.momentumm'; did you mean schedule.optimizer.momentum",
+        ),
+        ("data.source.trian=3", "no key 'data.source.trian'; did you mean data.source.train"),
+        ("sed=3", "no group or key 'sed'; did you mean seed"),
+        ("model=[", "cannot read the command line"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest(line: str, message: str) -> None:
+    with pytest.raises(DistillError) as caught:
+        config.check([line])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["seed=0,1,2", "distill=none,defeat"],
+        ["schedule.optimizer.lr=interval(0.001,0.1)"],
+        ["~callbacks.rate"],
+        ["+data.extra=1"],
+        ["distill=[none,defeat]"],
+        ["model=glob(frcnn*)", "seed=range(0,3)"],
+    ],
+)
+def test_what_hydra_allows_is_let_through(lines: list[str]) -> None:
+    config.check(lines)
+
+
+def test_every_value_of_a_swept_group_is_checked() -> None:
+    with pytest.raises(DistillError, match="no option 'defet'"):
+        config.check(["distill=none,defet"])
+
+
+def test_every_student_has_a_default_teacher_and_can_be_one() -> None:
+    known = config.groups()
+    students = set(known["model"])
+    assert students == {name.removeprefix("of/") for name in known["teacher"] if name.startswith("of/")}
+    assert students <= set(known["teacher"])
+
+
+@pytest.mark.parametrize("line", ["--help", "model=frcnn_r5"])
+def test_help_and_mistakes_come_before_anything_heavy(line: str) -> None:
+    heavy = "{'torch', 'lightning', 'torchvision'} & set(sys.modules) or 'light'"
+    code = f"import atexit, sys; atexit.register(lambda: print({heavy})); from distill.cli import main; main(['train', sys.argv[1]])"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, line], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].endswith("light"), done.stdout + done.stderr
+    assert time.monotonic() - start < 2.5
+
+
+def test_import_is_light() -> None:
+    code = "import sys, distill; assert not {'torch', 'lightning', 'torchvision', 'hydra'} & set(sys.modules); dir(distill)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_train_py_is_the_verb_train() -> None:
+    top = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, str(top / "train.py"), "--cfg", "job"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "_target_: lightning.Trainer" in done.stdout

@@ -1,0 +1,471 @@
+"""The View's promises: equal to torchvision bit for bit, lazy, the same in any reading order, float32 geometry."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.detectors.base import Detector
+from distill.detectors.one_stage import RetinaNet
+from distill.detectors.two_stage import FasterRCNN
+from distill.types import Batch, DistillError, Target
+
+SIZES = ((96, 64), (70, 100), (128, 90))
+FEW = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_train": 50}
+FAMILIES = ["faster_rcnn", "retinanet"]
+
+
+def build(family: str, seed: int = 0, **options: Any) -> Any:
+    """A small detector whose fresh weights are large enough to tell boxes and classes apart."""
+    torch.manual_seed(seed)
+    kind: Any = FasterRCNN if family == "faster_rcnn" else RetinaNet
+    extra = {**FEW, "head_channels": 32, "rpn_post_nms_top_n_test": 30} if family == "faster_rcnn" else {}
+    settings = {"depth": 10, "width": 0.25, "neck_channels": 32, "norm": "frozen", **extra, **options}
+    detector = kind(["cat", "dog", "owl"], **settings)
+    for layer in detector.class_layers:
+        module = detector.net.get_submodule(layer)
+        torch.nn.init.normal_(module.weight, std=0.05)
+        torch.nn.init.normal_(module.bias, std=0.5)
+    return detector
+
+
+def batch(sizes: tuple[tuple[int, int], ...] = SIZES, seed: int = 1) -> Batch:
+    """Images of several sizes in one padded tensor; the second one has no boxes."""
+    generator = torch.Generator().manual_seed(seed)
+    height = math.ceil(max(h for h, _ in sizes) / 32) * 32
+    width = math.ceil(max(w for _, w in sizes) / 32) * 32
+    images = torch.zeros(len(sizes), 3, height, width, dtype=torch.uint8)
+    targets = []
+    for index, (h, w) in enumerate(sizes):
+        images[index, :, :h, :w] = torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8)
+        corner = torch.rand(3, 2, generator=generator) * torch.tensor([w, h]) * 0.5
+        side = 8 + torch.rand(3, 2, generator=generator) * torch.tensor([w, h]) * 0.4
+        boxes, labels = torch.cat([corner, corner + side], dim=1), torch.tensor([1, 2, 3])
+        keep = 0 if index == 1 else 3
+        targets.append(Target(boxes[:keep], labels[:keep]))
+    return Batch(images, tuple(sizes), tuple(sizes), tuple(targets), tuple(range(len(sizes))))
+
+
+def torchvision_input(data: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    images = [image[:, :h, :w].float() / 255 for image, (h, w) in zip(data.images, data.sizes, strict=True)]
+    return images, [{"boxes": target.boxes, "labels": target.labels} for target in data.targets]
+
+
+def unresized(detector: Any) -> Any:
+    """torchvision's own model, which takes the images as they are."""
+    detector.net.transform.resize = lambda image, target: (image, target)
+    return detector.net
+
+
+def gradients(detector: Detector) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in detector.net.named_parameters() if p.grad is not None}
+    detector.zero_grad()
+    return found
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{"norm": "frozen"}, {"norm": "live", "depth": 18, "trainable_stages": 5}])
+def test_losses_and_gradients_equal_torchvision_bit_for_bit(family: str, options: dict[str, Any]) -> None:
+    detector, data = build(family, **options), batch()
+    torch.manual_seed(7)
+    ours = detector.view(data).losses
+    sum(ours.values()).backward()
+    our_gradients = gradients(detector)
+    torch.manual_seed(7)
+    theirs = unresized(detector)(*torchvision_input(data))
+    sum(theirs.values()).backward()
+    assert list(ours) == list(theirs)
+    assert_same(ours, theirs)
+    assert_same(our_gradients, gradients(detector))
+    assert len(our_gradients) > 30
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_detections_equal_torchvision_bit_for_bit(family: str) -> None:
+    detector, data = build(family).eval(), batch()
+    ours = detector.view(data, training=False).detections
+    theirs = unresized(detector)(torchvision_input(data)[0])
+    for mine, other in zip(ours, theirs, strict=True):
+        classes = other["labels"] > 0  # torchvision's RetinaNet may name the label that no class has
+        assert classes.sum() > 5
+        assert torch.equal(mine.boxes, other["boxes"][classes])
+        assert torch.equal(mine.scores, other["scores"][classes])
+        assert torch.equal(mine.labels, other["labels"][classes])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_foreign_default_model_loads_the_state_dict_and_agrees(family: str) -> None:
+    from torchvision.models import detection, resnet
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+    body = resnet.resnet18(weights=None, norm_layer=torch.nn.BatchNorm2d)
+    if family == "faster_rcnn":
+        theirs = detection.FasterRCNN(_resnet_fpn_extractor(body, 5), 4, rpn_post_nms_top_n_test=50)
+        ours: Any = FasterRCNN(["a", "b", "c"], depth=18, rpn_post_nms_top_n_test=50)
+    else:
+        backbone = _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
+        theirs = detection.RetinaNet(backbone, 4, score_thresh=0.005)
+        ours = RetinaNet(["a", "b", "c"], depth=18, score_thresh=0.005)
+    theirs.load_state_dict(ours.net.state_dict(), strict=True)
+    theirs.transform.resize = lambda image, target: (image, target)
+    data = batch()
+    for mine, other in zip(
+        ours.eval().view(data, training=False).detections, theirs.eval()(torchvision_input(data)[0]), strict=True
+    ):
+        keep = other["labels"] > 0
+        assert keep.any()
+        assert torch.equal(mine.boxes, other["boxes"][keep])
+        assert torch.equal(mine.scores, other["scores"][keep])
+
+
+def count_calls(detector: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    net = detector.net
+    parts = {"body": net.backbone.body["conv1"], "fpn": net.backbone.fpn}
+    if detector.facts.two_stage:
+        parts |= {"rpn": net.rpn.head, "pool": net.roi_heads.box_roi_pool, "box": net.roi_heads.box_head}
+    else:
+        parts |= {"class": net.head.classification_head.cls_logits, "box": net.head.regression_head.bbox_reg}
+        parts |= {"pool": detector.pool}
+    counts = dict.fromkeys(parts, 0)
+
+    def counting(name: str, forward: Any) -> Any:
+        def run(*args: Any) -> Any:
+            counts[name] += 1
+            return forward(*args)
+
+        return run
+
+    for name, part in parts.items():
+        monkeypatch.setattr(part, "forward", counting(name, part.forward))
+    return counts
+
+
+READS = [
+    ("faster_rcnn", "anchors", ""),
+    ("faster_rcnn", "body", "body"),
+    ("faster_rcnn", "neck", "body fpn"),
+    ("faster_rcnn", "objectness", "body fpn rpn"),
+    ("faster_rcnn", "deltas", "body fpn rpn"),
+    ("faster_rcnn", "proposals", "body fpn rpn"),
+    ("faster_rcnn", "rois", "body fpn rpn"),
+    ("faster_rcnn", "losses", "body fpn rpn pool box"),
+    ("retinanet", "anchors", ""),
+    ("retinanet", "body", "body"),
+    ("retinanet", "neck", "body fpn"),
+    ("retinanet", "class_logits", "body fpn class"),
+    ("retinanet", "deltas", "body fpn box"),
+    ("retinanet", "losses", "body fpn class box"),
+]
+
+
+@pytest.mark.parametrize(("family", "stage", "runs"), READS)
+def test_only_what_is_read_is_run_and_only_once(
+    family: str, stage: str, runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = build(family)
+    counts, view = count_calls(detector, monkeypatch), detector.view(batch())
+    for _ in range(2):
+        getattr(view, stage)
+    levels = 5 if family == "retinanet" else 1
+    expected = {name: (levels if name in ("class", "box") else 1) if name in runs.split() else 0 for name in counts}
+    assert counts == expected
+
+
+def test_region_stages_are_kept_per_box_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = build("faster_rcnn")
+    counts, view = count_calls(detector, monkeypatch), detector.view(batch())
+    first = view.roi_logits(view.rois.boxes)
+    assert view.roi_logits(list(view.rois.boxes)) is first
+    assert view.losses
+    assert counts["box"] == counts["pool"] == 1
+    other = [boxes.clone() for boxes in view.rois.boxes]
+    assert torch.equal(view.roi_logits(other)[0], first[0])
+    assert counts["box"] == counts["pool"] == 2
+    with pytest.raises(DistillError, match="one box tensor per image"):
+        view.roi_features(other[:1])
+
+
+def everything(view: Any, order: tuple[str, ...]) -> dict[str, Tensor]:
+    for stage in order:
+        if stage == "foreign boxes":
+            view.roi_features([boxes[:2] * 0.5 for boxes in foreign])
+        elif stage == "predictions":
+            view.predictions()
+        else:
+            getattr(view, stage)
+    found = dict(view.losses)
+    if view.facts.two_stage:
+        found |= {f"proposals{i}": boxes for i, boxes in enumerate(view.proposals)}
+        found |= {f"rois{i}": boxes for i, boxes in enumerate(view.rois.boxes)}
+        found |= {f"labels{i}": labels for i, labels in enumerate(view.rois.labels)}
+    return found
+
+
+foreign = [torch.tensor([[4.0, 4.0, 60.0, 60.0], [0.0, 0.0, 30.0, 64.0]])] * len(SIZES)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reading_order_changes_nothing(family: str, seed: int | None) -> None:
+    detector, data = build(family), batch()
+    stages = ("rois", "losses", "predictions", "foreign boxes")
+    if family == "retinanet":
+        stages = ("class_logits", "deltas", "predictions", "foreign boxes")
+    reference: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+    for order in [(), *itertools.permutations(stages)]:
+        torch.manual_seed(3)
+        found = everything(view := detector.view(data, seed=seed), order)
+        sum(view.losses.values()).backward()
+        values = found, gradients(detector)
+        if reference is None:
+            reference = values
+        assert_same(values[0], reference[0])
+        assert_same(values[1], reference[1])
+
+
+def test_the_place_of_reading_changes_nothing() -> None:
+    """A stage first read under another autocast or grad mode is computed as the View was opened."""
+    detector, data = build("faster_rcnn"), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, read_elsewhere = detector.view(data, seed=1), detector.view(data, seed=1)
+        expected = inside.losses
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            found = read_elsewhere.losses
+        assert inside.neck[4].dtype == torch.bfloat16
+    assert_same(found, expected)
+    assert found["loss_classifier"].requires_grad
+    assert not torch.equal(detector.view(data, seed=1).losses["loss_classifier"], expected["loss_classifier"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_anchors_are_float32_under_autocast(family: str) -> None:
+    detector, data = build(family, width=0.125), batch(sizes=((800, 1216),))
+    plain = detector.view(data).anchors
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        unresized(detector).eval()(torchvision_input(data)[0])  # torchvision leaves its cell anchors in bfloat16
+        mixed = detector.view(data).anchors
+    for stride, anchors in plain.items():
+        assert mixed[stride].dtype == torch.float32
+        assert torch.equal(mixed[stride], anchors)
+    columns, first = 1216 // 8, plain[8]
+    count = detector.facts.anchors[8]
+    centre = (first[:, :2] + first[:, 2:]) / 2
+    assert torch.allclose(centre[count * (columns * 3 + 5)], torch.tensor([5.0 * 8, 3.0 * 8]), atol=0.51)
+
+
+def decoded(anchor: Tensor, delta: Tensor) -> Tensor:
+    """Faster R-CNN, section 3.1.2, inverted."""
+    (x1, y1, x2, y2), (tx, ty, tw, th) = anchor.double().tolist(), delta.double().tolist()
+    w, h = x2 - x1, y2 - y1
+    cx, cy = x1 + w / 2 + tx * w, y1 + h / 2 + ty * h
+    w, h = w * math.exp(min(tw, math.log(1000 / 16))), h * math.exp(min(th, math.log(1000 / 16)))
+    return torch.tensor([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+
+
+def test_proposals_from_given_deltas_are_float32_at_800_px() -> None:
+    detector, data = build("faster_rcnn", width=0.125), batch(sizes=((800, 1216),))
+    objectness, deltas = (
+        {stride: torch.randn_like(x) for stride, x in maps.items()} for maps in detector.view(data)._dense
+    )
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            view = detector.view(data)
+            view.__dict__["_dense"] = objectness, deltas
+            found.append(view.proposals[0])
+            assert all(x.dtype == torch.float32 for x in (*view.proposals, *view.rois.boxes))
+            assert all(value.dtype == torch.float32 for value in view.losses.values())
+    assert torch.equal(found[0], found[1])
+    best = objectness[32].flatten(1).argmax()
+    anchor, cell = best // (25 * 38), best % (25 * 38)
+    delta = deltas[32].view(3, 4, -1)[anchor, :, cell]
+    box = decoded(view.anchors[32][cell * 3 + anchor], delta)
+    box = torch.stack([box[0::2].clamp(0, 1216), box[1::2].clamp(0, 800)], dim=1).flatten()
+    assert (found[0] - box).abs().amax(dim=1).min() < 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_outputs_are_float32_under_autocast(family: str) -> None:
+    detector = build(family)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        view = detector.view(batch())
+        dense = [view.deltas, view.objectness if view.facts.two_stage else view.class_logits]
+        boxes = view.predictions()[0].boxes
+    assert {x.dtype for maps in dense for x in maps.values()} == {torch.float32}
+    assert boxes.dtype == torch.float32
+
+
+def test_padding_is_zero_after_normalisation() -> None:
+    mean, std = (0.1, 0.4, 0.9), (0.5, 0.2, 1.0)
+    data, view = batch(), build("retinanet", mean=mean, std=std).view(batch())
+    for index, (height, width) in enumerate(SIZES):
+        for channel in range(3):
+            image = view.images[index, channel]
+            expected = (data.images[index, channel, :height, :width].double() / 255 - mean[channel]) / std[channel]
+            assert torch.allclose(image[:height, :width].double(), expected, atol=1e-6)
+            assert not image[height:].any()
+            assert not image[:, width:].any()
+
+
+def test_the_input_must_not_be_normalised_already() -> None:
+    data = batch()
+    with pytest.raises(DistillError, match="uint8"):
+        build("retinanet").view(Batch(data.images.float(), data.sizes, data.sizes, data.targets, data.ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_stays_out_of_autograd_but_can_be_compared_with(family: str) -> None:
+    student, teacher, data = build(family), build(family, seed=1), batch()
+    views = student.view(data), teacher.view(data, frozen=True, seed=2)
+    assert not any(x.requires_grad for x in (*views[1].neck.values(), *views[1].losses.values()))
+    boxes = views[1].rois.boxes if family == "faster_rcnn" else [target.boxes for target in data.targets]
+    product = views[0].roi_features(boxes) * views[1].roi_features(boxes)
+    (product.sum() + (views[0].neck[16] * views[1].neck[16]).sum()).backward()
+    assert student.net.backbone.body["conv1"].weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_seeded_view_leaves_the_global_stream_alone() -> None:
+    data = batch()
+    few = {"rpn_batch_size_per_image": 16, "box_batch_size_per_image": 8}
+    student, teacher = build("faster_rcnn", **few), build("faster_rcnn", seed=1, **few)
+    torch.manual_seed(0)
+    alone = student.view(data).losses
+    torch.manual_seed(0)
+    guest = teacher.view(data, frozen=True, seed=4)
+    drawn, _ = guest.rois.boxes, guest.losses
+    assert_same(student.view(data).losses, alone)
+
+    def sample(seed: int) -> Tensor:
+        return torch.cat(teacher.view(data, frozen=True, seed=seed).rois.boxes)
+
+    assert torch.equal(sample(4), torch.cat(list(drawn)))
+    assert not torch.equal(sample(4), sample(5))
+
+
+def test_training_is_a_fact_of_the_view() -> None:
+    detector = build("faster_rcnn", rpn_pre_nms_top_n_test=5, rpn_post_nms_top_n_test=3)
+    data = batch()
+    for mode in (True, False):
+        detector.train(mode)
+        assert max(len(boxes) for boxes in detector.view(data, training=False).proposals) == 3
+        assert max(len(boxes) for boxes in detector.view(data, training=True).proposals) > 3
+        assert detector.net.rpn.training is mode
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_thresholds_can_be_given_and_do_not_stay(family: str) -> None:
+    detector, data = build(family, score_thresh=0.3, detections_per_img=10_000), batch()
+    view = detector.view(data, training=False)
+    default = view.predictions()
+    assert not any(len(found.boxes) for found in view.predictions(score=1.0))
+    assert sum(len(found.boxes) for found in view.predictions(score=0.0)) > sum(len(found.boxes) for found in default)
+    assert max(len(found.boxes) for found in view.predictions(score=0.0, top=2)) == 2
+    assert sum(len(f.boxes) for f in view.predictions(nms=0.99)) > sum(len(f.boxes) for f in default)
+    for again, first in zip(view.predictions(), default, strict=True):
+        assert torch.equal(again.scores, first.scores)
+        assert (first.scores > 0.3).all()
+        assert first.labels.min() >= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_detections_are_in_the_original_pixels(family: str) -> None:
+    data, originals = batch(), ((192, 32), (140, 300), (128, 90))
+    data = Batch(data.images, data.sizes, originals, data.targets, data.ids)
+    view = build(family).view(data, training=False)
+    for found, resized, (h, w), (height, width) in zip(
+        view.detections, view.predictions(), originals, data.sizes, strict=True
+    ):
+        expected = resized.boxes * torch.tensor([w / width, h / height, w / width, h / height])
+        assert torch.allclose(found.boxes, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_region_is_pooled_from_the_level_of_its_size(family: str) -> None:
+    """Lin et al. 2017, eq. 1: level floor(4 + log2(side / 224)), within the levels that are pooled from."""
+    detector = build(family)
+    data = batch(sizes=((64, 64), (512, 512)))
+    view = detector.view(data)
+    view.__dict__["neck"] = {
+        stride: torch.full((2, 2, math.ceil(512 / stride), math.ceil(512 / stride)), float(stride))
+        for stride in detector.facts.neck
+    }
+    sides = [16.0, 111.0, 113.0, 223.0, 225.0, 447.0, 449.0]
+    boxes = [torch.zeros(0, 4), torch.tensor([[0.0, 0.0, side, side] for side in sides])]
+    finest = min(detector.facts.neck)
+    expected = [min(max(2 ** math.floor(4 + math.log2(side / 224)), finest), 32) for side in sides]
+    pooled = view.roi_features(boxes)
+    assert pooled.shape == (7, 2, 7, 7)
+    assert torch.allclose(pooled, torch.tensor(expected, dtype=torch.float32).view(-1, 1, 1, 1).expand_as(pooled))
+
+
+def test_dense_logits_follow_torchvisions_order_without_the_unused_label() -> None:
+    detector, data = build("retinanet"), batch()
+    view = detector.view(data)
+    flat = detector.net.head.classification_head(list(view.neck.values()))  # (B, HWA, K+1)
+    offset = 0
+    for stride, logits in view.class_logits.items():
+        count, (height, width) = detector.facts.anchors[stride], logits.shape[-2:]
+        assert logits.shape[1] == count * 3
+        for y, x, anchor, k in ((0, 0, 0, 0), (height - 1, width - 1, count - 1, 2), (0, width - 1, 4, 1)):
+            row = offset + (y * width + x) * count + anchor
+            assert torch.equal(logits[:, anchor * 3 + k, y, x], flat[:, row, k + 1])
+        offset += height * width * count
+
+
+@pytest.mark.parametrize(
+    ("family", "stage"),
+    [("retinanet", name) for name in ("objectness", "proposals", "rois")] + [("faster_rcnn", "class_logits")],
+)
+def test_a_stage_that_a_family_lacks_says_what_to_change(family: str, stage: str) -> None:
+    with pytest.raises(DistillError, match=rf"view\.{stage}: a {family} has none\. \w+"):
+        getattr(build(family).view(batch()), stage)
+
+
+def test_region_logits_need_two_stages() -> None:
+    with pytest.raises(DistillError, match="two-stage"):
+        build("retinanet").view(batch()).roi_logits([torch.zeros(1, 4)] * 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_without_any_box_keeps_every_parameter_attached(family: str) -> None:
+    data = batch()
+    empty = tuple(Target(target.boxes[:0], target.labels[:0]) for target in data.targets)
+    detector = build(family)
+    losses = detector.view(Batch(data.images, data.sizes, data.sizes, empty, data.ids)).losses
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert not [name for name, p in detector.named_parameters() if p.grad is None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_bfloat16_teacher_gives_float32_geometry(family: str) -> None:
+    view = build(family).bfloat16().view(batch(), frozen=True)
+    assert view.neck[16].dtype == torch.bfloat16
+    assert view.roi_features([target.boxes for target in batch().targets]).dtype == torch.bfloat16
+    assert {found.boxes.dtype for found in view.predictions()} == {torch.float32}
+    assert all(value.isfinite() for value in view.losses.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_works_after_evaluation_in_inference_mode(family: str) -> None:
+    """Lightning evaluates in inference mode, before the first step too; nothing of it may be kept."""
+    detector, data = build(family), batch()
+    with torch.inference_mode():
+        assert detector.view(data, training=False).detections
+    copy.deepcopy(detector)
+    sum(detector.view(data).losses.values()).backward()
+    assert gradients(detector)

@@ -1,0 +1,134 @@
+"""A View made of given tensors, so that a loss can be tried without a detector. It remembers which stages were read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.types import Batch, Facts, Regions, Target
+
+STRIDES = (4, 8, 16, 32, 64)
+
+
+def facts(
+    classes: Sequence[str] = ("cat", "dog", "cow", "hen"),
+    neck: int = 6,
+    body: Sequence[int] = (3, 4, 5, 6),
+    strides: Sequence[int] = STRIDES,
+    two_stage: bool = True,
+    anchors: int = 3,
+) -> Facts:
+    return Facts(
+        family="faster_rcnn" if two_stage else "retinanet",
+        two_stage=two_stage,
+        classes=tuple(classes),
+        body=dict(zip((4, 8, 16, 32), body, strict=True)),
+        neck=dict.fromkeys(strides, neck),
+        anchors=dict.fromkeys(strides, anchors),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        norm="frozen",
+    )
+
+
+def batch(boxes: Sequence[Sequence[Sequence[float]]], height: int = 64, width: int = 64, first_id: int = 7) -> Batch:
+    """Images with these boxes, all of class 1."""
+    targets = [Target(torch.tensor(each).reshape(-1, 4), torch.ones(len(each), dtype=torch.int64)) for each in boxes]
+    sizes = ((height, width),) * len(boxes)
+    images = torch.zeros(len(boxes), 3, height, width, dtype=torch.uint8)
+    return Batch(images, sizes, sizes, tuple(targets), tuple(range(first_id, first_id + len(boxes))))
+
+
+class FakeView:
+    """`stages` holds any of body, neck, anchors, class_logits, objectness, deltas, proposals, rois, losses, and the
+    results of roi_features and roi_logits, each in the shape that `distill.types.View` promises."""
+
+    def __init__(self, batch: Batch, facts: Facts, **stages: Any) -> None:
+        self.batch, self.facts, self.stages = batch, facts, stages
+        self.reads: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self.stages:
+            raise AttributeError(f"this FakeView was given no stage '{name}'")
+        self.reads.add(name)
+        return self.stages[name]
+
+    def roi_features(self, boxes: Sequence[Tensor]) -> Tensor:
+        self.reads.add("roi_features")
+        return self.stages["roi_features"]
+
+    def roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        self.reads.add("roi_logits")
+        return self.stages["roi_logits"]
+
+    def mapped(self, change: Any) -> FakeView:
+        """The same view with `change` applied to every floating-point map and logit."""
+        stages = dict(self.stages)
+        for name in ("body", "neck"):
+            stages[name] = {stride: change(x) for stride, x in stages[name].items()}
+        stages["roi_logits"] = tuple(change(x) for x in stages["roi_logits"])
+        return FakeView(self.batch, self.facts, **stages)
+
+    def leaves(self) -> list[Tensor]:
+        """The floating-point tensors that a gradient could reach."""
+        return [*self.stages["body"].values(), *self.stages["neck"].values(), *self.stages["roi_logits"]]
+
+
+def random_view(
+    batch: Batch, facts: Facts, seed: int, regions: int = 6, dtype: torch.dtype = torch.float64
+) -> FakeView:
+    """Every stage drawn at random, image by image, so that a longer batch only adds images. A third of the regions, or
+    none where the image has no boxes, is positive."""
+    height, width = batch.sizes[0]
+    generators = [torch.Generator().manual_seed(1000 * seed + image) for image in batch.ids]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.stack([torch.randn(*shape, generator=each, dtype=dtype) for each in generators])
+
+    def size(stride: int) -> tuple[int, int]:
+        return -(-height // stride), -(-width // stride)
+
+    body = {stride: draw(channels, *size(stride)) for stride, channels in facts.body.items()}
+    neck = {stride: draw(channels, *size(stride)) for stride, channels in facts.neck.items()}
+    classes = len(facts.classes) + 1
+    logits = draw(regions, classes).flatten(0, 1), draw(regions, classes * 4).flatten(0, 1)
+    boxes = [corners(regions, height, width, each) for each in generators]
+    labels = [(torch.arange(regions) % 3 == 0).long() * bool(len(target.boxes)) for target in batch.targets]
+    return FakeView(
+        batch,
+        facts,
+        body=body,
+        neck=neck,
+        anchors={stride: anchors(*size(stride), stride, count) for stride, count in facts.anchors.items()},
+        rois=Regions(boxes, labels),
+        roi_logits=logits,
+    )
+
+
+def corners(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """`count` boxes inside the image, from 2 pixels on."""
+    low = torch.rand(count, 2, generator=generator) * torch.tensor([width - 4.0, height - 4.0])
+    high = low + 2 + torch.rand(count, 2, generator=generator) * (torch.tensor([width - 2.0, height - 2.0]) - low)
+    return torch.cat([low, high], dim=1)
+
+
+def anchors(height: int, width: int, stride: int, count: int) -> Tensor:
+    """(H*W*count, 4), rows in the order (row, column, anchor): around each cell's corner, of growing size and elongation."""
+    rows = []
+    for row in range(height):
+        for column in range(width):
+            for anchor in range(count):
+                w, h = 2.0 * stride * (1 + anchor), 3.0 * stride
+                rows.append(
+                    [column * stride - w / 2, row * stride - h / 2, column * stride + w / 2, row * stride + h / 2]
+                )
+    return torch.tensor(rows)
+
+
+def equal_views(view: FakeView) -> FakeView:
+    """A teacher that is its student's twin."""
+    return FakeView(view.batch, replace(view.facts), **view.mapped(torch.clone).stages)

@@ -1,0 +1,154 @@
+"""The grid that every distillation loss passes. A test file inherits it and adds the method's oracle:
+
+class TestDeFeat(LossGrid):
+    def loss(self, student, teacher): return DeFeat(student, teacher, ...)
+    def oracle(self, loss, student, teacher): return {"neck.foreground": ..., ...}
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fake_view import FakeView, batch, equal_views, facts, random_view
+from torch import Tensor
+
+from distill.losses.base import DistillLoss
+from distill.types import DistillError, Facts
+
+OBJECTS = [[[3.0, 5.0, 40.0, 30.0], [20.0, 20.0, 63.0, 63.0], [1.0, 50.0, 2.5, 60.0]], [[10.0, 8.0, 30.0, 60.0]]]
+NOTHING: list[list[float]] = []
+
+
+class LossGrid:
+    """64 x 64 pixels, so the coarsest level is a single cell."""
+
+    student = facts()
+    teacher = facts()
+    minimum = 0.0
+    """Of each term, when student equals teacher."""
+    twice = 1.0
+    """Value of a batch that holds an image twice, relative to the image alone."""
+    relative = 1e-10
+    """Tolerance against the oracle, in float64."""
+
+    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+        """Every term on. Without adapters, so that it takes float64 and vanishes when student equals teacher."""
+        raise NotImplementedError
+
+    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+        """The same with adapters, or as it is, where the method has none."""
+        return self.loss(student, teacher)
+
+    def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
+        """Slow loops, written from the equation."""
+        raise NotImplementedError
+
+    # -- helpers
+
+    def views(self, boxes: list[list[list[float]]], dtype: torch.dtype = torch.float64) -> tuple[FakeView, FakeView]:
+        images = batch(boxes)
+        return random_view(images, self.student, 1, dtype=dtype), random_view(images, self.teacher, 2, dtype=dtype)
+
+    @staticmethod
+    def finite(values: dict[str, Tensor]) -> None:
+        assert values
+        for name, value in values.items():
+            assert value.shape == (), name
+            assert value.isfinite(), name
+            assert value.requires_grad, f"{name} is detached"
+
+    def run(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, Tensor]:
+        for view in (student, teacher):
+            for leaf in view.leaves():
+                leaf.requires_grad_()
+        values = loss(student, teacher)
+        assert values.keys() == loss.weights.keys()
+        return values
+
+    # -- the grid
+
+    @pytest.mark.parametrize(
+        "boxes", [OBJECTS, [OBJECTS[0], NOTHING], [NOTHING, NOTHING]], ids=["full", "half", "empty"]
+    )
+    def test_equals_its_oracle(self, boxes: list[list[list[float]]]) -> None:
+        student, teacher = self.views(boxes)
+        loss = self.loss(self.student, self.teacher)
+        values = {name: value.item() for name, value in self.run(loss, student, teacher).items()}
+        assert values == pytest.approx(self.oracle(loss, student, teacher), rel=self.relative, abs=1e-12)
+
+    def test_is_at_its_minimum_when_student_equals_teacher(self) -> None:
+        student, _ = self.views(OBJECTS)
+        values = self.run(self.loss(self.student, self.student), student, equal_views(student))
+        for name, value in values.items():
+            assert value.item() == pytest.approx(self.minimum, abs=1e-12), name
+
+    @pytest.mark.parametrize("adapted", [False, True])
+    def test_gradient_reaches_student_and_adapter_but_never_the_teacher(self, adapted: bool) -> None:
+        student, teacher = self.views(OBJECTS, torch.float32)
+        loss = (self.adapted if adapted else self.loss)(self.student, self.teacher)
+        for value in (values := self.run(loss, student, teacher)).values():
+            gradient = torch.autograd.grad(value, student.leaves(), allow_unused=True, retain_graph=True)
+            assert any(each is not None and each.abs().sum() > 0 for each in gradient)
+        sum(values.values()).backward()
+        assert all(leaf.grad is None for leaf in teacher.leaves())
+        for name, parameter in loss.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("size", [1.0, 60000.0])
+    def test_half_precision_stays_finite(self, dtype: torch.dtype, size: float) -> None:
+        student, teacher = (view.mapped(lambda x: (x.clamp(-1, 1) * size).to(dtype)) for view in self.views(OBJECTS))
+        values = self.run(self.loss(self.student, self.teacher), student, teacher)
+        self.finite(values)
+        assert all(value.dtype == torch.float32 for value in values.values())
+        sum(values.values()).backward()
+        if size == 1:
+            assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in student.leaves())
+
+    def test_autocast_changes_adapters_only(self) -> None:
+        student, teacher = self.views(OBJECTS, torch.float32)
+        exact = self.run(self.loss(self.student, self.teacher), student, teacher)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            values = self.run(self.loss(self.student, self.teacher), student, teacher)
+            self.finite(self.run(self.adapted(self.student, self.teacher), student, teacher))
+        for name, value in values.items():
+            assert value.item() == pytest.approx(exact[name].item(), rel=1e-6), name
+
+    @pytest.mark.parametrize("boxes", [[NOTHING], [NOTHING, OBJECTS[0]]])
+    def test_zeros_stay_attached(self, boxes: list[list[list[float]]]) -> None:
+        student, teacher = self.views(boxes, torch.float32)
+        loss = self.adapted(self.student, self.teacher)
+        self.finite(values := self.run(loss, student, teacher))
+        sum(values.values()).backward()
+        assert all(parameter.grad is not None for parameter in loss.parameters())
+
+    def test_no_regions_at_all_is_survived(self) -> None:
+        images = batch([NOTHING])
+        student, teacher = (random_view(images, each, 1, regions=0) for each in (self.student, self.teacher))
+        self.finite(self.run(self.loss(self.student, self.teacher), student, teacher))
+
+    def test_an_image_twice(self) -> None:
+        loss = self.loss(self.student, self.teacher)
+        once = self.run(loss, *self.views(OBJECTS[:1]))
+        images = batch([OBJECTS[0]] * 2)
+        images = replace(images, ids=(images.ids[0],) * 2)
+        pair = random_view(images, self.student, 1), random_view(images, self.teacher, 2)
+        for name, value in self.run(loss, *pair).items():
+            assert value.item() == pytest.approx(self.twice * once[name].item(), rel=1e-9), name
+
+    def test_draws_leave_the_global_stream_alone_and_depend_on_the_seed(self) -> None:
+        state = torch.get_rng_state()
+        first = self.adapted(self.student, self.teacher)
+        second = self.adapted(self.student, self.teacher)
+        values = [self.run(loss, *self.views(OBJECTS, torch.float32)) for loss in (first, second)]
+        assert torch.equal(state, torch.get_rng_state())
+        assert all(torch.equal(values[0][name], values[1][name]) for name in values[0])
+
+    def test_a_wrong_shape_is_refused(self) -> None:
+        student, teacher = self.views(OBJECTS)
+        wrong = student.mapped(lambda x: x[..., :-1] if x.shape[-1] > 1 else x.expand(*x.shape[:-1], 2))
+        with pytest.raises(DistillError, match=r"expected student and teacher of equal shape, got the student's \("):
+            self.loss(self.student, self.teacher)(wrong, teacher)

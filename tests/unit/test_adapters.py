@@ -1,0 +1,83 @@
+"""Adapters: shapes, start values, and that building them draws from no one else's stream."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from distill.adapters import adapter, adapters
+from distill.types import DistillError
+
+
+def weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, bias = module.parameters()
+    return weight, bias
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("relu", [False, True])
+def test_maps_keep_their_size_and_change_channels(kernel: int, relu: bool) -> None:
+    built = adapter(5, 7, kernel, relu, "default")
+    for size in ((9, 4), (1, 1)):
+        out = built(torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0)))
+        assert out.shape == (2, 7, *size)
+        assert bool((out < 0).any()) != relu or size == (1, 1)
+
+
+def test_defeat_start_is_small_with_torchs_bias() -> None:
+    weight, bias = weight_and_bias(adapter(256, 256, 3, start="defeat"))
+    assert weight.abs().max() < 2e-4
+    # N(0, 1) mod 2: E[w^2] = sum over k of the integral of (x - 2k)^2 over [2k, 2k + 2), both signs.
+    steps = torch.linspace(0, 8, 800001, dtype=torch.float64)
+    density = 2 * torch.exp(-(steps**2) / 2) / math.sqrt(2 * math.pi)
+    variance = torch.trapezoid(density * steps.remainder(2) ** 2, steps).item()
+    assert weight.std().item() == pytest.approx(1e-4 * math.sqrt(variance), rel=0.01)
+    assert weight.mean().abs() < 1e-6
+    bound = 1 / math.sqrt(9 * 256)
+    assert 0.9 * bound < bias.abs().max() <= bound
+
+
+def test_default_start_is_torchs_distribution() -> None:
+    ours, bias = weight_and_bias(adapter(64, 128, 3, start="default"))
+    with torch.random.fork_rng():
+        theirs = nn.Conv2d(64, 128, 3).weight
+    assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=1e-3)
+    assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.02)
+    assert bias.abs().max() <= 1 / math.sqrt(9 * 64)
+
+
+def test_start_values_depend_on_seed_and_level_alone() -> None:
+    before = torch.get_rng_state()
+    channels = {4: 3, 8: 3, 16: 4}
+    all_levels = adapters(channels, channels, [4, 8, 16], seed=5)
+    some = adapters(channels, channels, [8], seed=5)
+    other = adapters(channels, channels, [8], seed=6)
+    assert torch.equal(before, torch.get_rng_state())
+    assert list(all_levels) == ["4", "8", "16"]
+    first, second = weight_and_bias(all_levels["8"])[0], weight_and_bias(some["8"])[0]
+    assert torch.equal(first, second)
+    assert not torch.equal(second, weight_and_bias(other["8"])[0])
+    assert not torch.equal(first, weight_and_bias(all_levels["4"])[0])
+
+
+def test_none_is_the_identity_for_equal_channels() -> None:
+    x = torch.randn(1, 4, 2, 2)
+    assert torch.equal(adapter(4, 4, None, relu=True)(x), x)
+    with pytest.raises(DistillError, match=r"the student has 4 channels and the teacher 8. Set adapter.kernel"):
+        adapter(4, 8, None)
+
+
+@pytest.mark.parametrize("options", [{"kernel": 2}, {"kernel": 5}, {"start": "zero"}])
+def test_refusals(options: dict[str, object]) -> None:
+    with pytest.raises(DistillError, match=r"expected a kernel of \(1, 3, None\)"):
+        adapter(4, 4, **options)  # type: ignore[arg-type]
+
+
+def test_trainable_on_the_cpu_in_float32() -> None:
+    for parameter in adapter(3, 4, 3).parameters():
+        assert parameter.requires_grad
+        assert parameter.device.type == "cpu"
+        assert parameter.dtype == torch.float32

@@ -1,0 +1,331 @@
+"""Weights in and out: what fits is loaded and reported, what does not is named, and nothing unpickles code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import _api, resnet18
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.ops import FrozenBatchNorm2d
+
+from distill.classes import match_classes
+from distill.detectors import checkpoints
+from distill.detectors.one_stage import RetinaNet
+from distill.detectors.two_stage import FasterRCNN
+from distill.types import Batch, DistillError, Target
+
+FAMILIES = [FasterRCNN, RetinaNet]
+SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "neck_channels": 32}
+
+
+def small(family: Any, classes: Any = ("cat", "dog", "owl"), **options: Any) -> Any:
+    extra = {"head_channels": 16, "rpn_post_nms_top_n_test": 20} if family is FasterRCNN else {"score_thresh": 0.001}
+    detector = family(classes, **{**SMALL, **extra, **options})
+    return detector
+
+
+def randomised(detector: Any) -> Any:
+    torch.manual_seed(0)
+    for value in detector.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) * 0.2 + 0.05)
+    return detector
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 64, 96), generator=generator, dtype=torch.uint8)
+    targets = (Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)),) * 2
+    return Batch(images, ((64, 96),) * 2, ((64, 96),) * 2, targets, (1, 2))
+
+
+def assert_same_detections(left: Any, right: Any) -> None:
+    found = [one.eval().view(batch(), training=False).detections for one in (left, right)]
+    for mine, other in zip(*found, strict=True):
+        assert len(mine.boxes) > 0
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm", ["frozen", "fixed", "live", "sync"])
+def test_a_student_comes_back_as_it_was(family: Any, norm: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = small(family, norm=norm, norm_eps=1e-3, mean=(0.1, 0.2, 0.3), anchor_ratios=(0.5, 1), nms_thresh=0.4)
+    path = checkpoints.save_student(student, tmp_path / "run", {"AP": 0.5})
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["student.json", "student.pt"]
+    student.net.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    facts = json.loads((tmp_path / "run" / "student.json").read_text())
+    assert facts["extra"] == {"AP": 0.5}
+    assert facts["model"] == student.describe() == json.loads(json.dumps(student.describe()))
+    for source in (tmp_path / "run", path, path.with_suffix(".json")):
+        again = checkpoints.load_detector(source)
+        assert again.facts == student.facts
+        assert again.describe() == student.describe()
+        assert type(again.net.backbone.body["bn1"]) is type(student.net.backbone.body["bn1"])
+        assert again.net.backbone.body["bn1"].eps == 1e-3
+        assert again.state_dict().keys() == student.state_dict().keys()
+        assert_same_detections(student, again)
+
+
+def test_loading_a_teacher_draws_nothing_from_the_global_stream(tmp_path: Path) -> None:
+    checkpoints.save_student(small(RetinaNet), tmp_path)
+    before = torch.get_rng_state()
+    checkpoints.load_detector(tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_every_constructor_argument_is_described() -> None:
+    import inspect
+
+    for family in FAMILIES:
+        described = small(family).describe()
+        assert set(described) == {"family", *inspect.signature(family).parameters}
+
+
+def test_a_broken_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = small(RetinaNet)
+    before = checkpoints.save_student(student, tmp_path).read_bytes()
+
+    def broken(state: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save_student(student, tmp_path)
+    assert (tmp_path / "student.pt").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("wrap", [None, "model", "state_dict"])
+def test_a_plain_file_loads_under_the_common_wrappings(wrap: str | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = small(FasterRCNN)
+    state = {f"module.{name}": value for name, value in source.net.state_dict().items()}
+    torch.save({wrap: state, "epoch": 3} if wrap else state, tmp_path / "w.pth")
+    target = small(FasterRCNN, weights=str(tmp_path / "w.pth"))
+    assert_same_detections(source, target)
+    assert "does not name its classes" in "\n".join(target.report)
+    assert target.describe()["weights"] is None
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch /tmp/distill_was_here",)
+
+
+def test_only_tensors_are_unpickled(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    for content in (Evil(), {"model": Evil()}):
+        path.write_bytes(pickle.dumps(content, protocol=2))
+        with pytest.raises(DistillError, match="tensors"):
+            small(RetinaNet, weights=str(path))
+        torch.save(content, path)
+        with pytest.raises(DistillError, match="tensors"):
+            small(RetinaNet, weights=str(path))
+    torch.save({"model": [1, 2]}, path)
+    with pytest.raises(DistillError, match="state dict"):
+        small(RetinaNet, weights=str(path))
+    path.write_bytes(b"")
+    with pytest.raises(DistillError, match="whole"):
+        small(RetinaNet, weights=str(path))
+    assert not Path("/tmp/distill_was_here").exists()
+
+
+def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
+    state = small(RetinaNet).net.state_dict()
+    for index in range(12):
+        state[f"extra{index:02}"] = torch.zeros(1)
+    gone = [name for name in state if name.startswith("backbone.fpn.inner")]
+    for name in gone:
+        del state[name]
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(DistillError) as caught:
+        small(RetinaNet, weights=str(tmp_path / "w.pt"))
+    text = str(caught.value)
+    assert f"{len(gone)} missing: {'; '.join(sorted(gone))}" in text
+    assert "12 unexpected: extra00; " in text
+    assert "extra09 ..." in text
+    assert "extra10" not in text
+    torch.save(small(RetinaNet).net.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(DistillError, match=r"of another shape: .*\(8, 3, 7, 7\), expected \(16, 3, 7, 7\)"):
+        small(RetinaNet, weights=str(tmp_path / "w.pt"), width=0.25)
+    with pytest.raises(DistillError, match="head=new"):
+        small(RetinaNet, ["a"], weights=str(tmp_path / "w.pt"))
+    with pytest.raises(DistillError, match="neither a file"):
+        small(RetinaNet, weights=str(tmp_path / "nothing.pt"))
+    with pytest.raises(DistillError, match="keep or new"):
+        small(RetinaNet, weights=str(tmp_path / "w.pt"), head="old")
+
+
+def rows(detector: Any, name: str) -> dict[str, list[Tensor]]:
+    """Class name -> its rows, found one by one from each layer's documented order."""
+    names = ["background", *detector.classes]
+    value = detector.net.state_dict()[name]
+    found: dict[str, list[Tensor]] = {each: [] for each in names}
+    for row in range(len(value)):
+        label = row // 4 if "bbox_pred" in name else row % len(names)
+        found[names[label]].append(value[row])
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keep_takes_the_rows_of_the_same_names(family: Any, tmp_path: Path) -> None:
+    source = randomised(small(family))
+    checkpoints.save_student(source, tmp_path)
+    target = small(family, ["owl", "cat"], weights=str(tmp_path))
+    for layer in family.class_layers:
+        for part in ("weight", "bias"):
+            mine, theirs = rows(target, f"{layer}.{part}"), rows(source, f"{layer}.{part}")
+            assert set(mine) == {"background", "owl", "cat"}
+            for name, values in mine.items():
+                assert len(values) == len(theirs[name]) > 0
+                assert all(torch.equal(a, b) for a, b in zip(values, theirs[name], strict=True))
+    assert "owl, cat, out of 3 classes" in "\n".join(target.report)
+    assert checkpoints.load_detector(tmp_path).classes == ("cat", "dog", "owl")
+    with pytest.raises(DistillError, match=r"\['Cat'\].*'cat', 'dog', 'owl'"):
+        small(family, ["Cat", "dog"], weights=str(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("named", [True, False])
+def test_new_leaves_the_head_fresh_and_fits_the_rest(family: Any, named: bool, tmp_path: Path) -> None:
+    source = randomised(small(family))
+    checkpoints.save_student(source, tmp_path)
+    if not named:
+        (tmp_path / "student.json").unlink()
+    fresh_head = small(family, ["x", "y"])
+    before = {name: value.clone() for name, value in fresh_head.net.state_dict().items()}
+    checkpoints.load_weights(fresh_head, tmp_path / "student.pt", head="new")
+    for name, value in fresh_head.net.state_dict().items():
+        fresh = name.startswith(tuple(family.class_layers))
+        assert torch.equal(value, before[name] if fresh else source.net.state_dict()[name]), name
+    same = small(family, weights=str(tmp_path), head="new")
+    kept = torch.equal(*(d.net.get_submodule(next(iter(family.class_layers))).weight for d in (same, source)))
+    assert kept is named
+
+
+def test_classes_may_come_with_the_weights(tmp_path: Path) -> None:
+    checkpoints.save_student(small(RetinaNet), tmp_path)
+    assert small(RetinaNet, None, weights=str(tmp_path)).classes == ("cat", "dog", "owl")
+    with pytest.raises(DistillError, match="classes"):
+        small(RetinaNet, None)
+    for wrong in ([], ["a", "a"]):
+        with pytest.raises(DistillError, match="classes"):
+            small(RetinaNet, wrong)
+
+
+def test_facts_that_weights_depend_on_must_agree(tmp_path: Path) -> None:
+    checkpoints.save_student(small(RetinaNet, mean=(0.5, 0.5, 0.5), norm="frozen", norm_eps=1e-3), tmp_path)
+    with pytest.raises(DistillError, match=r"mean=\[0.5, 0.5, 0.5\] \(here \[0.485"):
+        small(RetinaNet, weights=str(tmp_path))
+    fixed = small(RetinaNet, weights=str(tmp_path), mean=(0.5, 0.5, 0.5), norm="fixed")
+    assert fixed.net.backbone.body["bn1"].eps == fixed.describe()["norm_eps"] == 1e-3
+    report = "\n".join(fixed.report)
+    assert "norm: fixed here; the weights were made with frozen" in report
+    assert "norm_eps: 0.001" in report
+    live = small(RetinaNet, weights=str(tmp_path), mean=(0.5, 0.5, 0.5), norm="live")
+    assert live.net.backbone.body["bn1"].eps == live.describe()["norm_eps"] == 1e-5
+
+
+def test_a_json_that_is_no_detector_is_refused(tmp_path: Path) -> None:
+    path = checkpoints.save_student(small(RetinaNet), tmp_path)
+    facts = path.with_suffix(".json")
+    good = json.loads(facts.read_text())
+    for text, words in (
+        ("{", "not JSON"),
+        ("[]", "object"),
+        ("{}", "naming one of"),
+        (json.dumps({"model": {**good["model"], "family": "yolo"}}), "faster_rcnn, retinanet"),
+        (json.dumps({"model": {**good["model"], "new_option": 1}}), "new_option"),
+    ):
+        facts.write_text(text)
+        with pytest.raises(DistillError, match=words):
+            checkpoints.load_detector(tmp_path)
+
+
+def offline(monkeypatch: pytest.MonkeyPatch, state: Any = None) -> list[str]:
+    asked: list[str] = []
+
+    def load(url: str, **options: Any) -> Any:
+        asked.append(url)
+        assert options["weights_only"] is True
+        if state is None:
+            raise URLError("no network")
+        return state
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", load)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"backbone_weights": "IMAGENET1K_V1"}, r"backbone_weights=/path/to/resnet18-f37072fd\.pth"),
+        ({"weights": "COCO_V1", "classes": ["dog"]}, r" weights=/path/to/fasterrcnn_resnet50_fpn_coco-258fb6c6\.pth"),
+    ],
+)
+def test_without_a_network_the_file_option_is_named(
+    options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline(monkeypatch)
+    with pytest.raises(DistillError, match=words):
+        FasterRCNN(**{"classes": ["dog"], "depth": 18, "neck_channels": 32, "head_channels": 16, **options})
+
+
+def test_imagenet_weights_from_torchvision_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = resnet18(weights=None)
+    asked = offline(monkeypatch, model.state_dict())
+    torch.save(model.state_dict(), tmp_path / "r18.pth")
+    for source in ("IMAGENET1K_V1", "DEFAULT", str(tmp_path / "r18.pth")):
+        detector = RetinaNet(["a"], depth=18, neck_channels=32, norm="frozen", backbone_weights=source)
+        body = detector.net.backbone.body.state_dict()
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in body.items())
+        assert source in detector.report[0]
+    assert len(asked) == 2
+    for options, words in (
+        ({"depth": 18, "width": 0.5, "backbone_weights": "DEFAULT"}, "width 1"),
+        ({"depth": 10, "backbone_weights": "IMAGENET1K_V1"}, "none, for depth 10"),
+        ({"depth": 34, "backbone_weights": str(tmp_path / "r18.pth")}, "missing"),
+    ):
+        with pytest.raises(DistillError, match=words):
+            RetinaNet(["a"], neck_channels=32, **options)
+
+
+def test_torchvisions_coco_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its builder has them: 91 labels, frozen norms, epsilon 0, under the names of the published file."""
+    torch.manual_seed(0)
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    state = OrderedDict(
+        (name.replace("rpn.head.conv.0.0", "rpn.head.conv"), value)  # the published file's older name
+        for name, value in theirs.state_dict().items()
+        if "num_batches_tracked" not in name
+    )
+    offline(monkeypatch, state)
+    ours = FasterRCNN(weights="COCO_V1", norm="frozen")
+    assert len(ours.classes) == 90
+    assert (ours.classes[0], ours.classes[-1], ours.classes.count("N/A")) == ("person", "toothbrush", 10)
+    assert {m.eps for m in ours.modules() if isinstance(m, FrozenBatchNorm2d)} == {0.0}
+    assert ours.describe()["norm_eps"] == 0.0
+    assert torch.equal(ours.net.rpn.head.conv[0][0].weight, theirs.rpn.head.conv[0][0].weight)
+    own = FasterRCNN(["dog", "cat"], weights="FasterRCNN_ResNet50_FPN_Weights.COCO_V1", norm="fixed")
+    score = "roi_heads.box_predictor.cls_score.weight"
+    labels = [0, ours.classes.index("dog") + 1, ours.classes.index("cat") + 1]
+    assert torch.equal(own.net.state_dict()[score], state[score][labels])
+    assert {m.eps for m in own.modules() if isinstance(m, nn.BatchNorm2d)} == {0.0}
+
+
+def test_classes_match_by_exact_name() -> None:
+    assert match_classes(("b", "a"), ("a", "x", "b"), "or not") == [0, 3, 1]
+    with pytest.raises(DistillError, match=r"lacks \['A', 'c'\].*\['a', 'b'\]"):
+        match_classes(("A", "b", "c"), ("a", "b"), "or not")

@@ -1,0 +1,225 @@
+"""Masks against the published counts, and against slow loops over boxes and cells."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fake_view import FakeView, anchors, batch, corners, facts
+from torch import Tensor
+
+from distill import masks
+from distill.types import DistillError
+
+# DeFeat's reference values: padded input 800 x 1344, two images.
+BOXES = [
+    torch.tensor([[10.3, 20.7, 60.2, 71.9], [100, 100, 420, 380], [0, 0, 1300, 799], [500.9, 300.2, 503.0, 420.0]]),
+    torch.tensor([[5, 5, 117, 117], [5, 5, 115.9, 115.9]]),
+]
+
+
+def sizes(strides: tuple[int, ...], height: int = 800, width: int = 1344) -> dict[int, tuple[int, int]]:
+    return {stride: (math.ceil(height / stride), math.ceil(width / stride)) for stride in strides}
+
+
+def slow_level(box: list[float], levels: int) -> int:
+    x1, y1, x2, y2 = box
+    s = math.sqrt((x2 - x1 + 1) * (y2 - y1 + 1))
+    return min(max(math.floor(math.log2(s / 56 + 1e-6)), 0), levels - 1)
+
+
+def slow_cells(box: list[float], stride: int, height: int, width: int) -> tuple[range, range, bool]:
+    """Rows and columns that a box covers, and whether it is thinner than a cell."""
+    a, b, c, d = (max(int(side / stride), 0) for side in box)
+    c, d = min(c, width), min(d, height)
+    if a >= c or b >= d:
+        a, b = min(a, width - 1), min(b, height - 1)
+        return range(b, b + 1), range(a, a + 1), True
+    return range(b, d), range(a, c), False
+
+
+def slow(boxes: list[Tensor], grid: dict[int, tuple[int, int]], bump: bool = False) -> dict[int, Tensor]:
+    found = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
+    for image, each in enumerate(boxes):
+        for box in each.tolist():
+            stride = list(grid)[slow_level(box, len(grid))]
+            rows, columns, thin = slow_cells(box, stride, *grid[stride])
+            half_h, half_w = len(rows) / 2, len(columns) / 2
+            for y, row in enumerate(rows):
+                for x, column in enumerate(columns):
+                    value = 1.0
+                    if bump and not thin:
+                        value = math.exp(-0.5 * ((x - half_w) / half_w) ** 2 - 0.5 * ((y - half_h) / half_h) ** 2)
+                    found[stride][image, row, column] = max(found[stride][image, row, column].item(), value)
+    return found
+
+
+def drawn(seed: int, count: int, height: int = 96, width: int = 160) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [corners(count, height, width, generator), corners(count // 2, height, width, generator), torch.zeros(0, 4)]
+
+
+@pytest.mark.parametrize(
+    ("strides", "counts", "whole"),
+    [
+        ((4, 8, 16, 32, 64), ([157, 0, 340, 0, 240], [729, 196, 0, 0, 0]), (64675, 784)),
+        ((8, 16, 32, 64, 128), ([37, 0, 80, 0, 60], [196, 49, 0, 0, 0]), (16038, 196)),
+    ],
+)
+def test_golden_counts(strides: tuple[int, ...], counts: tuple[list[int], list[int]], whole: tuple[int, int]) -> None:
+    grid = sizes(strides)
+    found = masks.ground_truth(BOXES, grid)
+    assert [[int(found[stride][image].sum()) for stride in strides] for image in range(2)] == list(counts)
+    finest = masks.ground_truth(BOXES, {strides[0]: grid[strides[0]]})[strides[0]]
+    assert tuple(finest.sum((1, 2)).int().tolist()) == whole
+
+
+def test_golden_levels() -> None:
+    assert masks.assign(BOXES[0], 5).tolist() == [0, 2, 4, 0]
+    assert masks.assign(BOXES[1], 5).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("side", "level"),
+    [(1, 0), (111, 0), (111.999, 0), (112, 1), (224, 2), (447.9, 2), (448, 3), (895.5, 3), (896, 4), (9e9, 4)],
+)
+def test_levels_change_at_powers_of_two(side: float, level: int) -> None:
+    assert masks.assign(torch.tensor([[0.0, 0.0, side - 1, side - 1]]), 5).item() == level
+    assert masks.assign(torch.tensor([[0.0, 0.0, side - 1, side - 1]]), 3).item() == min(level, 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("strides", [(4, 8, 16, 32, 64), (8,), (32, 64, 128)])
+def test_equals_slow_loops(seed: int, strides: tuple[int, ...]) -> None:
+    grid, boxes = sizes(strides, 96, 160), drawn(seed, 7)
+    for kind, bump in ((masks.ground_truth, False), (masks.gaussian, True)):
+        found, expected = kind(boxes, grid), slow(boxes, grid, bump)
+        assert list(found) == list(strides)
+        for stride in strides:
+            torch.testing.assert_close(found[stride], expected[stride])
+
+
+@pytest.mark.parametrize(
+    ("box", "cells"),
+    [
+        ([60.0, 60.0, 64.0, 64.0], {(7, 7)}),  # the last cell, whole
+        ([63.0, 10.0, 64.0, 30.0], {(1, 7), (2, 7)}),
+        ([64.0, 10.0, 64.0, 30.0], {(1, 7)}),  # truncates to a column behind the last
+        ([10.0, 64.0, 30.0, 64.0], {(7, 1)}),
+        ([64.0, 64.0, 64.0, 64.0], {(7, 7)}),
+        ([70.0, 70.0, 90.0, 90.0], {(7, 7)}),
+        ([-9.0, -9.0, 9.0, 9.0], {(0, 0)}),
+        ([5.0, 1.0, 7.0, 60.0], {(0, 0)}),  # thin: one cell, though long
+        ([30.0, 9.0, 10.0, 17.0], {(1, 3)}),  # inverted
+    ],
+)
+def test_borders_and_thin_boxes(box: list[float], cells: set[tuple[int, int]]) -> None:
+    for kind in (masks.ground_truth, masks.gaussian):
+        mask = kind([torch.tensor([box])], {8: (8, 8)})[8]
+        assert {(row, column) for _, row, column in mask.nonzero().tolist()} == cells
+
+
+def test_the_bump_leans_right_and_overlaps_take_the_larger() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 32.0, 8.0], [16.0, 0.0, 32.0, 8.0]])
+    row = masks.gaussian([boxes], {8: (1, 4)})[8][0, 0]
+    centre = math.exp(-0.5)  # one cell high: y = 0, h/2 = 1/2
+    first = [math.exp(-0.5 * ((x - 2) / 2) ** 2) * centre for x in range(4)]
+    second = [0, 0, math.exp(-0.5) * centre, centre]
+    assert row.tolist() == pytest.approx([max(pair) for pair in zip(first, second, strict=True)])
+
+
+def slow_fine_grained(
+    boxes: list[Tensor], all_anchors: dict[int, Tensor], grid: dict[int, tuple[int, int]], psi: float
+) -> dict[int, Tensor]:
+    found = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
+    for image, each in enumerate(boxes):
+        for box in each.tolist():
+            stride = list(grid)[slow_level(box, len(grid))]
+            height, width = grid[stride]
+            overlaps = [iou(anchor, box) for anchor in all_anchors[stride].tolist()]
+            per_cell = len(overlaps) // (height * width)
+            for index, overlap in enumerate(overlaps):
+                if overlap > psi * max(overlaps):
+                    cell = index // per_cell
+                    found[stride][image, cell // width, cell % width] = 1
+    return found
+
+
+def iou(a: list[float], b: list[float]) -> float:
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inter = max(w, 0) * max(h, 0)
+    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+
+
+@pytest.mark.parametrize("psi", [0.0, 0.5, 0.9])
+def test_fine_grained_equals_slow_loops(psi: float) -> None:
+    grid, boxes = sizes((8, 16, 32), 96, 160), drawn(3, 6)
+    boxes[2] = torch.tensor([[500.0, 500.0, 520.0, 520.0]])  # overlaps no anchor
+    all_anchors = {stride: anchors(*size, stride, 2) for stride, size in grid.items()}
+    found, expected = (
+        masks.fine_grained(boxes, all_anchors, grid, psi),
+        slow_fine_grained(boxes, all_anchors, grid, psi),
+    )
+    for stride in grid:
+        assert torch.equal(found[stride], expected[stride])
+    assert not any(mask[2].any() for mask in found.values())
+
+
+def test_random_keeps_the_amount_and_moves_the_place() -> None:
+    like = masks.ground_truth(drawn(5, 8), grid := sizes((4, 8), 96, 160))
+    before = torch.get_rng_state()
+    found, again, other = masks.random(like, [1, 2, 3]), masks.random(like, [1, 2, 3]), masks.random(like, [1, 9, 3])
+    assert torch.equal(before, torch.get_rng_state())
+    for stride in grid:
+        assert set(found[stride].unique().tolist()) <= {0.0, 1.0}
+        assert torch.equal(found[stride].sum((1, 2)), like[stride].sum((1, 2)))
+        assert torch.equal(found[stride], again[stride])
+        assert torch.equal(found[stride][0], other[stride][0])
+    assert not torch.equal(found[4], like[4])
+    assert not torch.equal(found[4][1], other[4][1])
+
+
+def test_random_is_uniform_over_cells() -> None:
+    like = {8: torch.zeros(1, 3, 4)}
+    like[8][0, 0] = 1
+    total = sum(masks.random(like, [seed])[8] for seed in range(3000))
+    assert isinstance(total, Tensor)
+    assert (total / 3000 - 1 / 3).abs().max() < 0.04  # 4.6 standard deviations
+
+
+def test_the_batch_does_not_matter() -> None:
+    boxes, grid = drawn(6, 9), sizes((4, 8, 16), 96, 160)
+    for kind in (masks.ground_truth, masks.gaussian):
+        whole, alone = kind(boxes, grid), [kind([each], grid) for each in boxes]
+        for stride in grid:
+            assert torch.equal(whole[stride], torch.cat([each[stride] for each in alone]))
+
+
+@pytest.mark.parametrize("kind", masks.KINDS)
+def test_build(kind: str) -> None:
+    images = batch([[[3.0, 5.0, 40.0, 30.0]], []])
+    grid = sizes((4, 8), 64, 64)
+    view = FakeView(images, facts(), anchors={stride: anchors(*size, stride, 3) for stride, size in grid.items()})
+    found = masks.build(kind, view, grid, seeds=[1, 2])
+    for stride, size in grid.items():
+        assert found[stride].shape == (2, *size)
+        assert found[stride].dtype == torch.float32
+        assert found[stride].min() >= 0
+        assert found[stride].max() <= 1
+    assert found[4][0].any()
+    assert bool(found[4][1].any()) == (kind == "none")
+    assert view.reads == ({"anchors"} if kind == "fine_grained" else set())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "gt"}, "expected one of ground_truth, fine_grained"),
+        ({"kind": "gaussian", "scale": 0}, "mask_scale"),
+        ({"kind": "fine_grained", "threshold": 1.0}, "mask_threshold"),
+    ],
+)
+def test_refusals(options: dict[str, object], message: str) -> None:
+    with pytest.raises(DistillError, match=message):
+        masks.check(**options)  # type: ignore[arg-type]
