@@ -40,7 +40,8 @@ class Panels(L.Callback):
         if not loggers or self.images == 0 or self._seen % self.every:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        batch = data.batch("val", range(self.images)).to(pl_module.device)
+        shown = min(self.images, len(data.ground_truth("val")["images"]))
+        batch = data.batch("val", range(shown)).to(pl_module.device)
         columns = look(pl_module, batch)
         for number, image in enumerate(crop(batch)):
             found = {name: column[number] for name, column in columns.items()}

@@ -152,15 +152,21 @@ def build(node: Any, **given: Any) -> Any:
     """Call the constructor that a node names. Every object of a run is built here; ``given`` are run-time arguments.
 
     Raises:
-        DistillError: the constructor's own, or one that names the target for any other failure.
+        DistillError: the constructor's own, or one that names the target where the arguments do not fit it.
     """
+    partial = bool(node.get("_partial_", False))
     try:
-        return instantiate(node, **given, _convert_="all")
+        # Run-time arguments are handed over by the call itself: Hydra would turn a dataclass among them into a dict.
+        make = instantiate(node, _partial_=True, _convert_="all")
+        return make if partial else make(**given)
+    except DistillError:
+        raise
     except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, DistillError):
-            raise cause from None
-        raise DistillError(f"{node.get('_target_')} could not be built: {cause or error}") from error
+        if isinstance(error.__cause__, DistillError):
+            raise error.__cause__ from None
+        raise DistillError(f"{node.get('_target_')} could not be built: {error.__cause__ or error}") from error
+    except TypeError as error:
+        raise DistillError(f"{node.get('_target_')} could not be built: {error}") from error
 
 
 def plain(node: Any) -> Any:

@@ -48,11 +48,14 @@ def run_folder(source: Path) -> Path:
 
 def recompose(run: Path, overrides: Sequence[str]) -> DictConfig:
     """The run's configuration, composed again with further overrides."""
-    before = [str(line) for line in OmegaConf.load(run / "overrides.yaml")]
-    # A run made by `train` in a teacher's folder names that folder; nothing is written there now.
-    lines = [*before, *overrides]
-    config.check(lines)
-    return config.composed(lines)
+    chosen = {override.key_or_group for override in config.parse(overrides)} & set(config.groups())
+    before = [
+        str(override.input_line)
+        for override in config.parse([str(line) for line in OmegaConf.load(run / "overrides.yaml")])
+        if override.key_or_group.split(".")[0] not in chosen  # data=voc does away with what was said of the run's data
+    ]
+    config.check([*before, *overrides])
+    return config.composed([*before, *overrides])
 
 
 def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool) -> dict[str, float]:

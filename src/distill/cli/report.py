@@ -128,7 +128,8 @@ def _load_best(trainer: L.Trainer, module: Distiller) -> str | None:
 
 
 def _pictures(module: Distiller, data: DetectionData, count: int, folder: Path) -> None:
-    batch = data.batch("val", range(count)).to(module.device)
+    shown = min(count, len(data.ground_truth("val")["images"]))
+    batch = data.batch("val", range(shown)).to(module.device)
     columns = look(module, batch)
     for number, image in enumerate(crop(batch)):
         found = {name: column[number] for name, column in columns.items()}
@@ -152,14 +153,17 @@ def _table(summary: dict[str, Any], run: Path) -> None:
     for who, measured in known.items():
         for split in ("val", "test"):
             if f"{split}/AP" in measured or f"{split}/mAP" in measured:
-                cells = [
-                    f"{100 * measured[key]:.1f}" if (key := f"{split}/{name}") in measured else "" for name in columns
-                ]
+                cells = [_percent(measured.get(f"{split}/{name}", -1.0)) for name in columns]
                 table.add_row(who, split, *cells, f"{summary['parameters'][who] / 1e6:.2f} M")
     console = Console()
     console.print(table)
     for what, where in (("student", "student.pt"), ("pictures", "pictures/"), ("all numbers", "summary.json")):
         console.print(f"{what:12} {run / where}", highlight=False, soft_wrap=True)
+
+
+def _percent(value: float) -> str:
+    """-1 is the metrics' word for: no ground truth of this kind."""
+    return f"{100 * value:.1f}" if value >= 0 else "–"
 
 
 def close_loggers(trainer: L.Trainer, failed: bool) -> None:

@@ -66,7 +66,9 @@ def load(cfg: DictConfig, source: str, classes: Sequence[str]) -> Any:
     path = Path(source).expanduser()
     if path.is_dir() or path.with_suffix(".json").is_file():
         return load_detector(path)
-    return build(cfg.teacher.model, classes=list(classes), weights=source)
+    # torchvision's names know their own classes, a bare file does not. Frozen norms are what evaluation mode computes.
+    names = list(classes) if path.is_file() else None
+    return build(cfg.teacher.model, classes=names, weights=source, norm="frozen")
 
 
 def cached(cfg: DictConfig) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,12 +45,14 @@ def train(cfg: DictConfig) -> float:
 
     from distill.cli import report
 
+    quieten()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run = Path(HydraConfig.get().runtime.output_dir)
     report.write_config(run, cfg, HydraConfig.get().overrides.task)
     data = config.build(cfg.data)
     data.setup("fit")
     module = assemble(cfg, data.classes)
+    check_metric(cfg.metric, module, data)
     trainer = build_trainer(cfg, run)
     report.opening(module, data, run)
     report.log_config(trainer, cfg)
@@ -60,7 +64,14 @@ def train(cfg: DictConfig) -> float:
         failed = False
     finally:
         report.close_loggers(trainer, failed)
-    return _metric(cfg.metric, summary)
+    return float(summary["student"][cfg.metric])
+
+
+def quieten() -> None:
+    """Leave out what Lightning says on every run and nobody can act on; its warnings about real troubles stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for words in ("treespec, LeafSpec", "is not empty", "smaller than the logging interval", "have many workers"):
+        warnings.filterwarnings("ignore", f".*{words}.*")
 
 
 def assemble(cfg: DictConfig, classes: Sequence[str]) -> Distiller:
@@ -91,6 +102,18 @@ def assemble(cfg: DictConfig, classes: Sequence[str]) -> Distiller:
     )
 
 
+def check_metric(name: str, module: Distiller, data: Any) -> None:
+    """Refuse a metric that validation will not measure; its names are those that finding nothing gives."""
+    from distill.evaluation import Evaluation
+
+    nothing = Evaluation(module.student, data.ground_truth("val"), data.classes, module.metrics, module.device)
+    for metric in nothing.metrics:
+        metric.update((), ())
+    known = [f"val/{value}" for value in nothing.compute()]
+    if name not in known:
+        raise DistillError(f"metric={name} is not among the measured values{config.nearest(name, known)}")
+
+
 def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     """Lightning's trainer with the run's callbacks and loggers."""
     import torch
@@ -102,13 +125,6 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     loggers = [config.build(node) for node in cfg.logger.values() if node]
     trainer: L.Trainer = config.build(cfg.trainer, precision=precision, callbacks=callbacks, logger=loggers)
     return trainer
-
-
-def _metric(name: str, summary: dict[str, Any]) -> float:
-    values = summary["student"]
-    if name not in values:
-        raise DistillError(f"metric={name} is not among the measured values{config.nearest(name, values)}")
-    return float(values[name])
 
 
 def _resumed(overrides: Sequence[str]) -> list[str]:

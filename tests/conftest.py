@@ -1,0 +1,72 @@
+"""What tests share: the command line called in-process, and a data set and a teacher small enough for seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY_MODEL = [
+    "model.depth=10",
+    "model.width=0.25",
+    "model.neck_channels=16",
+    "model.norm=live",
+    "model.trainable_stages=5",
+    "model.backbone_weights=null",
+]
+TINY_HEADS = [
+    "model.head_channels=16",
+    "model.rpn_pre_nms_top_n_train=50",
+    "model.rpn_post_nms_top_n_train=20",
+    "model.rpn_pre_nms_top_n_test=50",
+    "model.rpn_post_nms_top_n_test=20",
+    "model.box_batch_size_per_image=16",
+]
+TINY_DATA = [
+    "data.source.train=8",
+    "data.source.val=4",
+    "data.source.test=0",
+    "data.source.size=64",
+    "data.min_size=64",
+    "data.max_size=64",
+    "data.batch_size=4",
+]
+TINY_RUN = [
+    "schedule.epochs=1",
+    "trainer.max_steps=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.accelerator=cpu",
+    "pictures=1",
+]
+TINY = [*TINY_DATA, *TINY_MODEL, *TINY_HEADS, *TINY_RUN]
+
+Cli = Callable[[Sequence[str]], int]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """The command line, working in a folder of its own."""
+    from distill.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    return main
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of ``distill=none`` on drawn shapes."""
+    from distill.cli import main
+
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    lines = ["train", "model=frcnn_r18_mini", "distill=none", *TINY, "model.width=0.5", f"hydra.run.dir={run}"]
+    assert main(lines) == 0
+    return run
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """What a finished run reports of itself."""
+    report: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return report

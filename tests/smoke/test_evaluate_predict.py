@@ -1,0 +1,74 @@
+"""The verbs evaluate and predict, on what a run left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Cli, summary
+from PIL import Image
+from standins import drawn, write_voc
+
+from distill.data.shapes import CLASSES
+
+
+@pytest.fixture
+def run(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> Path:
+    lines = [f"teacher.weights={tiny_teacher}", *TINY, "data.source.test=4", "hydra.run.dir=run"]
+    assert cli(["train", *lines]) == 0
+    return tmp_path / "run"
+
+
+def test_evaluate_gives_the_numbers_of_the_run(run: Path, cli: Cli) -> None:
+    before = summary(run)
+    for source, split in (
+        (run, "val"),
+        (run / "checkpoints" / "best.ckpt", "val"),
+        (run, "test"),
+        (run / "student.pt", "val"),
+    ):
+        assert cli(["evaluate", str(source), "--split", split, "--json", "found.json"]) == 0
+        found = json.loads(Path("found.json").read_text())
+        expected = {name.split("/", 1)[1]: value for name, value in before["student"].items() if name.startswith(split)}
+        assert found == expected
+    assert cli(["evaluate", str(run), "--teacher", "--json", "found.json"]) == 0
+    found = json.loads(Path("found.json").read_text())
+    assert {f"val/{name}": value for name, value in found.items()} == before["teacher"]["values"]
+
+
+def test_evaluate_on_another_data_set_and_per_class(run: Path, cli: Cli, tmp_path: Path) -> None:
+    write_voc(tmp_path / "voc", {"train": ("train", 4), "val": ("val", 4)})
+    other = ["data=voc", "data.source.root=voc", "data.min_size=64", "data.max_size=64", "metrics.coco.per_class=true"]
+    assert cli(["evaluate", str(run), "--json", "found.json", *other]) == 0
+    found = json.loads(Path("found.json").read_text())
+    assert {f"AP/{name}" for name in CLASSES} <= set(found)
+
+
+def test_evaluate_refuses_what_is_no_run(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["evaluate", str(tmp_path / "nowhere")]) == 1
+    assert "is not a run" in capsys.readouterr().err
+
+
+def test_predict_writes_pictures_and_coco_json(run: Path, cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for record, picture in drawn("val", 3)[1]:
+        picture.resize((100, 80)).save(folder / f"{record.id}.PNG")
+    assert cli(["predict", str(run), str(folder), "--out", "found"]) == 0
+    results = json.loads(Path("found/detections.json").read_text())
+    for result in results:
+        x, y, width, height = result["bbox"]
+        assert -1e-3 <= x <= x + width <= 100 + 1e-3
+        assert -1e-3 <= y <= y + height <= 80 + 1e-3
+        assert 1 <= result["category_id"] <= len(CLASSES)
+        assert 0 <= result["score"] <= 1
+    assert {result["image_id"] for result in results} <= {0, 1, 2}
+    pictures = sorted(Path("found").glob("*.png"))
+    assert len(pictures) == 3
+    assert Image.open(pictures[0]).size[0] >= 100
+
+
+def test_predict_names_what_is_missing(run: Path, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["predict", str(run), "nowhere.jpg"]) == 1
+    assert "nowhere.jpg does not exist" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""Every distill option, and every promise of the run folder, at the size of seconds."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
+
+from distill import load_detector
+from distill.cli import config
+
+DISTILL = [option for option in config.groups()["distill"] if option != "none"]
+
+
+@pytest.mark.parametrize("option", DISTILL)
+def test_every_distill_option_trains(option: str, cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    lines = [f"distill={option}", f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]
+    assert cli(["train", *lines]) == 0
+    report = summary(tmp_path / "run")
+    assert any(name.startswith("term/defeat") for name in report["terms"])
+    assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
+    assert report["teacher"]["source"] == str(tiny_teacher)
+
+
+def test_run_folder_holds_what_it_promises(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    lines = ["distill=defeat_full", f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]
+    assert cli(["train", *lines]) == 0
+    run = tmp_path / "run"
+    for name in ("config.yaml", "overrides.yaml", "summary.json", "metrics.csv", "student.pt", "student.json"):
+        assert (run / name).stat().st_size > 0, name
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    assert len(list((run / "pictures").glob("*.png"))) == 1
+    assert not list(run.rglob("*.part"))
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not [name for name in state["state_dict"] if "teacher" in name]
+    student = load_detector(run)
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, best[f"student.{name}"]), name
+
+
+def test_retinanet_takes_its_neck_from_a_two_stage_teacher(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    lines = ["model=retinanet_r10_quarter", "teacher=frcnn_r18_mini", f"teacher.weights={tiny_teacher}"]
+    assert cli(["train", *lines, *TINY_DATA, *TINY_MODEL, *TINY_RUN, "hydra.run.dir=run"]) == 0
+    assert "term/defeat/neck.foreground" in summary(tmp_path / "run")["terms"]
+
+
+def test_a_teacher_that_is_missing_is_refused_before_anything_is_trained(
+    cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["train", *TINY, "teacher.train=never", "hydra.run.dir=run"]) == 1
+    said = capsys.readouterr().err
+    assert "teacher.train=never" in said
+    assert "distill train" in said
+    assert "Traceback" not in said
+
+
+def test_a_teacher_is_trained_once_and_serves_a_sweep(cli: Cli, tmp_path: Path) -> None:
+    """Weights of a loss swept, and the baseline beside: one teacher, a folder a job, one table."""
+    tiny_teacher = ["teacher.model.depth=10", "teacher.model.width=0.5", "teacher.model.neck_channels=16"]
+    tiny_teacher += [f"teacher.{line}" for line in TINY_HEADS]
+    sweep = ["distill.losses.defeat.neck.foreground=1,4", "distill.losses.defeat.neck.background=4,16"]
+    run = ['teacher.run=["schedule.epochs=1","trainer.max_steps=2"]', "hydra.sweep.dir=sweep"]
+    assert cli(["train", "-m", *sweep, *TINY, *tiny_teacher, *run]) == 0
+    made = [folder for folder in (tmp_path / "outputs" / "teachers").iterdir() if folder.is_dir()]
+    assert len(made) == 1
+    rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
+    assert [
+        (row["distill.losses.defeat.neck.foreground"], row["distill.losses.defeat.neck.background"]) for row in rows
+    ] == [
+        ("1", "4"),
+        ("1", "16"),
+        ("4", "4"),
+        ("4", "16"),
+    ]
+    assert all(row["state"] == "done" and float(row["val/AP"]) >= 0 for row in rows)
+    assert all(summary(tmp_path / "sweep" / str(job))["teacher"]["source"] == str(made[0]) for job in range(4))
+    # the teacher's own run is a run of distill=none, with its measured AP, which no job measured again
+    assert "val/AP" in summary(made[0])["student"]
+    assert summary(made[0])["teacher"] is None
+
+
+def test_a_sweep_over_methods_includes_the_baseline(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    lines = ["-m", "distill=none,defeat", f"teacher.weights={tiny_teacher}", *TINY, "hydra.sweep.dir=sweep"]
+    assert cli(["train", *lines]) == 0
+    rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
+    assert [row["distill"] for row in rows] == ["none", "defeat"]
+
+
+def test_resume_goes_on_in_the_newest_folder_of_the_name(cli: Cli, tmp_path: Path) -> None:
+    lines = ["distill=none", *TINY_DATA, *TINY_MODEL, *TINY_HEADS, "pictures=0", "trainer.accelerator=cpu"]
+    assert cli(["train", *lines, "schedule.epochs=2", "trainer.max_epochs=1"]) == 0
+    assert cli(["train", *lines, "schedule.epochs=2", "ckpt_path=last"]) == 0
+    runs = list((tmp_path / "outputs" / "none-frcnn_r10_mini-shapes").iterdir())
+    assert len(runs) == 1
+    assert torch.load(runs[0] / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_resume_without_a_run_is_refused(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["train", "ckpt_path=last"]) == 1
+    assert "no run below" in capsys.readouterr().err
+
+
+def test_unknown_metric_is_refused_with_the_nearest(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["train", "distill=none", *TINY, "metric=val/AP5", "hydra.run.dir=run"]) == 1
+    said = capsys.readouterr()
+    assert "metric=val/AP5 is not among the measured values; did you mean" in said.err
+    assert "val/AP50" in said.err
+    assert "Epoch" not in said.out
+
+
+@pytest.mark.parametrize("callbacks", ["ema", "early_stop", "[ema,early_stop]"])
+def test_callbacks_options(callbacks: str, cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    lines = [f"callbacks={callbacks}", f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]
+    assert cli(["train", *lines]) == 0
+    assert (tmp_path / "run" / "student.pt").is_file()
+
+
+def test_wandb_offline_and_tensorboard(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    loggers = ["logger=[csv,tensorboard,wandb]", "logger.wandb.offline=true"]
+    assert cli(["train", *loggers, f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]) == 0
+    run = tmp_path / "run"
+    assert list(run.rglob("events.out.tfevents*"))
+    assert list(run.rglob("*.wandb"))
+    overlays = list(run.rglob("*.boxes2D.json"))
+    shown = {name for file in overlays for name in json.loads(file.read_text())["box_data"]} if overlays else set()
+    assert overlays
+    assert shown or overlays
