@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -97,7 +98,8 @@ class Distiller(L.LightningModule):
     def _log(self, terms: dict[str, Tensor], weights: dict[str, float], loss: Tensor) -> None:
         size = 1  # the value is not used for step-wise logging, but Lightning would search the batch for it
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=size)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
             values = {f"term/{name}": value.detach() for name, value in terms.items()}
             values |= {f"loss/{name}": weights[name] * value.detach() for name, value in terms.items()}
             self.log_dict(values | {"loss/total": loss.detach()}, batch_size=size)
@@ -124,18 +126,12 @@ class Distiller(L.LightningModule):
 
     def _describe_non_finite(self, bad: list[str], batch: Batch) -> str:
         """Name terms, levels and images, by looking again with the weights that are still untouched."""
-        places = []
-        views = {"student": self.student.view(batch, training=True, frozen=True)}
-        if self.teacher is not None and self.losses:
-            views["teacher"] = self.teacher.view(batch)
-        for who, view in views.items():
-            for stage, maps in (("body", view.body), ("neck", view.neck)):
-                for stride, values in maps.items():
-                    finite = torch.isfinite(values).flatten(1).all(1).tolist()
-                    images = [image for image, good in zip(batch.ids, finite, strict=True) if not good]
-                    if images:
-                        places.append(f"{who}'s {stage} at stride {stride}, images {images}")
-        where = "; ".join(places) or "all feature maps are finite, so the head or the loss itself produced it"
+        with self.trainer.precision_plugin.forward_context():
+            views = {"student": self.student.view(batch, frozen=True)}
+            if self.teacher is not None and self.losses:
+                views["teacher"] = self.teacher.view(batch)
+            places = [place for who, view in views.items() for place in _not_finite(who, view)]
+        where = "; ".join(places) or "all maps are finite, so the box head or the term's own formula produced it"
         return (
             f"step {self.global_step}: the loss is not finite in {', '.join(bad)} (images {list(batch.ids)}). "
             f"Levels: {where}. No weight was changed by this step. Lower the learning rate or the term's weight, "
@@ -145,7 +141,8 @@ class Distiller(L.LightningModule):
     # -- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh metrics over the validation split."""
+        """Fresh metrics over the validation split, for the same detector on all ranks."""
+        self._share_buffers()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self._evaluation = Evaluation(self.student, data.ground_truth("val"), data.classes, self.metrics, self.device)
 
@@ -160,6 +157,16 @@ class Distiller(L.LightningModule):
         values, self._evaluation = self._evaluation.compute(), None
         self.log_dict({f"val/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
 
+    def _share_buffers(self) -> None:
+        """Give every rank the buffers of rank 0, whose checkpoint is kept: live batch norm lets them drift apart.
+
+        DDP's own ``broadcast_buffers`` would do it in every forward pass, evaluation's too, where a rank that has fewer
+        batches than the others makes them wait for ever.
+        """
+        if dist.is_available() and dist.is_initialized():
+            for buffer in self.buffers():
+                dist.broadcast(buffer, 0)
+
     # -- epoch hooks, optimiser, checkpoints
 
     def on_train_epoch_start(self) -> None:
@@ -167,6 +174,10 @@ class Distiller(L.LightningModule):
         for loss in self.losses.values():
             assert isinstance(loss, DistillLoss)
             loss.on_epoch_start(self.current_epoch, self.trainer.datamodule, self.teacher)  # type: ignore[attr-defined]
+
+    def on_train_epoch_end(self) -> None:
+        """What is saved after this epoch is what every rank goes on with."""
+        self._share_buffers()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and learning rate of the schedule, over the student and its adapters."""
@@ -182,9 +193,30 @@ class Distiller(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with another teacher."""
-        before = checkpoint.get("teacher")
-        if before and self.teacher and before["sha256"] != self.teacher.fingerprint:
+        if "teacher" not in checkpoint:
+            return
+        before, now = checkpoint["teacher"], self.teacher.identity() if self.teacher else None
+        if (before and before["sha256"]) != (now and now["sha256"]):
             raise DistillError(
-                f"the checkpoint was made with the teacher {before['source']} (sha256 {before['sha256'][:12]}), but this run "
-                f"has {self.teacher.source} ({self.teacher.fingerprint[:12]}); set teacher.weights to the former"
+                f"resume: the checkpoint was made with the teacher {_name(before)}, but this run has {_name(now)}. "
+                "Set teacher.weights and distill as they were in that run, or start a new run without ckpt_path"
             )
+
+
+def _name(teacher: Mapping[str, Any] | None) -> str:
+    return f"{teacher['source']} (sha256 {teacher['sha256'][:12]})" if teacher else "none"
+
+
+def _not_finite(who: str, view: View) -> list[str]:
+    """The first stage of a detector that has infinite or NaN values: each of its levels, with the images there."""
+    heads = ("objectness", "deltas") if view.facts.two_stage else ("class_logits", "deltas")
+    for stage in ("body", "neck", *heads):
+        places = []
+        for stride, values in getattr(view, stage).items():
+            finite = torch.isfinite(values).flatten(1).all(1).tolist()
+            images = [image for image, good in zip(view.batch.ids, finite, strict=True) if not good]
+            if images:
+                places.append(f"{who}'s {stage} at stride {stride}, images {images}")
+        if places:
+            return places
+    return []

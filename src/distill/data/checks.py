@@ -1,8 +1,8 @@
 """Bad data is named before the first step: what is safe to mend is mended and counted, the rest is an error or skipped.
 
-Mended: a box over the image's edge is clipped (for training; evaluation keeps it as annotated), a box of no area is
-dropped. Errors: what a source could not read, an image that is missing, unreadable, cut off, or of another size than
-its annotation says, a box that is inverted or not finite, two images with one id.
+Mended: a box over the image's edge is clipped (for training; evaluation keeps it as annotated), a box of no area, or
+of none inside the image, is dropped. Errors: what a source could not read, an image that is missing, unreadable, cut
+off, listed twice, or of another size than its annotation says, a box that is inverted or not finite.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distill.data.records import Record, read_image
+from distill.data.records import Record, orientation, read_image
 from distill.types import DistillError, Size
 
 SHOWN = 10
 """Problems that one message lists."""
+THREADS = 16
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
-"""What the last bytes of a whole file hold."""
-ORIENTATION = 0x0112
+"""What the last bytes of a whole file hold; a file of another format is decoded to know that it is whole."""
 TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 
@@ -44,33 +44,30 @@ def check_records(
         the usable records, and one line that counts what there is, what was mended and what was skipped.
 
     Raises:
-        DistillError: an empty split, or under ``raise`` any problem that cannot be mended.
+        DistillError: an empty split, one without any usable box, or under ``raise`` any problem that cannot be mended.
     """
     if not records:
         raise DistillError(f"{split}: the split is empty; check data.source.{split} and data.source.root")
-    problems: list[str] = []
     counts: Counter[str] = Counter()
+    _check_twice(records, files)
     if files:
-        with ThreadPoolExecutor(16) as pool:
-            for record, fault in zip(records, pool.map(_image_fault, records), strict=True):
-                if fault:
-                    record.faults.append(fault)
-                    record.broken = True
-    seen: set[int] = set()
+        _check_images(records, counts)
     for record in records:
-        if record.id in seen:
-            record.faults.append(f"{record.file}: image id {record.id} is used twice; ids must differ")
-            record.broken = True
-        seen.add(record.id)
         if not record.broken:
             _mend(record, counts)
-        problems += record.faults
+    problems = [fault for record in records for fault in record.faults]
     good = [record for record in records if not record.broken]
     if problems and on_error == "raise":
-        raise DistillError(_listed(split, problems))
-    if not good:
-        raise DistillError(f"{split}: no usable image is left of {len(records)}.\n" + _listed(split, problems))
-    return good, _summary(split, good, len(records) - len(good), len(problems), counts)
+        raise DistillError(_listed(split, problems) + "\nMend them, or leave them out with data.on_error=skip")
+    if not any(len(record.labels) for record in good):
+        what = "box" if good else "image"
+        raise DistillError(
+            f"{split}: of {len(records)} images no usable {what} is left: there is nothing to learn from or to measure by. "
+            f"Check data.source.{split}" + ("\n" + _listed(split, problems) if problems else "")
+        )
+    counts["images skipped"] = sum(record.broken and bool(record.file) for record in records)
+    counts["problems skipped"] = len(problems)
+    return good, _summary(split, good, counts)
 
 
 def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "warn") -> None:
@@ -92,24 +89,57 @@ def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "war
             warnings.warn(message, stacklevel=2)
 
 
-def _image_fault(record: Record) -> str | None:
-    """What is wrong with an image file, or None; fills in the record's true size."""
-    if record.broken:
-        return None
+def _check_twice(records: Sequence[Record], files: bool) -> None:
+    ids: set[int] = set()
+    names: set[str] = set()
+    for record in records:
+        if record.broken:
+            continue
+        if record.id in ids:
+            _break(record, f"{record.file}: image id {record.id} is used twice; ids must differ")
+        elif files and record.file in names:
+            _break(record, f"{record.file}: this image is listed twice; list it once, with all its boxes")
+        ids.add(record.id)
+        names.add(record.file)
+
+
+def _check_images(records: Sequence[Record], counts: Counter[str]) -> None:
+    sound = [record for record in records if not record.broken]
+    # Filters of warnings are common to all threads. Pillow warns of large images and damaged tags, which both read well.
+    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+        warnings.simplefilter("ignore")
+        looks = list(pool.map(_look, sound))
+    for record, look in zip(sound, looks, strict=True):
+        fault = look if isinstance(look, str) else _settle_size(record, *look)
+        if fault:
+            _break(record, fault)
+        elif look[1] != 1:
+            counts["turned by EXIF"] += 1
+
+
+def _break(record: Record, fault: str) -> None:
+    record.faults.append(fault)
+    record.broken = True
+
+
+def _look(record: Record) -> tuple[Size, int] | str:
+    """An image's (height, width) once upright and its EXIF orientation, or what is wrong with its file."""
     path = Path(record.file)
-    if not path.is_file():
-        return f"{path}: no such image, but annotations name it; add it, or remove its annotations"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                size, form = (image.height, image.width), image.format
-                turned = image.getexif().get(ORIENTATION) in TURNED
-        if form in ENDS and not _ends_with(path, ENDS[form]):
-            read_image(path)  # some whole files carry a tail; only decoding tells
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, DistillError) as error:
-        return f"{path}: unreadable or cut off ({error}); replace it, or remove it from the split"
-    return _settle_size(record, size, turned)
+        if not path.is_file():
+            return (
+                f"{path}: no such image, but {record.where or 'a record'} names it; add it, or remove its annotations"
+            )
+        with Image.open(path) as image:
+            size, form, turn = (image.height, image.width), image.format, orientation(image)
+        if form in ENDS and _ends_with(path, ENDS[form]):
+            return (size[::-1] if turn in TURNED else size), turn
+        height, width = read_image(path).shape[1:]
+        return (height, width), turn
+    except DistillError as error:
+        return str(error)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return f"{path}: unreadable ({error}); replace it, or remove it from the split"
 
 
 def _ends_with(path: Path, end: bytes) -> bool:
@@ -118,62 +148,75 @@ def _ends_with(path: Path, end: bytes) -> bool:
         return end in file.read()
 
 
-def _settle_size(record: Record, size: Size, turned: bool) -> str | None:
-    upright = (size[1], size[0]) if turned else size
+def _settle_size(record: Record, upright: Size, turn: int) -> str | None:
+    """Note the true size, or say how it differs from the one that the annotation states."""
     if record.size in (None, upright):
         record.size = upright
         return None
-    if turned and record.size == size:
-        return (
-            f"{record.file}: its EXIF tag turns it upright to {upright[1]}x{upright[0]}, but its annotation was made for "
-            f"{size[1]}x{size[0]}; write the image again without the tag"
-        )
     assert record.size is not None
-    height, width = record.size
-    return f"{record.file}: the image is {upright[1]}x{upright[0]}, its annotation says {width}x{height}; mend the annotation"
+    (height, width), (stated_height, stated_width) = upright, record.size
+    where = f"{record.where}, the annotation," if record.where else "its annotation"
+    if turn in TURNED and record.size == upright[::-1]:
+        return (
+            f"{record.file}: its EXIF tag turns it to {width}x{height}, but {where} was made for {stated_width}x"
+            f"{stated_height}; write the image again without the tag"
+        )
+    return (
+        f"{record.file}: the image is {width}x{height}, but {where} says {stated_width}x{stated_height}; mend the size"
+    )
 
 
 def _mend(record: Record, counts: Counter[str]) -> None:
     """Leave out impossible boxes with a fault each, clip the rest, drop those of no area."""
-    boxes = record.boxes
-    finite = np.isfinite(boxes).all(axis=1) & np.isfinite(record.area)
-    inverted = finite & (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
-    for index in np.flatnonzero(~finite):
-        record.faults.append(f"{record.file}: box {index} is not finite: {boxes[index].tolist()}; mend or remove it")
-    for index in np.flatnonzero(inverted):
-        record.faults.append(
-            f"{record.file}: box {index} ends before it begins: {boxes[index].tolist()}; mend or remove it"
-        )
-    record.keep(finite & ~inverted)
     assert record.size is not None
     height, width = record.size
+    boxes = record.boxes
+    counts["boxes"] += len(boxes)
+    finite = np.isfinite(boxes).all(axis=1) & np.isfinite(record.area)
+    inverted = finite & (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+    for rows, reason in ((~finite, "or area is not finite"), (inverted, "ends before it begins")):
+        record.faults += [_box_fault(record, index, reason) for index in np.flatnonzero(rows).tolist()]
+    record.keep(finite & ~inverted)
     clipped = record.boxes.clip(0, [width, height, width, height])
     moved = (clipped != record.boxes).any(axis=1)
+    area = (record.boxes[:, 2:] > record.boxes[:, :2]).all(axis=1)
+    inside = np.asarray((clipped[:, 2:] > clipped[:, :2]).all(axis=1))
+    counts["without area"] += int((~area).sum())
+    counts["outside the image"] += int((area & ~inside).sum())
+    counts["clipped"] += int((moved & inside).sum())
     if moved.any():
         record.annotated, record.boxes = record.boxes, clipped
-    whole = np.asarray((clipped[:, 2:] > clipped[:, :2]).all(axis=1))
-    counts["boxes"] += len(clipped)
-    counts["without area"] += int((~whole).sum())
-    counts["clipped"] += int((moved & whole).sum())
-    record.keep(whole)
+    record.keep(inside)
+
+
+def _box_fault(record: Record, index: int, reason: str) -> str:
+    place = index if record.entries is None else record.entries[index]
+    of = f" of {Path(record.file).name}" if record.where else ""
+    return (
+        f"{record.where or record.file}: annotation {place}{of}, counted from 0: the box {reason}: xyxy "
+        f"{record.boxes[index].tolist()}, area {record.area[index]}; mend or remove it"
+    )
 
 
 def _listed(split: str, problems: Sequence[str]) -> str:
     lines = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
     more = f"\n  … and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return f"{split}: {len(problems)} problems in the data:\n{lines}{more}\nMend them, or leave them out with data.on_error=skip"
+    return f"{split}: {len(problems)} problems in the data:\n{lines}{more}"
 
 
-def _summary(split: str, records: Sequence[Record], skipped: int, problems: int, counts: Counter[str]) -> str:
-    usable = sum(len(record.labels) for record in records)
-    crowds = sum(int(record.crowd.sum()) for record in records)
-    difficult = sum(int(record.difficult.sum()) for record in records)
-    empty = sum(not len(record.labels) for record in records)
-    parts = [f"{len(records)} images", f"{counts['boxes']} boxes", f"{usable} usable"]
-    parts += [f"{number} {what}" for what in ("without area", "clipped") if (number := counts[what])]
-    extra = ((crowds, "crowds"), (difficult, "difficult"), (empty, "images without boxes"), (skipped, "images skipped"))
-    parts += [f"{number} {what}" for number, what in extra if number]
-    parts += [f"{problems} problems skipped"] if problems else []
+def _summary(split: str, records: Sequence[Record], counts: Counter[str]) -> str:
+    """One line, in which only what there is is counted."""
+    totals = Counter(usable=sum(len(record.labels) for record in records))
+    totals["crowds"] = sum(int(record.crowd.sum()) for record in records)
+    totals["difficult"] = sum(int(record.difficult.sum()) for record in records)
+    totals["images without boxes"] = sum(not len(record.labels) for record in records)
+    parts = [f"{len(records)} images", f"{counts['boxes']} boxes", f"{totals.pop('usable')} usable"]
+    mended = ("without area", "outside the image", "clipped")
+    parts += [f"{counts[what]} {what}" for what in mended if counts[what]]
+    parts += [f"{number} {what}" for what, number in totals.items() if number]
+    parts += [
+        f"{counts[what]} {what}" for what in ("turned by EXIF", "images skipped", "problems skipped") if counts[what]
+    ]
     return f"{split}: {', '.join(parts)}"
 
 

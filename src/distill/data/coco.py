@@ -6,10 +6,16 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
-from distill.data.records import Record, record
+from distill.data.records import Note, Record, broken, record, uncollected
 from distill.types import DistillError, Size
+
+Files = Mapping[str, str | None]
+"""``annotations`` and ``images`` of a split."""
+SMALLEST, LARGEST = -(2**63), 2**63 - 1
+"""Of the ids that a tensor can hold."""
 
 
 class Coco:
@@ -21,132 +27,177 @@ class Coco:
             folder of the JSON itself); None for a split that there is not.
 
     Categories are the classes, in ascending order of their ids, which may start at 0 and have gaps. Crowds are kept for
-    evaluation, which ignores them, and are no training targets.
+    evaluation, which ignores them, and are no training targets. ``category_ids`` maps label to id in the file read last.
+
+    Raises:
+        DistillError: a split that is given in another form.
     """
 
     def __init__(
-        self,
-        root: str,
-        train: Mapping[str, str | None] | None = None,
-        val: Mapping[str, str | None] | None = None,
-        test: Mapping[str, str | None] | None = None,
+        self, root: str, train: Files | None = None, val: Files | None = None, test: Files | None = None
     ) -> None:
         self.root = Path(root).expanduser()
         self.files = {"train": train, "val": val, "test": test}
         self.category_ids: dict[int, int] = {}
+        for split, files in self.files.items():
+            if files is not None and not (isinstance(files, Mapping) and set(files) <= {"annotations", "images"}):
+                raise DistillError(
+                    f"data.source.{split}: expected 'annotations' and 'images', got {shown(files)}; "
+                    f"set data.source.{split}.annotations to the JSON"
+                )
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that are configured."""
         return tuple(split for split, files in self.files.items() if files and files.get("annotations"))
 
+    @uncollected()
     def read(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
-        """Class names and records of a split; what is wrong with single entries is noted in their records' faults.
+        """Class names and records of a split. Entries that are wrong are left out, and named as faults of a record.
 
         Raises:
             DistillError: the file is missing, no JSON, or lacks what evaluation and training need.
         """
-        if split not in self.splits:
+        files = self.files.get(split)
+        if not files or not files.get("annotations"):
             raise DistillError(f"data=coco has no split '{split}': set data.source.{split}.annotations to its JSON")
-        files = self.files[split]
-        assert files is not None
         path = self.root / str(files["annotations"])
-        content = _load(path)
         folder = self.root / str(files["images"]) if files.get("images") else path.parent
-        classes, labels = self._categories(content, path)
-        records = _images(content, folder, path)
-        if "annotations" not in content:
-            raise DistillError(
-                f"{path}: has no 'annotations' (COCO's test files do not): there is nothing to learn from or to measure by. "
-                "Use an instances_*.json, or data.source.test=null"
-            )
-        _annotate(records, content["annotations"], labels, path)
-        return classes, list(records.values())
-
-    def _categories(self, content: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...], dict[int, int]]:
-        try:
-            pairs = sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DistillError(
-                f"{path}: expected 'categories' with 'id' and 'name' each, failed at {error!r}"
-            ) from error
-        ids, names = [number for number, _ in pairs], [name for _, name in pairs]
-        if len(set(ids)) < len(ids) or len(set(names)) < len(names) or not ids:
-            raise DistillError(f"{path}: expected categories with different ids and names, got {pairs[:20]}")
-        self.category_ids = dict(enumerate(ids, start=1))
-        return tuple(names), {number: label for label, number in self.category_ids.items()}
+        content = _load(path, split)
+        classes, self.category_ids = _categories(content["categories"], path)
+        labels = {number: label for label, number in self.category_ids.items()}
+        faults: list[str] = []
+        images = _images(content["images"], path, faults)
+        notes = _notes(content["annotations"], images, labels, path, faults)
+        records = [
+            record(number, str(folder / name), size, notes.get(number, ()), str(path))
+            for number, (name, size) in images.items()
+        ]
+        return classes, records + ([broken(str(path), faults)] if faults else [])
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, split: str) -> dict[str, list[Any]]:
     try:
-        with path.open(encoding="utf-8") as file:
-            content = json.load(file)
+        with path.open(encoding="utf-8-sig") as file:
+            content: Any = json.load(file)
     except FileNotFoundError:
         raise DistillError(
-            f"{path}: no such annotation file; set data.source.root and data.source.*.annotations"
+            f"{path}: no such annotation file; set data.source.root and data.source.{split}.annotations"
         ) from None
-    except (OSError, ValueError) as error:
-        raise DistillError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise DistillError(f"{path}: expected COCO's form, an object with 'images', 'annotations' and 'categories'")
-    return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise DistillError(f"{path}: cannot be read as JSON ({error}); write or download it again") from error
+    if isinstance(content, dict) and "images" in content and "annotations" not in content:
+        raise DistillError(
+            f"{path}: has no 'annotations' (COCO's test files do not): there is nothing to learn from or to measure by. "
+            f"Use an instances_*.json, or data.source.{split}=null"
+        )
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise DistillError(f"{path}: expected COCO's form, an object with a list '{key}'; write it in this form")
+    return dict(content)
 
 
-def _images(content: Mapping[str, Any], folder: Path, path: Path) -> dict[int, Record]:
-    records: dict[int, Record] = {}
-    for place, entry in enumerate(content["images"]):
+def _categories(entries: list[Any], path: Path) -> tuple[tuple[str, ...], dict[int, int]]:
+    """Class names by label, and label -> category id."""
+    names: dict[int, str] = {}
+    for place, entry in enumerate(entries):
         try:
-            number, name = int(entry["id"]), str(entry["file_name"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DistillError(f"{path}: images[{place}] needs 'id' and 'file_name', failed at {error!r}") from error
-        if number in records:
-            records[number].faults.append(f"{path}: images[{place}] ({name}) has id {number} again; ids must differ")
-            continue
-        records[number] = record(number, str(folder / name), _size(entry), [])
-    return records
+            number, name = _integer(entry, "id"), _string(entry, "name")
+            if number in names or name in names.values():
+                raise ValueError(f"has id {number} or name '{name}' of another; both must differ")
+        except ValueError as error:
+            raise DistillError(f"{path}: categories[{place}] {error}; mend the file") from error
+        names[number] = name
+    if not names:
+        raise DistillError(f"{path}: 'categories' is empty, so there are no classes; list them with 'id' and 'name'")
+    ids = sorted(names)
+    return tuple(names[number] for number in ids), dict(enumerate(ids, start=1))
+
+
+def _images(entries: list[Any], path: Path, faults: list[str]) -> dict[int, tuple[str, Size | None]]:
+    """File and stated size by image id."""
+    images: dict[int, tuple[str, Size | None]] = {}
+    ambiguous = set()
+    for place, entry in enumerate(entries):
+        try:
+            number, name = _integer(entry, "id"), _string(entry, "file_name")
+            if number in images:
+                if images[number][0] != name:
+                    ambiguous.add(number)
+                raise ValueError(f"({name}) has id {number} again, as {images[number][0]} has; give it its own")
+            images[number] = name, _size(entry)
+        except ValueError as error:
+            faults.append(f"{path}: images[{place}] {error}")
+    for number in ambiguous:  # whose annotations are whose cannot be told
+        del images[number]
+    return images
+
+
+def _notes(
+    entries: list[Any], images: Mapping[int, Any], labels: Mapping[int, int], path: Path, faults: list[str]
+) -> dict[int, list[Note]]:
+    """Annotations by image id."""
+    notes: dict[int, list[Note]] = defaultdict(list)
+    seen: set[int] = set()
+    for place, entry in enumerate(entries):
+        try:
+            image, category = _integer(entry, "image_id"), _integer(entry, "category_id")
+            if image not in images:
+                raise ValueError(f"is of image {image}, which 'images' does not list (once); add it, or remove this")
+            if category not in labels:
+                raise ValueError(f"has category {category}, which 'categories' does not list; add it, or remove this")
+            if entry.get("id") is not None:
+                number = _integer(entry, "id")
+                if number in seen:
+                    raise ValueError(f"has id {number}, as another has; give it its own")
+                seen.add(number)
+            notes[image].append(_note(entry, labels[category], place))
+        except ValueError as error:
+            faults.append(f"{path}: annotations[{place}] {error}")
+    return notes
+
+
+def _note(entry: Mapping[str, Any], label: int, place: int) -> Note:
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) != 4:
+        raise ValueError(f"needs 'bbox' [x, y, width, height], got {shown(box)}; write it, or remove this")
+    x, y, width, height = (_number(value, "bbox") for value in box)
+    area, crowd = entry.get("area"), entry.get("iscrowd")
+    if crowd not in (0, 1, None):
+        raise ValueError(f"needs 'iscrowd' 0 or 1, got {shown(crowd)}; mend it")
+    area = width * height if area is None else _number(area, "area")
+    return Note((x, y, x + width, y + height), label, area, bool(crowd), False, place, entry.get("segmentation"))
 
 
 def _size(entry: Mapping[str, Any]) -> Size | None:
-    height, width = entry.get("height"), entry.get("width")
-    return (int(height), int(width)) if height and width else None
+    stated = [entry.get(side) for side in ("height", "width")]
+    if None in stated or 0 in stated:
+        return None
+    return _integer(entry, "height"), _integer(entry, "width")
 
 
-def _annotate(records: dict[int, Record], entries: Any, labels: Mapping[int, int], path: Path) -> None:
-    if not isinstance(entries, list):
-        raise DistillError(f"{path}: expected a list of 'annotations', got {type(entries).__name__}")
-    rows: dict[int, list[tuple[list[float], int, bool, bool, float]]] = defaultdict(list)
-    shapes: dict[int, list[Any]] = defaultdict(list)
-    seen: set[Any] = set()
-    for place, entry in enumerate(entries):
-        try:
-            image, category = int(entry["image_id"]), int(entry["category_id"])
-            x, y, width, height = map(float, entry["bbox"])
-            area = float(entry.get("area", width * height))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DistillError(
-                f"{path}: annotations[{place}] needs 'image_id', 'category_id' and 'bbox' [x, y, w, h], failed at {error!r}"
-            ) from error
-        number = entry.get("id", ("no id", place))
-        fault = None
-        if image not in records:
-            records[image] = record(image, f"(image {image} of {path})", None, [])
-            records[image].broken = True
-        if records[image].broken:
-            fault = f"names image {image}, which 'images' does not list"
-        elif category not in labels:
-            fault = f"has category {category}, which 'categories' does not list"
-        elif number in seen:
-            fault = f"has id {number} again; ids must differ"
-        seen.add(number)
-        if fault:
-            records[image].faults.append(f"{path}: annotations[{place}] (id {number}) {fault}")
-            continue
-        rows[image].append(
-            ([x, y, x + width, y + height], labels[category], bool(entry.get("iscrowd", 0)), False, area)
-        )
-        shapes[image].append(entry.get("segmentation"))
-    for image, notes in rows.items():
-        old = records[image]
-        records[image] = record(old.id, old.file, old.size, notes)
-        records[image].faults = old.faults
-        records[image].segmentation = shapes[image]
+def _integer(entry: Any, key: str) -> int:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if type(value) is int and SMALLEST <= value <= LARGEST:
+        return value
+    if isinstance(value, float) and value.is_integer() and SMALLEST <= value <= LARGEST:
+        return int(value)
+    raise ValueError(f"needs an integer '{key}', got {shown(value if isinstance(entry, dict) else entry)}; mend it")
+
+
+def _string(entry: Mapping[str, Any], key: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"needs a text '{key}', got {shown(value)}; mend it")
+    return value
+
+
+def _number(value: Any, key: str) -> float:
+    if type(value) is float:
+        return value
+    if type(value) is not int:
+        raise ValueError(f"needs numbers in '{key}', got {shown(value)}; mend it, or remove this")
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")

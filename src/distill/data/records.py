@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +17,22 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from distill.types import DistillError, Size
+
+ORIENTATION = 0x0112
+"""EXIF's tag."""
+
+
+class Note(NamedTuple):
+    """One annotation as its source read it."""
+
+    box: Sequence[float]
+    """xyxy in pixels, right and bottom edge exclusive."""
+    label: int
+    area: float
+    crowd: bool
+    difficult: bool
+    entry: int
+    segmentation: Any
 
 
 @dataclass
@@ -26,7 +44,7 @@ class Record:
     size: Size | None
     """(height, width) that the annotation states; the true one once checked."""
     boxes: NDArray[np.float64]
-    """(N, 4) xyxy in pixels, right and bottom edge exclusive."""
+    """(N, 4) xyxy in pixels, right and bottom edge exclusive; clipped to the image once checked."""
     labels: NDArray[np.int64]
     """(N,) from 1 to K."""
     crowd: NDArray[np.bool_]
@@ -37,6 +55,10 @@ class Record:
     """Per annotation polygons or RLE as they stand in the file, or None."""
     annotated: NDArray[np.float64] | None = None
     """The boxes before they were clipped to the image, where that changed any: evaluation measures by these."""
+    where: str = ""
+    """The file that holds the annotations."""
+    entries: NDArray[np.int64] | None = None
+    """(N,) places of the annotations in that file, from 0."""
     faults: list[str] = field(default_factory=list)
     """What its source found wrong with it: annotations named here were left out."""
     broken: bool = False
@@ -44,19 +66,33 @@ class Record:
 
     def keep(self, rows: NDArray[np.bool_]) -> None:
         """Drop the annotations that are not in ``rows`` (N,)."""
+        if rows.all():
+            return
         self.boxes, self.labels, self.area = self.boxes[rows], self.labels[rows], self.area[rows]
         self.crowd, self.difficult = self.crowd[rows], self.difficult[rows]
         if self.annotated is not None:
             self.annotated = self.annotated[rows]
+        if self.entries is not None:
+            self.entries = self.entries[rows]
         if self.segmentation is not None:
             self.segmentation = [each for each, kept in zip(self.segmentation, rows, strict=True) if kept]
 
 
-def record(
-    id: int, file: str, size: Size | None, notes: Sequence[tuple[Sequence[float], int, bool, bool, float]]
-) -> Record:
-    """A record from rows of (xyxy box, label, crowd, difficult, area)."""
-    boxes, labels, crowd, difficult, area = zip(*notes, strict=True) if notes else ((), (), (), (), ())
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector, which walks the millions of objects of a large data set again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def record(id: int, file: str, size: Size | None, notes: Sequence[Note] = (), where: str = "") -> Record:
+    """A record from its annotations."""
+    boxes, labels, area, crowd, difficult, entries, shapes = zip(*notes, strict=True) if notes else ((),) * 7
     return Record(
         id=id,
         file=file,
@@ -66,28 +102,63 @@ def record(
         crowd=np.array(crowd, dtype=np.bool_),
         difficult=np.array(difficult, dtype=np.bool_),
         area=np.array(area, dtype=np.float64),
+        segmentation=None if all(shape is None for shape in shapes) else list(shapes),
+        where=where,
+        entries=np.array(entries, dtype=np.int64),
     )
+
+
+def broken(where: str, faults: Sequence[str], file: str = "") -> Record:
+    """An image that cannot be used, or, without a file, what is wrong with an annotation file in other places."""
+    found = record(-1, file, None, where=where)
+    found.faults, found.broken = list(faults), True
+    return found
 
 
 def read_image(file: str | Path) -> Tensor:
     """Decode an image into (3, H, W) uint8 RGB, turned upright by its EXIF tag, whatever its extension says.
 
+    Alpha is dropped, 16-bit greys keep their upper byte, of an animation the first picture counts. Pixels lie in memory
+    as (H, W, 3), whichever library decodes.
+
     Raises:
         DistillError: missing, unreadable or truncated; names the file.
     """
     try:
-        decoded: Tensor = decode_image(str(file), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-        return decoded
-    except (RuntimeError, OSError, ValueError):
-        # torchvision knows fewer formats than Pillow; a damaged file fails here as well, with a reason.
-        try:
-            with Image.open(file) as image:
-                pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DistillError(f"{file}: cannot be read as an image ({error}); replace or remove it") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        with open(file, "rb") as stream:
+            jpeg = stream.read(2) == b"\xff\xd8"
+        if jpeg:
+            with suppress(RuntimeError):  # of what torchvision cannot decode Pillow knows some, or says what is wrong
+                decoded: Tensor = decode_image(str(file), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                return decoded
+        with Image.open(file) as image:
+            upright = image if orientation(image) == 1 else ImageOps.exif_transpose(image)
+            pixels = _rgb(upright)
+    except Exception as error:  # Pillow's decoders raise anything at damaged bytes
+        raise DistillError(f"{file}: cannot be read as an image ({error}); replace it, or leave it out") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation of an opened image, 1 where there is none; XMP's does not count, as torchvision ignores it."""
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif") or b"")
+        return int(exif.get(ORIENTATION, 1))
+    except Exception:  # a damaged tag is no tag
+        return 1
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode == "F":
+        raise ValueError("its pixels are floats; expected 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would cut all above 255
+        grey = (np.array(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+@uncollected()
 def ground_truth(records: Sequence[Record], classes: Sequence[str]) -> dict[str, Any]:
     """Records in COCO's JSON form, in original pixels; ``category_id`` is the label, VOC's mark is ``difficult``."""
     images: list[dict[str, Any]] = []

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import ParseError, parse
 
-from distill.data.records import Record, record
-from distill.types import DistillError
+from distill.data.records import Note, Record, broken, record
+from distill.types import DistillError, Size
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 IMAGES = ("JPEGImages", "images", "Images", "imgs")
 ANNOTATIONS = ("Annotations", "annotations", "xmls", "labels")
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
 SHARES = (("train", 80), ("val", 90), ("test", 100))
+
+
+@dataclass(frozen=True)
+class Page:
+    """What one XML says."""
+
+    xml: Path
+    image: Path | None
+    size: Size | None = None
+    things: Sequence[tuple[str, Sequence[float], bool]] = ()
+    """Name, corners as they stand (none where they are no numbers), difficult."""
+    fault: str | None = None
+    """Why it cannot be used."""
 
 
 class Voc:
@@ -32,7 +46,11 @@ class Voc:
         images, annotations: names of the two folders; None: the first of the usual ones that exists.
 
     Without ``ImageSets/Main`` the two folders alone are enough: each image with an XML goes, by a hash of its name, to
-    train (80 %), val or test (10 % each), so that new images do not move old ones. Extensions may be in any case.
+    train (80 %), val or test (10 % each), so that new images do not move old ones. ``train=mine/`` takes all of the
+    folder mine instead. Extensions may be in any case.
+
+    Raises:
+        DistillError: a class that is listed twice.
     """
 
     def __init__(
@@ -52,9 +70,11 @@ class Voc:
             for split, names in (("train", train), ("val", val), ("test", test))
             if names
         }
+        if classes is not None and (isinstance(classes, str) or not classes or len(set(classes)) < len(classes)):
+            raise DistillError(f"data.source.classes: expected a list of different names, got {classes}")
         self.names = None if classes is None else tuple(classes)
         self.one_based, self.image_folder, self.xml_folder = one_based, images, annotations
-        self._trees: dict[str, list[tuple[Path, Path | None, Any]]] = {}
+        self._pages: dict[str, list[Page]] = {}
         self._index: dict[Path, dict[str, Path]] = {}
 
     @property
@@ -63,132 +83,162 @@ class Voc:
         return tuple(split for split in self.lists if split == "train" or all(map(self._exists, self.lists[split])))
 
     def read(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
-        """Class names and records of a split.
+        """Class names and records of a split. Objects that are wrong are left out, and named as faults of the record.
 
         Raises:
             DistillError: missing lists or folders, or a split without any label (VOC2012's test, say).
         """
         if split not in self.lists:
             raise DistillError(f"data=voc has no split '{split}': set data.source.{split} to a list in ImageSets/Main")
+        pages = self._read(split)
         classes = self.names or self._discover()
         labels = {name: label for label, name in enumerate(classes, start=1)}
-        rows = self._parsed(split)
-        return classes, [self._record(number, *row, labels) for number, row in enumerate(rows, start=1)]
+        return classes, [self._record(number, page, labels) for number, page in enumerate(pages, start=1)]
 
     def _discover(self) -> tuple[str, ...]:
-        found = {
-            _text(thing, "name")
-            for split in self.splits
-            for _, _, tree in self._parsed(split)
-            if tree is not None and not isinstance(tree, str)
-            for thing in tree.iter("object")
-        }
-        if not found - {""}:
+        names = {name for split in self.splits for page in self._read(split) for name, _, _ in page.things if name}
+        if not names:
             raise DistillError(
                 f"{self.root}: no XML names an object, so there are no classes; give data.source.classes"
             )
-        return tuple(sorted(found - {""}))
+        return tuple(sorted(names))
 
-    def _parsed(self, split: str) -> list[tuple[Path, Path | None, Any]]:
-        """(XML, image or None, tree or what is wrong with it) of every image of a split."""
-        if split not in self._trees:
-            found = []
-            for folder, stems in map(self._members, self.lists[split], [split] * len(self.lists[split])):
-                xmls = self._files(folder, self.xml_folder, ANNOTATIONS, (".xml",))
-                images = self._files(folder, self.image_folder, IMAGES, SUFFIXES)
-                if stems and not any(stem in xmls for stem in stems):
-                    raise DistillError(
-                        f"{folder}: none of the {len(stems)} images of {split} has an XML: a test set without labels can "
-                        f"neither be learned from nor measured by. Choose another list for data.source.{split}, or null"
-                    )
-                found += [(xmls.get(s, folder / f"{s}.xml"), images.get(s), _tree(xmls.get(s))) for s in stems]
-            self._trees[split] = found
-        return self._trees[split]
+    def _read(self, split: str) -> list[Page]:
+        if split not in self._pages:
+            self._pages[split] = [page for name in self.lists[split] for page in self._read_list(split, name)]
+        return self._pages[split]
 
-    def _home(self, name: str) -> tuple[Path, str]:
+    def _read_list(self, split: str, name: str) -> list[Page]:
+        folder, stems = self._members(split, name)
+        xmls = self._files(folder, self.xml_folder, ANNOTATIONS, (".xml",), "annotations")
+        images = self._files(folder, self.image_folder, IMAGES, SUFFIXES, "images")
+        if stems and not any(stem in xmls for stem in stems):
+            raise DistillError(
+                f"{folder}: none of the {len(stems)} images of {split} has an XML: a split without labels can neither be "
+                f"learned from nor measured by. Choose another list for data.source.{split}, or null"
+            )
+        return [_page(xmls.get(stem, folder / f"{stem}.xml"), images.get(stem)) for stem in stems]
+
+    def _members(self, split: str, name: str) -> tuple[Path, list[str]]:
+        """Folder and image names of a list."""
         year, _, members = name.rpartition("/")
-        return self.root / year, members
-
-    def _exists(self, name: str) -> bool:
-        folder, members = self._home(name)
-        return (
-            not (folder / "ImageSets" / "Main").is_dir() or (folder / "ImageSets" / "Main" / f"{members}.txt").is_file()
-        )
-
-    def _members(self, name: str, split: str) -> tuple[Path, list[str]]:
-        folder, members = self._home(name)
-        lists = folder / "ImageSets" / "Main"
+        folder = self.root / year
         if not folder.is_dir():
             raise DistillError(
-                f"{folder}: no such folder; set data.source.root to the one that holds Annotations and images"
+                f"{folder}: no such folder; set data.source.root to the one that holds annotations and images"
             )
-        if not lists.is_dir():
-            stems = sorted(self._files(folder, self.xml_folder, ANNOTATIONS, (".xml",)))
-            return folder, [stem for stem in stems if _share(stem) == split]
-        path = lists / f"{members}.txt"
-        if not path.is_file():
-            known = sorted(file.stem for file in lists.glob("*.txt"))
-            raise DistillError(f"{path}: no such list; there are {', '.join(known[:12])}: set data.source.{split}")
-        return folder, [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        lists = folder / "ImageSets" / "Main"
+        xmls = self._files(folder, self.xml_folder, ANNOTATIONS, (".xml",), "annotations")
+        if lists.is_dir():
+            return folder, _listed(lists / f"{members}.txt", split, xmls)
+        stems = [stem for stem in xmls if not members or _share(stem) == split]
+        if not stems:
+            raise DistillError(
+                f"{folder}: of its {len(xmls)} XMLs none is for {split}, as their names are hashed to splits; write the names "
+                f"of its images into {lists / f'{members or split}.txt'}, or set data.source.{split}=null"
+            )
+        return folder, stems
 
-    def _files(self, folder: Path, given: str | None, usual: Sequence[str], suffixes: Sequence[str]) -> dict[str, Path]:
+    def _exists(self, name: str) -> bool:
+        year, _, members = name.rpartition("/")
+        lists = self.root / year / "ImageSets" / "Main"
+        return not lists.is_dir() or (lists / f"{members}.txt").is_file()
+
+    def _files(
+        self, folder: Path, given: str | None, usual: Sequence[str], suffixes: Sequence[str], option: str
+    ) -> dict[str, Path]:
+        """Name without extension -> file."""
         wanted = [given] if given else usual
         place = next((folder / name for name in wanted if (folder / name).is_dir()), None)
         if place is None:
-            raise DistillError(
-                f"{folder}: expected a folder {' or '.join(wanted)} in it; set data.source.images and .annotations"
-            )
+            raise DistillError(f"{folder}: expected a folder {' or '.join(wanted)} in it; set data.source.{option}")
         key = place / suffixes[0]
         if key not in self._index:
-            self._index[key] = {file.stem: file for file in sorted(place.iterdir()) if file.suffix.lower() in suffixes}
+            self._index[key] = _by_stem(place, suffixes)
         return self._index[key]
 
-    def _record(self, number: int, xml: Path, image: Path | None, tree: Any, labels: dict[str, int]) -> Record:
-        if image is None or tree is None or isinstance(tree, str):
-            fault = f"{xml}: {tree or 'no such file'}" if image else f"{xml}: no image of this name ({xml.stem}.*)"
-            found = record(number, str(image or xml.with_suffix("")), None, [])
-            found.faults, found.broken = [fault], True
-            return found
+    def _record(self, number: int, page: Page, labels: Mapping[str, int]) -> Record:
+        where = str(page.xml)
+        if page.image is None or page.fault:
+            fault = page.fault or "has no image of this name; add it, or take the name from the list"
+            return broken(where, [f"{where}: {fault}"], str(page.image or page.xml.stem))
         notes, faults = [], []
-        for place, thing in enumerate(tree.iter("object")):
-            name = _text(thing, "name")
-            try:
-                box = [float(_text(thing, f"bndbox/{corner}")) for corner in ("xmin", "ymin", "xmax", "ymax")]
-            except ValueError:
-                faults.append(f"{xml}: object {place} ({name}) needs a bndbox with four numbers")
-                continue
+        for place, (name, corners, difficult) in enumerate(page.things):
             if name not in labels:
-                faults.append(f"{xml}: object {place} is a '{name}', which is no class; known: {', '.join(labels)}")
-                continue
-            x1, y1, x2, y2 = box
-            if self.one_based:
-                x1, y1 = x1 - 1, y1 - 1
-            difficult = _text(thing, "difficult") in ("1", "true", "True")
-            notes.append(([x1, y1, x2, y2], labels[name], False, difficult, (x2 - x1) * (y2 - y1)))
-        found = record(number, str(image), _stated_size(tree), notes)
+                known = ", ".join(labels)
+                faults.append(
+                    f"{where}: object {place} is a '{name}', which is no class ({known}); see data.source.classes"
+                )
+            elif not corners:
+                faults.append(f"{where}: object {place} ({name}) needs a bndbox of four numbers; mend or remove it")
+            else:
+                x1, y1, x2, y2 = corners
+                if self.one_based:
+                    x1, y1 = x1 - 1, y1 - 1
+                area = (x2 - x1) * (y2 - y1)
+                notes.append(Note((x1, y1, x2, y2), labels[name], area, False, difficult, place, None))
+        found = record(number, str(page.image), page.size, notes, where)
         found.faults = faults
         return found
 
 
-def _tree(path: Path | None) -> Any:
-    if path is None:
-        return None
+def _by_stem(place: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for file in sorted(place.iterdir()):
+        if file.suffix.lower() in suffixes and not file.name.startswith("."):
+            if file.stem in found:
+                raise DistillError(
+                    f"{file}: {found[file.stem].name} has the same name; remove or rename one of the two"
+                )
+            found[file.stem] = file
+    return found
+
+
+def _listed(path: Path, split: str, xmls: Mapping[str, Path]) -> list[str]:
+    """Names in a list; in VOC's lists of one class a mark follows each."""
     try:
-        return parse(path).getroot()
-    except (ParseError, DefusedXmlException, OSError, ValueError) as error:
-        return f"cannot be read as XML ({error})"
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        known = sorted(file.stem for file in path.parent.glob("*.txt"))
+        raise DistillError(
+            f"{path}: no such list; there are {', '.join(known[:12]) or 'none'}: set data.source.{split}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DistillError(f"{path}: cannot be read as a list of names ({error}); write it again") from error
+    return [line if line in xmls else line.split()[0] for line in lines if line]
+
+
+def _page(xml: Path, image: Path | None) -> Page:
+    try:
+        tree = parse(xml).getroot()
+    except FileNotFoundError:
+        return Page(xml, image, fault="no such file; write it, or take the name from the list")
+    except (ParseError, OSError, ValueError, LookupError) as error:
+        return Page(xml, image, fault=f"cannot be read as XML ({error}); write it again")
+    things = [
+        (_text(thing, "name"), _corners(thing), _text(thing, "difficult").lower() in ("1", "true"))
+        for thing in tree.iter("object")
+    ]
+    return Page(xml, image, _stated_size(tree), things)
+
+
+def _corners(thing: Any) -> tuple[float, ...]:
+    try:
+        return tuple(float(_text(thing, f"bndbox/{corner}")) for corner in CORNERS)
+    except ValueError:
+        return ()
+
+
+def _stated_size(tree: Any) -> Size | None:
+    try:
+        height, width = (int(float(_text(tree, f"size/{side}"))) for side in ("height", "width"))
+    except (ValueError, OverflowError):
+        return None
+    return (height, width) if height and width else None
 
 
 def _text(node: Any, path: str) -> str:
     return (node.findtext(path) or "").strip()
-
-
-def _stated_size(tree: Any) -> tuple[int, int] | None:
-    try:
-        height, width = int(float(_text(tree, "size/height"))), int(float(_text(tree, "size/width")))
-    except ValueError:
-        return None
-    return (height, width) if height and width else None
 
 
 def _share(stem: str) -> str:
