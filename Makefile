@@ -12,7 +12,7 @@ demo: $(VENV)/.demo  ## set up, then train a teacher and distil a student on dra
 	$(BIN)/python train.py
 
 test: $(VENV)/.dev  ## set up, then run all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.dev  ## format, lint, types and floors
 	$(BIN)/ruff format --check .

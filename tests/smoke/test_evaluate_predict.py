@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Cli, summary
 from PIL import Image
 from standins import drawn, write_voc
 
+from conftest import TINY, Cli, summary
 from distill.data.shapes import CLASSES
 
 

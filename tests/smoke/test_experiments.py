@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 from standins import write_coco, write_voc
 
+from conftest import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 from distill.cli import config
 
 EXPERIMENTS = config.groups()["experiment"]

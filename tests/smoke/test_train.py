@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 
+from conftest import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 from distill import load_detector
 from distill.cli import config
 
