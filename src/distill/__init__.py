@@ -25,6 +25,7 @@ _HOMES = {
     "VocMetric": "metrics.voc",
     "evaluate": "evaluation",
     "load_detector": "detectors.checkpoints",
+    "panel": "pictures",
     "save_student": "detectors.checkpoints",
 }
 __all__ = sorted(_HOMES)

@@ -359,7 +359,7 @@ def test_detectors_that_do_not_match_are_refused() -> None:
     one_stage = facts(two_stage=False)
     with pytest.raises(DistillError, match=r"the teacher is a retinanet\. Set the weights of proposals to 0"):
         proposals_loss(facts(), one_stage, positive=1)
-    with pytest.raises(DistillError, match=r"the teacher lacks \['cow'\]"):
+    with pytest.raises(DistillError, match=r"\['cow'\] of"):
         proposals_loss(facts(classes=("cow", "cat")), facts(classes=("cat", "Cow")), negative=1)
     with pytest.raises(DistillError, match=r"shared are \[\]"):
         DeFeat(facts(strides=(4, 8)), facts(strides=(16, 32)))

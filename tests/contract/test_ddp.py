@@ -1,0 +1,219 @@
+"""Two processes on the CPU do what one does: the same numbers, the same gradients, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.multiprocessing as mp
+import yaml
+from torch import Tensor, nn
+
+from distill.data.datamodule import DetectionData
+from distill.data.shapes import Shapes
+from distill.detectors.one_stage import RetinaNet
+from distill.detectors.two_stage import FasterRCNN
+from distill.guest import Guest
+from distill.losses.defeat import DeFeat
+from distill.metrics.coco import CocoMetric
+from distill.module import Distiller
+from distill.optimization import Schedule
+from distill.types import Batch, Target
+
+CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
+CONF = Path(__file__).parents[2] / "conf" / "trainer" / "ddp_cpu.yaml"
+BOXES = torch.tensor([[4.0, 4.0, 30.0, 30.0], [20.0, 26.0, 60.0, 62.0], [40.0, 2.0, 54.0, 14.0]])
+SMALL = {"depth": 10, "width": 0.25, "neck_channels": 16, "score_thresh": 0.0}
+FEW = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 100, "head_channels": 32}
+EXHAUSTIVE = {  # every anchor and every region is sampled, and each image has as many of them
+    "rpn_batch_size_per_image": 10**5,
+    "rpn_bg_iou_thresh": 0.7,
+    "rpn_nms_thresh": 0.95,
+    "box_batch_size_per_image": 10**4,
+}
+MAPS = {"backbone": {"foreground": 1.0, "background": 1.0}}
+ALL = {**MAPS, "proposals": {"positive": 1.0, "negative": 1.0, "all": 1.0}}
+
+
+def build(family: str, seed: int = 0, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    kind: Any = FasterRCNN if family == "faster_rcnn" else RetinaNet
+    sizes = {"anchor_sizes": [[8], [16], [32], [64], [128]], **FEW} if kind is FasterRCNN else {}
+    made = kind(CLASSES, **{**SMALL, **sizes, **options})
+    for layer in made.class_layers:
+        nn.init.normal_(made.net.get_submodule(layer).weight, std=0.01)
+    return made
+
+
+def distiller(family: str, lr: float = 0.02, **options: Any) -> Distiller:
+    extra = EXHAUSTIVE if family == "faster_rcnn" else {}
+    student, teacher = build(family, **{**extra, **options}), Guest(build(family, 1, **{**extra, "neck_channels": 24}))
+    losses = {"defeat": DeFeat(student.facts, teacher.facts, **(ALL if family == "faster_rcnn" else MAPS))}
+    optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9)
+    schedule = Schedule(optimizer=optimizer, shape="constant", warmup_steps=0)
+    return Distiller(student, teacher, losses, schedule=schedule, metrics=[Counting])
+
+
+class Counting(CocoMetric):
+    """A metric that keeps the ids of the images that this process gave it."""
+
+    given: list[int]
+
+    def update(self, ids: Any, detections: Any) -> None:
+        Counting.given += ids
+        super().update(ids, detections)
+
+
+class Equal(DetectionData):
+    """Training batches of which every image has three objects, or none on the processes in `bare`."""
+
+    bare: tuple[int, ...] = ()
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        assert self.trainer is not None
+        if not self.trainer.training:
+            return batch
+        count = 0 if self.trainer.global_rank in self.bare else len(BOXES)
+        targets = [Target(BOXES[:count], 1 + (torch.arange(count) + image) % len(CLASSES)) for image in batch.ids]
+        return replace(batch, targets=tuple(targets))
+
+
+def data(batch_size: int, train: int = 4, bare: tuple[int, ...] = ()) -> DetectionData:
+    made = Equal(
+        Shapes(train=train, val=5, test=0, size=64), batch_size, 2, workers=0, min_size=64, max_size=64, flip=0
+    )
+    made.bare = bare
+    return made
+
+
+class Look(L.Callback):
+    """Keeps gradients (after the exchange between processes) and, at each evaluation, the buffers it is made with."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor | None] = {}
+        self.buffers: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.gradients = {
+            name: None if parameter.grad is None else parameter.grad.clone()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def on_validation_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def fit(module: Distiller, source: DetectionData, processes: int, **options: Any) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    strategy: Any = "auto"
+    if processes > 1:
+        settings = yaml.safe_load(CONF.read_text())["strategy"]
+        assert settings.pop("_target_").endswith(".DDPStrategy")
+        strategy = L.pytorch.strategies.DDPStrategy(**settings)
+    look, Counting.given = Look(), []
+    settings = {
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        **options,
+    }
+    trainer = L.Trainer(accelerator="cpu", devices=processes, strategy=strategy, callbacks=[look], **settings)
+    trainer.fit(module, source)
+    return {
+        "steps": trainer.global_step,
+        "gradients": look.gradients,
+        "buffers": look.buffers,
+        "given": Counting.given,
+        "values": {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith("val/")},
+        "weights": {name: value.clone() for name, value in module.state_dict().items()},
+    }
+
+
+RUNS: dict[str, Any] = {  # each a function of the number of processes
+    "faster_rcnn": lambda n: fit(distiller("faster_rcnn", norm="frozen"), data(4 // n), n),
+    "retinanet": lambda n: fit(distiller("retinanet", norm="frozen"), data(4 // n), n),
+    "unmoved": lambda n: fit(distiller("retinanet", norm="frozen", lr=0.0), data(4 // n), n),
+    "live": lambda n: fit(distiller("faster_rcnn", norm="live"), data(2, train=8), n),
+    "bare": lambda n: fit(distiller("faster_rcnn", norm="live"), data(2, train=8, bare=(1,)), n),
+    "bare one-stage": lambda n: fit(distiller("retinanet", norm="live"), data(2, train=8, bare=(1,)), n),
+}
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    """What one of the processes does; Lightning sees from LOCAL_RANK that somebody else has started it."""
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, run in RUNS.items():
+        os.environ |= {"WORLD_SIZE": "2"}
+        torch.save(run(2), Path(folder) / f"{name}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """Run -> what each of two processes found."""
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, (port, str(folder)), nprocs=2)
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in RUNS}
+
+
+def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+def test_two_processes_with_half_the_batch_give_the_gradients_of_one(family: str, both: dict[str, list[Any]]) -> None:
+    """To 1e-5 of each gradient's largest entry: sums in float32 are taken in another order, nothing else differs."""
+    alone = RUNS[family](1)
+    for found in both[family]:
+        assert found["steps"] == alone["steps"] == 1
+        for name, whole in alone["gradients"].items():
+            assert whole.any(), name
+            assert float((found["gradients"][name] - whole).abs().max()) <= 1e-5 * float(whole.abs().max()), name
+
+
+def test_evaluation_gives_exactly_the_numbers_of_one_process(both: dict[str, list[Any]]) -> None:
+    alone = RUNS["unmoved"](1)
+    assert len(alone["values"]) == 12
+    assert 0 < alone["values"]["val/AR100"] < 1
+    for found in both["unmoved"]:
+        assert found["values"] == alone["values"]
+
+
+@pytest.mark.parametrize("name", ["unmoved", "live"])
+def test_no_image_is_counted_twice(name: str, both: dict[str, list[Any]]) -> None:
+    first, second = (found["given"] for found in both[name])
+    assert sorted(first + second) == [0, 1, 2, 3, 4]
+    assert len(first) != len(second)
+
+
+def test_live_norms_are_evaluated_and_go_on_as_rank_0_has_them(both: dict[str, list[Any]]) -> None:
+    first, second = both["live"]
+    assert any("running_mean" in name for name in first["buffers"])
+    assert_same(first["buffers"], second["buffers"])
+    assert first["values"] == second["values"]
+    assert_same(first["weights"], second["weights"])
+
+
+@pytest.mark.parametrize("name", ["bare", "bare one-stage"])
+def test_a_process_that_sees_only_empty_images_keeps_up(name: str, both: dict[str, list[Any]]) -> None:
+    for found in both[name]:
+        assert found["steps"] == 2
+        assert [parameter for parameter, gradient in found["gradients"].items() if gradient is None] == []
+        assert all(gradient.isfinite().all() for gradient in found["gradients"].values())
+    assert_same(both[name][0]["weights"], both[name][1]["weights"])

@@ -1,0 +1,614 @@
+"""The Distiller's promises: weights of zero change nothing, the teacher is a guest, a bad loss stops, a resume goes on."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor, nn
+from torchvision.models import detection, resnet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.ops import FrozenBatchNorm2d
+
+from distill.callbacks.teacher import TeacherCheck
+from distill.data.datamodule import DetectionData
+from distill.data.shapes import Shapes
+from distill.detectors.base import Detector
+from distill.detectors.checkpoints import load_detector, save_student
+from distill.detectors.one_stage import RetinaNet
+from distill.detectors.two_stage import FasterRCNN
+from distill.evaluation import evaluate
+from distill.guest import Guest
+from distill.losses.base import DistillLoss
+from distill.losses.defeat import DeFeat
+from distill.metrics.coco import CocoMetric
+from distill.module import Distiller
+from distill.optimization import Schedule
+from distill.types import Batch, Detections, DistillError, Target, View
+
+CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
+ANCHORS = [[8], [16], [32], [64], [128]]
+FEW = {
+    "rpn_pre_nms_top_n_train": 40,
+    "rpn_post_nms_top_n_train": 20,
+    "rpn_pre_nms_top_n_test": 300,
+    "rpn_post_nms_top_n_test": 100,
+    "box_batch_size_per_image": 16,
+    "head_channels": 32,
+    "anchor_sizes": ANCHORS,
+}
+EVERYTHING = {
+    "backbone": {"foreground": 1.0, "background": 1.0},
+    "proposals": {"positive": 1.0, "negative": 1.0, "all": 1.0, "subsample_negatives": True},
+}
+NOTHING = {place: {"foreground": 0.0, "background": 0.0} for place in ("neck", "backbone")}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def detector(family: str = "faster_rcnn", seed: int = 0, classes: Sequence[str] = CLASSES, **options: Any) -> Any:
+    """A small detector whose heads are not silent."""
+    torch.manual_seed(seed)
+    kind: Any = FasterRCNN if family == "faster_rcnn" else RetinaNet
+    settings = {"depth": 10, "width": 0.25, "neck_channels": 16, "score_thresh": 0.0, "min_size": 64, "max_size": 64}
+    made = kind(classes, **{**settings, **(FEW if kind is FasterRCNN else {}), **options})
+    for layer in made.class_layers:
+        nn.init.normal_(made.net.get_submodule(layer).weight, std=0.01)
+    return made
+
+
+def shapes(train: int = 8, source: Any = None, **options: Any) -> DetectionData:
+    source = source or Shapes(train=train, val=4, test=0, size=64)
+    return DetectionData(source, **{"batch_size": 4, "workers": 0, "min_size": 64, "max_size": 64, **options})
+
+
+def guest(seed: int = 1, **options: Any) -> Guest:
+    return Guest(detector(seed=seed, **{"width": 0.5, "neck_channels": 24, **options}))
+
+
+def sgd(lr: float = 0.02, **options: Any) -> Schedule:
+    optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=1e-4)
+    return Schedule(**{"optimizer": optimizer, "shape": "constant", "warmup_steps": 0, **options})
+
+
+def distiller(
+    student: Any = None,
+    teacher: Guest | None = None,
+    losses: Mapping[str, Callable[..., DistillLoss]] | None = None,
+    **options: Any,
+) -> Distiller:
+    """Losses are given as constructors that take the facts of both detectors."""
+    student = student or detector()
+    teacher = teacher or (guest() if losses else None)
+    built = {name: make(student.facts, teacher.facts) for name, make in (losses or {}).items()} if teacher else {}
+    settings: dict[str, Any] = {"schedule": sgd(), "metrics": [CocoMetric], **options}
+    return Distiller(student, teacher, built, **settings)
+
+
+def fit(
+    module: Distiller, folder: Path, data: DetectionData | None = None, ckpt_path: Path | None = None, **options: Any
+) -> L.Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 1,
+        "limit_val_batches": 0,
+        "default_root_dir": folder,
+        **options,
+    }
+    trainer = L.Trainer(**settings)
+    trainer.fit(module, data or shapes(), ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+class Gradients(L.Callback):
+    """Keeps what every parameter's gradient was before the last step."""
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.found = {
+            name: None if parameter.grad is None else parameter.grad.clone()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+class Custom(DistillLoss):
+    """A loss whose only term is whatever `formula` makes of the two Views."""
+
+    def __init__(
+        self, student: Any, teacher: Any, formula: Callable[[View, View], Tensor], weight: float = 1.0
+    ) -> None:
+        super().__init__({"term": weight})
+        self.formula = formula
+
+    def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
+        return {"term": self.formula(student, teacher)}
+
+
+# -- weights of zero
+
+
+def meddle(student: View, teacher: View) -> Tensor:
+    """Reads and draws whatever could disturb a student, for nothing."""
+    torch.rand(7)
+    read = [teacher.rois.boxes, student.proposals, student.roi_logits(teacher.rois.boxes), teacher.losses]
+    assert all(read)
+    return torch.stack([x.sum() for x in student.neck.values()]).sum() * 0.0
+
+
+IDLE: dict[str, dict[str, Callable[..., DistillLoss]]] = {
+    "all weights zero": {"defeat": partial(DeFeat, **NOTHING)},
+    "ramp at zero": {"defeat": partial(DeFeat, **EVERYTHING, ramp={"stop": 99})},
+    "zero effect": {"meddler": partial(Custom, formula=meddle), "defeat": partial(DeFeat, **NOTHING)},
+}
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    torch.set_num_threads(1)
+    module = distiller()
+    fit(module, tmp_path_factory.mktemp("baseline"))
+    return weights(module.student)
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_losses_without_effect_leave_the_student_as_it_is(
+    case: str, baseline: dict[str, Tensor], tmp_path: Path
+) -> None:
+    gradients, module = Gradients(), distiller(losses=IDLE[case])
+    trainer = fit(module, tmp_path, callbacks=[gradients])
+    assert trainer.global_step == 4
+    assert_same(weights(module.student), baseline)
+    assert (case == "ramp at zero") == any(name.startswith("losses.") for name in gradients.found)
+    for name, found in gradients.found.items():
+        assert found is not None, f"{name} is not attached"
+        assert not name.startswith("losses.") or not found.any()
+
+
+def test_a_loss_with_effect_does_change_the_student(baseline: dict[str, Tensor], tmp_path: Path) -> None:
+    module = distiller(losses={"defeat": partial(DeFeat, **EVERYTHING)})
+    fit(module, tmp_path)
+    name = "net.backbone.fpn.layer_blocks.0.0.weight"
+    assert not torch.equal(weights(module.student)[name], baseline[name])
+
+
+# -- the guest
+
+
+def test_the_teacher_is_nowhere_in_what_is_trained_averaged_or_saved(tmp_path: Path) -> None:
+    teacher = guest(width=1.0)
+    module = distiller(teacher=teacher, losses={"defeat": DeFeat})
+    average, keep = EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    trainer = fit(module, tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[average, keep])
+
+    theirs = {id(parameter) for parameter in teacher.detector.parameters()}
+    assert not theirs & {id(parameter) for parameter in module.parameters()}
+    assert not theirs & {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert average._average_model is not None
+    assert average._average_model.module.teacher is teacher
+    assert copy.deepcopy(module).teacher is teacher
+
+    file = tmp_path / "last.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    for part in ("state_dict", "current_model_state"):
+        assert {name.split(".")[0] for name in checkpoint[part]} == {"student", "losses"}
+    assert checkpoint["teacher"]["sha256"] == teacher.fingerprint
+    ours = sum(value.nbytes for value in module.state_dict().values())
+    assert file.stat().st_size < 3 * ours + 300_000 < sum(p.nbytes for p in teacher.detector.parameters())
+
+
+class Watcher(L.Callback):
+    """Fails when the teacher wakes up."""
+
+    def __init__(self, teacher: Guest) -> None:
+        self.teacher = teacher
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        assert not any(module.training for module in self.teacher.detector.modules())
+        assert all(p.grad is None and not p.requires_grad for p in self.teacher.detector.parameters())
+
+
+def test_a_teacher_with_live_norms_stays_bit_identical_and_asleep(tmp_path: Path) -> None:
+    teacher = guest(norm="live")
+    before = weights(teacher.detector)
+    module = distiller(teacher=teacher, losses={"defeat": partial(DeFeat, **EVERYTHING)})
+    fit(module, tmp_path, callbacks=[Watcher(teacher), TeacherCheck()], limit_val_batches=1.0, max_epochs=1)
+    assert_same(weights(teacher.detector), before)
+
+
+def test_the_teachers_maps_are_gone_after_the_step(tmp_path: Path) -> None:
+    kept: list[weakref.ref[Tensor]] = []
+
+    def imitate(student: View, teacher: View) -> Tensor:
+        kept.extend(weakref.ref(x) for view in (student, teacher) for x in (*view.body.values(), *view.neck.values()))
+        return (student.body[8].mean() - teacher.body[8].mean()).square()
+
+    class Free(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert kept
+            assert [each() for each in kept] == [None] * len(kept)
+
+    gc.disable()
+    try:
+        module = distiller(losses={"defeat": partial(DeFeat, **EVERYTHING), "x": partial(Custom, formula=imitate)})
+        fit(module, tmp_path, callbacks=[Free()], max_epochs=1)
+    finally:
+        gc.enable()
+
+
+# -- finite numbers
+
+
+def poison(model: Detector, level: int) -> None:
+    with torch.no_grad():
+        model.net.backbone.fpn.layer_blocks[level][0].weight[0, 0] = math.nan
+
+
+def stopped(module: Distiller, folder: Path, **options: Any) -> str:
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    with pytest.raises(DistillError) as caught:
+        fit(module, folder, **options)
+    after = dict(module.named_parameters())
+    assert [name for name in before if not torch.equal(before[name].nan_to_num(7), after[name].nan_to_num(7))] == []
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_student_that_is_not_finite_stops_before_any_weight_changes(
+    family: str, accumulate: int, tmp_path: Path
+) -> None:
+    module = distiller(detector(family))
+    poison(module.student, level=1)
+    message = stopped(module, tmp_path, accumulate_grad_batches=accumulate)
+    term, stride = ("student/loss_objectness", 8) if family == "faster_rcnn" else ("student/classification", 16)
+    assert "step 0" in message
+    assert term in message
+    assert f"student's neck at stride {stride}, images [" in message
+    assert message.count("at stride") == 1
+    assert any(str(image) in message.split("images [")[1].split("]")[0].split(", ") for image in range(8))
+
+
+def test_a_teacher_that_is_not_finite_is_named_with_its_level(tmp_path: Path) -> None:
+    teacher = guest()
+    poison(teacher.detector, level=2)
+    message = stopped(distiller(teacher=teacher, losses={"defeat": DeFeat}), tmp_path)
+    assert "not finite in defeat/neck.foreground, defeat/neck.background (images [" in message
+    assert "Levels: teacher's neck at stride 16, images [" in message
+
+
+def test_a_formula_that_is_not_finite_is_named_with_its_images(tmp_path: Path) -> None:
+    batches: list[Batch] = []
+
+    def second_step_inf(student: View, teacher: View) -> Tensor:
+        batches.append(student.batch)
+        return student.neck[8].sum() * (math.inf if len(batches) == 2 else 0.0)
+
+    class SecondStep(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, index: int) -> None:
+            if index == 1:
+                self.before = weights(nn.ModuleDict(dict(module.named_children())))
+
+        def on_exception(self, trainer: Any, module: Any, error: BaseException) -> None:
+            for name, parameter in module.named_parameters():
+                assert torch.equal(parameter, self.before[name]), name
+
+    module = distiller(losses={"mine": partial(Custom, formula=second_step_inf)})
+    with pytest.raises(DistillError, match=r"step 1: the loss is not finite in mine/term \(images") as caught:
+        fit(module, tmp_path, callbacks=[SecondStep()])
+    assert str(list(batches[1].ids)) in str(caught.value)
+    assert "all maps are finite" in str(caught.value)
+
+
+# -- resume
+
+
+class StopAfter(L.Callback):
+    """Ends a run in the middle of its schedule."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 == self.epochs
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_resume_ends_with_the_same_weights_bit_for_bit(ema: bool, tmp_path: Path) -> None:
+    def run(name: str, stop: int = 99, ckpt_path: Path | None = None) -> dict[str, Tensor]:
+        module = distiller(
+            losses={"defeat": partial(DeFeat, **EVERYTHING, mask="random", ramp={"shape": "peak"})},
+            schedule=sgd(epochs=4, shape="one_cycle"),
+        )
+        keep = ModelCheckpoint(tmp_path / name, "last", save_on_train_epoch_end=True)
+        average = [EMAWeightAveraging(decay=0.5)] if ema else []
+        options: dict[str, Any] = {"max_epochs": 4, "enable_checkpointing": True, "limit_val_batches": 1.0}
+        fit(module, tmp_path, ckpt_path=ckpt_path, callbacks=[StopAfter(stop), keep, *average], **options)
+        return weights(module)
+
+    straight = run("straight")
+    half = run("half", stop=2)
+    resumed = run("resumed", ckpt_path=tmp_path / "half" / "last.ckpt")
+    assert not torch.equal(
+        half["student.net.backbone.body.conv1.weight"], straight["student.net.backbone.body.conv1.weight"]
+    )
+    assert_same(resumed, straight)
+
+
+@pytest.mark.parametrize("now", ["another teacher", "none"])
+def test_a_resume_with_another_teacher_is_refused(now: str, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    losses = {"defeat": DeFeat}
+    fit(distiller(losses=losses), tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[keep])
+    module = distiller() if now == "none" else distiller(teacher=guest(seed=2), losses=losses)
+    with pytest.raises(DistillError, match=r"made with the teacher memory .*, but this run has"):
+        fit(module, tmp_path, ckpt_path=tmp_path / "last.ckpt")
+
+
+# -- weights, logs, optimiser
+
+
+def test_every_term_is_logged_as_it_is_and_as_it_counts(tmp_path: Path) -> None:
+    module = distiller(
+        losses={"defeat": partial(DeFeat, **EVERYTHING, ramp={"shape": "linear"})},
+        supervised={"loss_classifier": 0.5, "loss_rpn_box_reg": 0.0},
+    )
+    trainer = fit(module, tmp_path, limit_val_batches=1.0)
+    found = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    ramp = 1 - 3 / 4  # three of four steps were done before the last one
+    factors = {"neck.foreground": 4.0, "neck.background": 16.0, "backbone.foreground": 1.0, "backbone.background": 1.0}
+    factors |= {f"proposals.{group}": 1.0 for group in ("positive", "negative", "all")}
+    expected = {f"defeat/{name}": factor * ramp for name, factor in factors.items()}
+    expected |= {"student/loss_classifier": 0.5, "student/loss_rpn_box_reg": 0.0}
+    expected |= {"student/loss_objectness": 1.0, "student/loss_box_reg": 1.0}
+    assert {name.removeprefix("term/") for name in found if name.startswith("term/")} == expected.keys()
+    for name, factor in expected.items():
+        assert found[f"loss/{name}"] == pytest.approx(factor * found[f"term/{name}"], rel=1e-6), name
+    assert found["loss/total"] == pytest.approx(sum(found[f"loss/{name}"] for name in expected), rel=1e-5)
+    assert found["term/defeat/neck.foreground"] > 0
+    assert {"val/AP", "val/AP50", "val/APs"} <= found.keys()
+
+
+def test_the_gradient_is_clipped_over_student_and_adapters_together(tmp_path: Path) -> None:
+    schedule = sgd(optimizer=partial(torch.optim.SGD, lr=1.0))
+    module = distiller(losses={"defeat": DeFeat}, schedule=schedule)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    gradients = Gradients()
+    fit(module, tmp_path, callbacks=[gradients], max_steps=1, gradient_clip_val=0.01)
+    moved = sum((p.detach() - before[name]).square().sum() for name, p in module.named_parameters() if p.requires_grad)
+    assert float(moved) ** 0.5 == pytest.approx(0.01, rel=1e-3)
+    assert sum(float(g.square().sum()) for g in gradients.found.values()) > 0.01**2
+
+
+def test_two_half_batches_accumulated_equal_one(tmp_path: Path) -> None:
+    """RetinaNet, because its losses are means over images; sums of float32 in another order differ by rounding."""
+    found = []
+    for size, accumulate in ((4, 1), (2, 2)):
+        module = distiller(detector("retinanet", norm="frozen"), schedule=sgd(base_batch=16))
+        gradients = Gradients()
+        trainer = fit(
+            module,
+            tmp_path,
+            shapes(train=4, batch_size=size),
+            max_epochs=1,
+            accumulate_grad_batches=accumulate,
+            callbacks=[gradients],
+        )
+        assert trainer.global_step == 1
+        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 4 / 16)
+        found.append(gradients.found)
+    for name, whole in found[0].items():
+        assert torch.allclose(found[1][name], whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max())), name
+
+
+def test_norms_and_biases_of_a_detector_are_spared_decay() -> None:
+    module = distiller(detector("retinanet", head_norm="group", neck_channels=32), losses=None)
+    optimizer, _ = sgd(decay_norms=False).build(module.student, module.losses, 10, 4)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: decay[id(p)] for name, p in module.student.named_parameters()}
+    assert len(named) == len(decay)
+    assert all(value == 0 for name, value in named.items() if name.endswith("bias") or ".bn" in name)
+    assert named["net.backbone.body.layer1.0.conv1.weight"] == 1e-4
+    assert named["net.head.classification_head.conv.0.1.weight"] == 0  # group norm
+    assert named["net.backbone.body.layer2.0.downsample.1.weight"] == 0
+    assert named["net.backbone.body.layer2.0.downsample.0.weight"] == 1e-4
+
+
+class Bare(DetectionData):
+    """Batches of images that show nothing."""
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        none = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        return replace(batch, targets=(none,) * len(batch))
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize("kind", [DetectionData, Bare])
+def test_a_gradient_reaches_every_trained_parameter(family: str, kind: Any, tmp_path: Path) -> None:
+    options = EVERYTHING if family == "faster_rcnn" else {"backbone": EVERYTHING["backbone"]}
+    gradients, teacher = Gradients(), Guest(detector(family, 1, neck_channels=24))
+    module = distiller(detector(family), teacher, {"defeat": partial(DeFeat, **options)})
+    data = kind(Shapes(train=4, val=2, test=0, size=64), batch_size=4, workers=0, min_size=64, max_size=64)
+    trainer = fit(module, tmp_path, data, max_steps=1, callbacks=[gradients])
+    assert trainer.global_step == 1
+    assert [name for name, found in gradients.found.items() if found is None] == []
+    assert all(found.isfinite().all() for found in gradients.found.values())
+    if kind is DetectionData:
+        assert [name for name, found in gradients.found.items() if not found.any()] == []
+
+
+# -- the student that is left
+
+
+def plain_torchvision(model: dict[str, Any]) -> nn.Module:
+    """The torchvision model that a `student.json` describes, by torchvision alone."""
+    norms = {"frozen": FrozenBatchNorm2d, "live": nn.BatchNorm2d}
+    body = getattr(resnet, f"resnet{model['depth']}")(norm_layer=partial(norms[model["norm"]], eps=model["norm_eps"]))
+    ratios = (tuple(model["anchor_ratios"]),) * len(model["anchor_sizes"])
+    anchors = AnchorGenerator(tuple(map(tuple, model["anchor_sizes"])), ratios)
+    shared = {
+        "num_classes": len(model["classes"]) + 1,
+        "min_size": model["min_size"],
+        "max_size": model["max_size"],
+        "image_mean": model["mean"],
+        "image_std": model["std"],
+    }
+    if model["family"] == "retinanet":
+        from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+        backbone = _resnet_fpn_extractor(body, 5, [2, 3, 4], LastLevelP6P7(256, 256))
+        names = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+        return detection.RetinaNet(backbone, anchor_generator=anchors, **shared, **{k: model[k] for k in names})
+    passed = {name: value for name, value in model.items() if name.startswith("rpn_")}
+    passed |= {f"box_{name}": model[name] for name in ("score_thresh", "nms_thresh", "detections_per_img")}
+    head = detection.faster_rcnn.TwoMLPHead(256 * 49, model["head_channels"])
+    last = detection.faster_rcnn.FastRCNNPredictor(model["head_channels"], shared.pop("num_classes"))
+    return detection.FasterRCNN(
+        _resnet_fpn_extractor(body, 5),
+        rpn_anchor_generator=anchors,
+        box_head=head,
+        box_predictor=last,
+        **shared,
+        **passed,
+    )
+
+
+@pytest.mark.parametrize(("family", "norm"), [("faster_rcnn", "live"), ("retinanet", "frozen")])
+def test_the_student_left_behind_is_torchvisions_own_model(family: str, norm: str, tmp_path: Path) -> None:
+    student = detector(family, depth=18, width=1.0, neck_channels=256, norm=norm, min_size=96, max_size=120).eval()
+    save_student(student, tmp_path)
+    model = json.loads((tmp_path / "student.json").read_text())["model"]
+    theirs = plain_torchvision(model).eval()
+    theirs.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True), strict=True)
+    data = shapes(source=Shapes(train=1, val=2, test=0, size=96), min_size=96, max_size=120)
+    batch = data.batch("val", range(2))
+    with torch.no_grad():
+        expected = theirs([image.float() / 255 for image in batch.images])
+    for ours, other in zip(student.view(batch, training=False).detections, expected, strict=True):
+        known = other["labels"] > 0  # torchvision's RetinaNet may name the label that no class has
+        assert known.sum() > 5
+        assert torch.equal(ours.boxes, other["boxes"][known])
+        assert torch.equal(ours.scores, other["scores"][known])
+        assert torch.equal(ours.labels, other["labels"][known])
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+def test_a_narrow_student_comes_back_on_our_backbone(family: str, tmp_path: Path) -> None:
+    module = distiller(detector(family))
+    fit(module, tmp_path, max_epochs=1)
+    save_student(module.student, tmp_path)
+    batch = shapes().batch("val", range(4))
+    back = load_detector(tmp_path).eval()
+    pairs = zip(
+        module.student.eval().view(batch, training=False).detections,
+        back.view(batch, training=False).detections,
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        assert len(ours.boxes) > 0
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+# -- evaluation and the teacher's check
+
+
+def numbers(model: Detector, data: DetectionData) -> dict[str, float]:
+    return evaluate(model, data.loader("val"), data.ground_truth("val"), data.classes, [CocoMetric])
+
+
+class BeforeStepOne(L.Callback):
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, index: int) -> None:
+        if trainer.global_step == 0:
+            self.values = dict(module.teacher.values)
+
+
+def test_an_unknown_teacher_is_measured_before_the_first_step(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    look, teacher = BeforeStepOne(), guest()
+    module = distiller(teacher=teacher, losses={"defeat": DeFeat})
+    fit(module, tmp_path, max_epochs=1, callbacks=[TeacherCheck(min_ap=0.9), look])
+    assert look.values == {f"val/{name}": value for name, value in numbers(guest().detector, shapes()).items()}
+    assert 0 < look.values["val/AR100"] < 1
+    assert any("below teacher.min_ap=0.9" in str(warning.message) for warning in recwarn)
+
+
+def test_a_known_teacher_is_not_measured_again(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    teacher = guest()
+    teacher.values = {"val/AP": 0.5}
+    module = distiller(teacher=teacher, losses={"defeat": DeFeat})
+    fit(module, tmp_path, max_epochs=1, callbacks=[TeacherCheck(min_ap=0.4)])
+    assert teacher.values == {"val/AP": 0.5}
+    assert not any("min_ap" in str(warning.message) for warning in recwarn)
+
+
+def test_a_teacher_of_other_classes_is_a_warning_where_the_loss_does_not_mind(tmp_path: Path) -> None:
+    teacher = guest(classes=("cat", "dog"))
+    module = distiller(teacher=teacher, losses={"defeat": DeFeat})
+    with pytest.warns(UserWarning, match="the teacher's AP is not known: .*share no name"):
+        fit(module, tmp_path, max_epochs=1, callbacks=[TeacherCheck(min_ap=0.4)])
+    assert teacher.values == {}
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+def test_validation_inside_training_gives_the_numbers_of_evaluate(family: str, tmp_path: Path) -> None:
+    module, data = distiller(detector(family, seed=1, width=0.5, norm="frozen"), schedule=sgd(lr=1e-4)), shapes()
+    trainer = fit(module, tmp_path, data, limit_val_batches=1.0)
+    expected = numbers(module.student, shapes())
+    assert 0 < expected["AR100"] < 1
+    assert {name: trainer.callback_metrics[f"val/{name}"].item() for name in expected} == expected
+
+
+def test_a_detector_of_another_class_list_is_measured_on_the_shared_names() -> None:
+    names = ("ring", "cat", "circle", "dog", "star")
+    model, data = detector(classes=names).eval(), shapes()
+    metric = CocoMetric(data.ground_truth("val"), data.classes)
+    for batch in data.loader("val"):
+        shared = []
+        for found in model.view(batch, training=False, frozen=True).detections:
+            rows = [i for i, label in enumerate(found.labels.tolist()) if names[label - 1] in CLASSES]
+            labels = [CLASSES.index(names[int(found.labels[i]) - 1]) + 1 for i in rows]
+            shared.append(Detections(found.boxes[rows], found.scores[rows], torch.tensor(labels, dtype=torch.int64)))
+        metric.update(batch.ids, shared)
+    found = numbers(model, data)
+    assert found == metric.compute()
+    assert found["AR100"] > 0
+
+
+def test_a_loss_without_a_teacher_is_refused() -> None:
+    facts = detector().facts
+    with pytest.raises(DistillError, match="need a teacher, but none was given; use distill=none"):
+        Distiller(detector(), None, {"defeat": DeFeat(facts, facts)})
