@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from distill.classes import shared_labels
+from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.metrics.base import DetectionMetric
+from distill.metrics.coco import CocoMetric
 from distill.types import Batch, Detections
 
 MakeMetric = Callable[[Mapping[str, Any], Sequence[str]], DetectionMetric]
@@ -57,24 +59,23 @@ class Evaluation:
 
 def evaluate(
     detector: Detector,
-    loader: Iterable[Batch],
-    ground_truth: Mapping[str, Any],
-    classes: Sequence[str],
-    metrics: Sequence[MakeMetric],
+    data: DetectionData,
+    split: str = "val",
+    metrics: Sequence[MakeMetric] = (CocoMetric,),
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """AP and the rest of a detector over a loader, in evaluation mode; equal on all ranks.
+    """AP and the rest of a detector on a split, in evaluation mode; equal on all ranks.
 
     Example:
-        ``evaluate(detector, data.loader("val"), data.ground_truth("val"), data.classes, [CocoMetric])["AP"]``
+        ``evaluate(detector, data)["AP"]``
     """
     place = torch.device(device)
-    evaluation = Evaluation(detector, ground_truth, classes, metrics, place)
+    evaluation = Evaluation(detector, data.ground_truth(split), data.classes, metrics, place)
     detector.to(place)
     before = detector.training
     detector.train(False)
     try:
-        for batch in loader:
+        for batch in data.loader(split):
             evaluation.update(batch.to(place))
     finally:
         detector.train(before)

@@ -548,7 +548,7 @@ def test_a_narrow_student_comes_back_on_our_backbone(family: str, tmp_path: Path
 
 
 def numbers(model: Detector, data: DetectionData) -> dict[str, float]:
-    return evaluate(model, data.loader("val"), data.ground_truth("val"), data.classes, [CocoMetric])
+    return evaluate(model, data)
 
 
 class BeforeStepOne(L.Callback):

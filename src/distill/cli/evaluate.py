@@ -69,7 +69,7 @@ def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool
     detector = _teacher(run, cfg) if teacher else load_student(run, source, cfg, data.classes)
     metrics = [config.build(node) for node in cfg.metrics.values() if node]
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
-    return measure(detector, data.loader(split), data.ground_truth(split), data.classes, metrics, device)
+    return measure(detector, data, split, metrics, device)
 
 
 def load_student(run: Path, source: Path, cfg: DictConfig, classes: Sequence[str]) -> Any:

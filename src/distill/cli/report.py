@@ -90,9 +90,7 @@ def closing(cfg: DictConfig, trainer: L.Trainer, module: Distiller, data: Detect
     best = _load_best(trainer, module)
     values: dict[str, float] = {}
     for split in ["val", "test"] if cfg.test and data.has("test") else ["val"]:
-        measured = evaluate(
-            module.student, data.loader(split), data.ground_truth(split), data.classes, module.metrics, module.device
-        )
+        measured = evaluate(module.student, data, split, module.metrics, module.device)
         values |= {f"{split}/{name}": value for name, value in measured.items()}
     summary = {
         "student": values,

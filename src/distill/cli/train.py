@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -18,6 +18,7 @@ from distill.types import DistillError
 if TYPE_CHECKING:
     import lightning as L
 
+    from distill.data.datamodule import DetectionData
     from distill.module import Distiller
 
 
@@ -51,7 +52,7 @@ def train(cfg: DictConfig) -> float:
     report.write_config(run, cfg, HydraConfig.get().overrides.task)
     data = config.build(cfg.data)
     data.setup("fit")
-    module = assemble(cfg, data.classes)
+    module = assemble(cfg, data)
     check_metric(cfg.metric, module, data)
     trainer = build_trainer(cfg, run)
     report.opening(module, data, run)
@@ -74,19 +75,20 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", f".*{words}.*")
 
 
-def assemble(cfg: DictConfig, classes: Sequence[str]) -> Distiller:
-    """Student, teacher and losses of a configuration, for data of these classes."""
+def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
+    """Student, teacher and losses of a configuration, for this data."""
     from lightning.pytorch.utilities.seed import isolate_rng
 
     from distill.cli import teacher
     from distill.module import Distiller
 
-    student = config.build(cfg.model, classes=list(classes))
+    min_size, max_size = data.input_size
+    student = config.build(cfg.model, classes=list(data.classes), min_size=min_size, max_size=max_size)
     guest, losses = None, {}
     if cfg.distill.losses:
         # The student must start, and the steps must draw, as they would without a teacher.
         with isolate_rng():
-            guest = teacher.find(cfg, classes)
+            guest = teacher.find(cfg, data.classes)
             losses = {
                 str(name): config.build(node, student=student.facts, teacher=guest.facts)
                 for name, node in cfg.distill.losses.items()
@@ -102,7 +104,7 @@ def assemble(cfg: DictConfig, classes: Sequence[str]) -> Distiller:
     )
 
 
-def check_metric(name: str, module: Distiller, data: Any) -> None:
+def check_metric(name: str, module: Distiller, data: DetectionData) -> None:
     """Refuse a metric that validation will not measure; its names are those that finding nothing gives."""
     from distill.evaluation import Evaluation
 
