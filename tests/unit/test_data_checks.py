@@ -302,3 +302,11 @@ def test_files_of_one_size_but_other_content_do_not_overlap(tmp_path):
     for name, value in (("a", 0), ("b", 9)):
         Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / f"{name}.bmp")
     check_overlap({"train": [of(tmp_path / "a.bmp")], "val": [of(tmp_path / "b.bmp")]}, "raise")
+
+
+def test_a_jpeg_filled_up_with_zeros_is_named(tmp_path):
+    file = tmp_path / "a.jpg"
+    noise().save(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) // 2))
+    assert "cut off" in str(fault(file))

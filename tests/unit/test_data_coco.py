@@ -370,3 +370,22 @@ def test_targets_are_tensors_of_the_promised_types(tmp_path):
     data = DetectionData(Coco(str(tmp_path), {"annotations": "train.json"}), 3, workers=0, min_size=20, max_size=40)
     (batch,) = data.loader("train")
     assert all(target.boxes.dtype == torch.float32 and target.labels.dtype == torch.int64 for target in batch.targets)
+
+
+@pytest.mark.parametrize("folder", ["", "images", "train2017", "annotations"])
+def test_images_are_found_where_they_usually_lie(tmp_path, folder):
+    (tmp_path / "annotations").mkdir()
+    write(tmp_path, content(), images=False)
+    (tmp_path / "train.json").rename(tmp_path / "annotations" / "instances_train2017.json")
+    (tmp_path / folder / "sub").mkdir(parents=True, exist_ok=True)
+    for name in ("a.png", "b.png", "sub/c.png"):
+        Image.new("RGB", (40, 20)).save(tmp_path / folder / name)
+    source = Coco(str(tmp_path), {"annotations": "annotations/instances_train2017.json"})
+    assert {record.file for record in check_records(source.read("train")[1], "train")[0]} == {
+        str(tmp_path / folder / name) for name in ("a.png", "b.png", "sub/c.png")
+    }
+
+
+def test_category_ids_are_the_files_own_whoever_asks_first(tmp_path):
+    source = write(tmp_path, content())
+    assert DetectionData(source, workers=0).category_ids == {1: 0, 2: 13, 3: 90}

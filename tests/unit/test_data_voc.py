@@ -322,3 +322,12 @@ def test_real_blood_cells_as_two_plain_folders(tmp_path):
         shutil.copytree(f"{bccd()}/{name}", tmp_path / target, copy_function=os.symlink)
     source = Voc(str(tmp_path))
     assert sum(len(source.read(split)[1]) for split in source.splits) == 364
+
+
+def test_a_test_set_without_labels_does_not_stop_training(plain):
+    add(plain, "d", None)
+    lists(plain, test="d\n")
+    source = Voc(str(plain))
+    assert source.read("train")[0] == ("ant", "cat", "dog")
+    with pytest.raises(DistillError, match="label"):
+        source.read("test")

@@ -134,6 +134,8 @@ def _look(record: Record) -> tuple[Size, int] | str:
             size, form, turn = (image.height, image.width), image.format, orientation(image)
         if form in ENDS and _ends_with(path, ENDS[form]):
             return (size[::-1] if turn in TURNED else size), turn
+        if form in ENDS and ENDS[form] not in path.read_bytes():  # decoders fill what is missing and say nothing
+            return f"{path}: cut off, its end is missing; replace it, or remove it from the split"
         height, width = read_image(path).shape[1:]
         return (height, width), turn
     except DistillError as error:

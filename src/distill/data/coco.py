@@ -24,7 +24,8 @@ class Coco:
     Args:
         root: folder that all paths below are relative to.
         train, val, test: ``annotations``, the JSON, and ``images``, the folder of the files that it names (None: the
-            folder of the JSON itself); None for a split that there is not.
+            first of the JSON's own, root, root/images, and the one in root named like the JSON's end, train2017 say, that
+            holds the file named first); None for a split that there is not.
 
     Categories are the classes, in ascending order of their ids, which may start at 0 and have gaps. Crowds are kept for
     evaluation, which ignores them, and are no training targets. ``category_ids`` maps label to id in the file read last.
@@ -62,18 +63,23 @@ class Coco:
         if not files or not files.get("annotations"):
             raise DistillError(f"data=coco has no split '{split}': set data.source.{split}.annotations to its JSON")
         path = self.root / str(files["annotations"])
-        folder = self.root / str(files["images"]) if files.get("images") else path.parent
         content = _load(path, split)
         classes, self.category_ids = _categories(content["categories"], path)
         labels = {number: label for label, number in self.category_ids.items()}
         faults: list[str] = []
         images = _images(content["images"], path, faults)
+        folder = self.root / str(files["images"]) if files.get("images") else self._folder(path, images)
         notes = _notes(content["annotations"], images, labels, path, faults)
         records = [
             record(number, str(folder / name), size, notes.get(number, ()), str(path))
             for number, (name, size) in images.items()
         ]
         return classes, records + ([broken(str(path), faults)] if faults else [])
+
+    def _folder(self, path: Path, images: Mapping[int, tuple[str, Size | None]]) -> Path:
+        usual = (path.parent, self.root, self.root / "images", self.root / path.stem.rpartition("_")[2])
+        first = next((name for name, _ in images.values()), "")
+        return next((folder for folder in usual if (folder / first).is_file()), path.parent)
 
 
 def _load(path: Path, split: str) -> dict[str, list[Any]]:

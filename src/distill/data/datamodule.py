@@ -249,8 +249,9 @@ class DetectionData(L.LightningDataModule):
     @property
     def category_ids(self) -> dict[int, int]:
         """Label -> category id of the source's own files; the label itself where those have none."""
+        labels = range(1, len(self.classes) + 1)  # asks for the classes first: a source knows its ids once it has read
         own: dict[int, int] | None = getattr(self.source, "category_ids", None)
-        return dict(own) if own else {label: label for label in range(1, len(self.classes) + 1)}
+        return dict(own) if own else {label: label for label in labels}
 
     @property
     def input_size(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,11 @@ class Voc:
         return classes, [self._record(number, page, labels) for number, page in enumerate(pages, start=1)]
 
     def _discover(self) -> tuple[str, ...]:
-        names = {name for split in self.splits for page in self._read(split) for name, _, _ in page.things if name}
+        names: set[str] = set()
+        for split in self.splits:
+            # A test without labels, say, must not stop training; who reads that split is told.
+            with suppress(DistillError):
+                names.update(name for page in self._read(split) for name, _, _ in page.things if name)
         if not names:
             raise DistillError(
                 f"{self.root}: no XML names an object, so there are no classes; give data.source.classes"
