@@ -71,7 +71,15 @@ def train(cfg: DictConfig) -> float:
 def quieten() -> None:
     """Leave out what Lightning says on every run and nobody can act on; its warnings about real troubles stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for words in ("treespec, LeafSpec", "is not empty", "smaller than the logging interval", "have many workers"):
+    idle = (
+        "treespec, LeafSpec",
+        "is not empty",
+        "smaller than the logging interval",
+        "have many workers",
+        "broadcast_buffers. is deprecated",  # its successor does not exist in the oldest torch that we support
+        "recommended to use .self.log",  # our metrics are equal on all ranks already
+    )
+    for words in idle:
         warnings.filterwarnings("ignore", f".*{words}.*")
 
 
