@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: help demo test check format setup clean
+TESTS ?= tests
+
+.PHONY: help demo test ring check format setup clean
 help:  ## list the verbs
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/'
 
@@ -12,7 +14,15 @@ demo: $(VENV)/.demo  ## set up, then train a teacher and distil a student on dra
 	$(BIN)/python train.py
 
 test: $(VENV)/.dev  ## set up, then run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(TESTS)
+
+RING ?= python3.10 python3.13
+ring:  ## the unit tests on the oldest and the newest Python, where they are at hand
+	@for python in $(RING); do \
+	  if $$python -c "" 2>/dev/null; then \
+	    $(MAKE) test VENV=.venv-$$(basename $$python) PYTHON=$$python TESTS=tests/unit || exit 1; \
+	  else echo "$$python is not at hand: the unit tests did not run on it"; fi; \
+	done
 
 check: $(VENV)/.dev  ## format, lint, types and floors
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from conftest import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 
 FOLDERS = {"bccd": "bccd/BCCD", "coco": "tiny_coco"}

@@ -31,9 +31,15 @@ def folder() -> Path:
 
 
 def register_resolvers() -> None:
-    """``${names:node}`` joins a mapping's keys, ``${label:a/b}`` is ``b``: for the names of run folders."""
+    """Words that the configuration can compute.
+
+    ``${names:node}`` joins a mapping's keys, for the names of run folders; ``${sweep:mode,folder}`` is the name of a
+    sweep's folder inside a sweep and null elsewhere.
+    """
     OmegaConf.register_new_resolver("names", lambda node: "+".join(node) or "none", replace=True)
-    OmegaConf.register_new_resolver("label", lambda text: str(text).rsplit("/", 1)[-1], replace=True)
+    OmegaConf.register_new_resolver(
+        "sweep", lambda mode, path: Path(path).name if "MULTIRUN" in str(mode) else None, replace=True
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -111,7 +111,17 @@ def closing(cfg: DictConfig, trainer: L.Trainer, module: Distiller, data: Detect
             _pictures(module, data, cfg.pictures, run / "pictures")
         write_text(run / "summary.json", json.dumps(summary, indent=1))
         _table(summary, run)
+        _to_wandb(trainer, values)
     return summary
+
+
+def _to_wandb(trainer: L.Trainer, values: dict[str, float]) -> None:
+    """The final numbers as W&B's summary, and as a table of metrics and splits."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(values)
+            rows = [[*name.split("/", 1), value] for name, value in values.items()]
+            logger.log_table("AP", columns=["split", "metric", "value"], data=rows)
 
 
 def _load_best(trainer: L.Trainer, module: Distiller) -> str | None:
