@@ -28,7 +28,6 @@ from distill.evaluation import evaluate
 from distill.module import Distiller
 from distill.pictures import panel, save_panel
 
-STARTED = time.monotonic()
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP")
 
 
@@ -85,7 +84,9 @@ def log_config(trainer: L.Trainer, cfg: DictConfig) -> None:
         logger.log_hyperparams(plain(cfg))
 
 
-def closing(cfg: DictConfig, trainer: L.Trainer, module: Distiller, data: DetectionData, run: Path) -> dict[str, Any]:
+def closing(
+    cfg: DictConfig, trainer: L.Trainer, module: Distiller, data: DetectionData, run: Path, started: float
+) -> dict[str, Any]:
     """Best weights -> student.pt, AP on val and test, pictures, summary.json, table."""
     best = _load_best(trainer, module)
     values: dict[str, float] = {}
@@ -100,7 +101,7 @@ def closing(cfg: DictConfig, trainer: L.Trainer, module: Distiller, data: Detect
             name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name and "val/" not in name
         },
         "best_checkpoint": best,
-        "seconds": round(time.monotonic() - STARTED, 1),
+        "seconds": round(time.monotonic() - started, 1),
         "versions": _versions(),
         "git": _git(),
     }

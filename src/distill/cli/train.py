@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ def train(cfg: DictConfig) -> float:
 
     from distill.cli import report
 
+    started = time.monotonic()
     quieten()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run = Path(HydraConfig.get().runtime.output_dir)
@@ -61,7 +63,7 @@ def train(cfg: DictConfig) -> float:
     try:
         checkpoint = run / "checkpoints" / "last.ckpt" if cfg.ckpt_path == "last" else cfg.ckpt_path
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        summary = report.closing(cfg, trainer, module, data, run)
+        summary = report.closing(cfg, trainer, module, data, run, started)
         failed = False
     finally:
         report.close_loggers(trainer, failed)
