@@ -188,7 +188,8 @@ class Distiller(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The teacher's identity, never its weights."""
+        """What the student is, and the teacher's identity, never its weights."""
+        checkpoint["student"] = self.student.describe()
         checkpoint["teacher"] = self.teacher.identity() if self.teacher else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ class TeacherCheck(L.Callback):
                 warnings.warn(f"the teacher's AP is not known: {error}", stacklevel=2)
                 return
             guest.values = {f"val/{name}": value for name, value in found.items()}
-        ap = guest.values.get("val/AP")
+        ap = guest.values.get("val/AP", guest.values.get("val/mAP"))
         if ap is not None and self.min_ap is not None and ap < self.min_ap:
             warnings.warn(
                 f"the teacher's AP is {ap:.3f}, below teacher.min_ap={self.min_ap}: check its weights, its class list "

@@ -66,28 +66,31 @@ def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool
 
     data = config.build(cfg.data)
     data.setup("test" if split == "test" else "fit")
-    detector = _teacher(run, cfg) if teacher else load_student(run, source, cfg, data.classes)
+    detector = _teacher(run, cfg) if teacher else load_student(source)
+    trained = (detector.options["min_size"], detector.options["max_size"])
+    if trained != data.input_size:
+        print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
     metrics = [config.build(node) for node in cfg.metrics.values() if node]
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
     return measure(detector, data, split, metrics, device)
 
 
-def load_student(run: Path, source: Path, cfg: DictConfig, classes: Sequence[str]) -> Any:
+def load_student(source: Path) -> Any:
     """The exported student of a run folder, or the student inside a checkpoint."""
     import torch
 
-    from distill.detectors.checkpoints import load_detector
+    from distill.detectors.checkpoints import described, load_detector
 
     if source.suffix != ".ckpt":
+        if source.is_dir() and not (source / "student.pt").is_file():
+            raise DistillError(
+                f"{source} has no student.pt: the run did not finish; try {source}/checkpoints/last.ckpt"
+            )
         return load_detector(source)
     state = torch.load(source, map_location="cpu", weights_only=True)
-    student = config.build(cfg.model, classes=state.get("classes") or list(classes))
-    own = {
-        name.removeprefix("student."): value
-        for name, value in state["state_dict"].items()
-        if name.startswith("student.")
-    }
-    student.load_state_dict(own, strict=True)
+    student = described(state.get("student"), str(source))
+    own = {name.removeprefix("student."): value for name, value in state["state_dict"].items()}
+    student.load_state_dict({name: value for name, value in own.items() if name.startswith("net.")}, strict=True)
     return student
 
 

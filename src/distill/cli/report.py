@@ -85,13 +85,16 @@ def log_config(trainer: L.Trainer, cfg: DictConfig) -> None:
 
 
 def closing(
-    cfg: DictConfig, trainer: L.Trainer, module: Distiller, data: DetectionData, run: Path, started: float
+    cfg: DictConfig, trainer: L.Trainer, module: Distiller, data: DetectionData, run: Path, started: float, tested: bool
 ) -> dict[str, Any]:
     """Best weights -> student.pt, AP on val and test, pictures, summary.json, table."""
     best = _load_best(trainer, module)
+    device = trainer.strategy.root_device  # the module itself is back on the CPU
+    if trainer.is_global_zero:
+        save_student(module.student, run, {"category_ids": data.category_ids})
     values: dict[str, float] = {}
-    for split in ["val", "test"] if cfg.test and data.has("test") else ["val"]:
-        measured = evaluate(module.student, data, split, module.metrics, module.device)
+    for split in ["val", "test"] if tested else ["val"]:
+        measured = evaluate(module.student, data, split, module.metrics, device)
         values |= {f"{split}/{name}": value for name, value in measured.items()}
     summary = {
         "student": values,
@@ -106,10 +109,8 @@ def closing(
         "git": _git(),
     }
     if trainer.is_global_zero:
-        facts = {"classes": list(data.classes), "category_ids": data.category_ids, "values": values}
-        save_student(module.student, run, facts)
         if cfg.pictures:
-            _pictures(module, data, cfg.pictures, run / "pictures")
+            _pictures(module, data, cfg.pictures, run / "pictures", device)
         write_text(run / "summary.json", json.dumps(summary, indent=1))
         _table(summary, run)
         _to_wandb(trainer, values)
@@ -136,9 +137,9 @@ def _load_best(trainer: L.Trainer, module: Distiller) -> str | None:
     return str(path)
 
 
-def _pictures(module: Distiller, data: DetectionData, count: int, folder: Path) -> None:
+def _pictures(module: Distiller, data: DetectionData, count: int, folder: Path, device: torch.device) -> None:
     shown = min(count, len(data.ground_truth("val")["images"]))
-    batch = data.batch("val", range(shown)).to(module.device)
+    batch = data.batch("val", range(shown)).to(device)
     columns = look(module, batch)
     for number, image in enumerate(crop(batch)):
         found = {name: column[number] for name, column in columns.items()}
@@ -189,6 +190,9 @@ def _versions() -> dict[str, str]:
 
 
 def _git() -> str | None:
+    """The checkout's commit; None for an installed package."""
+    if not (Path(__file__).parents[3] / ".git").exists():
+        return None
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=Path(__file__).parent

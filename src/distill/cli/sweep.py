@@ -7,25 +7,40 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+
+SHOWN = ("val/AP", "val/AP50", "val/mAP", "test/AP", "test/mAP")
 
 
 class SweepTable(Callback):
     """After the last job, gathers each job's ``summary.json`` and its overrides into ``sweep.csv``."""
 
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Write the table anew after each job: one that fails ends the sweep, but not the table."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            _write(Path(config.hydra.sweep.dir))
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write and print the table."""
+        """Print the table: what was varied, and the main numbers."""
         folder = Path(config.hydra.sweep.dir)
-        rows = [_row(job) for job in sorted(folder.iterdir(), key=_number) if job.is_dir()]
-        if not rows:
-            return
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        with (folder / "sweep.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        _print(columns, rows, folder)
+        rows = _write(folder)
+        names = dict.fromkeys(name for row in rows for name in row)
+        varied = [name for name in names if "/" not in name and len({str(row.get(name)) for row in rows}) > 1]
+        numbers = [name for name in names if name in SHOWN]
+        _print(list(dict.fromkeys(["job", *varied, "state", *numbers])), rows, folder)
+
+
+def _write(folder: Path) -> list[dict[str, Any]]:
+    rows = [_row(job) for job in sorted(folder.iterdir(), key=_number) if job.is_dir()]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
 
 
 def _number(job: Path) -> tuple[bool, int, str]:

@@ -22,7 +22,7 @@ from distill.types import DistillError
 
 # What a teacher's run takes over from the student's run: the data, the machine and the recipe, not the student.
 KEPT_GROUPS = ("data", "trainer", "experiment", "paths")
-KEPT_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision")  # on one machine: nobody starts the others
 # Keys that cannot change what a teacher learns, so two runs that differ only here share one teacher.
 IGNORED_DATA = ("workers", "cache", "eval_batch_size", "prefetch", "on_overlap")
 RANK_VARIABLES = (
@@ -109,6 +109,7 @@ def run_overrides(cfg: DictConfig) -> list[str]:
         *model,
         "distill=none",
         "teacher=none",
+        "trainer.num_nodes=1",
         f"seed={cfg.teacher.seed}",
         *cfg.teacher.run,
     ]

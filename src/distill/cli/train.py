@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from distill.cli import config
@@ -35,9 +37,11 @@ def main(argv: Sequence[str]) -> int:
     args.overrides = _resumed(args.overrides)
     # Hydra prints and exits by itself unless this is set; the messages are ours, one level up.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _run_hydra(
-        args=args, args_parser=parser, task_function=train, config_path=str(config.folder()), config_name=config.NAME
-    )
+    home = str(config.folder())
+    try:
+        _run_hydra(args, parser, task_function=train, config_path=home, config_name=config.NAME)
+    except HydraException as error:
+        raise DistillError(str(error)) from error
     return 0
 
 
@@ -49,11 +53,17 @@ def train(cfg: DictConfig) -> float:
 
     started = time.monotonic()
     quieten()
+    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.trainer.devices != 1:
+        raise DistillError(
+            f"a sweep (-m) with trainer.devices={cfg.trainer.devices}: each process would start the sweep anew, and they "
+            "would train different settings together. Start the jobs one by one, or sweep on one device"
+        )
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run = Path(HydraConfig.get().runtime.output_dir)
     report.write_config(run, cfg, HydraConfig.get().overrides.task)
     data = config.build(cfg.data)
     data.setup("fit")
+    tested = cfg.test and data.has("test") and _readable(data)
     module = assemble(cfg, data)
     check_metric(cfg.metric, module, data)
     trainer = build_trainer(cfg, run)
@@ -63,8 +73,10 @@ def train(cfg: DictConfig) -> float:
     try:
         checkpoint = run / "checkpoints" / "last.ckpt" if cfg.ckpt_path == "last" else cfg.ckpt_path
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        summary = report.closing(cfg, trainer, module, data, run, started)
+        summary = report.closing(cfg, trainer, module, data, run, started, tested)
         failed = False
+    except SystemExit:  # Lightning's way out of an interrupt
+        raise KeyboardInterrupt from None
     finally:
         report.close_loggers(trainer, failed)
     return float(summary["student"][cfg.metric])
@@ -112,6 +124,16 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
         metrics=[config.build(node) for node in cfg.metrics.values()],
         seed=cfg.seed,
     )
+
+
+def _readable(data: DetectionData) -> bool:
+    """Whether the test split can be measured: a bad one is said now, and is no reason not to train."""
+    try:
+        data.setup("test")
+    except DistillError as error:
+        warnings.warn(f"the test split is left out: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def check_metric(name: str, module: Distiller, data: DetectionData) -> None:

@@ -56,23 +56,29 @@ def save_student(detector: Detector, folder: str | Path, extra: Mapping[str, Any
 
 def load_detector(path: str | Path) -> Detector:
     """The detector that a run's folder, or its `student.pt` or `student.json`, holds."""
-    from distill.detectors import one_stage, two_stage  # they build on this module
-
     weights = _weights_file(Path(path))
     model = _read_json(weights.with_suffix(".json")).get("model")
+    detector = described(model, str(weights))
+    fit(detector.net, read_state(weights), str(weights))
+    return detector
+
+
+def described(model: Any, where: str) -> Detector:
+    """The detector that a description, as `describe` gives it, speaks of; its weights are yet to be loaded."""
+    from distill.detectors import one_stage, two_stage  # they build on this module
+
     families = {family.family: family for family in (two_stage.FasterRCNN, one_stage.RetinaNet)}
-    if model is None or model.get("family") not in families:
+    if not isinstance(model, dict) or model.get("family") not in families:
         raise DistillError(
-            f"{weights}: expected {weights.with_suffix('.json').name} beside it, naming one of {', '.join(families)} as"
-            " its model; for bare weights build the detector and give it weights=FILE"
+            f"{where}: expected {FACTS} beside it, naming one of {', '.join(families)} as its model; for bare weights"
+            " build the detector and give it weights=FILE"
         )
     options = {name: value for name, value in model.items() if name != "family"}
     try:
         with torch.random.fork_rng(devices=[]):  # its start values are thrown away: they must not cost a draw
             detector: Detector = families[model["family"]](**options)
     except TypeError as error:
-        raise DistillError(f"{FACTS} of {weights}: not written by this version of distill: {error}") from error
-    fit(detector.net, read_state(weights), str(weights))
+        raise DistillError(f"{FACTS} of {where}: not written by this version of distill: {error}") from error
     return detector
 
 

@@ -1,0 +1,53 @@
+"""What cannot go well is refused before anything is trained, in one message."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from standins import write_voc
+
+from conftest import TINY, Cli, summary
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["-m", "seed=0,1", "trainer=ddp_cpu"], "start the sweep anew"),
+        (["seed=1,2"], "multirun"),
+        (["teacher=none"], "need a teacher"),
+        (["distill=defeat_full", "model=retinanet_r10_quarter"], "both detectors must be two-stage"),
+        (["schedule.shape=stairs"], "expected one of step, cosine"),
+        (["data.source.classes=[circle,cube]"], "cube"),
+    ],
+)
+def test_refused_in_one_message(
+    lines: list[str], message: str, cli: Cli, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_stage = ("model.rpn", "model.box", "model.head")
+    fitting = [line for line in TINY if "retinanet" not in str(lines) or not line.startswith(two_stage)]
+    named = [] if "teacher=none" in lines else [f"teacher.weights={tiny_teacher}"]
+    assert cli(["train", *lines, *fitting, *named]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert "Epoch" not in said.out
+
+
+def test_a_test_split_without_labels_is_said_first_and_does_not_lose_the_run(cli: Cli, tmp_path: Path) -> None:
+    write_voc(tmp_path / "voc", {"train": ("train", 8), "val": ("val", 4), "test": ("test", 2)})
+    for xml in (tmp_path / "voc" / "Annotations").glob("*_test_*.xml"):
+        xml.unlink()
+    ours = [line for line in TINY if not line.startswith("data.source")]
+    with pytest.warns(UserWarning, match="the test split is left out"):
+        assert cli(["train", "data=voc", "data.source.root=voc", "distill=none", *ours, "hydra.run.dir=run"]) == 0
+    assert "val/AP" in summary(tmp_path / "run")["student"]
+    assert not [name for name in summary(tmp_path / "run")["student"] if name.startswith("test/")]
+
+
+def test_a_failed_job_keeps_the_rows_of_the_others(cli: Cli, tmp_path: Path) -> None:
+    sweep = ["-m", "distill=none", "schedule.shape=cosine,stairs", "hydra.sweep.dir=sweep"]
+    assert cli(["train", *sweep, *TINY]) == 1
+    rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
+    assert [row["state"] for row in rows] == ["done", "failed"]
