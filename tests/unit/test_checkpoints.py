@@ -119,13 +119,16 @@ def test_a_plain_file_loads_under_the_common_wrappings(wrap: str | None, tmp_pat
 
 
 class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
     def __reduce__(self) -> Any:
-        return os.system, ("touch /tmp/distill_was_here",)
+        return os.system, (f"touch '{self.mark}'",)
 
 
 def test_only_tensors_are_unpickled(tmp_path: Path) -> None:
-    path = tmp_path / "w.pt"
-    for content in (Evil(), {"model": Evil()}):
+    path, mark = tmp_path / "w.pt", tmp_path / "it ran"
+    for content in (Evil(mark), {"model": Evil(mark)}):
         path.write_bytes(pickle.dumps(content, protocol=2))
         with pytest.raises(DistillError, match="tensors"):
             small(RetinaNet, weights=str(path))
@@ -138,7 +141,9 @@ def test_only_tensors_are_unpickled(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(DistillError, match="whole"):
         small(RetinaNet, weights=str(path))
-    assert not Path("/tmp/distill_was_here").exists()
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Evil(mark)))
+    assert mark.exists()  # so it would have run
 
 
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
