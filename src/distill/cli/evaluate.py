@@ -62,6 +62,7 @@ def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool
     """Numbers by name, as validation inside training measures them."""
     import torch
 
+    from distill.cli.train import build_metrics
     from distill.evaluation import evaluate as measure
 
     data = config.build(cfg.data)
@@ -70,7 +71,7 @@ def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool
     trained = (detector.options["min_size"], detector.options["max_size"])
     if trained != data.input_size:
         print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
-    metrics = [config.build(node) for node in cfg.metrics.values() if node]
+    metrics = build_metrics(cfg)
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
     return measure(detector, data, split, metrics, device)
 

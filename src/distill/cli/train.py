@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -64,8 +64,8 @@ def train(cfg: DictConfig) -> float:
     data = config.build(cfg.data)
     data.setup("fit")
     tested = cfg.test and data.has("test") and _readable(data)
+    check_metric(cfg, data)  # before a teacher is trained for it
     module = assemble(cfg, data)
-    check_metric(cfg.metric, module, data)
     trainer = build_trainer(cfg, run)
     report.opening(module, data, run)
     report.log_config(trainer, cfg)
@@ -121,7 +121,7 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
         losses,
         schedule=config.build(cfg.schedule),
         supervised=config.plain(cfg.supervised),
-        metrics=[config.build(node) for node in cfg.metrics.values()],
+        metrics=build_metrics(cfg),
         seed=cfg.seed,
     )
 
@@ -136,16 +136,20 @@ def _readable(data: DetectionData) -> bool:
     return True
 
 
-def check_metric(name: str, module: Distiller, data: DetectionData) -> None:
+def check_metric(cfg: DictConfig, data: DetectionData) -> None:
     """Refuse a metric that validation will not measure; its names are those that finding nothing gives."""
-    from distill.evaluation import Evaluation
-
-    nothing = Evaluation(module.student, data.ground_truth("val"), data.classes, module.metrics, module.device)
-    for metric in nothing.metrics:
+    known: list[str] = []
+    for make in build_metrics(cfg):
+        metric = make(data.ground_truth("val"), data.classes)
         metric.update((), ())
-    known = [f"val/{value}" for value in nothing.compute()]
-    if name not in known:
-        raise DistillError(f"metric={name} is not among the measured values{config.nearest(name, known)}")
+        known += [f"val/{name}" for name in metric.compute()]
+    if cfg.metric not in known:
+        raise DistillError(f"metric={cfg.metric} is not among the measured values{config.nearest(cfg.metric, known)}")
+
+
+def build_metrics(cfg: DictConfig) -> list[Any]:
+    """The metrics' constructors; a metric set to null is left out."""
+    return [config.build(node) for node in cfg.metrics.values() if node]
 
 
 def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
