@@ -10,6 +10,7 @@ A box lies on exactly one of the given levels (:func:`assign`). For a mask with 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,47 +24,49 @@ KINDS = ("ground_truth", "fine_grained", "gaussian", "random", "none")
 Masks = dict[int, Tensor]
 
 
-def build(
-    kind: str,
-    view: View,
-    sizes: Mapping[int, Size],
-    *,
-    scale: float = 56.0,
-    threshold: float = 0.5,
-    seeds: Sequence[int] = (),
-) -> Masks:
-    """The mask of a kind for the ground truth of a View's batch.
+@dataclass(frozen=True)
+class Mask:
+    """A kind of mask with its options, called on a View for the ground truth of its batch.
 
     Args:
         kind: ``ground_truth``, ``fine_grained``, ``gaussian``, ``random`` or ``none``: the functions below.
-        view: its batch gives the boxes, and its anchors are read by ``fine_grained`` alone.
-        sizes: stride -> (height, width) of the map, in cells, finest first.
         scale: of the level rule, in pixels.
         threshold: of ``fine_grained``.
-        seeds: one number per image, for ``random``.
     """
-    boxes = [target.boxes for target in view.batch.targets]
-    if kind == "fine_grained":
-        return fine_grained(boxes, view.anchors, sizes, threshold, scale)
-    if kind == "gaussian":
-        return gaussian(boxes, sizes, scale)
-    if kind == "random":
-        return random(ground_truth(boxes, sizes, scale), seeds)
-    if kind == "none":
-        return none(len(boxes), sizes, view.batch.images.device)
-    if kind == "ground_truth":
-        return ground_truth(boxes, sizes, scale)
-    raise AssertionError(f"mask kind {kind} was not checked")
+
+    kind: str = "ground_truth"
+    scale: float = 56.0
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise DistillError(f"mask.kind: expected one of {', '.join(KINDS)}, got '{self.kind}'")
+        if not self.scale > 0:
+            raise DistillError(f"mask.scale: expected pixels, above 0, got {self.scale}")
+        if not 0 <= self.threshold < 1:
+            raise DistillError(f"mask.threshold: expected a part of the best IoU, 0 to below 1, got {self.threshold}")
+
+    def __call__(self, view: View, sizes: Mapping[int, Size], seeds: Sequence[int] = ()) -> Masks:
+        """The masks of maps of these sizes (stride -> cells, finest first); `seeds`, one an image, for ``random``."""
+        boxes = [target.boxes for target in view.batch.targets]
+        if self.kind == "fine_grained":
+            return fine_grained(boxes, view.anchors, sizes, self.threshold, self.scale)
+        if self.kind == "gaussian":
+            return gaussian(boxes, sizes, self.scale)
+        if self.kind == "none":
+            return none(len(boxes), sizes, view.batch.images.device)
+        exact = ground_truth(boxes, sizes, self.scale)
+        return random(exact, seeds) if self.kind == "random" else exact
+
+    def on_stages(self, view: View, sizes: Mapping[int, Size], seeds: Sequence[int] = ()) -> Masks:
+        """Masks of backbone stages: every box on one map at the neck's finest stride, resized to each stage (nearest)."""
+        finest = min(view.facts.neck)
+        whole = self(view, {finest: _size(view.neck[finest])}, seeds)[finest][:, None]
+        return {stage: F.interpolate(whole, size)[:, 0] for stage, size in sizes.items()}
 
 
-def check(kind: str, scale: float = 56.0, threshold: float = 0.5) -> None:
-    """Refuse what :func:`build` cannot make."""
-    if kind not in KINDS:
-        raise DistillError(f"mask: expected one of {', '.join(KINDS)}, got '{kind}'")
-    if not scale > 0:
-        raise DistillError(f"mask_scale: expected pixels, above 0, got {scale}")
-    if not 0 <= threshold < 1:
-        raise DistillError(f"mask_threshold: expected a part of the best IoU, from 0 to below 1, got {threshold}")
+def _size(x: Tensor) -> Size:
+    return x.shape[-2], x.shape[-1]
 
 
 def assign(boxes: Tensor, levels: int, scale: float = 56.0) -> Tensor:

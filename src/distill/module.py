@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class Distiller(L.LightningModule):
     ) -> None:
         super().__init__()
         self.student = student
-        self.losses = nn.ModuleDict(losses)
+        self.losses: Any = nn.ModuleDict(losses)  # of DistillLoss
         self.teacher = teacher
         self.schedule = schedule or Schedule()
         self.supervised = dict(supervised or {})
@@ -67,7 +68,7 @@ class Distiller(L.LightningModule):
         draw = self._step_seed(index)
         student = self.student.view(batch, training=True, seed=draw)
         terms = {f"student/{name}": value for name, value in student.losses.items()}
-        weights = {name: float(self.supervised.get(name.removeprefix("student/"), 1.0)) for name in terms}
+        weights = {name: self._supervised_weight(name.removeprefix("student/")) for name in terms}
         if self.teacher is not None and self.losses:
             teacher = self.teacher.view(batch, seed=draw + 1)
             self._distil(student, teacher, terms, weights)
@@ -77,9 +78,14 @@ class Distiller(L.LightningModule):
         self._log(terms, weights, loss)
         return loss
 
+    def _supervised_weight(self, name: str) -> float:
+        """The configured weight of one of the student's own terms, times what the distillation losses ask for."""
+        return math.prod(
+            [loss.supervised.get(name, 1.0) for loss in self.losses.values()], start=self.supervised.get(name, 1.0)
+        )
+
     def _distil(self, student: View, teacher: View, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
         for name, loss in self.losses.items():
-            assert isinstance(loss, DistillLoss)
             factor = loss.ramp(self.progress, self.schedule.epochs)
             for term, value in loss(student, teacher).items():
                 terms[f"{name}/{term}"] = value
@@ -172,8 +178,7 @@ class Distiller(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Let losses that keep state over an epoch (prototypes and the like) rebuild it."""
         for loss in self.losses.values():
-            assert isinstance(loss, DistillLoss)
-            loss.on_epoch_start(self.current_epoch, self.trainer.datamodule, self.teacher)  # type: ignore[attr-defined]
+            loss.on_epoch_start(self.current_epoch, self.trainer.datamodule, self.student, self.teacher)  # type: ignore[attr-defined]
 
     def on_train_epoch_end(self) -> None:
         """What is saved after this epoch is what every rank goes on with."""

@@ -83,10 +83,27 @@ class Detections(NamedTuple):
 
 
 class Regions(NamedTuple):
-    """Sampled regions of a two-stage detector, one tensor per image: boxes (R, 4) and labels (R,), 0 = background."""
+    """Sampled regions of a two-stage detector, one tensor per image, with what the box head should say of them."""
 
     boxes: list[Tensor]
+    """(R, 4)."""
     labels: list[Tensor]
+    """(R,), 0 = background."""
+    truth: list[Tensor]
+    """(R, 4): the matched ground truth; of a negative region the box that it overlaps most, or zeros in an image without."""
+    deltas: list[Tensor]
+    """(R, 4): regression targets, in the coding of ``roi_logits``."""
+
+
+class AnchorTargets(NamedTuple):
+    """What the dense head should say, for all anchors N of all levels, in the order of ``anchors``."""
+
+    labels: Tensor
+    """(B, N) int64: the class (one-stage) or 1 (RPN), 0 = background, -1 = neither."""
+    deltas: Tensor
+    """(B, N, 4): regression targets in the coding of ``deltas``; they mean something where the label is above 0."""
+    sampled: Tensor
+    """(B, N) bool: the anchors that the detector's own classification loss sees."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +162,10 @@ class View(Protocol):
         """Dense box deltas (B, A*4, H, W)."""
 
     @property
+    def anchor_targets(self) -> AnchorTargets:
+        """What ground truth asks of each anchor, and the sample of them that the detector's own loss sees."""
+
+    @property
     def proposals(self) -> list[Tensor]:
         """Two-stage: (P, 4) float32 per image, detached."""
 
@@ -157,6 +178,9 @@ class View(Protocol):
 
     def roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Two-stage: (R, K+1) class logits and (R, (K+1)*4) box deltas; kept per box list."""
+
+    def roi_boxes(self, boxes: Sequence[Tensor]) -> Tensor:
+        """Two-stage: (R, K+1, 4) float32, the regions as the box head moves them for each class, not clipped."""
 
     @property
     def losses(self) -> dict[str, Tensor]:

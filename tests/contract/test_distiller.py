@@ -352,7 +352,7 @@ class StopAfter(L.Callback):
 def test_a_resume_ends_with_the_same_weights_bit_for_bit(ema: bool, tmp_path: Path) -> None:
     def run(name: str, stop: int = 99, ckpt_path: Path | None = None) -> dict[str, Tensor]:
         module = distiller(
-            losses={"defeat": partial(DeFeat, **EVERYTHING, mask="random", ramp={"shape": "peak"})},
+            losses={"defeat": partial(DeFeat, **EVERYTHING, mask={"kind": "random"}, ramp={"shape": "peak"})},
             schedule=sgd(epochs=4, shape="one_cycle"),
         )
         keep = ModelCheckpoint(tmp_path / name, "last", save_on_train_epoch_end=True)

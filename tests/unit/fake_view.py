@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.types import Batch, Facts, Regions, Target
+from distill.types import AnchorTargets, Batch, Detections, Facts, Regions, Target
 
 STRIDES = (4, 8, 16, 32, 64)
+PYRAMIDS = {"body", "neck", "class_logits", "objectness", "deltas"}
 
 
 def facts(
@@ -44,8 +45,8 @@ def batch(boxes: Sequence[Sequence[Sequence[float]]], height: int = 64, width: i
 
 
 class FakeView:
-    """`stages` holds any of body, neck, anchors, class_logits, objectness, deltas, proposals, rois, losses, and the
-    results of roi_features and roi_logits, each in the shape that `distill.types.View` promises."""
+    """`stages` holds any of body, neck, anchors, class_logits, objectness, deltas, anchor_targets, proposals, rois, losses,
+    and the results of roi_features, roi_logits, roi_boxes and predictions, each in the shape that `distill.types.View` promises."""
 
     def __init__(self, batch: Batch, facts: Facts, **stages: Any) -> None:
         self.batch, self.facts, self.stages = batch, facts, stages
@@ -65,17 +66,30 @@ class FakeView:
         self.reads.add("roi_logits")
         return self.stages["roi_logits"]
 
+    def predictions(self, score: float | None = None, nms: float | None = None, top: int | None = None) -> Any:
+        self.reads.add("predictions")
+        return self.stages["predictions"]
+
+    def roi_boxes(self, boxes: Sequence[Tensor]) -> Tensor:
+        self.reads.add("roi_boxes")
+        return self.stages["roi_boxes"]
+
     def mapped(self, change: Any) -> FakeView:
-        """The same view with `change` applied to every floating-point map and logit."""
+        """The same view with `change` applied to every map, pooled feature and logit of a network."""
         stages = dict(self.stages)
-        for name in ("body", "neck"):
+        for name in PYRAMIDS & stages.keys():
             stages[name] = {stride: change(x) for stride, x in stages[name].items()}
-        stages["roi_logits"] = tuple(change(x) for x in stages["roi_logits"])
+        if "roi_logits" in stages:
+            stages["roi_logits"] = tuple(change(x) for x in stages["roi_logits"])
+        if "roi_features" in stages:
+            stages["roi_features"] = change(stages["roi_features"])
         return FakeView(self.batch, self.facts, **stages)
 
     def leaves(self) -> list[Tensor]:
-        """The floating-point tensors that a gradient could reach."""
-        return [*self.stages["body"].values(), *self.stages["neck"].values(), *self.stages["roi_logits"]]
+        """The tensors that a gradient could reach."""
+        maps = [x for name in sorted(PYRAMIDS & self.stages.keys()) for x in self.stages[name].values()]
+        regions = [*self.stages.get("roi_logits", ()), self.stages.get("roi_features")]
+        return [*maps, *(x for x in regions if x is not None)]
 
 
 def random_view(
@@ -98,15 +112,37 @@ def random_view(
     logits = draw(regions, classes).flatten(0, 1), draw(regions, classes * 4).flatten(0, 1)
     boxes = [corners(regions, height, width, each) for each in generators]
     labels = [(torch.arange(regions) % 3 == 0).long() * bool(len(target.boxes)) for target in batch.targets]
+    grid = {stride: anchors(*size(stride), stride, count) for stride, count in facts.anchors.items()}
+    dense = {stride: draw(count * 4, *size(stride)) for stride, count in facts.anchors.items()}
+    outputs = 1 if facts.two_stage else classes - 1
+    scores = {stride: draw(count * outputs, *size(stride)) for stride, count in facts.anchors.items()}
+    deltas = draw(regions, 4).float()
+    moves = draw(regions, classes, 4).float()
     return FakeView(
         batch,
         facts,
         body=body,
         neck=neck,
-        anchors={stride: anchors(*size(stride), stride, count) for stride, count in facts.anchors.items()},
-        rois=Regions(boxes, labels),
+        anchors=grid,
+        deltas=dense,
+        **{"objectness" if facts.two_stage else "class_logits": scores},
+        anchor_targets=_anchor_targets(batch, sum(map(len, grid.values())), outputs, draw),
+        proposals=boxes,
+        predictions=[Detections(each, torch.ones(regions), torch.ones(regions).long()) for each in boxes],
+        rois=Regions(boxes, labels, [box + 1 for box in boxes], list(deltas)),
+        roi_features=draw(regions, next(iter(facts.neck.values())), 7, 7).flatten(0, 1),
         roi_logits=logits,
+        roi_boxes=(torch.stack(boxes)[:, :, None] + moves).flatten(0, 1),
     )
+
+
+def _anchor_targets(batch: Batch, count: int, outputs: int, draw: Any) -> AnchorTargets:
+    """Of seven anchors each two are positive, where the image has boxes, four negative, of which half is sampled, one neither."""
+    kind = torch.arange(count) % 7
+    labels = torch.where(kind < 2, 1 + torch.arange(count) % outputs, torch.where(kind == 6, -1, 0))
+    rows = [labels if len(target.boxes) else labels.clamp(max=0) for target in batch.targets]
+    stacked = torch.stack(rows)
+    return AnchorTargets(stacked, draw(count, 4).float(), (stacked >= 0) & (kind != 5) & (kind != 4))
 
 
 def corners(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,7 @@ from test_masks import slow
 from torch import Tensor
 
 from distill import masks
-from distill.losses import base, defeat
+from distill.losses import base, defeat, imitation
 from distill.losses.base import DistillLoss
 from distill.losses.defeat import DeFeat
 from distill.types import DistillError, Facts, Target
@@ -58,8 +58,8 @@ def test_golden_neck() -> None:
         zip((8, 4, 2), (level_zero_mask(), middle, torch.zeros(2, 2, 2)), strict=True)
     ):
         shape = (2, 3, size, size)
-        error = defeat.squared_error(ramp(shape, 0.1, level, 1), ramp(shape, 0.07, 0.5 + level, 1))
-        shares.append((defeat.masked(error, mask, 3), defeat.masked(error, 1 - mask, 3)))
+        error = imitation.squared_error(ramp(shape, 0.1, level, 1), ramp(shape, 0.07, 0.5 + level, 1))
+        shares.append((imitation.masked(error, mask, 2 * 3), imitation.masked(error, 1 - mask, 2 * 3)))
     assert mean_over([each[0] for each in shares]) == pytest.approx(0.341675496, rel=1e-6)
     assert mean_over([each[1] for each in shares]) == pytest.approx(0.2498760389, rel=1e-6)
 
@@ -162,11 +162,15 @@ class TestDeFeatFullyRandom(TestDeFeat):
     """The other kinds of masks and of regions pass the grid too; their numbers are tested where they are made."""
 
     def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
-        return DeFeat(student, teacher, mask="random", **self.subsampled(), adapter=NO_ADAPTER)
+        return DeFeat(student, teacher, mask={"kind": "random"}, **self.subsampled(), adapter=NO_ADAPTER)
 
     def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
         return DeFeat(
-            student, teacher, mask="fine_grained", **self.subsampled(), adapter={"kernel": 1, "start": "default"}
+            student,
+            teacher,
+            mask={"kind": "fine_grained"},
+            **self.subsampled(),
+            adapter={"kernel": 1, "start": "default"},
         )
 
     @staticmethod
@@ -183,7 +187,7 @@ def test_a_term_without_weight_is_neither_built_nor_computed() -> None:
     student, teacher = (random_view(batch(OBJECTS), facts(), seed, dtype=torch.float32) for seed in (1, 2))
     loss = DeFeat(facts(), facts())
     assert loss.weights == {"neck.foreground": 4, "neck.background": 16}
-    assert list(loss.adapters) == ["neck"]
+    assert list(loss.maps) == ["neck"]
     assert loss(student, teacher).keys() == loss.weights.keys()
     assert teacher.reads == {"neck"}
     assert student.reads == {"neck"}
@@ -201,15 +205,18 @@ def test_backbone_alone_reads_no_neck_of_the_teacher() -> None:
     loss(student, teacher)
     assert teacher.reads == {"body"}
     assert [name for name, _ in loss.named_parameters()] == [
-        "adapters.backbone.32.0.weight",
-        "adapters.backbone.32.0.bias",
+        "maps.backbone.adapters.32.0.weight",
+        "maps.backbone.adapters.32.0.bias",
     ]
 
 
 def test_adapters_are_followed_by_relu_in_the_backbone_only() -> None:
     loss = DeFeat(facts(), facts(body=(3, 8, 9, 10), neck=12), backbone={"foreground": 1})
-    assert isinstance(loss.adapters.get_submodule("neck.64"), torch.nn.Conv2d)
-    assert [type(part).__name__ for part in loss.adapters.get_submodule("backbone.16").children()] == ["Conv2d", "ReLU"]
+    assert isinstance(loss.get_submodule("maps.neck.adapters.64"), torch.nn.Conv2d)
+    assert [type(part).__name__ for part in loss.get_submodule("maps.backbone.adapters.16").children()] == [
+        "Conv2d",
+        "ReLU",
+    ]
     student = random_view(batch(OBJECTS), facts(), 1, dtype=torch.float32)
     teacher = random_view(batch(OBJECTS), facts(body=(3, 8, 9, 10), neck=12), 2, dtype=torch.float32)
     LossGrid.finite(loss(student, teacher))
@@ -220,7 +227,7 @@ def test_detectors_of_different_families_meet_at_shared_strides() -> None:
     student = random_view(batch(OBJECTS), one_stage, 1)
     teacher = random_view(batch(OBJECTS), facts(), 2)
     loss = DeFeat(one_stage, facts(), adapter=NO_ADAPTER)
-    assert loss.levels == {"neck": [8, 16, 32, 64]}
+    assert loss.get_submodule("maps.neck").levels == [8, 16, 32, 64]
     grid = {s: (64 // s, 64 // s) for s in (8, 16, 32, 64)}
     expected = slow([target.boxes for target in student.batch.targets], grid)
     value = sum(slow_map(student.neck[s], teacher.neck[s], expected[s]) for s in grid) / 4
@@ -234,11 +241,11 @@ def grad(view: FakeView) -> FakeView:
 @pytest.mark.parametrize("kind", ["fine_grained", "gaussian", "ground_truth"])
 def test_mask_kind_is_the_one_that_was_asked_for(kind: str) -> None:
     student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
-    value = DeFeat(facts(), facts(), mask=kind, mask_scale=8.0, mask_threshold=0.7, adapter=NO_ADAPTER)(
+    value = DeFeat(facts(), facts(), mask={"kind": kind, "scale": 8.0, "threshold": 0.7}, adapter=NO_ADAPTER)(
         student, teacher
     )
     grid = {s: (64 // s, 64 // s) for s in STRIDES}
-    weights = masks.build(kind, student, grid, scale=8.0, threshold=0.7)
+    weights = masks.Mask(kind, scale=8.0, threshold=0.7)(student, grid)
     for region, flip in (("foreground", 0), ("background", 1)):
         levels = [slow_map(student.neck[s], teacher.neck[s], abs(flip - weights[s])) for s in STRIDES]
         assert value[f"neck.{region}"].item() == pytest.approx(sum(levels) / 5, rel=1e-6)
@@ -246,7 +253,7 @@ def test_mask_kind_is_the_one_that_was_asked_for(kind: str) -> None:
 
 def test_without_a_mask_all_cells_are_one_region() -> None:
     student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
-    values = DeFeat(facts(), facts(), mask="none", adapter=NO_ADAPTER)(student, teacher)
+    values = DeFeat(facts(), facts(), mask={"kind": "none"}, adapter=NO_ADAPTER)(student, teacher)
     expected = sum((student.neck[s] - teacher.neck[s]).square().mean().item() / 2 for s in STRIDES) / 5
     assert {name: value.item() for name, value in values.items()} == pytest.approx({"neck.foreground": expected})
 
@@ -255,15 +262,15 @@ def test_random_draws_change_with_epoch_and_seed_but_not_with_the_batch() -> Non
     student, teacher = (random_view(batch([OBJECTS[0]]), facts(), seed) for seed in (1, 2))
 
     def value(seed: int, epoch: int) -> float:
-        loss = DeFeat(facts(), facts(), mask="random", adapter=NO_ADAPTER, seed=seed)
-        loss.on_epoch_start(epoch, None, None)
+        loss = DeFeat(facts(), facts(), mask={"kind": "random"}, adapter=NO_ADAPTER, seed=seed)
+        loss.on_epoch_start(epoch, None, None, None)
         return loss(student, teacher)["neck.foreground"].item()
 
     assert value(0, 0) == value(0, 0)
     assert len({value(0, 0), value(0, 1), value(1, 0)}) == 3
     images = batch([OBJECTS[0], NOTHING])
     pair = (random_view(images, facts(), seed) for seed in (1, 2))
-    loss = DeFeat(facts(), facts(), mask="random", adapter=NO_ADAPTER)
+    loss = DeFeat(facts(), facts(), mask={"kind": "random"}, adapter=NO_ADAPTER)
     assert loss(*pair)["neck.foreground"].item() == pytest.approx(value(0, 0))  # the second image has no object cell
 
 
@@ -343,7 +350,7 @@ def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
         ({"neck": {"foreground": -1}}, "DeFeat: expected weights"),
         ({"neck": {"foreground": math.nan}}, "DeFeat: expected weights"),
         ({"neck": {"foreground": "much"}}, "DeFeat: expected weights"),
-        ({"mask": "gt"}, "mask: expected one of"),
+        ({"mask": {"kind": "gt"}}, "mask.kind: expected one of"),
         ({"normalizer": "batch"}, "global or process"),
         ({"adapter": {"kernel": 4}}, "adapter"),
         ({"proposals": {"positive": 1, "source": "both"}}, "proposals.source"),

@@ -201,7 +201,7 @@ def test_build(kind: str) -> None:
     images = batch([[[3.0, 5.0, 40.0, 30.0]], []])
     grid = sizes((4, 8), 64, 64)
     view = FakeView(images, facts(), anchors={stride: anchors(*size, stride, 3) for stride, size in grid.items()})
-    found = masks.build(kind, view, grid, seeds=[1, 2])
+    found = masks.Mask(kind)(view, grid, seeds=[1, 2])
     for stride, size in grid.items():
         assert found[stride].shape == (2, *size)
         assert found[stride].dtype == torch.float32
@@ -216,10 +216,10 @@ def test_build(kind: str) -> None:
     ("options", "message"),
     [
         ({"kind": "gt"}, "expected one of ground_truth, fine_grained"),
-        ({"kind": "gaussian", "scale": 0}, "mask_scale"),
-        ({"kind": "fine_grained", "threshold": 1.0}, "mask_threshold"),
+        ({"kind": "gaussian", "scale": 0}, "mask.scale"),
+        ({"kind": "fine_grained", "threshold": 1.0}, "mask.threshold"),
     ],
 )
 def test_refusals(options: dict[str, object], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        masks.check(**options)  # type: ignore[arg-type]
+        masks.Mask(**options)  # type: ignore[arg-type]

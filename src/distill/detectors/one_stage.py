@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights, retinanet
 from torchvision.models.detection.rpn import permute_and_flatten
+from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from distill.detectors import checkpoints
 from distill.detectors.backbones import ResNet, freeze, with_fpn
 from distill.detectors.base import Detector, anchor_generator, arguments
 from distill.detectors.views import LazyView, full, geometry, network, roi_align, temporarily
-from distill.types import Detections, DistillError, Facts, Pyramid
+from distill.types import AnchorTargets, Detections, DistillError, Facts, Pyramid
 
 STRIDES = (8, 16, 32, 64, 128)
 PASSED_ON = ("fg_iou", "bg_iou", "topk", "score_thresh", "nms_thresh", "detections_per_img", "min_size", "max_size")
@@ -61,12 +62,31 @@ class OneStageView(LazyView):
             "bbox_regression": [_flatten(x, 4) for x in self.deltas.values()],
         }
 
+    @property
+    def _image_anchors(self) -> list[Tensor]:
+        return [torch.cat(list(self.anchors.values()))] * len(self.batch)
+
+    @geometry
+    def anchor_targets(self) -> AnchorTargets:
+        """All anchors but the ignored ones are sampled."""
+        anchors, matcher, coder = self._image_anchors, self.net.proposal_matcher, self.net.box_coder
+        labels, deltas = [], []
+        for each, target in zip(anchors, self.targets, strict=True):
+            labels.append(torch.zeros(len(each), dtype=torch.int64, device=self.device))
+            deltas.append(torch.zeros_like(each))
+            if len(target["boxes"]):
+                match = matcher(box_iou(target["boxes"], each))
+                found = target["labels"][match.clamp(min=0)]
+                labels[-1] = torch.where(match >= 0, found, torch.where(match == matcher.BETWEEN_THRESHOLDS, -1, 0))
+                deltas[-1] = coder.encode_single(target["boxes"][match.clamp(min=0)], each)
+        stacked = torch.stack(labels)
+        return AnchorTargets(stacked, torch.stack(deltas), stacked >= 0)
+
     @geometry
     def losses(self) -> dict[str, Tensor]:
         """classification and bbox_regression."""
         outputs = {name: torch.cat(levels, dim=1) for name, levels in self._flat().items()}
-        anchors = [torch.cat(list(self.anchors.values()))] * len(self.batch)
-        return dict(self.net.compute_loss(self.targets, outputs, anchors))
+        return dict(self.net.compute_loss(self.targets, outputs, self._image_anchors))
 
     def predictions(
         self, score: float | None = None, nms: float | None = None, top: int | None = None

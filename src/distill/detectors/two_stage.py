@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, faster_rcnn
 from torchvision.models.detection.roi_heads import fastrcnn_loss
@@ -16,7 +17,7 @@ from distill.detectors import checkpoints
 from distill.detectors.backbones import ResNet, freeze, with_fpn
 from distill.detectors.base import Detector, anchor_generator, arguments
 from distill.detectors.views import LazyView, full, geometry, network, roi_align, temporarily
-from distill.types import Detections, Facts, Pyramid, Regions
+from distill.types import AnchorTargets, Detections, Facts, Pyramid, Regions
 
 STRIDES = (4, 8, 16, 32, 64)
 PASSED_ON = ("rpn_", "box_fg", "box_bg", "box_batch", "box_positive", "min_size", "max_size")
@@ -72,27 +73,46 @@ class TwoStageView(LazyView):
             return list(rpn.filter_proposals(boxes, objectness, self.sizes, counts)[0])
 
     @geometry
-    def _rpn_losses(self) -> tuple[Tensor, Tensor]:
+    def _rpn_targets(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Labels and regression targets of all anchors, a tensor an image."""
         rpn, anchors = self.net.rpn, self._image_anchors
         labels, truth = rpn.assign_targets_to_anchors(anchors, self.targets)
+        return labels, rpn.box_coder.encode(truth, anchors)
+
+    @geometry
+    def _rpn_sample(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Positive and negative anchors that the RPN learns from, an indicator (N,) an image each. Drawn once."""
         with self.draw(0):
-            objectness, box = rpn.compute_loss(*self._flat, labels, rpn.box_coder.encode(truth, anchors))
+            positive, negative = self.net.rpn.fg_bg_sampler(self._rpn_targets[0])
+        return positive, negative
+
+    @geometry
+    def _rpn_losses(self) -> tuple[Tensor, Tensor]:
+        sample = self._rpn_sample
+        with temporarily(self.net.rpn, fg_bg_sampler=lambda _: sample):
+            objectness, box = self.net.rpn.compute_loss(*self._flat, *self._rpn_targets)
         return objectness, box
 
     @geometry
-    def _sample(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Boxes, labels and regression targets of the regions that the box head learns from."""
-        if self.seed is None:
-            _ = self._rpn_losses  # draws first in torchvision; under a seed each draw has a stream of its own
-        with self.draw(1):
-            boxes, _, labels, regression = self.net.roi_heads.select_training_samples(self.proposals, self.targets)
-        return boxes, labels, list(regression)
+    def anchor_targets(self) -> AnchorTargets:
+        """Label 1 for an object of any class."""
+        sampled = [positive | negative for positive, negative in zip(*self._rpn_sample, strict=True)]
+        labels, deltas = self._rpn_targets
+        return AnchorTargets(torch.stack(labels).long(), torch.stack(list(deltas)), torch.stack(sampled) > 0)
 
     @geometry
     def rois(self) -> Regions:
         """The regions that the box head learns from: proposals and ground truth, sampled once."""
-        boxes, labels, _ = self._sample
-        return Regions(boxes, labels)
+        if self.seed is None:
+            _ = self._rpn_sample  # drawn first in torchvision; under a seed each draw has a stream of its own
+        with self.draw(1):
+            boxes, match, labels, deltas = self.net.roi_heads.select_training_samples(self.proposals, self.targets)
+        # An image without ground truth gets one zero box, as torchvision has it.
+        truths = [
+            target["boxes"] if len(target["boxes"]) else F.pad(target["boxes"], (0, 0, 0, 1)) for target in self.targets
+        ]
+        truth = [boxes[index] for boxes, index in zip(truths, match, strict=True)]
+        return Regions(boxes, labels, truth, list(deltas))
 
     def roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits (R, K+1), background first, and deltas (R, (K+1)*4), class-major."""
@@ -104,12 +124,17 @@ class TwoStageView(LazyView):
             logits, deltas = heads.box_predictor(heads.box_head(features))
         return full(logits), full(deltas)
 
+    def roi_boxes(self, boxes: Sequence[Tensor]) -> Tensor:
+        """(R, K+1, 4), by the deltas of `roi_logits`."""
+        deltas = self.roi_logits(boxes)[1]
+        with self.scope(autocast=False):
+            return cast(Tensor, self.net.roi_heads.box_coder.decode(deltas, list(boxes)))
+
     @geometry
     def losses(self) -> dict[str, Tensor]:
         """loss_classifier, loss_box_reg, loss_objectness, loss_rpn_box_reg."""
-        boxes, labels, regression = self._sample
         objectness, rpn_box = self._rpn_losses
-        classifier, box = fastrcnn_loss(*self.roi_logits(boxes), labels, regression)
+        classifier, box = fastrcnn_loss(*self.roi_logits(self.rois.boxes), self.rois.labels, self.rois.deltas)
         return {
             "loss_classifier": classifier,
             "loss_box_reg": box,

@@ -19,7 +19,7 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from distill.types import Batch, Detections, DistillError, Pyramid, Regions
+from distill.types import AnchorTargets, Batch, Detections, DistillError, Pyramid, Regions
 
 if TYPE_CHECKING:
     from distill.detectors.base import Detector
@@ -176,6 +176,11 @@ class LazyView:
         raise NotImplementedError
 
     @property
+    def anchor_targets(self) -> AnchorTargets:
+        """What ground truth asks of each anchor, and the sample that the detector's own loss sees."""
+        raise NotImplementedError
+
+    @property
     def losses(self) -> dict[str, Tensor]:
         """The detector's own supervised losses, by torchvision's names."""
         raise NotImplementedError
@@ -224,6 +229,10 @@ class LazyView:
         """Not in this family."""
         remedy = "Drop the classification term of the loss, or choose a two-stage detector (model=frcnn_r50)."
         raise self.lacks("roi_logits", remedy)
+
+    def roi_boxes(self, boxes: Sequence[Tensor]) -> Tensor:
+        """Not in this family."""
+        raise self.lacks("roi_boxes", "Read predictions(), or choose a two-stage detector (model=frcnn_r50).")
 
 
 def roi_align(strides: Sequence[int], output: int, sampling: int) -> Any:

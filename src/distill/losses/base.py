@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.classes import match_classes
 from distill.schedules import Ramp
 from distill.types import DistillError, Facts, Size, View
 
@@ -63,13 +64,18 @@ class DistillLoss(nn.Module):
         self.normalizer = normalizer
         self.seed = seed
         self.epoch = 0
+        self.supervised: dict[str, float] = {}
+        """Factors on the student's own loss terms, by torchvision's names, where a method asks for them."""
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """Unweighted scalar terms by name, all attached to the student, none to the teacher."""
         raise NotImplementedError
 
-    def on_epoch_start(self, epoch: int, data: Any, teacher: Any) -> None:
-        """Called before each epoch with its number, the data module and the teacher's holder. Draws change with it."""
+    def on_epoch_start(self, epoch: int, data: Any, student: Any, teacher: Any) -> None:
+        """Called before each epoch with its number, the data module, the student and the teacher's holder.
+
+        Draws change with the epoch. A method that keeps state over an epoch (prototypes, say) rebuilds it here.
+        """
         self.epoch = epoch
 
     def terms(self, place: str) -> list[str]:
@@ -158,6 +164,24 @@ def check_shapes(where: str, student: Tensor, teacher: Tensor, remedy: str) -> N
             f"{where}: expected student and teacher of equal shape, got the student's {tuple(student.shape)} (after its "
             f"adapter, if any) and the teacher's {tuple(teacher.shape)}. {remedy}"
         )
+
+
+def class_columns(name: str, student: Facts, teacher: Facts) -> Tensor | None:
+    """Labels of the teacher, background first, that have the names of the student's labels; None where lists are equal.
+
+    ``teacher_logits[:, columns]`` has the student's K+1 columns.
+
+    Raises:
+        DistillError: the teacher does not know a class of the student.
+    """
+    remedy = f"choose another teacher, or set the weights of {name} to 0"
+    columns = match_classes(student.classes, teacher.classes, remedy)
+    return None if student.classes == teacher.classes else torch.tensor(columns)
+
+
+def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
+    """Of (R, (K+1)*4) class-major box deltas those of each region's label (R,): (R, 4)."""
+    return deltas.view(len(deltas), -1, 4)[torch.arange(len(labels), device=labels.device), labels]
 
 
 def size(x: Tensor) -> Size:

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill import masks
-from distill.adapters import adapters
-from distill.classes import match_classes
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
-from distill.types import DistillError, Facts, Pyramid, View
+from distill.losses.imitation import MapImitation, parts
+from distill.types import DistillError, Facts, View
 
 NECK = {"foreground": 4.0, "background": 16.0, "levels": None}
 BACKBONE = {"foreground": 0.0, "background": 0.0, "levels": (8, 16, 32)}
@@ -30,16 +29,7 @@ PROPOSALS = {
     "subsample_negatives": False,
 }
 ADAPTER = {"kernel": 3, "start": "defeat", "neck_relu": False, "backbone_relu": True}
-
-
-def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Sum over channels of (S - T)^2; maps (B, C, H, W), the student's after its adapter -> (B, H, W)."""
-    return (base.full(student) - base.full(teacher.detach())).square().sum(1)
-
-
-def masked(error: Tensor, mask: Tensor, channels: int) -> Share:
-    """Sum of M * error over images and cells, and 2 C sum(M): their ratio is half a masked mean; both (B, H, W)."""
-    return (mask * error).sum(), 2 * channels * mask.sum()
+MASK = {"kind": "ground_truth", "scale": 56.0, "threshold": 0.5}
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -96,9 +86,8 @@ class DeFeat(DistillLoss):
         backbone: weights of its terms; ``levels``: strides of its stages, C3 to C5 by default.
         proposals: weights and temperatures of its terms, for two-stage detectors; ``source``: whose sampled regions,
             ``teacher`` or ``student``; ``subsample_negatives``: per image, as many as it has positives.
-        mask: ``ground_truth``, ``fine_grained``, ``gaussian``, ``random`` or ``none``. With ``none`` every cell is foreground,
-            so the background terms vanish: the baseline that does not decouple.
-        mask_scale, mask_threshold: of the level rule, in pixels; of ``fine_grained``.
+        mask: options of :class:`distill.masks.Mask`. With kind ``none`` every cell is foreground, so the background
+            terms vanish: the baseline that does not decouple.
         adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`), ReLU after it per place.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of ``random`` and of the subsampling.
     """
@@ -112,32 +101,27 @@ class DeFeat(DistillLoss):
         neck: Mapping[str, Any] = NECK,
         backbone: Mapping[str, Any] = BACKBONE,
         proposals: Mapping[str, Any] = PROPOSALS,
-        mask: str = "ground_truth",
-        mask_scale: float = 56.0,
-        mask_threshold: float = 0.5,
+        mask: Mapping[str, Any] = MASK,
         adapter: Mapping[str, Any] = ADAPTER,
         ramp: Mapping[str, Any] = base.RAMP,
         normalizer: str = "global",
         seed: int = 0,
     ) -> None:
         maps = {"neck": base.options("neck", neck, NECK), "backbone": base.options("backbone", backbone, BACKBONE)}
-        regions = ("foreground",) if mask == "none" else ("foreground", "background")
-        weights = {f"{place}.{region}": chosen[region] for place, chosen in maps.items() for region in regions}
+        self.mask = masks.Mask(**base.options("mask", mask, MASK))
+        regions = ("foreground",) if self.mask.kind == "none" else ("foreground", "background")
+        weights = {f"{place}.{region}": options[region] for place, options in maps.items() for region in regions}
         chosen = base.options("proposals", proposals, PROPOSALS)
         weights |= {f"proposals.{group}": chosen[group] for group in ("positive", "negative", "all")}
         super().__init__(weights, ramp, normalizer, seed)
-        masks.check(mask, mask_scale, mask_threshold)
-        self.mask, self.mask_scale, self.mask_threshold = mask, mask_scale, mask_threshold
 
-        self.levels: dict[str, list[int]] = {}
-        self.adapters = nn.ModuleDict()
         how = base.options("adapter", adapter, ADAPTER)
         channels = {"neck": (student.neck, teacher.neck), "backbone": (student.body, teacher.body)}
+        self.maps = nn.ModuleDict()
         for place, (ours, theirs) in channels.items():
             if self.terms(place):
-                self.levels[place] = base.shared_levels(place, ours, theirs, maps[place]["levels"])
-                relu, start, own = how[f"{place}_relu"], how["start"], base.derive(seed, place)
-                self.adapters[place] = adapters(ours, theirs, self.levels[place], how["kernel"], relu, start, own)
+                own = {"kernel": how["kernel"], "start": how["start"], "relu": how[f"{place}_relu"]}
+                self.maps[place] = MapImitation(place, ours, theirs, maps[place]["levels"], own, seed=seed)
 
         self.source, self.subsample = chosen["source"], bool(chosen["subsample_negatives"])
         self.temperatures = {group: float(chosen[f"temperature_{group}"]) for group in self.terms("proposals")}
@@ -151,43 +135,20 @@ class DeFeat(DistillLoss):
             raise DistillError(f"proposals.source: expected teacher or student, got '{self.source}'")
         if not all(0 < value < math.inf for value in self.temperatures.values()):
             raise DistillError(f"proposals: expected temperatures above 0, got {self.temperatures}")
-        remedy = "choose another teacher, or set the weights of proposals to 0"
-        columns = match_classes(student.classes, teacher.classes, remedy)
-        return None if student.classes == teacher.classes else torch.tensor(columns)
+        return base.class_columns("proposals", student, teacher)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. A stage that no term needs is not read."""
         shares: dict[str, list[Share]] = {}
-        if "neck" in self.levels:
-            mask = self._mask(student, self.levels["neck"])
-            shares |= self._imitate("neck", student.neck, teacher.neck, mask)
-        if "backbone" in self.levels:
-            finest = min(student.facts.neck)
-            whole = self._mask(student, [finest])[finest][:, None]
-            sizes = {level: base.size(student.body[level]) for level in self.levels["backbone"]}
-            mask = {level: F.interpolate(whole, size)[:, 0] for level, size in sizes.items()}
-            shares |= self._imitate("backbone", student.body, teacher.body, mask)
+        seeds = self.seeds(student.batch.ids)
+        for place, imitation in self.maps.items():
+            assert isinstance(imitation, MapImitation)
+            ours, theirs = (student.neck, teacher.neck) if place == "neck" else (student.body, teacher.body)
+            build = self.mask if place == "neck" else self.mask.on_stages
+            shares |= imitation(ours, theirs, parts(build(student, imitation.sizes(ours), seeds), self.terms(place)))
         if self.temperatures:
             shares |= self._compare(student, teacher)
         return self.average(shares)
-
-    def _mask(self, view: View, levels: Sequence[int]) -> masks.Masks:
-        sizes = {level: base.size(view.neck[level]) for level in levels}
-        seeds = self.seeds(view.batch.ids)
-        return masks.build(self.mask, view, sizes, scale=self.mask_scale, threshold=self.mask_threshold, seeds=seeds)
-
-    def _imitate(self, place: str, student: Pyramid, teacher: Pyramid, mask: masks.Masks) -> dict[str, list[Share]]:
-        """A share per level for each term of a place."""
-        shares: dict[str, list[Share]] = {f"{place}.{region}": [] for region in self.terms(place)}
-        for level, inside in mask.items():
-            adapter = self.adapters.get_submodule(f"{place}.{level}")
-            ours, theirs = adapter(student[level]), teacher[level]
-            base.check_shapes(f"{place}, stride {level}", ours, theirs, f"Leave this stride out with {place}.levels")
-            error = squared_error(ours, theirs)
-            for region in self.terms(place):
-                weights = inside if region == "foreground" else 1 - inside
-                shares[f"{place}.{region}"].append(masked(error, weights, ours.shape[1]))
-        return shares
 
     def _compare(self, student: View, teacher: View) -> dict[str, list[Share]]:
         """One share for each term on proposals."""

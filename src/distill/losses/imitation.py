@@ -1,0 +1,126 @@
+"""The frame that all methods share which make the student's features like the teacher's: of maps, and of regions.
+
+It adapts the student's channels, compares, and sums inside each part of a mask. The method says what is compared, where
+and with which weight; `reweigh` is the place where a wrapper (PAD) gives each cell or region a weight of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill import masks
+from distill.adapters import adapter as one_adapter
+from distill.adapters import adapters
+from distill.losses import base
+from distill.losses.base import Share
+from distill.types import DistillError, Pyramid, Size
+
+Error = Callable[[Tensor, Tensor], Tensor]
+"""(student's map after its adapter, teacher's map), both (B, C, H, W) -> sum over channels per cell (B, H, W)."""
+Reweigh = Callable[[Tensor, Tensor], Tensor]
+"""(student's feature before its adapter, mean squared error per cell or region) -> the error that counts."""
+
+ADAPTER = {"kernel": 3, "start": "defeat", "relu": False}
+COUNTS: dict[str, Callable[[int], float]] = {"mse": lambda c: c, "half_mse": lambda c: 2 * c, "half_l2": lambda c: 2}
+"""What a sum over cells and C channels is divided by, per cell of the mask: the mean over elements, half of it (DeFeat),
+or half the squared L2 norm of a cell (FGFI)."""
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Sum over channels of (S - T)^2; maps (B, C, H, W), the student's after its adapter -> (B, H, W)."""
+    return (base.full(student) - base.full(teacher.detach())).square().sum(1)
+
+
+def masked(error: Tensor, mask: Tensor, count: float) -> Share:
+    """Sum of M * error over images and cells, and `count` * sum(M); both (B, H, W)."""
+    return (mask * error).sum(), count * mask.sum()
+
+
+class MapImitation(nn.Module):
+    """Maps of one place (neck, backbone), level by level.
+
+    Args:
+        place: for messages, and the start of the terms' names.
+        student, teacher: channels by stride of that place.
+        levels: strides; None for all that both have.
+        adapter: ``kernel``, ``start``, ``relu``, as `distill.adapters` has them.
+        error: what is compared.
+        count: a key of `COUNTS`: the normalisation.
+        seed: of the adapters' start values.
+
+    Raises:
+        DistillError: no shared stride, unequal channels without an adapter, an unknown option.
+    """
+
+    def __init__(
+        self,
+        place: str,
+        student: Mapping[int, int],
+        teacher: Mapping[int, int],
+        levels: Sequence[int] | None = None,
+        adapter: Mapping[str, Any] = ADAPTER,
+        error: Error = squared_error,
+        count: str = "half_mse",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if count not in COUNTS:
+            raise DistillError(f"{place}: expected a normalisation of {', '.join(COUNTS)}, got '{count}'")
+        self.place, self.error, self.count = place, error, COUNTS[count]
+        self.channels = dict(student)
+        self.levels = base.shared_levels(place, student, teacher, levels)
+        how = base.options("adapter", adapter, ADAPTER)
+        self.adapters = adapters(student, teacher, self.levels, seed=base.derive(seed, place), **how)
+        self.reweigh: Mapping[str, Reweigh] | None = None
+
+    def sizes(self, maps: Pyramid) -> dict[int, Size]:
+        """Stride -> (height, width) of the levels that are compared."""
+        return {level: base.size(maps[level]) for level in self.levels}
+
+    def forward(self, student: Pyramid, teacher: Pyramid, parts: Mapping[str, masks.Masks]) -> dict[str, list[Share]]:
+        """A share per level for each part: ``{"foreground": masks}`` gives ``{"neck.foreground": shares}``."""
+        shares: dict[str, list[Share]] = {f"{self.place}.{part}": [] for part in parts}
+        for level in self.levels:
+            ours, theirs = self.adapters[str(level)](student[level]), teacher[level]
+            remedy = f"Leave this stride out with {self.place}.levels"
+            base.check_shapes(f"{self.place}, stride {level}", ours, theirs, remedy)
+            channels = ours.shape[1]
+            error = self.error(ours, theirs)
+            if self.reweigh is not None:
+                error = channels * self.reweigh[str(level)](student[level], error / channels)
+            for part, mask in parts.items():
+                shares[f"{self.place}.{part}"].append(masked(error, mask[level], self.count(channels)))
+        return shares
+
+
+class RegionImitation(nn.Module):
+    """Pooled features of regions, as half their mean squared error; arguments as of :class:`MapImitation`.
+
+    One adapter serves the regions of all levels, so all levels of a neck must have equally many channels.
+    """
+
+    def __init__(self, place: str, student: int, teacher: int, adapter: Mapping[str, Any] = ADAPTER, seed: int = 0):
+        super().__init__()
+        how = base.options("adapter", adapter, ADAPTER)
+        self.place, self.channels = place, student
+        self.adapter = one_adapter(student, teacher, seed=base.derive(seed, place), **how)
+        self.reweigh: Reweigh | None = None
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Share:
+        """(R, C, h, w) of both -> half the mean over elements, summed over regions, and their number."""
+        ours = self.adapter(student)
+        base.check_shapes(f"{self.place} (R, C, h, w)", ours, teacher, "Give both models the same regions")
+        error = squared_error(ours, teacher).mean((1, 2)) / ours.shape[1]
+        if self.reweigh is not None:
+            error = self.reweigh(student, error)
+        return error.sum() / 2, torch.tensor(float(len(error)), device=error.device)
+
+
+def parts(mask: masks.Masks, names: Sequence[str]) -> dict[str, masks.Masks]:
+    """``foreground`` and ``background`` of a mask, those of them that are named."""
+    whole = {"foreground": mask, "background": {level: 1 - inside for level, inside in mask.items()}}
+    return {name: whole[name] for name in names}
