@@ -16,7 +16,9 @@ from conftest import TINY, Cli, summary
     [
         (["-m", "seed=0,1", "trainer=ddp_cpu"], "start the sweep anew"),
         (["seed=1,2"], "multirun"),
-        (["teacher=none"], "need a teacher"),
+        (["teacher=none"], "cannot do without a teacher"),
+        (["teacher=none", "distill=none", "init=inherit"], "init=inherit cannot do without a teacher"),
+        (["init=teacher"], "init: expected scratch or inherit, got 'teacher'"),
         (["distill=defeat_full", "model=retinanet_r10_quarter"], "both detectors must be two-stage"),
         (["schedule.shape=stairs"], "expected one of step, cosine"),
         (["data.source.classes=[circle,cube]"], "cube"),

@@ -22,9 +22,25 @@ def test_every_distill_option_trains(option: str, cli: Cli, tiny_teacher: Path, 
     lines = [f"distill={option}", f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]
     assert cli(["train", *lines]) == 0
     report = summary(tmp_path / "run")
-    assert any(name.startswith("term/defeat") for name in report["terms"])
+    for loss in config.composed([f"distill={option}"]).distill.losses:
+        assert any(name.startswith(f"term/{loss}/") for name in report["terms"]), loss
     assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
     assert report["teacher"]["source"] == str(tiny_teacher)
+
+
+@pytest.mark.parametrize("option", ["none", "defeat"])
+def test_an_inheriting_student_starts_from_the_teacher_s_neck_and_heads(
+    option: str, cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"distill={option}", f"teacher.weights={tiny_teacher}", *TINY, "init=inherit", "hydra.run.dir=run"]
+    still = "schedule.optimizer.lr=0"
+    assert cli(["train", *lines, still]) == 0
+    assert "inherit: roi_heads.box_head: 4 of 4" in capsys.readouterr().out
+    student, teacher = load_detector(tmp_path / "run").net, load_detector(tiny_teacher).net
+    assert torch.equal(student.roi_heads.box_head.fc6.weight, teacher.roi_heads.box_head.fc6.weight)
+    assert not torch.equal(
+        student.backbone.fpn.inner_blocks[0][0].weight, teacher.backbone.fpn.inner_blocks[0][0].weight
+    )
 
 
 def test_run_folder_holds_what_it_promises(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ def find(cfg: DictConfig, classes: Sequence[str]) -> Any:
     from distill.guest import Guest
 
     if not cfg.teacher or "model" not in cfg.teacher:
-        raise DistillError(f"distillation losses {list(cfg.distill.losses)} need a teacher: choose teacher=…, not none")
+        who = f"distillation losses {list(cfg.distill.losses)}" if cfg.distill.losses else "init=inherit"
+        raise DistillError(f"{who} cannot do without a teacher: choose teacher=…, not none")
     if cfg.teacher.weights is None:
         run = cached(cfg)
         return Guest(load_detector(run), source=str(run), values=_measured(run))

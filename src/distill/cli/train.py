@@ -102,12 +102,15 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
     from lightning.pytorch.utilities.seed import isolate_rng
 
     from distill.cli import teacher
+    from distill.detectors.inherit import inherit
     from distill.module import Distiller
 
     min_size, max_size = data.input_size
     student = config.build(cfg.model, classes=list(data.classes), min_size=min_size, max_size=max_size)
     guest, losses = None, {}
-    if cfg.distill.losses:
+    if cfg.init not in ("scratch", "inherit"):
+        raise DistillError(f"init: expected scratch or inherit, got '{cfg.init}'")
+    if cfg.distill.losses or cfg.init == "inherit":
         # The student must start, and the steps must draw, as they would without a teacher.
         with isolate_rng():
             guest = teacher.find(cfg, data.classes)
@@ -115,6 +118,8 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
                 str(name): config.build(node, student=student.facts, teacher=guest.facts)
                 for name, node in cfg.distill.losses.items()
             }
+            if cfg.init == "inherit":
+                student.report += inherit(student, guest.detector)
     return Distiller(
         student,
         guest,

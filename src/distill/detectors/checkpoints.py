@@ -135,7 +135,7 @@ def load_weights(detector: Detector, source: str | Path, head: str = "keep") -> 
     elif found.classes is None:
         lines.append("head: kept; the file does not name its classes, so they are taken to be in the same order")
     else:
-        state.update(_rows(detector, state, found.classes))
+        state.update(class_rows(detector, state, found.classes, "or set head=new to start the head afresh"))
         lines.append(f"head: kept the rows of {', '.join(detector.classes)}, out of {len(found.classes)} classes")
     fit(detector.net, state, found.name, fresh=layers if head == "new" and found.classes != detector.classes else ())
     return [f"weights: {len(state)} tensors from {found.name}", *lines, *_settle_norm(detector, found)]
@@ -278,12 +278,12 @@ def _check_meaning(detector: Detector, found: Source) -> None:
         raise DistillError(f"{found.name}: these weights were made for {'; '.join(differing)}. Set the model to match")
 
 
-def _rows(detector: Detector, state: State, classes: Sequence[str]) -> dict[str, Tensor]:
-    """The rows that belong to the detector's classes, in their order, of every layer that belongs to classes."""
-    chosen, taken = (
-        torch.tensor(match_classes(detector.classes, classes, "or set head=new to start the head afresh")),
-        {},
-    )
+def class_rows(detector: Detector, state: State, classes: Sequence[str], remedy: str) -> dict[str, Tensor]:
+    """The rows that belong to the detector's classes, in their order, of every layer that belongs to classes.
+
+    `state` was made for `classes`; where a class of the detector is not among them, the error ends with `remedy`.
+    """
+    chosen, taken = torch.tensor(match_classes(detector.classes, classes, remedy)), {}
     for layer, rows in detector.class_layers.items():
         for name in (f"{layer}.weight", f"{layer}.bias"):
             if name not in state or len(state[name]) % ((len(classes) + 1) * rows):
