@@ -86,9 +86,9 @@ class Distiller(L.LightningModule):
 
     def _distil(self, student: View, teacher: View, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
         for name, loss in self.losses.items():
-            factor = loss.ramp(self.progress, self.schedule.epochs)
             for term, value in loss(student, teacher).items():
                 terms[f"{name}/{term}"] = value
+                factor = loss.factor(term, self.progress, self.schedule.epochs)
                 weights[f"{name}/{term}"] = loss.weights[term] * factor
 
     def _step_seed(self, index: int) -> int:

@@ -347,6 +347,8 @@ def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
         ({"neck": {"foregrund": 3}}, "neck: unknown option 'foregrund'.*did you mean 'foreground'"),
         ({"ramp": {"shape": "up"}}, "ramp.shape"),
         ({"ramp": {"warm": 1}}, "did you mean 'warmup'"),
+        ({"ramp": {"terms": ["nek"]}}, r"ramp.terms: .*among neck.foreground, .* got \['nek'\]"),
+        ({"ramp": {"terms": "neck"}}, "ramp.terms: expected a list"),
         ({"neck": {"foreground": -1}}, "DeFeat: expected weights"),
         ({"neck": {"foreground": math.nan}}, "DeFeat: expected weights"),
         ({"neck": {"foreground": "much"}}, "DeFeat: expected weights"),
@@ -373,6 +375,18 @@ def test_detectors_that_do_not_match_are_refused() -> None:
     with pytest.raises(DistillError, match="the student has 6 channels and the teacher 8"):
         DeFeat(facts(neck=6), facts(neck=8), adapter=NO_ADAPTER)
     DeFeat(facts(classes=("cow",)), one_stage)  # the neck does not care
+
+
+def test_a_ramp_moves_the_terms_that_it_names() -> None:
+    def factors(**ramp: Any) -> dict[str, float]:
+        loss = DeFeat(facts(), facts(), **ALL_ON, ramp={"shape": "linear", **ramp})
+        return {term: loss.factor(term, 0.75, 12) for term in loss.weights}
+
+    assert set(factors().values()) == {0.25}
+    chosen = factors(terms=["neck", "proposals.positive"])
+    slow = {"neck.foreground", "neck.background", "proposals.positive"}
+    assert chosen == {term: 0.25 if term in slow else 1.0 for term in chosen}
+    assert len(chosen) == 7
 
 
 # -- several processes

@@ -23,19 +23,20 @@ from distill.types import DistillError, Facts, Size, View
 Share = tuple[Tensor, Tensor]
 """A sum over this process's batch, attached to the student, and the count that it is to be divided by. Both scalars."""
 
-RAMP = {"shape": "constant", "warmup": 0.0, "stop": 0.0}
+RAMP = {"shape": "constant", "warmup": 0.0, "stop": 0.0, "terms": None}
 NORMALIZERS = ("global", "process")
 
 
 class DistillLoss(nn.Module):
     """A distillation method: ``forward(student, teacher)`` gives **unweighted** scalar terms, keyed like `weights`.
 
-    The Distiller multiplies each by ``weights[term] * ramp(progress, epochs)`` and logs both forms.
+    The Distiller multiplies each by ``weights[term] * factor(term, progress, epochs)`` and logs both forms.
 
     Args:
         weights: flat term name (``neck.foreground``) -> weight. Terms of weight 0 are left out: a subclass builds and
             computes what is in ``self.weights`` only.
-        ramp: options of :class:`distill.schedules.Ramp`.
+        ramp: options of :class:`distill.schedules.Ramp`, and ``terms``: the terms that it moves, by name or place
+            (``neck`` means all of ``neck.*``), None for all; the others are constant.
         normalizer: what counts of :meth:`average` run over: ``global``, the batches of all processes, or ``process``.
         seed: of the loss's own draws and its adapters' start values.
     """
@@ -60,12 +61,27 @@ class DistillLoss(nn.Module):
                 f"{type(self).__name__}: expected normalizer to be {' or '.join(NORMALIZERS)}, got '{normalizer}'"
             )
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
-        self.ramp = Ramp(**options("ramp", ramp, RAMP))
+        self.ramp, self.ramped = self._ramp(options("ramp", ramp, RAMP), list(weights))
         self.normalizer = normalizer
         self.seed = seed
         self.epoch = 0
         self.supervised: dict[str, float] = {}
         """Factors on the student's own loss terms, by torchvision's names, where a method asks for them."""
+
+    def _ramp(self, chosen: dict[str, Any], known: Sequence[str]) -> tuple[Ramp, tuple[str, ...]]:
+        asked = chosen.pop("terms")
+        names = known if asked is None else asked
+        moved = {name: [term for term in known if f"{term}.".startswith(f"{name}.")] for name in names}
+        lost = [name for name, terms in moved.items() if not terms]
+        if isinstance(names, str) or lost:
+            raise DistillError(
+                f"{type(self).__name__}: ramp.terms: expected a list of terms or places among {', '.join(known)}, got {asked}"
+            )
+        return Ramp(**chosen), tuple(term for terms in moved.values() for term in terms)
+
+    def factor(self, term: str, progress: float, epochs: float) -> float:
+        """What the ramp multiplies a term's weight with after the part `progress` of `epochs` epochs."""
+        return self.ramp(progress, epochs) if term in self.ramped else 1.0
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """Unweighted scalar terms by name, all attached to the student, none to the teacher."""
