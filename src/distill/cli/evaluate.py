@@ -73,7 +73,7 @@ def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool
         print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
     metrics = build_metrics(cfg)
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
-    return measure(detector, data, split, metrics, device)
+    return measure(detector, data, split, metrics, device, f"{'teacher' if teacher else 'student'}, {split}")
 
 
 def load_student(source: Path) -> Any:

@@ -50,6 +50,7 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     from distill.data.transforms import Sample, Transform, collate
     from distill.detectors.checkpoints import load_detector, read_extra
     from distill.pictures import panel, save_panel
+    from distill.progress import track
     from distill.types import Target
 
     detector = load_detector(run).eval()
@@ -57,7 +58,7 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     transform = Transform((options["min_size"],), options["max_size"])
     labels = {int(label): number for label, number in read_extra(run).get("category_ids", {}).items()}
     results, listed = [], []
-    for number, file in enumerate(files):
+    for number, file in enumerate(track(files, "predict")):
         image = read_image(file)
         size = (image.shape[-2], image.shape[-1])
         sample = Sample(

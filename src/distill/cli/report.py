@@ -94,7 +94,7 @@ def closing(
         save_student(module.student, run, {"category_ids": data.category_ids})
     values: dict[str, float] = {}
     for split in ["val", "test"] if tested else ["val"]:
-        measured = evaluate(module.student, data, split, module.metrics, device)
+        measured = evaluate(module.student, data, split, module.metrics, device, f"student, {split}")
         values |= {f"{split}/{name}": value for name, value in measured.items()}
     summary = {
         "student": values,
