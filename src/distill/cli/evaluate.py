@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     values = evaluate(cfg, run, args.source, args.split, args.teacher)
     show(values, args.split, "teacher" if args.teacher else "student")
     if args.json:
-        from distill.cli.report import write_text
+        from distill.files import write_text
 
         write_text(args.json, json.dumps(values, indent=1))
     return 0

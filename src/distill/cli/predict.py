@@ -45,10 +45,10 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     """Write pictures and ``detections.json``; the number of detections."""
     import torch
 
-    from distill.cli.report import write_text
     from distill.data.records import read_image
     from distill.data.transforms import Sample, Transform, collate
     from distill.detectors.checkpoints import load_detector, read_extra
+    from distill.files import write_text
     from distill.pictures import panel, save_panel
     from distill.progress import track
     from distill.types import Target

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -25,21 +24,11 @@ from distill.cli.config import plain
 from distill.data.datamodule import DetectionData
 from distill.detectors.checkpoints import save_student
 from distill.evaluation import evaluate
+from distill.files import write_text
 from distill.module import Distiller
 from distill.pictures import panel, save_panel
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 @rank_zero_only

@@ -15,6 +15,7 @@ from distill.adapters import adapters
 from distill.classes import match_classes
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
+from distill.precision import full
 from distill.types import DistillError, Facts, Pyramid, View
 
 NECK = {"foreground": 4.0, "background": 16.0, "levels": None}
@@ -34,7 +35,7 @@ ADAPTER = {"kernel": 3, "start": "defeat", "neck_relu": False, "backbone_relu": 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum over channels of (S - T)^2; maps (B, C, H, W), the student's after its adapter -> (B, H, W)."""
-    return (base.full(student) - base.full(teacher.detach())).square().sum(1)
+    return (full(student) - full(teacher.detach())).square().sum(1)
 
 
 def masked(error: Tensor, mask: Tensor, channels: int) -> Share:
@@ -44,8 +45,8 @@ def masked(error: Tensor, mask: Tensor, channels: int) -> Share:
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """tau^2 KL(softmax(T / tau) || softmax(S / tau)) of each region; logits (R, K+1) -> (R,)."""
-    log_p = F.log_softmax(base.full(student) / temperature, dim=1)
-    log_q = F.log_softmax(base.full(teacher.detach()) / temperature, dim=1)
+    log_p = F.log_softmax(full(student) / temperature, dim=1)
+    log_q = F.log_softmax(full(teacher.detach()) / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
 
 
