@@ -12,6 +12,7 @@ from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.metrics.base import DetectionMetric
 from distill.metrics.coco import CocoMetric
+from distill.progress import track
 from distill.types import Batch, Detections
 
 MakeMetric = Callable[[Mapping[str, Any], Sequence[str]], DetectionMetric]
@@ -63,8 +64,11 @@ def evaluate(
     split: str = "val",
     metrics: Sequence[MakeMetric] = (CocoMetric,),
     device: torch.device | str = "cpu",
+    bar: str | None = None,
 ) -> dict[str, float]:
     """AP and the rest of a detector on a split, in evaluation mode; equal on all ranks.
+
+    On a terminal a progress bar runs along where ``bar`` is its caption.
 
     Example:
         ``evaluate(detector, data)["AP"]``
@@ -75,7 +79,7 @@ def evaluate(
     before = detector.training
     detector.train(False)
     try:
-        for batch in data.loader(split):
+        for batch in track(data.loader(split), bar):
             evaluation.update(batch.to(place))
     finally:
         detector.train(before)

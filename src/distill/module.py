@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distill.detectors.base import Detector
 from distill.evaluation import Evaluation, MakeMetric
 from distill.guest import Guest
-from distill.losses.base import DistillLoss
+from distill.losses.base import DistillLoss, over_processes
 from distill.optimization import Schedule
 from distill.types import Batch, DistillError, View
 
@@ -26,7 +26,7 @@ class Distiller(L.LightningModule):
 
     The loss of a step is ``sum(weight * term)`` over the student's supervised terms plus
     ``sum(weight * ramp(progress) * term)`` over the distillation terms. Each term is logged twice: ``term/...`` as the
-    method defines it, ``loss/...`` as it enters the sum.
+    method defines it, ``loss/...`` as it enters the sum; of several processes their mean.
 
     Args:
         student: the detector that is trained, and the only one that is saved.
@@ -106,9 +106,13 @@ class Distiller(L.LightningModule):
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=size)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            values = {f"term/{name}": value.detach() for name, value in terms.items()}
-            values |= {f"loss/{name}": weights[name] * value.detach() for name, value in terms.items()}
-            self.log_dict(values | {"loss/total": loss.detach()}, batch_size=size)
+            # One all-reduce for all terms; Lightning's sync_dist would take one each.
+            shares = torch.stack([value.detach().float() for value in (*terms.values(), loss)])
+            summed, processes = over_processes(shares)
+            *means, total = (summed / processes).unbind()
+            values = {f"term/{name}": mean for name, mean in zip(terms, means, strict=True)}
+            values |= {f"loss/{name}": weights[name] * mean for name, mean in zip(terms, means, strict=True)}
+            self.log_dict(values | {"loss/total": total}, batch_size=size)
 
     # -- finite numbers, without a sync in the forward pass
 

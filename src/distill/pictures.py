@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from distill.files import write_whole
 from distill.types import Detections, DistillError, Target
 
 _SIDES = (480, 800)
@@ -66,14 +67,7 @@ def save_panel(path: str | os.PathLike[str], picture: Image.Image) -> Path:
     formats = Image.registered_extensions()
     if path.suffix.lower() not in formats:
         raise DistillError(f"Expected a picture file such as name.png or name.jpg, got '{path}'.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        picture.save(temporary, format=formats[path.suffix.lower()])
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_whole(path, lambda file: picture.save(file, format=formats[path.suffix.lower()]))
 
 
 def colour(label: int) -> Colour:

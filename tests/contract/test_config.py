@@ -135,3 +135,30 @@ def test_train_py_is_the_verb_train() -> None:
     done = subprocess.run([sys.executable, str(top / "train.py"), "--cfg", "job"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "_target_: lightning.Trainer" in done.stdout
+
+
+EXPERIMENTS = config.groups()["experiment"]
+DATA = [option for option in config.groups()["data"] if option != "base"]
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_takes_any_data(experiment: str, data: str) -> None:
+    """Nothing of the experiment's own data set is left, and every source builds."""
+    cfg = config.composed([f"experiment={experiment}", f"data={data}", "paths.run=x"])
+    alone = config.composed([f"data={data}", "paths.run=x"])
+    assert cfg.data.source == alone.data.source
+    assert set(cfg.data) == set(alone.data)
+    config.build(cfg.data)
+    assert all("_target_" in metric for metric in cfg.metrics.values())
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_says_of_its_teacher_what_it_says_of_its_student(experiment: str) -> None:
+    """What differs from the plain model option is said of ``teacher.model`` itself, so that it is seen and used."""
+    lines = [f"experiment={experiment}", "paths.run=x"]
+    said = OmegaConf.load(config.folder() / "experiment" / f"{experiment}.yaml")
+    cfg = config.composed(lines)
+    assert set(said.teacher.model) >= set(said.model)
+    for key, value in said.teacher.model.items():
+        assert cfg.teacher.model[key] == value

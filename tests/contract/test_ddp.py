@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from torch import Tensor, nn
@@ -59,7 +60,19 @@ def distiller(family: str, lr: float = 0.02, **options: Any) -> Distiller:
     losses = {"defeat": DeFeat(student.facts, teacher.facts, **(ALL if family == "faster_rcnn" else MAPS))}
     optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9)
     schedule = Schedule(optimizer=optimizer, shape="constant", warmup_steps=0)
-    return Distiller(student, teacher, losses, schedule=schedule, metrics=[Counting])
+    return Telling(student, teacher, losses, schedule=schedule, metrics=[Counting])
+
+
+class Telling(Distiller):
+    """Keeps what this process alone computes in a step, as it goes into the log."""
+
+    shares: dict[str, float]
+
+    def _log(self, terms: dict[str, Tensor], weights: dict[str, float], loss: Tensor) -> None:
+        self.shares = {f"term/{name}": value.item() for name, value in terms.items()}
+        self.shares |= {f"loss/{name}": weights[name] * value.item() for name, value in terms.items()}
+        self.shares["loss/total"] = loss.item()
+        super()._log(terms, weights, loss)
 
 
 class Counting(CocoMetric):
@@ -100,6 +113,9 @@ class Look(L.Callback):
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor | None] = {}
         self.buffers: dict[str, Tensor] = {}
+        self.shares: list[dict[str, float]] = []
+        self.logged: list[dict[str, float]] = []
+        self.reduced: list[int] = []
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         self.gradients = {
@@ -107,6 +123,14 @@ class Look(L.Callback):
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.reduced.append(0)
+        module.shares = {}
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.shares.append(module.shares)
+        self.logged.append({n: v.item() for n, v in trainer.logged_metrics.items() if n.startswith(("term/", "loss/"))})
 
     def on_validation_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
         self.buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -120,6 +144,14 @@ def fit(module: Distiller, source: DetectionData, processes: int, **options: Any
         assert settings.pop("_target_").endswith(".DDPStrategy")
         strategy = L.pytorch.strategies.DDPStrategy(**settings)
     look, Counting.given = Look(), []
+    reduce = dist.all_reduce
+
+    def counted(*args: Any, **named: Any) -> Any:
+        if look.reduced and module.trainer.training:
+            look.reduced[-1] += 1
+        return reduce(*args, **named)
+
+    dist.all_reduce = counted
     settings = {
         "max_epochs": 1,
         "logger": False,
@@ -131,8 +163,14 @@ def fit(module: Distiller, source: DetectionData, processes: int, **options: Any
         **options,
     }
     trainer = L.Trainer(accelerator="cpu", devices=processes, strategy=strategy, callbacks=[look], **settings)
-    trainer.fit(module, source)
+    try:
+        trainer.fit(module, source)
+    finally:
+        dist.all_reduce = reduce
     return {
+        "shares": look.shares,
+        "logged": look.logged,
+        "reduced": look.reduced,
         "steps": trainer.global_step,
         "gradients": look.gradients,
         "buffers": look.buffers,
@@ -147,6 +185,7 @@ RUNS: dict[str, Any] = {  # each a function of the number of processes
     "retinanet": lambda n: fit(distiller("retinanet", norm="frozen"), data(4 // n), n),
     "unmoved": lambda n: fit(distiller("retinanet", norm="frozen", lr=0.0), data(4 // n), n),
     "live": lambda n: fit(distiller("faster_rcnn", norm="live"), data(2, train=8), n),
+    "logged": lambda n: fit(distiller("retinanet", norm="frozen", lr=1e-4), data(2, train=16), n, log_every_n_steps=2),
     "bare": lambda n: fit(distiller("faster_rcnn", norm="live"), data(2, train=8, bare=(1,)), n),
     "bare one-stage": lambda n: fit(distiller("retinanet", norm="live"), data(2, train=8, bare=(1,)), n),
 }
@@ -217,3 +256,26 @@ def test_a_process_that_sees_only_empty_images_keeps_up(name: str, both: dict[st
         assert [parameter for parameter, gradient in found["gradients"].items() if gradient is None] == []
         assert all(gradient.isfinite().all() for gradient in found["gradients"].values())
     assert_same(both[name][0]["weights"], both[name][1]["weights"])
+
+
+def test_logged_values_are_the_mean_over_the_processes(both: dict[str, list[Any]]) -> None:
+    first, second = both["logged"]
+    assert first["steps"] == 4
+    for step in (1, 3):
+        assert first["logged"][step] == second["logged"][step]
+        assert first["logged"][step].keys() == first["shares"][step].keys()
+        for name, value in first["logged"][step].items():
+            shares = first["shares"][step][name], second["shares"][step][name]
+            assert value == pytest.approx(sum(shares) / 2, rel=1e-6), name
+        assert first["shares"][step]["loss/total"] != second["shares"][step]["loss/total"]
+
+
+def test_what_is_not_logged_is_not_exchanged(both: dict[str, list[Any]]) -> None:
+    """One all-reduce for the loss's own counts in every step, and one for all that is logged in every second."""
+    assert [found["reduced"] for found in both["logged"]] == [[1, 2, 1, 2]] * 2
+
+
+def test_one_process_logs_its_own_values() -> None:
+    alone = RUNS["logged"](1)
+    assert alone["reduced"] == [0] * alone["steps"]
+    assert alone["logged"][1] == pytest.approx(alone["shares"][1], rel=1e-6)

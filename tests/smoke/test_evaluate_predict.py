@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from standins import drawn, write_voc
 
 from conftest import TINY, Cli, summary
 from distill.data.shapes import CLASSES
+from distill.detectors.base import Detector
+from distill.types import Batch, View
 
 
 @pytest.fixture
@@ -72,3 +76,31 @@ def test_predict_writes_pictures_and_coco_json(run: Path, cli: Cli, tmp_path: Pa
 def test_predict_names_what_is_missing(run: Path, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["predict", str(run), "nowhere.jpg"]) == 1
     assert "nowhere.jpg does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["data.antialias=true", "data.pad_to=48"]])
+def test_predict_makes_images_ready_as_evaluation_did(
+    options: list[str], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of 128 px goes in at 64: the pixels that the student sees are those that it was evaluated on."""
+    seen: list[Batch] = []
+    view = Detector.view
+
+    def look(self: Detector, batch: Batch, **settings: Any) -> View:
+        if not settings.get("training", True):
+            seen.append(batch)
+        return view(self, batch, **settings)
+
+    write_voc(tmp_path / "voc", {"train": ("train", 4), "val": ("val", 1)})
+    file = next((tmp_path / "voc" / "JPEGImages").glob("*_val_*"))
+    Image.effect_noise((150, 128), 90).convert("RGB").save(file)
+    xml = tmp_path / "voc" / "Annotations" / f"{file.stem}.xml"
+    xml.write_text(xml.read_text().replace("<width>64", "<width>150").replace("<height>64", "<height>128"))
+    monkeypatch.setattr(Detector, "view", look)
+    shapes = [line for line in TINY if not line.startswith(("data.source", "data.max_size"))]
+    lines = ["data=voc", "data.source.root=voc", "distill=none", *shapes, *options, "hydra.run.dir=run", "pictures=0"]
+    assert cli(["train", *lines]) == 0
+    evaluated = seen[-1]
+    assert cli(["predict", "run", str(file), "--out", "found"]) == 0
+    assert seen[-1] is not evaluated
+    assert torch.equal(seen[-1].images, evaluated.images)

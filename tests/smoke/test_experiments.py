@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from standins import write_coco, write_voc
 
 from conftest import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
-from distill.cli import config
+from distill.cli import config, teacher, train
+from distill.types import DistillError
 
 EXPERIMENTS = config.groups()["experiment"]
 
@@ -58,3 +61,28 @@ def test_header_says_command_and_expected_number(experiment: str) -> None:
 def test_recipe_without_losses_leaves_none_behind(experiment: str) -> None:
     cfg = config.composed([f"experiment={experiment}", "distill=none"])
     assert not cfg.distill.losses
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["teacher.model.norm=frozen"], ["teacher=retinanet_r18", "teacher.model.mean=[0.4,0.4,0.4]"]]
+)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_teachers_own_run_has_the_model_that_is_printed(
+    experiment: str, more: list[str], cli: Cli, monkeypatch: pytest.MonkeyPatch, data_sets: dict[str, Path]
+) -> None:
+    """And what is said of the student's model alone does not reach it."""
+    made: list[tuple[Any, Any]] = []
+
+    def look(cfg: Any, data: Any) -> None:
+        made.append((cfg.teacher.model, config.composed([*teacher.run_overrides(cfg), "hydra.run.dir=."]).model))
+        raise DistillError("seen")
+
+    monkeypatch.setattr(teacher, "find", look)
+    monkeypatch.setattr(teacher, "planned", lambda *_: None)
+    monkeypatch.setattr(train, "build_losses", lambda *_: {})
+    root = data_sets["bccd" if experiment == "bccd" else experiment.split("_")[1]]
+    lines = [*tiny(experiment, root), "model.score_thresh=0.2", *more, "hydra.run.dir=run"]
+    assert cli(["train", *lines]) == 1
+    printed, used = made[0]
+    assert OmegaConf.to_container(used) == OmegaConf.to_container(printed)
+    assert used.score_thresh == 0.05

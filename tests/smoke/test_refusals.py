@@ -53,3 +53,21 @@ def test_a_failed_job_keeps_the_rows_of_the_others(cli: Cli, tmp_path: Path) -> 
     assert cli(["train", *sweep, *TINY]) == 1
     rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
     assert [row["state"] for row in rows] == ["done", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["distill=defeat_full", "teacher=retinanet_r18"], "both detectors must be two-stage"),
+        (["distill.losses.defeat.neck.levels=[4,128]"], "expected strides that both models have"),
+        (["teacher.model.anchor_sizes=[[8]]"], "expected 5 lists"),
+    ],
+)
+def test_a_pair_that_cannot_be_is_refused_before_its_teacher_is_trained(
+    lines: list[str], message: str, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["train", *TINY, *lines]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "training one first" not in said.out
+    assert not (tmp_path / "outputs" / "teachers").exists()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from conftest import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, sum
 from distill import load_detector
 from distill.cli import config
 from distill.data.shapes import CLASSES
+from distill.module import Distiller
 
 DISTILL = [option for option in config.groups()["distill"] if option != "none"]
 
@@ -152,3 +156,79 @@ def test_wandb_offline_and_tensorboard(
     ground_truth = [each for each in boxes if each and all(box["scores"]["score"] == 1 for box in each)]
     assert len(ground_truth) >= 4  # one for each validation image
     assert all(box["box_caption"].split()[0] in CLASSES for each in boxes for box in each)
+
+
+def test_a_named_teacher_is_measured_once_for_all_jobs_on_its_data(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own run measured it: other images, another size or other metrics make that worthless, other seeds do not."""
+    measured: list[str] = []
+
+    def count(*args: Any) -> dict[str, float]:
+        measured.append("again")
+        return {"AP": 0.5}
+
+    monkeypatch.setattr("distill.callbacks.teacher.evaluate", count)
+    lines = ["train", f"teacher.weights={tiny_teacher}", *TINY, "pictures=0"]
+    assert cli([*lines, "seed=3", "data.source.train=12", "data.eval_batch_size=1", "hydra.run.dir=same"]) == 0
+    assert not measured
+    own = {name: value for name, value in summary(tiny_teacher)["student"].items() if name.startswith("val/")}
+    assert summary(tmp_path / "same")["teacher"]["values"] == own
+    for number, other in enumerate(["data.source.seed=5", "data.pad_to=96", "metrics.coco.per_class=true"], start=1):
+        assert cli([*lines, other, f"hydra.run.dir={number}"]) == 0
+        assert len(measured) == number, other
+        assert summary(tmp_path / str(number))["teacher"]["values"] == {"val/AP": 0.5}
+
+
+def test_a_teacher_smaller_than_its_student_is_said(
+    cli: Cli, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["train", f"teacher.weights={tiny_teacher}", *TINY, "pictures=0"]
+    assert cli([*lines, "hydra.run.dir=fitting"]) == 0
+    assert "fewer parameters" not in capsys.readouterr().out
+    assert cli([*lines, "model.width=1.0", "hydra.run.dir=run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    student, teacher = (summary(Path("run"))["parameters"][who] for who in ("student", "teacher"))
+    assert teacher < student
+    assert f"the teacher has fewer parameters ({teacher:,}) than its student ({student:,})" in said
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_interrupt_says_how_to_go_on(
+    epoch: int, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the first epoch there is no checkpoint yet; in the second the first one's is kept, and a resume takes it."""
+    step = Distiller.training_step
+
+    def interrupted(self: Distiller, batch: Any, index: int) -> Any:
+        if self.current_epoch == epoch:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    data = [line for line in TINY if not line.startswith(("schedule.epochs", "trainer.max_steps"))]
+    lines = ["train", "distill=none", *data, "schedule.epochs=2", "pictures=0", "hydra.run.dir=run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "training_step", interrupted)
+        assert cli(lines) == 130
+    said = capsys.readouterr()
+    assert "interrupted" in said.err
+    assert "ckpt_path=last" in said.err
+    assert "Traceback" not in said.err
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file() == (epoch == 1)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    if epoch == 1:
+        assert cli([*lines, "ckpt_path=last"]) == 0
+        assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_two_processes_from_the_command_line(tiny_teacher: Path, tmp_path: Path) -> None:
+    """A process of its own: Lightning starts the second one with this one's command line."""
+    lines = ["trainer=ddp_cpu", f"teacher.weights={tiny_teacher}", *TINY, "pictures=0", "hydra.run.dir=run"]
+    command = [sys.executable, "-m", "distill", "train", *lines]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation and test, percent") == 1
+    report = summary(tmp_path / "run")
+    assert report["student"]["val/AP"] >= 0
+    assert [folder.name for folder in tmp_path.iterdir() if folder.is_dir()] == ["run"]
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -331,3 +332,29 @@ def test_a_test_set_without_labels_does_not_stop_training(plain):
     assert source.read("train")[0] == ("ant", "cat", "dog")
     with pytest.raises(DistillError, match="label"):
         source.read("test")
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_few_images_in_plain_folders_are_enough_for_train_and_val(tmp_path, count):
+    """Ten sets of names each, among them some whose hashes all fall into one split."""
+    for trial in range(10):
+        root = tmp_path / str(trial)
+        for number in range(count):
+            add(root, f"{trial}-{number}", page(thing()), folders=("images", "annotations"))
+        stems = {}
+        for split in ("train", "val"):
+            stems[split] = {Path(each.file).stem for each in Voc(str(root)).read(split)[1]}
+            assert stems[split]
+            assert stems[split] == {Path(each.file).stem for each in Voc(str(root)).read(split)[1]}
+        assert not stems["train"] & stems["val"]
+
+
+@pytest.mark.parametrize("crowded", ["train", "val", "test"])
+def test_two_names_of_one_split_by_their_hashes_are_parted(tmp_path, crowded):
+    ranges = {"train": range(80), "val": range(80, 90), "test": range(90, 100)}
+    names = [f"n{i}" for i in range(200)]
+    fitting = [n for n in names if int(hashlib.sha1(n.encode()).hexdigest(), 16) % 100 in ranges[crowded]][:2]
+    for name in fitting:
+        add(tmp_path, name, page(thing()), folders=("images", "annotations"))
+    found = [Path(each.file).stem for split in ("train", "val") for each in Voc(str(tmp_path)).read(split)[1]]
+    assert sorted(found) == sorted(fitting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -108,8 +109,8 @@ def test_saves_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert save_panel(str(tmp_path / "panel.JPG"), sheet).stat().st_size > 0
     before = path.read_bytes()
 
-    def half(self: Image.Image, file: Path, format: str) -> None:
-        Path(file).write_bytes(b"half")
+    def half(self: Image.Image, file: BinaryIO, format: str) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", half)

@@ -32,7 +32,7 @@ class TeacherCheck(L.Callback):
         if self.evaluate and not guest.values:
             data = trainer.datamodule  # type: ignore[attr-defined]
             try:
-                found = evaluate(guest.detector, data, "val", pl_module.metrics, pl_module.device)
+                found = evaluate(guest.detector, data, "val", pl_module.metrics, pl_module.device, "teacher, val")
             except DistillError as error:
                 warnings.warn(f"the teacher's AP is not known: {error}", stacklevel=2)
                 return

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     values = evaluate(cfg, run, args.source, args.split, args.teacher)
     show(values, args.split, "teacher" if args.teacher else "student")
     if args.json:
-        from distill.cli.report import write_text
+        from distill.files import write_text
 
         write_text(args.json, json.dumps(values, indent=1))
     return 0
@@ -73,7 +73,7 @@ def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool
         print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
     metrics = build_metrics(cfg)
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
-    return measure(detector, data, split, metrics, device)
+    return measure(detector, data, split, metrics, device, f"{'teacher' if teacher else 'student'}, {split}")
 
 
 def load_student(source: Path) -> Any:

@@ -45,25 +45,28 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     """Write pictures and ``detections.json``; the number of detections."""
     import torch
 
-    from distill.cli.report import write_text
     from distill.data.records import read_image
     from distill.data.transforms import Sample, Transform, collate
     from distill.detectors.checkpoints import load_detector, read_extra
+    from distill.files import write_text
     from distill.pictures import panel, save_panel
+    from distill.progress import track
     from distill.types import Target
 
     detector = load_detector(run).eval()
     options = detector.options
-    transform = Transform((options["min_size"],), options["max_size"])
-    labels = {int(label): number for label, number in read_extra(run).get("category_ids", {}).items()}
+    extra = read_extra(run)
+    resize = {"antialias": False, "pad_to": 32} | extra.get("resize", {})
+    transform = Transform((options["min_size"],), options["max_size"], antialias=resize["antialias"])
+    labels = {int(label): number for label, number in extra.get("category_ids", {}).items()}
     results, listed = [], []
-    for number, file in enumerate(files):
+    for number, file in enumerate(track(files, "predict")):
         image = read_image(file)
         size = (image.shape[-2], image.shape[-1])
         sample = Sample(
             transform.resize(image), Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)), size, number
         )
-        found = detector.view(collate([sample]), training=False, frozen=True).detections[0]
+        found = detector.view(collate([sample], resize["pad_to"]), training=False, frozen=True).detections[0]
         listed.append({"id": number, "file_name": str(file), "height": size[0], "width": size[1]})
         for box, value, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
             x1, y1, x2, y2 = box

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -22,24 +21,15 @@ from rich.table import Table
 
 from distill.callbacks.panels import crop, look
 from distill.cli.config import plain
+from distill.cli.teacher import measure
 from distill.data.datamodule import DetectionData
 from distill.detectors.checkpoints import save_student
 from distill.evaluation import evaluate
+from distill.files import write_text
 from distill.module import Distiller
 from distill.pictures import panel, save_panel
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 @rank_zero_only
@@ -91,13 +81,15 @@ def closing(
     best = _load_best(trainer, module)
     device = trainer.strategy.root_device  # the module itself is back on the CPU
     if trainer.is_global_zero:
-        save_student(module.student, run, {"category_ids": data.category_ids})
+        save_student(module.student, run, {"category_ids": data.category_ids, "resize": data.resize})
     values: dict[str, float] = {}
-    for split in ["val", "test"] if tested else ["val"]:
-        measured = evaluate(module.student, data, split, module.metrics, device)
+    splits = ["val", "test"] if tested else ["val"]
+    for split in splits:
+        measured = evaluate(module.student, data, split, module.metrics, device, f"student, {split}")
         values |= {f"{split}/{name}": value for name, value in measured.items()}
     summary = {
         "student": values,
+        "measured": measure(cfg, data, splits),
         "teacher": module.teacher.identity() if module.teacher else None,
         "parameters": _parameters(module),
         "terms": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+
+from distill.files import write_text
 
 SHOWN = ("val/AP", "val/AP50", "val/mAP", "test/AP", "test/mAP")
 
@@ -36,10 +39,11 @@ class SweepTable(Callback):
 def _write(folder: Path) -> list[dict[str, Any]]:
     rows = [_row(job) for job in sorted(folder.iterdir(), key=_number) if job.is_dir()]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with (folder / "sweep.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    page = io.StringIO(newline="")
+    writer = csv.DictWriter(page, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "sweep.csv", page.getvalue())
     return rows
 
 

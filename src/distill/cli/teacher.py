@@ -10,15 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill.cli.config import build, composed, parse, plain
-from distill.types import DistillError
+from distill.types import DistillError, Facts
+
+if TYPE_CHECKING:
+    from distill.data.datamodule import DetectionData
 
 # What a teacher's run takes over from the student's run: the data, the machine and the recipe, not the student.
 KEPT_GROUPS = ("data", "trainer", "experiment", "paths")
@@ -38,12 +42,35 @@ RANK_VARIABLES = (
 )
 
 
-def find(cfg: DictConfig, classes: Sequence[str]) -> Any:
+def planned(cfg: DictConfig, classes: Sequence[str]) -> Facts:
+    """Facts of the teacher that ``teacher.model`` describes, which may yet have to be trained. No weight takes memory.
+
+    Raises:
+        DistillError: there is no teacher, or its options do not fit together.
+    """
+    import torch
+
+    _check(cfg)
+    with torch.device("meta"):
+        detector = build(cfg.teacher.model, classes=list(classes), weights=None, backbone_weights=None)
+    facts: Facts = detector.facts
+    return facts
+
+
+def _check(cfg: DictConfig) -> None:
+    # An experiment's words on a teacher that was then taken away are no teacher.
+    if "_target_" not in (cfg.teacher or {}).get("model", {}):
+        who = f"distillation losses {list(cfg.distill.losses)}" if cfg.distill.losses else "init=inherit"
+        raise DistillError(f"{who} cannot do without a teacher: choose teacher=…, not none")
+
+
+def find(cfg: DictConfig, data: DetectionData) -> Any:
     """The guest that ``teacher=`` names: a run folder, a file, an enum, or the cached teacher, trained if need be.
 
     Args:
         cfg: the run's configuration.
-        classes: the data set's class names, for a plain weights file that does not list its own.
+        data: names the classes for a plain weights file that does not list its own, and tells whether what a run
+            measured of its student holds here.
 
     Raises:
         DistillError: nothing is named and nothing is cached under ``teacher.train=never``, or the weights do not fit.
@@ -51,13 +78,13 @@ def find(cfg: DictConfig, classes: Sequence[str]) -> Any:
     from distill.detectors.checkpoints import load_detector
     from distill.guest import Guest
 
-    if not cfg.teacher or "model" not in cfg.teacher:
-        who = f"distillation losses {list(cfg.distill.losses)}" if cfg.distill.losses else "init=inherit"
-        raise DistillError(f"{who} cannot do without a teacher: choose teacher=…, not none")
+    _check(cfg)
     if cfg.teacher.weights is None:
         run = cached(cfg)
-        return Guest(load_detector(run), source=str(run), values=_measured(run))
-    return Guest(load(cfg, str(cfg.teacher.weights), classes), source=str(cfg.teacher.weights))
+        return Guest(load_detector(run), source=str(run), values=_measured(run, cfg, data))
+    source = str(cfg.teacher.weights)
+    known = _measured(Path(source).expanduser(), cfg, data)
+    return Guest(load(cfg, source, data.classes), source=source, values=known)
 
 
 def load(cfg: DictConfig, source: str, classes: Sequence[str]) -> Any:
@@ -96,24 +123,31 @@ def cached(cfg: DictConfig) -> Path:
 def run_overrides(cfg: DictConfig) -> list[str]:
     """Overrides of the run that makes this teacher: the student's, less what concerns the student alone."""
     kept: list[str] = []
-    model: list[str] = []
     for override in parse(HydraConfig.get().overrides.task):
         key, line = override.key_or_group, str(override.input_line)
         group, _, rest = key.partition(".")
-        if key.startswith("teacher.model."):
-            model.append(line.replace("teacher.model.", "model.", 1))
-        elif group in KEPT_GROUPS and (group != "trainer" or not rest or rest.split(".")[0] in KEPT_TRAINER):
+        if group in KEPT_GROUPS and (group != "trainer" or not rest or rest.split(".")[0] in KEPT_TRAINER):
             kept.append(line)
-    return [
+    lines = [
         *kept,
         f"model={_option(cfg)}",
-        *model,
         "distill=none",
         "teacher=none",
         "trainer.num_nodes=1",
         f"seed={cfg.teacher.seed}",
-        *cfg.teacher.run,
     ]
+    return [*lines, *_model(cfg, lines), *cfg.teacher.run]
+
+
+def _model(cfg: DictConfig, lines: Sequence[str]) -> list[str]:
+    """Overrides that make these lines' model the one that ``teacher.model`` says, whatever an experiment says of its own
+    student's.
+    """
+    given, wanted = plain(composed([*lines, "hydra.run.dir=."]).model), plain(cfg.teacher.model)
+    gone = [f"~model.{key}" for key in given if key not in wanted]
+    added = [f"+model.{key}={json.dumps(value)}" for key, value in wanted.items() if key not in given]
+    changed = [f"model.{key}={json.dumps(wanted[key])}" for key in given if wanted.get(key, given[key]) != given[key]]
+    return [*gone, *added, *changed]
 
 
 def _option(cfg: DictConfig) -> str:
@@ -131,9 +165,24 @@ def _finished(folder: Path) -> bool:
     return (folder / "summary.json").is_file() and (folder / "student.json").is_file()
 
 
-def _measured(run: Path) -> dict[str, float]:
-    values: dict[str, float] = json.loads((run / "summary.json").read_text())["student"]
-    return values
+def measure(cfg: DictConfig, data: DetectionData, splits: Sequence[str]) -> dict[str, Any]:
+    """By what a run's numbers were measured: fingerprints of its splits, and its metrics. Kept in ``summary.json``."""
+    return {"metrics": plain(cfg.metrics), "data": {split: data.fingerprint(split) for split in splits}}
+
+
+def _measured(run: Path, cfg: DictConfig, data: DetectionData) -> dict[str, float]:
+    """What a finished run measured of its student, where images and metrics are the same here; else nothing."""
+    if not (run / "summary.json").is_file():
+        return {}
+    summary = json.loads((run / "summary.json").read_text())
+    before = summary.get("measured") or {"metrics": None, "data": {}}
+    if before["metrics"] != json.loads(json.dumps(plain(cfg.metrics))):
+        return {}
+    same = []
+    for split, fingerprint in before["data"].items():
+        with suppress(DistillError):  # a split that cannot be read here
+            same += [split] * (data.has(split) and data.fingerprint(split) == fingerprint)
+    return {name: value for name, value in summary["student"].items() if name.split("/")[0] in same}
 
 
 def _rank() -> int:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import lightning as L
 
     from distill.data.datamodule import DetectionData
+    from distill.losses.base import DistillLoss
     from distill.module import Distiller
+    from distill.types import Facts
 
 
 def main(argv: Sequence[str]) -> int:
@@ -113,11 +115,11 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
     if cfg.distill.losses or cfg.init == "inherit":
         # The student must start, and the steps must draw, as they would without a teacher.
         with isolate_rng():
-            guest = teacher.find(cfg, data.classes)
-            losses = {
-                str(name): config.build(node, student=student.facts, teacher=guest.facts)
-                for name, node in cfg.distill.losses.items()
-            }
+            if (cfg.teacher or {}).get("weights") is None:
+                # A pair that cannot be is named before a teacher is trained for it.
+                build_losses(cfg, student.facts, teacher.planned(cfg, data.classes))
+            guest = teacher.find(cfg, data)
+            losses = build_losses(cfg, student.facts, guest.facts)
             if cfg.init == "inherit":
                 student.report += inherit(student, guest.detector)
     return Distiller(
@@ -129,6 +131,12 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
         metrics=build_metrics(cfg),
         seed=cfg.seed,
     )
+
+
+def build_losses(cfg: DictConfig, student: Facts, teacher: Facts) -> dict[str, DistillLoss]:
+    """The distillation losses by name, for this pair."""
+    nodes = cfg.distill.losses.items()
+    return {str(name): config.build(node, student=student, teacher=teacher) for name, node in nodes}
 
 
 def _readable(data: DetectionData) -> bool:

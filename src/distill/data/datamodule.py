@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -257,6 +259,17 @@ class DetectionData(L.LightningDataModule):
     def input_size(self) -> tuple[int, int]:
         """(min_size, max_size) of evaluation: what a deployed student is to be fed with."""
         return self.eval_transform.min_sizes[-1], self.eval_transform.max_size
+
+    @property
+    def resize(self) -> dict[str, Any]:
+        """What else decides how an image is made ready for evaluation: goes with a deployed student, too."""
+        return {"antialias": self.eval_transform.antialias, "pad_to": self.pad_to}
+
+    def fingerprint(self, split: Split) -> str:
+        """SHA-256 of a split as evaluation sees it: its images by name, ground truth, classes, sizes and resize."""
+        files = [record.file for record in self.records(split)]
+        seen = [files, self.ground_truth(split), self.classes, self.input_size, self.resize]
+        return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
 
     def ground_truth(self, split: Split) -> dict[str, Any]:
         """The split in COCO's JSON form, in original pixels; ``category_id`` is our label from 1 to K."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,8 @@ class Voc:
         images, annotations: names of the two folders; None: the first of the usual ones that exists.
 
     Without ``ImageSets/Main`` the two folders alone are enough: each image with an XML goes, by a hash of its name, to
-    train (80 %), val or test (10 % each), so that new images do not move old ones. ``train=mine/`` takes all of the
+    train (80 %), val or test (10 % each), so that new images do not move old ones; a few images are shared out such that
+    train and val have at least one. ``train=mine/`` takes all of the
     folder mine instead. Extensions may be in any case.
 
     Raises:
@@ -136,10 +138,12 @@ class Voc:
         xmls = self._files(folder, self.xml_folder, ANNOTATIONS, (".xml",), "annotations")
         if lists.is_dir():
             return folder, _listed(lists / f"{members}.txt", split, xmls)
-        stems = [stem for stem in xmls if not members or _share(stem) == split]
+        shares = _shares(xmls)
+        stems = [stem for stem in xmls if not members or shares[stem] == split]
         if not stems:
             raise DistillError(
-                f"{folder}: of its {len(xmls)} XMLs none is for {split}, as their names are hashed to splits; write the names "
+                f"{folder}: of its {len(xmls)} XMLs none is for {split}, as their names are hashed to splits (train and val need two "
+                f"images, test more); add images, write the names "
                 f"of its images into {lists / f'{members or split}.txt'}, or set data.source.{split}=null"
             )
         return folder, stems
@@ -246,6 +250,15 @@ def _text(node: Any, path: str) -> str:
     return (node.findtext(path) or "").strip()
 
 
-def _share(stem: str) -> str:
-    place = int(hashlib.sha1(stem.encode()).hexdigest(), 16) % 100
-    return next(split for split, end in SHARES if place < end)
+def _shares(stems: Iterable[str]) -> dict[str, str]:
+    """Name -> split, by a hash of the name. Two names are enough for train and val: an empty one of these takes the name
+    whose hash is nearest to its own range, where another split can spare it.
+    """
+    places = {stem: int(hashlib.sha1(stem.encode()).hexdigest(), 16) % 100 for stem in stems}
+    shares = {stem: next(split for split, end in SHARES if place < end) for stem, place in places.items()}
+    for split, middle in (("train", 40), ("val", 85)):
+        held = Counter(shares.values())
+        spare = [stem for stem, share in shares.items() if share == "test" or held[share] > 1]
+        if not held[split] and len(shares) > 1 and spare:
+            shares[min(spare, key=lambda stem: (abs(places[stem] - middle), stem))] = split
+    return shares

@@ -7,12 +7,11 @@ statistics) travels in the JSON beside it, because weights load into another nor
 from __future__ import annotations
 
 import json
-import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torchvision
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from distill.classes import match_classes
 from distill.detectors.backbones import set_eps
 from distill.detectors.base import Detector, check_classes
+from distill.files import write_text, write_whole
 from distill.types import DistillError
 
 State = Mapping[str, Tensor]
@@ -46,11 +46,10 @@ def save_student(detector: Detector, folder: str | Path, extra: Mapping[str, Any
     Each file appears whole or not at all. Returns the path of `student.pt`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": 1, "model": detector.describe(), "extra": dict(extra or {})}, indent=2) + "\n"
     state = {name: value.detach().cpu().contiguous() for name, value in detector.net.state_dict().items()}
-    _replace(folder / FACTS, lambda file: file.write(text.encode()))
-    _replace(folder / WEIGHTS, lambda file: torch.save(state, file))
+    write_text(folder / FACTS, text)
+    write_whole(folder / WEIGHTS, lambda file: torch.save(state, file))
     return folder / WEIGHTS
 
 
@@ -303,16 +302,3 @@ def _settle_norm(detector: Detector, found: Source) -> list[str]:
         set_eps(detector.net, mine["norm_eps"])
         lines.append(f"norm_eps: {mine['norm_eps']}, as the weights need it")
     return lines
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all, even if the power fails."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

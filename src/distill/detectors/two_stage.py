@@ -16,7 +16,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from distill.detectors import checkpoints
 from distill.detectors.backbones import ResNet, freeze, with_fpn
 from distill.detectors.base import Detector, anchor_generator, arguments
-from distill.detectors.views import LazyView, full, geometry, network, roi_align, temporarily
+from distill.detectors.views import LazyView, geometry, network, roi_align, temporarily
+from distill.precision import full
 from distill.types import AnchorTargets, Detections, Facts, Pyramid, Regions
 
 STRIDES = (4, 8, 16, 32, 64)

@@ -19,6 +19,7 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
+from distill.precision import full
 from distill.types import AnchorTargets, Batch, Detections, DistillError, Pyramid, Regions
 
 if TYPE_CHECKING:
@@ -245,11 +246,6 @@ def roi_align(strides: Sequence[int], output: int, sampling: int) -> Any:
     pool.scales = [1.0 / stride for stride in strides]
     pool.map_levels = LevelMapper(strides[0].bit_length() - 1, strides[-1].bit_length() - 1)
     return pool
-
-
-def full(x: Tensor) -> Tensor:
-    """At least float32: half precision is lifted, float32 and float64 stay the very same tensor."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _generator(device: torch.device) -> torch.Generator:

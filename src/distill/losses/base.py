@@ -128,11 +128,6 @@ def over_processes(values: Tensor) -> tuple[Tensor, int]:
     return values, dist.get_world_size()
 
 
-def full(x: Tensor) -> Tensor:
-    """At least float32: half precision is lifted, float32 and float64 stay."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def derive(*words: int | str) -> int:
     """A seed from a path of numbers and words, equal on every machine."""
     text = "/".join(map(str, words))

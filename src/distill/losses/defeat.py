@@ -14,6 +14,7 @@ from distill import masks
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
 from distill.losses.imitation import MapImitation, parts
+from distill.precision import full
 from distill.types import DistillError, Facts, View
 
 NECK = {"foreground": 4.0, "background": 16.0, "levels": None}
@@ -34,8 +35,8 @@ MASK = {"kind": "ground_truth", "scale": 56.0, "threshold": 0.5}
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """tau^2 KL(softmax(T / tau) || softmax(S / tau)) of each region; logits (R, K+1) -> (R,)."""
-    log_p = F.log_softmax(base.full(student) / temperature, dim=1)
-    log_q = F.log_softmax(base.full(teacher.detach()) / temperature, dim=1)
+    log_p = F.log_softmax(full(student) / temperature, dim=1)
+    log_q = F.log_softmax(full(teacher.detach()) / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
 
 

@@ -17,6 +17,7 @@ from distill.adapters import adapter as one_adapter
 from distill.adapters import adapters
 from distill.losses import base
 from distill.losses.base import Share
+from distill.precision import full
 from distill.types import DistillError, Pyramid, Size
 
 Error = Callable[[Tensor, Tensor], Tensor]
@@ -32,7 +33,7 @@ or half the squared L2 norm of a cell (FGFI)."""
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum over channels of (S - T)^2; maps (B, C, H, W), the student's after its adapter -> (B, H, W)."""
-    return (base.full(student) - base.full(teacher.detach())).square().sum(1)
+    return (full(student) - full(teacher.detach())).square().sum(1)
 
 
 def masked(error: Tensor, mask: Tensor, count: float) -> Share:
