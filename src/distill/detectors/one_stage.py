@@ -57,8 +57,8 @@ class OneStageView(LazyView):
     def _flat(self) -> dict[str, list[Tensor]]:
         """Logits (B, HWA, K+1) and deltas (B, HWA, 4) of each level, by torchvision's names."""
         return {
-            "cls_logits": [_flatten(x, len(self.facts.classes) + 1) for x in self._logits.values()],
-            "bbox_regression": [_flatten(x, 4) for x in self.deltas.values()],
+            "cls_logits": [flatten(x, len(self.facts.classes) + 1) for x in self._logits.values()],
+            "bbox_regression": [flatten(x, 4) for x in self.deltas.values()],
         }
 
     @geometry
@@ -79,7 +79,7 @@ class OneStageView(LazyView):
         return [_without_background(Detections(one["boxes"], one["scores"], one["labels"])) for one in found]
 
 
-def _flatten(x: Tensor, columns: int) -> Tensor:
+def flatten(x: Tensor, columns: int) -> Tensor:
     """(B, A*columns, H, W) -> (B, H*W*A, columns), as torchvision flattens it."""
     batch, channels, height, width = x.shape
     flat: Tensor = permute_and_flatten(x, batch, channels // columns, columns, height, width)
@@ -156,7 +156,7 @@ class RetinaNet(Detector):
         generator = anchor_generator(anchor_sizes, anchor_ratios)
         anchors = dict(zip(STRIDES, generator.num_anchors_per_location(), strict=True))
         net = retinanet.RetinaNet(
-            with_fpn(body, 2, neck_channels, _p6_p7(body, neck_channels, p6_from)),
+            with_fpn(body, 2, neck_channels, p6_p7(body, neck_channels, p6_from)),
             len(names) + 1,
             anchor_generator=generator,
             head=_head(neck_channels, anchors[STRIDES[0]], len(names) + 1, head_norm, box_loss),
@@ -181,7 +181,8 @@ class RetinaNet(Detector):
         checkpoints.initialise(self, backbone_weights, weights, head)
 
 
-def _p6_p7(body: ResNet, neck_channels: int, p6_from: str) -> Any:
+def p6_p7(body: ResNet, neck_channels: int, p6_from: str) -> Any:
+    """torchvision's two convolved levels on top of a pyramid, the first of them from ``p5`` or ``c5``."""
     if p6_from not in ("p5", "c5"):
         raise DistillError(f"p6_from: expected p5 or c5, got {p6_from!r}")
     levels = LastLevelP6P7(neck_channels if p6_from == "p5" else body.channels[-1], neck_channels)
