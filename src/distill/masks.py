@@ -44,7 +44,8 @@ def build(
     """
     boxes = [target.boxes for target in view.batch.targets]
     if kind == "fine_grained":
-        return fine_grained(boxes, view.anchors, sizes, threshold, scale)
+        anchors = pseudo_anchors(view.anchors) if view.facts.anchor_free else view.anchors
+        return fine_grained(boxes, anchors, sizes, threshold, scale)
     if kind == "gaussian":
         return gaussian(boxes, sizes, scale)
     if kind == "random":
@@ -135,6 +136,18 @@ def fine_grained(
             ]
         )
     return masks
+
+
+def pseudo_anchors(points: Mapping[int, Tensor], side: float = 8.0) -> dict[int, Tensor]:
+    """Stride -> squares `side` strides wide around the same centres, for a detector whose anchors are one stride wide.
+
+    FGFI knows no detector without anchors; 8 strides is the choice of LD's rerun of it (Zheng et al., CVPR 2022).
+    """
+    grown = {}
+    for stride, boxes in points.items():
+        centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) * (side / 2)
+        grown[stride] = torch.cat([centre - half, centre + half], dim=1)
+    return grown
 
 
 def _above(iou: Tensor, threshold: float) -> Tensor:
