@@ -16,6 +16,7 @@ _HOMES = {
     "DetectionData": "data.datamodule",
     "DistillError": "types",
     "Distiller": "module",
+    "FCOS": "detectors.anchor_free",
     "FasterRCNN": "detectors.two_stage",
     "Guest": "guest",
     "RetinaNet": "detectors.one_stage",

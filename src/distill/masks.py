@@ -50,7 +50,8 @@ class Mask:
         """The masks of maps of these sizes (stride -> cells, finest first); `seeds`, one an image, for ``random``."""
         boxes = [target.boxes for target in view.batch.targets]
         if self.kind == "fine_grained":
-            return fine_grained(boxes, view.anchors, sizes, self.threshold, self.scale)
+            anchors = pseudo_anchors(view.anchors) if view.facts.anchor_free else view.anchors
+            return fine_grained(boxes, anchors, sizes, self.threshold, self.scale)
         if self.kind == "gaussian":
             return gaussian(boxes, sizes, self.scale)
         if self.kind == "none":
@@ -138,6 +139,18 @@ def fine_grained(
             ]
         )
     return masks
+
+
+def pseudo_anchors(points: Mapping[int, Tensor], side: float = 8.0) -> dict[int, Tensor]:
+    """Stride -> squares `side` strides wide around the same centres, for a detector whose anchors are one stride wide.
+
+    FGFI knows no detector without anchors; 8 strides is the choice of LD's rerun of it (Zheng et al., CVPR 2022).
+    """
+    grown = {}
+    for stride, boxes in points.items():
+        centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) * (side / 2)
+        grown[stride] = torch.cat([centre - half, centre + half], dim=1)
+    return grown
 
 
 def _above(iou: Tensor, threshold: float) -> Tensor:

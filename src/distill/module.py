@@ -219,7 +219,8 @@ def _name(teacher: Mapping[str, Any] | None) -> str:
 
 def _not_finite(who: str, view: View) -> list[str]:
     """The first stage of a detector that has infinite or NaN values: each of its levels, with the images there."""
-    heads = ("objectness", "deltas") if view.facts.two_stage else ("class_logits", "deltas")
+    heads: tuple[str, ...] = ("objectness", "deltas") if view.facts.two_stage else ("class_logits", "deltas")
+    heads += ("centerness",) if view.facts.anchor_free else ()
     for stage in ("body", "neck", *heads):
         places = []
         for stride, values in getattr(view, stage).items():

@@ -111,7 +111,7 @@ class Facts:
     """What a detector is, known before any forward pass: enough to build adapters and to refuse a bad match."""
 
     family: str
-    """``faster_rcnn`` or ``retinanet``."""
+    """``faster_rcnn``, ``retinanet`` or ``fcos``."""
     two_stage: bool
     classes: tuple[str, ...]
     body: dict[int, int]
@@ -124,6 +124,8 @@ class Facts:
     std: tuple[float, ...]
     norm: str
     """Normalisation of the backbone: ``frozen``, ``fixed``, ``live`` or ``sync``."""
+    anchor_free: bool = False
+    """Whether `View.anchors` are points: one square a cell, a nominal stride wide. Such a detector has `centerness`."""
 
     def plain(self) -> dict[str, Any]:
         """The facts in plain containers, for JSON."""
@@ -159,7 +161,11 @@ class View(Protocol):
 
     @property
     def deltas(self) -> Pyramid:
-        """Dense box deltas (B, A*4, H, W)."""
+        """Dense box deltas (B, A*4, H, W); anchor-free: distances to left, top, right and bottom in strides, from 0 on."""
+
+    @property
+    def centerness(self) -> Pyramid:
+        """Logits (B, 1, H, W) of how central a cell lies in its object, one-stage anchor-free only."""
 
     @property
     def anchor_targets(self) -> AnchorTargets:

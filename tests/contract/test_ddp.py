@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
+from distill.detectors.anchor_free import FCOS
 from distill.detectors.one_stage import RetinaNet
 from distill.detectors.two_stage import FasterRCNN
 from distill.guest import Guest
@@ -33,6 +34,7 @@ CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
 CONF = Path(__file__).parents[2] / "conf" / "trainer" / "ddp_cpu.yaml"
 BOXES = torch.tensor([[4.0, 4.0, 30.0, 30.0], [20.0, 26.0, 60.0, 62.0], [40.0, 2.0, 54.0, 14.0]])
 SMALL = {"depth": 10, "width": 0.25, "neck_channels": 16, "score_thresh": 0.0}
+FAMILIES: dict[str, Any] = {"faster_rcnn": FasterRCNN, "retinanet": RetinaNet, "fcos": FCOS}
 FEW = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 100, "head_channels": 32}
 EXHAUSTIVE = {  # every anchor and every region is sampled, and each image has as many of them
     "rpn_batch_size_per_image": 10**5,
@@ -46,8 +48,9 @@ ALL = {**MAPS, "proposals": {"positive": 1.0, "negative": 1.0, "all": 1.0}}
 
 def build(family: str, seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
-    kind: Any = FasterRCNN if family == "faster_rcnn" else RetinaNet
+    kind = FAMILIES[family]
     sizes = {"anchor_sizes": [[8], [16], [32], [64], [128]], **FEW} if kind is FasterRCNN else {}
+    sizes |= {"neck_channels": 64} if kind is FCOS else {}  # group norm
     made = kind(CLASSES, **{**SMALL, **sizes, **options})
     for layer in made.class_layers:
         nn.init.normal_(made.net.get_submodule(layer).weight, std=0.01)
@@ -56,7 +59,9 @@ def build(family: str, seed: int = 0, **options: Any) -> Any:
 
 def distiller(family: str, lr: float = 0.02, **options: Any) -> Distiller:
     extra = EXHAUSTIVE if family == "faster_rcnn" else {}
-    student, teacher = build(family, **{**extra, **options}), Guest(build(family, 1, **{**extra, "neck_channels": 24}))
+    channels = 96 if family == "fcos" else 24
+    student = build(family, **{**extra, **options})
+    teacher = Guest(build(family, 1, **{**extra, "neck_channels": channels}))
     losses = {"defeat": DeFeat(student.facts, teacher.facts, **(ALL if family == "faster_rcnn" else MAPS))}
     optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9)
     schedule = Schedule(optimizer=optimizer, shape="constant", warmup_steps=0)
@@ -183,11 +188,13 @@ def fit(module: Distiller, source: DetectionData, processes: int, **options: Any
 RUNS: dict[str, Any] = {  # each a function of the number of processes
     "faster_rcnn": lambda n: fit(distiller("faster_rcnn", norm="frozen"), data(4 // n), n),
     "retinanet": lambda n: fit(distiller("retinanet", norm="frozen"), data(4 // n), n),
+    "fcos": lambda n: fit(distiller("fcos", norm="frozen"), data(4 // n), n),
     "unmoved": lambda n: fit(distiller("retinanet", norm="frozen", lr=0.0), data(4 // n), n),
     "live": lambda n: fit(distiller("faster_rcnn", norm="live"), data(2, train=8), n),
     "logged": lambda n: fit(distiller("retinanet", norm="frozen", lr=1e-4), data(2, train=16), n, log_every_n_steps=2),
     "bare": lambda n: fit(distiller("faster_rcnn", norm="live"), data(2, train=8, bare=(1,)), n),
     "bare one-stage": lambda n: fit(distiller("retinanet", norm="live"), data(2, train=8, bare=(1,)), n),
+    "bare anchor-free": lambda n: fit(distiller("fcos", norm="live"), data(2, train=8, bare=(1,)), n),
 }
 
 
@@ -215,7 +222,7 @@ def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_with_half_the_batch_give_the_gradients_of_one(family: str, both: dict[str, list[Any]]) -> None:
     """To 1e-5 of each gradient's largest entry: sums in float32 are taken in another order, nothing else differs."""
     alone = RUNS[family](1)
@@ -249,7 +256,7 @@ def test_live_norms_are_evaluated_and_go_on_as_rank_0_has_them(both: dict[str, l
     assert_same(first["weights"], second["weights"])
 
 
-@pytest.mark.parametrize("name", ["bare", "bare one-stage"])
+@pytest.mark.parametrize("name", ["bare", "bare one-stage", "bare anchor-free"])
 def test_a_process_that_sees_only_empty_images_keeps_up(name: str, both: dict[str, list[Any]]) -> None:
     for found in both[name]:
         assert found["steps"] == 2

@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torchvision.models import detection, resnet
@@ -26,6 +27,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from distill.callbacks.teacher import TeacherCheck
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
+from distill.detectors.anchor_free import FCOS
 from distill.detectors.base import Detector
 from distill.detectors.checkpoints import load_detector, save_student
 from distill.detectors.one_stage import RetinaNet
@@ -40,6 +42,7 @@ from distill.optimization import Schedule
 from distill.types import Batch, Detections, DistillError, Target, View
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
+FAMILIES: dict[str, Any] = {"faster_rcnn": FasterRCNN, "retinanet": RetinaNet, "fcos": FCOS}
 ANCHORS = [[8], [16], [32], [64], [128]]
 FEW = {
     "rpn_pre_nms_top_n_train": 40,
@@ -68,11 +71,14 @@ def _one_thread() -> Iterator[None]:
 def detector(family: str = "faster_rcnn", seed: int = 0, classes: Sequence[str] = CLASSES, **options: Any) -> Any:
     """A small detector whose heads are not silent."""
     torch.manual_seed(seed)
-    kind: Any = FasterRCNN if family == "faster_rcnn" else RetinaNet
+    kind = FAMILIES[family]
     settings = {"depth": 10, "width": 0.25, "neck_channels": 16, "score_thresh": 0.0, "min_size": 64, "max_size": 64}
+    settings |= {"neck_channels": 64} if kind is FCOS else {}
     made = kind(classes, **{**settings, **(FEW if kind is FasterRCNN else {}), **options})
     for layer in made.class_layers:
         nn.init.normal_(made.net.get_submodule(layer).weight, std=0.01)
+    if kind is FCOS:
+        nn.init.constant_(made.net.head.regression_head.bbox_reg.bias, 1.5)  # fresh boxes are points
     return made
 
 
@@ -288,7 +294,7 @@ def stopped(module: Distiller, folder: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_student_that_is_not_finite_stops_before_any_weight_changes(
     family: str, accumulate: int, tmp_path: Path
@@ -302,6 +308,15 @@ def test_a_student_that_is_not_finite_stops_before_any_weight_changes(
     assert f"student's neck at stride {stride}, images [" in message
     assert message.count("at stride") == 1
     assert any(str(image) in message.split("images [")[1].split("]")[0].split(", ") for image in range(8))
+
+
+def test_a_centerness_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    module = distiller(detector("fcos"))
+    with torch.no_grad():
+        module.student.net.head.regression_head.bbox_ctrness.weight[0, 0] = math.nan
+    message = stopped(module, tmp_path)
+    assert "not finite in student/bbox_ctrness (images [" in message
+    assert "Levels: student's centerness at stride 8, images [" in message
 
 
 def test_a_teacher_that_is_not_finite_is_named_with_its_level(tmp_path: Path) -> None:
@@ -457,11 +472,11 @@ class Bare(DetectionData):
         return replace(batch, targets=(none,) * len(batch))
 
 
-@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", [DetectionData, Bare])
 def test_a_gradient_reaches_every_trained_parameter(family: str, kind: Any, tmp_path: Path) -> None:
     options = EVERYTHING if family == "faster_rcnn" else {"backbone": EVERYTHING["backbone"]}
-    gradients, teacher = Gradients(), Guest(detector(family, 1, neck_channels=24))
+    gradients, teacher = Gradients(), Guest(detector(family, 1, width=0.5))
     module = distiller(detector(family), teacher, {"defeat": partial(DeFeat, **options)})
     data = kind(Shapes(train=4, val=2, test=0, size=64), batch_size=4, workers=0, min_size=64, max_size=64)
     trainer = fit(module, tmp_path, data, max_steps=1, callbacks=[gradients])
@@ -472,6 +487,34 @@ def test_a_gradient_reaches_every_trained_parameter(family: str, kind: Any, tmp_
         assert [name for name, found in gradients.found.items() if not found.any()] == []
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(s, t) for s in FAMILIES for t in FAMILIES if s != t],
+)
+@pytest.mark.parametrize("mask", ["ground_truth", "fine_grained"])
+def test_any_family_teaches_any_other_on_the_strides_they_share(
+    student: str, teacher: str, mask: str, tmp_path: Path
+) -> None:
+    losses = {"defeat": partial(DeFeat, backbone=EVERYTHING["backbone"], mask=mask)}
+    module, gradients = distiller(detector(student), Guest(detector(teacher, 1, width=0.5)), losses), Gradients()
+    trainer = fit(module, tmp_path, max_steps=1, callbacks=[gradients])
+    shared = set(module.student.facts.neck) & set(module.teacher.detector.facts.neck)  # type: ignore[union-attr]
+    assert shared == ({8, 16, 32, 64} if "faster_rcnn" in (student, teacher) else {8, 16, 32, 64, 128})
+    for term in ("neck.foreground", "neck.background", "backbone.foreground", "backbone.background"):
+        assert trainer.callback_metrics[f"term/defeat/{term}"] > 0
+    assert [name for name, found in gradients.found.items() if found is None] == []
+    adapted = {name: found for name, found in gradients.found.items() if name.startswith("losses.")}
+    assert len(adapted) >= len(shared)
+    assert all(found is not None and found.any() for found in adapted.values())
+
+
+def test_the_configuration_names_the_loss_terms_of_every_family() -> None:
+    batch = shapes().batch("train", range(2))
+    terms = [list(detector(family).view(batch).losses) for family in FAMILIES]
+    configured = yaml.safe_load((Path(__file__).parents[2] / "conf" / "config.yaml").read_text())["supervised"]
+    assert configured == {name: 1.0 for each in terms for name in each}
+
+
 # -- the student that is left
 
 
@@ -479,8 +522,6 @@ def plain_torchvision(model: dict[str, Any]) -> nn.Module:
     """The torchvision model that a `student.json` describes, by torchvision alone."""
     norms = {"frozen": FrozenBatchNorm2d, "live": nn.BatchNorm2d}
     body = getattr(resnet, f"resnet{model['depth']}")(norm_layer=partial(norms[model["norm"]], eps=model["norm_eps"]))
-    ratios = (tuple(model["anchor_ratios"]),) * len(model["anchor_sizes"])
-    anchors = AnchorGenerator(tuple(map(tuple, model["anchor_sizes"])), ratios)
     shared = {
         "num_classes": len(model["classes"]) + 1,
         "min_size": model["min_size"],
@@ -488,11 +529,16 @@ def plain_torchvision(model: dict[str, Any]) -> nn.Module:
         "image_mean": model["mean"],
         "image_std": model["std"],
     }
-    if model["family"] == "retinanet":
+    if model["family"] != "faster_rcnn":
         from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
         backbone = _resnet_fpn_extractor(body, 5, [2, 3, 4], LastLevelP6P7(256, 256))
         names = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+    if model["family"] == "fcos":
+        return detection.FCOS(backbone, **shared, **{k: model[k] for k in (*names, "center_sampling_radius")})
+    ratios = (tuple(model["anchor_ratios"]),) * len(model["anchor_sizes"])
+    anchors = AnchorGenerator(tuple(map(tuple, model["anchor_sizes"])), ratios)
+    if model["family"] == "retinanet":
         return detection.RetinaNet(backbone, anchor_generator=anchors, **shared, **{k: model[k] for k in names})
     passed = {name: value for name, value in model.items() if name.startswith("rpn_")}
     passed |= {f"box_{name}": model[name] for name in ("score_thresh", "nms_thresh", "detections_per_img")}
@@ -508,7 +554,7 @@ def plain_torchvision(model: dict[str, Any]) -> nn.Module:
     )
 
 
-@pytest.mark.parametrize(("family", "norm"), [("faster_rcnn", "live"), ("retinanet", "frozen")])
+@pytest.mark.parametrize(("family", "norm"), [("faster_rcnn", "live"), ("retinanet", "frozen"), ("fcos", "live")])
 def test_the_student_left_behind_is_torchvisions_own_model(family: str, norm: str, tmp_path: Path) -> None:
     student = detector(family, depth=18, width=1.0, neck_channels=256, norm=norm, min_size=96, max_size=120).eval()
     save_student(student, tmp_path)
@@ -520,14 +566,14 @@ def test_the_student_left_behind_is_torchvisions_own_model(family: str, norm: st
     with torch.no_grad():
         expected = theirs([image.float() / 255 for image in batch.images])
     for ours, other in zip(student.view(batch, training=False).detections, expected, strict=True):
-        known = other["labels"] > 0  # torchvision's RetinaNet may name the label that no class has
+        known = other["labels"] > 0  # torchvision's one-stage detectors may name the label that no class has
         assert known.sum() > 5
         assert torch.equal(ours.boxes, other["boxes"][known])
         assert torch.equal(ours.scores, other["scores"][known])
         assert torch.equal(ours.labels, other["labels"][known])
 
 
-@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_narrow_student_comes_back_on_our_backbone(family: str, tmp_path: Path) -> None:
     module = distiller(detector(family))
     fit(module, tmp_path, max_epochs=1)
@@ -583,7 +629,7 @@ def test_a_teacher_of_other_classes_is_a_warning_where_the_loss_does_not_mind(tm
     assert teacher.values == {}
 
 
-@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_validation_inside_training_gives_the_numbers_of_evaluate(family: str, tmp_path: Path) -> None:
     module, data = distiller(detector(family, seed=1, width=0.5, norm="frozen"), schedule=sgd(lr=1e-4)), shapes()
     trainer = fit(module, tmp_path, data, limit_val_batches=1.0)

@@ -92,3 +92,27 @@ def test_one_stage_losses_follow_from_the_targets() -> None:
         boxes += error.item() / count
     assert view.losses["classification"].item() == pytest.approx(classes / 3, rel=1e-4)
     assert view.losses["bbox_regression"].item() == pytest.approx(boxes / 3, rel=1e-4)
+
+
+def test_anchor_free_losses_follow_from_the_targets() -> None:
+    view = build("fcos").view(batch())
+    labels, deltas, sampled = view.anchor_targets
+    assert {0, 1, 2, 3} >= set(labels.unique().tolist()) > {0}
+    assert sampled.all()
+    assert not (labels[1] > 0).any()
+    positive = labels > 0
+    anchors = torch.cat(list(view.anchors.values()))
+    point, stride = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
+    wanted = 0.0
+    for image, index in positive.nonzero().tolist():
+        name, sides = int(labels[image, index]), deltas[image, index] * stride[index].repeat(2)
+        box = torch.cat([point[index] - sides[:2], point[index] + sides[2:]])
+        target = view.batch.targets[image]
+        near = (target.boxes - box).abs().amax(1)
+        assert near.min() < 1e-3
+        assert int(target.labels[near.argmin()]) == name
+        left, top, right, bottom = sides.tolist()
+        truth = math.sqrt(min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom))
+        logit = flat(view.centerness, 1)[image, index, 0]
+        wanted += (-truth * F.logsigmoid(logit) - (1 - truth) * F.logsigmoid(-logit)).item()
+    assert view.losses["bbox_ctrness"].item() == pytest.approx(wanted / int(positive.sum()), rel=1e-4)

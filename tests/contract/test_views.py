@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.detectors.anchor_free import FCOS
 from distill.detectors.base import Detector
 from distill.detectors.one_stage import RetinaNet
 from distill.detectors.two_stage import FasterRCNN
@@ -18,20 +19,27 @@ from distill.types import Batch, DistillError, Target
 
 SIZES = ((96, 64), (70, 100), (128, 90))
 FEW = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_train": 50}
-FAMILIES = ["faster_rcnn", "retinanet"]
+FAMILIES: dict[str, Any] = {"faster_rcnn": FasterRCNN, "retinanet": RetinaNet, "fcos": FCOS}
 
 
 def build(family: str, seed: int = 0, **options: Any) -> Any:
     """A small detector whose fresh weights are large enough to tell boxes and classes apart."""
     torch.manual_seed(seed)
-    kind: Any = FasterRCNN if family == "faster_rcnn" else RetinaNet
-    extra = {**FEW, "head_channels": 32, "rpn_post_nms_top_n_test": 30} if family == "faster_rcnn" else {}
+    kind = FAMILIES[family]
+    extra: dict[str, Any] = {"neck_channels": 64} if kind is FCOS else {}
+    if kind is FasterRCNN:
+        extra = {**FEW, "head_channels": 32, "rpn_post_nms_top_n_test": 30}
     settings = {"depth": 10, "width": 0.25, "neck_channels": 32, "norm": "frozen", **extra, **options}
     detector = kind(["cat", "dog", "owl"], **settings)
     for layer in detector.class_layers:
         module = detector.net.get_submodule(layer)
         torch.nn.init.normal_(module.weight, std=0.05)
         torch.nn.init.normal_(module.bias, std=0.5)
+    if kind is FCOS:  # whose fresh boxes are half of them points
+        branch = detector.net.head.regression_head
+        torch.nn.init.uniform_(branch.bbox_reg.bias, 1.0, 4.0)
+        for layer in (branch.bbox_reg, branch.bbox_ctrness):
+            torch.nn.init.normal_(layer.weight, std=0.05)
     return detector
 
 
@@ -98,7 +106,7 @@ def test_detections_equal_torchvision_bit_for_bit(family: str) -> None:
     ours = detector.view(data, training=False).detections
     theirs = unresized(detector)(torchvision_input(data)[0])
     for mine, other in zip(ours, theirs, strict=True):
-        classes = other["labels"] > 0  # torchvision's RetinaNet may name the label that no class has
+        classes = other["labels"] > 0  # torchvision's one-stage detectors may name the label that no class has
         assert classes.sum() > 5
         assert torch.equal(mine.boxes, other["boxes"][classes])
         assert torch.equal(mine.scores, other["scores"][classes])
@@ -117,8 +125,9 @@ def test_a_foreign_default_model_loads_the_state_dict_and_agrees(family: str) ->
         ours: Any = FasterRCNN(["a", "b", "c"], depth=18, rpn_post_nms_top_n_test=50)
     else:
         backbone = _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
-        theirs = detection.RetinaNet(backbone, 4, score_thresh=0.005)
-        ours = RetinaNet(["a", "b", "c"], depth=18, score_thresh=0.005)
+        kind = detection.RetinaNet if family == "retinanet" else detection.FCOS
+        theirs = kind(backbone, 4, score_thresh=0.005)
+        ours = FAMILIES[family](["a", "b", "c"], depth=18, score_thresh=0.005)
     theirs.load_state_dict(ours.net.state_dict(), strict=True)
     theirs.transform.resize = lambda image, target: (image, target)
     data = batch()
@@ -138,7 +147,8 @@ def count_calls(detector: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int
         parts |= {"rpn": net.rpn.head, "pool": net.roi_heads.box_roi_pool, "box": net.roi_heads.box_head}
     else:
         parts |= {"class": net.head.classification_head.cls_logits, "box": net.head.regression_head.bbox_reg}
-        parts |= {"pool": detector.pool}
+        parts |= {"trunk": net.head.regression_head.conv, "pool": detector.pool}
+        parts |= {"centerness": net.head.regression_head.bbox_ctrness} if detector.facts.anchor_free else {}
     counts = dict.fromkeys(parts, 0)
 
     def counting(name: str, forward: Any) -> Any:
@@ -166,8 +176,17 @@ READS = [
     ("retinanet", "body", "body"),
     ("retinanet", "neck", "body fpn"),
     ("retinanet", "class_logits", "body fpn class"),
-    ("retinanet", "deltas", "body fpn box"),
-    ("retinanet", "losses", "body fpn class box"),
+    ("retinanet", "deltas", "body fpn trunk box"),
+    ("retinanet", "losses", "body fpn class trunk box"),
+    ("fcos", "anchors", ""),
+    ("fcos", "body", "body"),
+    ("fcos", "neck", "body fpn"),
+    ("fcos", "class_logits", "body fpn class"),
+    ("fcos", "deltas", "body fpn trunk box"),
+    ("fcos", "centerness", "body fpn trunk centerness"),
+    ("fcos", "deltas centerness", "body fpn trunk box centerness"),
+    ("fcos", "losses", "body fpn class trunk box centerness"),
+    ("fcos", "detections", "body fpn class trunk box centerness"),
 ]
 
 
@@ -177,10 +196,10 @@ def test_only_what_is_read_is_run_and_only_once(
 ) -> None:
     detector = build(family)
     counts, view = count_calls(detector, monkeypatch), detector.view(batch())
-    for _ in range(2):
-        getattr(view, stage)
-    levels = 5 if family == "retinanet" else 1
-    expected = {name: (levels if name in ("class", "box") else 1) if name in runs.split() else 0 for name in counts}
+    for name in stage.split() * 2:
+        getattr(view, name)
+    once = ("body", "fpn", "pool") if family != "faster_rcnn" else tuple(counts)
+    expected = {name: (1 if name in once else 5) if name in runs.split() else 0 for name in counts}
     assert counts == expected
 
 
@@ -222,7 +241,9 @@ foreign = [torch.tensor([[4.0, 4.0, 60.0, 60.0], [0.0, 0.0, 30.0, 64.0]])] * len
 def test_reading_order_changes_nothing(family: str, seed: int | None) -> None:
     detector, data = build(family), batch()
     stages = ("rois", "losses", "predictions", "foreign boxes")
-    if family == "retinanet":
+    if family == "fcos":
+        stages = ("class_logits", "deltas", "centerness", "predictions")
+    elif family == "retinanet":
         stages = ("class_logits", "deltas", "predictions", "foreign boxes")
     reference: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
     for order in [(), *itertools.permutations(stages)]:
@@ -297,12 +318,138 @@ def test_proposals_from_given_deltas_are_float32_at_800_px() -> None:
     assert (found[0] - box).abs().amax(dim=1).min() < 1e-3
 
 
+def slow_fcos(
+    logits: dict[int, Tensor], deltas: dict[int, Tensor], centerness: dict[int, Tensor], size: tuple[int, int]
+) -> list[tuple[float, int, list[float]]]:
+    """Score, label and box of every cell and class of the first image; a cell's point is its upper left corner."""
+    found = []
+    for stride, maps in logits.items():
+        rows, columns = maps.shape[-2:]
+        for y, x, k in itertools.product(range(rows), range(columns), range(maps.shape[1])):
+            probability, central = (torch.sigmoid(m[0, c, y, x]) for m, c in ((maps, k), (centerness[stride], 0)))
+            left, top, right, bottom = (deltas[stride][0, :, y, x] * stride).tolist()
+            # torchvision spaces the points by the whole pixels of image / grid, which the nominal stride only names.
+            px, py = x * (size[1] // columns), y * (size[0] // rows)
+            box = [max(px - left, 0), max(py - top, 0), min(px + right, size[1]), min(py + bottom, size[0])]
+            found.append(
+                (math.sqrt(probability * central), k + 1, [max(0, min(v, size[1 - i % 2])) for i, v in enumerate(box)])
+            )
+    return found
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fcos_scores_and_boxes_follow_the_formula(autocast: bool) -> None:
+    detector, data = (
+        build("fcos", detections_per_img=10**6, topk_candidates=10**6),
+        batch(sizes=((64, 96),)),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        view = detector.view(data, training=False, frozen=True)
+    (found,) = view.predictions(score=0.0, nms=1.0)
+    expected = sorted(slow_fcos(view.class_logits, view.deltas, view.centerness, (64, 96)), reverse=True)
+    known = [
+        (s, k, b) for s, k, b in zip(found.scores.tolist(), found.labels.tolist(), found.boxes.tolist(), strict=True)
+    ]
+    assert len(known) == len(expected) == 3 * (8 * 12 + 4 * 6 + 2 * 3 + 1 * 2 + 1)
+    for mine, other in zip(sorted(known, key=rounded), sorted(expected, key=rounded), strict=True):
+        assert mine[1] == other[1]
+        assert mine[0] == pytest.approx(other[0], abs=1e-5)
+        assert mine[2] == pytest.approx(other[2], abs=1e-3)
+
+
+def rounded(one: tuple[float, int, list[float]]) -> tuple[int, list[float]]:
+    return one[1], [round(value, 2) for value in one[2]]
+
+
+def slow_fcos_target(points: dict[int, Tensor], boxes: list[list[float]]) -> list[tuple[int, int, int]]:
+    """(stride, row of points, box) of the positive cells: Tian et al. 2019, section 3, and center sampling of 1.5 strides."""
+    ranges = {8: (0, 64), 16: (64, 128), 32: (128, 256), 64: (256, 512), 128: (512, math.inf)}
+    positive = []
+    for stride, squares in points.items():
+        for row, (x1, y1, x2, y2) in enumerate(squares.tolist()):
+            x, y, candidates = (x1 + x2) / 2, (y1 + y2) / 2, []
+            for index, (left, top, right, bottom) in enumerate(boxes):
+                sides = (x - left, y - top, right - x, bottom - y)
+                off = max(abs(x - (left + right) / 2), abs(y - (top + bottom) / 2))
+                low, high = ranges[stride]
+                if min(sides) > 0 and low < max(sides) < high and off < 1.5 * stride:
+                    candidates.append(((right - left) * (bottom - top), index))
+            if candidates:
+                positive.append((stride, row, min(candidates)[1]))
+    return positive
+
+
+def test_fcos_losses_follow_the_formula() -> None:
+    """At 800 px and in bfloat16, with boxes for every level; one image is empty, so it only adds negatives."""
+    detector, data = build("fcos", width=0.125), batch(sizes=((512, 800), (512, 800)))
+    corners = [
+        [10, 10, 60, 50],
+        [20, 15, 40, 45],
+        [100, 40, 250, 200],
+        [300, 20, 600, 300],
+        [0, 0, 780, 500],
+        [5, 5, 795, 510],
+    ]
+    truth = Target(torch.tensor(corners, dtype=torch.float32), torch.tensor([1, 2, 3, 1, 2, 3]))
+    data = Batch(data.images, data.sizes, data.sizes, (truth, Target(truth.boxes[:0], truth.labels[:0])), data.ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        view = detector.view(data, frozen=True)
+    losses = view.losses
+    positive = slow_fcos_target(view.anchors, [[float(v) for v in box] for box in corners])
+    assert {stride for stride, _, _ in positive} == {8, 16, 32, 64, 128}
+    assert len(positive) > 20
+    assert {box for _, _, box in positive} == set(range(len(corners)))
+    labels = {(stride, row): int(truth.labels[box]) for stride, row, box in positive}
+    focal = giou = bce = 0.0
+    for stride, maps in view._logits.items():
+        p = maps.double().sigmoid().flatten(2)
+        target = torch.zeros_like(p)
+        for (level, row), label in labels.items():
+            if level == stride:
+                target[0, label, row] = 1.0
+        pt, alpha = torch.where(target > 0, p, 1 - p), torch.where(target > 0, 0.25, 0.75)
+        focal += float((-alpha * (1 - pt) ** 2 * pt.log()).sum())
+    for stride, row, box in positive:
+        x1, y1, x2, y2 = view.anchors[stride][row].tolist()
+        x, y = (x1 + x2) / 2, (y1 + y2) / 2
+        left, t, r, b = (view.deltas[stride][0].flatten(1)[:, row].double() * stride).tolist()
+        tx1, ty1, tx2, ty2 = corners[box]
+        l_, t_, r_, b_ = x - tx1, y - ty1, tx2 - x, ty2 - y
+        overlap = (min(left, l_) + min(r, r_)) * (min(t, t_) + min(b, b_))
+        union = (left + r) * (t + b) + (l_ + r_) * (t_ + b_) - overlap
+        hull = (max(left, l_) + max(r, r_)) * (max(t, t_) + max(b, b_))
+        giou += 1 - (overlap / union - (hull - union) / hull)
+        central = math.sqrt(min(l_, r_) / max(l_, r_) * min(t_, b_) / max(t_, b_))
+        q = float(view.centerness[stride][0].flatten().double()[row].sigmoid())
+        bce += -central * math.log(q) - (1 - central) * math.log(1 - q)
+    count = len(positive)
+    assert losses["classification"].item() == pytest.approx(focal / count, rel=1e-4)
+    assert losses["bbox_regression"].item() == pytest.approx(giou / count, rel=1e-4)
+    assert losses["bbox_ctrness"].item() == pytest.approx(bce / count, rel=1e-4)
+
+
+def test_fcos_distances_and_centerness_follow_torchvisions_order() -> None:
+    view = build("fcos").view(batch())
+    boxes, central = view.net.head.regression_head(list(view.neck.values()))
+    for maps, flat in ((view.deltas, boxes), (view.centerness, central)):
+        offset = 0
+        for stride, x in maps.items():
+            rows = x.flatten(2).transpose(1, 2)
+            assert x.shape[1] == flat.shape[2]
+            assert x.shape[2:] == view.neck[stride].shape[2:]
+            assert torch.equal(rows, flat[:, offset : offset + rows.shape[1]])
+            offset += rows.shape[1]
+        assert offset == flat.shape[1]
+    assert min(x.min() for x in view.deltas.values()) >= 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_outputs_are_float32_under_autocast(family: str) -> None:
     detector = build(family)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         view = detector.view(batch())
         dense = [view.deltas, view.objectness if view.facts.two_stage else view.class_logits]
+        dense += [view.centerness] if view.facts.anchor_free else []
         boxes = view.predictions()[0].boxes
     assert {x.dtype for maps in dense for x in maps.values()} == {torch.float32}
     assert boxes.dtype == torch.float32
@@ -412,15 +559,16 @@ def test_a_region_is_pooled_from_the_level_of_its_size(family: str) -> None:
     assert torch.allclose(pooled, torch.tensor(expected, dtype=torch.float32).view(-1, 1, 1, 1).expand_as(pooled))
 
 
-def test_dense_logits_follow_torchvisions_order_without_the_unused_label() -> None:
-    detector, data = build("retinanet"), batch()
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_dense_logits_follow_torchvisions_order_without_the_unused_label(family: str) -> None:
+    detector, data = build(family), batch()
     view = detector.view(data)
     flat = detector.net.head.classification_head(list(view.neck.values()))  # (B, HWA, K+1)
     offset = 0
     for stride, logits in view.class_logits.items():
         count, (height, width) = detector.facts.anchors[stride], logits.shape[-2:]
         assert logits.shape[1] == count * 3
-        for y, x, anchor, k in ((0, 0, 0, 0), (height - 1, width - 1, count - 1, 2), (0, width - 1, 4, 1)):
+        for y, x, anchor, k in ((0, 0, 0, 0), (height - 1, width - 1, count - 1, 2), (0, width - 1, count // 2, 1)):
             row = offset + (y * width + x) * count + anchor
             assert torch.equal(logits[:, anchor * 3 + k, y, x], flat[:, row, k + 1])
         offset += height * width * count
@@ -428,16 +576,18 @@ def test_dense_logits_follow_torchvisions_order_without_the_unused_label() -> No
 
 @pytest.mark.parametrize(
     ("family", "stage"),
-    [("retinanet", name) for name in ("objectness", "proposals", "rois")] + [("faster_rcnn", "class_logits")],
+    [(family, name) for family in ("retinanet", "fcos") for name in ("objectness", "proposals", "rois")]
+    + [("faster_rcnn", "class_logits"), ("faster_rcnn", "centerness"), ("retinanet", "centerness")],
 )
 def test_a_stage_that_a_family_lacks_says_what_to_change(family: str, stage: str) -> None:
     with pytest.raises(DistillError, match=rf"view\.{stage}: a {family} has none\. \w+"):
         getattr(build(family).view(batch()), stage)
 
 
-def test_region_logits_need_two_stages() -> None:
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_region_logits_need_two_stages(family: str) -> None:
     with pytest.raises(DistillError, match="two-stage"):
-        build("retinanet").view(batch()).roi_logits([torch.zeros(1, 4)] * 3)
+        build(family).view(batch()).roi_logits([torch.zeros(1, 4)] * 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

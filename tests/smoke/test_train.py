@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from conftest import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 from distill import load_detector
@@ -18,6 +19,7 @@ from distill.cli import config
 from distill.data.shapes import CLASSES
 from distill.module import Distiller
 
+WIDE = "model.neck_channels=64"  # group norm
 DISTILL = [option for option in config.groups()["distill"] if option != "none"]
 
 
@@ -65,10 +67,30 @@ def test_run_folder_holds_what_it_promises(cli: Cli, tiny_teacher: Path, tmp_pat
         assert torch.equal(value, best[f"student.{name}"]), name
 
 
-def test_retinanet_takes_its_neck_from_a_two_stage_teacher(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
-    lines = ["model=retinanet_r10_quarter", "teacher=frcnn_r18_mini", f"teacher.weights={tiny_teacher}"]
-    assert cli(["train", *lines, *TINY_DATA, *TINY_MODEL, *TINY_RUN, "hydra.run.dir=run"]) == 0
+@pytest.mark.parametrize("lines", [["model=retinanet_r10_quarter"], ["model=fcos_r10_quarter", WIDE]])
+def test_a_one_stage_student_takes_its_neck_from_a_two_stage_teacher(
+    lines: list[str], cli: Cli, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    lines = [lines[0], "teacher=frcnn_r18_mini", f"teacher.weights={tiny_teacher}", *TINY_DATA, *TINY_MODEL, *lines[1:]]
+    assert cli(["train", *lines, *TINY_RUN, "hydra.run.dir=run"]) == 0
     assert "term/defeat/neck.foreground" in summary(tmp_path / "run")["terms"]
+
+
+def test_fcos_teaches_retinanet_and_is_evaluated_and_predicts(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [*TINY_DATA, *TINY_MODEL, *TINY_RUN, "test=false"]
+    fcos = ["model=fcos_r10_quarter", "distill=none", WIDE, "supervised.bbox_ctrness=2", "model.score_thresh=0"]
+    assert cli(["train", *small, *fcos, "hydra.run.dir=teacher"]) == 0
+    terms = summary(tmp_path / "teacher")["terms"]
+    assert terms["loss/student/bbox_ctrness"] == pytest.approx(2 * terms["term/student/bbox_ctrness"])
+    assert cli(["evaluate", "teacher"]) == 0
+    Image.new("RGB", (64, 48)).save(tmp_path / "image.png")
+    assert cli(["predict", "teacher", "image.png"]) == 0
+    assert "fcos" in capsys.readouterr().out
+    student = ["model=retinanet_r10_quarter", "teacher=fcos_r10_quarter", "teacher.weights=teacher"]
+    assert cli(["train", *small, *student, "distill.losses.defeat.mask=fine_grained", "hydra.run.dir=run"]) == 0
+    assert summary(tmp_path / "run")["terms"]["term/defeat/neck.foreground"] > 0
 
 
 def test_a_teacher_that_is_missing_is_refused_before_anything_is_trained(

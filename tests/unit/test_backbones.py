@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet
-from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+from torchvision.models.detection import (
+    fasterrcnn_resnet50_fpn,
+    fcos_resnet50_fpn,
+    retinanet_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+)
 
+from distill.detectors.anchor_free import FCOS
 from distill.detectors.backbones import FixedBatchNorm2d, ResNet, SyncBatchNorm2d, set_eps
 from distill.detectors.one_stage import RetinaNet
 from distill.detectors.two_stage import FasterRCNN
@@ -129,9 +137,16 @@ def test_anchor_sizes_must_suit_five_levels(sizes: tuple[tuple[int, ...], ...]) 
         RetinaNet(["a"], depth=10, width=0.1, anchor_sizes=sizes)
 
 
-def test_p6_comes_from_where_it_is_said_even_when_c5_is_as_wide_as_the_neck() -> None:
+@pytest.mark.parametrize("options", [{"neck_channels": 80}, {"neck_channels": 32}, {"center_sampling_radius": 0}])
+def test_what_fcos_cannot_be_built_with_is_refused_by_name(options: dict[str, object]) -> None:
+    with pytest.raises(DistillError, match=next(iter(options))):
+        FCOS(["a"], **{"depth": 10, "width": 0.1, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", [RetinaNet, FCOS])
+def test_p6_comes_from_where_it_is_said_even_when_c5_is_as_wide_as_the_neck(family: Any) -> None:
     for source in ("p5", "c5"):
-        net = RetinaNet(["a"], depth=10, width=0.125, neck_channels=64, p6_from=source).net
+        net = family(["a"], depth=10, width=0.125, neck_channels=64, p6_from=source).net
         body, seen = net.backbone.body(torch.rand(1, 3, 64, 64)), []
         net.backbone.fpn.extra_blocks.p6.register_forward_hook(lambda _, args, out, seen=seen: seen.append(args[0]))
         maps = net.backbone.fpn(body)
@@ -151,13 +166,15 @@ def attributes(net: nn.Module) -> dict[str, str]:
     return {name: value for name, value in found.items() if not name.endswith(skipped)}
 
 
-@pytest.mark.parametrize("which", ["faster_rcnn", "retinanet", "retinanet_v2"])
+@pytest.mark.parametrize("which", ["faster_rcnn", "retinanet", "retinanet_v2", "fcos"])
 def test_defaults_are_torchvisions_builders(which: str) -> None:
     options = {"weights": None, "weights_backbone": None, "num_classes": 4}
     if which == "faster_rcnn":
         ours, other = FasterRCNN("abc").net, fasterrcnn_resnet50_fpn(**options)
     elif which == "retinanet":
         ours, other = RetinaNet("abc").net, retinanet_resnet50_fpn(**options)
+    elif which == "fcos":
+        ours, other = FCOS("abc").net, fcos_resnet50_fpn(**options)
     else:
         ours = RetinaNet("abc", p6_from="c5", head_norm="group", box_loss="giou").net
         other = retinanet_resnet50_fpn_v2(**options)

@@ -14,17 +14,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models import _api, resnet18
-from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn, fcos_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
 from distill.classes import match_classes
 from distill.detectors import checkpoints
+from distill.detectors.anchor_free import FCOS
 from distill.detectors.one_stage import RetinaNet
 from distill.detectors.two_stage import FasterRCNN
 from distill.types import Batch, DistillError, Target
 
-FAMILIES = [FasterRCNN, RetinaNet]
-SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "neck_channels": 32}
+FAMILIES = [FasterRCNN, RetinaNet, FCOS]
+OTHER: dict[Any, dict[str, Any]] = {
+    FasterRCNN: {"anchor_ratios": (0.5, 1)},
+    RetinaNet: {"anchor_ratios": (0.5, 1)},
+    FCOS: {"center_sampling_radius": 2},
+}
+SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "neck_channels": 64}
 
 
 def small(family: Any, classes: Any = ("cat", "dog", "owl"), **options: Any) -> Any:
@@ -59,7 +65,7 @@ def assert_same_detections(left: Any, right: Any) -> None:
 @pytest.mark.parametrize("norm", ["frozen", "fixed", "live", "sync"])
 def test_a_student_comes_back_as_it_was(family: Any, norm: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    student = small(family, norm=norm, norm_eps=1e-3, mean=(0.1, 0.2, 0.3), anchor_ratios=(0.5, 1), nms_thresh=0.4)
+    student = small(family, norm=norm, norm_eps=1e-3, mean=(0.1, 0.2, 0.3), nms_thresh=0.4, **OTHER[family])
     path = checkpoints.save_student(student, tmp_path / "run", {"AP": 0.5})
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["student.json", "student.pt"]
     student.net.load_state_dict(torch.load(path, weights_only=True), strict=True)
@@ -250,7 +256,7 @@ def test_a_json_that_is_no_detector_is_refused(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "object"),
         ("{}", "naming one of"),
-        (json.dumps({"model": {**good["model"], "family": "yolo"}}), "faster_rcnn, retinanet"),
+        (json.dumps({"model": {**good["model"], "family": "yolo"}}), "faster_rcnn, retinanet, fcos"),
         (json.dumps({"model": {**good["model"], "new_option": 1}}), "new_option"),
     ):
         facts.write_text(text)
@@ -328,6 +334,29 @@ def test_torchvisions_coco_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     labels = [0, ours.classes.index("dog") + 1, ours.classes.index("cat") + 1]
     assert torch.equal(own.net.state_dict()[score], state[score][labels])
     assert {m.eps for m in own.modules() if isinstance(m, nn.BatchNorm2d)} == {0.0}
+
+
+def test_torchvisions_coco_weights_of_fcos_keep_their_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's builder sets epsilon 0 for the COCO weights of its other families, and not for this one."""
+    torch.manual_seed(0)
+    theirs = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    state = {name: value for name, value in theirs.state_dict().items() if "num_batches_tracked" not in name}
+    monkeypatch.setattr(_api, "load_state_dict_from_url", lambda url, **_: state)
+    reference = fcos_resnet50_fpn(weights="COCO_V1")
+    offline(monkeypatch, state)
+    ours = FCOS(weights="COCO_V1", norm="frozen")
+    assert (len(ours.classes), ours.classes[0], ours.classes[-1]) == (90, "person", "toothbrush")
+    expected = {m.eps for m in reference.modules() if isinstance(m, FrozenBatchNorm2d)}
+    assert {m.eps for m in ours.modules() if isinstance(m, FrozenBatchNorm2d)} == expected == {1e-5}
+    assert ours.describe()["norm_eps"] == 1e-5
+    assert ours.parameters_count == FCOS_ResNet50_FPN_Weights.COCO_V1.meta["num_params"]
+    assert ours.net.state_dict().keys() == reference.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in ours.net.state_dict().items())
+    own = FCOS(["dog", "cat"], weights="FCOS_ResNet50_FPN_Weights.COCO_V1", norm="fixed", norm_eps=1e-3)
+    labels = [0, ours.classes.index("dog") + 1, ours.classes.index("cat") + 1]
+    score = "head.classification_head.cls_logits.weight"
+    assert torch.equal(own.net.state_dict()[score], state[score][labels])
+    assert {m.eps for m in own.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
 
 
 def test_classes_match_by_exact_name() -> None:

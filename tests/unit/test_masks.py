@@ -10,7 +10,8 @@ from fake_view import FakeView, anchors, batch, corners, facts
 from torch import Tensor
 
 from distill import masks
-from distill.types import DistillError
+from distill.detectors.anchor_free import FCOS
+from distill.types import Batch, DistillError, Target
 
 # DeFeat's reference values: padded input 800 x 1344, two images.
 BOXES = [
@@ -164,6 +165,36 @@ def test_fine_grained_equals_slow_loops(psi: float) -> None:
     for stride in grid:
         assert torch.equal(found[stride], expected[stride])
     assert not any(mask[2].any() for mask in found.values())
+
+
+def test_pseudo_anchors_are_squares_of_eight_strides_around_each_point() -> None:
+    images = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
+    truth = Target(torch.tensor([[8.0, 4.0, 72.0, 60.0]]), torch.tensor([1]))
+    view = FCOS(["a"], depth=10, width=0.125, neck_channels=64).view(
+        Batch(images, ((64, 96),), ((64, 96),), (truth,), (1,))
+    )
+    pseudo = {}
+    for stride, points in view.anchors.items():
+        rows, columns = math.ceil(64 / stride), math.ceil(96 / stride)
+        step, side = (96 // columns, 64 // rows), 4 * stride
+        pseudo[stride] = torch.tensor(
+            [
+                [x * step[0] - side, y * step[1] - side, x * step[0] + side, y * step[1] + side]
+                for y in range(rows)
+                for x in range(columns)
+            ],
+            dtype=torch.float32,
+        )
+        assert points.shape == pseudo[stride].shape
+    found = masks.pseudo_anchors(view.anchors)
+    assert all(torch.equal(found[stride], boxes) for stride, boxes in pseudo.items())
+    grid = sizes((8, 16), 64, 96)
+    built = masks.Mask("fine_grained")(view, grid)
+    expected = slow_fine_grained([truth.boxes], pseudo, grid, 0.5)
+    for stride, mask in built.items():
+        assert torch.equal(mask, expected[stride])
+    # anchors of one stride would all lie in the box with the same IoU: the whole box, and nothing fine about it
+    assert 0 < built[8].sum() < masks.fine_grained([truth.boxes], view.anchors, grid)[8].sum()
 
 
 def test_random_keeps_the_amount_and_moves_the_place() -> None:

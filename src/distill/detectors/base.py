@@ -23,6 +23,8 @@ class Detector(nn.Module):
     family: ClassVar[str]
     enum: ClassVar[Any]
     """torchvision's weights of this family (ResNet-50)."""
+    coco_eps: ClassVar[float] = 0.0
+    """Epsilon of the norms under the enum's COCO_V1: 0 by torchvision's builders, but not by FCOS's."""
     class_layers: ClassVar[Mapping[str, int]]
     """Layers whose rows belong to classes -> neighbouring rows a class (background first; per anchor, if dense)."""
     opens: ClassVar[type[LazyView]]

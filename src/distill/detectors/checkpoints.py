@@ -64,9 +64,9 @@ def load_detector(path: str | Path) -> Detector:
 
 def described(model: Any, where: str) -> Detector:
     """The detector that a description, as `describe` gives it, speaks of; its weights are yet to be loaded."""
-    from distill.detectors import one_stage, two_stage  # they build on this module
+    from distill.detectors import anchor_free, one_stage, two_stage  # they build on this module
 
-    families = {family.family: family for family in (two_stage.FasterRCNN, one_stage.RetinaNet)}
+    families = {family.family: family for family in (two_stage.FasterRCNN, one_stage.RetinaNet, anchor_free.FCOS)}
     if not isinstance(model, dict) or model.get("family") not in families:
         raise DistillError(
             f"{where}: expected {FACTS} beside it, naming one of {', '.join(families)} as its model; for bare weights"
@@ -202,7 +202,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def _source(source: str, detector: Detector) -> Source:
     if entry := _entry(source, detector.enum):
-        options = {"norm": "frozen", "norm_eps": 0.0 if entry is detector.enum.COCO_V1 else 1e-5}
+        options = {"norm": "frozen", "norm_eps": detector.coco_eps if entry is detector.enum.COCO_V1 else 1e-5}
         return Source(str(entry), _download(entry, "weights"), _categories(entry), options)
     path = _weights_file(Path(source))
     facts = _read_json(path.with_suffix(".json"))

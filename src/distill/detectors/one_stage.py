@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights, retinanet
 from torchvision.models.detection.rpn import permute_and_flatten
@@ -59,8 +60,8 @@ class OneStageView(LazyView):
     def _flat(self) -> dict[str, list[Tensor]]:
         """Logits (B, HWA, K+1) and deltas (B, HWA, 4) of each level, by torchvision's names."""
         return {
-            "cls_logits": [_flatten(x, len(self.facts.classes) + 1) for x in self._logits.values()],
-            "bbox_regression": [_flatten(x, 4) for x in self.deltas.values()],
+            "cls_logits": [flatten(x, len(self.facts.classes) + 1) for x in self._logits.values()],
+            "bbox_regression": [flatten(x, 4) for x in self.deltas.values()],
         }
 
     @property
@@ -70,18 +71,28 @@ class OneStageView(LazyView):
     @geometry
     def anchor_targets(self) -> AnchorTargets:
         """All anchors but the ignored ones are sampled."""
-        anchors, matcher, coder = self._image_anchors, self.net.proposal_matcher, self.net.box_coder
         labels, deltas = [], []
-        for each, target in zip(anchors, self.targets, strict=True):
-            labels.append(torch.zeros(len(each), dtype=torch.int64, device=self.device))
-            deltas.append(torch.zeros_like(each))
-            if len(target["boxes"]):
-                match = matcher(box_iou(target["boxes"], each))
-                found = target["labels"][match.clamp(min=0)]
-                labels[-1] = torch.where(match >= 0, found, torch.where(match == matcher.BETWEEN_THRESHOLDS, -1, 0))
-                deltas[-1] = coder.encode_single(target["boxes"][match.clamp(min=0)], each)
+        for target, match, anchors in zip(self.targets, self._matches, self._image_anchors, strict=True):
+            # The row of zeros stands for "no box", of an image without any too.
+            boxes, names = F.pad(target["boxes"], (0, 0, 0, 1)), F.pad(target["labels"], (0, 1))
+            labels.append(torch.where(match >= 0, names[match.clamp(min=-1)], 1 + match.clamp(max=-1)))
+            deltas.append(self._encode(boxes[match.clamp(min=-1)], anchors))
         stacked = torch.stack(labels)
         return AnchorTargets(stacked, torch.stack(deltas), stacked >= 0)
+
+    @geometry
+    def _matches(self) -> list[Tensor]:
+        """Index of each anchor's box (N,) in each image; -1 background, -2 neither, as torchvision matches them."""
+        found, matcher = [], self.net.proposal_matcher
+        for target, anchors in zip(self.targets, self._image_anchors, strict=True):
+            boxes = target["boxes"]
+            nothing = torch.full((len(anchors),), -1, device=self.device)
+            found.append(matcher(box_iou(boxes, anchors)) if len(boxes) else nothing)
+        return found
+
+    def _encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """Deltas (N, 4) that lead from anchors to boxes."""
+        return cast(Tensor, self.net.box_coder.encode_single(boxes, anchors))
 
     @geometry
     def losses(self) -> dict[str, Tensor]:
@@ -100,7 +111,7 @@ class OneStageView(LazyView):
         return [_without_background(Detections(one["boxes"], one["scores"], one["labels"])) for one in found]
 
 
-def _flatten(x: Tensor, columns: int) -> Tensor:
+def flatten(x: Tensor, columns: int) -> Tensor:
     """(B, A*columns, H, W) -> (B, H*W*A, columns), as torchvision flattens it."""
     batch, channels, height, width = x.shape
     flat: Tensor = permute_and_flatten(x, batch, channels // columns, columns, height, width)
@@ -177,7 +188,7 @@ class RetinaNet(Detector):
         generator = anchor_generator(anchor_sizes, anchor_ratios)
         anchors = dict(zip(STRIDES, generator.num_anchors_per_location(), strict=True))
         net = retinanet.RetinaNet(
-            with_fpn(body, 2, neck_channels, _p6_p7(body, neck_channels, p6_from)),
+            with_fpn(body, 2, neck_channels, p6_p7(body, neck_channels, p6_from)),
             len(names) + 1,
             anchor_generator=generator,
             head=_head(neck_channels, anchors[STRIDES[0]], len(names) + 1, head_norm, box_loss),
@@ -202,7 +213,8 @@ class RetinaNet(Detector):
         checkpoints.initialise(self, backbone_weights, weights, head)
 
 
-def _p6_p7(body: ResNet, neck_channels: int, p6_from: str) -> Any:
+def p6_p7(body: ResNet, neck_channels: int, p6_from: str) -> Any:
+    """torchvision's two convolved levels on top of a pyramid, the first of them from ``p5`` or ``c5``."""
     if p6_from not in ("p5", "c5"):
         raise DistillError(f"p6_from: expected p5 or c5, got {p6_from!r}")
     levels = LastLevelP6P7(neck_channels if p6_from == "p5" else body.channels[-1], neck_channels)

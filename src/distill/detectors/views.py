@@ -216,6 +216,13 @@ class LazyView:
         raise self.lacks("objectness", "Read class_logits, or choose a two-stage detector (model=frcnn_r50).")
 
     @property
+    def centerness(self) -> Pyramid:
+        """Not in this family."""
+        raise self.lacks(
+            "centerness", "Leave that term of the loss out, or choose an anchor-free detector (model=fcos_r50)."
+        )
+
+    @property
     def proposals(self) -> list[Tensor]:
         """Not in this family."""
         raise self.lacks("proposals", "Read predictions(), or choose a two-stage detector (model=frcnn_r50).")
