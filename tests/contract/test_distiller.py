@@ -495,7 +495,7 @@ def test_a_gradient_reaches_every_trained_parameter(family: str, kind: Any, tmp_
 def test_any_family_teaches_any_other_on_the_strides_they_share(
     student: str, teacher: str, mask: str, tmp_path: Path
 ) -> None:
-    losses = {"defeat": partial(DeFeat, backbone=EVERYTHING["backbone"], mask=mask)}
+    losses = {"defeat": partial(DeFeat, backbone=EVERYTHING["backbone"], mask={"kind": mask})}
     module, gradients = distiller(detector(student), Guest(detector(teacher, 1, width=0.5)), losses), Gradients()
     trainer = fit(module, tmp_path, max_steps=1, callbacks=[gradients])
     shared = set(module.student.facts.neck) & set(module.teacher.detector.facts.neck)  # type: ignore[union-attr]

@@ -140,6 +140,89 @@ def test_a_foreign_default_model_loads_the_state_dict_and_agrees(family: str) ->
         assert torch.equal(mine.scores, other["scores"][keep])
 
 
+# backbone -> its network's children that give C2..C5, and their channels, as torchvision's source has them
+BODIES: dict[str, tuple[tuple[str, ...], list[int]]] = {
+    "mobilenet_v2": (("3", "6", "13", "17"), [24, 32, 96, 320]),
+    "mobilenet_v3_large": (("3", "6", "12", "15"), [24, 40, 112, 160]),
+    "efficientnet_b0": (("2", "3", "5", "7"), [24, 40, 112, 320]),
+    "resnext50_32x4d": (("layer1", "layer2", "layer3", "layer4"), [256, 512, 1024, 2048]),
+}
+
+
+def foreign_detector(family: str, backbone: str) -> Any:
+    """torchvision's network and pyramid, put together by torchvision alone."""
+    from torchvision import models
+    from torchvision.models import detection
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+    network = models.get_model(backbone, weights=None)
+    names, channels = BODIES[backbone]
+    first = 0 if family == "faster_rcnn" else 1
+    neck = 64 if family == "fcos" else 32
+    extra = LastLevelMaxPool() if family == "faster_rcnn" else LastLevelP6P7(neck, neck)
+    layers = {name: str(index) for index, name in enumerate(names[first:])}
+    body = BackboneWithFPN(getattr(network, "features", network), layers, channels[first:], neck, extra)
+    if family == "retinanet":
+        return detection.RetinaNet(body, 4)
+    if family == "fcos":
+        return detection.FCOS(body, 4)
+    return detection.FasterRCNN(body, 4, **FEW, rpn_post_nms_top_n_test=30)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backbone", list(BODIES))
+def test_every_backbone_equals_torchvisions_bit_for_bit(family: str, backbone: str) -> None:
+    options = {"head_channels": 1024} if family == "faster_rcnn" else {}
+    ours = build(family, backbone=backbone, depth=None, width=1.0, norm="live", **options)
+    theirs, data = foreign_detector(family, backbone), batch(((64, 64), (50, 60)))
+    theirs.load_state_dict(ours.net.state_dict(), strict=True)
+    theirs.transform.resize = lambda image, target: (image, target)
+    assert list(ours.facts.body.values()) == BODIES[backbone][1]
+    torch.manual_seed(7)
+    losses = ours.view(data).losses
+    sum(losses.values()).backward()
+    torch.manual_seed(7)
+    expected = theirs(*torchvision_input(data))
+    sum(expected.values()).backward()
+    assert_same(losses, expected)
+    assert_same(gradients(ours), {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    assert_same(dict(ours.net.named_buffers()), dict(theirs.named_buffers()))
+    found = ours.eval().view(data, training=False).detections
+    for mine, other in zip(found, theirs.eval()(torchvision_input(data)[0]), strict=True):
+        known = other["labels"] > 0
+        assert known.any()
+        assert torch.equal(mine.boxes, other["boxes"][known])
+        assert torch.equal(mine.scores, other["scores"][known])
+
+
+@pytest.mark.parametrize("backbone", list(BODIES))
+def test_a_body_gives_the_last_map_at_each_stride(backbone: str) -> None:
+    detector = build("retinanet", backbone=backbone, depth=None, width=1.0, norm="live").eval()
+    view, found = detector.view(batch(((64, 64), (50, 60)))), {}
+    x = view.images
+    for part in detector.net.backbone.body.values():
+        x = part(x)
+        found[64 // x.shape[-1]] = x
+    assert list(view.body) == [4, 8, 16, 32]
+    for stride, each in view.body.items():
+        assert torch.equal(each, found[stride])
+        assert each.shape[1] == detector.facts.body[stride]
+        assert detector.facts.body[stride] in BODIES[backbone][1]
+
+
+def test_paths_dropped_by_chance_come_from_the_views_seed() -> None:
+    """EfficientNet drops residual paths in training; a seeded View's draws leave the global stream alone."""
+    detector, data = build("retinanet", backbone="efficientnet_b0", depth=None, width=1.0, norm="fixed"), batch()
+    before = torch.get_rng_state()
+    maps = [detector.view(data, seed=seed).body[32] for seed in (1, 1, 2)]
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(maps[0], maps[1])
+    assert not torch.equal(maps[0], maps[2])
+    detector.eval()
+    assert torch.equal(detector.view(data, seed=1).body[32], detector.view(data, seed=2).body[32])
+
+
 def count_calls(detector: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     net = detector.net
     parts = {"body": net.backbone.body["conv1"], "fpn": net.backbone.fpn}
@@ -544,18 +627,19 @@ def test_detections_are_in_the_original_pixels(family: str) -> None:
 def test_a_region_is_pooled_from_the_level_of_its_size(family: str) -> None:
     """Lin et al. 2017, eq. 1: level floor(4 + log2(side / 224)), within the levels that are pooled from."""
     detector = build(family)
-    data = batch(sizes=((64, 64), (512, 512)))
+    data = batch(sizes=((64, 64), (2048, 2048)))
     view = detector.view(data)
     view.__dict__["neck"] = {
-        stride: torch.full((2, 2, math.ceil(512 / stride), math.ceil(512 / stride)), float(stride))
+        stride: torch.full((2, 2, math.ceil(2048 / stride), math.ceil(2048 / stride)), float(stride))
         for stride in detector.facts.neck
     }
-    sides = [16.0, 111.0, 113.0, 223.0, 225.0, 447.0, 449.0]
+    sides = [16.0, 111.0, 113.0, 223.0, 225.0, 447.0, 449.0, 895.0, 897.0, 1791.0, 1793.0]
     boxes = [torch.zeros(0, 4), torch.tensor([[0.0, 0.0, side, side] for side in sides])]
-    finest = min(detector.facts.neck)
-    expected = [min(max(2 ** math.floor(4 + math.log2(side / 224)), finest), 32) for side in sides]
+    finest, coarsest = min(detector.facts.neck), 32 if family == "faster_rcnn" else 128
+    expected = [min(max(2 ** math.floor(4 + math.log2(side / 224)), finest), coarsest) for side in sides]
+    assert max(expected) == coarsest
     pooled = view.roi_features(boxes)
-    assert pooled.shape == (7, 2, 7, 7)
+    assert pooled.shape == (len(sides), 2, 7, 7)
     assert torch.allclose(pooled, torch.tensor(expected, dtype=torch.float32).view(-1, 1, 1, 1).expand_as(pooled))
 
 

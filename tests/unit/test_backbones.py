@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torchvision import models
 from torchvision.models import resnet
 from torchvision.models.detection import (
     fasterrcnn_resnet50_fpn,
@@ -16,7 +18,7 @@ from torchvision.models.detection import (
 )
 
 from distill.detectors.anchor_free import FCOS
-from distill.detectors.backbones import FixedBatchNorm2d, ResNet, SyncBatchNorm2d, set_eps
+from distill.detectors.backbones import ENDS, NORMS, FixedBatchNorm2d, ResNet, SyncBatchNorm2d, set_eps, trunk
 from distill.detectors.one_stage import RetinaNet
 from distill.detectors.two_stage import FasterRCNN
 from distill.types import DistillError
@@ -162,7 +164,7 @@ def attributes(net: nn.Module) -> dict[str, str]:
             for inner, each in vars(value).items() if helper else [("", value)]:
                 if isinstance(each, (bool, int, float, str, tuple, list, dict)) and "Parameter" not in str(each):
                     found[f"{name}.{key}.{inner}"] = str(each)
-    skipped = (".scales.", ".min_size.", "._modules.", "._buffers.", "._is_full_backward_hook.")
+    skipped = (".ends.", ".scales.", "transform.min_size.", "._modules.", "._buffers.", "._is_full_backward_hook.")
     return {name: value for name, value in found.items() if not name.endswith(skipped)}
 
 
@@ -183,3 +185,174 @@ def test_defaults_are_torchvisions_builders(which: str) -> None:
     assert {name: (value, expected[name]) for name, value in mine.items() if value != expected[name]} == {}
     assert mine.keys() == expected.keys()
     assert len(mine) > 100
+
+
+# -- bodies other than the ResNet
+
+
+@pytest.mark.parametrize("backbone", list(ENDS))
+def test_a_body_has_torchvisions_keys_and_shapes_at_strides_4_to_32(backbone: str) -> None:
+    with torch.device("meta"):
+        network = models.get_model(backbone, weights=None)
+        body: Any = trunk(backbone)
+        x, strides = torch.rand(1, 3, 64, 64), {}
+        for name, part in body.named_children():
+            x = part(x)
+            strides[name] = (64 // x.shape[-1], x.shape[1])
+    theirs = getattr(network, "features", network).state_dict()
+    ours = body.state_dict()
+    left = {name.split(".")[0] for name in theirs.keys() - ours.keys()}
+    assert left == ({str(len(network.features) - 1)} if hasattr(network, "features") else {"fc"})
+    assert {name: theirs[name].shape for name in ours} == {name: value.shape for name, value in ours.items()}
+    last = {stride: name for name, (stride, _) in strides.items()}  # the last child at each stride
+    assert [last[stride] for stride in (4, 8, 16, 32)] == list(body.ends[1:])
+    assert [strides[end][1] for end in body.ends[1:]] == list(body.channels)
+    assert strides[body.ends[0]][0] == 2
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnext50_32x4d"])
+@pytest.mark.parametrize("stages", range(6))
+def test_every_body_frees_its_stages_from_behind(backbone: str, stages: int) -> None:
+    detector = RetinaNet(["a"], backbone=backbone, neck_channels=32, trainable_stages=stages).train()
+    body, seen = detector.net.backbone.body, {}
+    x = torch.rand(2, 3, 64, 64)
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    with torch.no_grad():
+        for name, part in body.items():
+            x = part(x)
+            seen[name] = 64 // x.shape[-1]
+    coarse = {name for name, stride in seen.items() if stride >= (2, 4, 8, 16, 32, 64)[5 - stages]}
+    if backbone.startswith("resnext"):
+        coarse -= {"maxpool"} | ({"conv1", "bn1"} if stages < 5 else set())
+    trained = {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}
+    assert trained == coarse - {"relu", "maxpool"}
+    moved = {name.split(".")[0] for name, value in body.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == trained - {"conv1"}
+
+
+def norms_of(body: nn.Module) -> dict[str, nn.Module]:
+    return {name: each for name, each in body.named_modules() if hasattr(each, "running_var")}
+
+
+@pytest.mark.parametrize(("backbone", "eps"), [("mobilenet_v2", 1e-5), ("mobilenet_v3_large", 1e-3)])
+@pytest.mark.parametrize("norm", list(NORMS))
+def test_every_norm_suits_every_body(backbone: str, eps: float, norm: str) -> None:
+    torch.manual_seed(0)
+    x, live = torch.rand(2, 3, 64, 64), trunk(backbone)
+    for each in norms_of(live).values():
+        each.running_mean.uniform_(-0.1, 0.1)  # type: ignore[operator, union-attr]
+        each.running_var.uniform_(0.5, 2)  # type: ignore[operator, union-attr]
+    body = trunk(backbone, norm=norm)
+    body.load_state_dict(live.state_dict(), strict=norm != "frozen")
+    assert norms_of(body).keys() == norms_of(live).keys()
+    assert {type(each) for each in norms_of(body).values()} == {NORMS[norm]}
+    assert {each.eps for each in norms_of(body).values()} == {eps}
+    assert torch.allclose(body.eval()(x), live.eval()(x), atol=1e-5)
+    trained = any(p.requires_grad for each in norms_of(body).values() for p in each.parameters())
+    before = {name: each.running_var.clone() for name, each in norms_of(body).items()}  # type: ignore[operator]
+    body.train()(x)
+    moved = {name for name, each in norms_of(body).items() if not torch.equal(each.running_var, before[name])}  # type: ignore[arg-type]
+    assert (trained, moved) == (norm != "frozen", before.keys() if norm in ("live", "sync") else set())
+    assert {each.eps for each in norms_of(trunk(backbone, norm=norm, norm_eps=0.02)).values()} == {0.02}
+
+
+def test_mobilenets_come_in_torchvisions_widths() -> None:
+    for backbone in ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"):
+        theirs = models.get_model(backbone, weights=None, width_mult=0.5).features.state_dict()
+        ours = trunk(backbone, width=0.5).state_dict()
+        assert len(ours) > 100
+        assert {name: value.shape for name, value in ours.items()} == {name: theirs[name].shape for name in ours}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"backbone": "mobilenet"},
+            "backbone: expected resnet, timm/NAME, or one of .*mobilenet_v2.*, got 'mobilenet'",
+        ),
+        ({"backbone": "mobilenet_v2", "depth": 18}, "depth"),
+        ({"backbone": "resnext50_32x4d", "stride_in_1x1": True}, "stride_in_1x1"),
+        ({"backbone": "efficientnet_b0", "width": 0.5}, "width: expected 1 for efficientnet_b0"),
+        ({"backbone": "resnext50_32x4d", "width": 0.5}, "width: expected 1 for resnext50_32x4d"),
+        ({"backbone": "mobilenet_v2", "width": 0}, "width"),
+        ({"backbone": "mobilenet_v2", "norm": "batch"}, "norm"),
+    ],
+)
+def test_an_option_that_a_backbone_lacks_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(DistillError, match=words):
+        FasterRCNN(["a"], **options)
+
+
+def test_what_was_left_open_is_told() -> None:
+    for options, expected in (
+        ({}, (50, 1e-5)),
+        ({"depth": 18}, (18, 1e-5)),
+        ({"backbone": "mobilenet_v3_large"}, (None, 1e-3)),
+        ({"backbone": "efficientnet_b0", "norm": "frozen"}, (None, 1e-5)),
+    ):
+        described = RetinaNet(["a"], neck_channels=32, **options).describe()  # type: ignore[arg-type]
+        assert (described["depth"], described["norm_eps"]) == expected
+
+
+# -- timm
+
+
+def test_without_timm_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(DistillError, match=r"pip install 'distill\[timm\]'"):
+        RetinaNet(["a"], backbone="timm/resnet18")
+
+
+TIMM = [  # channels of C2..C5 as the papers have them; MobileNetV3-Small's 16, 24, 48, 576 halved, in multiples of 8
+    ("resnet18", (64, 128, 256, 512)),
+    ("mobilenetv3_small_050", (8, 16, 24, 288)),
+    ("regnetx_002", (24, 56, 152, 368)),
+]
+
+
+@pytest.mark.parametrize(("name", "channels"), TIMM)
+@pytest.mark.parametrize("norm", list(NORMS))
+def test_a_timm_body_keeps_the_protocol(name: str, channels: tuple[int, ...], norm: str) -> None:
+    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
+    detector = RetinaNet(["a"], backbone=f"timm/{name}", norm=norm, neck_channels=32, trainable_stages=2)
+    body, x = detector.net.backbone.body, torch.rand(2, 3, 64, 64)
+    theirs = timm.create_model(name, features_only=True)
+    state = {key.removeprefix("net."): value for key, value in body.state_dict().items()}
+    theirs.load_state_dict(state, strict=norm != "frozen")
+    assert tuple(detector.facts.body.values()) == channels
+    for mine, other in zip(body.eval().maps(x), theirs.eval()(x)[-4:], strict=True):
+        assert torch.allclose(mine, other, atol=1e-4)
+    norms = norms_of(body).values()
+    assert len(norms) == len(norms_of(theirs))
+    assert all(isinstance(each, NORMS[norm]) for each in norms)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in TIMM])
+def test_a_timm_body_frees_its_stages_from_behind(name: str) -> None:
+    pytest.importorskip("timm", reason="the extra timm is not installed")
+    detector = RetinaNet(["a"], backbone=f"timm/{name}", neck_channels=32, trainable_stages=2).train()
+    body, x = detector.net.backbone.body, torch.rand(2, 3, 64, 64)
+    before = {key: value.clone() for key, value in body.state_dict().items()}
+    maps = body.maps(x)
+    assert [each.requires_grad for each in maps] == [False, False, True, True]
+    moved = {key.rsplit(".", 1)[0] for key, value in body.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {key for key, each in norms_of(body).items() if each.weight.requires_grad}  # type: ignore[union-attr]
+    maps = body.eval().maps(x)
+    for p in body.parameters():
+        p.data += p.requires_grad
+    assert [torch.equal(a, b) for a, b in zip(maps, body.maps(x), strict=True)] == [True, True, False, False]
+
+
+def test_a_timm_network_of_other_strides_or_norms_is_refused() -> None:
+    pytest.importorskip("timm", reason="the extra timm is not installed")
+    for options, words in (
+        ({"backbone": "timm/no_such_net"}, "list_models"),
+        ({"backbone": "timm/vit_tiny_patch16_224"}, "strides 4, 8, 16, 32"),
+        ({"backbone": "timm/swin_tiny_patch4_window7_224"}, "timm/swin_tiny_patch4_window7_224"),
+        ({"backbone": "timm/convnext_atto", "norm": "frozen"}, "no batch norm"),
+        ({"backbone": "timm/resnet18", "width": 0.5}, "width"),
+    ):
+        with pytest.raises(DistillError, match=words):
+            RetinaNet(["a"], neck_channels=32, **options)  # type: ignore[arg-type]
+    assert RetinaNet(["a"], backbone="timm/convnext_atto", neck_channels=32).describe()["norm_eps"] is None

@@ -13,6 +13,7 @@ from urllib.error import URLError
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.models import _api, resnet18
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn, fcos_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
@@ -311,6 +312,97 @@ def test_imagenet_weights_from_torchvision_or_a_file(tmp_path: Path, monkeypatch
     ):
         with pytest.raises(DistillError, match=words):
             RetinaNet(["a"], neck_channels=32, **options)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "head"),
+    [
+        ("mobilenet_v2", "features.18"),
+        ("mobilenet_v3_large", "features.16"),
+        ("efficientnet_b0", "features.8"),
+        ("resnext50_32x4d", "fc"),
+    ],
+)
+@pytest.mark.parametrize("norm", ["live", "frozen"])
+def test_a_classifiers_weights_fill_every_body(
+    backbone: str, head: str, norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    state = models.get_model(backbone, weights=None).state_dict()
+    asked = offline(monkeypatch, state)
+    torch.save(state, tmp_path / "classifier.pth")
+    options: dict[str, Any] = {"backbone": backbone, "neck_channels": 32, "norm": norm}
+    for source in ("IMAGENET1K_V1", str(tmp_path / "classifier.pth")):
+        detector = RetinaNet(["a"], **options, backbone_weights=source)
+        body = detector.net.backbone.body.state_dict()
+        taken = {name.removeprefix("features."): value for name, value in state.items()}
+        assert all(torch.equal(value, taken[name]) for name, value in body.items())
+        left = {name for name in state if name.removeprefix("features.") not in body}
+        assert all(name.startswith((f"{head}.", "classifier.")) or "num_batches" in name for name in left)
+        assert source in detector.report[0]
+    assert len(asked) == 1
+    first = next(name for name in state if name.endswith("weight"))
+    for changed, words in (
+        (
+            {name: value for name, value in state.items() if name != first},
+            f"1 missing: {first.removeprefix('features.')}",
+        ),
+        ({**state, "features.99.weight": torch.zeros(1)}, "1 unexpected: 99.weight"),
+    ):
+        torch.save(changed, tmp_path / "classifier.pth")
+        with pytest.raises(DistillError, match=words):
+            RetinaNet(["a"], **options, backbone_weights=str(tmp_path / "classifier.pth"))
+
+
+def test_imagenet_weights_are_for_one_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    offline(monkeypatch)
+    with pytest.raises(DistillError, match=r"width 1, not 0\.5"):
+        RetinaNet(["a"], backbone="mobilenet_v2", width=0.5, backbone_weights="DEFAULT")
+    with pytest.raises(DistillError, match=r"backbone_weights=/path/to/mobilenet_v2-7ebf99e0\.pth"):
+        RetinaNet(["a"], backbone="mobilenet_v2", backbone_weights="DEFAULT")
+    with pytest.raises(DistillError, match="IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"):
+        RetinaNet(["a"], backbone="mobilenet_v2", backbone_weights="IMAGENET")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mobilenet_student_comes_back_as_it_was(family: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = small(family, backbone="mobilenet_v3_small", depth=None, width=0.5, norm="frozen")
+    checkpoints.save_student(student, tmp_path)
+    again = checkpoints.load_detector(tmp_path)
+    assert (again.facts, again.describe()) == (student.facts, student.describe())
+    assert_same_detections(student, again)
+
+
+def test_torchvisions_coco_weights_are_held_to_torchvisions_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
+    offline(monkeypatch, {})
+    for options in ({"channel_order": "bgr"}, {"box_roi_aligned": True}, {"anchor_offset": 0.5}):
+        with pytest.raises(DistillError, match=f"made for {next(iter(options))}="):
+            FasterRCNN(["dog"], weights="COCO_V1", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "regnety_002"])
+def test_a_timm_classifiers_file_fills_its_body(name: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
+    state = timm.create_model(name).state_dict()
+    torch.save(state, tmp_path / "classifier.pth")
+    options: dict[str, Any] = {"backbone": f"timm/{name}", "neck_channels": 32, "norm": "frozen"}
+    detector = RetinaNet(["a"], **options, backbone_weights=str(tmp_path / "classifier.pth"))
+    body = {key.removeprefix("net."): v for key, v in detector.net.backbone.body.state_dict().items()}
+    assert len(body) > 90
+    assert all(torch.equal(value, state[key]) for key, value in body.items())
+    checkpoints.save_student(detector, tmp_path)
+    assert checkpoints.load_detector(tmp_path).describe() == detector.describe()
+    first = next(iter(state))
+    for changed, words in (
+        ({key: value for key, value in state.items() if key != first}, f"1 missing: {first}"),
+        ({**state, "other.weight": torch.zeros(1)}, "1 unexpected: other.weight"),
+    ):
+        torch.save(changed, tmp_path / "classifier.pth")
+        with pytest.raises(DistillError, match=words):
+            RetinaNet(["a"], **options, backbone_weights=str(tmp_path / "classifier.pth"))
+    with pytest.raises(DistillError, match="timm's name is DEFAULT"):
+        RetinaNet(["a"], **options, backbone_weights="IMAGENET1K_V1")
 
 
 def test_torchvisions_coco_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

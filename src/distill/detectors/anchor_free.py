@@ -1,4 +1,4 @@
-"""FCOS on a ResNet with FPN: torchvision's own model, and its View."""
+"""FCOS on a backbone with FPN: torchvision's own model, and its View."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos
 
 from distill.detectors import checkpoints
-from distill.detectors.backbones import ResNet, freeze, with_fpn
-from distill.detectors.base import Detector, anchor_generator, arguments
-from distill.detectors.one_stage import STRIDES, OneStageView, flatten, p6_p7
-from distill.detectors.views import geometry, network, roi_align
+from distill.detectors.backbones import freeze, settled, trunk, with_fpn
+from distill.detectors.base import Detector, arguments
+from distill.detectors.geometry import anchor_generator, order_channels, p6_p7, region_pool
+from distill.detectors.one_stage import STRIDES, OneStageView, flatten
+from distill.detectors.views import geometry, network
 from distill.precision import full
 from distill.types import DistillError, Facts, Pyramid
 
@@ -80,7 +81,7 @@ class AnchorFreeView(OneStageView):
 
 
 class FCOS(Detector):
-    """FCOS with a ResNet and a feature pyramid of strides 8 to 128 (Tian et al. 2019), as torchvision has it.
+    """FCOS with a backbone and a feature pyramid of strides 8 to 128 (Tian et al. 2019), as torchvision has it.
 
     It differs from the paper: a cell's point is its corner and not its middle, distances pass a ReLU and not an
     exponential with a scale a level, the score is the root of class times centerness, and the sums of all three losses
@@ -90,7 +91,7 @@ class FCOS(Detector):
     Args:
         classes: names in label order, background left out; None takes those of `weights`.
         neck_channels: a multiple of 32 from 64 on, for the heads have group norm with 32 groups.
-        p6_from: the map that stride 64 is convolved from: ``p5`` or ``c5``.
+        p6_from, p7_relu: as of `one_stage.RetinaNet`.
         center_sampling_radius: how far from a box's centre a positive cell may lie, in strides.
     """
 
@@ -103,19 +104,22 @@ class FCOS(Detector):
     def __init__(
         self,
         classes: Sequence[str] | None = None,
-        depth: int = 50,
+        backbone: str = "resnet",
+        depth: int | None = None,
         width: float = 1.0,
         norm: str = "live",
-        norm_eps: float = 1e-5,
+        norm_eps: float | None = None,
         stride_in_1x1: bool = False,
         trainable_stages: int = 5,
         neck_channels: int = 256,
         p6_from: str = "p5",
+        p7_relu: bool = True,
         center_sampling_radius: float = 1.5,
         topk_candidates: int = 1000,
         score_thresh: float = 0.2,
         nms_thresh: float = 0.6,
         detections_per_img: int = 100,
+        channel_order: str = "rgb",
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         min_size: int = 800,
@@ -130,11 +134,12 @@ class FCOS(Detector):
         if not center_sampling_radius > 0:
             raise DistillError(f"center_sampling_radius: expected strides, above 0, got {center_sampling_radius}")
         names = checkpoints.class_names(classes, weights, self.enum)
-        body = ResNet(depth, width, norm, norm_eps, stride_in_1x1)
+        body = trunk(backbone, depth, width, norm, norm_eps, stride_in_1x1)
+        options |= settled(body)
         net = fcos.FCOS(
-            with_fpn(body, 2, neck_channels, p6_p7(body, neck_channels, p6_from)),
+            with_fpn(body, 2, neck_channels, p6_p7(body.channels[-1], neck_channels, p6_from, p7_relu)),
             len(names) + 1,
-            anchor_generator=anchor_generator([(stride,) for stride in STRIDES], (1.0,)),
+            anchor_generator=anchor_generator([(stride,) for stride in STRIDES], (1.0,), STRIDES),
             image_mean=list(mean),
             image_std=list(std),
             **{name: options[name] for name in PASSED_ON},
@@ -151,7 +156,8 @@ class FCOS(Detector):
             norm=norm,
             anchor_free=True,
         )
+        order_channels(net, channel_order)
         super().__init__(net, facts, options, freeze(net.backbone.body, trainable_stages))
-        self.pool = roi_align(STRIDES[:3], 7, 2)
-        """RoIAlign over P3..P5, for losses that look at regions; FCOS itself has none."""
+        self.pool = region_pool(STRIDES, 7, 2)
+        """RoIAlign over P3..P7, for losses that look at regions; FCOS itself has none."""
         checkpoints.initialise(self, backbone_weights, weights, head)

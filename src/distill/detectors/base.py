@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from distill.detectors.views import LazyView
 from distill.types import Batch, DistillError, Facts, View
@@ -70,7 +69,7 @@ class Detector(nn.Module):
         """As in torch, but the statistics of frozen stages stay as they are, as their weights do."""
         super().train(mode)
         for name in self._frozen:
-            self.net.backbone.body[name].eval()
+            self.net.backbone.body.get_submodule(name).eval()
         return self
 
     def pixels(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -97,13 +96,3 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     if not names or twice:
         raise DistillError(f"classes: expected at least one name, each once, got {list(names)}; repeated: {twice}")
     return names
-
-
-def anchor_generator(sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> Any:
-    """torchvision's AnchorGenerator for five levels that share one head, so with equally many anchors on each."""
-    if len(sizes) != 5 or len({len(level) for level in sizes}) != 1 or not all(sizes) or not ratios:
-        raise DistillError(
-            "anchor_sizes: expected 5 lists (a level each) of equally many sizes, and at least one of anchor_ratios,"
-            f" got {sizes} and {ratios}"
-        )
-    return AnchorGenerator(tuple(map(tuple, sizes)), (tuple(ratios),) * len(sizes))

@@ -18,7 +18,8 @@ import torchvision
 from torch import Tensor, nn
 
 from distill.classes import match_classes
-from distill.detectors.backbones import set_eps
+from distill.detectors import geometry
+from distill.detectors.backbones import TIMM, body_state, imagenet_weights, set_eps, timm_network
 from distill.detectors.base import Detector, check_classes
 from distill.files import write_text, write_whole
 from distill.types import DistillError
@@ -26,7 +27,10 @@ from distill.types import DistillError
 State = Mapping[str, Tensor]
 WEIGHTS, FACTS = "student.pt", "student.json"
 
-MEANING = ("mean", "std", "stride_in_1x1", "anchor_sizes", "anchor_ratios", "box_sampling_ratio", "p6_from")
+MEANING = (
+    *("mean", "std", "stride_in_1x1", "anchor_sizes", "anchor_ratios", "box_sampling_ratio", "p6_from"),
+    *geometry.DEFAULTS,
+)
 """Options that weights depend on although they fit any value of them."""
 
 
@@ -141,19 +145,36 @@ def load_weights(detector: Detector, source: str | Path, head: str = "keep") -> 
 
 
 def load_backbone(detector: Detector, source: str) -> list[str]:
-    """Load ImageNet weights into the ResNet: torchvision's name (``IMAGENET1K_V1``, ``DEFAULT``) or a file."""
-    depth, width = detector.options["depth"], detector.options["width"]
-    enum: Any = getattr(torchvision.models, f"ResNet{depth}_Weights", None)
-    if enum is not None and source in enum.__members__:
-        if width != 1:
-            raise DistillError(f"backbone_weights: {source} is for width 1, not {width}; give a file or null")
-        state = _download(enum[source], "backbone_weights")
+    """Load ImageNet weights into the body: torchvision's name (``IMAGENET1K_V1``, ``DEFAULT``) or a classifier's file.
+
+    A timm backbone takes ``DEFAULT``, those of timm's own for its name, or a file of that network.
+    """
+    backbone, depth, width = (detector.options[name] for name in ("backbone", "depth", "width"))
+    body = detector.net.backbone.body
+    if backbone.startswith(TIMM):
+        state = _timm_state(backbone.removeprefix(TIMM), source)
     else:
-        names = ", ".join(enum.__members__) if enum is not None else f"none, for depth {depth}"
-        state = read_state(_file(Path(source), f"backbone_weights: torchvision's names are {names}"))
-    body = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    fit(detector.net.backbone.body, body, source)
-    return [f"backbone: {len(body)} tensors from {source}"]
+        enum = imagenet_weights(backbone, depth)
+        if enum is not None and source in enum.__members__:
+            if width != 1:
+                raise DistillError(f"backbone_weights: {source} is for width 1, not {width}; give a file or null")
+            state = _download(enum[source], "backbone_weights")
+        else:
+            names = ", ".join(enum.__members__) if enum is not None else f"none, for depth {depth}"
+            state = read_state(_file(Path(source), f"backbone_weights: torchvision's names are {names}"))
+    state = body_state(state, body)
+    fit(body, state, source)
+    return [f"backbone: {len(state)} tensors from {source}"]
+
+
+def _timm_state(name: str, source: str) -> State:
+    """The state dict of timm's whole classifier, which tells what a file lacks or has too much."""
+    with torch.random.fork_rng(devices=[]):
+        classifier = timm_network(name, pretrained=source == "DEFAULT")
+    if source != "DEFAULT":
+        fit(classifier, read_state(_file(Path(source), "backbone_weights: timm's name is DEFAULT")), source)
+    state: State = classifier.state_dict()
+    return state
 
 
 def fit(module: nn.Module, state: State, where: str, fresh: tuple[str, ...] = ()) -> None:
@@ -202,7 +223,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def _source(source: str, detector: Detector) -> Source:
     if entry := _entry(source, detector.enum):
-        options = {"norm": "frozen", "norm_eps": detector.coco_eps if entry is detector.enum.COCO_V1 else 1e-5}
+        eps = detector.coco_eps if entry is detector.enum.COCO_V1 else 1e-5
+        options = {**geometry.DEFAULTS, "norm": "frozen", "norm_eps": eps}
         return Source(str(entry), _download(entry, "weights"), _categories(entry), options)
     path = _weights_file(Path(source))
     facts = _read_json(path.with_suffix(".json"))
@@ -297,7 +319,7 @@ def _settle_norm(detector: Detector, found: Source) -> list[str]:
     lines, mine, theirs = [], detector.options, found.options
     if "norm" in theirs and theirs["norm"] != mine["norm"]:
         lines.append(f"norm: {mine['norm']} here; the weights were made with {theirs['norm']}")
-    if "norm_eps" in theirs and theirs["norm_eps"] != mine["norm_eps"] and mine["norm"] in ("frozen", "fixed"):
+    if theirs.get("norm_eps") not in (None, mine["norm_eps"]) and mine["norm"] in ("frozen", "fixed"):
         mine["norm_eps"] = theirs["norm_eps"]
         set_eps(detector.net, mine["norm_eps"])
         lines.append(f"norm_eps: {mine['norm_eps']}, as the weights need it")

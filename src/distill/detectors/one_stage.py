@@ -1,4 +1,4 @@
-"""RetinaNet on a ResNet with FPN: torchvision's own model, and its View."""
+"""RetinaNet on a backbone with FPN: torchvision's own model, and its View."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights, retinanet
 from torchvision.models.detection.rpn import permute_and_flatten
 from torchvision.ops import box_iou
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from distill.detectors import checkpoints
-from distill.detectors.backbones import ResNet, freeze, with_fpn
-from distill.detectors.base import Detector, anchor_generator, arguments
-from distill.detectors.views import LazyView, geometry, network, roi_align, temporarily
+from distill.detectors.backbones import freeze, settled, trunk, with_fpn
+from distill.detectors.base import Detector, arguments
+from distill.detectors.geometry import anchor_generator, choose, clamp_deltas, order_channels, p6_p7, region_pool
+from distill.detectors.views import LazyView, geometry, network, temporarily
 from distill.precision import full
 from distill.types import AnchorTargets, Detections, DistillError, Facts, Pyramid
 
@@ -36,7 +36,7 @@ class OneStageView(LazyView):
 
     @property
     def pool(self) -> Any:
-        """RoIAlign over P3..P5."""
+        """RoIAlign over P3..P7."""
         return self.detector.pool
 
     @network
@@ -129,7 +129,7 @@ def _without_background(found: Detections) -> Detections:
 
 
 class RetinaNet(Detector):
-    """RetinaNet with a ResNet and a feature pyramid of strides 8 to 128 (Lin et al. 2017).
+    """RetinaNet with a backbone and a feature pyramid of strides 8 to 128 (Lin et al. 2017).
 
     The defaults are torchvision's first version; ``p6_from="c5", head_norm="group", box_loss="giou"`` is its second.
     Arguments that are not listed here are those of `two_stage.FasterRCNN` or torchvision's.
@@ -138,6 +138,7 @@ class RetinaNet(Detector):
         classes: names in label order, background left out; None takes those of `weights`.
         anchor_sizes: sides in pixels, a list for each of the strides 8, 16, 32, 64, 128.
         p6_from: the map that stride 64 is convolved from: ``p5`` or ``c5`` (the paper's, Detectron2's).
+        p7_relu: whether stride 128 is convolved from the ReLU of stride 64, or from itself (MMDetection).
         head_norm: normalisation in the heads: ``none`` or ``group`` (32 groups).
         box_loss: ``l1``, ``smooth_l1``, ``giou``, ``diou`` or ``ciou``.
     """
@@ -150,14 +151,16 @@ class RetinaNet(Detector):
     def __init__(
         self,
         classes: Sequence[str] | None = None,
-        depth: int = 50,
+        backbone: str = "resnet",
+        depth: int | None = None,
         width: float = 1.0,
         norm: str = "live",
-        norm_eps: float = 1e-5,
+        norm_eps: float | None = None,
         stride_in_1x1: bool = False,
         trainable_stages: int = 5,
         neck_channels: int = 256,
         p6_from: str = "p5",
+        p7_relu: bool = True,
         anchor_sizes: Sequence[Sequence[float]] = (
             (32, 40, 50),
             (64, 80, 101),
@@ -166,6 +169,11 @@ class RetinaNet(Detector):
             (512, 645, 812),
         ),
         anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        anchor_offset: float = 0.0,
+        anchor_rounded: bool = True,
+        anchor_order: str = "ratio",
+        anchor_step: str = "fitted",
+        delta_clamp: str = "upper",
         fg_iou_thresh: float = 0.5,
         bg_iou_thresh: float = 0.4,
         head_norm: str = "none",
@@ -174,6 +182,7 @@ class RetinaNet(Detector):
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_img: int = 300,
+        channel_order: str = "rgb",
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         min_size: int = 800,
@@ -184,11 +193,14 @@ class RetinaNet(Detector):
     ) -> None:
         options = arguments(locals())
         names = checkpoints.class_names(classes, weights, self.enum)
-        body = ResNet(depth, width, norm, norm_eps, stride_in_1x1)
-        generator = anchor_generator(anchor_sizes, anchor_ratios)
+        body = trunk(backbone, depth, width, norm, norm_eps, stride_in_1x1)
+        options |= settled(body)
+        generator = anchor_generator(
+            anchor_sizes, anchor_ratios, STRIDES, anchor_offset, anchor_rounded, anchor_order, anchor_step
+        )
         anchors = dict(zip(STRIDES, generator.num_anchors_per_location(), strict=True))
         net = retinanet.RetinaNet(
-            with_fpn(body, 2, neck_channels, p6_p7(body, neck_channels, p6_from)),
+            with_fpn(body, 2, neck_channels, p6_p7(body.channels[-1], neck_channels, p6_from, p7_relu)),
             len(names) + 1,
             anchor_generator=generator,
             head=_head(neck_channels, anchors[STRIDES[0]], len(names) + 1, head_norm, box_loss),
@@ -196,6 +208,7 @@ class RetinaNet(Detector):
             image_std=list(std),
             **{name: value for name, value in options.items() if name.startswith(PASSED_ON)},
         )
+        clamp_deltas((net, net.head.regression_head), delta_clamp)
         facts = Facts(
             family=self.family,
             two_stage=False,
@@ -207,26 +220,17 @@ class RetinaNet(Detector):
             std=tuple(std),
             norm=norm,
         )
+        order_channels(net, channel_order)
         super().__init__(net, facts, options, freeze(net.backbone.body, trainable_stages))
-        self.pool = roi_align(STRIDES[:3], 7, 2)
-        """RoIAlign over P3..P5, for losses that look at regions; RetinaNet itself has none."""
+        self.pool = region_pool(STRIDES, 7, 2)
+        """RoIAlign over P3..P7, for losses that look at regions; RetinaNet itself has none."""
         checkpoints.initialise(self, backbone_weights, weights, head)
-
-
-def p6_p7(body: ResNet, neck_channels: int, p6_from: str) -> Any:
-    """torchvision's two convolved levels on top of a pyramid, the first of them from ``p5`` or ``c5``."""
-    if p6_from not in ("p5", "c5"):
-        raise DistillError(f"p6_from: expected p5 or c5, got {p6_from!r}")
-    levels = LastLevelP6P7(neck_channels if p6_from == "p5" else body.channels[-1], neck_channels)
-    levels.use_P5 = p6_from == "p5"  # torchvision guesses it from the channels, wrongly where C5 is as wide as the neck
-    return levels
 
 
 def _head(channels: int, anchors: int, outputs: int, norm: str, box_loss: str) -> Any:
     if norm not in ("none", "group") or (norm == "group" and channels % 32):
         raise DistillError(f"head_norm: expected none, or group with neck_channels a multiple of 32, got {norm!r}")
-    if box_loss not in ("l1", "smooth_l1", "giou", "diou", "ciou"):
-        raise DistillError(f"box_loss: expected l1, smooth_l1, giou, diou or ciou, got {box_loss!r}")
+    choose("box_loss", box_loss, ("l1", "smooth_l1", "giou", "diou", "ciou"))
     layer = partial(nn.GroupNorm, 32) if norm == "group" else None
     head = retinanet.RetinaNetHead(channels, anchors, outputs, norm_layer=layer)
     head.regression_head._loss_type = box_loss

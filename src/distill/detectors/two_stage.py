@@ -1,4 +1,4 @@
-"""Faster R-CNN on a ResNet with FPN: torchvision's own model, and its View."""
+"""Faster R-CNN on a backbone with FPN: torchvision's own model, and its View."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from distill.detectors import checkpoints
-from distill.detectors.backbones import ResNet, freeze, with_fpn
-from distill.detectors.base import Detector, anchor_generator, arguments
-from distill.detectors.views import LazyView, geometry, network, roi_align, temporarily
+from distill.detectors.backbones import freeze, settled, trunk, with_fpn
+from distill.detectors.base import Detector, arguments
+from distill.detectors.geometry import anchor_generator, clamp_deltas, order_channels, region_pool
+from distill.detectors.views import LazyView, geometry, network, temporarily
 from distill.precision import full
 from distill.types import AnchorTargets, Detections, Facts, Pyramid, Regions
 
@@ -83,6 +84,8 @@ class TwoStageView(LazyView):
     @geometry
     def _rpn_sample(self) -> tuple[list[Tensor], list[Tensor]]:
         """Positive and negative anchors that the RPN learns from, an indicator (N,) an image each. Drawn once."""
+        if self.seed is None:
+            _ = self.body  # a body that drops paths by chance draws before it in torchvision
         with self.draw(0):
             positive, negative = self.net.rpn.fg_bg_sampler(self._rpn_targets[0])
         return positive, negative
@@ -156,25 +159,34 @@ class TwoStageView(LazyView):
 
 
 class FasterRCNN(Detector):
-    """Faster R-CNN with a ResNet and a feature pyramid of strides 4 to 64 (Ren et al. 2015, Lin et al. 2017).
+    """Faster R-CNN with a backbone and a feature pyramid of strides 4 to 64 (Ren et al. 2015, Lin et al. 2017).
 
     Arguments that torchvision has too carry its names and defaults; `score_thresh`, `nms_thresh` and
     `detections_per_img` are its `box_...` ones.
 
     Args:
         classes: names in label order, background left out; None takes those of `weights`.
-        depth: 10 (one basic block a stage), 18, 34, 50, 101 or 152.
-        width: factor on the channels of every stage; 0.25 is the quarter ResNet of DeFeat.
+        backbone: ``resnet``; one of torchvision's resnext50_32x4d, resnext101_32x8d, resnext101_64x4d, mobilenet_v2,
+            mobilenet_v3_large, mobilenet_v3_small, efficientnet_b0 to b7; or ``timm/NAME`` (see `backbones.trunk`).
+        depth: of the ResNet: 10 (one basic block a stage), 18, 34, 50 (what None stands for), 101 or 152.
+        width: factor on the channels of every stage, of a ResNet or MobileNet; 0.25 is the quarter ResNet of DeFeat.
         norm: of the backbone: ``frozen`` (statistics and affine), ``fixed`` (statistics only), ``live``, or ``sync``
             (over all processes; on a CPU like ``live``).
-        norm_eps: its epsilon; weights that need another one bring it along.
+        norm_eps: its epsilon; weights that need another one bring it along. None: the backbone's own (1e-5 of a
+            ResNet).
         stride_in_1x1: see `backbones.ResNet`.
         trainable_stages: how many of C5, C4, C3, C2 and the stem are trained. The statistics of the others rest too.
         anchor_sizes: sides in pixels, a list for each of the strides 4, 8, 16, 32, 64.
         anchor_ratios: height / width.
+        anchor_offset, anchor_rounded, anchor_order, anchor_step: see `geometry.anchor_generator`.
+        delta_clamp: whether deltas of width and height are clamped on the ``upper`` side only, or on ``both``.
+        proposal_min_size: narrower or lower proposals are dropped; 0 keeps all that have an area.
         head_channels: width of the box head's two layers.
         box_sampling_ratio: RoIAlign's sample points a bin side; 0 adapts to the region's size.
-        mean, std: pixel statistics, of RGB in [0, 1].
+        box_roi_aligned: whether RoIAlign takes pixel centres to lie at half coordinates.
+        box_level_rule: which level a region is pooled from at the bounds, see `geometry.LEVEL_RULES`.
+        channel_order: what the weights expect, ``rgb`` or ``bgr``. Batches are RGB whatever it is.
+        mean, std: pixel statistics in [0, 1], in that order.
         min_size, max_size: written into `net.transform` for those who use it without us; a View never resizes.
         backbone_weights: ImageNet weights by torchvision's name (IMAGENET1K_V1, ...) or a file; unused with `weights`.
         weights: of the whole detector: torchvision's name (COCO_V1), a file, or the folder of a run.
@@ -192,15 +204,21 @@ class FasterRCNN(Detector):
     def __init__(
         self,
         classes: Sequence[str] | None = None,
-        depth: int = 50,
+        backbone: str = "resnet",
+        depth: int | None = None,
         width: float = 1.0,
         norm: str = "live",
-        norm_eps: float = 1e-5,
+        norm_eps: float | None = None,
         stride_in_1x1: bool = False,
         trainable_stages: int = 5,
         neck_channels: int = 256,
         anchor_sizes: Sequence[Sequence[float]] = ((32,), (64,), (128,), (256,), (512,)),
         anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        anchor_offset: float = 0.0,
+        anchor_rounded: bool = True,
+        anchor_order: str = "ratio",
+        anchor_step: str = "fitted",
+        delta_clamp: str = "upper",
         rpn_pre_nms_top_n_train: int = 2000,
         rpn_pre_nms_top_n_test: int = 1000,
         rpn_post_nms_top_n_train: int = 2000,
@@ -210,7 +228,10 @@ class FasterRCNN(Detector):
         rpn_bg_iou_thresh: float = 0.3,
         rpn_batch_size_per_image: int = 256,
         rpn_positive_fraction: float = 0.5,
+        proposal_min_size: float = 1e-3,
         box_sampling_ratio: int = 2,
+        box_roi_aligned: bool = False,
+        box_level_rule: str = "torchvision",
         box_fg_iou_thresh: float = 0.5,
         box_bg_iou_thresh: float = 0.5,
         box_batch_size_per_image: int = 512,
@@ -219,6 +240,7 @@ class FasterRCNN(Detector):
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_img: int = 100,
+        channel_order: str = "rgb",
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         min_size: int = 800,
@@ -229,12 +251,15 @@ class FasterRCNN(Detector):
     ) -> None:
         options = arguments(locals())
         names = checkpoints.class_names(classes, weights, self.enum)
-        body = ResNet(depth, width, norm, norm_eps, stride_in_1x1)
-        generator = anchor_generator(anchor_sizes, anchor_ratios)
+        body = trunk(backbone, depth, width, norm, norm_eps, stride_in_1x1)
+        options |= settled(body)
+        generator = anchor_generator(
+            anchor_sizes, anchor_ratios, STRIDES, anchor_offset, anchor_rounded, anchor_order, anchor_step
+        )
         net = faster_rcnn.FasterRCNN(
             with_fpn(body, 1, neck_channels, LastLevelMaxPool()),
             rpn_anchor_generator=generator,
-            box_roi_pool=roi_align(STRIDES[:4], 7, box_sampling_ratio),
+            box_roi_pool=region_pool(STRIDES[:4], 7, box_sampling_ratio, box_roi_aligned, box_level_rule),
             box_head=faster_rcnn.TwoMLPHead(neck_channels * 7 * 7, head_channels),
             box_predictor=faster_rcnn.FastRCNNPredictor(head_channels, len(names) + 1),
             box_score_thresh=score_thresh,
@@ -244,6 +269,8 @@ class FasterRCNN(Detector):
             image_std=list(std),
             **{name: value for name, value in options.items() if name.startswith(PASSED_ON)},
         )
+        net.rpn.min_size = max(proposal_min_size, torch.finfo(torch.float32).tiny)  # torchvision keeps what equals it
+        clamp_deltas((net.rpn, net.roi_heads), delta_clamp)
         facts = Facts(
             family=self.family,
             two_stage=True,
@@ -255,5 +282,6 @@ class FasterRCNN(Detector):
             std=tuple(std),
             norm=norm,
         )
+        order_channels(net, channel_order)
         super().__init__(net, facts, options, freeze(net.backbone.body, trainable_stages))
         checkpoints.initialise(self, backbone_weights, weights, head)

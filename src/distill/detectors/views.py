@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.poolers import LevelMapper
 
 from distill.precision import full
 from distill.types import AnchorTargets, Batch, Detections, DistillError, Pyramid, Regions
@@ -27,6 +25,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 V = TypeVar("V", bound="LazyView")
+
+BODY = 2**62
+"""The number of the body's draw, far from those of the regions."""
 
 
 def network(compute: Callable[[V], T]) -> functools.cached_property[T]:
@@ -90,7 +91,8 @@ class LazyView:
     def images(self) -> Tensor:
         """(B, 3, H, W), normalised for this detector, then zero in the padding, in the dtype of its weights."""
         mean, std = self.detector.pixels(self.device)
-        images = (self.batch.images.float() / 255 - mean) / std
+        pixels = self.batch.images.flip(1) if self.detector.options["channel_order"] == "bgr" else self.batch.images
+        images = (pixels.float() / 255 - mean) / std
         height, width = images.shape[-2:]
         if any(size != (height, width) for size in self.batch.sizes):
             sizes = torch.tensor(self.batch.sizes).to(self.device, non_blocking=True)
@@ -102,19 +104,16 @@ class LazyView:
     @network
     def body(self) -> Pyramid:
         """C2..C5 by stride, whichever of them the neck is built on."""
-        maps, strides, x = [], list(self.facts.body), self.images
-        for name, module in self.net.backbone.body.items():
-            x = module(x)
-            if name.startswith("layer"):
-                maps.append(x)
-        return dict(zip(strides, maps, strict=True))
+        images = self.images
+        with self.draw(BODY):  # a body that is trained may drop paths by chance
+            return dict(zip(self.facts.body, self.net.backbone.body.maps(images), strict=True))
 
     @network
     def neck(self) -> Pyramid:
         """The feature pyramid by nominal stride."""
-        names = self.net.backbone.body.return_layers
-        stages = dict(zip(("layer1", "layer2", "layer3", "layer4"), self.body.values(), strict=True))
-        maps = self.net.backbone.fpn({names[layer]: x for layer, x in stages.items() if layer in names})
+        fpn = self.net.backbone.fpn
+        stages = list(self.body.values())[-len(fpn.inner_blocks) :]
+        maps = fpn({str(index): x for index, x in enumerate(stages)})
         return dict(zip(self.facts.neck, maps.values(), strict=True))
 
     @geometry
@@ -241,18 +240,6 @@ class LazyView:
     def roi_boxes(self, boxes: Sequence[Tensor]) -> Tensor:
         """Not in this family."""
         raise self.lacks("roi_boxes", "Read predictions(), or choose a two-stage detector (model=frcnn_r50).")
-
-
-def roi_align(strides: Sequence[int], output: int, sampling: int) -> Any:
-    """torchvision's RoIAlign over the first levels of a neck, a region to its level by its size (FPN paper, eq. 1).
-
-    torchvision guesses the scales from the first batch it sees and keeps them, wrong ones for tiny images too. Here
-    they are the nominal strides from the start.
-    """
-    pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], output, sampling)
-    pool.scales = [1.0 / stride for stride in strides]
-    pool.map_levels = LevelMapper(strides[0].bit_length() - 1, strides[-1].bit_length() - 1)
-    return pool
 
 
 def _generator(device: torch.device) -> torch.Generator:

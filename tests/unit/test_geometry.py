@@ -1,0 +1,328 @@
+"""Each geometry that torchvision does not have is what its name says, against slow loops; the default is torchvision's."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.poolers import LevelMapper
+
+from distill.detectors import checkpoints, geometry
+from distill.detectors.one_stage import RetinaNet
+from distill.detectors.two_stage import FasterRCNN
+from distill.types import Batch, DistillError, Target
+
+HEIGHT, WIDTH = 96, 160  # no multiples of 64 or 128, so that nominal and fitted steps differ on the coarse levels
+
+
+def small(family: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    extra: dict[str, Any] = {"score_thresh": 0.001}
+    if family is FasterRCNN:
+        extra = {"head_channels": 16, "rpn_post_nms_top_n_test": 20, "score_thresh": 0.001}
+    return family(["cat", "dog"], **{"depth": 10, "width": 0.125, "neck_channels": 32, **extra, **options})
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (1, 3, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8)
+    target = Target(torch.tensor([[8.0, 8.0, 60.0, 50.0]]), torch.tensor([1]))
+    return Batch(images, ((HEIGHT, WIDTH),), ((HEIGHT, WIDTH),), (target,), (1,))
+
+
+# -- anchors
+
+
+def slow_anchors(
+    stride: int, sizes: list[float], ratios: list[float], offset: float, rounded: bool, order: str, step: str
+) -> list[list[float]]:
+    rows, columns = math.ceil(HEIGHT / stride), math.ceil(WIDTH / stride)
+    dy, dx = (HEIGHT // rows, WIDTH // columns) if step == "fitted" else (stride, stride)
+    cell = [(s, r) for r in ratios for s in sizes] if order == "ratio" else [(s, r) for s in sizes for r in ratios]
+    found = []
+    for y, x in itertools.product(range(rows), range(columns)):
+        for size, ratio in cell:
+            w, h = size / math.sqrt(ratio), size * math.sqrt(ratio)
+            half = (
+                [round(-w / 2), round(-h / 2), round(w / 2), round(h / 2)]
+                if rounded
+                else [-w / 2, -h / 2, w / 2, h / 2]
+            )
+            cx, cy = (x + offset) * dx, (y + offset) * dy
+            found.append([cx + half[0], cy + half[1], cx + half[2], cy + half[3]])
+    return found
+
+
+@pytest.mark.parametrize("family", [FasterRCNN, RetinaNet])
+@pytest.mark.parametrize(
+    ("offset", "rounded", "order", "step"),
+    [
+        (0.0, True, "ratio", "fitted"),
+        (0.5, True, "ratio", "fitted"),
+        (0.0, False, "ratio", "fitted"),
+        (0.0, True, "size", "fitted"),
+        (0.0, True, "ratio", "nominal"),
+        (0.5, False, "size", "nominal"),
+    ],
+)
+def test_anchors_lie_where_they_are_said_to(family: Any, offset: float, rounded: bool, order: str, step: str) -> None:
+    sizes, ratios = [[s, s * 1.3, s * 1.7] for s in (11, 23, 47, 91, 190)], [0.5, 1.0, 2.0]
+    options = {"anchor_offset": offset, "anchor_rounded": rounded, "anchor_order": order, "anchor_step": step}
+    detector = small(family, anchor_sizes=sizes, anchor_ratios=ratios, **options)
+    found = detector.view(batch()).anchors
+    assert list(found) == list(detector.facts.neck)
+    for (stride, anchors), level in zip(found.items(), sizes, strict=True):
+        expected = torch.tensor(slow_anchors(stride, level, ratios, offset, rounded, order, step))
+        assert anchors.shape == expected.shape
+        assert torch.allclose(anchors, expected, atol=1e-4)
+
+
+# -- regions
+
+
+# Levels that Detectron2 and MMDetection gave to boxes of these widths and heights (FPN of strides 4 to 32);
+# torchvision's are floor(4 + log2(side / 224) + 1e-6).
+BOUNDS = [
+    (112.0, 112.0),
+    (112.0, 111.99995),
+    (111.9999, 111.9999),
+    (223.99995, 224.0),
+    (447.9999, 447.9999),
+    (20.0, 20.0),
+]
+LEVELS = {"detectron2": [3, 2, 2, 3, 5, 2], "mmdetection": [3, 3, 2, 4, 5, 2], "torchvision": [3, 3, 2, 4, 5, 2]}
+
+
+@pytest.mark.parametrize("rule", list(LEVELS))
+def test_a_side_at_a_bound_goes_where_the_other_framework_puts_it(rule: str) -> None:
+    boxes = torch.tensor([[0.0, 0.0, w, h] for w, h in BOUNDS])
+    pool = geometry.region_pool((4, 8, 16, 32), 7, 2, level_rule=rule)
+    assert (pool.map_levels([boxes]) + 2).tolist() == LEVELS[rule]
+
+
+@pytest.mark.parametrize("rule", list(geometry.LEVEL_RULES))
+def test_away_from_the_bounds_all_rules_are_the_papers(rule: str) -> None:
+    sides = [3.0, 50.0, 111.0, 113.0, 200.0, 225.0, 440.0, 450.0, 900.0, 3000.0]
+    boxes = [torch.tensor([[5.0, 7.0, 5 + 2 * s, 7 + s / 2]]) for s in sides]
+    pool = geometry.region_pool((8, 16, 32, 64, 128), 7, 2, level_rule=rule)
+    expected = [min(max(math.floor(4 + math.log2(side / 224)), 3), 7) - 3 for side in sides]
+    assert pool.map_levels(boxes).tolist() == expected
+
+
+def bilinear(features: Tensor, y: float, x: float) -> float:
+    """RoIAlign's sample: 0 a pixel or more outside, else the nearest edge, else between four pixels."""
+    height, width = features.shape
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return 0.0
+    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
+    top, left = min(int(y), height - 1), min(int(x), width - 1)
+    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    v, u = y - top, x - left
+    upper = (1 - u) * features[top, left] + u * features[top, right]
+    lower = (1 - u) * features[bottom, left] + u * features[bottom, right]
+    return float((1 - v) * upper + v * lower)
+
+
+def slow_roi_align(features: Tensor, box: list[float], scale: float, sampling: int, aligned: bool) -> Tensor:
+    """He et al. 2017, section 3, 7 x 7 bins; `aligned` moves by half a pixel and lets a box be as small as it is."""
+    x1, y1, x2, y2 = (side * scale - (0.5 if aligned else 0.0) for side in box)
+    w, h = (x2 - x1, y2 - y1) if aligned else (max(x2 - x1, 1.0), max(y2 - y1, 1.0))
+    ny, nx = (sampling or math.ceil(h / 7)), (sampling or math.ceil(w / 7))
+    pooled = torch.zeros(7, 7)
+    for row, column in itertools.product(range(7), range(7)):
+        samples = [
+            bilinear(features, y1 + (row + (i + 0.5) / ny) * h / 7, x1 + (column + (j + 0.5) / nx) * w / 7)
+            for i in range(ny)
+            for j in range(nx)
+        ]
+        pooled[row, column] = sum(samples) / len(samples)
+    return pooled
+
+
+@pytest.mark.parametrize("sampling", [2, 0])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_roi_align_takes_its_samples_where_it_says(aligned: bool, sampling: int) -> None:
+    detector = small(FasterRCNN, box_roi_aligned=aligned, box_sampling_ratio=sampling)
+    view = detector.view(batch())
+    view.__dict__["neck"] = {
+        stride: torch.rand(1, 1, math.ceil(HEIGHT / stride), math.ceil(WIDTH / stride))
+        for stride in detector.facts.neck
+    }
+    boxes = [[10.3, 20.1, 50.7, 41.2], [0.0, 0.0, 3.0, 2.0], [30.0, 5.0, 155.0, 90.0], [140.0, 80.0, 160.0, 96.0]]
+    pooled = view.roi_features([torch.tensor(boxes)])
+    for box, found in zip(boxes, pooled, strict=True):
+        side = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
+        stride = 2 ** min(max(math.floor(4 + math.log2(side / 224)), 2), 5)
+        expected = slow_roi_align(view.neck[stride][0, 0], box, 1 / stride, sampling, aligned)
+        assert torch.allclose(found[0], expected, atol=1e-4)
+
+
+def test_aligned_regions_of_all_images_and_levels_equal_the_op_and_carry_gradients() -> None:
+    torch.manual_seed(0)
+    strides = (4, 8, 16)
+    maps = {str(i): torch.rand(2, 3, 256 // s, 256 // s, requires_grad=True) for i, s in enumerate(strides)}
+    boxes = [torch.tensor([[0.0, 0.0, 40.0, 40.0], [3.0, 9.0, 250.0, 240.0]]), torch.tensor([[9.0, 8.0, 140.0, 150.0]])]
+    pooled = geometry.region_pool(strides, 7, 2, aligned=True)(maps, boxes, [(256, 256)] * 2)
+    for row, (level, image, box) in enumerate([(0, 0, boxes[0][0]), (2, 0, boxes[0][1]), (1, 1, boxes[1][0])]):
+        region = torch.cat([torch.tensor([float(image)]), box])[None]
+        (expected,) = roi_align(maps[str(level)], region, 7, 1 / strides[level], 2, aligned=True)
+        assert torch.equal(pooled[row], expected)
+    pooled.sum().backward()
+    assert all(x.grad is not None and x.grad.any() for x in maps.values())
+    assert geometry.region_pool(strides, 7, 2, aligned=True)(maps, [boxes[0][:0]] * 2, [(256, 256)] * 2).shape == (
+        0,
+        3,
+        7,
+        7,
+    )
+
+
+# -- deltas, proposals, P7
+
+
+def slow_decode(delta: list[float], anchor: list[float], weights: tuple[float, ...], both: bool) -> list[float]:
+    limit = abs(math.log(16 / 1000))
+    tx, ty, tw, th = (value / weight for value, weight in zip(delta, weights, strict=True))
+    tw, th = (max(min(t, limit), -limit) if both else min(t, limit) for t in (tw, th))
+    w, h = anchor[2] - anchor[0], anchor[3] - anchor[1]
+    cx, cy = anchor[0] + w / 2 + tx * w, anchor[1] + h / 2 + ty * h
+    w, h = w * math.exp(tw), h * math.exp(th)
+    return [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+
+
+@pytest.mark.parametrize("clamp", ["upper", "both"])
+def test_deltas_are_clamped_on_the_named_sides(clamp: str) -> None:
+    anchors = [[0.0, 0.0, 2000.0, 1000.0], [10.0, 20.0, 110.0, 70.0]]
+    deltas = [[0.1, -0.2, -30.0, 60.0, 1.0, 2.0, -5.0, 0.5], [0.0, 0.5, 3.0, -90.0, 0.0, 0.0, 0.0, -4.0]]
+    two, one = small(FasterRCNN, delta_clamp=clamp).net, small(RetinaNet, delta_clamp=clamp).net
+    for part in (two.rpn, two.roi_heads, one, one.head.regression_head):
+        found = part.box_coder.decode_single(torch.tensor(deltas), torch.tensor(anchors))
+        for row, (delta, anchor) in enumerate(zip(deltas, anchors, strict=True)):
+            for first in (0, 4):
+                expected = slow_decode(delta[first : first + 4], anchor, part.box_coder.weights, clamp == "both")
+                assert torch.allclose(found[row, first : first + 4], torch.tensor(expected), rtol=1e-4, atol=1e-2)
+
+
+def test_the_smallest_proposal_is_as_small_as_it_is_said() -> None:
+    boxes = torch.tensor(
+        [[[0.0, 0.0, 9.0, 9.0], [20.0, 0.0, 20.0005, 9.0], [40.0, 0.0, 40.0, 9.0], [60.0, 0.0, 60.5, 9.0]]]
+    )
+    scores = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    for smallest, expected in ((1e-3, [0, 3]), (0.0, [0, 1, 3]), (1.0, [0])):
+        rpn = small(FasterRCNN, proposal_min_size=smallest).net.rpn
+        found, _ = rpn.filter_proposals(boxes, scores, [(HEIGHT, WIDTH)], [4])
+        assert torch.equal(found[0], boxes[0, expected])
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("source", ["p5", "c5"])
+def test_p7_comes_from_p6_with_or_without_a_relu(source: str, relu: bool) -> None:
+    detector = small(RetinaNet, p6_from=source, p7_relu=relu)
+    view = detector.view(batch())
+    extra, neck = detector.net.backbone.fpn.extra_blocks, view.neck
+    p6 = F.conv2d(neck[32] if source == "p5" else view.body[32], extra.p6.weight, extra.p6.bias, stride=2, padding=1)
+    assert torch.equal(neck[64], p6)
+    assert (p6 < 0).any()
+    p7 = F.conv2d(p6.clamp(min=0) if relu else p6, extra.p7.weight, extra.p7.bias, stride=2, padding=1)
+    assert torch.equal(neck[128], p7)
+
+
+# -- pixels
+
+
+def test_bgr_turns_the_channels_before_it_normalises() -> None:
+    mean, std = (0.1, 0.4, 0.9), (0.5, 0.2, 1.0)
+    view, data = small(RetinaNet, channel_order="bgr", mean=mean, std=std).view(batch()), batch()
+    for fed, channel in enumerate((2, 1, 0)):
+        expected = (data.images[0, channel].double() / 255 - mean[fed]) / std[fed]
+        assert torch.allclose(view.images[0, fed].double(), expected, atol=1e-6)
+
+
+FOREIGN: dict[str, Any] = {
+    "channel_order": "bgr",
+    "mean": (0.406, 0.456, 0.485),
+    "std": (1 / 255,) * 3,
+    "anchor_offset": 0.5,
+    "anchor_rounded": False,
+    "anchor_order": "size",
+    "anchor_step": "nominal",
+    "delta_clamp": "both",
+}
+OF: dict[Any, dict[str, Any]] = {
+    FasterRCNN: {
+        "proposal_min_size": 0.0,
+        "box_roi_aligned": True,
+        "box_level_rule": "detectron2",
+        "box_sampling_ratio": 0,
+    },
+    RetinaNet: {"p6_from": "c5", "p7_relu": False},
+}
+
+
+@pytest.mark.parametrize("family", [FasterRCNN, RetinaNet])
+def test_the_bare_network_does_the_same_as_the_view(family: Any) -> None:
+    detector, data = small(family, **FOREIGN, **OF[family]), batch()
+    detector.net.transform.resize = lambda image, target: (image, target)
+    image, target = data.images[0].float() / 255, data.targets[0]
+    torch.manual_seed(1)
+    ours = detector.view(data).losses
+    torch.manual_seed(1)
+    theirs = detector.net([image], [{"boxes": target.boxes, "labels": target.labels}])
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    (found,), (expected,) = detector.eval().view(data, training=False).detections, detector.net([image])
+    known = expected["labels"] > 0
+    assert known.sum() > 3
+    assert torch.equal(found.boxes, expected["boxes"][known])
+
+
+@pytest.mark.parametrize("family", [FasterRCNN, RetinaNet])
+def test_every_geometry_travels_with_the_weights_and_is_held(family: Any, tmp_path: Any) -> None:
+    student = small(family, **FOREIGN, **OF[family])
+    checkpoints.save_student(student, tmp_path)
+    assert checkpoints.load_detector(tmp_path).describe() == student.describe()
+    options = {**FOREIGN, **OF[family]}
+    for name in geometry.DEFAULTS.keys() & options.keys():
+        others = {key: value for key, value in options.items() if key != name}
+        with pytest.raises(DistillError, match=f"made for .*{name}="):
+            small(family, **others, weights=str(tmp_path))
+
+
+def test_defaults_are_torchvisions_own_parts() -> None:
+    two, one = small(FasterRCNN), small(RetinaNet)
+    assert {type(net.transform) for net in (two.net, one.net)} == {GeneralizedRCNNTransform}
+    assert {type(net) for net in (two.net.rpn.anchor_generator, one.net.anchor_generator)} == {AnchorGenerator}
+    assert {type(part.box_coder) for part in (two.net.rpn, two.net.roi_heads, one.net)} == {BoxCoder}
+    assert {type(pool) for pool in (two.net.roi_heads.box_roi_pool, one.pool)} == {MultiScaleRoIAlign}
+    assert type(one.pool.map_levels) is LevelMapper
+    assert type(one.net.backbone.fpn.extra_blocks) is LastLevelP6P7
+    for detector in (two, one):
+        described = detector.describe()
+        assert {k: described[k] for k in geometry.DEFAULTS if k in described}.items() <= geometry.DEFAULTS.items()
+
+
+WORDS = ("channel_order", "anchor_order", "anchor_step", "delta_clamp")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for family in (FasterRCNN, RetinaNet) for name in WORDS] + [(FasterRCNN, "box_level_rule")],
+)
+def test_an_unknown_word_is_refused_by_name(family: Any, name: str) -> None:
+    with pytest.raises(DistillError, match=f"{name}: expected .*{geometry.DEFAULTS[name]}.*'middle'"):
+        small(family, **{name: "middle"})
+
+
+def test_an_offset_is_a_part_of_a_step() -> None:
+    with pytest.raises(DistillError, match="anchor_offset"):
+        small(RetinaNet, anchor_offset=4)
