@@ -14,7 +14,9 @@ from distill import load_detector
 from distill.cli import config
 from distill.data.shapes import CLASSES
 
-DISTILL = [option for option in config.groups()["distill"] if option != "none"]
+OPTIONS = [option for option in config.groups()["distill"] if option != "none"]
+ONE_STAGE = [option for option in OPTIONS if "retinanet" in option]
+DISTILL = [option for option in OPTIONS if option not in ONE_STAGE]
 
 
 @pytest.mark.parametrize("option", DISTILL)
@@ -22,9 +24,21 @@ def test_every_distill_option_trains(option: str, cli: Cli, tiny_teacher: Path, 
     lines = [f"distill={option}", f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]
     assert cli(["train", *lines]) == 0
     report = summary(tmp_path / "run")
-    assert any(name.startswith("term/defeat") for name in report["terms"])
+    for loss in config.composed([f"distill={option}"]).distill.losses:
+        assert any(name.startswith(f"term/{loss}/") for name in report["terms"]), loss
     assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
     assert report["teacher"]["source"] == str(tiny_teacher)
+
+
+@pytest.mark.parametrize("option", ONE_STAGE)
+def test_every_one_stage_option_trains(option: str, cli: Cli, tmp_path: Path) -> None:
+    lines = ["model=retinanet_r10_quarter", *TINY_DATA, *TINY_MODEL, *TINY_RUN]
+    assert cli(["train", *lines, "distill=none", "hydra.run.dir=teacher"]) == 0
+    assert cli(["train", *lines, f"distill={option}", "teacher.weights=teacher", "hydra.run.dir=run"]) == 0
+    report = summary(tmp_path / "run")
+    for loss in config.composed([f"distill={option}"]).distill.losses:
+        assert any(name.startswith(f"term/{loss}/") for name in report["terms"]), loss
+    assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
 
 
 def test_run_folder_holds_what_it_promises(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
