@@ -85,12 +85,12 @@ def golden(**options: Mapping[str, Any]) -> dict[str, float]:
 def test_golden_mining() -> None:
     expected = [1.70514, 0.546951, 2.332125, 0.15504, 2.089525, 0.179769, 0.653084, 0.361802, 0.05391]
     for threshold, kept in ((0.6, [0, 2, 4, 6]), (0.5, [0, 1, 2, 4, 6]), (3.0, [])):
-        found = dsig.mined(golden_logits(), torch.zeros(9, dtype=torch.bool), threshold)
+        found = dsig.mined(golden_logits(), threshold)
         assert found.nonzero()[:, 0].tolist() == kept
     for row, value in enumerate(expected):
         logits = golden_logits()
-        assert dsig.mined(logits, torch.zeros(9, dtype=torch.bool), value - 1e-5)[row]
-        assert not dsig.mined(logits, torch.zeros(9, dtype=torch.bool), value + 1e-5)[row]
+        assert dsig.mined(logits, value - 1e-5)[row]
+        assert not dsig.mined(logits, value + 1e-5)[row]
 
 
 def test_golden_nodes() -> None:

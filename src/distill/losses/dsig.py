@@ -67,10 +67,9 @@ def edges(student: Tensor, teacher: Tensor, member: Tensor) -> Tensor:
     return mean(error, member[:, None] & member) / 2
 
 
-def mined(logits: Tensor, foreground: Tensor, threshold: float) -> Tensor:
-    """Background regions on which the teacher's cross-entropy reaches the threshold; (R, K+1) and (R,) -> (R,)."""
-    loss = -F.log_softmax(base.full(logits), dim=1)[:, 0]
-    return ~foreground & (loss >= threshold)
+def mined(logits: Tensor, threshold: float) -> Tensor:
+    """Regions whose cross-entropy with background reaches the threshold, by the teacher; logits (R, K+1) -> (R,)."""
+    return -F.log_softmax(base.full(logits), dim=1)[:, 0] >= threshold
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -267,7 +266,7 @@ class DSIG(DistillLoss):
             compute = {"foreground": mean, "predicted": mean, "background": partial(background_nodes, alpha=self.alpha)}
             found |= {f"nodes.{kind}": [compute[kind](*image) for image in images] for kind in kinds}
         if self.terms("edges"):
-            joined = foreground | self._hard(teacher, boxes, foreground)
+            joined = foreground if self.mining is None else foreground | self._hard(teacher, boxes, self.mining)
             found["edges.all"] = [edges(*image) for image in _per_image(counts, ours, theirs, joined)]
         return found
 
@@ -278,12 +277,10 @@ class DSIG(DistillLoss):
         boxes = [found.boxes.detach() for found in student.predictions(**self.predictions)]
         return boxes, torch.cat([torch.ones_like(each[:, 0], dtype=torch.bool) for each in boxes])
 
-    def _hard(self, teacher: View, boxes: Sequence[Tensor], foreground: Tensor) -> Tensor:
-        """Background regions (R,) that have edges."""
-        if self.mining is None:
-            return torch.zeros_like(foreground)
+    def _hard(self, teacher: View, boxes: Sequence[Tensor], threshold: float) -> Tensor:
+        """Regions (R,) that have edges even where they are background."""
         logits = teacher.roi_logits(boxes)[0]
-        return mined(logits if self.columns is None else logits[:, self.columns], foreground, self.mining)
+        return mined(logits if self.columns is None else logits[:, self.columns], threshold)
 
     def _compare_regions(self, student: View, teacher: View) -> dict[str, Share]:
         """The box heads' outputs for the student's regions."""
