@@ -20,7 +20,9 @@ from distill.data.shapes import CLASSES
 from distill.module import Distiller
 
 WIDE = "model.neck_channels=64"  # group norm
-DISTILL = [option for option in config.groups()["distill"] if option != "none"]
+OPTIONS = [option for option in config.groups()["distill"] if option != "none"]
+ONE_STAGE = [option for option in OPTIONS if "retinanet" in option]
+DISTILL = [option for option in OPTIONS if option not in ONE_STAGE]
 
 
 @pytest.mark.parametrize("option", DISTILL)
@@ -47,6 +49,17 @@ def test_an_inheriting_student_starts_from_the_teacher_s_neck_and_heads(
     assert not torch.equal(
         student.backbone.fpn.inner_blocks[0][0].weight, teacher.backbone.fpn.inner_blocks[0][0].weight
     )
+
+
+@pytest.mark.parametrize("option", ONE_STAGE)
+def test_every_one_stage_option_trains(option: str, cli: Cli, tmp_path: Path) -> None:
+    lines = ["model=retinanet_r10_quarter", *TINY_DATA, *TINY_MODEL, *TINY_RUN]
+    assert cli(["train", *lines, "distill=none", "hydra.run.dir=teacher"]) == 0
+    assert cli(["train", *lines, f"distill={option}", "teacher.weights=teacher", "hydra.run.dir=run"]) == 0
+    report = summary(tmp_path / "run")
+    for loss in config.composed([f"distill={option}"]).distill.losses:
+        assert any(name.startswith(f"term/{loss}/") for name in report["terms"]), loss
+    assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
 
 
 def test_run_folder_holds_what_it_promises(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
