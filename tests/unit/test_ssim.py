@@ -268,6 +268,19 @@ def test_a_nearly_flat_map_is_compared_in_full_precision_under_autocast() -> Non
     assert abs(half - exact) > 5 * abs(found - exact)
 
 
+@pytest.mark.parametrize("powers", [(1.0, 1.0, 1.0), (0.0, 0.0, 1.0), (0.5, 0.5, 0.5)])
+def test_large_raw_maps_stay_in_range(powers: tuple[float, float, float]) -> None:
+    """Flat to the eye, their variances are nothing but rounding."""
+    student, teacher = (20000 + x / 10 for x in pair(1, 2, 16, 16))
+    leaf = student.requires_grad_()
+    error = Dissimilarity("ssim", "none", 11, 1.5, *powers)(leaf, teacher)
+    assert error.min() >= 0
+    assert error.max() <= 2
+    error.sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("scope", ["plane", "image", "tensor", "none"])
 def test_scope_of_the_rescaling(scope: str) -> None:
     x = pair(2, 3, 4, 5, dtype=torch.float64)[0] * torch.tensor([1.0, 10.0, 100.0])[:, None, None]

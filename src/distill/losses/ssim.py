@@ -81,19 +81,19 @@ def similarity(
     # Apart, for the teacher's moments need no backward pass.
     mean_s, square_s, product = blurred(torch.stack([student, student**2, student * teacher]), window).unbind()
     mean_t, square_t = blurred(torch.stack([teacher, teacher**2]), window).unbind()
-    # Population moments; a difference of near numbers may fall below 0 by rounding.
-    variance_s, variance_t = (square_s - mean_s**2).clamp(min=0), (square_t - mean_t**2).clamp(min=0)
+    # Population moments. A variance may fall below 0 by rounding, and at 0 the slope of its root is infinite.
+    least = torch.finfo(product.dtype).eps ** 2
+    variance_s, variance_t = (square_s - mean_s**2).clamp(min=least), (square_t - mean_t**2).clamp(min=least)
     covariance = product - mean_s * mean_t
     alpha, beta, gamma = exponents
-    value = _power((2 * mean_s * mean_t + C1) / (mean_s**2 + mean_t**2 + C1), alpha)
-    if beta == gamma == 1:
-        return value * (2 * covariance + C2) / (variance_s + variance_t + C2)  # c s, for C3 is C2 / 2
-    # The root's slope at 0 is infinite; squared, the smallest number that adds to 1 is far below C3.
-    least = torch.finfo(covariance.dtype).eps ** 2
-    deviations = variance_s.clamp(min=least).sqrt() * variance_t.clamp(min=least).sqrt()
-    contrast = (2 * deviations + C2) / (variance_s + variance_t + C2)
-    structure = (covariance + C3) / (deviations + C3)
-    return value * _power(contrast, beta) * _power(structure, gamma)
+    luminance = (2 * mean_s * mean_t + C1) / (mean_s**2 + mean_t**2 + C1)
+    if beta == gamma == 1:  # contrast times structure, for C3 is C2 / 2
+        rest = (2 * covariance + C2) / (variance_s + variance_t + C2)
+    else:
+        deviations = variance_s.sqrt() * variance_t.sqrt()
+        contrast = (2 * deviations + C2) / (variance_s + variance_t + C2)
+        rest = _power(contrast, beta) * _power((covariance + C3) / (deviations + C3), gamma)
+    return (_power(luminance, alpha) * rest).clamp(-1, 1)  # as kornia; rounding on large raw maps leaves the range
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
