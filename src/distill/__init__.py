@@ -20,6 +20,7 @@ _HOMES = {
     "FasterRCNN": "detectors.two_stage",
     "Guest": "guest",
     "RetinaNet": "detectors.one_stage",
+    "SSIM": "losses.ssim",
     "Schedule": "optimization",
     "Shapes": "data.shapes",
     "Voc": "data.voc",

@@ -36,6 +36,14 @@ def test_every_distill_option_trains(option: str, cli: Cli, tiny_teacher: Path, 
     assert report["teacher"]["source"] == str(tiny_teacher)
 
 
+def test_methods_add_up(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    lines = ["distill=[defeat,ssim]", "distill.losses.ssim.neck.foreground=2", f"teacher.weights={tiny_teacher}", *TINY]
+    assert cli(["train", *lines, "hydra.run.dir=run"]) == 0
+    terms = summary(tmp_path / "run")["terms"]
+    assert {"term/defeat/neck.foreground", "term/defeat/neck.background", "term/ssim/neck.foreground"} <= terms.keys()
+    assert terms["loss/ssim/neck.foreground"] == pytest.approx(2 * terms["term/ssim/neck.foreground"])
+
+
 @pytest.mark.parametrize("option", ["none", "defeat"])
 def test_an_inheriting_student_starts_from_the_teacher_s_neck_and_heads(
     option: str, cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -139,6 +139,19 @@ class LossGrid:
         for name, value in self.run(loss, *pair).items():
             assert value.item() == pytest.approx(self.twice * once[name].item(), rel=1e-9), name
 
+    def test_each_term_falls_when_only_it_is_minimised(self) -> None:
+        loss = self.loss(self.student, self.teacher)
+        for term in loss.weights:
+            student, teacher = self.views(OBJECTS)
+            value = first = self.run(loss, student, teacher)[term]
+            optimizer = torch.optim.Adam(student.leaves(), lr=0.02)
+            for _ in range(5):
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                value = loss(student, teacher)[term]
+            assert value < first, f"{term}: from {first.item()} to {value.item()}"
+
     def test_draws_leave_the_global_stream_alone_and_depend_on_the_seed(self) -> None:
         state = torch.get_rng_state()
         first = self.adapted(self.student, self.teacher)

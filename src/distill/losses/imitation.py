@@ -51,6 +51,7 @@ class MapImitation(nn.Module):
         adapter: ``kernel``, ``start``, ``relu``, as `distill.adapters` has them.
         error: what is compared.
         count: a key of `COUNTS`: the normalisation.
+        over_levels: ``mean`` or ``sum``.
         seed: of the adapters' start values.
 
     Raises:
@@ -66,6 +67,7 @@ class MapImitation(nn.Module):
         adapter: Mapping[str, Any] = ADAPTER,
         error: Error = squared_error,
         count: str = "half_mse",
+        over_levels: str = "mean",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -74,6 +76,8 @@ class MapImitation(nn.Module):
         self.place, self.error, self.count = place, error, COUNTS[count]
         self.channels = dict(student)
         self.levels = base.shared_levels(place, student, teacher, levels)
+        # `DistillLoss.average` takes the mean over levels.
+        self.factor = {"mean": 1, "sum": len(self.levels)}[over_levels]
         how = base.options("adapter", adapter, ADAPTER)
         self.adapters = adapters(student, teacher, self.levels, seed=base.derive(seed, place), **how)
         self.reweigh: Mapping[str, Reweigh] | None = None
@@ -94,7 +98,8 @@ class MapImitation(nn.Module):
             if self.reweigh is not None:
                 error = channels * self.reweigh[str(level)](student[level], error / channels)
             for part, mask in parts.items():
-                shares[f"{self.place}.{part}"].append(masked(error, mask[level], self.count(channels)))
+                total, count = masked(error, mask[level], self.count(channels))
+                shares[f"{self.place}.{part}"].append((self.factor * total, count))
         return shares
 
 
