@@ -93,7 +93,7 @@ def test_golden_backbone_through_the_whole_loss() -> None:
     ],
 )
 def test_golden_divergence(temperature: float, positive: float, negative: float, every: float) -> None:
-    value = defeat.divergence(ramp((6, 5), 0.3, 0, 2), ramp((6, 5), 0.2, 1, 2), temperature)
+    value = base.divergence(ramp((6, 5), 0.3, 0, 2), ramp((6, 5), 0.2, 1, 2), temperature)
     # The reference's background is its last label, 4; ours is 0.
     members = defeat.groups([torch.tensor([1, 4, 0]), torch.tensor([0, 0, 0])])
     found = [(value[members[group]].mean().item()) for group in ("positive", "negative", "all")]
@@ -288,7 +288,7 @@ def test_regions_come_with_their_own_labels() -> None:
     for source in ("teacher", "student"):
         view = {"teacher": teacher, "student": student}[source]
         found = proposals_loss(positive=1, temperature_positive=2, source=source)(student, teacher)
-        kl = defeat.divergence(student.roi_logits([])[0], teacher.roi_logits([])[0], 2)
+        kl = base.divergence(student.roi_logits([])[0], teacher.roi_logits([])[0], 2)
         positive = torch.cat(view.rois.labels) > 0
         values[source] = found["proposals.positive"].item()
         assert values[source] == pytest.approx(kl[positive].mean().item())

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.classes import match_classes
+from distill.precision import full
 from distill.schedules import Ramp
 from distill.types import DistillError, Facts, Size, View
 
@@ -188,6 +190,13 @@ def class_columns(name: str, student: Facts, teacher: Facts) -> Tensor | None:
     remedy = f"choose another teacher, or set the weights of {name} to 0"
     columns = match_classes(student.classes, teacher.classes, remedy)
     return None if student.classes == teacher.classes else torch.tensor(columns)
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """tau^2 KL(softmax(T / tau) || softmax(S / tau)) over the last axis: (..., K) -> (...)."""
+    log_p = F.log_softmax(full(student) / temperature, dim=-1)
+    log_q = F.log_softmax(full(teacher.detach()) / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
 def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:

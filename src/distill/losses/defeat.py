@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill import masks
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
 from distill.losses.imitation import MapImitation, parts
-from distill.precision import full
 from distill.types import DistillError, Facts, View
 
 NECK = {"foreground": 4.0, "background": 16.0, "levels": None}
@@ -31,13 +29,6 @@ PROPOSALS = {
 }
 ADAPTER = {"kernel": 3, "start": "defeat", "neck_relu": False, "backbone_relu": True}
 MASK = {"kind": "ground_truth", "scale": 56.0, "threshold": 0.5}
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """tau^2 KL(softmax(T / tau) || softmax(S / tau)) of each region; logits (R, K+1) -> (R,)."""
-    log_p = F.log_softmax(full(student) / temperature, dim=1)
-    log_q = F.log_softmax(full(teacher.detach()) / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
 
 
 def groups(labels: Sequence[Tensor], seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -160,6 +151,6 @@ class DeFeat(DistillLoss):
         members = groups(regions.labels, self.seeds(student.batch.ids) if self.subsample else None)
         shares: dict[str, list[Share]] = {}
         for group, temperature in self.temperatures.items():
-            total = (members[group] * divergence(ours, theirs, temperature)).sum()
+            total = (members[group] * base.divergence(ours, theirs, temperature)).sum()
             shares[f"proposals.{group}"] = [(total, members[group].sum())]
         return shares

@@ -17,6 +17,7 @@ from distill.adapters import adapter as one_adapter
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
 from distill.losses.imitation import MapImitation, squared_error
+from distill.precision import full
 from distill.types import DistillError, Facts, Pyramid, View
 
 NODES = {"foreground": 0.5, "background": 0.5, "alpha": 7.5, "predicted": 0.0}
@@ -56,7 +57,7 @@ def background_nodes(error: Tensor, foreground: Tensor, alpha: float | None) -> 
 
 def similarity(x: Tensor) -> Tensor:
     """Cosines between the nodes of one image: (R, C, h, w) -> (R, R)."""
-    nodes = F.normalize(base.full(x).flatten(1), eps=1e-12)
+    nodes = F.normalize(full(x).flatten(1), eps=1e-12)
     return nodes @ nodes.T
 
 
@@ -69,19 +70,12 @@ def edges(student: Tensor, teacher: Tensor, member: Tensor) -> Tensor:
 
 def mined(logits: Tensor, threshold: float) -> Tensor:
     """Regions whose cross-entropy with background reaches the threshold, by the teacher; logits (R, K+1) -> (R,)."""
-    return -F.log_softmax(base.full(logits), dim=1)[:, 0] >= threshold
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """tau^2 KL(softmax(T / tau) || softmax(S / tau)) over the last axis: (..., K) -> (...)."""
-    log_p = F.log_softmax(base.full(student) / temperature, dim=-1)
-    log_q = F.log_softmax(base.full(teacher.detach()) / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    return -F.log_softmax(full(logits), dim=1)[:, 0] >= threshold
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
     """L1 distance of box deltas: (..., 4) -> (...)."""
-    return (base.full(student) - base.full(teacher.detach())).abs().sum(-1)
+    return (full(student) - full(teacher.detach())).abs().sum(-1)
 
 
 def over_anchors(maps: Pyramid, columns: int) -> Tensor:
@@ -290,7 +284,7 @@ class DSIG(DistillLoss):
         base.check_shapes("logits (R, K+1)", ours, theirs, REMEDY)
         labels, shares = torch.cat(regions.labels), {}
         if "logits.classes" in self.weights:
-            total = divergence(ours, theirs, self.temperature).sum()
+            total = base.divergence(ours, theirs, self.temperature).sum()
             shares["logits.classes"] = total, torch.full_like(total, ours.numel())
         if "logits.boxes" in self.weights:
             theirs = base.deltas_of(their_deltas, labels if columns is None else columns[labels])
@@ -306,7 +300,7 @@ class DSIG(DistillLoss):
             theirs = theirs if self.columns is None else theirs[..., self.columns[1:] - 1]  # no column of background
             base.check_shapes("logits.classes (B, anchors, K)", ours, theirs, REMEDY)
             valid = labels >= 0
-            total = (valid * divergence(ours, theirs, self.temperature)).sum()
+            total = (valid * base.divergence(ours, theirs, self.temperature)).sum()
             shares["logits.classes"] = total, ours.shape[-1] * valid.sum()
         if "logits.boxes" in self.weights:
             ours, theirs = (over_anchors(view.deltas, 4) for view in (student, teacher))

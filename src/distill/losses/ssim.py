@@ -14,6 +14,7 @@ from distill import masks
 from distill.losses import base
 from distill.losses.base import DistillLoss
 from distill.losses.imitation import MapImitation, parts
+from distill.precision import full
 from distill.types import DistillError, Facts, View
 
 ERRORS = ("ssim", "l1", "l2")
@@ -142,8 +143,8 @@ class Dissimilarity:
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(B, C, H, W) twice -> (B, H, W), in float32 at least, under autocast too: half a precision hides flat maps."""
         with torch.autocast(student.device.type, enabled=False):
-            ours = rescaled(base.full(student), self.normalize)
-            theirs = rescaled(base.full(teacher.detach()), self.normalize)
+            ours = rescaled(full(student), self.normalize)
+            theirs = rescaled(full(teacher.detach()), self.normalize)
             if self.error == "l1":
                 return (ours - theirs).abs().sum(1)
             if self.error == "l2":
