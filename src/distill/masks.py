@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 
 from distill.types import DistillError, Size, View
 
-KINDS = ("ground_truth", "fine_grained", "gaussian", "random", "none")
+KINDS = ("ground_truth", "fine_grained", "fine_grained_all_levels", "gaussian", "random", "none")
 Masks = dict[int, Tensor]
 
 
@@ -29,9 +29,10 @@ class Mask:
     """A kind of mask with its options, called on a View for the ground truth of its batch.
 
     Args:
-        kind: ``ground_truth``, ``fine_grained``, ``gaussian``, ``random`` or ``none``: the functions below.
+        kind: ``ground_truth``, ``fine_grained``, ``fine_grained_all_levels``, ``gaussian``, ``random`` or ``none``: the
+            functions below.
         scale: of the level rule, in pixels.
-        threshold: of ``fine_grained``.
+        threshold: of the fine-grained ones.
     """
 
     kind: str = "ground_truth"
@@ -51,6 +52,8 @@ class Mask:
         boxes = [target.boxes for target in view.batch.targets]
         if self.kind == "fine_grained":
             return fine_grained(boxes, view.anchors, sizes, self.threshold, self.scale)
+        if self.kind == "fine_grained_all_levels":
+            return fine_grained_all_levels(boxes, view.anchors, sizes, self.threshold)
         if self.kind == "gaussian":
             return gaussian(boxes, sizes, self.scale)
         if self.kind == "none":
@@ -143,6 +146,25 @@ def fine_grained(
 def _above(iou: Tensor, threshold: float) -> Tensor:
     """(anchors, N) -> (anchors,): anchors that come near enough to the best one of any box."""
     return (iou > threshold * iou.amax(0)).any(-1)
+
+
+def fine_grained_all_levels(
+    boxes: Sequence[Tensor], anchors: Mapping[int, Tensor], sizes: Mapping[int, Size], threshold: float = 0.5
+) -> Masks:
+    """:func:`fine_grained` without a level rule: the best IoU of a box is over the anchors of all levels of `sizes`.
+
+    Source: the rerun of FGFI in Zheng et al., "Localization Distillation", CVPR 2022 (there with one anchor per cell).
+    """
+    padded, valid = _pad(boxes)
+    flat = torch.cat([anchors[stride] for stride in sizes])
+    on = torch.stack(
+        [_above(box_iou(flat, image) * real, threshold) for image, real in zip(padded, valid, strict=True)]
+    )
+    levels = torch.split(on, [len(anchors[stride]) for stride in sizes], dim=1)
+    return {
+        stride: level.view(len(level), height, width, -1).any(-1).float()
+        for (stride, (height, width)), level in zip(sizes.items(), levels, strict=True)
+    }
 
 
 def random(like: Masks, seeds: Sequence[int]) -> Masks:
