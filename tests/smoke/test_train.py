@@ -22,7 +22,8 @@ def test_every_distill_option_trains(option: str, cli: Cli, tiny_teacher: Path, 
     lines = [f"distill={option}", f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]
     assert cli(["train", *lines]) == 0
     report = summary(tmp_path / "run")
-    assert any(name.startswith("term/defeat") for name in report["terms"])
+    losses = config.composed([f"distill={option}"]).distill.losses
+    assert all(any(name.startswith(f"term/{loss}/") for name in report["terms"]) for loss in losses)
     assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
     assert report["teacher"]["source"] == str(tiny_teacher)
 
