@@ -14,7 +14,7 @@ from torch import nn
 from distill.types import DistillError
 
 KERNELS = (1, 3, None)
-STARTS = ("defeat", "default")
+STARTS = ("defeat", "fgfi", "default")
 
 
 def adapter(
@@ -29,7 +29,7 @@ def adapter(
         relu: whether a ReLU follows the convolution.
         start: ``default`` is torch's own: weights and bias uniform within 1/sqrt(fan in). ``defeat`` draws the weights
             from N(0, 1), takes the remainder by 2 and multiplies by 1e-4 (DeFeat's and FGFI's released code), so that
-            the adapter starts near 0.
+            the adapter starts near 0. ``fgfi`` has these weights and a bias of 0.
         seed: decides the start values, alone.
 
     Raises:
@@ -73,8 +73,8 @@ def _start(convolution: nn.Conv2d, start: str, generator: torch.Generator) -> No
     assert bias is not None
     bound = 1 / math.sqrt(weight[0].numel())
     with torch.no_grad():
-        if start == "defeat":
-            weight.normal_(generator=generator).fmod_(2).mul_(1e-4)
-        else:
+        if start == "default":
             weight.uniform_(-bound, bound, generator=generator)
-        bias.uniform_(-bound, bound, generator=generator)
+        else:
+            weight.normal_(generator=generator).fmod_(2).mul_(1e-4)
+        bias.uniform_(-bound, bound, generator=generator).mul_(start != "fgfi")

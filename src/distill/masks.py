@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 
 from distill.types import DistillError, Size, View
 
-KINDS = ("ground_truth", "fine_grained", "gaussian", "random", "none")
+KINDS = ("ground_truth", "fine_grained", "fine_grained_all_levels", "gaussian", "random", "none")
 Masks = dict[int, Tensor]
 
 
@@ -29,9 +29,10 @@ class Mask:
     """A kind of mask with its options, called on a View for the ground truth of its batch.
 
     Args:
-        kind: ``ground_truth``, ``fine_grained``, ``gaussian``, ``random`` or ``none``: the functions below.
+        kind: ``ground_truth``, ``fine_grained``, ``fine_grained_all_levels``, ``gaussian``, ``random`` or ``none``: the
+            functions below.
         scale: of the level rule, in pixels.
-        threshold: of ``fine_grained``.
+        threshold: of the fine-grained ones.
     """
 
     kind: str = "ground_truth"
@@ -50,8 +51,9 @@ class Mask:
         """The masks of maps of these sizes (stride -> cells, finest first); `seeds`, one an image, for ``random``."""
         boxes = [target.boxes for target in view.batch.targets]
         if self.kind == "fine_grained":
-            anchors = pseudo_anchors(view.anchors) if view.facts.anchor_free else view.anchors
-            return fine_grained(boxes, anchors, sizes, self.threshold, self.scale)
+            return fine_grained(boxes, _anchors(view), sizes, self.threshold, self.scale)
+        if self.kind == "fine_grained_all_levels":
+            return fine_grained_all_levels(boxes, _anchors(view), sizes, self.threshold)
         if self.kind == "gaussian":
             return gaussian(boxes, sizes, self.scale)
         if self.kind == "none":
@@ -64,6 +66,10 @@ class Mask:
         finest = min(view.facts.neck)
         whole = self(view, {finest: _size(view.neck[finest])}, seeds)[finest][:, None]
         return {stage: F.interpolate(whole, size)[:, 0] for stage, size in sizes.items()}
+
+
+def _anchors(view: View) -> Mapping[int, Tensor]:
+    return pseudo_anchors(view.anchors) if view.facts.anchor_free else view.anchors
 
 
 def _size(x: Tensor) -> Size:
@@ -156,6 +162,25 @@ def pseudo_anchors(points: Mapping[int, Tensor], side: float = 8.0) -> dict[int,
 def _above(iou: Tensor, threshold: float) -> Tensor:
     """(anchors, N) -> (anchors,): anchors that come near enough to the best one of any box."""
     return (iou > threshold * iou.amax(0)).any(-1)
+
+
+def fine_grained_all_levels(
+    boxes: Sequence[Tensor], anchors: Mapping[int, Tensor], sizes: Mapping[int, Size], threshold: float = 0.5
+) -> Masks:
+    """:func:`fine_grained` without a level rule: the best IoU of a box is over the anchors of all levels of `sizes`.
+
+    Source: the rerun of FGFI in Zheng et al., "Localization Distillation", CVPR 2022 (there with one anchor per cell).
+    """
+    padded, valid = _pad(boxes)
+    flat = torch.cat([anchors[stride] for stride in sizes])
+    on = torch.stack(
+        [_above(box_iou(flat, image) * real, threshold) for image, real in zip(padded, valid, strict=True)]
+    )
+    levels = torch.split(on, [len(anchors[stride]) for stride in sizes], dim=1)
+    return {
+        stride: level.view(len(level), height, width, -1).any(-1).float()
+        for (stride, (height, width)), level in zip(sizes.items(), levels, strict=True)
+    }
 
 
 def random(like: Masks, seeds: Sequence[int]) -> Masks:

@@ -40,6 +40,12 @@ def test_defeat_start_is_small_with_torchs_bias() -> None:
     assert 0.9 * bound < bias.abs().max() <= bound
 
 
+def test_fgfi_start_is_defeats_with_a_bias_of_zero() -> None:
+    weight, bias = weight_and_bias(adapter(8, 4, 3, start="fgfi", seed=3))
+    assert torch.equal(weight, weight_and_bias(adapter(8, 4, 3, start="defeat", seed=3))[0])
+    assert not bias.any()
+
+
 def test_default_start_is_torchs_distribution() -> None:
     ours, bias = weight_and_bias(adapter(64, 128, 3, start="default"))
     with torch.random.fork_rng():

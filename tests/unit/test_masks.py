@@ -197,6 +197,26 @@ def test_pseudo_anchors_are_squares_of_eight_strides_around_each_point() -> None
     assert 0 < built[8].sum() < masks.fine_grained([truth.boxes], view.anchors, grid)[8].sum()
 
 
+@pytest.mark.parametrize("psi", [0.0, 0.5, 0.9])
+def test_fine_grained_on_all_levels_equals_slow_loops(psi: float) -> None:
+    grid, boxes = sizes((8, 16, 32), 96, 160), drawn(4, 5)
+    all_anchors = {stride: anchors(*size, stride, 2) for stride, size in grid.items()}
+    found = masks.fine_grained_all_levels(boxes, all_anchors, grid, psi)
+    expected = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
+    for image, each in enumerate(boxes):
+        for box in each.tolist():
+            overlaps = {s: [iou(anchor, box) for anchor in rows.tolist()] for s, rows in all_anchors.items()}
+            best = max(max(level) for level in overlaps.values())
+            for stride, level in overlaps.items():
+                for index, overlap in enumerate(level):
+                    if overlap > psi * best:
+                        row, column = divmod(index // 2, grid[stride][1])
+                        expected[stride][image, row, column] = 1
+    for stride in grid:
+        assert torch.equal(found[stride], expected[stride])
+    assert all(mask[:2].any() and not mask[2].any() for mask in found.values()) or psi == 0.9
+
+
 def test_random_keeps_the_amount_and_moves_the_place() -> None:
     like = masks.ground_truth(drawn(5, 8), grid := sizes((4, 8), 96, 160))
     before = torch.get_rng_state()
@@ -238,9 +258,9 @@ def test_build(kind: str) -> None:
         assert found[stride].dtype == torch.float32
         assert found[stride].min() >= 0
         assert found[stride].max() <= 1
-    assert found[4][0].any()
+    assert found[8 if kind == "fine_grained_all_levels" else 4][0].any()
     assert bool(found[4][1].any()) == (kind == "none")
-    assert view.reads == ({"anchors"} if kind == "fine_grained" else set())
+    assert view.reads == ({"anchors"} if kind.startswith("fine_grained") else set())
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class MapImitation(nn.Module):
         self.factor = {"mean": 1, "sum": len(self.levels)}[over_levels]
         how = base.options("adapter", adapter, ADAPTER)
         self.adapters = adapters(student, teacher, self.levels, seed=base.derive(seed, place), **how)
-        self.reweigh: Mapping[str, Reweigh] | None = None
+        self.reweigh: Mapping[str, Reweigh] | nn.ModuleDict | None = None
 
     def sizes(self, maps: Pyramid) -> dict[int, Size]:
         """Stride -> (height, width) of the levels that are compared."""
@@ -114,7 +114,7 @@ class RegionImitation(nn.Module):
         how = base.options("adapter", adapter, ADAPTER)
         self.place, self.channels = place, student
         self.adapter = one_adapter(student, teacher, seed=base.derive(seed, place), **how)
-        self.reweigh: Reweigh | None = None
+        self.reweigh: Reweigh | nn.Module | None = None
 
     def forward(self, student: Tensor, teacher: Tensor) -> Share:
         """(R, C, h, w) of both -> half the mean over elements, summed over regions, and their number."""

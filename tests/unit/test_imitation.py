@@ -1,0 +1,147 @@
+"""The frame of map and region imitation alone: what the counts mean, the hook, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.losses.imitation import COUNTS, MapImitation, RegionImitation, masked, parts, squared_error
+from distill.types import DistillError
+
+NONE = {"kernel": None}
+CHANNELS = {8: 5, 16: 5}
+
+
+def maps(seed: int, channels: int = 5) -> dict[int, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        stride: torch.randn(2, channels, 32 // stride, 24 // stride, generator=generator, dtype=torch.float64)
+        for stride in CHANNELS
+    }
+
+
+def some_cells() -> dict[int, Tensor]:
+    mask = {stride: torch.zeros(2, 32 // stride, 24 // stride) for stride in CHANNELS}
+    mask[8][0, 1, 2] = mask[8][1, 3, 0] = mask[16][1, 0, 0] = 1
+    mask[8][0, 0, 0] = 0.25
+    return mask
+
+
+@pytest.mark.parametrize("count", list(COUNTS))
+def test_counts_are_the_mean_its_half_and_half_the_norm_of_a_cell(count: str) -> None:
+    student, teacher, mask = maps(1), maps(2), some_cells()
+    shares = MapImitation("neck", CHANNELS, CHANNELS, adapter=NONE, count=count)(student, teacher, {"on": mask})
+    assert list(shares) == ["neck.on"]
+    for stride, (total, number) in zip(CHANNELS, shares["neck.on"], strict=True):
+        weighed, cells = 0.0, 0.0
+        for image in range(2):
+            for row in range(32 // stride):
+                for column in range(24 // stride):
+                    m = mask[stride][image, row, column].item()
+                    difference = student[stride][image, :, row, column] - teacher[stride][image, :, row, column]
+                    squares = [d**2 for d in difference.tolist()]
+                    cell = {"mse": sum(squares) / 5, "half_mse": sum(squares) / 10, "half_l2": sum(squares) / 2}[count]
+                    weighed, cells = weighed + m * cell, cells + m
+        assert (total / number).item() == pytest.approx(weighed / cells)
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    error, mask = squared_error(maps(1)[8], maps(2)[8]), some_cells()
+    halves = parts(mask, ["foreground", "background"])
+    total = sum(masked(error, part[8], 2)[0].item() for part in halves.values())
+    assert total == pytest.approx(error.sum().item())
+    assert list(parts(mask, ["background"])) == ["background"]
+
+
+def test_maps_of_a_level_that_is_left_out_are_not_compared() -> None:
+    student, teacher = maps(1), maps(2)
+    imitation = MapImitation("neck", CHANNELS, CHANNELS, levels=[16], adapter=NONE)
+    del student[8], teacher[8]
+    assert imitation.sizes(student) == {16: (2, 1)}
+    assert len(imitation(student, teacher, {"on": some_cells()})["neck.on"]) == 1
+
+
+def test_reweigh_sees_the_bare_feature_and_the_mean_error_of_each_cell() -> None:
+    student = {stride: x[:, :3].float() for stride, x in maps(1).items()}
+    teacher = {stride: x.float() for stride, x in maps(2).items()}
+    imitation = MapImitation("neck", {8: 3, 16: 3}, CHANNELS, count="half_mse")
+    plain = imitation(student, teacher, {"on": some_cells()})["neck.on"]
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def hook(stride: int) -> object:
+        def weigh(feature: Tensor, error: Tensor) -> Tensor:
+            seen[stride] = feature, error
+            return 3 * error
+
+        return weigh
+
+    imitation.reweigh = {str(stride): hook(stride) for stride in CHANNELS}  # type: ignore[misc]
+    weighed = imitation(student, teacher, {"on": some_cells()})["neck.on"]
+    for stride, before, after in zip(CHANNELS, plain, weighed, strict=True):
+        feature, error = seen[stride]
+        assert feature is student[stride]
+        adapted = imitation.get_submodule(f"adapters.{stride}")(feature)
+        torch.testing.assert_close(error, (adapted - teacher[stride]).square().mean(1))
+        torch.testing.assert_close(after[0], 3 * before[0])
+        assert torch.equal(after[1], before[1])
+
+
+def test_regions_are_half_their_mean_squared_error_and_their_number() -> None:
+    student, teacher = (torch.randn(4, 5, 7, 7, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    imitation = RegionImitation("regions", 5, 5, NONE)
+    total, number = imitation(student, teacher)
+    expected = sum((s - t).square().mean().item() / 2 for s, t in zip(student, teacher, strict=True))
+    assert total.item() == pytest.approx(expected)
+    assert number == 4
+    seen: list[Tensor] = []
+
+    def weigh(feature: Tensor, error: Tensor) -> Tensor:
+        seen.extend((feature, error))
+        return error * torch.tensor([1.0, 0, 0, 0])
+
+    imitation.reweigh = weigh
+    assert imitation(student, teacher)[0].item() == pytest.approx((student - teacher)[0].square().mean().item() / 2)
+    assert seen[0] is student
+    assert seen[1].shape == (4,)
+
+
+def test_no_region_is_an_attached_zero() -> None:
+    student = torch.zeros(0, 3, 7, 7, requires_grad=True)
+    imitation = RegionImitation("regions", 3, 5)
+    total, number = imitation(student, torch.zeros(0, 5, 7, 7))
+    assert total.item() == number.item() == 0
+    total.backward()
+    assert all(parameter.grad is not None for parameter in imitation.parameters())
+
+
+def test_another_error_is_taken_for_the_squared_one() -> None:
+    imitation = MapImitation(
+        "neck", CHANNELS, CHANNELS, adapter=NONE, count="mse", error=lambda s, t: (s - t).abs().sum(1)
+    )
+    ones = {stride: torch.ones_like(x[:, 0]) for stride, x in maps(1).items()}
+    total, number = imitation(maps(1), maps(2), {"on": ones})["neck.on"][0]
+    assert (total / number).item() == pytest.approx((maps(1)[8] - maps(2)[8]).abs().mean().item())
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(DistillError, match="neck: expected a normalisation of mse, half_mse, half_l2, got 'mean'"):
+        MapImitation("neck", CHANNELS, CHANNELS, count="mean")
+    with pytest.raises(DistillError, match=r"neck.levels: .* shared are \[8, 16\]"):
+        MapImitation("neck", CHANNELS, CHANNELS, levels=[4])
+    with pytest.raises(DistillError, match="the student has 5 channels and the teacher 6"):
+        MapImitation("neck", CHANNELS, {8: 6, 16: 6}, adapter=NONE)
+    with pytest.raises(DistillError, match="adapter: unknown option 'kernal'"):
+        RegionImitation("regions", 5, 5, {"kernal": 1})
+    with pytest.raises(DistillError, match="the student has 5 channels and the teacher 6"):
+        RegionImitation("regions", 5, 6, NONE)
+
+
+def test_unequal_shapes_name_the_place_and_the_level() -> None:
+    short = {**maps(2), 16: maps(2)[16][..., :1, :]}
+    with pytest.raises(
+        DistillError, match=r"neck, stride 16: .*\(2, 5, 2, 1\).*Leave this stride out with neck.levels"
+    ):
+        MapImitation("neck", CHANNELS, CHANNELS, adapter=NONE)(maps(1), short, {"on": some_cells()})
+    with pytest.raises(DistillError, match=r"regions .*\(3, 5, 7, 7\).*\(2, 5, 7, 7\)"):
+        RegionImitation("regions", 5, 5, NONE)(torch.zeros(3, 5, 7, 7), torch.zeros(2, 5, 7, 7))

@@ -1,0 +1,365 @@
+"""PAD: slow oracles with variances that are not 0, the start, the warm-up, and which losses can be wrapped."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fake_view import STRIDES, FakeView, batch, equal_views, facts, random_view
+from loss_grid import OBJECTS, LossGrid
+from test_defeat import part_of, scene
+from test_fgfi import AnchorsFollowMaps
+from test_masks import slow_fine_grained
+from torch import Tensor, nn
+
+from distill.cli import config
+from distill.losses.base import DistillLoss
+from distill.losses.defeat import DeFeat
+from distill.losses.fgfi import FGFI
+from distill.losses.imitation import MapImitation
+from distill.losses.mimic import Mimic
+from distill.losses.pad import PAD, Variance, reweighed
+from distill.types import DistillError, Facts, View
+
+NONE = {"kernel": None}
+BOTH: dict[str, Any] = {"neck": {"all": 2}}
+
+
+def variances(loss: nn.Module) -> dict[str, Variance]:
+    return {name: part for name, part in loss.named_modules() if isinstance(part, Variance)}
+
+
+def drawn(loss: DistillLoss) -> DistillLoss:
+    """With variances that are not 0."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for part in variances(loss).values():
+            for parameter in part.parameters():
+                parameter.normal_(0, 0.3, generator=generator)
+    return loss
+
+
+def slow_v(part: Variance, cell: list[float]) -> float:
+    return part.bias.item() + sum(w * x for w, x in zip(part.weight.flatten().tolist(), cell, strict=True))
+
+
+def slow_error(student: list[float], teacher: list[float]) -> float:
+    return sum((s - t) ** 2 for s, t in zip(student, teacher, strict=True)) / len(student)
+
+
+def slow_weighed(error: float, v: float) -> float:
+    return error / (1e-6 + math.exp(v)) + v
+
+
+def slow_map(part: Variance, student: Tensor, teacher: Tensor, mask: Tensor) -> float:
+    """Half the mean over the cells that are on."""
+    values = []
+    for image, row, column in mask.nonzero().tolist():
+        s, t = student[image, :, row, column].tolist(), teacher[image, :, row, column].tolist()
+        values.append(slow_weighed(slow_error(s, t), slow_v(part, s)))
+    return sum(values) / 2 / max(1, len(values))
+
+
+def slow_region(part: Variance, student: Tensor, teacher: Tensor) -> float:
+    cells = student.flatten(1).T.tolist()
+    error = slow_error(student.flatten().tolist(), teacher.flatten().tolist())
+    return slow_weighed(error, sum(slow_v(part, cell) for cell in cells) / len(cells)) / 2
+
+
+class TestPADOfMimic(LossGrid):
+    """At its start, where its minimum is the wrapped loss's."""
+
+    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+        return PAD(student, teacher, partial(Mimic, **BOTH, adapter=NONE))
+
+    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+        return PAD(student, teacher, partial(Mimic, **BOTH))
+
+    def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
+        maps, pooled = variances(loss.get_submodule("of.maps")), variances(loss.get_submodule("of.regions"))["reweigh"]
+        levels = [
+            slow_map(maps[f"reweigh.{s}"], x, teacher.neck[s], torch.ones_like(x[:, 0]))
+            for s, x in student.neck.items()
+        ]
+        features = zip(student.roi_features([]), teacher.roi_features([]), strict=True)
+        regions = [slow_region(pooled, s, t) for s, t in features]
+        return {"regions.all": sum(regions) / max(1, len(regions)), "neck.all": sum(levels) / 5}
+
+
+class TestPADOfMimicOnItsWay(TestPADOfMimic):
+    """With variances that are not 0: equal features leave the mean of v / 2, which the features decide."""
+
+    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+        return drawn(super().loss(student, teacher))
+
+    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+        return drawn(super().adapted(student, teacher))
+
+    def test_is_at_its_minimum_when_student_equals_teacher(self) -> None:
+        student, _ = self.views(OBJECTS)
+        loss = self.loss(self.student, self.student)
+        values = self.run(loss, student, equal_views(student))
+        part = variances(loss)["of.regions.reweigh"]
+        v = [slow_v(part, cell) for each in student.roi_features([]) for cell in each.flatten(1).T.tolist()]
+        assert values["regions.all"].item() == pytest.approx(sum(v) / len(v) / 2)
+
+
+class TestPADOfFGFI(AnchorsFollowMaps):
+    student = teacher = facts(two_stage=False, strides=(8, 16, 32, 64, 128), anchors=2)
+
+    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+        return PAD(student, teacher, partial(FGFI, adapter=NONE))
+
+    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+        return drawn(PAD(student, teacher, FGFI))
+
+    def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
+        grid = {stride: (x.shape[2], x.shape[3]) for stride, x in student.neck.items()}
+        boxes = [target.boxes for target in student.batch.targets]
+        masks = slow_fine_grained(boxes, student.anchors, grid, 0.5)
+        parts = variances(loss.get_submodule("of.maps.neck"))
+        levels = [slow_map(parts[f"reweigh.{s}"], student.neck[s], teacher.neck[s], masks[s]) for s in grid]
+        return {"neck.foreground": sum(levels) / 5}
+
+
+def pair(dtype: torch.dtype = torch.float32) -> tuple[FakeView, FakeView]:
+    return random_view(batch(OBJECTS), facts(), 1, dtype=dtype), random_view(batch(OBJECTS), facts(), 2, dtype=dtype)
+
+
+WRAPPED = {
+    "mimic": partial(Mimic, **BOTH),
+    "fgfi": FGFI,
+    "original": partial(FGFI, normalization="half_l2", adapter={"relu": True}),
+    "defeat": partial(DeFeat, proposals={"positive": 1, "negative": 2}, backbone={"foreground": 1}),
+}
+
+
+@pytest.mark.parametrize("of", WRAPPED.values(), ids=WRAPPED)
+def test_starts_as_the_wrapped_loss_and_keeps_its_terms(of: Any) -> None:
+    plain, padded = of(student=facts(), teacher=facts(), seed=3), PAD(facts(), facts(), partial(of, seed=3))
+    assert padded.weights == plain.weights
+    assert padded.ramp == plain.ramp
+    expected = plain(*pair())
+    for name, value in padded(*pair()).items():
+        assert value.item() == pytest.approx(expected[name].item(), rel=2e-6), name
+    assert not list(variances(plain))
+    assert len(variances(padded)) == {WRAPPED["mimic"]: 5 + 1, WRAPPED["defeat"]: 5 + 3}.get(of, 5)
+
+
+def test_variances_are_trained_with_the_loss_and_forgotten_by_no_checkpoint() -> None:
+    loss = drawn(PAD(facts(), facts(), FGFI))
+    state = loss.state_dict()
+    assert sum("reweigh" in name for name in state) == 2 * 5
+    again = PAD(facts(), facts(), FGFI)
+    again.load_state_dict(state)
+    assert again(*pair())["neck.foreground"].item() == loss(*pair())["neck.foreground"].item()
+
+
+def test_the_best_variance_is_the_error_itself() -> None:
+    """d/dv (e / exp(v) + v) = 0 at v = log e, where the value is 1 + log e: the scale of the error does not matter."""
+    for error in (0.01, 1.0, 50.0):
+        v = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        for _ in range(2000):
+            (gradient,) = torch.autograd.grad(reweighed(torch.tensor(error), v), v)
+            with torch.no_grad():
+                v -= 0.01 * gradient
+        assert v.item() == pytest.approx(math.log(error), abs=0.01)
+        assert reweighed(torch.tensor(error), v).item() == pytest.approx(1 + math.log(error), abs=0.01)
+
+
+@pytest.mark.parametrize("v", [-300.0, -20.0, 0.0, 20.0, 90.0, 1000.0])
+def test_extreme_variances_stay_finite_with_their_gradients(v: float) -> None:
+    variance, error = torch.tensor(v, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    value = reweighed(error, variance)
+    gradients = torch.autograd.grad(value, (variance, error))
+    assert value.isfinite()
+    assert all(each.isfinite() for each in gradients)
+    expected = v if v > 500 else 3.0 / (1e-6 + math.exp(v)) + v
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_during_the_warmup_it_is_the_plain_loss_and_still_attached() -> None:
+    plain = FGFI(facts(), facts())(*pair())["neck.foreground"].item()
+    loss = drawn(PAD(facts(), facts(), FGFI, warmup=2))
+    found = {}
+    for epoch in (0, 1, 2, 0):
+        loss.on_epoch_start(epoch, None, None, None)
+        found[epoch] = loss(*pair())["neck.foreground"]
+        loss.zero_grad()
+        found[epoch].backward()
+        gradients = [parameter.grad for part in variances(loss).values() for parameter in part.parameters()]
+        assert all(each is not None for each in gradients)
+        assert any(each.any() for each in gradients if each is not None) == (epoch == 2)
+    assert found[0].item() == found[1].item() == pytest.approx(plain, rel=2e-6)
+    assert found[2].item() != pytest.approx(plain, rel=1e-3)
+
+
+def test_before_the_first_epoch_the_warmup_has_begun() -> None:
+    assert {part.on for part in variances(PAD(facts(), facts(), FGFI, warmup=0.5)).values()} == {0.0}
+    assert {part.on for part in variances(PAD(facts(), facts(), FGFI)).values()} == {1.0}
+
+
+def test_the_wrapped_loss_hears_of_epochs_and_keeps_its_factors() -> None:
+    class Factored(FGFI):
+        heard: Any = None
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, ramp={"shape": "linear"})
+            self.supervised = {"loss_classifier": 0.5}
+
+        def on_epoch_start(self, epoch: int, data: Any, student: Any, teacher: Any) -> None:
+            super().on_epoch_start(epoch, data, student, teacher)
+            self.heard = epoch, data, student, teacher
+
+    loss = PAD(facts(), facts(), Factored)
+    assert loss.of.heard is None
+    loss.on_epoch_start(4, "data", "student", "teacher")
+    assert loss.of.heard == (4, "data", "student", "teacher")
+    assert loss.epoch == loss.of.epoch == 4
+    assert loss.supervised == {"loss_classifier": 0.5}
+    assert loss.ramp(0.5, 12) == 0.5
+
+
+def test_falls_when_it_alone_is_minimised_and_below_what_the_plain_loss_can_reach() -> None:
+    student, teacher = pair()
+    small = teacher.mapped(lambda x: 0.1 * x)  # errors well below 1, so their logarithms are negative
+    student = student.mapped(lambda x: 0.1 * x)
+    loss = PAD(facts(), facts(), partial(Mimic, **BOTH))
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.02)
+    values = []
+    for _ in range(100):
+        found = loss(student, small)
+        optimizer.zero_grad()
+        sum(found.values()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        values.append({name: value.item() for name, value in found.items()})
+    assert all(values[-1][name] < 0 < values[0][name] for name in values[0])
+
+
+# -- what can be wrapped
+
+
+class Angles(DistillLoss):
+    """Compares maps, but not by their squared error."""
+
+    def __init__(self, student: Facts, teacher: Facts) -> None:
+        super().__init__({"neck.all": 1.0})
+        self.maps = MapImitation("neck", student.neck, teacher.neck, error=lambda s, t: 1 - (s * t).sum(1))
+
+
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [
+        (Angles, "expected squared errors, but Angles compares the neck by another measure"),
+        (
+            partial(DeFeat, neck={"foreground": 0, "background": 0}, proposals={"all": 1}),
+            r"compares feature maps or pooled regions, got DeFeat with \['proposals.all'\]",
+        ),
+        (partial(PAD, of=FGFI), "PAD's neck is weighed already"),
+        ({"_target_": "distill.losses.fgfi.FGFI"}, "got a dict. In YAML give `of` a _target_ and _partial_"),
+        (partial(FGFI, neck={"levels": [2]}), "neck.levels"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused(of: Any, message: str) -> None:
+    with pytest.raises(DistillError, match=message):
+        PAD(facts(), facts(), of)
+
+
+@pytest.mark.parametrize("warmup", [-1, math.inf, math.nan, "long"])
+def test_a_warmup_is_a_number_of_epochs(warmup: Any) -> None:
+    with pytest.raises(DistillError, match=r"PAD.warmup: expected a number of epochs, 0 or more"):
+        PAD(facts(), facts(), FGFI, warmup)
+
+
+def test_a_wrapped_loss_without_weights_is_nothing() -> None:
+    loss = PAD(facts(), facts(), partial(FGFI, neck={"foreground": 0}))
+    assert loss(*pair()) == {}
+    assert not list(loss.parameters())
+
+
+# -- configuration
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "plain", "name"),
+    [("pad_mimic", "mimic_neck", "mimic"), ("pad_fgfi", "fgfi", "fgfi"), ("pad_fgfi_voc", "fgfi_voc", "fgfi")],
+)
+def test_options_wrap_just_what_the_plain_option_says(wrapper: str, plain: str, name: str) -> None:
+    ours = config.plain(config.composed([f"distill={wrapper}"]).distill)["losses"]["pad"]["of"]
+    assert ours.pop("_partial_") is True
+    assert ours == config.plain(config.composed([f"distill={plain}"]).distill)["losses"][name]
+
+
+def test_builds_from_its_option_takes_overrides_and_adds_up_with_defeat() -> None:
+    lines = ["distill=[defeat,pad_fgfi]", "distill.losses.pad.of.neck.foreground=2", "distill.losses.pad.warmup=1"]
+    losses = config.composed(lines).distill.losses
+    built = {str(name): config.build(node, student=facts(), teacher=facts()) for name, node in losses.items()}
+    assert built["pad"].weights == {"neck.foreground": 2}
+    assert built["pad"].warmup == 1
+    assert [list(loss(*pair())) for loss in built.values()] == [
+        ["neck.foreground", "neck.background"],
+        ["neck.foreground"],
+    ]
+    node = config.composed(["distill=pad_fgfi", "distill.losses.pad.of.mask.kind=nothing"]).distill.losses.pad
+    with pytest.raises(DistillError, match=r"mask.kind: expected one of"):
+        config.build(node, student=facts(), teacher=facts())
+
+
+# -- several processes: for Mimic, FGFI, and PAD around both
+
+
+def losses() -> dict[str, DistillLoss]:
+    known = facts(), facts()
+    return {
+        "mimic": Mimic(*known, **BOTH).double(),
+        "fgfi": FGFI(*known).double(),
+        "pad_mimic": drawn(PAD(*known, partial(Mimic, **BOTH))).double(),
+        "pad_fgfi": drawn(PAD(*known, FGFI)).double(),
+    }
+
+
+def gradients(rows: slice) -> dict[str, list[Tensor]]:
+    found = {}
+    for name, loss in losses().items():
+        views: list[View] = []
+        for view in scene():
+            part = part_of(view, rows)
+            part.stages["roi_features"] = part.stages["roi_features"][rows.start * 6 : rows.stop * 6]
+            views.append(part)
+        values = loss(*views)
+        sum(loss.weights[term] * value for term, value in values.items()).backward()  # type: ignore[union-attr]
+        found[name] = [parameter.grad for parameter in loss.parameters() if parameter.grad is not None]
+    return found
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = gradients(slice(2 * rank, 2 * rank + 2))
+    for each in found.values():
+        for gradient in each:
+            dist.all_reduce(gradient.div_(2))
+    if rank == 0:
+        torch.save(found, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Two images each, those of the second process without boxes; gradients averaged as DDP does."""
+    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    whole, shared = gradients(slice(0, 4)), torch.load(tmp_path / "gradients.pt")
+    assert {name: len(each) for name, each in whole.items()} == {
+        "mimic": 2 * (1 + len(STRIDES)),
+        "fgfi": 2 * len(STRIDES),
+        "pad_mimic": 4 * (1 + len(STRIDES)),
+        "pad_fgfi": 4 * len(STRIDES),
+    }
+    for name, each in whole.items():
+        for ours, expected in zip(shared[name], each, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-14)
