@@ -197,7 +197,7 @@ def class_columns(name: str, student: Facts, teacher: Facts) -> Tensor | None:
 
 def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
     """Of (R, (K+1)*4) class-major box deltas those of each region's label (R,): (R, 4)."""
-    return deltas.view(len(deltas), -1, 4)[torch.arange(len(labels), device=labels.device), labels]
+    return deltas.view(len(deltas), deltas.shape[1] // 4, 4)[torch.arange(len(labels), device=labels.device), labels]
 
 
 def size(x: Tensor) -> Size:
