@@ -28,6 +28,14 @@ def test_every_distill_option_trains(option: str, cli: Cli, tiny_teacher: Path, 
     assert report["teacher"]["source"] == str(tiny_teacher)
 
 
+@pytest.mark.parametrize("method", ["chen", "tadf"])
+def test_methods_for_the_heads_add_up_with_defeat(method: str, cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    lines = [f"distill=[defeat,{method}]", f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]
+    assert cli(["train", *lines]) == 0
+    terms = summary(tmp_path / "run")["terms"]
+    assert {name.split("/")[1] for name in terms if name.startswith("term/")} == {"student", "defeat", method}
+
+
 @pytest.mark.parametrize("option", ["none", "defeat"])
 def test_an_inheriting_student_starts_from_the_teacher_s_neck_and_heads(
     option: str, cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
