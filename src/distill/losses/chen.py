@@ -155,8 +155,8 @@ class Chen(DistillLoss):
             shares["rpn.soft"] = _mean(soft_labels(ours, theirs, self.background), targets.sampled)
         if "rpn.box" in self.weights:
             ours, theirs = _anchors_of("deltas", student, teacher, 4)
-            positive = targets.sampled & (targets.labels > 0)
-            shares["rpn.box"] = _mean(bounded(ours, theirs, targets.deltas, positive, self.margin), targets.sampled)
+            cost = bounded(ours, theirs, targets.deltas, targets.labels > 0, self.margin)
+            shares["rpn.box"] = _mean(cost, targets.sampled)
         return shares
 
     def _rcn(self, student: View, teacher: View) -> dict[str, list[Share]]:
