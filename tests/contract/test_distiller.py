@@ -35,6 +35,7 @@ from distill.detectors.two_stage import FasterRCNN
 from distill.evaluation import evaluate
 from distill.guest import Guest
 from distill.losses.base import DistillLoss
+from distill.losses.chen import Chen
 from distill.losses.defeat import DeFeat
 from distill.metrics.coco import CocoMetric
 from distill.module import Distiller
@@ -58,6 +59,7 @@ EVERYTHING = {
     "proposals": {"positive": 1.0, "negative": 1.0, "all": 1.0, "subsample_negatives": True},
 }
 NOTHING = {place: {"foreground": 0.0, "background": 0.0} for place in ("neck", "backbone")}
+HARD_ONLY = {head: {"soft": 0.0, "box": 0.0} for head in ("rpn", "rcn")} | {"hint": {"neck": 0.0}}
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +181,7 @@ def meddle(student: View, teacher: View) -> Tensor:
 
 IDLE: dict[str, dict[str, Callable[..., DistillLoss]]] = {
     "all weights zero": {"defeat": partial(DeFeat, **NOTHING)},
+    "hard labels alone": {"chen": partial(Chen, **HARD_ONLY)},
     "ramp at zero": {"defeat": partial(DeFeat, **EVERYTHING, ramp={"stop": 99})},
     "zero effect": {"meddler": partial(Custom, formula=meddle), "defeat": partial(DeFeat, **NOTHING)},
 }
@@ -211,6 +214,15 @@ def test_a_loss_with_effect_does_change_the_student(baseline: dict[str, Tensor],
     fit(module, tmp_path)
     name = "net.backbone.fpn.layer_blocks.0.0.weight"
     assert not torch.equal(weights(module.student)[name], baseline[name])
+
+
+def test_soft_labels_take_their_weight_from_the_hard_ones(tmp_path: Path) -> None:
+    options = {"rpn": {"soft": 0.25}, "rcn": {"soft": 0.5}, "ramp": {"stop": 99}}
+    trainer = fit(distiller(losses={"chen": partial(Chen, **options)}), tmp_path)
+    found = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    for name, factor in {"loss_objectness": 0.75, "loss_classifier": 0.5, "loss_box_reg": 1.0}.items():
+        assert found[f"loss/student/{name}"] == pytest.approx(factor * found[f"term/student/{name}"], rel=1e-6), name
+    assert found["term/chen/rcn.soft"] > 0 == found["loss/chen/rcn.soft"]
 
 
 # -- the guest

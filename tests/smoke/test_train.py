@@ -44,6 +44,14 @@ def test_methods_add_up(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
     assert terms["loss/ssim/neck.foreground"] == pytest.approx(2 * terms["term/ssim/neck.foreground"])
 
 
+@pytest.mark.parametrize("method", ["chen", "tadf", "dsig", "mimic"])
+def test_methods_for_the_heads_add_up_with_defeat(method: str, cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    lines = [f"distill=[defeat,{method}]", f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]
+    assert cli(["train", *lines]) == 0
+    terms = summary(tmp_path / "run")["terms"]
+    assert {name.split("/")[1] for name in terms if name.startswith("term/")} == {"student", "defeat", method}
+
+
 @pytest.mark.parametrize("option", ["none", "defeat"])
 def test_an_inheriting_student_starts_from_the_teacher_s_neck_and_heads(
     option: str, cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
