@@ -33,14 +33,16 @@ class Target:
 
     boxes: Tensor
     labels: Tensor
+    masks: Tensor | None = None
+    """(N, h, w) uint8 of 0 and 1, of the resized image **without** its padding; None where none were asked for."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
-        return Target(
-            self.boxes.to(device, non_blocking=non_blocking), self.labels.to(device, non_blocking=non_blocking)
-        )
+        parts = (self.boxes, self.labels, self.masks)
+        return Target(*(None if part is None else part.to(device, non_blocking=non_blocking) for part in parts))  # type: ignore[arg-type]
 
     def pin_memory(self) -> Target:
-        return Target(self.boxes.pin_memory(), self.labels.pin_memory())
+        masks = None if self.masks is None else self.masks.pin_memory()
+        return Target(self.boxes.pin_memory(), self.labels.pin_memory(), masks)
 
 
 @dataclass(frozen=True)
