@@ -18,6 +18,7 @@ _HOMES = {
     "Distiller": "module",
     "FasterRCNN": "detectors.two_stage",
     "Guest": "guest",
+    "MaskRCNN": "detectors.mask_rcnn",
     "RetinaNet": "detectors.one_stage",
     "Schedule": "optimization",
     "Shapes": "data.shapes",

@@ -82,6 +82,8 @@ class Detections(NamedTuple):
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None
+    """(N, H, W) bool in the same image, from a detector of masks: probability above one half."""
 
 
 class Regions(NamedTuple):
@@ -96,7 +98,7 @@ class Facts:
     """What a detector is, known before any forward pass: enough to build adapters and to refuse a bad match."""
 
     family: str
-    """``faster_rcnn`` or ``retinanet``."""
+    """``faster_rcnn``, ``mask_rcnn`` or ``retinanet``."""
     two_stage: bool
     classes: tuple[str, ...]
     body: dict[int, int]
@@ -160,6 +162,9 @@ class View(Protocol):
     def roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Two-stage: (R, K+1) class logits and (R, (K+1)*4) box deltas; kept per box list."""
 
+    def mask_logits(self, boxes: Sequence[Tensor]) -> Tensor:
+        """Mask R-CNN: (R, K+1, 28, 28) for the regions of all images in order; kept per box list."""
+
     @property
     def losses(self) -> dict[str, Tensor]:
         """The detector's own supervised losses, scalars by torchvision's names."""
@@ -171,4 +176,4 @@ class View(Protocol):
 
     @property
     def detections(self) -> list[Detections]:
-        """After NMS, in the original image's pixels."""
+        """After NMS, in the original image's pixels; with masks from a detector of masks."""

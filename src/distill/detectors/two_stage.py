@@ -80,18 +80,19 @@ class TwoStageView(LazyView):
         return objectness, box
 
     @geometry
-    def _sample(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Boxes, labels and regression targets of the regions that the box head learns from."""
+    def _sample(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Boxes, labels, regression targets and indices of the matched truth of the regions that the box head learns from."""
         if self.seed is None:
             _ = self._rpn_losses  # draws first in torchvision; under a seed each draw has a stream of its own
         with self.draw(1):
-            boxes, _, labels, regression = self.net.roi_heads.select_training_samples(self.proposals, self.targets)
-        return boxes, labels, list(regression)
+            sample = self.net.roi_heads.select_training_samples(self.proposals, self.targets)
+        boxes, matched, labels, regression = sample
+        return boxes, labels, list(regression), matched
 
     @geometry
     def rois(self) -> Regions:
         """The regions that the box head learns from: proposals and ground truth, sampled once."""
-        boxes, labels, _ = self._sample
+        boxes, labels, *_ = self._sample
         return Regions(boxes, labels)
 
     def roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -107,7 +108,7 @@ class TwoStageView(LazyView):
     @geometry
     def losses(self) -> dict[str, Tensor]:
         """loss_classifier, loss_box_reg, loss_objectness, loss_rpn_box_reg."""
-        boxes, labels, regression = self._sample
+        boxes, labels, regression, _ = self._sample
         objectness, rpn_box = self._rpn_losses
         classifier, box = fastrcnn_loss(*self.roi_logits(boxes), labels, regression)
         return {
@@ -218,6 +219,7 @@ class FasterRCNN(Detector):
             image_std=list(std),
             **{name: value for name, value in options.items() if name.startswith(PASSED_ON)},
         )
+        self.extend(net.roi_heads, neck_channels, len(names))
         facts = Facts(
             family=self.family,
             two_stage=True,
@@ -231,3 +233,7 @@ class FasterRCNN(Detector):
         )
         super().__init__(net, facts, options, freeze(net.backbone.body, trainable_stages))
         checkpoints.initialise(self, backbone_weights, weights, head)
+
+    @staticmethod
+    def extend(heads: Any, channels: int, classes: int) -> None:
+        """Add to torchvision's `roi_heads` what a subclass needs, given the neck's channels and the number of classes."""
