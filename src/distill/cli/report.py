@@ -28,7 +28,7 @@ from distill.evaluation import evaluate
 from distill.module import Distiller
 from distill.pictures import panel, save_panel
 
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP")
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP", "mask_AP", "mask_AP50")
 
 
 def write_text(path: Path, text: str) -> None:
