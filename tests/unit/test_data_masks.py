@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from distill import rle
@@ -231,3 +235,29 @@ def test_a_target_takes_its_masks_along() -> None:
     moved = target.to("meta")
     assert moved.masks is not None
     assert moved.masks.device.type == moved.boxes.device.type == "meta"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_real_masks_are_pycocotools_own(split: str) -> None:
+    if "DISTILL_TEST_DATA" not in os.environ:
+        pytest.skip("set DISTILL_TEST_DATA to the folder that holds tiny_coco")
+    root = Path(os.environ["DISTILL_TEST_DATA"], "tiny_coco")
+    file = root / "annotations" / f"instances_{split}2017.json"
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference = COCO(str(file))
+    loaded = DetectionData(Coco(str(root), **{split: {"annotations": str(file)}}), masks=True, workers=0)
+    truth = loaded.ground_truth(split)["annotations"]
+    notes = [note for image in reference.imgs for note in reference.imgToAnns[image]]
+    assert len(truth) == len(notes) > 200
+    assert any(note["iscrowd"] for note in truth) == any(note["iscrowd"] for note in notes)
+    for mine, theirs in zip(truth, notes, strict=True):
+        size = tuple(mine["segmentation"]["size"])
+        mask = rle.decode(mine["segmentation"]["counts"].encode(), size)
+        assert np.array_equal(mask.numpy(), reference.annToMask(theirs))
+    first = next(iter(reference.imgs))
+    target = loaded.batch(split, [0]).targets[0]
+    things = [note for note in reference.imgToAnns[first] if not note["iscrowd"]]
+    assert target.masks is not None
+    assert target.masks.shape[0] == len(things)
+    shares = [reference.annToMask(note).mean() for note in things]
+    assert target.masks.float().mean((1, 2)).tolist() == pytest.approx(shares, rel=0.1, abs=1e-3)
