@@ -285,3 +285,18 @@ def test_classes_are_taken_over_by_name_in_the_mask_head_too(tmp_path: Any) -> N
     theirs, ours = (each.net.roi_heads.mask_predictor.mask_fcn_logits for each in (detector, fewer))
     assert torch.equal(ours.weight, theirs.weight[[0, 3, 1]])
     assert torch.equal(ours.bias, theirs.bias[[0, 3, 1]])
+
+
+def test_the_names_of_torchvisions_published_files_are_read(tmp_path: Any) -> None:
+    """They still call the head's convolutions mask_fcn1 to mask_fcn4."""
+    detector = build()
+    old = {
+        name.replace(".0.weight", ".weight").replace(".0.bias", ".bias") if ".mask_head." in name else name: value
+        for name, value in detector.net.state_dict().items()
+    }
+    for layer in range(4):
+        for kind in ("weight", "bias"):
+            old[f"roi_heads.mask_head.mask_fcn{layer + 1}.{kind}"] = old.pop(f"roi_heads.mask_head.{layer}.{kind}")
+    torch.save(old, tmp_path / "old.pth")
+    again = MaskRCNN(**{**detector.options, "weights": str(tmp_path / "old.pth")})
+    assert_same(dict(again.net.state_dict()), dict(detector.net.state_dict()))
