@@ -20,6 +20,7 @@ _HOMES = {
     "FGFI": "losses.fgfi",
     "FasterRCNN": "detectors.two_stage",
     "Guest": "guest",
+    "MaskRCNN": "detectors.mask_rcnn",
     "Mimic": "losses.mimic",
     "PAD": "losses.pad",
     "RetinaNet": "detectors.one_stage",

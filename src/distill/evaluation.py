@@ -90,4 +90,5 @@ def relabel(found: Detections, labels: torch.Tensor) -> Detections:
     """Detections in the data's labels, without those of classes that the data does not know."""
     mapped = labels[found.labels]
     keep = mapped > 0
-    return Detections(found.boxes[keep], found.scores[keep], mapped[keep])
+    masks = None if found.masks is None else found.masks[keep]
+    return Detections(found.boxes[keep], found.scores[keep], mapped[keep], masks)

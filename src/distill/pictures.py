@@ -18,6 +18,8 @@ from distill.types import Detections, DistillError, Target
 _SIDES = (480, 800)
 """Shortest and longest a picture's longer side is drawn, in pixels: small images are enlarged, large ones reduced."""
 _GAP, _BAR = 6, 26
+_VEIL = 110
+"""How much of a mask's colour lies over the image, of 255."""
 _PAPER, _INK = (24, 24, 27), (244, 244, 245)
 
 Colour = tuple[int, int, int]
@@ -25,21 +27,23 @@ _Box = tuple[float, float, float, float]
 
 
 class _Mark(NamedTuple):
-    """One box to draw, in pixels of the drawn picture."""
+    """One box to draw, in pixels of the drawn picture, and its mask, in pixels of the image."""
 
     box: _Box
     text: str
     colour: Colour
+    mask: Tensor | None
 
 
 def panel(
     image: Tensor, columns: Mapping[str, Detections | Target], classes: Sequence[str], min_score: float = 0.5
 ) -> Image.Image:
-    """The image once per column, each with its boxes, class names and scores, under a caption.
+    """The image once per column, each with its boxes, masks (if any), class names and scores, under a caption.
 
     Args:
         image: (3, H, W) uint8 RGB.
-        columns: caption -> boxes, in pixels **of this image**, and labels from 1 to K; detections also have scores.
+        columns: caption -> boxes, in pixels **of this image**, and labels from 1 to K; detections also have scores. Masks
+            are of this image's size.
         classes: names of the K classes; each has its own colour, the same in every column.
         min_score: detections below are left out.
     """
@@ -100,12 +104,17 @@ def _marks(
         name = classes[label - 1] if 1 <= label <= len(classes) else f"class {label}"
         x1, y1, x2, y2 = boxes[index].tolist()
         box = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-        marks.append(_Mark(box, f"{name} {scores[index]:.2f}" if scored else name, colour(label)))
+        mask = None if things.masks is None else things.masks[index].detach().cpu()
+        marks.append(_Mark(box, f"{name} {scores[index]:.2f}" if scored else name, colour(label), mask))
     return marks
 
 
 def _drawn(plain: Image.Image, marks: Sequence[_Mark]) -> Image.Image:
     picture = plain.copy()
+    for mark in marks:
+        if mark.mask is not None:
+            veil = Image.fromarray(mark.mask.to(torch.uint8).numpy() * _VEIL).resize(picture.size)
+            picture.paste(mark.colour, mask=veil)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
     for mark in marks:
         pen.rectangle(mark.box, outline=mark.colour, width=2)

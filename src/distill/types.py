@@ -33,14 +33,16 @@ class Target:
 
     boxes: Tensor
     labels: Tensor
+    masks: Tensor | None = None
+    """(N, h, w) uint8 of 0 and 1, of the resized image **without** its padding; None where none were asked for."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
-        return Target(
-            self.boxes.to(device, non_blocking=non_blocking), self.labels.to(device, non_blocking=non_blocking)
-        )
+        parts = (self.boxes, self.labels, self.masks)
+        return Target(*(None if part is None else part.to(device, non_blocking=non_blocking) for part in parts))  # type: ignore[arg-type]
 
     def pin_memory(self) -> Target:
-        return Target(self.boxes.pin_memory(), self.labels.pin_memory())
+        masks = None if self.masks is None else self.masks.pin_memory()
+        return Target(self.boxes.pin_memory(), self.labels.pin_memory(), masks)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Detections(NamedTuple):
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None
+    """(N, H, W) bool in the same image, from a detector of masks: probability above one half."""
 
 
 class Regions(NamedTuple):
@@ -111,7 +115,7 @@ class Facts:
     """What a detector is, known before any forward pass: enough to build adapters and to refuse a bad match."""
 
     family: str
-    """``faster_rcnn``, ``retinanet`` or ``fcos``."""
+    """``faster_rcnn``, ``mask_rcnn``, ``retinanet`` or ``fcos``."""
     two_stage: bool
     classes: tuple[str, ...]
     body: dict[int, int]
@@ -188,6 +192,9 @@ class View(Protocol):
     def roi_boxes(self, boxes: Sequence[Tensor]) -> Tensor:
         """Two-stage: (R, K+1, 4) float32, the regions as the box head moves them for each class, not clipped."""
 
+    def mask_logits(self, boxes: Sequence[Tensor]) -> Tensor:
+        """Mask R-CNN: (R, K+1, 28, 28) for the regions of all images in order; kept per box list."""
+
     @property
     def losses(self) -> dict[str, Tensor]:
         """The detector's own supervised losses, scalars by torchvision's names."""
@@ -199,4 +206,4 @@ class View(Protocol):
 
     @property
     def detections(self) -> list[Detections]:
-        """After NMS, in the original image's pixels."""
+        """After NMS, in the original image's pixels; with masks from a detector of masks."""

@@ -60,7 +60,7 @@ def reference(case: Case) -> dict[str, float]:
     coco.dataset = ground_truth
     rows: list[dict[str, Any]] = []
     for image, entry in zip(ids, detections, strict=True):
-        for (x1, y1, x2, y2), score, label in zip(*(part.tolist() for part in entry), strict=True):
+        for (x1, y1, x2, y2), score, label in zip(*(part.tolist() for part in entry[:3]), strict=True):
             row = thing(image, label, [x1, y1, x2 - x1, y2 - y1], score=score, area=(x2 - x1) * (y2 - y1), iscrowd=0)
             rows.append({"id": len(rows) + 1, **row})
     results.dataset = {**ground_truth, "annotations": rows}

@@ -120,3 +120,17 @@ def test_saves_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert os.listdir(path.parent) == ["panel.png"]
     with pytest.raises(DistillError, match=r"name\.png"):
         save_panel(tmp_path / "panel", sheet)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.bool])
+def test_masks_are_laid_over_their_pixels_and_no_others(kind: torch.dtype) -> None:
+    mask = torch.zeros(2, 480, 640, dtype=kind)
+    mask[0, 110:190, 150:250] = 1
+    mask[1, 300:400, 150:250] = 1  # of too low a score
+    boxes = [[100.0, 100.0, 300.0, 200.0], [100.0, 300.0, 300.0, 400.0]]
+    things = found(boxes, [0.9, 0.1], [1, 1])._replace(masks=mask)
+    plain, veiled = (np.asarray(panel(GREY, {"d": each}, [" "])) for each in (things._replace(masks=None), things))
+    rows, columns = np.nonzero((plain != veiled).any(-1))
+    assert (rows.min(), rows.max()) == (26 + 110, 26 + 189)
+    assert (columns.min(), columns.max()) == (6 + 150, 6 + 249)
+    assert (plain != veiled).any(-1).sum() == 80 * 100

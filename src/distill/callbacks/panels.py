@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -52,11 +53,12 @@ class Panels(L.Callback):
 def look(module: Distiller, batch: Batch) -> dict[str, Sequence[Target | Detections]]:
     """Column name -> what it shows in each image: ground truth, teacher (if any) and student, in resized pixels."""
     columns: dict[str, Sequence[Target | Detections]] = {"ground truth": batch.targets}
+    seen = replace(batch, original_sizes=batch.sizes)  # so that detections, and their masks, are in resized pixels
     training = module.student.training
     module.student.eval()
     if module.teacher is not None:
-        columns["teacher"] = module.teacher.view(batch, training=False).predictions()
-    columns["student"] = module.student.view(batch, training=False, frozen=True).predictions()
+        columns["teacher"] = module.teacher.view(seen, training=False).detections
+    columns["student"] = module.student.view(seen, training=False, frozen=True).detections
     module.student.train(training)
     return columns
 

@@ -45,6 +45,7 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     """Write pictures and ``detections.json``; the number of detections."""
     import torch
 
+    from distill import rle
     from distill.data.records import read_image
     from distill.data.transforms import Sample, Transform, collate
     from distill.detectors.checkpoints import load_detector, read_extra
@@ -68,12 +69,13 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
         )
         found = detector.view(collate([sample], resize["pad_to"]), training=False, frozen=True).detections[0]
         listed.append({"id": number, "file_name": str(file), "height": size[0], "width": size[1]})
-        for box, value, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
+        masks = [] if found.masks is None else [rle.plain(code, size) for code in rle.encode(found.masks)]
+        rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+        for index, (box, value, label) in enumerate(rows):
             x1, y1, x2, y2 = box
             category = labels.get(label, label)
-            results.append(
-                {"image_id": number, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": value}
-            )
+            row = {"image_id": number, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": value}
+            results.append(row | {"segmentation": masks[index]} if masks else row)
         picture = panel(image, {"student": found}, detector.classes, min_score=score)
         save_panel(out / f"{number:06d}-{file.stem}.png", picture)
     write_text(out / "detections.json", json.dumps(results))

@@ -29,7 +29,7 @@ from distill.files import write_text
 from distill.module import Distiller
 from distill.pictures import panel, save_panel
 
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP")
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP", "mask_AP")
 
 
 @rank_zero_only
@@ -150,7 +150,7 @@ def _table(summary: dict[str, Any], run: Path) -> None:
     columns = [name for name in COLUMNS if f"val/{name}" in values]
     table = Table(title="validation and test, percent", title_justify="left")
     for name in ("", "split", *columns, "parameters"):
-        table.add_column(name, justify="left" if name in ("", "split") else "right")
+        table.add_column(name, justify="left" if name in ("", "split") else "right", overflow="fold")
     known = {"teacher": (summary["teacher"] or {}).get("values") or {}, "student": values}
     for who, measured in known.items():
         for split in ("val", "test"):

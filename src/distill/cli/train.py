@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import lightning as L
 
     from distill.data.datamodule import DetectionData
+    from distill.detectors.base import Detector
     from distill.losses.base import DistillLoss
     from distill.module import Distiller
     from distill.types import Facts
@@ -109,6 +110,7 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
 
     min_size, max_size = data.input_size
     student = config.build(cfg.model, classes=list(data.classes), min_size=min_size, max_size=max_size)
+    check_masks(cfg, student, data)
     guest, losses = None, {}
     if cfg.init not in ("scratch", "inherit"):
         raise DistillError(f"init: expected scratch or inherit, got '{cfg.init}'")
@@ -137,6 +139,20 @@ def build_losses(cfg: DictConfig, student: Facts, teacher: Facts) -> dict[str, D
     """The distillation losses by name, for this pair."""
     nodes = cfg.distill.losses.items()
     return {str(name): config.build(node, student=student, teacher=teacher) for name, node in nodes}
+
+
+def check_masks(cfg: DictConfig, student: Detector, data: DetectionData) -> None:
+    """Refuse a student that learns from masks where the data gives none, and to choose the best of one without by them."""
+    if student.masks and not data.masks:
+        raise DistillError(
+            f"the student is a {student.facts.family}, which learns from instance masks, but data.masks=false: add "
+            "data.masks=true (data=coco and data=shapes have masks), or choose a model without masks"
+        )
+    if "/mask_" in cfg.metric and not student.masks:
+        raise DistillError(
+            f"metric={cfg.metric} measures masks, but the student, a {student.facts.family}, finds none: set metric=val/AP, "
+            "or choose a model with masks (model=mask_rcnn_r50)"
+        )
 
 
 def _readable(data: DetectionData) -> bool:

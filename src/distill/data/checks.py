@@ -2,7 +2,8 @@
 
 Mended: a box over the image's edge is clipped (for training; evaluation keeps it as annotated), a box of no area, or
 of none inside the image, is dropped. Errors: what a source could not read, an image that is missing, unreadable, cut
-off, listed twice, or of another size than its annotation says, a box that is inverted or not finite.
+off, listed twice, or of another size than its annotation says, a box that is inverted or not finite; and where masks are
+asked for, a segmentation that is missing or none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from distill import rle
 from distill.data.records import Record, orientation, read_image
 from distill.types import DistillError, Size
 
@@ -30,7 +32,7 @@ TURNED = (5, 6, 7, 8)
 
 
 def check_records(
-    records: Sequence[Record], split: str, on_error: str = "raise", files: bool = True
+    records: Sequence[Record], split: str, on_error: str = "raise", files: bool = True, masks: bool = False
 ) -> tuple[list[Record], str]:
     """Check and mend the records of a split, in place.
 
@@ -39,6 +41,7 @@ def check_records(
         split: for messages.
         on_error: ``raise`` lists the problems, ``skip`` leaves out the images or annotations concerned.
         files: whether ``file`` names a file; a source that draws its images has none to look into.
+        masks: whether every annotation needs a segmentation; it is turned into a compressed run-length code.
 
     Returns:
         the usable records, and one line that counts what there is, what was mended and what was skipped.
@@ -55,6 +58,8 @@ def check_records(
     for record in records:
         if not record.broken:
             _mend(record, counts)
+            if masks:
+                _code_masks(record, counts)
     problems = [fault for record in records for fault in record.faults]
     good = [record for record in records if not record.broken]
     if problems and on_error == "raise":
@@ -192,12 +197,32 @@ def _mend(record: Record, counts: Counter[str]) -> None:
 
 
 def _box_fault(record: Record, index: int, reason: str) -> str:
+    return (
+        f"{_place(record, index)}: the box {reason}: xyxy {record.boxes[index].tolist()}, area {record.area[index]}; "
+        "mend or remove it"
+    )
+
+
+def _place(record: Record, index: int) -> str:
     place = index if record.entries is None else record.entries[index]
     of = f" of {Path(record.file).name}" if record.where else ""
-    return (
-        f"{record.where or record.file}: annotation {place}{of}, counted from 0: the box {reason}: xyxy "
-        f"{record.boxes[index].tolist()}, area {record.area[index]}; mend or remove it"
-    )
+    return f"{record.where or record.file}: annotation {place}{of}, counted from 0"
+
+
+def _code_masks(record: Record, counts: Counter[str]) -> None:
+    """Turn segmentations into run-length codes, and leave out the annotations of bad ones with a fault each."""
+    assert record.size is not None
+    codes: list[bytes | None] = []
+    for index, shape in enumerate(record.segmentation or [None] * len(record.labels)):
+        try:
+            codes.append(rle.read(shape, record.size))
+        except ValueError as error:
+            codes.append(None)
+            remedy = "mend or remove it, or train on boxes alone with data.masks=false"
+            record.faults.append(f"{_place(record, index)}: its segmentation {error}; {remedy}")
+    record.segmentation = [code and rle.plain(code, record.size) for code in codes]
+    record.keep(np.array([code is not None for code in codes], dtype=bool))
+    counts["with an empty mask"] += sum(not rle.area(code, record.size) for code in codes if code)
 
 
 def _listed(split: str, problems: Sequence[str]) -> str:
@@ -213,7 +238,7 @@ def _summary(split: str, records: Sequence[Record], counts: Counter[str]) -> str
     totals["difficult"] = sum(int(record.difficult.sum()) for record in records)
     totals["images without boxes"] = sum(not len(record.labels) for record in records)
     parts = [f"{len(records)} images", f"{counts['boxes']} boxes", f"{totals.pop('usable')} usable"]
-    mended = ("without area", "outside the image", "clipped")
+    mended = ("without area", "outside the image", "clipped", "with an empty mask")
     parts += [f"{counts[what]} {what}" for what in mended if counts[what]]
     parts += [f"{number} {what}" for what, number in totals.items() if number]
     parts += [

@@ -34,6 +34,8 @@ class Coco:
         DistillError: a split that is given in another form.
     """
 
+    masks = True
+
     def __init__(
         self, root: str, train: Files | None = None, val: Files | None = None, test: Files | None = None
     ) -> None:

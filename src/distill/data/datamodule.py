@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import lightning as L
@@ -26,7 +27,10 @@ Split = str
 
 
 class Source(Protocol):
-    """A data set in some format. One that does not keep its images in files has ``image(file) -> Tensor`` too."""
+    """A data set in some format. One that does not keep its images in files has ``image(file) -> Tensor`` too.
+
+    One whose records hold a segmentation for every annotation says so by ``masks = True``.
+    """
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -47,6 +51,7 @@ class Images(Dataset[Sample]):
         load: file -> (3, H, W) uint8.
         transform: what makes the samples.
         use_difficult: whether objects marked difficult are training targets. Crowds never are.
+        masks: whether targets have masks; the records have been checked for them.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class Images(Dataset[Sample]):
         load: Callable[[str], Tensor],
         transform: Transform,
         use_difficult: bool = False,
+        masks: bool = False,
     ) -> None:
         self.load, self.transform = load, transform
         self.files = [record.file for record in records]
@@ -66,6 +72,7 @@ class Images(Dataset[Sample]):
         labels = [record.labels[keep] for record, keep in zip(records, chosen, strict=True)]
         self.boxes = torch.from_numpy(np.concatenate([np.empty((0, 4)), *boxes])).float()
         self.labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels]))
+        self.codes = Codes(_codes(records, chosen)) if masks else None
         self.cache: Cache | None = None
 
     def __len__(self) -> int:
@@ -75,7 +82,8 @@ class Images(Dataset[Sample]):
         """Load, resize and augment image ``index`` as it looks in ``epoch``."""
         epoch, index = key
         image = self.load(self.files[index]) if self.cache is None else self.cache[index]
-        return self.transform(image, self.target(index), self.size(index), int(self.ids[index]), epoch)
+        codes = None if self.codes is None else self.codes[self._part(index)]
+        return self.transform(image, self.target(index), self.size(index), int(self.ids[index]), epoch, codes)
 
     def size(self, index: int) -> Size:
         """(height, width) of an image before any resize."""
@@ -83,9 +91,12 @@ class Images(Dataset[Sample]):
         return height, width
 
     def target(self, index: int) -> Target:
-        """Training target of an image in pixels of the original."""
-        part = slice(self.ends[index - 1] if index else 0, self.ends[index])
+        """Training target of an image in pixels of the original, without its masks."""
+        part = self._part(index)
         return Target(self.boxes[part], self.labels[part])
+
+    def _part(self, index: int) -> slice:
+        return slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
 
     def keep_in_memory(self, threads: int) -> int:
         """Decode and resize all images now; returns the bytes that they take."""
@@ -116,6 +127,28 @@ class Cache:
         height, width = self.sizes[index]
         end = int(self.ends[index])
         return self.pixels[end - 3 * height * width : end].view(3, height, width)
+
+
+class Codes:
+    """Run-length codes of masks in one block of memory, which workers share as they do the boxes."""
+
+    def __init__(self, codes: Sequence[bytes]) -> None:
+        self.ends = np.cumsum([0, *map(len, codes)])
+        self.bytes = torch.from_numpy(np.frombuffer(b"".join(codes), np.uint8).copy())
+
+    def __getitem__(self, part: slice) -> list[bytes]:
+        """The codes from ``part.start`` to ``part.stop``."""
+        ends = self.ends[part.start : part.stop + 1].tolist()
+        return [self.bytes[start:end].numpy().tobytes() for start, end in pairwise(ends)]
+
+
+def _codes(records: Sequence[Record], chosen: Sequence[np.ndarray[Any, np.dtype[np.bool_]]]) -> list[bytes]:
+    return [
+        shape["counts"].encode()
+        for record, keep in zip(records, chosen, strict=True)
+        for shape, kept in zip(record.segmentation or [None] * len(keep), keep, strict=True)
+        if kept
+    ]
 
 
 def usable(record: Record, use_difficult: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -154,6 +187,8 @@ class DetectionData(L.LightningDataModule):
         keep_empty: whether images without training targets are trained on.
         use_difficult: whether VOC's difficult objects are training targets. Off, as in VOC's own protocol and
             MMDetection (torchvision and Detectron2 train on them); evaluation ignores them in either case.
+        masks: whether targets have instance masks, which a Mask R-CNN learns from, and the ground truth codes of them.
+            The source's segmentations are read, checked and coded at the start.
         cache: ``none``, or ``ram``: decode and resize all images once, before the workers start.
         fraction: part of the training images that is used.
         limit: most training images.
@@ -187,6 +222,7 @@ class DetectionData(L.LightningDataModule):
         drop_last: bool = True,
         keep_empty: bool = False,
         use_difficult: bool = False,
+        masks: bool = False,
         cache: str = "none",
         fraction: float = 1.0,
         limit: int | None = None,
@@ -203,6 +239,11 @@ class DetectionData(L.LightningDataModule):
         _choose("cache", cache, ("none", "ram"))
         _choose("on_error", on_error, ("raise", "skip"))
         _choose("on_overlap", on_overlap, ("warn", "raise"))
+        if masks and not getattr(source, "masks", False):
+            raise DistillError(
+                f"data.masks=true: this source ({type(source).__name__}) has boxes only, no masks. Choose data=coco with "
+                "segmentations, or data=shapes; or set data.masks=false and choose a model without masks."
+            )
         if cache == "ram" and len(sizes) > 1:
             raise DistillError(
                 f"data.cache=ram keeps each image at one size, but data.min_size lists {len(sizes)}: {list(sizes)}. "
@@ -218,7 +259,7 @@ class DetectionData(L.LightningDataModule):
         self.workers, self.prefetch, self.persistent_workers = workers, prefetch, persistent_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.pad_to, self.aspect_groups, self.drop_last = pad_to, aspect_groups, drop_last
-        self.keep_empty, self.use_difficult, self.cache = keep_empty, use_difficult, cache
+        self.keep_empty, self.use_difficult, self.masks, self.cache = keep_empty, use_difficult, masks, cache
         self.fraction, self.limit, self.limit_eval = fraction, limit, limit_eval
         self.on_error, self.on_overlap = on_error, on_overlap
         self.train_transform = Transform(sizes, max_size, flip, photometric, antialias, seed)
@@ -323,9 +364,8 @@ class DetectionData(L.LightningDataModule):
                 if not records:
                     raise DistillError(f"No {split} image has a box to train on. Check the annotations of {split}.")
             load = getattr(self.source, "image", read_image)
-            images = Images(
-                records, load, self.train_transform if training else self.eval_transform, self.use_difficult
-            )
+            transform = self.train_transform if training else self.eval_transform
+            images = Images(records, load, transform, self.use_difficult, self.masks)
             if self.cache == "ram":
                 taken = images.keep_in_memory(self.workers)
                 self.summary.append(
@@ -352,7 +392,7 @@ class DetectionData(L.LightningDataModule):
                 "before. Give all annotation files the same categories."
             )
         self._classes = tuple(classes)
-        records, line = check_records(annotated, split, self.on_error, files=not self._drawn)
+        records, line = check_records(annotated, split, self.on_error, not self._drawn, self.masks)
         fraction, limit = (self.fraction, self.limit) if split == "train" else (1.0, self.limit_eval)
         part = subset(records, fraction, limit)
         self.summary.append(line if len(part) == len(records) else f"{line}; {len(part)} of the images are used")

@@ -52,7 +52,7 @@ class Record:
     area: NDArray[np.float64]
     """(N,) as annotated: of the segmentation in COCO, of the box elsewhere."""
     segmentation: list[Any] | None = None
-    """Per annotation polygons or RLE as they stand in the file, or None."""
+    """Per annotation polygons or RLE as they stand in the file; compressed RLE once checked for masks; or None."""
     annotated: NDArray[np.float64] | None = None
     """The boxes before they were clipped to the image, where that changed any: evaluation measures by these."""
     where: str = ""

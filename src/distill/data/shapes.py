@@ -4,7 +4,7 @@ Every image holds four to ten objects on textured ground among clutter: lines, s
 of each class (a hexagon for the circle, a rectangle for the square, an open ring ...) that must not be detected. Sizes
 reach from a tenth of the image to most of it, colours say nothing about the class, contrast varies, objects overlap.
 Boxes are amodal: tight around all pixels of the object, those covered by later objects included; at least
-``VISIBLE`` of them can be seen. Nothing is downloaded, and (seed, split, index) alone decides an image.
+``VISIBLE`` of them can be seen; so are masks, which hold these pixels. Nothing is downloaded, and (seed, split, index) alone decides an image.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from distill import rle
 from distill.data.records import Record
 from distill.types import DistillError
 
@@ -207,6 +208,8 @@ class Shapes:
         DistillError: unknown or repeated classes, an image too small to draw on, or a negative count.
     """
 
+    masks = True
+
     def __init__(
         self,
         train: int = 400,
@@ -254,15 +257,24 @@ class Shapes:
         return records, images
 
     def _record(self, file: str, index: int, items: list[Item]) -> Record:
+        side = (self.size, self.size)
         objects = [item for item in items if item.kind in self.classes]
         boxes = np.array([item.box for item in objects], dtype=np.float64).reshape(-1, 4)
         return Record(
             id=index,
             file=file,
-            size=(self.size, self.size),
+            size=side,
             boxes=boxes,
             labels=np.array([self.classes.index(item.kind) + 1 for item in objects], dtype=np.int64),
             crowd=np.zeros(len(objects), dtype=bool),
             difficult=np.zeros(len(objects), dtype=bool),
             area=(boxes[:, 2:] - boxes[:, :2]).prod(axis=1),
+            segmentation=[rle.plain(rle.encode(self._mask(item)[None])[0], side) for item in objects],
         )
+
+    def _mask(self, item: Item) -> Tensor:
+        """The pixels (H, W) that an item's box is tight around."""
+        mask = torch.zeros(self.size, self.size, dtype=torch.uint8)
+        x1, y1, x2, y2 = item.box
+        mask[y1:y2, x1:x2] = torch.from_numpy(item.alpha > 0)
+        return mask

@@ -1,4 +1,4 @@
-"""Pixels and boxes on the workers: one resize for both models, flips, photometric distortion, padding.
+"""Pixels, boxes and masks on the workers: one resize for both models, flips, photometric distortion, padding.
 
 The size rule is that of torchvision's detection models: ``scale = min(min_size / shorter, max_size / longer)``, new
 side ``floor(side * scale)``, bilinear, no antialiasing unless asked for (their COCO weights were trained and measured
@@ -18,9 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from distill import rle
 from distill.types import Batch, DistillError, Size, Target
 
 MIN_SIDE = 1e-2
@@ -61,6 +63,17 @@ def resize_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
     """Boxes (N, 4) xyxy scaled by the exact ratio of the sides, which the floor makes differ a little per axis."""
     height, width = (torch.tensor(after, dtype=torch.float32) / before for before, after in zip(old, new, strict=True))
     return boxes * torch.stack([width, height, width, height])
+
+
+def resize_masks(codes: Sequence[bytes], old: Size, new: Size) -> Tensor:
+    """Masks (N, h, w) uint8 at a new size by the nearest pixel, as torchvision's detectors resize them.
+
+    One by one, so that no more than one is ever held at the size of the original image.
+    """
+    masks = torch.empty(len(codes), *new, dtype=torch.uint8)
+    for row, code in zip(masks, codes, strict=True):
+        row.copy_(interpolate(rle.decode(code, old)[None, None], size=new, mode="nearest")[0, 0])
+    return masks
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:
@@ -128,7 +141,15 @@ class Transform:
         new = resized_size(old, min_size or self.min_sizes[-1], self.max_size)
         return resize(image, new, self.antialias)
 
-    def __call__(self, image: Tensor, target: Target, original_size: Size, image_id: int, epoch: int) -> Sample:
+    def __call__(
+        self,
+        image: Tensor,
+        target: Target,
+        original_size: Size,
+        image_id: int,
+        epoch: int,
+        codes: Sequence[bytes] | None = None,
+    ) -> Sample:
         """Make one sample.
 
         Args:
@@ -137,6 +158,7 @@ class Transform:
             original_size: (height, width) that the boxes refer to.
             image_id: names the random stream, together with the seed and ``epoch``.
             epoch: counts from 0.
+            codes: the run-length code of each box's mask, at the original size; None: the sample has no masks.
         """
         rng = generator(self.seed, epoch, image_id)
         # Always drawn, in this order: switching one option on leaves the draws of the others as they were.
@@ -144,12 +166,15 @@ class Transform:
         new = resized_size(original_size, self.min_sizes[choice], self.max_size)
         image = resize(image, new, self.antialias)
         boxes = resize_boxes(target.boxes, original_size, new)
+        masks = None if codes is None else resize_masks(codes, original_size, new)
         if mirrored:
             image, boxes = F.horizontal_flip(image), flip_boxes(boxes, new[1])
+            masks = None if masks is None else masks.flip(-1)
         if self.photometric:
             image = distort(image, rng)
         keep = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) >= MIN_SIDE
-        return Sample(image, Target(boxes[keep], target.labels[keep]), original_size, image_id)
+        kept = Target(boxes[keep], target.labels[keep], None if masks is None else masks[keep])
+        return Sample(image, kept, original_size, image_id)
 
 
 def padded_size(sizes: Sequence[Size], pad_to: int) -> Size:

@@ -27,6 +27,8 @@ class Detector(nn.Module):
     class_layers: ClassVar[Mapping[str, int]]
     """Layers whose rows belong to classes -> neighbouring rows a class (background first; per anchor, if dense)."""
     opens: ClassVar[type[LazyView]]
+    masks: ClassVar[bool] = False
+    """Whether it finds a mask for every box, and needs targets with masks to learn from."""
 
     net: Any
 

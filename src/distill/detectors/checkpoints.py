@@ -68,9 +68,10 @@ def load_detector(path: str | Path) -> Detector:
 
 def described(model: Any, where: str) -> Detector:
     """The detector that a description, as `describe` gives it, speaks of; its weights are yet to be loaded."""
-    from distill.detectors import anchor_free, one_stage, two_stage  # they build on this module
+    from distill.detectors import anchor_free, mask_rcnn, one_stage, two_stage  # they build on this module
 
-    families = {family.family: family for family in (two_stage.FasterRCNN, one_stage.RetinaNet, anchor_free.FCOS)}
+    known = (two_stage.FasterRCNN, mask_rcnn.MaskRCNN, one_stage.RetinaNet, anchor_free.FCOS)
+    families = {family.family: family for family in known}
     if not isinstance(model, dict) or model.get("family") not in families:
         raise DistillError(
             f"{where}: expected {FACTS} beside it, naming one of {', '.join(families)} as its model; for bare weights"

@@ -105,12 +105,18 @@ class TwoStageView(LazyView):
         return AnchorTargets(torch.stack(labels).long(), torch.stack(list(deltas)), torch.stack(sampled) > 0)
 
     @geometry
-    def rois(self) -> Regions:
-        """The regions that the box head learns from: proposals and ground truth, sampled once."""
+    def _sample(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Boxes, indices of the matched truth, labels and regression targets of the regions that the heads learn from."""
         if self.seed is None:
             _ = self._rpn_sample  # drawn first in torchvision; under a seed each draw has a stream of its own
         with self.draw(1):
-            boxes, match, labels, deltas = self.net.roi_heads.select_training_samples(self.proposals, self.targets)
+            sample = self.net.roi_heads.select_training_samples(self.proposals, self.targets)
+        return cast("tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]", sample)
+
+    @geometry
+    def rois(self) -> Regions:
+        """The regions that the box head learns from: proposals and ground truth, sampled once."""
+        boxes, match, labels, deltas = self._sample
         # An image without ground truth gets one zero box, as torchvision has it.
         truths = [
             target["boxes"] if len(target["boxes"]) else F.pad(target["boxes"], (0, 0, 0, 1)) for target in self.targets
@@ -271,6 +277,7 @@ class FasterRCNN(Detector):
         )
         net.rpn.min_size = max(proposal_min_size, torch.finfo(torch.float32).tiny)  # torchvision keeps what equals it
         clamp_deltas((net.rpn, net.roi_heads), delta_clamp)
+        self.extend(net.roi_heads, neck_channels, len(names))
         facts = Facts(
             family=self.family,
             two_stage=True,
@@ -285,3 +292,7 @@ class FasterRCNN(Detector):
         order_channels(net, channel_order)
         super().__init__(net, facts, options, freeze(net.backbone.body, trainable_stages))
         checkpoints.initialise(self, backbone_weights, weights, head)
+
+    @staticmethod
+    def extend(heads: Any, channels: int, classes: int) -> None:
+        """Add to torchvision's `roi_heads` what a subclass needs, given the neck's channels and the number of classes."""

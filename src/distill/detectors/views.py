@@ -156,10 +156,14 @@ class LazyView:
         return self.keep("roi_features", boxes, self._roi_features)
 
     def _roi_features(self, boxes: Sequence[Tensor]) -> Tensor:
+        return self.pooled(self.pool, boxes)
+
+    def pooled(self, pool: Any, boxes: Sequence[Tensor]) -> Tensor:
+        """RoIAlign of the neck's maps, in float32, then in the maps' own dtype."""
         neck = self.neck
         with self.scope(autocast=False):
             maps = {str(level): full(x) for level, x in enumerate(neck.values())}
-            return cast(Tensor, self.pool(maps, list(boxes), self.sizes)).to(next(iter(neck.values())).dtype)
+            return cast(Tensor, pool(maps, list(boxes), self.sizes)).to(next(iter(neck.values())).dtype)
 
     def keep(self, name: str, boxes: Sequence[Tensor], compute: Callable[[Sequence[Tensor]], T]) -> T:
         """Compute once per box list, known by its tensors; they are kept too, or an id could come to mean another."""
@@ -194,7 +198,11 @@ class LazyView:
     @geometry
     def detections(self) -> list[Detections]:
         """The detector's own predictions, in the original images' pixels."""
-        found, sizes = self.predictions(), zip(self.batch.sizes, self.batch.original_sizes, strict=True)
+        return self.enlarged(self.predictions())
+
+    def enlarged(self, found: Sequence[Detections]) -> list[Detections]:
+        """Detections in resized pixels, given in the original images' pixels."""
+        sizes = zip(self.batch.sizes, self.batch.original_sizes, strict=True)
         return [
             Detections(resize_boxes(one.boxes, size, original), one.scores, one.labels)
             for one, (size, original) in zip(found, sizes, strict=True)
@@ -240,6 +248,10 @@ class LazyView:
     def roi_boxes(self, boxes: Sequence[Tensor]) -> Tensor:
         """Not in this family."""
         raise self.lacks("roi_boxes", "Read predictions(), or choose a two-stage detector (model=frcnn_r50).")
+
+    def mask_logits(self, boxes: Sequence[Tensor]) -> Tensor:
+        """Not in this family."""
+        raise self.lacks("mask_logits", "Choose a detector with a mask head (model=mask_rcnn_r50).")
 
 
 def _generator(device: torch.device) -> torch.Generator:

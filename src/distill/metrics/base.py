@@ -21,11 +21,14 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from distill.types import Detections, DistillError
+from distill import rle
+from distill.types import Detections, DistillError, Size
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Codes = npt.NDArray[np.object_]
+"""Run-length codes (bytes) of masks; None where there is no mask."""
 
 
 class Truth(NamedTuple):
@@ -40,6 +43,7 @@ class Truth(NamedTuple):
     area: Floats
     crowd: Bools
     difficult: Bools
+    code: Codes
 
     def of(self, images: Ints) -> Truth:
         """The ground truth of these images alone."""
@@ -55,6 +59,7 @@ class Found(NamedTuple):
     box: Floats
     """(N, 4) xyxy."""
     score: Floats
+    code: Codes
 
 
 class DetectionMetric(Metric):
@@ -67,6 +72,8 @@ class DetectionMetric(Metric):
         classes: the K class names; class ``i`` has label ``i + 1``.
         seen_only: evaluate only the images that ``update`` has seen. By default every image of the ground truth counts,
             as benchmarks have it: an image that was never given counts as one where nothing was found.
+        masks: collect masks too, as run-length codes; every annotation then needs its ``segmentation``, and every image
+            ``height`` and ``width``.
 
     An image that is given twice (a sampler's padding, say) counts once: the first time, ranks in order.
     """
@@ -80,13 +87,24 @@ class DetectionMetric(Metric):
     boxes: list[Tensor]
     scores: list[Tensor]
     labels: list[Tensor]
+    codes: list[Tensor]
+    """The bytes of all codes, one after the other."""
+    lengths: list[Tensor]
+    """How many of them belong to each detection; -1 for one without a mask."""
 
-    def __init__(self, ground_truth: Mapping[str, Any], classes: Sequence[str], seen_only: bool = False) -> None:
+    def __init__(
+        self, ground_truth: Mapping[str, Any], classes: Sequence[str], seen_only: bool = False, masks: bool = False
+    ) -> None:
         super().__init__()
         self.classes = tuple(classes)
         self.seen_only = seen_only
+        self.masks = masks
         self.truth = read_truth(ground_truth, self.classes)
-        for state in ("ids", "counts", "boxes", "scores", "labels"):
+        self.sizes: dict[int, Size] = {}
+        if masks:
+            self.sizes = _sizes(ground_truth)
+            self.truth = self.truth._replace(code=_codes(ground_truth, self.sizes))
+        for state in ("ids", "counts", "boxes", "scores", "labels", *(("codes", "lengths") if masks else ())):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
     def update(self, ids: Sequence[int], detections: Sequence[Detections]) -> None:
@@ -94,7 +112,8 @@ class DetectionMetric(Metric):
 
         Args:
             ids: image ids of the ground truth.
-            detections: one entry an image, boxes xyxy in original pixels, labels from 1 to K, on any device.
+            detections: one entry an image, boxes xyxy in original pixels, labels from 1 to K, on any device. Masks, of
+                the original image's size, are coded at once where they are to be collected, and ignored elsewhere.
         """
         if len(ids) != len(detections):
             raise DistillError(f"Expected detections for each of {len(ids)} image ids, got {len(detections)} entries.")
@@ -108,6 +127,23 @@ class DetectionMetric(Metric):
         self.boxes.append(self._joined([found.boxes for found in detections], real, (0, 4)))
         self.scores.append(self._joined([found.scores for found in detections], real, (0,)))
         self.labels.append(self._joined([found.labels for found in detections], torch.int64, (0,)))
+        if self.masks:
+            coded = [code for image, found in zip(ids, detections, strict=True) for code in self._coded(image, found)]
+            lengths = [-1 if code is None else len(code) for code in coded]
+            content = np.frombuffer(b"".join(code or b"" for code in coded), np.uint8).copy()
+            self.codes.append(torch.from_numpy(content).to(self.device))
+            self.lengths.append(torch.tensor(lengths, dtype=torch.int64, device=self.device))
+
+    def _coded(self, image: int, found: Detections) -> Sequence[bytes | None]:
+        if found.masks is None:
+            return [None] * len(found.scores)
+        expected = (len(found.scores), *self.sizes.get(image, found.masks.shape[1:]))
+        if tuple(found.masks.shape) != expected:
+            raise DistillError(
+                f"Expected masks (N, H, W) {expected} for image {image}, in its original pixels, got "
+                f"{tuple(found.masks.shape)}."
+            )
+        return rle.encode(found.masks)
 
     def _joined(self, parts: Sequence[Tensor], dtype: torch.dtype, empty: tuple[int, ...]) -> Tensor:
         moved = [part.detach().to(self.device, dtype) for part in parts]
@@ -148,9 +184,20 @@ class DetectionMetric(Metric):
             label=labels[rows],
             box=boxes[rows].astype(np.float64),
             score=scores[rows].astype(np.float64),
+            code=self._gathered()[rows] if self.masks else np.full(len(rows), None, dtype=object),
         )
         self._check(found, seen)
         return found, seen
+
+    def _gathered(self) -> Codes:
+        """The codes of all detections, in the order in which they were given."""
+        content = dim_zero_cat(self.codes).cpu().numpy().tobytes()
+        lengths = dim_zero_cat(self.lengths).tolist()
+        codes, end = np.full(len(lengths), None, dtype=object), 0
+        for index, length in enumerate(lengths):
+            if length >= 0:
+                codes[index], end = content[end : end + length], end + length
+        return codes
 
     def _check(self, found: Found, seen: Ints) -> None:
         unknown = np.setdiff1d(seen, self.truth.images)
@@ -197,6 +244,7 @@ def read_truth(ground_truth: Mapping[str, Any], classes: Sequence[str]) -> Truth
         area=np.array([_area(note) for note in notes], dtype=np.float64),
         crowd=np.array([bool(note.get("iscrowd", 0)) for note in notes], dtype=np.bool_),
         difficult=np.array([bool(note.get("difficult", 0)) for note in notes], dtype=np.bool_),
+        code=np.full(len(notes), None, dtype=object),
     )
     _check_truth(truth, ids, len(classes))
     return truth
@@ -205,6 +253,30 @@ def read_truth(ground_truth: Mapping[str, Any], classes: Sequence[str]) -> Truth
 def ranges(starts: Ints, counts: Ints) -> Ints:
     """``start, start + 1, ...``, ``count`` of them, for each pair, one after the other."""
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
+def _sizes(ground_truth: Mapping[str, Any]) -> dict[int, Size]:
+    """Image id -> (height, width)."""
+    try:
+        return {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
+    except KeyError as error:
+        raise DistillError(
+            f"Expected images with 'height' and 'width' to measure masks, got some without {error}."
+        ) from None
+
+
+def _codes(ground_truth: Mapping[str, Any], sizes: Mapping[int, Size]) -> Codes:
+    """The code of each annotation's mask."""
+    codes = np.full(len(ground_truth["annotations"]), None, dtype=object)
+    for index, note in enumerate(ground_truth["annotations"]):
+        try:
+            codes[index] = rle.read(note.get("segmentation"), sizes[note["image_id"]])
+        except ValueError as error:
+            raise DistillError(
+                f"Expected a segmentation for every annotation to measure masks, but that of annotation {index} (image "
+                f"{note['image_id']}) {error}. Load the data with data.masks=true, or set metrics.coco.masks=false."
+            ) from error
+    return codes
 
 
 def _area(note: Mapping[str, Any]) -> float:

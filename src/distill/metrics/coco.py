@@ -1,4 +1,4 @@
-"""COCO's twelve numbers, by faster-coco-eval or pycocotools."""
+"""COCO's twelve numbers for boxes, and for masks, by faster-coco-eval or pycocotools."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from distill.metrics.base import DetectionMetric, Found, Truth
+from distill import rle
+from distill.metrics.base import Codes, DetectionMetric, Found, Truth
 from distill.types import DistillError
 
 # Where each number lies: table, IoU thresholds (0.5:0.05:0.95), area range (all, small, medium, large) and limit of
@@ -37,11 +38,12 @@ _BACKENDS = {
 
 
 class CocoMetric(DetectionMetric):
-    """AP and AR of COCO boxes, on original annotations: their areas, their crowds.
+    """AP and AR of COCO boxes, and of masks if asked for, on original annotations: their areas, their crowds.
 
     Keys: ``AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl`` in [0, 1], and with ``per_class`` one
     ``AP/<name>`` a class. A number without ground truth is -1, as in pycocotools. Equal scores rank by image id, then
-    by the detector's order.
+    by the detector's order. With ``masks`` the same again for masks, as ``mask_AP``, ..., ``mask_AP/<name>``: the overlap is
+    that of pixels. They are -1 if a detection has no mask.
 
     A crowd (``iscrowd``) is ignored as COCO ignores it: it absorbs any number of detections, by intersection over the
     detection's own area. An object marked ``difficult`` (VOC) is ignored too, but as a single object: one detection may
@@ -54,6 +56,7 @@ class CocoMetric(DetectionMetric):
         backend: ``faster_coco_eval``, ``pycocotools`` (the reference; same numbers, slower) or ``auto``: the first
             that is installed.
         per_class: add ``AP/<name>`` for every class.
+        masks: measure masks too.
     """
 
     def __init__(
@@ -63,18 +66,25 @@ class CocoMetric(DetectionMetric):
         backend: str = "auto",
         per_class: bool = False,
         seen_only: bool = False,
+        masks: bool = False,
     ) -> None:
-        super().__init__(ground_truth, classes, seen_only)
+        super().__init__(ground_truth, classes, seen_only, masks)
         self.backend = _choose(backend)
         self.per_class = per_class
 
     def evaluate(self, truth: Truth, found: Found) -> dict[str, float]:
         """The numbers on arrays."""
-        if not truth.images.size:
+        numbers = self._numbers(truth, found, "bbox")
+        if self.masks:
+            numbers |= {f"mask_{name}": value for name, value in self._numbers(truth, found, "segm").items()}
+        return numbers
+
+    def _numbers(self, truth: Truth, found: Found, kind: str) -> dict[str, float]:
+        if not truth.images.size or (kind == "segm" and any(code is None for code in found.code)):
             tables = {"precision": np.full((10, 101, len(self.classes), 4, 3), -1.0)}
             tables["recall"] = tables["precision"][:, 0]
         else:
-            tables = self._tables(truth, found)
+            tables = self._tables(truth, found, kind)
         numbers = {
             key: _mean(tables[table][ious, ..., area, limit]) for key, (table, ious, area, limit) in _NUMBERS.items()
         }
@@ -82,26 +92,39 @@ class CocoMetric(DetectionMetric):
             numbers |= {f"AP/{name}": _mean(tables["precision"][:, :, k, 0, 2]) for k, name in enumerate(self.classes)}
         return numbers
 
-    def _tables(self, truth: Truth, found: Found) -> dict[str, Any]:
+    def _tables(self, truth: Truth, found: Found, kind: str) -> dict[str, Any]:
         """The backend's ``precision`` (10, 101, K, 4, 3) and ``recall`` (10, K, 4, 3)."""
         api, evaluator = _load(self.backend)
         frame = {
-            "images": [{"id": image} for image in truth.images.tolist()],
+            "images": [{"id": image, **self._frame(image)} for image in truth.images.tolist()],
             "categories": [{"id": label, "name": name} for label, name in enumerate(self.classes, start=1)],
         }
+        rows = _truth_rows(truth), _found_rows(found)
+        if kind == "segm":
+            self._add_masks(rows[0], truth.code)
+            self._add_masks(rows[1], found.code)
+            for row, code in zip(rows[1], found.code, strict=True):
+                row["area"] = rle.area(code, self.sizes[row["image_id"]])
         # Both backends print, or may print, their progress.
         with contextlib.redirect_stdout(io.StringIO()):
             tools = []
-            for annotations in (_truth_rows(truth), _found_rows(found)):
+            for annotations in rows:
                 tool = api()
                 tool.dataset = {**frame, "annotations": annotations}
                 tool.createIndex()
                 tools.append(tool)
-            evaluation = evaluator(*tools, iouType="bbox")
+            evaluation = evaluator(*tools, iouType=kind)
             evaluation.evaluate()
             evaluation.accumulate()
         tables: dict[str, Any] = evaluation.eval
         return tables
+
+    def _frame(self, image: int) -> dict[str, int]:
+        return dict(zip(("height", "width"), self.sizes.get(image, ()), strict=False))
+
+    def _add_masks(self, rows: Sequence[dict[str, Any]], codes: Codes) -> None:
+        for row, code in zip(rows, codes, strict=True):
+            row["segmentation"] = rle.plain(code, self.sizes[row["image_id"]])
 
 
 def _truth_rows(truth: Truth) -> list[dict[str, Any]]:

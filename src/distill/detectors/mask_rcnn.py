@@ -1,0 +1,112 @@
+"""Mask R-CNN on a ResNet with FPN: a Faster R-CNN with torchvision's mask head, and its View."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import maskrcnn_inference, maskrcnn_loss, paste_masks_in_image
+
+from distill.detectors.two_stage import FasterRCNN, TwoStageView
+from distill.detectors.views import geometry
+from distill.precision import full
+from distill.types import Detections, DistillError, Size
+
+LAYERS = 4
+"""Convolutions of the mask head before it doubles the resolution."""
+POOLED = 14
+"""Side of the features that the mask head sees; a mask has twice as many cells a side."""
+
+
+class MaskView(TwoStageView):
+    """A Mask R-CNN looking at a batch. Only its losses and detections run the mask head; every stage of boxes does not."""
+
+    @functools.cached_property
+    def targets(self) -> list[dict[str, Tensor]]:
+        """Ground truth as torchvision wants it; without masks all but the losses can be read."""
+        rows = zip(super().targets, self.batch.targets, strict=True)
+        return [{**each, "masks": cast(Tensor, target.masks)} for each, target in rows]
+
+    def mask_logits(self, boxes: Sequence[Tensor]) -> Tensor:
+        """(R, K+1, 28, 28) for one (r, 4) tensor of boxes per image, in order; the background's map is never used."""
+        return self.keep("mask_logits", boxes, self._mask_logits)
+
+    def _mask_logits(self, boxes: Sequence[Tensor]) -> Tensor:
+        heads = self.net.roi_heads
+        features = self.pooled(heads.mask_roi_pool, boxes)
+        with self.scope(autocast=True):
+            return full(heads.mask_predictor(heads.mask_head(features)))
+
+    @geometry
+    def _mask_loss(self) -> Tensor:
+        """Binary cross entropy of the foreground regions' own class, against the truth cut out and resized (He 2017)."""
+        if any(target.masks is None for target in self.batch.targets):
+            raise DistillError(
+                "view.losses: a Mask R-CNN learns from instance masks, but the batch's targets have none; set data.masks=true"
+            )
+        boxes, matched, labels, _ = self._sample
+        rows = [torch.where(each > 0)[0] for each in labels]
+        regions = [each[row] for each, row in zip(boxes, rows, strict=True)]
+        truth = [[target[name] for target in self.targets] for name in ("masks", "labels")]
+        owners = [each[row] for each, row in zip(matched, rows, strict=True)]
+        return cast(Tensor, maskrcnn_loss(self.mask_logits(regions), regions, *truth, owners))
+
+    @geometry
+    def losses(self) -> dict[str, Tensor]:
+        """A Faster R-CNN's, and loss_mask, in torchvision's order."""
+        classifier, box, objectness, rpn_box = super().losses.items()
+        return dict([classifier, box, ("loss_mask", self._mask_loss), objectness, rpn_box])
+
+    @geometry
+    def detections(self) -> list[Detections]:
+        """After NMS, with masks, in the original images' pixels."""
+        found = self.predictions()
+        logits = self.mask_logits([one.boxes for one in found])
+        cells = maskrcnn_inference(logits, [one.labels for one in found])
+        rows = zip(self.enlarged(found), cells, self.batch.original_sizes, strict=True)
+        return [one._replace(masks=paste(each, one.boxes, size)) for one, each, size in rows]
+
+
+def paste(cells: Tensor, boxes: Tensor, size: Size) -> Tensor:
+    """Masks (N, H, W) bool of an image of this size from probabilities (N, 1, 28, 28) in boxes (N, 4).
+
+    torchvision's own pasting, but one mask at a time: its result for all of them would take four bytes a pixel and object.
+    """
+    masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
+    for index in range(len(boxes)):
+        one = slice(index, index + 1)
+        masks[index] = paste_masks_in_image(cells[one], boxes[one], size)[0, 0] > 0.5
+    return masks
+
+
+class MaskRCNN(FasterRCNN):
+    """Mask R-CNN with a ResNet and a feature pyramid of strides 4 to 64 (He et al. 2017).
+
+    Its arguments are those of `two_stage.FasterRCNN`. The mask head is torchvision's: four convolutions, a doubling, and a
+    map for every class; it is as wide as the neck, which at 256 channels is torchvision's default, and its RoIAlign
+    samples as the box head's does. It is trained on targets with masks: ``data.masks=true``.
+    """
+
+    family = "mask_rcnn"
+    masks = True
+    enum = MaskRCNN_ResNet50_FPN_Weights
+    class_layers: ClassVar[Mapping[str, int]] = {
+        **FasterRCNN.class_layers,
+        "roi_heads.mask_predictor.mask_fcn_logits": 1,
+    }
+    opens = MaskView
+
+    @staticmethod
+    def extend(heads: Any, channels: int, classes: int) -> None:
+        """The mask branch beside the box head, before any weights are loaded."""
+        pool = copy.deepcopy(heads.box_roi_pool)
+        pool.output_size = (POOLED, POOLED)
+        heads.mask_roi_pool = pool
+        heads.mask_head = MaskRCNNHeads(channels, [channels] * LAYERS, 1)
+        heads.mask_predictor = MaskRCNNPredictor(channels, channels, classes + 1)
