@@ -100,6 +100,18 @@ def ground_truth(boxes: Sequence[Tensor], sizes: Mapping[int, Size], scale: floa
     return masks
 
 
+def weighted(
+    boxes: Sequence[Tensor], values: Sequence[Tensor], sizes: Mapping[int, Size], scale: float = 56.0
+) -> Masks:
+    """The value of each box (N,) on the cells that it covers, the largest where boxes overlap; cells as `ground_truth`."""
+    padded = pad_sequence([F.pad(each, (0, 1)) for each in values], batch_first=True)
+    masks = {}
+    for stride, (rows, columns) in _spans(boxes, sizes, scale).items():
+        images = zip(rows.inside * padded[..., None], columns.inside, strict=True)
+        masks[stride] = torch.stack([(row[:, :, None] * column[:, None]).amax(0) for row, column in images])
+    return masks
+
+
 def gaussian(boxes: Sequence[Tensor], sizes: Mapping[int, Size], scale: float = 56.0) -> Masks:
     """A bump per box, the largest where boxes overlap (TADF, Sun et al. 2020, as DeFeat's repository holds it).
 

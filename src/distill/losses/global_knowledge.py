@@ -1,0 +1,237 @@
+"""Global Knowledge: trust the teacher on an object as far as both models place it alike among the data set's prototypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill import masks
+from distill.losses import base
+from distill.losses.base import DistillLoss, Share
+from distill.losses.imitation import ADAPTER as MAP_ADAPTER
+from distill.losses.imitation import MapImitation
+from distill.losses.prototypes import box_means, choose
+from distill.precision import full
+from distill.types import DistillError, Facts, Pyramid, Size, View
+
+NECK = {"foreground": 1.0, "background": 4.0, "levels": None}
+LABELS = {"weight": 1.0, "temperature": 2.0}
+RELATION = {"weight": 0.0}
+PROTOTYPES = {"count": 10, "alpha": 10.0, "bandwidth": 0.1, "quantile": 0.4, "images": 800, "min_side": 30.0}
+ADAPTER = {**MAP_ADAPTER, "start": "default"}
+RAMP = {**base.RAMP, "shape": "linear", "terms": ["neck", "relation"]}
+
+
+def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
+    """(R, C) and (R, P, C) or (P, C) -> (R, P)."""
+    ours, theirs = F.normalize(full(features), dim=-1), F.normalize(full(prototypes), dim=-1)
+    return (ours[:, None] * theirs).sum(-1)
+
+
+def agreement(student: Tensor, teacher: Tensor) -> Tensor:
+    """rho = 1 - |q_s - q_t|, detached, with q the largest of the cosines (R, P) to the prototypes of the own class."""
+    return (1 - (student.amax(1) - teacher.amax(1)).abs()).detach()
+
+
+class GlobalKnowledge(DistillLoss):
+    """DeFeat's frame on the student's positive proposals, each weighted by how alike both models see it.
+
+    ::
+
+        rho_i           = 1 - |q_s - q_t|,   q = max over prototypes of the own class of cos(pooled feature, prototype)
+        neck.foreground = 1/L sum_l  sum m_l (A_l(S_l) - T_l)^2 / max(1, 2 sum m_l)       m: rho inside positive proposals
+        neck.background = the same with 1 where m is 0
+        labels          = T^2 / N_pos sum_i rho_i mean_classes KL(softmax(z_t / T) || softmax(z_s / T))
+        relation        = mean_i,p smooth_L1(rho_i cos(f_s, P_s), rho_i cos(f_t, P_t))    all prototypes of the level
+
+    Before each epoch, :mod:`distill.losses.prototypes` chooses the prototypes of each class and level anew from ground
+    truth boxes of the training images: the teacher's features are kept from the first time on, the student's change.
+
+    Source: Tang et al., "Distilling Object Detectors with Global Knowledge", ECCV 2022, and its released code
+    (hikvision-research/DAVAR-Lab-ML): weights 1 and 4 for the neck, 1 for labels at T = 2, 5 for the relation; neck and
+    relation fall linearly to 0. The released configuration never switches the relation on, hence 0 here. Its student
+    starts from a finished detector (``model.weights``), so its gain is on top of a longer training.
+
+    Where we differ: where proposals overlap, the largest rho counts (there the last one drawn); the density filter keeps
+    what is at the quantile too, and all where nothing passes in both spaces; features are pooled in full precision.
+
+    Shapes: maps (B, C, H, W), logits (R, K+1). For two-stage detectors. The first pass over up to ``images`` images a class
+    costs about an evaluation of the teacher, and each epoch one of the student's neck.
+
+    Args:
+        student, teacher: facts of both detectors; the teacher knows all of the student's classes.
+        neck: weights of its terms; ``levels``: strides, None for all that both have.
+        labels, relation: ``weight``; ``temperature``.
+        prototypes: ``count`` per class and level; ``alpha``, ``bandwidth``, ``quantile`` of their choice; ``images``, at most,
+            per class; ``min_side`` of a box in pixels of the stored image.
+        mask_scale: of the level rule, in pixels.
+        adapter: see :class:`distill.losses.imitation.MapImitation`.
+        ramp, normalizer, seed: see :class:`DistillLoss`.
+    """
+
+    ours: Tensor
+    theirs: Tensor
+    columns: Tensor | None
+
+    def __init__(
+        self,
+        student: Facts,
+        teacher: Facts,
+        neck: Mapping[str, Any] = NECK,
+        labels: Mapping[str, Any] = LABELS,
+        relation: Mapping[str, Any] = RELATION,
+        prototypes: Mapping[str, Any] = PROTOTYPES,
+        mask_scale: float = 56.0,
+        adapter: Mapping[str, Any] = ADAPTER,
+        ramp: Mapping[str, Any] = RAMP,
+        normalizer: str = "global",
+        seed: int = 0,
+    ) -> None:
+        maps, label = base.options("neck", neck, NECK), base.options("labels", labels, LABELS)
+        weights = {f"neck.{part}": maps[part] for part in ("foreground", "background")}
+        weights |= {"labels": label["weight"], "relation": base.options("relation", relation, RELATION)["weight"]}
+        super().__init__(weights, base.options("ramp", ramp, RAMP), normalizer, seed)
+        base.check_two_stage("global_knowledge", student, teacher)
+        if not label["temperature"] > 0:
+            raise DistillError(f"labels.temperature: expected a number above 0, got {label['temperature']}")
+        self.temperature, self.scale = float(label["temperature"]), masks.Mask(scale=mask_scale).scale
+        self.prototypes = base.options("prototypes", prototypes, PROTOTYPES)
+        if not (self.prototypes["count"] >= 1 and self.prototypes["images"] >= 1):
+            raise DistillError(f"prototypes: expected a count and a number of images of at least 1, got {prototypes}")
+        levels = base.shared_levels("neck", student.neck, teacher.neck, maps["levels"])
+        self.levels = levels
+        if self.terms("neck"):
+            self.neck = MapImitation(
+                "neck", student.neck, teacher.neck, levels, base.options("adapter", adapter, ADAPTER), seed=seed
+            )
+        self.register_buffer("columns", base.class_columns("global_knowledge", student, teacher), persistent=False)
+        # (classes, levels, prototypes, channels); zeros, for a class without instances, make every rho 1.
+        room = len(student.classes), len(levels), self.prototypes["count"]
+        self.register_buffer("ours", torch.zeros(*room, student.neck[levels[0]]))
+        self.register_buffer("theirs", torch.zeros(*room, teacher.neck[levels[0]]))
+        self._kept: dict[int, Tensor] = {}
+        """Index of an image -> (n, L, C), the teacher's features of its boxes."""
+
+    # -- the step
+
+    def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
+        """The terms of `weights`, scalars."""
+        labels = student.rois.labels
+        boxes = [each[names > 0] for each, names in zip(student.rois.boxes, labels, strict=True)]
+        names = torch.cat([each[each > 0] for each in labels])
+        level = masks.assign(torch.cat(boxes), len(self.levels), self.scale)
+        ours, theirs = self._pooled(student, boxes, level), self._pooled(teacher, boxes, level).detach()
+        rho = agreement(cosines(ours, self.ours[names - 1, level]), cosines(theirs, self.theirs[names - 1, level]))
+        shares: dict[str, list[Share]] = {}
+        if self.terms("neck"):
+            sizes = self.neck.sizes(student.neck)
+            inside = masks.weighted(boxes, torch.split(rho, [len(each) for each in boxes]), sizes, self.scale)
+            outside = {stride: (mask == 0).float() for stride, mask in inside.items()}
+            parts = {"foreground": inside, "background": outside}
+            shares |= self.neck(student.neck, teacher.neck, {part: parts[part] for part in self.terms("neck")})
+        if "labels" in self.weights:
+            shares["labels"] = [self._soft_labels(student, teacher, rho, torch.cat(labels) > 0)]
+        if "relation" in self.weights:
+            shares["relation"] = [self._relate(ours, theirs, rho, level)]
+        return self.average(shares)
+
+    def _pooled(self, view: View, boxes: Sequence[Tensor], level: Tensor) -> Tensor:
+        """(R, C): each box pooled on its level."""
+        levels = _all_levels({stride: view.neck[stride] for stride in self.levels}, boxes, base.size(view.batch.images))
+        return levels[torch.arange(len(level), device=level.device), level]
+
+    def _soft_labels(self, student: View, teacher: View, rho: Tensor, positive: Tensor) -> Share:
+        ours, theirs = (view.roi_logits(student.rois.boxes)[0] for view in (student, teacher))
+        theirs = theirs if self.columns is None else theirs[:, self.columns]
+        base.check_shapes("labels, logits (R, K+1)", ours, theirs, "Build the loss with the facts of both detectors")
+        each = base.divergence(ours, theirs, self.temperature)[positive] / ours.shape[1]
+        return (rho * each).sum(), torch.tensor(float(len(rho)), device=rho.device)
+
+    def _relate(self, ours: Tensor, theirs: Tensor, rho: Tensor, level: Tensor) -> Share:
+        known = (self.theirs != 0).flatten(1).any(1)  # (K,): classes that have prototypes
+        places = []
+        for features, prototypes in ((ours, self.ours), (theirs, self.theirs)):
+            of_level = prototypes.transpose(0, 1).flatten(1, 2)  # (L, K*P, C)
+            places.append(rho[:, None] * cosines(features, of_level[level]))
+        error = F.smooth_l1_loss(places[0], places[1], reduction="none")
+        counts = known.repeat_interleave(self.prototypes["count"])
+        return (error * counts).sum(), len(rho) * counts.sum()
+
+    # -- before each epoch
+
+    def on_epoch_start(self, epoch: int, data: Any, student: Any, teacher: Any) -> None:
+        """Choose the prototypes of every class and level anew; each process looks at its share of the images."""
+        super().on_epoch_start(epoch, data, student, teacher)
+        chosen = list(self._candidates(data.images("train", training=False)))
+        features = self._features(chosen, data, student, teacher)
+        labels = torch.cat([names for _, _, names in chosen]) if chosen else torch.zeros(0).long()
+        for label in sorted(set(labels.tolist())):
+            rows = (labels == label).to(features[0].device)
+            for level in range(len(self.levels)):
+                ours, theirs = (each[rows, level] for each in features)
+                best = choose(
+                    ours,
+                    theirs,
+                    **{name: self.prototypes[name] for name in ("count", "alpha", "bandwidth", "quantile")},
+                )
+                self.ours[label - 1, level], self.theirs[label - 1, level] = ours[best], theirs[best]
+
+    def _candidates(self, images: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Index of an image, which of its boxes (n,) are candidates, and their labels; up to so many images a class."""
+        left: dict[int, int] = {}
+        for index in sorted(range(len(images)), key=lambda index: base.derive(self.seed, int(images.ids[index]))):
+            target = images.target(index)
+            large = ((target.boxes[:, 2:] - target.boxes[:, :2]) > self.prototypes["min_side"]).all(1)
+            wanted = {
+                label
+                for label in target.labels[large].unique().tolist()
+                if left.setdefault(label, self.prototypes["images"])
+            }
+            if wanted:
+                keep = large & torch.tensor([label in wanted for label in target.labels.tolist()])
+                for label in wanted:
+                    left[label] -= 1
+                yield index, keep, target.labels[keep]
+
+    @torch.no_grad()
+    def _features(
+        self, chosen: Sequence[tuple[int, Tensor, Tensor]], data: Any, student: Any, teacher: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(N, L, C) of all candidates, in order, from the student and from the teacher."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = list(enumerate(chosen))[rank::world]
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        training = student.training
+        student.eval()  # live statistics must not see these images
+        for start in range(0, len(mine), data.eval_batch_size):
+            part = mine[start : start + data.eval_batch_size]
+            batch = data.batch("train", [index for _, (index, _, _) in part]).to(self.ours.device)
+            boxes = [target.boxes[keep] for target, (_, (_, keep, _)) in zip(batch.targets, part, strict=True)]
+            size, counts = base.size(batch.images), [len(each) for each in boxes]
+            view = student.view(batch, training=False, frozen=True)
+            ours = torch.split(_all_levels({s: view.neck[s] for s in self.levels}, boxes, size), counts)
+            if any(index not in self._kept for _, (index, _, _) in part):
+                guest = teacher.view(batch, training=False)
+                theirs = torch.split(_all_levels({s: guest.neck[s] for s in self.levels}, boxes, size), counts)
+                self._kept |= {index: each for (_, (index, _, _)), each in zip(part, theirs, strict=True)}
+            found |= {place: (each, self._kept[index]) for (place, (index, _, _)), each in zip(part, ours, strict=True)}
+        student.train(training)
+        if world > 1:
+            everyone: list[Any] = [None] * world
+            dist.all_gather_object(everyone, {place: (a.cpu(), b.cpu()) for place, (a, b) in found.items()})
+            found = {place: pair for each in everyone for place, pair in each.items()}
+        pairs = [found[place] for place in range(len(chosen))]
+        device = self.ours.device
+        if not pairs:
+            return self.ours.new_zeros(0, *self.ours.shape[1::2]), self.theirs.new_zeros(0, *self.theirs.shape[1::2])
+        return torch.cat([a.to(device) for a, _ in pairs]), torch.cat([b.to(device) for _, b in pairs])
+
+
+def _all_levels(neck: Pyramid, boxes: Sequence[Tensor], image: Size) -> Tensor:
+    """(R, L, C): every box pooled on every level."""
+    return torch.stack([box_means(full(x), boxes, image) for x in neck.values()], dim=1)

@@ -1,0 +1,78 @@
+"""Prototypes through real detectors and data: what an epoch's start chooses, keeps and leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from test_views import build
+
+from distill.data.datamodule import DetectionData
+from distill.data.shapes import Shapes
+from distill.guest import Guest
+from distill.losses.global_knowledge import GlobalKnowledge
+from distill.losses.prototypes import box_means, choose
+
+
+def setting(**prototypes: Any) -> tuple[GlobalKnowledge, DetectionData, Any, Guest]:
+    data = DetectionData(Shapes(train=10, val=2, test=0, size=64), batch_size=4, workers=0, min_size=64, max_size=64)
+    student, teacher = build("faster_rcnn", seed=1, norm="live"), build("faster_rcnn", seed=2, depth=18)
+    student, teacher = (
+        type(each)(data.classes, **{k: v for k, v in each.options.items() if k != "classes"})
+        for each in (student, teacher)
+    )
+    loss = GlobalKnowledge(student.facts, teacher.facts, prototypes={"count": 2, "min_side": 6.0, **prototypes})
+    return loss, data, student, Guest(teacher)
+
+
+def test_prototypes_are_features_of_boxes_of_their_class() -> None:
+    loss, data, student, guest = setting()
+    state = torch.get_rng_state()
+    buffers = {name: value.clone() for name, value in student.named_buffers()}
+    loss.on_epoch_start(0, data, student, guest)
+    assert torch.equal(state, torch.get_rng_state())
+    assert student.training
+    for name, value in student.named_buffers():
+        assert torch.equal(value, buffers[name]), name
+
+    whole = data.batch("train", range(10))
+    labels = torch.cat([target.labels for target in whole.targets])
+    large = torch.cat([((t.boxes[:, 2:] - t.boxes[:, :2]) > 6).all(1) for t in whole.targets])
+    student.eval()
+    views = student.view(whole, frozen=True), guest.view(whole)
+    boxes = [target.boxes for target in whole.targets]
+    for label in range(1, len(data.classes) + 1):
+        rows = (labels == label) & large
+        for level, stride in enumerate((4, 8, 16, 32, 64)):
+            ours, theirs = (box_means(view.neck[stride], boxes, (64, 64))[rows] for view in views)
+            # Which instances are chosen hangs on their order in ties alone; as sets of features they are the same.
+            best = choose(ours, theirs, 2)
+            for chosen, features in ((loss.ours, ours), (loss.theirs, theirs)):
+                found = {tuple(round(x, 3) for x in row) for row in chosen[label - 1, level].tolist()}
+                assert found == {tuple(round(x, 3) for x in row) for row in features[best].tolist()}
+
+
+def test_the_student_is_looked_at_anew_and_the_teacher_once() -> None:
+    loss, data, student, guest = setting()
+    reads = []
+    view = guest.view
+    guest.view = lambda *given, **options: reads.append(1) or view(*given, **options)  # type: ignore[method-assign]
+    loss.on_epoch_start(0, data, student, guest)
+    assert reads
+    before, count = loss.ours.clone(), len(reads)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    loss.on_epoch_start(1, data, student, guest)
+    assert len(reads) == count
+    assert not torch.equal(loss.ours, before)
+
+
+def test_so_many_images_a_class_and_no_small_box() -> None:
+    loss, data, student, guest = setting(images=2)
+    chosen = list(loss._candidates(data.images("train", training=False)))
+    for label in range(1, len(data.classes) + 1):
+        assert sum(bool((names == label).any()) for _, _, names in chosen) == 2
+    loss, data, student, guest = setting(min_side=64.0)
+    loss.on_epoch_start(0, data, student, guest)
+    assert not loss.ours.any()

@@ -1,0 +1,151 @@
+"""Global Knowledge: slow oracles of its terms, its prototypes over an epoch, and its refusals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from fake_view import FakeView, batch, facts, random_view
+from loss_grid import OBJECTS, LossGrid
+from test_masks import slow_cells, slow_level
+from torch import Tensor
+
+from distill import masks
+from distill.losses.base import DistillLoss
+from distill.losses.global_knowledge import GlobalKnowledge
+from distill.types import DistillError, Facts
+
+NO_ADAPTER = {"kernel": None}
+ALL_ON: dict[str, Mapping[str, Any]] = {"relation": {"weight": 5.0}, "prototypes": {"count": 3}}
+
+
+def with_prototypes(loss: GlobalKnowledge, student: Facts, teacher: Facts) -> GlobalKnowledge:
+    """Prototypes of the classes 1 to 3; the fourth class has no instance."""
+    generator = torch.Generator().manual_seed(5)
+    for buffer in (loss.ours, loss.theirs):
+        buffer.normal_(generator=generator)
+        buffer[3] = 0
+    return loss
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    norms = math.sqrt(sum(x * x for x in a.tolist()) * sum(x * x for x in b.tolist()))
+    return sum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True)) / norms if norms else 0.0
+
+
+def pooled(view: FakeView, image: int, box: list[float], stride: int) -> Tensor:
+    x = view.neck[stride][image]
+    height, width = x.shape[1:]
+    x1, y1, x2, y2 = box
+    rows = range(min(int(y1 * height / 64), height - 1), min(int(y2 * height / 64), height - 1) + 1)
+    columns = range(min(int(x1 * width / 64), width - 1), min(int(x2 * width / 64), width - 1) + 1)
+    return torch.stack([x[:, row, column] for row in rows for column in columns]).mean(0)
+
+
+class TestGlobalKnowledge(LossGrid):
+    relative = 1e-6  # prototypes are float32
+
+    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+        return with_prototypes(GlobalKnowledge(student, teacher, **ALL_ON, adapter=NO_ADAPTER), student, teacher)
+
+    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+        return with_prototypes(GlobalKnowledge(student, teacher, **ALL_ON), student, teacher)
+
+    def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
+        assert isinstance(loss, GlobalKnowledge)
+        strides = list(student.neck)
+        mask = {s: torch.zeros(len(x), *x.shape[2:], dtype=torch.float64) for s, x in student.neck.items()}
+        logits = [view.roi_logits([])[0] for view in (student, teacher)]
+        labels_sum, relation_sum, positives, region = 0.0, 0.0, 0, 0
+        for image, (boxes, names) in enumerate(zip(student.rois.boxes, student.rois.labels, strict=True)):
+            for box, name in zip(boxes.tolist(), names.tolist(), strict=True):
+                if name > 0:
+                    positives += 1
+                    level = slow_level(box, len(strides))
+                    stride = strides[level]
+                    found = [pooled(view, image, box, stride) for view in (student, teacher)]
+                    own = [
+                        max(cosine(feature, p) for p in prototypes[name - 1, level])
+                        for feature, prototypes in zip(found, (loss.ours, loss.theirs), strict=True)
+                    ]
+                    rho = 1 - abs(own[0] - own[1])
+                    rows, columns, _ = slow_cells(box, stride, *mask[stride].shape[1:])
+                    for row in rows:
+                        for column in columns:
+                            mask[stride][image, row, column] = max(rho, mask[stride][image, row, column].item())
+                    p, q = (torch.softmax(each[region] / 2, 0).tolist() for each in logits)
+                    kl = sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q, strict=True))
+                    labels_sum += rho * 4 * kl / len(p)
+                    for k in range(3):
+                        for index in range(3):
+                            pair = (loss.ours[k, level, index], loss.theirs[k, level, index])
+                            a, b = (rho * cosine(f, p) for f, p in zip(found, pair, strict=True))
+                            error = abs(a - b)
+                            relation_sum += error**2 / 2 if error < 1 else error - 0.5
+                region += 1
+        terms = {"labels": labels_sum / max(1, positives), "relation": relation_sum / max(1, 9 * positives)}
+        for part in ("foreground", "background"):
+            levels = []
+            for s, inside in mask.items():
+                weights = inside if part == "foreground" else (inside == 0).double()
+                error = (student.neck[s] - teacher.neck[s]).square().sum(1)
+                levels.append((weights * error).sum().item() / max(1.0, 2 * 6 * float(weights.sum())))
+            terms[f"neck.{part}"] = sum(levels) / len(levels)
+        return terms
+
+    def test_is_at_its_minimum_when_student_equals_teacher(self) -> None:
+        student, _ = self.views(OBJECTS)
+        loss = GlobalKnowledge(self.student, self.student, **ALL_ON, adapter=NO_ADAPTER)
+        loss.ours.normal_(generator=torch.Generator().manual_seed(5))
+        loss.theirs.copy_(loss.ours)
+        for name, value in self.run(
+            loss, student, FakeView(student.batch, student.facts, **student.mapped(torch.clone).stages)
+        ).items():
+            assert value.item() == pytest.approx(0, abs=1e-12), name
+
+
+def test_without_prototypes_every_region_counts_in_full() -> None:
+    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    loss = GlobalKnowledge(facts(), facts(), adapter=NO_ADAPTER)
+    positive = [boxes[names > 0] for boxes, names in zip(student.rois.boxes, student.rois.labels, strict=True)]
+    grid = {s: (x.shape[2], x.shape[3]) for s, x in student.neck.items()}
+    inside = masks.ground_truth(positive, grid)
+    expected = 0.0
+    for s, x in student.neck.items():
+        total = (inside[s] * (x - teacher.neck[s]).square().sum(1)).sum()
+        expected += float(total / (12 * inside[s].sum()).clamp(min=1)) / 5
+    assert loss(student, teacher)["neck.foreground"].item() == pytest.approx(expected, rel=1e-6)
+    assert loss.weights == {"neck.foreground": 1, "neck.background": 4, "labels": 1}
+
+
+def test_only_neck_and_relation_fade() -> None:
+    loss = GlobalKnowledge(facts(), facts(), **ALL_ON)
+    assert {term: loss.factor(term, 0.75, 24) for term in loss.weights} == {
+        "neck.foreground": 0.25,
+        "neck.background": 0.25,
+        "labels": 1.0,
+        "relation": 0.25,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": {"temperature": 0}}, "labels.temperature"),
+        ({"prototypes": {"count": 0}}, "prototypes: expected a count"),
+        ({"prototypes": {"atoms": 3}}, "prototypes: unknown option 'atoms'"),
+        ({"neck": {"levels": [128]}}, "neck.levels"),
+        ({"mask_scale": 0}, "mask.scale"),
+    ],
+)
+def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DistillError, match=message):
+        GlobalKnowledge(facts(), facts(), **options)
+
+
+def test_it_needs_regions() -> None:
+    with pytest.raises(DistillError, match="both detectors must be two-stage"):
+        GlobalKnowledge(facts(), facts(two_stage=False))
