@@ -153,11 +153,18 @@ def test_an_experiment_takes_any_data(experiment: str, data: str) -> None:
     assert all("_target_" in metric for metric in cfg.metrics.values())
 
 
+def body(experiment: str) -> Any:
+    """What an experiment's file says beside its options, on top of the experiment that it inherits."""
+    own = OmegaConf.load(config.folder() / "experiment" / f"{experiment}.yaml")
+    inherited = [body(str(line)) for line in own.pop("defaults") if isinstance(line, str) and line in EXPERIMENTS]
+    return OmegaConf.merge(*inherited, own)
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_says_of_its_teacher_what_it_says_of_its_student(experiment: str) -> None:
     """What differs from the plain model option is said of ``teacher.model`` itself, so that it is seen and used."""
     lines = [f"experiment={experiment}", "paths.run=x"]
-    said = OmegaConf.load(config.folder() / "experiment" / f"{experiment}.yaml")
+    said = body(experiment)
     cfg = config.composed(lines)
     assert set(said.teacher.model) >= set(said.model)
     for key, value in said.teacher.model.items():

@@ -17,7 +17,7 @@ from distill.cli import config
 from distill.losses.dsig import DSIG
 from distill.types import DistillError
 
-OPTION = {"faster_rcnn": "dsig", "retinanet": "dsig_retinanet"}
+OPTION = {"faster_rcnn": "dsig", "retinanet": "dsig_retinanet", "fcos": "dsig_retinanet"}
 
 
 def settings(option: str) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def test_the_one_stage_graph_is_that_of_the_student_s_predictions() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_wider_teacher_is_met_by_adapters_under_autocast(family: str) -> None:
-    student, teacher = pair(family, neck_channels=64)
+    student, teacher = pair(family, neck_channels=96)
     loss = DSIG(student.facts, teacher.facts, **{**settings(OPTION[family]), "adapter": {"kernel": 1}})
     data = batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -12,7 +12,7 @@ from distill.losses.ssim import SSIM
 
 @pytest.mark.parametrize(("ours", "theirs"), itertools.product(FAMILIES, FAMILIES))
 def test_teaches_every_pair_of_families(ours: str, theirs: str) -> None:
-    student, teacher = build(ours, seed=1), build(theirs, seed=2, neck_channels=48)
+    student, teacher = build(ours, seed=1), build(theirs, seed=2, neck_channels=96)
     loss = SSIM(student.facts, teacher.facts)
     data = batch()
     view = student.view(data, training=True, seed=3)

@@ -30,6 +30,9 @@ def write_coco(root: Path) -> None:
         for entry, (_, picture) in zip(truth["images"], images, strict=True):
             entry["file_name"] = f"{entry['id']:012d}.png"
             picture.save(folder / entry["file_name"])
+        for each in truth["annotations"]:
+            x, y, w, h = each["bbox"]
+            each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
         (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(truth))
 
 

@@ -257,7 +257,7 @@ def test_a_json_that_is_no_detector_is_refused(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "object"),
         ("{}", "naming one of"),
-        (json.dumps({"model": {**good["model"], "family": "yolo"}}), "faster_rcnn, retinanet, fcos"),
+        (json.dumps({"model": {**good["model"], "family": "yolo"}}), "faster_rcnn, mask_rcnn, retinanet, fcos"),
         (json.dumps({"model": {**good["model"], "new_option": 1}}), "new_option"),
     ):
         facts.write_text(text)

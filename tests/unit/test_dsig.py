@@ -551,7 +551,7 @@ def part_of(view: FakeView, rows: slice) -> FakeView:
         "roi_features": view.stages["roi_features"][cut],
         "roi_logits": tuple(x[cut] for x in view.stages["roi_logits"]),
         "rois": Regions(*map(first, view.stages["rois"])),
-        "predictions": [Detections(*(x[: KEPT[i]] for x in view.stages["predictions"][i])) for i in numbers],
+        "predictions": [Detections(*(x[: KEPT[i]] for x in view.stages["predictions"][i][:3])) for i in numbers],
         "anchor_targets": AnchorTargets(*(x[rows] for x in view.stages["anchor_targets"])),
     }
     for name in {"neck", "deltas", "class_logits"} & view.stages.keys():
