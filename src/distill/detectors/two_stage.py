@@ -101,6 +101,9 @@ class TwoStageView(LazyView):
         labels, deltas = self._rpn_targets
         return AnchorTargets(torch.stack(labels).long(), torch.stack(list(deltas)), torch.stack(sampled) > 0)
 
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        return cast(Tensor, self.net.rpn.box_coder.decode_single(deltas, anchors))
+
     @geometry
     def rois(self) -> Regions:
         """The regions that the box head learns from: proposals and ground truth, sampled once."""
