@@ -29,6 +29,8 @@ WEIGHTS, FACTS = "student.pt", "student.json"
 MEANING = ("mean", "std", "stride_in_1x1", "anchor_sizes", "anchor_ratios", "box_sampling_ratio", "p6_from")
 """Options that weights depend on although they fit any value of them."""
 
+ADVICE = "Check family, depth, width and head sizes; if only the classes differ, set head=new."
+
 
 @dataclass(frozen=True)
 class Source:
@@ -147,7 +149,7 @@ def load_backbone(detector: Detector, source: str) -> list[str]:
     if enum is not None and source in enum.__members__:
         if width != 1:
             raise DistillError(f"backbone_weights: {source} is for width 1, not {width}; give a file or null")
-        state = _download(enum[source], "backbone_weights")
+        state = download(enum[source], "backbone_weights")
     else:
         names = ", ".join(enum.__members__) if enum is not None else f"none, for depth {depth}"
         state = read_state(_file(Path(source), f"backbone_weights: torchvision's names are {names}"))
@@ -156,8 +158,15 @@ def load_backbone(detector: Detector, source: str) -> list[str]:
     return [f"backbone: {len(body)} tensors from {source}"]
 
 
-def fit(module: nn.Module, state: State, where: str, fresh: tuple[str, ...] = ()) -> None:
-    """Strictly load `state`; only names that begin with one of `fresh` may be missing.
+def fit(
+    module: nn.Module,
+    state: State,
+    where: str,
+    fresh: tuple[str, ...] = (),
+    what: str = "detector",
+    advice: str = ADVICE,
+) -> None:
+    """Strictly load `state`; only names that begin with one of `fresh` may be missing. `what` and `advice` are for the error.
 
     Raises:
         DistillError: listing what is missing, unexpected, or of another shape.
@@ -181,8 +190,7 @@ def fit(module: nn.Module, state: State, where: str, fresh: tuple[str, ...] = ()
         if names
     ]
     if problems:
-        advice = "Check family, depth, width and head sizes; if only the classes differ, set head=new."
-        raise DistillError("\n".join([f"{where}: the weights do not fit this detector.", *problems, advice]))
+        raise DistillError("\n".join([f"{where}: the weights do not fit this {what}.", *problems, advice]))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -203,7 +211,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def _source(source: str, detector: Detector) -> Source:
     if entry := _entry(source, detector.enum):
         options = {"norm": "frozen", "norm_eps": detector.coco_eps if entry is detector.enum.COCO_V1 else 1e-5}
-        return Source(str(entry), _download(entry, "weights"), _categories(entry), options)
+        return Source(str(entry), download(entry, "weights"), _categories(entry), options)
     path = _weights_file(Path(source))
     facts = _read_json(path.with_suffix(".json"))
     return Source(str(path), read_state(path), _classes(facts), facts.get("model", {}))
@@ -229,7 +237,8 @@ def _classes(facts: Mapping[str, Any]) -> tuple[str, ...] | None:
     return None if classes is None else tuple(classes)
 
 
-def _download(entry: Any, option: str) -> State:
+def download(entry: Any, option: str) -> State:
+    """The state dict of an entry of torchvision's; `option` is where the user gave its name."""
     try:
         state: State = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, or a broken download
