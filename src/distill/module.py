@@ -30,7 +30,7 @@ class Distiller(L.LightningModule):
 
     Args:
         student: the detector that is trained, and the only one that is saved.
-        teacher: the guest; needed as soon as there is a loss.
+        teacher: the guest; needed as soon as there is a loss that a detector teaches.
         losses: distillation losses by name; empty is the baseline student.
         schedule: optimiser, learning rate and length.
         supervised: weights of the student's own loss terms by torchvision's names; 1 where not named.
@@ -58,8 +58,9 @@ class Distiller(L.LightningModule):
         self.seed = seed
         self._evaluation: Evaluation | None = None
         self._pending: list[tuple[list[str], Tensor, Any, Batch]] = []
-        if self.losses and teacher is None:
-            raise DistillError(f"losses {list(self.losses)} need a teacher, but none was given; use distill=none")
+        needy = [name for name, loss in self.losses.items() if loss.needs_teacher]
+        if needy and teacher is None:
+            raise DistillError(f"losses {needy} need a teacher, but none was given; use distill=none")
 
     # -- training
 
@@ -69,8 +70,8 @@ class Distiller(L.LightningModule):
         student = self.student.view(batch, training=True, seed=draw)
         terms = {f"student/{name}": value for name, value in student.losses.items()}
         weights = {name: self._supervised_weight(name.removeprefix("student/")) for name in terms}
-        if self.teacher is not None and self.losses:
-            teacher = self.teacher.view(batch, seed=draw + 1)
+        if self.losses:
+            teacher = self.teacher.view(batch, seed=draw + 1) if self.teacher else None
             self._distil(student, teacher, terms, weights)
         values = torch.stack([terms[name].float() for name in terms])
         loss = sum((weights[name] * terms[name] for name in terms), start=values.new_zeros(()))
@@ -84,7 +85,7 @@ class Distiller(L.LightningModule):
             [loss.supervised.get(name, 1.0) for loss in self.losses.values()], start=self.supervised.get(name, 1.0)
         )
 
-    def _distil(self, student: View, teacher: View, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
+    def _distil(self, student: View, teacher: View | None, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
         for name, loss in self.losses.items():
             for term, value in loss(student, teacher).items():
                 terms[f"{name}/{term}"] = value

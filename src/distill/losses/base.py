@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,9 @@ class DistillLoss(nn.Module):
         normalizer: what counts of :meth:`average` run over: ``global``, the batches of all processes, or ``process``.
         seed: of the loss's own draws and its adapters' start values.
     """
+
+    needs_teacher: ClassVar[bool] = True
+    """Whether a detector teaches. If not, ``teacher`` may be None, at construction and in `forward`."""
 
     def __init__(
         self,
