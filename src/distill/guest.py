@@ -41,6 +41,10 @@ class Frozen:
             self._fingerprint = fingerprint(self._module.state_dict)
         return self._fingerprint
 
+    def identity(self) -> dict[str, Any]:
+        """What is stored with a run, so that a resume finds the same module. Plain containers only."""
+        return {"source": self.source, "sha256": self.fingerprint}
+
     def move(self, device: torch.device) -> None:
         """Bring the module to where the data is."""
         if device != self._device:
@@ -71,13 +75,8 @@ class Guest(Frozen):
         return self.detector.facts
 
     def identity(self) -> dict[str, Any]:
-        """What is stored with a run, so that a resume finds the same teacher. Plain containers only."""
-        return {
-            "source": self.source,
-            "sha256": self.fingerprint,
-            "classes": list(self.facts.classes),
-            "values": self.values,
-        }
+        """Its classes and measured values besides."""
+        return {**super().identity(), "classes": list(self.facts.classes), "values": self.values}
 
     def view(self, batch: Batch, *, training: bool = True, seed: int | None = None) -> View:
         """A frozen View on the batch's device; ``training`` chooses the counts of proposals."""

@@ -198,16 +198,24 @@ class Distiller(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the student is, and the teacher's identity, never its weights."""
+        """What the student is, and the guests' identities, never their weights."""
         checkpoint["student"] = self.student.describe()
         checkpoint["teacher"] = self.teacher.identity() if self.teacher else None
+        checkpoint["guests"] = {name: loss.identity() for name, loss in self.losses.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with another teacher."""
+        """Refuse to resume with another teacher, or another guest of a loss."""
         if "teacher" not in checkpoint:
             return
+        for name, before in checkpoint.get("guests", {}).items():
+            now = self.losses[name].identity() if name in self.losses else before
+            if _sha256(before) != _sha256(now):
+                raise DistillError(
+                    f"resume: the checkpoint was made with the guest {_name(before)} of the loss {name}, but this run has "
+                    f"{_name(now)}. Set distill.losses.{name} as it was in that run, or start a new run without ckpt_path"
+                )
         before, now = checkpoint["teacher"], self.teacher.identity() if self.teacher else None
-        if (before and before["sha256"]) != (now and now["sha256"]):
+        if _sha256(before) != _sha256(now):
             raise DistillError(
                 f"resume: the checkpoint was made with the teacher {_name(before)}, but this run has {_name(now)}. "
                 "Set teacher.weights and distill as they were in that run, or start a new run without ckpt_path"
@@ -216,6 +224,10 @@ class Distiller(L.LightningModule):
 
 def _name(teacher: Mapping[str, Any] | None) -> str:
     return f"{teacher['source']} (sha256 {teacher['sha256'][:12]})" if teacher else "none"
+
+
+def _sha256(guest: Mapping[str, Any] | None) -> str | None:
+    return guest["sha256"] if guest else None
 
 
 def _not_finite(who: str, view: View) -> list[str]:

@@ -696,7 +696,25 @@ def test_a_classifier_teaches_without_a_teacher_and_stays_a_guest(family: str, t
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     for part in ("state_dict", "current_model_state"):
         assert {name.split(".")[0] for name in checkpoint[part]} == {"student"}
+    assert checkpoint["guests"] == {"dicod": {"source": "memory", "sha256": eye.fingerprint}}
     assert_same(eye.net.state_dict(), before)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_resume_with_another_classifier_is_refused(same: bool, tmp_path: Path) -> None:
+    student, eye = detector(), Eye()
+
+    def module(known: Eye) -> Distiller:
+        return Distiller(detector(), None, {"dicod": DICOD(student.facts, None, known, size=16)}, schedule=sgd())
+
+    fit(module(eye), tmp_path, max_epochs=1).save_checkpoint(tmp_path / "last.ckpt")
+    if same:
+        fit(module(eye), tmp_path, ckpt_path=tmp_path / "last.ckpt")
+        return
+    torch.manual_seed(9)
+    other = Eye()
+    with pytest.raises(DistillError, match=r"with the guest memory .* of the loss dicod, but this run has memory"):
+        fit(module(other), tmp_path, ckpt_path=tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

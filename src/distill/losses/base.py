@@ -90,6 +90,10 @@ class DistillLoss(nn.Module):
         """Unweighted scalar terms by name, all attached to the student, none to the teacher."""
         raise NotImplementedError
 
+    def identity(self) -> dict[str, Any] | None:
+        """Source and sha256 of a guest of the loss's own, stored with a run so that a resume finds the same; None: it has none."""
+        return None
+
     def on_epoch_start(self, epoch: int, data: Any, student: Any, teacher: Any) -> None:
         """Called before each epoch with its number, the data module, the student and the teacher's holder.
 

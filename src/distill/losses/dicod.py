@@ -37,6 +37,9 @@ class ImageClassifier(Protocol):
     def stem(self, images: Tensor) -> Tensor:
         """(N, C, h, w) of the first layers; a gradient flows to the images."""
 
+    def identity(self) -> dict[str, Any]:
+        """Source and sha256 of its weights."""
+
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """sum_c (p + eps) (log(p + eps) - log(q + eps)) of each row; probabilities (P, K) -> (P,)."""
@@ -181,6 +184,10 @@ class DICOD(DistillLoss):
         self.classifier, self.temperature, self.size = classifier, float(temperature), size
         sigmoids = {"kl-ce": sigmoid_divergence, "kl-bce": binary_divergence}
         self.divergence = softmax_divergence if student.two_stage else sigmoids[sigmoid]
+
+    def identity(self) -> dict[str, Any]:
+        """The classifier's."""
+        return self.classifier.identity()
 
     def forward(self, student: View, teacher: View | None = None) -> dict[str, Tensor]:
         """The terms of `weights`, scalars; the teacher is not read."""
