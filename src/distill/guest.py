@@ -1,7 +1,8 @@
 """The teacher as a guest: near the student, but no part of it.
 
 A plain object, not a module, so that nothing that walks modules finds the teacher: not the optimiser, not
-``state_dict``, not DDP, not an averaged copy of the student (copying a guest gives the guest itself).
+``state_dict``, not DDP, not an averaged copy of the student (copying a guest gives the guest itself). Whatever else is
+frozen and only looked at, such as a loss's image classifier, is kept in the same way.
 """
 
 from __future__ import annotations
@@ -11,13 +12,50 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.detectors.base import Detector
 from distill.types import Batch, Facts, View
 
 
-class Guest:
+class Frozen:
+    """A module that is not trained, and no part of the object that holds it.
+
+    Args:
+        module: it is put into evaluation mode and frozen, for good.
+        source: where its weights came from: a run folder, a file, or a name.
+    """
+
+    def __init__(self, module: nn.Module, source: str) -> None:
+        module.eval()
+        module.requires_grad_(False)
+        self.source = source
+        self._module = module
+        self._device: torch.device | None = None
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights and buffers: the same module has the same one."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self._module.state_dict)
+        return self._fingerprint
+
+    def identity(self) -> dict[str, Any]:
+        """What is stored with a run, so that a resume finds the same module. Plain containers only."""
+        return {"source": self.source, "sha256": self.fingerprint}
+
+    def move(self, device: torch.device) -> None:
+        """Bring the module to where the data is."""
+        if device != self._device:
+            self._module.to(device)
+            self._device = device
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        return self
+
+
+class Guest(Frozen):
     """A frozen teacher.
 
     Args:
@@ -27,45 +65,23 @@ class Guest:
     """
 
     def __init__(self, detector: Detector, source: str = "memory", values: Mapping[str, float] | None = None) -> None:
-        detector.eval()
-        detector.requires_grad_(False)
+        super().__init__(detector, source)
         self.detector = detector
-        self.source = source
         self.values = dict(values or {})
-        self._device: torch.device | None = None
-        self._fingerprint: str | None = None
 
     @property
     def facts(self) -> Facts:
         """The detector's facts."""
         return self.detector.facts
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights and buffers: the same teacher has the same one."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.detector.state_dict)
-        return self._fingerprint
-
     def identity(self) -> dict[str, Any]:
-        """What is stored with a run, so that a resume finds the same teacher. Plain containers only."""
-        return {
-            "source": self.source,
-            "sha256": self.fingerprint,
-            "classes": list(self.facts.classes),
-            "values": self.values,
-        }
+        """Its classes and measured values besides."""
+        return {**super().identity(), "classes": list(self.facts.classes), "values": self.values}
 
     def view(self, batch: Batch, *, training: bool = True, seed: int | None = None) -> View:
         """A frozen View on the batch's device; ``training`` chooses the counts of proposals."""
-        device = batch.images.device
-        if device != self._device:
-            self.detector.to(device)
-            self._device = device
+        self.move(batch.images.device)
         return self.detector.view(batch, training=training, frozen=True, seed=seed)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Guest:
-        return self
 
 
 def fingerprint(state_dict: Callable[[], dict[str, Tensor]]) -> str:

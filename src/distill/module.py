@@ -30,7 +30,7 @@ class Distiller(L.LightningModule):
 
     Args:
         student: the detector that is trained, and the only one that is saved.
-        teacher: the guest; needed as soon as there is a loss.
+        teacher: the guest; needed as soon as there is a loss that a detector teaches.
         losses: distillation losses by name; empty is the baseline student.
         schedule: optimiser, learning rate and length.
         supervised: weights of the student's own loss terms by torchvision's names; 1 where not named.
@@ -58,8 +58,9 @@ class Distiller(L.LightningModule):
         self.seed = seed
         self._evaluation: Evaluation | None = None
         self._pending: list[tuple[list[str], Tensor, Any, Batch]] = []
-        if self.losses and teacher is None:
-            raise DistillError(f"losses {list(self.losses)} need a teacher, but none was given; use distill=none")
+        needy = [name for name, loss in self.losses.items() if loss.needs_teacher]
+        if needy and teacher is None:
+            raise DistillError(f"losses {needy} need a teacher, but none was given; use distill=none")
 
     # -- training
 
@@ -69,8 +70,8 @@ class Distiller(L.LightningModule):
         student = self.student.view(batch, training=True, seed=draw)
         terms = {f"student/{name}": value for name, value in student.losses.items()}
         weights = {name: self._supervised_weight(name.removeprefix("student/")) for name in terms}
-        if self.teacher is not None and self.losses:
-            teacher = self.teacher.view(batch, seed=draw + 1)
+        if self.losses:
+            teacher = self.teacher.view(batch, seed=draw + 1) if self.teacher else None
             self._distil(student, teacher, terms, weights)
         values = torch.stack([terms[name].float() for name in terms])
         loss = sum((weights[name] * terms[name] for name in terms), start=values.new_zeros(()))
@@ -84,7 +85,7 @@ class Distiller(L.LightningModule):
             [loss.supervised.get(name, 1.0) for loss in self.losses.values()], start=self.supervised.get(name, 1.0)
         )
 
-    def _distil(self, student: View, teacher: View, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
+    def _distil(self, student: View, teacher: View | None, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
         for name, loss in self.losses.items():
             for term, value in loss(student, teacher).items():
                 terms[f"{name}/{term}"] = value
@@ -197,16 +198,24 @@ class Distiller(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the student is, and the teacher's identity, never its weights."""
+        """What the student is, and the guests' identities, never their weights."""
         checkpoint["student"] = self.student.describe()
         checkpoint["teacher"] = self.teacher.identity() if self.teacher else None
+        checkpoint["guests"] = {name: loss.identity() for name, loss in self.losses.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with another teacher."""
+        """Refuse to resume with another teacher, or another guest of a loss."""
         if "teacher" not in checkpoint:
             return
+        for name, before in checkpoint.get("guests", {}).items():
+            now = self.losses[name].identity() if name in self.losses else before
+            if _sha256(before) != _sha256(now):
+                raise DistillError(
+                    f"resume: the checkpoint was made with the guest {_name(before)} of the loss {name}, but this run has "
+                    f"{_name(now)}. Set distill.losses.{name} as it was in that run, or start a new run without ckpt_path"
+                )
         before, now = checkpoint["teacher"], self.teacher.identity() if self.teacher else None
-        if (before and before["sha256"]) != (now and now["sha256"]):
+        if _sha256(before) != _sha256(now):
             raise DistillError(
                 f"resume: the checkpoint was made with the teacher {_name(before)}, but this run has {_name(now)}. "
                 "Set teacher.weights and distill as they were in that run, or start a new run without ckpt_path"
@@ -215,6 +224,10 @@ class Distiller(L.LightningModule):
 
 def _name(teacher: Mapping[str, Any] | None) -> str:
     return f"{teacher['source']} (sha256 {teacher['sha256'][:12]})" if teacher else "none"
+
+
+def _sha256(guest: Mapping[str, Any] | None) -> str | None:
+    return guest["sha256"] if guest else None
 
 
 def _not_finite(who: str, view: View) -> list[str]:

@@ -175,6 +175,9 @@ class View(Protocol):
     def anchor_targets(self) -> AnchorTargets:
         """What ground truth asks of each anchor, and the sample of them that the detector's own loss sees."""
 
+    def anchor_boxes(self, deltas: Tensor) -> Tensor:
+        """(B, N, 4) float32: all anchors as (B, N, 4) deltas, in the order and coding of `anchor_targets`, move them."""
+
     @property
     def proposals(self) -> list[Tensor]:
         """Two-stage: (P, 4) float32 per image, detached."""

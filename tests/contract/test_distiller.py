@@ -33,10 +33,11 @@ from distill.detectors.checkpoints import load_detector, save_student
 from distill.detectors.one_stage import RetinaNet
 from distill.detectors.two_stage import FasterRCNN
 from distill.evaluation import evaluate
-from distill.guest import Guest
+from distill.guest import Frozen, Guest
 from distill.losses.base import DistillLoss
 from distill.losses.chen import Chen
 from distill.losses.defeat import DeFeat
+from distill.losses.dicod import DICOD
 from distill.metrics.coco import CocoMetric
 from distill.module import Distiller
 from distill.optimization import Schedule
@@ -665,6 +666,83 @@ def test_a_detector_of_another_class_list_is_measured_on_the_shared_names() -> N
     found = numbers(model, data)
     assert found == metric.compute()
     assert found["AR100"] > 0
+
+
+class Eye(Frozen):
+    """A small image classifier with random weights, as DICOD wants one."""
+
+    def __init__(self, classes: Sequence[str] = CLASSES) -> None:
+        net = nn.ModuleDict(
+            {"stem": nn.Conv2d(3, 4, 3, 2), "norm": nn.BatchNorm2d(4), "fc": nn.Linear(4, len(classes))}
+        )
+        super().__init__(net, "memory")
+        self.net, self.classes = net, tuple(classes)
+
+    def images(self, batch: Batch) -> Tensor:
+        return batch.images.float() / 128 - 1
+
+    def stem(self, images: Tensor) -> Tensor:
+        found: Tensor = self.net["norm"](self.net["stem"](images))
+        return found
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        found: Tensor = self.net["fc"](self.stem(images).mean((2, 3)))
+        return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_classifier_teaches_without_a_teacher_and_stays_a_guest(family: str, tmp_path: Path) -> None:
+    student = detector(family, **({"anchor_sizes": ANCHORS} if family == "retinanet" else {}))
+    eye = Eye()
+    before = {name: value.clone() for name, value in eye.net.state_dict().items()}
+    module = Distiller(student, None, {"dicod": DICOD(student.facts, None, eye, size=16)}, schedule=sgd())
+    average, keep = EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    trainer = fit(module, tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[average, keep])
+    assert all(trainer.callback_metrics[f"term/dicod/{term}"] > 0 for term in ("classes", "pixels", "features"))
+
+    theirs = {id(parameter) for parameter in eye.net.parameters()}
+    assert not theirs & {id(parameter) for parameter in module.parameters()}
+    assert not theirs & {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert average._average_model is not None
+    assert average._average_model.module.losses["dicod"].classifier is eye
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for part in ("state_dict", "current_model_state"):
+        assert {name.split(".")[0] for name in checkpoint[part]} == {"student"}
+    assert checkpoint["guests"] == {"dicod": {"source": "memory", "sha256": eye.fingerprint}}
+    assert_same(eye.net.state_dict(), before)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_resume_with_another_classifier_is_refused(same: bool, tmp_path: Path) -> None:
+    student, eye = detector(), Eye()
+
+    def module(known: Eye) -> Distiller:
+        return Distiller(detector(), None, {"dicod": DICOD(student.facts, None, known, size=16)}, schedule=sgd())
+
+    fit(module(eye), tmp_path, max_epochs=1).save_checkpoint(tmp_path / "last.ckpt")
+    if same:
+        fit(module(eye), tmp_path, ckpt_path=tmp_path / "last.ckpt")
+        return
+    torch.manual_seed(9)
+    other = Eye()
+    with pytest.raises(DistillError, match=r"with the guest memory .* of the loss dicod, but this run has memory"):
+        fit(module(other), tmp_path, ckpt_path=tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_classifier_s_terms_reach_the_heads_that_they_are_of(family: str) -> None:
+    student = detector(family, **({"anchor_sizes": ANCHORS} if family == "retinanet" else {}))
+    if family != "faster_rcnn":
+        class_layer, box_layer = "head.classification_head.cls_logits", "head.regression_head.bbox_reg"
+    else:
+        class_layer, box_layer = "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"
+    layers = [student.net.get_submodule(name).weight for name in (class_layer, box_layer)]
+    data = shapes()
+    values = DICOD(student.facts, None, Eye(), size=16)(student.view(next(iter(data.train_dataloader())), seed=1), None)
+    for term, reached in (("classes", [True, False]), ("pixels", [False, True]), ("features", [False, True])):
+        found = torch.autograd.grad(values[term], layers, allow_unused=True, retain_graph=True)
+        assert [x is not None and bool(x.abs().sum() > 0) for x in found] == reached, term
 
 
 def test_a_loss_without_a_teacher_is_refused() -> None:

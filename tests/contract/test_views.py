@@ -527,6 +527,36 @@ def test_fcos_distances_and_centerness_follow_torchvisions_order() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_anchors_move_to_the_objects_by_their_targets(family: str) -> None:
+    """Every positive's decoded target is a box of its image, of its label where the head tells classes."""
+    view = build(family).view(batch())
+    targets = view.anchor_targets
+    boxes = view.anchor_boxes(targets.deltas)
+    count = 0
+    for image, row in (targets.labels > 0).nonzero().tolist():
+        own, label = view.batch.targets[image], int(targets.labels[image, row])
+        (index,) = [
+            index for index, box in enumerate(own.boxes) if torch.allclose(box, boxes[image, row], rtol=0, atol=1e-3)
+        ]
+        assert view.facts.two_stage or int(own.labels[index]) == label
+        count += 1
+    assert count > 5
+    assert boxes.shape == (3, sum(map(len, view.anchors.values())), 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gradient_flows_through_moved_anchors_and_a_frozen_view_has_none(family: str) -> None:
+    detector = build(family)
+    for frozen in (False, True):
+        view = detector.view(batch(), frozen=frozen)
+        flat = [x.permute(0, 2, 3, 1).reshape(3, -1, 4) for x in view.deltas.values()]
+        boxes = view.anchor_boxes(torch.cat(flat, dim=1))
+        assert boxes.requires_grad is not frozen
+        assert boxes.dtype == torch.float32
+        assert view.anchor_boxes(torch.cat(flat, dim=1).bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_dense_outputs_are_float32_under_autocast(family: str) -> None:
     detector = build(family)
     with torch.autocast("cpu", dtype=torch.bfloat16):

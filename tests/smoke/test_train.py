@@ -23,17 +23,61 @@ WIDE = "model.neck_channels=64"  # group norm
 OPTIONS = [option for option in config.groups()["distill"] if option != "none"]
 ONE_STAGE = [option for option in OPTIONS if "retinanet" in option]
 DISTILL = [option for option in OPTIONS if option not in ONE_STAGE]
+MADE = {"dicod": "made_classifier"}
+"""Options that need something made first -> the fixture that makes it and gives the overrides that name it."""
+WITHOUT_TEACHER = ["dicod"]
+
+
+@pytest.fixture
+def made_classifier(cli: Cli, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """By the verb, which prints the overrides."""
+    assert cli(["classifier", "classifier.pt", "--arch", "resnet18", "--epochs=1", "--size=32", *TINY_DATA]) == 0
+    return capsys.readouterr().out.splitlines()[-1].split()
 
 
 @pytest.mark.parametrize("option", DISTILL)
-def test_every_distill_option_trains(option: str, cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
-    lines = [f"distill={option}", f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]
+def test_every_distill_option_trains(
+    option: str, cli: Cli, tiny_teacher: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    made = request.getfixturevalue(MADE[option]) if option in MADE else []
+    lines = [f"distill={option}", f"teacher.weights={tiny_teacher}", *TINY, *made, "hydra.run.dir=run"]
     assert cli(["train", *lines]) == 0
     report = summary(tmp_path / "run")
     for loss in config.composed([f"distill={option}"]).distill.losses:
         assert any(name.startswith(f"term/{loss}/") for name in report["terms"]), loss
     assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
-    assert report["teacher"]["source"] == str(tiny_teacher)
+    assert option in WITHOUT_TEACHER or report["teacher"]["source"] == str(tiny_teacher)
+
+
+@pytest.mark.parametrize("option", WITHOUT_TEACHER)
+def test_a_loss_that_no_detector_teaches_needs_no_teacher(
+    option: str, cli: Cli, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    made = request.getfixturevalue(MADE[option])
+    for run, teacher in (("none", ["teacher=none"]), ("default", ["teacher.train=never"])):
+        assert cli(["train", f"distill={option}", *teacher, *TINY, *made, f"hydra.run.dir={run}"]) == 0
+        report = summary(tmp_path / run)
+        assert report["teacher"] is None
+        assert all(report["terms"][f"term/{option}/{term}"] > 0 for term in ("classes", "pixels", "features"))
+
+
+@pytest.mark.parametrize("model", [["model=retinanet_r10_quarter"], ["model=fcos_r10_quarter", WIDE]])
+def test_a_classifier_teaches_one_stage_students_and_beside_a_teacher(
+    model: list[str], cli: Cli, tiny_teacher: Path, tmp_path: Path, made_classifier: list[str]
+) -> None:
+    small = [*TINY_DATA, *TINY_MODEL, *TINY_RUN, *made_classifier, "test=false", "hydra.run.dir=run"]
+    lines = [model[0], "teacher=frcnn_r18_mini", f"teacher.weights={tiny_teacher}", *small, *model[1:]]
+    assert cli(["train", "distill=[defeat,dicod]", *lines]) == 0
+    terms = summary(tmp_path / "run")["terms"]
+    assert "term/defeat/neck.foreground" in terms
+    assert all(terms[f"term/dicod/{term}"] >= 0 for term in ("classes", "pixels", "features"))
+
+
+def test_dicod_without_a_classifier_says_how_to_make_one(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["train", "distill=dicod", *TINY, "hydra.run.dir=run"]) == 1
+    said = capsys.readouterr().err
+    assert "classifier.weights" in said
+    assert "distill classifier FILE.pt" in said
 
 
 def test_methods_add_up(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:

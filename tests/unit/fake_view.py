@@ -83,7 +83,7 @@ class FakeView:
             stages["roi_logits"] = tuple(change(x) for x in stages["roi_logits"])
         if "roi_features" in stages:
             stages["roi_features"] = change(stages["roi_features"])
-        return FakeView(self.batch, self.facts, **stages)
+        return type(self)(self.batch, self.facts, **stages)
 
     def leaves(self) -> list[Tensor]:
         """The tensors that a gradient could reach."""
@@ -167,4 +167,4 @@ def anchors(height: int, width: int, stride: int, count: int) -> Tensor:
 
 def equal_views(view: FakeView) -> FakeView:
     """A teacher that is its student's twin."""
-    return FakeView(view.batch, replace(view.facts), **view.mapped(torch.clone).stages)
+    return type(view)(view.batch, replace(view.facts), **view.mapped(torch.clone).stages)

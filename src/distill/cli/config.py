@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -173,6 +173,18 @@ def build(node: Any, **given: Any) -> Any:
         raise DistillError(f"{node.get('_target_')} could not be built: {error.__cause__ or error}") from error
     except TypeError as error:
         raise DistillError(f"{node.get('_target_')} could not be built: {error}") from error
+
+
+def target(node: Any) -> Any:
+    """The constructor that a node names.
+
+    Raises:
+        DistillError: there is none of that name.
+    """
+    try:
+        return get_object(node["_target_"])
+    except Exception as error:  # whatever the import of a module of the user's own raises
+        raise DistillError(f"_target_: {node.get('_target_')} cannot be imported: {error}") from error
 
 
 def plain(node: Any) -> Any:

@@ -52,13 +52,13 @@ def opening(module: Distiller, data: DetectionData, run: Path) -> None:
     if module.teacher is not None:
         teacher = module.teacher.detector
         console.print(f"[bold]teacher[/]  {_name(teacher)}, {module.teacher.source}", highlight=False)
-        for name, loss in module.losses.items():
-            console.print(f"[bold]loss[/]     {name}: {loss.weights}", highlight=False)
         if teacher.parameters_count < student.parameters_count:
             console.print(
                 f"[yellow]warning[/]  the teacher has fewer parameters ({teacher.parameters_count:,}) than its student "
                 f"({student.parameters_count:,}); choose a larger one with teacher=…"
             )
+    for name, loss in module.losses.items():
+        console.print(f"[bold]loss[/]     {name}: {loss.weights}", highlight=False)
     console.print(f"[bold]run[/]      {run}", highlight=False)
 
 

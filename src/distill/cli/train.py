@@ -111,17 +111,19 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
     min_size, max_size = data.input_size
     student = config.build(cfg.model, classes=list(data.classes), min_size=min_size, max_size=max_size)
     check_masks(cfg, student, data)
-    guest, losses = None, {}
+    guest: Any = None
+    losses: dict[str, DistillLoss] = {}
     if cfg.init not in ("scratch", "inherit"):
         raise DistillError(f"init: expected scratch or inherit, got '{cfg.init}'")
     if cfg.distill.losses or cfg.init == "inherit":
         # The student must start, and the steps must draw, as they would without a teacher.
         with isolate_rng():
-            if (cfg.teacher or {}).get("weights") is None:
+            needed = cfg.init == "inherit" or needs_teacher(cfg)
+            if needed and (cfg.teacher or {}).get("weights") is None:
                 # A pair that cannot be is named before a teacher is trained for it.
                 build_losses(cfg, student.facts, teacher.planned(cfg, data.classes))
-            guest = teacher.find(cfg, data)
-            losses = build_losses(cfg, student.facts, guest.facts)
+            guest = teacher.find(cfg, data) if needed else None
+            losses = build_losses(cfg, student.facts, guest.facts if guest else None)
             if cfg.init == "inherit":
                 student.report += inherit(student, guest.detector)
     return Distiller(
@@ -135,7 +137,12 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
     )
 
 
-def build_losses(cfg: DictConfig, student: Facts, teacher: Facts) -> dict[str, DistillLoss]:
+def needs_teacher(cfg: DictConfig) -> bool:
+    """Whether any loss is taught by a detector. If none is, ``teacher`` is left alone, as by distill=none."""
+    return any(config.target(node).needs_teacher for node in cfg.distill.losses.values())
+
+
+def build_losses(cfg: DictConfig, student: Facts, teacher: Facts | None) -> dict[str, DistillLoss]:
     """The distillation losses by name, for this pair."""
     nodes = cfg.distill.losses.items()
     return {str(name): config.build(node, student=student, teacher=teacher) for name, node in nodes}

@@ -72,6 +72,9 @@ class AnchorFreeView(OneStageView):
         """Distances (N, 4) to the sides of the boxes, in strides."""
         return cast(Tensor, self.net.box_coder.encode(anchors[None], boxes[None])[0])
 
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        return cast(Tensor, self.net.box_coder.decode(deltas, anchors))
+
     @geometry
     def losses(self) -> dict[str, Tensor]:
         """classification, bbox_regression and bbox_ctrness."""

@@ -33,6 +33,8 @@ MEANING = (
 )
 """Options that weights depend on although they fit any value of them."""
 
+ADVICE = "Check family, depth, width and head sizes; if only the classes differ, set head=new."
+
 
 @dataclass(frozen=True)
 class Source:
@@ -159,7 +161,7 @@ def load_backbone(detector: Detector, source: str) -> list[str]:
         if enum is not None and source in enum.__members__:
             if width != 1:
                 raise DistillError(f"backbone_weights: {source} is for width 1, not {width}; give a file or null")
-            state = _download(enum[source], "backbone_weights")
+            state = download(enum[source], "backbone_weights")
         else:
             names = ", ".join(enum.__members__) if enum is not None else f"none, for depth {depth}"
             state = read_state(_file(Path(source), f"backbone_weights: torchvision's names are {names}"))
@@ -178,8 +180,15 @@ def _timm_state(name: str, source: str) -> State:
     return state
 
 
-def fit(module: nn.Module, state: State, where: str, fresh: tuple[str, ...] = ()) -> None:
-    """Strictly load `state`; only names that begin with one of `fresh` may be missing.
+def fit(
+    module: nn.Module,
+    state: State,
+    where: str,
+    fresh: tuple[str, ...] = (),
+    what: str = "detector",
+    advice: str = ADVICE,
+) -> None:
+    """Strictly load `state`; only names that begin with one of `fresh` may be missing. `what` and `advice` are for the error.
 
     Raises:
         DistillError: listing what is missing, unexpected, or of another shape.
@@ -203,8 +212,7 @@ def fit(module: nn.Module, state: State, where: str, fresh: tuple[str, ...] = ()
         if names
     ]
     if problems:
-        advice = "Check family, depth, width and head sizes; if only the classes differ, set head=new."
-        raise DistillError("\n".join([f"{where}: the weights do not fit this detector.", *problems, advice]))
+        raise DistillError("\n".join([f"{where}: the weights do not fit this {what}.", *problems, advice]))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -226,7 +234,7 @@ def _source(source: str, detector: Detector) -> Source:
     if entry := _entry(source, detector.enum):
         eps = detector.coco_eps if entry is detector.enum.COCO_V1 else 1e-5
         options = {**geometry.DEFAULTS, "norm": "frozen", "norm_eps": eps}
-        return Source(str(entry), _download(entry, "weights"), _categories(entry), options)
+        return Source(str(entry), download(entry, "weights"), _categories(entry), options)
     path = _weights_file(Path(source))
     facts = _read_json(path.with_suffix(".json"))
     return Source(str(path), read_state(path), _classes(facts), facts.get("model", {}))
@@ -252,7 +260,8 @@ def _classes(facts: Mapping[str, Any]) -> tuple[str, ...] | None:
     return None if classes is None else tuple(classes)
 
 
-def _download(entry: Any, option: str) -> State:
+def download(entry: Any, option: str) -> State:
+    """The state dict of an entry of torchvision's; `option` is where the user gave its name."""
     try:
         state: State = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, or a broken download

@@ -94,6 +94,9 @@ class OneStageView(LazyView):
         """Deltas (N, 4) that lead from anchors to boxes."""
         return cast(Tensor, self.net.box_coder.encode_single(boxes, anchors))
 
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        return cast(Tensor, self.net.box_coder.decode_single(deltas, anchors))
+
     @geometry
     def losses(self) -> dict[str, Tensor]:
         """classification and bbox_regression."""

@@ -104,6 +104,9 @@ class TwoStageView(LazyView):
         labels, deltas = self._rpn_targets
         return AnchorTargets(torch.stack(labels).long(), torch.stack(list(deltas)), torch.stack(sampled) > 0)
 
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        return cast(Tensor, self.net.rpn.box_coder.decode_single(deltas, anchors))
+
     @geometry
     def _sample(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Boxes, indices of the matched truth, labels and regression targets of the regions that the heads learn from."""

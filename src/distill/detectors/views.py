@@ -184,6 +184,16 @@ class LazyView:
         """What ground truth asks of each anchor, and the sample that the detector's own loss sees."""
         raise NotImplementedError
 
+    def anchor_boxes(self, deltas: Tensor) -> Tensor:
+        """(B, N, 4): all anchors as deltas (B, N, 4) move them, not clipped."""
+        with self.scope(autocast=False):
+            anchors = torch.cat(list(self.anchors.values()))
+            return torch.stack([self._decode(each, anchors) for each in full(deltas)])
+
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        """Boxes (N, 4) that deltas lead to from anchors."""
+        raise NotImplementedError
+
     @property
     def losses(self) -> dict[str, Tensor]:
         """The detector's own supervised losses, by torchvision's names."""

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,9 @@ class DistillLoss(nn.Module):
         normalizer: what counts of :meth:`average` run over: ``global``, the batches of all processes, or ``process``.
         seed: of the loss's own draws and its adapters' start values.
     """
+
+    needs_teacher: ClassVar[bool] = True
+    """Whether a detector teaches. If not, ``teacher`` may be None, at construction and in `forward`."""
 
     def __init__(
         self,
@@ -88,6 +91,10 @@ class DistillLoss(nn.Module):
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """Unweighted scalar terms by name, all attached to the student, none to the teacher."""
         raise NotImplementedError
+
+    def identity(self) -> dict[str, Any] | None:
+        """Source and sha256 of a guest of the loss's own, stored with a run so that a resume finds the same; None: it has none."""
+        return None
 
     def on_epoch_start(self, epoch: int, data: Any, student: Any, teacher: Any) -> None:
         """Called before each epoch with its number, the data module, the student and the teacher's holder.

@@ -1,0 +1,94 @@
+"""Crops: equal to a slow loop, blind to padding and to the other images, with a gradient to the corners of boxes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.crops import crops
+
+SIZES = ((20, 30), (24, 17), (9, 32))
+BOXES = [
+    (0, [3.2, 4.1, 17.7, 15.4]),
+    (2, [0.0, 0.0, 32.0, 9.0]),
+    (1, [-5.0, -3.0, 40.0, 50.0]),  # clamped to the image
+    (0, [29.0, 18.5, 45.0, 21.0]),
+    (1, [6.0, 7.0, 6.4, 7.3]),
+    (2, [31.8, 8.9, 31.9, 8.95]),
+]
+
+
+def images(dtype: torch.dtype = torch.float64, padding: float = math.nan) -> Tensor:
+    made = torch.full((len(SIZES), 2, 24, 32), padding, dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    for index, (height, width) in enumerate(SIZES):
+        made[index, :, :height, :width] = torch.randn(2, height, width, generator=generator, dtype=torch.float64)
+    return made
+
+
+def slow_crop(image: Tensor, size: tuple[int, int], box: list[float], side: int) -> Tensor:
+    """(C, H, W) -> (C, side, side), sample by sample; pixel (i, j) has its middle at (j + 1/2, i + 1/2)."""
+    height, width = size
+    x1, y1, x2, y2 = (min(max(v, 0.0), float(end)) for v, end in zip(box, (width, height) * 2, strict=True))
+    out = torch.zeros(len(image), side, side, dtype=torch.float64)
+    for i in range(side):
+        for j in range(side):
+            x = min(max(x1 + (x2 - x1) * (j + 0.5) / side, 0.5), width - 0.5) - 0.5
+            y = min(max(y1 + (y2 - y1) * (i + 0.5) / side, 0.5), height - 0.5) - 0.5
+            left, top = math.floor(x), math.floor(y)
+            for row, down in ((top, 1 - (y - top)), (top + 1, y - top)):
+                for column, across in ((left, 1 - (x - left)), (left + 1, x - left)):
+                    if down * across > 0:
+                        out[:, i, j] += down * across * image[:, row, column].double()
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_equals_a_slow_loop(dtype: torch.dtype, error: float) -> None:
+    pictures = images(dtype, padding=1e3)
+    owner, boxes = torch.tensor([each for each, _ in BOXES]), torch.tensor([box for _, box in BOXES])
+    found = crops(pictures, SIZES, boxes, owner, 5)
+    assert found.shape == (len(BOXES), 2, 5, 5)
+    assert found.dtype == dtype
+    for crop, (index, box) in zip(found, BOXES, strict=True):
+        box = torch.tensor(box).tolist()  # as float32 holds it
+        torch.testing.assert_close(crop.double(), slow_crop(pictures[index], SIZES[index], box, 5), rtol=0, atol=error)
+
+
+def test_sees_neither_padding_nor_the_other_images() -> None:
+    """A weight of exactly zero times NaN would be NaN, so the padding is only made large."""
+    whole = torch.tensor([[0.0, 0.0, 100.0, 100.0]])
+    for index, (height, width) in enumerate(SIZES):
+        alone = images(padding=0)[index : index + 1, :, :height, :width]
+        expected = crops(alone, [(height, width)], whole, torch.tensor([0]), 7)
+        found = crops(images(padding=1e6), SIZES, whole, torch.tensor([index]), 7)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+def test_an_image_s_own_pixels_are_found_at_its_own_size() -> None:
+    image = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    found = crops(image, [(8, 8)], torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([0]), 8)
+    torch.testing.assert_close(found, image)
+
+
+def test_gradient_of_the_box_is_that_of_its_samples() -> None:
+    owner, boxes = torch.tensor([0, 1]), torch.tensor([[3.21, 4.13, 17.7, 15.4], [2.2, 1.3, 9.1, 20.7]]).double()
+
+    def crop(each: Tensor) -> Tensor:
+        return crops(images(padding=0), SIZES, each, owner, 4)
+
+    assert torch.autograd.gradcheck(crop, boxes.requires_grad_(), eps=1e-7, atol=1e-5)
+
+
+def test_no_box_and_a_box_without_area_are_survived() -> None:
+    nothing = torch.zeros(0, 4, requires_grad=True)
+    assert crops(images(padding=0), SIZES, nothing, torch.zeros(0, dtype=torch.int64), 4).shape == (0, 2, 4, 4)
+    point = torch.tensor([[50.0, 50.0, 50.0, 50.0], [9.0, 9.0, 4.0, 4.0]], requires_grad=True)
+    found = crops(images(torch.float32, padding=0), SIZES, point, torch.tensor([1, 0]), 4)
+    found.sum().backward()
+    assert found.isfinite().all()
+    assert point.grad is not None
+    assert point.grad.isfinite().all()
