@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from fake_view import batch, facts, random_view
+from loss_grid import OBJECTS
 from torch import Tensor
 
+from distill import masks
+from distill.losses.chen import Chen
+from distill.losses.dsig import DSIG
 from distill.losses.imitation import COUNTS, MapImitation, RegionImitation, masked, parts, squared_error
+from distill.losses.mimic import Mimic
+from distill.losses.tadf import TADF
 from distill.types import DistillError
 
 NONE = {"kernel": None}
@@ -145,3 +154,35 @@ def test_unequal_shapes_name_the_place_and_the_level() -> None:
         MapImitation("neck", CHANNELS, CHANNELS, adapter=NONE)(maps(1), short, {"on": some_cells()})
     with pytest.raises(DistillError, match=r"regions .*\(3, 5, 7, 7\).*\(2, 5, 7, 7\)"):
         RegionImitation("regions", 5, 5, NONE)(torch.zeros(3, 5, 7, 7), torch.zeros(2, 5, 7, 7))
+
+
+@pytest.mark.parametrize("kind", ["ground_truth", "gaussian", "random", "fine_grained"])
+@pytest.mark.parametrize(
+    ("method", "options", "term", "per_cell", "levels"),
+    [
+        (Mimic, {"regions": {"all": 0}, "neck": {"all": 1}}, "neck.all", 2 * 6, 5),
+        (
+            DSIG,
+            {"nodes": {"foreground": 0, "background": 0}, "edges": {"all": 0}, "logits": {"classes": 0, "boxes": 0}},
+            "neck.all",
+            6,
+            1,
+        ),
+        (Chen, {"rpn": {"soft": 0, "box": 0}, "rcn": {"soft": 0, "box": 0}, "hint": {"neck": 1}}, "hint.neck", 6, 5),
+        (TADF, {"head": {"classification": 0, "regression": 0}}, "neck.foreground", 2, 5),
+    ],
+)
+def test_any_squared_error_of_maps_takes_any_mask(
+    kind: str, method: Any, options: dict[str, Any], term: str, per_cell: int, levels: int
+) -> None:
+    """`per_cell` is what a level's sum is divided by for each cell of the mask, `levels` what the levels' sum is."""
+    known = facts()
+    student, teacher = (random_view(batch(OBJECTS), known, seed) for seed in (1, 2))
+    loss = method(known, known, **options, mask={"kind": kind}, adapter={"kernel": None})
+    sizes = {stride: (x.shape[2], x.shape[3]) for stride, x in student.neck.items()}
+    inside = masks.Mask(kind)(student, sizes, loss.seeds(student.batch.ids))
+    expected = 0.0
+    for stride, mask in inside.items():
+        error = (mask * (student.neck[stride] - teacher.neck[stride]).square().sum(1)).sum().item()
+        expected += error / max(1.0, per_cell * mask.sum().item()) / levels
+    assert loss(student, teacher)[term].item() == pytest.approx(expected, rel=1e-6)

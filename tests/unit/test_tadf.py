@@ -301,7 +301,7 @@ def test_the_loss_falls_when_only_it_is_minimised(term: str) -> None:
     [
         ({"neck": {"background": 1}}, "neck: unknown option 'background'"),
         ({"neck": {"levels": [128]}}, "neck.levels: expected strides that both models have"),
-        ({"neck": {"scale": 0}}, "mask.scale"),
+        ({"mask": {"scale": 0}}, "mask.scale"),
         ({"head": {"regression": -1}}, "TADF: expected weights"),
         ({"head": {"regresion": 1}}, "did you mean 'regression'"),
         ({"ramp": {"shape": "down"}}, "ramp.shape"),

@@ -19,6 +19,7 @@ from distill.types import DistillError, Facts, Pyramid, View
 
 HEAD = {"soft": 0.5, "box": 0.5}
 HINT = {"neck": 0.5, "levels": None, "distance": "l2"}
+MASK = {"kind": "none", "scale": 56.0, "threshold": 0.5}
 ADAPTER = {"kernel": 1, "start": "default"}
 OWN_TERMS = {"rpn": "loss_objectness", "rcn": "loss_classifier"}
 """The student's own classification loss of each head, which counts mu = 1 - soft."""
@@ -86,6 +87,7 @@ class Chen(DistillLoss):
         hint: ``neck``: gamma; ``levels``: strides, None for all that both have; ``distance``: ``l2`` or ``l1``.
         background: w_0.
         margin: m.
+        mask: options of :class:`distill.masks.Mask`, for ``hint``; kind ``none``, the original, is the whole neck.
         adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`). The paper adapts equal channels too.
         ramp, normalizer, seed: see :class:`DistillLoss`.
     """
@@ -101,6 +103,7 @@ class Chen(DistillLoss):
         hint: Mapping[str, Any] = HINT,
         background: float = 1.5,
         margin: float = 0.01,
+        mask: Mapping[str, Any] = MASK,
         adapter: Mapping[str, Any] = ADAPTER,
         ramp: Mapping[str, Any] = base.RAMP,
         normalizer: str = "global",
@@ -118,6 +121,7 @@ class Chen(DistillLoss):
 
         if chosen["distance"] not in DISTANCES:
             raise DistillError(f"hint.distance: expected {' or '.join(DISTANCES)}, got '{chosen['distance']}'")
+        self.mask = masks.Mask(**base.options("mask", mask, MASK))
         self.hint: MapImitation | None = None
         if self.terms("hint"):
             how, error = base.options("adapter", adapter, ADAPTER), DISTANCES[chosen["distance"]]
@@ -137,9 +141,8 @@ class Chen(DistillLoss):
         """The terms of `weights`, scalars. A stage that no term needs is not read."""
         shares: dict[str, list[Share]] = {}
         if self.hint is not None:
-            sizes = self.hint.sizes(student.neck)
-            everywhere = masks.none(len(student.batch), sizes, student.batch.images.device)
-            shares |= self.hint(student.neck, teacher.neck, {"neck": everywhere})
+            inside = self.mask(student, self.hint.sizes(student.neck), self.seeds(student.batch.ids))
+            shares |= self.hint(student.neck, teacher.neck, {"neck": inside})
         if self.terms("rpn"):
             shares |= self._rpn(student, teacher)
         if self.terms("rcn"):

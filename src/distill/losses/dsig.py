@@ -25,6 +25,7 @@ EDGES = {"all": 2.0, "mining": 0.6}
 NECK = {"all": 0.5, "levels": None}
 LOGITS = {"classes": 3.0, "boxes": 1.0, "temperature": 1.0}
 PREDICTIONS = {"score": 0.0, "nms": 0.5, "top": 100}
+MASK = {"kind": "none", "scale": 56.0, "threshold": 0.5}
 ADAPTER = {"kernel": None, "start": "default"}
 
 IMAGES = 2
@@ -143,8 +144,9 @@ class DSIG(DistillLoss):
         neck: weight; ``levels``: strides, None for all that both have.
         logits: weights of its terms; ``temperature`` of classes.
         predictions: thresholds of a one-stage student's regions: ``score``, ``nms``, and the ``top`` ones per image.
+        mask: options of :class:`distill.masks.Mask`, for ``neck``; kind ``none``, the original, is the whole neck.
         adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`).
-        ramp, normalizer, seed: see :class:`DistillLoss`. Nothing is drawn.
+        ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of the mask ``random``.
     """
 
     columns: Tensor | None
@@ -158,6 +160,7 @@ class DSIG(DistillLoss):
         neck: Mapping[str, Any] = NECK,
         logits: Mapping[str, Any] = LOGITS,
         predictions: Mapping[str, Any] = PREDICTIONS,
+        mask: Mapping[str, Any] = MASK,
         adapter: Mapping[str, Any] = ADAPTER,
         ramp: Mapping[str, Any] = base.RAMP,
         normalizer: str = "global",
@@ -170,6 +173,7 @@ class DSIG(DistillLoss):
         weights |= {f"logits.{kind}": logits[kind] for kind in ("classes", "boxes")}
         super().__init__(weights, ramp, normalizer, seed)
 
+        self.mask = masks.Mask(**base.options("mask", mask, MASK))
         self.two_stage = student.two_stage
         self.alpha, self.temperature = nodes["alpha"], logits["temperature"]
         self.mining = edges["mining"] if "edges.all" in self.weights else None
@@ -181,7 +185,9 @@ class DSIG(DistillLoss):
         how = {**base.options("adapter", adapter, ADAPTER), "relu": False}
         self.maps = self.regions = None
         if self.terms("neck"):
-            self.maps = MapImitation("neck", student.neck, teacher.neck, neck["levels"], how, count="mse", seed=seed)
+            self.maps = MapImitation(
+                "neck", student.neck, teacher.neck, neck["levels"], how, count="mse", over_levels="sum", seed=seed
+            )
         if self.terms("nodes") or self.terms("edges"):
             ours, theirs = (next(iter(facts.neck.values())) for facts in (student, teacher))
             self.regions = one_adapter(ours, theirs, seed=base.derive(seed, "regions"), **how)
@@ -236,9 +242,8 @@ class DSIG(DistillLoss):
         """The terms of `weights`, scalars. A stage that no term needs is not read."""
         shares: dict[str, list[Share]] = {}
         if self.maps is not None:
-            every = masks.none(len(student.batch), self.maps.sizes(student.neck), student.batch.images.device)
-            found = self.maps(student.neck, teacher.neck, {"all": every})["neck.all"]
-            shares["neck.all"] = [(len(found) * total, count) for total, count in found]  # a sum over levels
+            inside = self.mask(student, self.maps.sizes(student.neck), self.seeds(student.batch.ids))
+            shares |= self.maps(student.neck, teacher.neck, {"all": inside})
         if self.regions is not None:
             shares |= {term: [over_images(values)] for term, values in self._graph(student, teacher).items()}
         if self.terms("logits"):

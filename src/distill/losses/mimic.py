@@ -15,6 +15,7 @@ from distill.types import DistillError, Facts, View
 
 REGIONS = {"all": 1.0, "source": "student", "kind": "rois", "top": 256}
 NECK = {"all": 0.0, "levels": None, "normalization": "half_mse"}
+MASK = {"kind": "none", "scale": 56.0, "threshold": 0.5}
 ADAPTER = {"kernel": 1, "start": "default", "relu": False}
 KINDS = ("rois", "proposals", "predictions")
 
@@ -45,8 +46,9 @@ class Mimic(DistillLoss):
             with the ground truth added, ``proposals`` or ``predictions``, the best ``top`` of an image.
         neck: weight of its term; ``levels``: strides, None for all that both have; ``normalization``: ``half_mse``,
             ``mse`` or ``half_l2`` (see `distill.losses.imitation`).
+        mask: options of :class:`distill.masks.Mask`, for ``neck``; kind ``none`` is the whole neck.
         adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`), ``relu`` after it.
-        ramp, normalizer, seed: see :class:`DistillLoss`. Nothing is drawn but the adapters' start values.
+        ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of the mask ``random``.
     """
 
     regions: RegionImitation | None
@@ -58,6 +60,7 @@ class Mimic(DistillLoss):
         teacher: Facts,
         regions: Mapping[str, Any] = REGIONS,
         neck: Mapping[str, Any] = NECK,
+        mask: Mapping[str, Any] = MASK,
         adapter: Mapping[str, Any] = ADAPTER,
         ramp: Mapping[str, Any] = base.RAMP,
         normalizer: str = "global",
@@ -66,6 +69,7 @@ class Mimic(DistillLoss):
         pooled, maps = base.options("regions", regions, REGIONS), base.options("neck", neck, NECK)
         super().__init__({"regions.all": pooled["all"], "neck.all": maps["all"]}, ramp, normalizer, seed)
         how = base.options("adapter", adapter, ADAPTER)
+        self.mask = masks.Mask(**base.options("mask", mask, MASK))
         self.regions = self.maps = None
         if self.terms("regions"):
             self.source, self.kind, self.top = pooled["source"], pooled["kind"], pooled["top"]
@@ -99,9 +103,8 @@ class Mimic(DistillLoss):
             boxes = self._boxes(student if self.source == "student" else teacher)
             shares["regions.all"] = [self.regions(student.roi_features(boxes), teacher.roi_features(boxes))]
         if self.maps is not None:
-            sizes = self.maps.sizes(student.neck)
-            whole = masks.none(len(student.batch), sizes, student.batch.images.device)
-            shares |= self.maps(student.neck, teacher.neck, {"all": whole})
+            inside = self.mask(student, self.maps.sizes(student.neck), self.seeds(student.batch.ids))
+            shares |= self.maps(student.neck, teacher.neck, {"all": inside})
         return self.average(shares)
 
     def _boxes(self, view: View) -> list[Tensor]:

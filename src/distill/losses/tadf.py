@@ -16,7 +16,8 @@ from distill.masks import Mask
 from distill.precision import full
 from distill.types import Facts, View
 
-NECK = {"foreground": 0.01, "levels": None, "scale": 56.0}
+NECK = {"foreground": 0.01, "levels": None}
+MASK = {"kind": "gaussian", "scale": 56.0, "threshold": 0.5}
 HEAD = {"classification": 10.0, "regression": 1.0}
 ADAPTER = {"kernel": 3, "start": "defeat"}
 RAMP = {**base.RAMP, "shape": "linear"}
@@ -70,7 +71,8 @@ class TADF(DistillLoss):
 
     Args:
         student, teacher: facts of both detectors.
-        neck: ``foreground``: weight; ``levels``: strides, None for all that both have; ``scale`` of the level rule.
+        neck: ``foreground``: weight; ``levels``: strides, None for all that both have.
+        mask: options of :class:`distill.masks.Mask`.
         head: weights of ``classification`` and ``regression``, for two-stage detectors.
         adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`).
         ramp: the decay. ramp, normalizer, seed: see :class:`DistillLoss`.
@@ -84,6 +86,7 @@ class TADF(DistillLoss):
         teacher: Facts,
         neck: Mapping[str, Any] = NECK,
         head: Mapping[str, float] = HEAD,
+        mask: Mapping[str, Any] = MASK,
         adapter: Mapping[str, Any] = ADAPTER,
         ramp: Mapping[str, Any] = RAMP,
         normalizer: str = "global",
@@ -93,7 +96,7 @@ class TADF(DistillLoss):
         weights = {f"head.{term}": weight for term, weight in base.options("head", head, HEAD).items()}
         weights["neck.foreground"] = place["foreground"]
         super().__init__(weights, base.options("ramp", ramp, RAMP), normalizer, seed)
-        self.mask = Mask("gaussian", place["scale"])
+        self.mask = Mask(**base.options("mask", mask, MASK))
         self.neck: MapImitation | None = None
         if self.terms("neck"):
             how = base.options("adapter", adapter, ADAPTER)
@@ -110,7 +113,7 @@ class TADF(DistillLoss):
         """The terms of `weights`, scalars. A stage that no term needs is not read."""
         shares: dict[str, list[Share]] = {}
         if self.neck is not None:
-            mask = self.mask(student, self.neck.sizes(student.neck))
+            mask = self.mask(student, self.neck.sizes(student.neck), self.seeds(student.batch.ids))
             shares |= self.neck(student.neck, teacher.neck, {"foreground": mask})
         if self.terms("head"):
             shares |= self._heads(student, teacher)
