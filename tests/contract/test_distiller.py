@@ -524,7 +524,7 @@ def test_any_family_teaches_any_other_on_the_strides_they_share(
 def test_the_configuration_names_the_loss_terms_of_every_family() -> None:
     batch = shapes().batch("train", range(2))
     terms = [list(detector(family).view(batch).losses) for family in FAMILIES]
-    terms.append(["loss_mask"])  # of Mask R-CNN, which needs masks: tests/smoke/test_masks.py trains it
+    terms.append(["loss_mask"])  # of Mask R-CNN, which needs masks: tests/smoke/test_train_masks.py trains it
     configured = yaml.safe_load((Path(__file__).parents[2] / "conf" / "config.yaml").read_text())["supervised"]
     assert configured == {name: 1.0 for each in terms for name in each}
 

@@ -162,7 +162,7 @@ def test_fcos_teaches_retinanet_and_is_evaluated_and_predicts(
     assert cli(["predict", "teacher", "image.png"]) == 0
     assert "fcos" in capsys.readouterr().out
     student = ["model=retinanet_r10_quarter", "teacher=fcos_r10_quarter", "teacher.weights=teacher"]
-    assert cli(["train", *small, *student, "distill.losses.defeat.mask=fine_grained", "hydra.run.dir=run"]) == 0
+    assert cli(["train", *small, *student, "distill.losses.defeat.mask.kind=fine_grained", "hydra.run.dir=run"]) == 0
     assert summary(tmp_path / "run")["terms"]["term/defeat/neck.foreground"] > 0
 
 

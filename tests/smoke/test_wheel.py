@@ -78,7 +78,12 @@ def test_finds_its_own_configuration(installed: Installed) -> None:
 
 def test_help(installed: Installed) -> None:
     assert "usage: distill <verb>" in installed.python("-m", "distill", "--help")
-    assert "distill: defeat" in installed.python("-m", "distill", "train", "--help")
+    (options,) = [
+        line
+        for line in installed.python("-m", "distill", "train", "--help").splitlines()
+        if line.startswith("distill: ")
+    ]
+    assert "defeat" in options
 
 
 def test_prints_its_configuration(installed: Installed) -> None:

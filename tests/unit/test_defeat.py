@@ -346,6 +346,7 @@ def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
         ({"backbone": {"foreground": 1, "levels": [64]}}, r"backbone.levels: .* shared are \[4, 8, 16, 32\]"),
         ({"neck": {"foregrund": 3}}, "neck: unknown option 'foregrund'.*did you mean 'foreground'"),
         ({"ramp": {"shape": "up"}}, "ramp.shape"),
+        ({"mask": "gaussian"}, r"mask: expected options \(kind, scale, threshold\), got 'gaussian'.*mask.kind="),
         ({"ramp": {"warm": 1}}, "did you mean 'warmup'"),
         ({"ramp": {"terms": ["nek"]}}, r"ramp.terms: .*among neck.foreground, .* got \['nek'\]"),
         ({"ramp": {"terms": "neck"}}, "ramp.terms: expected a list"),

@@ -145,6 +145,11 @@ def derive(*words: int | str) -> int:
 
 def options(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`defaults` updated by `given`; an option that they do not name is refused."""
+    if not isinstance(given, Mapping):
+        first = next(iter(defaults))
+        raise DistillError(
+            f"{name}: expected options ({', '.join(defaults)}), got {given!r}; set one of them, as in {name}.{first}=…"
+        )
     unknown = [key for key in given if key not in defaults]
     if unknown:
         near = difflib.get_close_matches(str(unknown[0]), defaults, n=1)
