@@ -164,3 +164,11 @@ def test_dsig_adds_to_defeat(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> No
     terms = summary(tmp_path / "run")["terms"]
     assert {"term/defeat/neck.foreground", "term/dsig/nodes.background", "term/dsig/edges.all"} <= set(terms)
     assert terms["loss/dsig/edges.all"] == pytest.approx(2 * terms["term/dsig/edges.all"])
+
+
+def test_boxes_of_other_anchors_are_not_compared() -> None:
+    sizes = [[2 * side for side in level] for level in build("retinanet").options["anchor_sizes"]]
+    student, teacher = pair("retinanet", anchor_sizes=sizes)
+    loss, data = DSIG(student.facts, teacher.facts, **settings("dsig_retinanet")), batch()
+    with pytest.raises(DistillError, match="logits: expected equal anchors, but those at stride 8 differ"):
+        loss(student.view(data, seed=3), teacher.view(data, frozen=True))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from test_views import build
 
@@ -76,3 +78,57 @@ def test_so_many_images_a_class_and_no_small_box() -> None:
     loss, data, student, guest = setting(min_side=64.0)
     loss.on_epoch_start(0, data, student, guest)
     assert not loss.ours.any()
+
+
+class Uneven:
+    """Drawn images, every second one cut to half its height; the first holds a box thinner than training takes."""
+
+    splits = ("train", "val")
+    masks = False
+
+    def __init__(self) -> None:
+        self.shapes = Shapes(train=8, val=2, test=0, size=64)
+
+    def read(self, split: str) -> tuple[Any, Any]:
+        classes, records = self.shapes.read(split)
+        cut = []
+        for index, record in enumerate(records):
+            boxes = np.clip(record.boxes, 0, 40 if index % 2 else 64)
+            keep = (boxes[:, 3] - boxes[:, 1] > 4) & (boxes[:, 2] - boxes[:, 0] > 4)
+            boxes = boxes[keep]
+            if index == 0:
+                boxes[0, 2] = boxes[0, 0] + 0.005
+            cut.append(
+                replace(
+                    record,
+                    size=(40 if index % 2 else 64, 64),
+                    boxes=boxes,
+                    labels=record.labels[keep],
+                    crowd=record.crowd[keep],
+                    difficult=record.difficult[keep],
+                    area=record.area[keep],
+                    segmentation=None,
+                    entries=None,
+                )
+            )
+        return classes, cut
+
+    def image(self, file: str) -> torch.Tensor:
+        index = next(
+            i for split in self.splits for i, each in enumerate(self.shapes.read(split)[1]) if each.file == file
+        )
+        image = self.shapes.image(file)
+        return image[:, :40] if index % 2 else image
+
+
+def test_prototypes_do_not_depend_on_the_batch() -> None:
+    found = []
+    for size in (1, 4):
+        data = DetectionData(Uneven(), batch_size=size, workers=0, min_size=64, max_size=64)
+        _, _, student, guest = setting()
+        loss = GlobalKnowledge(student.facts, guest.facts, prototypes={"count": 2, "min_side": 0.0})
+        loss.on_epoch_start(0, data, student, guest)
+        found.append((loss.ours, loss.theirs))
+    for one, four in zip(*found, strict=True):
+        assert one.any()
+        torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-5)

@@ -733,3 +733,15 @@ def test_training_works_after_evaluation_in_inference_mode(family: str) -> None:
     copy.deepcopy(detector)
     sum(detector.view(data).losses.values()).backward()
     assert gradients(detector)
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_as_many_predictions_as_are_asked_for(family: str) -> None:
+    """torchvision's unused label, which scores high in a fresh model, takes no place among them."""
+    detector = build(family)
+    layer = detector.net.head.classification_head.cls_logits
+    with torch.no_grad():
+        layer.bias.view(-1, 4)[:, 0] = 5.0
+    found = detector.view(batch()).predictions(score=0.0, nms=0.9, top=40)
+    assert [len(each.boxes) for each in found] == [40, 40, 40]
+    assert all((each.labels > 0).all() for each in found)

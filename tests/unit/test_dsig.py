@@ -355,8 +355,13 @@ def test_a_one_stage_student_s_predictions_are_pooled_once_without_gradient() ->
         (facts(), only(edges={"all": 1, "mining": None}), {"rois", "roi_features"}, {"roi_features"}),
         (facts(), only(logits={"boxes": 1}), {"rois", "roi_logits"}, {"roi_logits"}),
         (ONE_STAGE, only(nodes={"predicted": 1}), {"predictions", "roi_features"}, {"roi_features"}),
-        (ONE_STAGE, only(logits={"classes": 1}), {"anchor_targets", "class_logits"}, {"class_logits"}),
-        (ONE_STAGE, only(logits={"boxes": 1}), {"anchor_targets", "deltas"}, {"deltas"}),
+        (
+            ONE_STAGE,
+            only(logits={"classes": 1}),
+            {"anchor_targets", "anchors", "class_logits"},
+            {"anchors", "class_logits"},
+        ),
+        (ONE_STAGE, only(logits={"boxes": 1}), {"anchor_targets", "anchors", "deltas"}, {"anchors", "deltas"}),
     ],
 )
 def test_only_what_a_term_needs_is_read(
@@ -551,6 +556,7 @@ def part_of(view: FakeView, rows: slice) -> FakeView:
         "roi_features": view.stages["roi_features"][cut],
         "roi_logits": tuple(x[cut] for x in view.stages["roi_logits"]),
         "rois": Regions(*map(first, view.stages["rois"])),
+        "anchors": view.stages["anchors"],
         "predictions": [Detections(*(x[: KEPT[i]] for x in view.stages["predictions"][i][:3])) for i in numbers],
         "anchor_targets": AnchorTargets(*(x[rows] for x in view.stages["anchor_targets"])),
     }

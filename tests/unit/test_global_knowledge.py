@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill import masks
 from distill.losses.base import DistillLoss
-from distill.losses.global_knowledge import GlobalKnowledge
+from distill.losses.global_knowledge import GlobalKnowledge, agreement
 from distill.types import DistillError, Facts
 
 NO_ADAPTER = {"kernel": None}
@@ -135,15 +135,31 @@ def test_only_neck_and_relation_fade() -> None:
     ("options", "message"),
     [
         ({"labels": {"temperature": 0}}, "labels.temperature"),
-        ({"prototypes": {"count": 0}}, "prototypes: expected a count"),
+        ({"prototypes": {"count": 0}}, "prototypes: expected count"),
         ({"prototypes": {"atoms": 3}}, "prototypes: unknown option 'atoms'"),
         ({"neck": {"levels": [128]}}, "neck.levels"),
+        ({"prototypes": {"quantile": 2}}, "quantile from 0 to 1"),
+        ({"prototypes": {"count": 2.5}}, "expected count and images of 1 or more"),
+        ({"prototypes": {"bandwidth": 0}}, "bandwidth above 0"),
         ({"mask_scale": 0}, "mask.scale"),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
         GlobalKnowledge(facts(), facts(), **options)
+
+
+def test_without_weights_it_is_nothing_for_any_pair() -> None:
+    nothing = {"neck": {"foreground": 0, "background": 0}, "labels": {"weight": 0}}
+    loss = GlobalKnowledge(facts(), facts(two_stage=False), **nothing)
+    loss.on_epoch_start(1, None, None, None)
+    assert not list(loss.parameters())
+    assert not loss.state_dict()
+    assert loss(random_view(batch(OBJECTS), facts(), 1), random_view(batch(OBJECTS), facts(), 2)) == {}
+
+
+def test_opposite_places_are_not_trusted_at_all() -> None:
+    assert agreement(torch.tensor([[0.9, -1.0]]), torch.tensor([[-0.8, -0.9]])).item() == 0
 
 
 def test_it_needs_regions() -> None:

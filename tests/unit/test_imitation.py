@@ -186,3 +186,18 @@ def test_any_squared_error_of_maps_takes_any_mask(
         error = (mask * (student.neck[stride] - teacher.neck[stride]).square().sum(1)).sum().item()
         expected += error / max(1.0, per_cell * mask.sum().item()) / levels
     assert loss(student, teacher)[term].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (Mimic, {}),
+        (DSIG, {"neck": {"all": 0}}),
+        (Chen, {"hint": {"neck": 0}}),
+        (TADF, {"neck": {"foreground": 0}}),
+    ],
+)
+def test_a_mask_that_nothing_reads_is_refused(method: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(DistillError, match=r"mask: it is for (neck|hint), but no term of"):
+        method(facts(), facts(), **options, mask={"kind": "ground_truth"})
+    method(facts(), facts(), **options)

@@ -363,3 +363,12 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for name, each in whole.items():
         for ours, expected in zip(shared[name], each, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-14)
+
+
+def test_the_wrapped_loss_keeps_its_own_ramp_of_some_terms() -> None:
+    ramp = {"shape": "linear", "terms": ["neck"]}
+    make = partial(DeFeat, proposals={"positive": 1}, ramp=ramp)
+    plain, wrapped = make(facts(), facts()), PAD(facts(), facts(), make)
+    found = {term: wrapped.factor(term, 0.5, 10) for term in wrapped.weights}
+    assert found == {term: plain.factor(term, 0.5, 10) for term in plain.weights}
+    assert set(found.values()) == {0.5, 1.0}

@@ -325,7 +325,7 @@ def test_channels_are_adapted_by_one_convolution_a_level() -> None:
 
 def test_the_background_counts_with_a_mask_only() -> None:
     both = {"foreground": 2, "background": 3}
-    assert SSIM(facts(), facts(), both).weights == {"neck.foreground": 2}
+    assert SSIM(facts(), facts(), {"foreground": 2}).weights == {"neck.foreground": 2}
     assert SSIM(facts(), facts(), both, mask={"kind": "gaussian"}).weights == {
         "neck.foreground": 2,
         "neck.background": 3,
@@ -413,3 +413,8 @@ def test_nothing_is_left_to_learn_when_the_maps_look_alike(change: Callable[[Ten
     teacher = equal_views(student).mapped(change)
     value = SSIM(facts(), facts(), adapter=NO_ADAPTER)(student, teacher)["neck.foreground"]
     assert value.item() == pytest.approx(0, abs=1e-8)
+
+
+def test_a_background_without_a_mask_is_refused() -> None:
+    with pytest.raises(DistillError, match=r"neck\.background=5: without a mask the whole map is foreground"):
+        SSIM(facts(), facts(), neck={"background": 5})

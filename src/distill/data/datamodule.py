@@ -343,12 +343,15 @@ class DetectionData(L.LightningDataModule):
         A batch holds images of one padded size, so that no image's padding, which a detector can see at the border,
         depends on its neighbours.
         """
-        images = self.images(split, training=False)
-        min_size, max_size = self.input_size
-        sizes = [resized_size(images.size(index), min_size, max_size) for index in range(len(images))]
-        groups = [padded_size([size], self.pad_to) for size in sizes]
+        images, groups = self.images(split, training=False), self.padded_sizes(split)
         rank, world = self._place()
         return self._loader(images, BatchSampler(groups, self.eval_batch_size, False, rank=rank, world=world))
+
+    def padded_sizes(self, split: Split) -> list[Size]:
+        """(height, width) of each image of a split as evaluation resizes and pads it alone."""
+        images, (min_size, max_size) = self.images(split, training=False), self.input_size
+        sizes = [resized_size(images.size(index), min_size, max_size) for index in range(len(images))]
+        return [padded_size([size], self.pad_to) for size in sizes]
 
     def batch(self, split: Split, indices: Sequence[int]) -> Batch:
         """Some images of a split, by their place in ``ground_truth(split)["images"]``, as evaluation sees them."""

@@ -110,7 +110,11 @@ class OneStageView(LazyView):
         anchors = [list(self.anchors.values())] * len(self.batch)
         thresholds = {"score_thresh": score, "nms_thresh": nms, "detections_per_img": top}
         with self.scope(autocast=False), temporarily(self.net, **thresholds):
-            found = self.net.postprocess_detections(self._flat(), anchors, self.sizes)
+            outputs = self._flat()
+            if (score, nms, top) != (None, None, None):
+                # torchvision's own detections are left as they are: there the label that no class has takes places.
+                outputs["cls_logits"] = list(map(_without_first, outputs["cls_logits"]))
+            found = self.net.postprocess_detections(outputs, anchors, self.sizes)
         return [_without_background(Detections(one["boxes"], one["scores"], one["labels"])) for one in found]
 
 
@@ -124,6 +128,11 @@ def flatten(x: Tensor, columns: int) -> Tensor:
 def _classes_only(x: Tensor, outputs: int) -> Tensor:
     batch, channels, height, width = x.shape
     return x.reshape(batch, channels // outputs, outputs, height, width)[:, :, 1:].flatten(1, 2)
+
+
+def _without_first(logits: Tensor) -> Tensor:
+    """(B, N, K+1), the first column never found."""
+    return torch.cat([torch.full_like(logits[..., :1], -torch.inf), logits[..., 1:]], dim=-1)
 
 
 def _without_background(found: Detections) -> Detections:

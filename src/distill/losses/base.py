@@ -10,13 +10,14 @@ import difflib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill import masks
 from distill.classes import match_classes
 from distill.precision import full
 from distill.schedules import Ramp
@@ -43,7 +44,7 @@ class DistillLoss(nn.Module):
         seed: of the loss's own draws and its adapters' start values.
     """
 
-    needs_teacher: ClassVar[bool] = True
+    needs_teacher: bool = True
     """Whether a detector teaches. If not, ``teacher`` may be None, at construction and in `forward`."""
 
     def __init__(
@@ -214,6 +215,27 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
     """Of (R, (K+1)*4) class-major box deltas those of each region's label (R,): (R, 4)."""
     return deltas.view(len(deltas), deltas.shape[1] // 4, 4)[torch.arange(len(labels), device=labels.device), labels]
+
+
+def check_mask(place: str, weighted: bool, mask: Mapping[str, Any], default: Mapping[str, Any]) -> masks.Mask:
+    """The mask of a place; refuses one that was asked for where no term of the place has a weight to read it."""
+    chosen = masks.Mask(**options("mask", mask, default))
+    if not weighted and chosen != masks.Mask(**default):
+        raise DistillError(
+            f"mask: it is for {place}, but no term of {place} has a weight. Give it one, or leave mask out"
+        )
+    return chosen
+
+
+def check_anchors(name: str, student: View, teacher: View) -> None:
+    """Refuse anchors of unequal sizes, which no fact tells: equal deltas would mean other boxes. Waits for the device."""
+    for stride, ours in student.anchors.items():
+        if not torch.equal(ours, teacher.anchors[stride]):
+            raise DistillError(
+                f"{name}: expected equal anchors, but those at stride {stride} differ: the student's first are "
+                f"{ours[:3].tolist()}, the teacher's {teacher.anchors[stride][:3].tolist()}. Give both models the "
+                f"same anchor_sizes and anchor_ratios, or set the weights of {name} to 0"
+            )
 
 
 def size(x: Tensor) -> Size:

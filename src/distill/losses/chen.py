@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill import masks
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
 from distill.losses.imitation import Error, MapImitation, squared_error
@@ -121,7 +120,7 @@ class Chen(DistillLoss):
 
         if chosen["distance"] not in DISTANCES:
             raise DistillError(f"hint.distance: expected {' or '.join(DISTANCES)}, got '{chosen['distance']}'")
-        self.mask = masks.Mask(**base.options("mask", mask, MASK))
+        self.mask = base.check_mask("hint", bool(self.terms("hint")), mask, MASK)
         self.hint: MapImitation | None = None
         if self.terms("hint"):
             how, error = base.options("adapter", adapter, ADAPTER), DISTANCES[chosen["distance"]]
@@ -151,7 +150,9 @@ class Chen(DistillLoss):
 
     def _rpn(self, student: View, teacher: View) -> dict[str, list[Share]]:
         """On the anchors that the student's own losses see."""
-        self._check_anchors(student, teacher)
+        if not self._anchors_are_equal:
+            base.check_anchors("rpn", student, teacher)
+            self._anchors_are_equal = True
         targets, shares = student.anchor_targets, {}
         if "rpn.soft" in self.weights:
             # The sigmoid of z is the softmax over (0, z).
@@ -177,19 +178,6 @@ class Chen(DistillLoss):
             pair = base.deltas_of(our_deltas, labels), base.deltas_of(their_deltas, known)
             shares["rcn.box"] = _mean(bounded(*pair, torch.cat(list(regions.deltas)), labels > 0, self.margin), every)
         return shares
-
-    def _check_anchors(self, student: View, teacher: View) -> None:
-        """Refuse, in the first step, anchors of other sizes, which no fact tells: deltas would mean other boxes."""
-        if self._anchors_are_equal:
-            return
-        for stride, ours in student.anchors.items():
-            if not torch.equal(ours, teacher.anchors[stride]):
-                raise DistillError(
-                    f"rpn: expected equal anchors, but those at stride {stride} differ: the student's first are "
-                    f"{ours[:3].tolist()}, the teacher's {teacher.anchors[stride][:3].tolist()}. Give both models the "
-                    "same anchor_sizes and anchor_ratios, or set the weights of rpn to 0"
-                )
-        self._anchors_are_equal = True
 
 
 def _number(name: str, value: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,7 @@ class DICOD(DistillLoss):
         ramp, normalizer, seed: see :class:`DistillLoss`. Nothing is drawn.
     """
 
-    needs_teacher: ClassVar[bool] = False
+    needs_teacher = False
     columns: Tensor
 
     def __init__(

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.rpn import permute_and_flatten
 
-from distill import masks
 from distill.adapters import adapter as one_adapter
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
@@ -173,8 +172,8 @@ class DSIG(DistillLoss):
         weights |= {f"logits.{kind}": logits[kind] for kind in ("classes", "boxes")}
         super().__init__(weights, ramp, normalizer, seed)
 
-        self.mask = masks.Mask(**base.options("mask", mask, MASK))
-        self.two_stage = student.two_stage
+        self.mask = base.check_mask("neck", bool(self.terms("neck")), mask, MASK)
+        self.two_stage, self._anchors_are_equal = student.two_stage, False
         self.alpha, self.temperature = nodes["alpha"], logits["temperature"]
         self.mining = edges["mining"] if "edges.all" in self.weights else None
         self.predictions = base.options("predictions", predictions, PREDICTIONS)
@@ -299,6 +298,9 @@ class DSIG(DistillLoss):
 
     def _compare_anchors(self, student: View, teacher: View) -> dict[str, Share]:
         """The dense heads' outputs; one that no term needs is not read."""
+        if not self._anchors_are_equal:
+            base.check_anchors("logits", student, teacher)
+            self._anchors_are_equal = True
         labels, shares = student.anchor_targets.labels, {}
         if "logits.classes" in self.weights:
             ours, theirs = (over_anchors(view.class_logits, len(view.facts.classes)) for view in (student, teacher))

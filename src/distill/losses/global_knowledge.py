@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection.transform import resize_boxes
 
 from distill import masks
 from distill.losses import base
@@ -34,8 +36,8 @@ def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
 
 
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:
-    """rho = 1 - |q_s - q_t|, detached, with q the largest of the cosines (R, P) to the prototypes of the own class."""
-    return (1 - (student.amax(1) - teacher.amax(1)).abs()).detach()
+    """rho = max(0, 1 - |q_s - q_t|), detached, with q the largest of the cosines (R, P) to the prototypes of the own class."""
+    return (1 - (student.amax(1) - teacher.amax(1)).abs()).clamp(min=0).detach()
 
 
 class GlobalKnowledge(DistillLoss):
@@ -43,7 +45,7 @@ class GlobalKnowledge(DistillLoss):
 
     ::
 
-        rho_i           = 1 - |q_s - q_t|,   q = max over prototypes of the own class of cos(pooled feature, prototype)
+        rho_i           = max(0, 1 - |q_s - q_t|),   q = max over prototypes of the own class of cos(pooled feature, prototype)
         neck.foreground = 1/L sum_l  sum m_l (A_l(S_l) - T_l)^2 / max(1, 2 sum m_l)       m: rho inside positive proposals
         neck.background = the same with 1 where m is 0
         labels          = T^2 / N_pos sum_i rho_i mean_classes KL(softmax(z_t / T) || softmax(z_s / T))
@@ -58,13 +60,15 @@ class GlobalKnowledge(DistillLoss):
     starts from a finished detector (``model.weights``), so its gain is on top of a longer training.
 
     Where we differ: where proposals overlap, the largest rho counts (there the last one drawn); the density filter keeps
-    what is at the quantile too, and all where nothing passes in both spaces; features are pooled in full precision.
+    what is at the quantile too, and all where nothing passes in both spaces; rho is never negative, which would teach the
+    opposite; features are pooled in full precision.
 
-    Shapes: maps (B, C, H, W), logits (R, K+1). For two-stage detectors. The first pass over up to ``images`` images a class
-    costs about an evaluation of the teacher, and each epoch one of the student's neck.
+    Shapes: maps (B, C, H, W), logits (R, K+1). For two-stage detectors. Before each epoch the student's neck runs over up to
+    ``images`` images a class, before the first one the teacher's too: of COCO half of the training images. Sums over
+    rectangles have no deterministic form on CUDA (``deterministic=true`` refuses them there).
 
     Args:
-        student, teacher: facts of both detectors; the teacher knows all of the student's classes.
+        student, teacher: facts of both detectors; for ``labels`` the teacher knows all of the student's classes.
         neck: weights of its terms; ``levels``: strides, None for all that both have.
         labels, relation: ``weight``; ``temperature``.
         prototypes: ``count`` per class and level; ``alpha``, ``bandwidth``, ``quantile`` of their choice; ``images``, at most,
@@ -96,20 +100,20 @@ class GlobalKnowledge(DistillLoss):
         weights = {f"neck.{part}": maps[part] for part in ("foreground", "background")}
         weights |= {"labels": label["weight"], "relation": base.options("relation", relation, RELATION)["weight"]}
         super().__init__(weights, base.options("ramp", ramp, RAMP), normalizer, seed)
-        base.check_two_stage("global_knowledge", student, teacher)
-        if not label["temperature"] > 0:
-            raise DistillError(f"labels.temperature: expected a number above 0, got {label['temperature']}")
         self.temperature, self.scale = float(label["temperature"]), masks.Mask(scale=mask_scale).scale
         self.prototypes = base.options("prototypes", prototypes, PROTOTYPES)
-        if not (self.prototypes["count"] >= 1 and self.prototypes["images"] >= 1):
-            raise DistillError(f"prototypes: expected a count and a number of images of at least 1, got {prototypes}")
+        _check_numbers(self.temperature, self.prototypes)
+        if not self.weights:
+            return
+        base.check_two_stage("global_knowledge", student, teacher)
         levels = base.shared_levels("neck", student.neck, teacher.neck, maps["levels"])
         self.levels = levels
         if self.terms("neck"):
             self.neck = MapImitation(
                 "neck", student.neck, teacher.neck, levels, base.options("adapter", adapter, ADAPTER), seed=seed
             )
-        self.register_buffer("columns", base.class_columns("global_knowledge", student, teacher), persistent=False)
+        columns = base.class_columns("labels", student, teacher) if "labels" in self.weights else None
+        self.register_buffer("columns", columns, persistent=False)
         # (classes, levels, prototypes, channels); zeros, for a class without instances, make every rho 1.
         room = len(student.classes), len(levels), self.prototypes["count"]
         self.register_buffer("ours", torch.zeros(*room, student.neck[levels[0]]))
@@ -121,6 +125,8 @@ class GlobalKnowledge(DistillLoss):
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
+        if not self.weights:
+            return {}
         labels = student.rois.labels
         boxes = [each[names > 0] for each, names in zip(student.rois.boxes, labels, strict=True)]
         names = torch.cat([each[each > 0] for each in labels])
@@ -167,6 +173,8 @@ class GlobalKnowledge(DistillLoss):
     def on_epoch_start(self, epoch: int, data: Any, student: Any, teacher: Any) -> None:
         """Choose the prototypes of every class and level anew; each process looks at its share of the images."""
         super().on_epoch_start(epoch, data, student, teacher)
+        if not self.weights:
+            return
         chosen = list(self._candidates(data.images("train", training=False)))
         features = self._features(chosen, data, student, teacher)
         labels = torch.cat([names for _, _, names in chosen]) if chosen else torch.zeros(0).long()
@@ -204,32 +212,62 @@ class GlobalKnowledge(DistillLoss):
     ) -> tuple[Tensor, Tensor]:
         """(N, L, C) of all candidates, in order, from the student and from the teacher."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = list(enumerate(chosen))[rank::world]
         found: dict[int, tuple[Tensor, Tensor]] = {}
         training = student.training
         student.eval()  # live statistics must not see these images
-        for start in range(0, len(mine), data.eval_batch_size):
-            part = mine[start : start + data.eval_batch_size]
-            batch = data.batch("train", [index for _, (index, _, _) in part]).to(self.ours.device)
-            boxes = [target.boxes[keep] for target, (_, (_, keep, _)) in zip(batch.targets, part, strict=True)]
-            size, counts = base.size(batch.images), [len(each) for each in boxes]
-            view = student.view(batch, training=False, frozen=True)
-            ours = torch.split(_all_levels({s: view.neck[s] for s in self.levels}, boxes, size), counts)
-            if any(index not in self._kept for _, (index, _, _) in part):
-                guest = teacher.view(batch, training=False)
-                theirs = torch.split(_all_levels({s: guest.neck[s] for s in self.levels}, boxes, size), counts)
-                self._kept |= {index: each for (_, (index, _, _)), each in zip(part, theirs, strict=True)}
-            found |= {place: (each, self._kept[index]) for (place, (index, _, _)), each in zip(part, ours, strict=True)}
+        for part in _batches(chosen, data)[rank::world]:
+            images = [chosen[place][0] for place in part]
+            batch = data.batch("train", images).to(self.ours.device)
+            # The batch's own targets lack boxes that became too thin; these are counted here.
+            stored = [data.images("train", training=False).target(index).boxes for index in images]
+            boxes = [
+                resize_boxes(each[chosen[place][1]].to(self.ours.device), before, after)
+                for each, place, before, after in zip(stored, part, batch.original_sizes, batch.sizes, strict=True)
+            ]
+            ours = self._of_boxes(student.view(batch, training=False, frozen=True), boxes)
+            if any(index not in self._kept for index in images):
+                theirs = self._of_boxes(teacher.view(batch, training=False), boxes)
+                self._kept |= dict(zip(images, theirs, strict=True))
+            found |= {place: (each, self._kept[index]) for place, each, index in zip(part, ours, images, strict=True)}
         student.train(training)
         if world > 1:
             everyone: list[Any] = [None] * world
             dist.all_gather_object(everyone, {place: (a.cpu(), b.cpu()) for place, (a, b) in found.items()})
             found = {place: pair for each in everyone for place, pair in each.items()}
-        pairs = [found[place] for place in range(len(chosen))]
-        device = self.ours.device
+        device, pairs = self.ours.device, [found[place] for place in range(len(chosen))]
         if not pairs:
             return self.ours.new_zeros(0, *self.ours.shape[1::2]), self.theirs.new_zeros(0, *self.theirs.shape[1::2])
         return torch.cat([a.to(device) for a, _ in pairs]), torch.cat([b.to(device) for _, b in pairs])
+
+    def _of_boxes(self, view: View, boxes: Sequence[Tensor]) -> list[Tensor]:
+        """(n, L, C) for each image."""
+        neck = {stride: view.neck[stride] for stride in self.levels}
+        features = _all_levels(neck, boxes, base.size(view.batch.images))
+        return list(torch.split(features, [len(each) for each in boxes]))
+
+
+def _batches(chosen: Sequence[tuple[int, Tensor, Tensor]], data: Any) -> list[list[int]]:
+    """Places in `chosen`, batch by batch: images of one padded size, whose features then depend on no neighbour."""
+    sizes = data.padded_sizes("train")
+    groups: dict[Size, list[int]] = {}
+    for place, (index, _, _) in enumerate(chosen):
+        groups.setdefault(sizes[index], []).append(place)
+    step = data.eval_batch_size
+    return [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
+
+
+def _check_numbers(temperature: float, prototypes: Mapping[str, Any]) -> None:
+    """Refuse what would end in the middle of a run."""
+    if not 0 < temperature < math.inf:
+        raise DistillError(f"labels.temperature: expected a number above 0, got {temperature}")
+    whole = all(isinstance(prototypes[name], int) and prototypes[name] >= 1 for name in ("count", "images"))
+    numbers = {name: prototypes[name] for name in ("alpha", "bandwidth", "quantile", "min_side")}
+    sound = all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in numbers.values())
+    if not (whole and sound and numbers["bandwidth"] > 0 and numbers["quantile"] <= 1):
+        raise DistillError(
+            "prototypes: expected count and images of 1 or more, bandwidth above 0, quantile from 0 to 1, alpha and "
+            f"min_side of 0 or more, got {dict(prototypes)}"
+        )
 
 
 def _all_levels(neck: Pyramid, boxes: Sequence[Tensor], image: Size) -> Tensor:

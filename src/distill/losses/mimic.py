@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from distill import masks
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
 from distill.losses.imitation import MapImitation, RegionImitation
@@ -69,7 +68,7 @@ class Mimic(DistillLoss):
         pooled, maps = base.options("regions", regions, REGIONS), base.options("neck", neck, NECK)
         super().__init__({"regions.all": pooled["all"], "neck.all": maps["all"]}, ramp, normalizer, seed)
         how = base.options("adapter", adapter, ADAPTER)
-        self.mask = masks.Mask(**base.options("mask", mask, MASK))
+        self.mask = base.check_mask("neck", bool(self.terms("neck")), mask, MASK)
         self.regions = self.maps = None
         if self.terms("regions"):
             self.source, self.kind, self.top = pooled["source"], pooled["kind"], pooled["top"]

@@ -65,7 +65,8 @@ class PAD(DistillLoss):
     Args:
         student, teacher: facts of both detectors.
         of: makes the wrapped loss: ``of(student=..., teacher=...)``, such as ``partial(FGFI, neck=...)``.
-        warmup: epochs at the start with v = 0: the plain loss, which the paper trains first in a stage of its own.
+        warmup: epochs at the start with v = 0: the plain loss, which the paper trains first in a stage of its own. An
+            epoch that has begun ends so.
 
     Raises:
         DistillError: the wrapped loss's own; or it compares no maps or regions, or maps by other than the squared error.
@@ -83,7 +84,7 @@ class PAD(DistillLoss):
         super().__init__(wrapped.weights)
         self.ramp, self.normalizer, self.seed = wrapped.ramp, wrapped.normalizer, wrapped.seed
         self.supervised, self.warmup = wrapped.supervised, warmup
-        self.of = wrapped
+        self.of, self.needs_teacher = wrapped, wrapped.needs_teacher
         found = [part for part in wrapped.modules() if isinstance(part, (MapImitation, RegionImitation))]
         if wrapped.weights and not found:
             raise DistillError(
@@ -98,6 +99,16 @@ class PAD(DistillLoss):
         """The wrapped loss's terms."""
         values: dict[str, Tensor] = self.of(student, teacher)
         return values
+
+    def factor(self, term: str, progress: float, epochs: float) -> float:
+        """The wrapped loss's own."""
+        factor: float = self.of.factor(term, progress, epochs)
+        return factor
+
+    def identity(self) -> dict[str, Any] | None:
+        """Of the wrapped loss's guest."""
+        identity: dict[str, Any] | None = self.of.identity()
+        return identity
 
     def on_epoch_start(self, epoch: int, data: Any, student: Any, teacher: Any) -> None:
         """Switch v on after the warm-up, and tell the wrapped loss."""

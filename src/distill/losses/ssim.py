@@ -210,6 +210,11 @@ class SSIM(DistillLoss):
         own = base.options("neck", neck, NECK)
         self.mask = masks.Mask(**base.options("mask", mask, MASK))
         regions = ("foreground",) if self.mask.kind == "none" else ("foreground", "background")
+        if self.mask.kind == "none" and own["background"]:
+            raise DistillError(
+                f"neck.background={own['background']}: without a mask the whole map is foreground. Set mask.kind, as in "
+                "distill=ssim_masked, or neck.background=0"
+            )
         super().__init__({f"neck.{region}": own[region] for region in regions}, ramp, normalizer, seed)
         local = base.options("window", window, WINDOW) | base.options("exponents", exponents, EXPONENTS)
         compare = Dissimilarity(error, normalize, **local)

@@ -12,7 +12,6 @@ from torch import Tensor
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
 from distill.losses.imitation import MapImitation
-from distill.masks import Mask
 from distill.precision import full
 from distill.types import Facts, View
 
@@ -96,7 +95,7 @@ class TADF(DistillLoss):
         weights = {f"head.{term}": weight for term, weight in base.options("head", head, HEAD).items()}
         weights["neck.foreground"] = place["foreground"]
         super().__init__(weights, base.options("ramp", ramp, RAMP), normalizer, seed)
-        self.mask = Mask(**base.options("mask", mask, MASK))
+        self.mask = base.check_mask("neck", bool(self.terms("neck")), mask, MASK)
         self.neck: MapImitation | None = None
         if self.terms("neck"):
             how = base.options("adapter", adapter, ADAPTER)
