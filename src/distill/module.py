@@ -204,9 +204,18 @@ class Distiller(L.LightningModule):
         checkpoint["guests"] = {name: loss.identity() for name, loss in self.losses.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with another teacher, or another guest of a loss."""
+        """Refuse to resume with another student or teacher, or another guest of a loss."""
         if "teacher" not in checkpoint:
             return
+        held, here = checkpoint["student"], self.student.describe()
+        other = [
+            f"{name}={here.get(name)!r} (there {value!r})" for name, value in held.items() if here.get(name) != value
+        ]
+        if other:
+            raise DistillError(
+                f"resume: the checkpoint holds another student: {', '.join(other)}. Set model as it was in that run, or start "
+                "a new run without ckpt_path"
+            )
         for name, before in checkpoint.get("guests", {}).items():
             now = self.losses[name].identity() if name in self.losses else before
             if _sha256(before) != _sha256(now):

@@ -16,6 +16,7 @@ from PIL import Image
 from conftest import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 from distill import load_detector
 from distill.cli import config
+from distill.cli import teacher as teachers
 from distill.data.shapes import CLASSES
 from distill.module import Distiller
 
@@ -201,6 +202,25 @@ def test_a_teacher_is_trained_once_and_serves_a_sweep(cli: Cli, tmp_path: Path) 
     assert summary(made[0])["teacher"] is None
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ("schedule.epochs=9", False),
+        ("supervised.loss_box_reg=2.0", False),
+        ("callbacks=ema", False),
+        ("trainer.precision=bf16-mixed", False),
+        ("trainer.limit_train_batches=3", False),
+        ("data.source.seed=5", False),
+        ("data.workers=3", True),
+        ("trainer.log_every_n_steps=7", True),
+        ("logger=wandb", True),
+    ],
+)
+def test_a_cached_teacher_is_another_only_where_it_learns_otherwise(change: str, same: bool) -> None:
+    lines = ["model=frcnn_r18_thin", "distill=none", "teacher=none", "seed=0"]
+    assert (teachers._key([*lines, change]) == teachers._key(lines)) == same
+
+
 def test_a_sweep_over_methods_includes_the_baseline(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
     lines = ["-m", "distill=none,defeat", f"teacher.weights={tiny_teacher}", *TINY, "hydra.sweep.dir=sweep"]
     assert cli(["train", *lines]) == 0
@@ -209,17 +229,55 @@ def test_a_sweep_over_methods_includes_the_baseline(cli: Cli, tiny_teacher: Path
 
 
 def test_resume_goes_on_in_the_newest_folder_of_the_name(cli: Cli, tmp_path: Path) -> None:
+    """Of the runs of that name, the one that the same overrides made; and what the first half logged is kept."""
     lines = ["distill=none", *TINY_DATA, *TINY_MODEL, *TINY_HEADS, "pictures=0", "trainer.accelerator=cpu"]
+    named = tmp_path / "outputs" / "none-frcnn_r10_mini-shapes"
     assert cli(["train", *lines, "schedule.epochs=2", "trainer.max_epochs=1"]) == 0
+    (mine,) = named.iterdir()
+    assert cli(["train", *lines, "seed=1", "schedule.epochs=1", f"hydra.run.dir={named / 'newer'}"]) == 0
+    first = (mine / "metrics.csv").read_text()
     assert cli(["train", *lines, "schedule.epochs=2", "ckpt_path=last"]) == 0
-    runs = list((tmp_path / "outputs" / "none-frcnn_r10_mini-shapes").iterdir())
-    assert len(runs) == 1
-    assert torch.load(runs[0] / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+    assert sorted(named.iterdir()) == sorted([mine, named / "newer"])
+    assert torch.load(mine / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+    assert torch.load(named / "newer" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
+    assert (mine / "metrics.1.csv").read_text() == first
+    assert {row["epoch"] for row in csv.DictReader((mine / "metrics.csv").open())} == {"1"}
 
 
 def test_resume_without_a_run_is_refused(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["train", "ckpt_path=last"]) == 1
-    assert "no run below" in capsys.readouterr().err
+    assert "none has a checkpoint" in capsys.readouterr().err
+    assert cli(["train", "distill=none", *TINY, "pictures=0"]) == 0
+    capsys.readouterr()
+    assert cli(["train", "distill=none", *TINY, "pictures=0", "seed=1", "ckpt_path=last"]) == 1
+    said = capsys.readouterr().err
+    assert "no run below" in said
+    assert "was made by: distill=none" in said
+    assert cli(["train", "distill=none", *TINY, "ckpt_path=missing.ckpt"]) == 1
+    assert "there is no file missing.ckpt" in capsys.readouterr().err
+
+
+def test_resume_with_another_student_is_refused(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["train", "distill=none", *TINY, "pictures=0"]
+    assert cli([*lines, "hydra.run.dir=run"]) == 0
+    other = ["model.rpn_post_nms_top_n_test=7", "hydra.run.dir=other"]
+    assert cli([*lines, *other, f"ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"]) == 1
+    said = capsys.readouterr().err
+    assert "another student" in said
+    assert "rpn_post_nms_top_n_test" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_trainer_that_the_machine_cannot_run_is_refused(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["train", "distill=none", *TINY, "trainer=gpu", "trainer.accelerator=gpu"]) == 1
+    said = capsys.readouterr().err
+    assert "trainer=auto" in said
+    assert "Traceback" not in said
+
+
+def test_a_seed_that_is_no_number_is_refused(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["train", "seed=abc"]) == 1
+    assert "seed=abc: expected a whole number" in capsys.readouterr().err
 
 
 def test_unknown_metric_is_refused_with_the_nearest(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,10 +300,11 @@ def test_wandb_offline_and_tensorboard(
     cli: Cli, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    loggers = ["logger=[csv,tensorboard,wandb]", "logger.wandb.offline=true"]
+    loggers = ["logger=[tensorboard,wandb]", "logger.wandb.offline=true"]
     assert cli(["train", *loggers, f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]) == 0
     run = tmp_path / "run"
     assert list(run.rglob("events.out.tfevents*"))
+    assert (run / "metrics.csv").is_file()  # whatever else is chosen
     assert list(run.rglob("*.wandb"))
     boxes = [json.loads(file.read_text())["box_data"] for file in run.rglob("*.boxes2D.json")]
     ground_truth = [each for each in boxes if each and all(box["scores"]["score"] == 1 for box in each)]

@@ -40,6 +40,15 @@ def write_config(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 @rank_zero_only
+def keep_metrics(run: Path) -> None:
+    """Set the ``metrics.csv`` of what was trained before a resume aside, as ``metrics.1.csv`` and so on: the logger begins anew."""
+    file = run / "metrics.csv"
+    if file.is_file():
+        number = 1 + len(list(run.glob("metrics.*.csv")))
+        file.rename(run / f"metrics.{number}.csv")
+
+
+@rank_zero_only
 def opening(module: Distiller, data: DetectionData, run: Path) -> None:
     """Data, student, teacher and losses in a few lines; a warning where the teacher is the smaller one."""
     console = Console()

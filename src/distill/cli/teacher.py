@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from distill.cli.config import build, composed, parse, plain
 from distill.types import DistillError, Facts
@@ -29,6 +29,8 @@ KEPT_GROUPS = ("data", "trainer", "experiment", "paths")
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision")  # on one machine: nobody starts the others
 # Keys that cannot change what a teacher learns, so two runs that differ only here share one teacher.
 IGNORED_DATA = ("workers", "cache", "eval_batch_size", "prefetch", "on_overlap")
+# What of Lightning's trainer decides the weights: not the machine, not the logging.
+TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 RANK_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -102,7 +104,7 @@ def load(cfg: DictConfig, source: str, classes: Sequence[str]) -> Any:
 def cached(cfg: DictConfig) -> Path:
     """The folder of the finished teacher run that fits this run; rank 0 trains it where it is missing."""
     overrides = run_overrides(cfg)
-    folder = Path(cfg.paths.teachers).absolute() / f"{_option(cfg)}-{_key(cfg, overrides)}"
+    folder = Path(cfg.paths.teachers).absolute() / f"{_option(cfg)}-{_key(overrides)}"
     if _finished(folder):
         return folder
     command = [sys.executable, "-m", "distill", "train", *overrides, f"hydra.run.dir='{folder}'"]
@@ -154,10 +156,14 @@ def _option(cfg: DictConfig) -> str:
     return str(HydraConfig.get().runtime.choices["model@teacher.model"])
 
 
-def _key(cfg: DictConfig, overrides: Sequence[str]) -> str:
+def _key(overrides: Sequence[str]) -> str:
     made_by = composed([*overrides, "hydra.run.dir=."])
     data = {name: value for name, value in plain(made_by.data).items() if name not in IGNORED_DATA}
     facts = {"data": data, "model": plain(made_by.model), "schedule": plain(made_by.schedule), "seed": made_by.seed}
+    facts |= {"supervised": plain(made_by.supervised), "init": made_by.init}
+    # Not resolved: what callbacks write goes into each run's own folder.
+    facts["callbacks"] = OmegaConf.to_container(made_by.callbacks)
+    facts["trainer"] = {name: made_by.trainer.get(name) for name in TRAINER}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 

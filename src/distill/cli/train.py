@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import config
 from distill.types import DistillError
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from distill.losses.base import DistillLoss
     from distill.module import Distiller
     from distill.types import Facts
+
+
+PASSING = ("ckpt_path", "hydra.", "schedule.epochs", "trainer", "logger", "paths.", "pictures", "data.workers")
+"""Beginnings of the overrides that may change when a run goes on."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,8 +65,12 @@ def train(cfg: DictConfig) -> float:
             f"a sweep (-m) with trainer.devices={cfg.trainer.devices}: each process would start the sweep anew, and they "
             "would train different settings together. Start the jobs one by one, or sweep on one device"
         )
+    if not isinstance(cfg.seed, int):
+        raise DistillError(f"seed={cfg.seed}: expected a whole number")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run = Path(HydraConfig.get().runtime.output_dir)
+    checkpoint = resume_from(cfg, run)
+    report.keep_metrics(run)
     report.write_config(run, cfg, HydraConfig.get().overrides.task)
     data = config.build(cfg.data)
     data.setup("fit")
@@ -74,7 +82,6 @@ def train(cfg: DictConfig) -> float:
     report.log_config(trainer, cfg)
     failed = True
     try:
-        checkpoint = run / "checkpoints" / "last.ckpt" if cfg.ckpt_path == "last" else cfg.ckpt_path
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         summary = report.closing(cfg, trainer, module, data, run, started, tested)
         failed = False
@@ -83,6 +90,19 @@ def train(cfg: DictConfig) -> float:
     finally:
         report.close_loggers(trainer, failed)
     return float(summary["student"][cfg.metric])
+
+
+def resume_from(cfg: DictConfig, run: Path) -> Path | None:
+    """The checkpoint that ``ckpt_path`` means, if any."""
+    if cfg.ckpt_path is None:
+        return None
+    file = run / "checkpoints" / "last.ckpt" if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
+    if not file.is_file():
+        raise DistillError(
+            f"ckpt_path={cfg.ckpt_path}: there is no file {file}. Give ckpt_path=FILE, or hydra.run.dir=RUN ckpt_path=last with "
+            "the folder of a run that has checkpoints"
+        )
+    return file
 
 
 def quieten() -> None:
@@ -189,27 +209,54 @@ def build_metrics(cfg: DictConfig) -> list[Any]:
 
 
 def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
-    """Lightning's trainer with the run's callbacks and loggers."""
+    """Lightning's trainer with the run's callbacks and loggers; CSV is among them, whatever was chosen."""
     import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.loggers import CSVLogger
 
     precision = cfg.trainer.precision
     if precision == "auto":
         precision = "bf16-mixed" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "32-true"
     callbacks = [config.build(node) for node in cfg.callbacks.values() if node]
     loggers = [config.build(node) for node in cfg.logger.values() if node]
-    trainer: L.Trainer = config.build(cfg.trainer, precision=precision, callbacks=callbacks, logger=loggers)
+    if "csv" not in cfg.logger:
+        loggers.append(CSVLogger(run, name="", version="", flush_logs_every_n_steps=100))
+    try:
+        trainer: L.Trainer = config.build(
+            cfg.trainer,
+            precision=precision,
+            callbacks=callbacks,
+            logger=loggers,
+            enable_progress_bar=cfg.trainer.enable_progress_bar and cfg.callbacks.get("progress") is not None,
+        )
+    except MisconfigurationException as error:
+        raise DistillError(f"trainer: {error}. Choose another one: trainer=auto takes what there is") from error
     return trainer
 
 
 def _resumed(overrides: Sequence[str]) -> list[str]:
-    """``ckpt_path=last`` goes on in the newest folder of the same name, unless a folder is given."""
+    """``ckpt_path=last`` goes on in the newest run that these overrides made, unless a folder is given."""
     lines = list(overrides)
     if "ckpt_path=last" not in lines or any(line.startswith("hydra.run.dir=") for line in lines):
         return lines
     home = config.named(lines)
-    found = sorted(home.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
-    if not found:
-        raise DistillError(
-            f"ckpt_path=last: no run below {home} has a checkpoint; give ckpt_path=FILE or hydra.run.dir=RUN"
-        )
-    return [*lines, f"hydra.run.dir='{found[-1].parents[1]}'"]
+    found = sorted(home.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
+    runs = [file.parents[1] for file in found]
+    for run in runs:
+        if _meant(_words(run)) == _meant(lines):
+            return [*lines, f"hydra.run.dir='{run}'"]
+    newest = f"the newest, {runs[0]}, was made by: {' '.join(_words(runs[0]))}" if runs else "none has a checkpoint"
+    raise DistillError(
+        f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. Repeat the overrides of the run "
+        "that is to go on, or name it: hydra.run.dir=RUN, or ckpt_path=FILE"
+    )
+
+
+def _words(run: Path) -> list[str]:
+    file = run / "overrides.yaml"
+    return [str(line) for line in OmegaConf.load(file)] if file.is_file() else []
+
+
+def _meant(overrides: Sequence[str]) -> set[str]:
+    """The overrides that say which run it is: not how long, on what machine, or what is logged."""
+    return {line for line in overrides if not line.lstrip("+~").startswith(PASSING)}

@@ -87,10 +87,10 @@ def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "war
         if shared:
             message = (
                 f"{len(shared)} images of {later} are in {earlier} as well, such as {', '.join(shared[:3])}: numbers measured "
-                f"on {later} are too good. Remove them from one split, or say that it is meant with data.on_overlap=warn"
+                f"on {later} are too good. Remove them from one split"
             )
             if on_overlap == "raise":
-                raise DistillError(message)
+                raise DistillError(message + ", or go on with data.on_overlap=warn")
             warnings.warn(message, stacklevel=2)
 
 

@@ -124,7 +124,8 @@ class Voc:
                 f"{folder}: none of the {len(stems)} images of {split} has an XML: a split without labels can neither be "
                 f"learned from nor measured by. Choose another list for data.source.{split}, or null"
             )
-        return [_page(xmls.get(stem, folder / f"{stem}.xml"), images.get(stem)) for stem in stems]
+        place = next(iter(xmls.values())).parent if xmls else folder
+        return [_page(xmls.get(stem, place / f"{stem}.xml"), images.get(stem)) for stem in stems]
 
     def _members(self, split: str, name: str) -> tuple[Path, list[str]]:
         """Folder and image names of a list."""

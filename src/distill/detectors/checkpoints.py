@@ -33,7 +33,7 @@ MEANING = (
 )
 """Options that weights depend on although they fit any value of them."""
 
-ADVICE = "Check family, depth, width and head sizes; if only the classes differ, set head=new."
+ADVICE = "Check family, depth, width and head sizes; if only the classes differ, set head=new (model.head=new, teacher.model.head=new)."
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,9 @@ def load_weights(detector: Detector, source: str | Path, head: str = "keep") -> 
     elif found.classes is None:
         lines.append("head: kept; the file does not name its classes, so they are taken to be in the same order")
     else:
-        state.update(class_rows(detector, state, found.classes, "or set head=new to start the head afresh"))
+        state.update(
+            class_rows(detector, state, found.classes, "or set head=new (model.head=new) to start the head afresh")
+        )
         lines.append(f"head: kept the rows of {', '.join(detector.classes)}, out of {len(found.classes)} classes")
     fit(detector.net, state, found.name, fresh=layers if head == "new" and found.classes != detector.classes else ())
     return [f"weights: {len(state)} tensors from {found.name}", *lines, *_settle_norm(detector, found)]
@@ -268,7 +270,7 @@ def download(entry: Any, option: str) -> State:
         name = Path(entry.url).name
         raise DistillError(
             f"{option}: {entry} could not be fetched ({error}). Get {entry.url} on a machine with a network and set"
-            f" {option}=/path/to/{name}, or put it into {torch.hub.get_dir()}/checkpoints"
+            f" {option}=/path/to/{name} (of the student: model.{option}), or put it into {torch.hub.get_dir()}/checkpoints"
         ) from error
     return state
 
