@@ -52,9 +52,10 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     from distill.files import write_text
     from distill.pictures import panel, save_panel
     from distill.progress import track
-    from distill.types import Target
+    from distill.types import Detections, Target
 
-    detector = load_detector(run).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    detector = load_detector(run).eval().to(device)
     options = detector.options
     extra = read_extra(run)
     resize = {"antialias": False, "pad_to": 32} | extra.get("resize", {})
@@ -67,7 +68,10 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
         sample = Sample(
             transform.resize(image), Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)), size, number
         )
-        found = detector.view(collate([sample], resize["pad_to"]), training=False, frozen=True).detections[0]
+        batch = collate([sample], resize["pad_to"]).to(device)
+        found = detector.view(batch, training=False, frozen=True).detections[0]
+        drawn = None if found.masks is None else found.masks.cpu()
+        found = Detections(found.boxes.cpu(), found.scores.cpu(), found.labels.cpu(), drawn)
         listed.append({"id": number, "file_name": str(file), "height": size[0], "width": size[1]})
         masks = [] if found.masks is None else [rle.plain(code, size) for code in rle.encode(found.masks)]
         rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)

@@ -48,7 +48,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         _run_hydra(args, parser, task_function=train, config_path=home, config_name=config.NAME)
     except HydraException as error:
-        raise DistillError(str(error)) from error
+        missing = '; its sweeper is an extra: pip install "distill[optuna]"' if "sweeper/optuna" in str(error) else ""
+        told = str(error).partition("Config search path")[0].strip()
+        raise DistillError(f"{told}{missing}") from error
     return 0
 
 
