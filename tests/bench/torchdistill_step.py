@@ -1,0 +1,172 @@
+"""A whole training step, ResNet-18 taught by ResNet-101, Faster R-CNN, the neck's maps imitated: ours against torchdistill's.
+
+    pip install torchdistill==1.1.5
+    python tests/bench/torchdistill_step.py --size 320 --batch 2 --steps 10
+
+Both train the same torchvision architecture on the same images with the same counts of proposals, in one process and turn by
+turn, so that whatever else the machine does falls on both. Ours is the ``Distiller`` under Lightning's trainer; theirs is a
+``DistillationBox`` with forward hooks on the neck, whose teacher is run as a whole detector, as it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+import distill
+from distill.losses.mimic import Mimic
+from distill.types import Batch
+
+STRIDES = (4, 8, 16, 32)
+FEW = {
+    "rpn_pre_nms_top_n_train": 1000,
+    "rpn_post_nms_top_n_train": 200,
+    "rpn_pre_nms_top_n_test": 1000,
+    "rpn_post_nms_top_n_test": 200,
+    "box_batch_size_per_image": 128,
+}
+RATE = {"lr": 1e-5, "momentum": 0.9, "weight_decay": 1e-4}
+
+
+def calm(net: Any) -> Any:
+    """Frozen norms at their start let the maps of a random ResNet-101 explode: each block adds little instead."""
+    for block in net.backbone.body.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
+            torch.nn.init.constant_(last.weight, 0.2)
+    return net
+
+
+def theirs(size: int, classes: int) -> Any:
+    """torchdistill's box around two torchvision detectors: squared error of the four maps, and the student's own losses."""
+    from torchdistill.core.distillation import DistillationBox
+
+    def model(name: str) -> TorchvisionFasterRCNN:
+        body = resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=5)
+        return calm(TorchvisionFasterRCNN(body, classes + 1, min_size=size, max_size=size, **FEW))
+
+    maps = [f"backbone.fpn.layer_blocks.{level}" for level in range(len(STRIDES))]
+    terms = {
+        path: {
+            "criterion": {"key": "MSELoss", "kwargs": {"reduction": "mean"}},
+            "criterion_wrapper": {
+                "key": "SimpleLossWrapper",
+                "kwargs": {
+                    "input": {"is_from_teacher": False, "module_path": path, "io": "output"},
+                    "target": {"is_from_teacher": True, "module_path": path, "io": "output"},
+                },
+            },
+            "weight": 1.0,
+        }
+        for path in maps
+    }
+    side = {"forward_hook": {"input": [], "output": maps}}
+    config = {
+        "num_epochs": 1,
+        "teacher": {**side, "forward_proc": "forward_batch_only", "requires_grad": False},
+        "student": {**side, "forward_proc": "forward_batch_target"},
+        "optimizer": {"key": "SGD", "kwargs": dict(RATE)},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {"model_term": {"weight": 1.0}, "sub_terms": terms},
+            "func2extract_model_loss": "extract_model_loss_dict",
+        },
+    }
+    box = DistillationBox(model("resnet101").eval(), model("resnet18"), {}, config, torch.device("cpu"), None, False, 1)
+    box.pre_epoch_process(epoch=0)
+    return box
+
+
+def step(box: Any, batch: Batch) -> Tensor:
+    """One of torchdistill's training steps on the images of our batch."""
+    images = [image.float() / 255 for image in batch.images]
+    targets = [{"boxes": target.boxes, "labels": target.labels} for target in batch.targets]
+    loss = box.forward_process(images, targets)
+    box.post_forward_process(loss=loss)
+    return loss
+
+
+class Turns(L.Callback):
+    """Times our step, then takes and times one of theirs on the same batch."""
+
+    def __init__(self, box: Any) -> None:
+        self.box, self.ours, self.theirs = box, [], []  # type: ignore[var-annotated]
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        self.started = time.process_time()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.ours.append(time.process_time() - self.started)
+        started = time.process_time()
+        step(self.box, batch)
+        self.theirs.append(time.process_time() - started)
+
+
+def main() -> None:
+    """Print the ratio of images per second of processor time, ours over theirs, as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    total = (args.steps + args.warmup) * args.batch
+    data = distill.DetectionData(
+        distill.Shapes(train=total, val=2, test=0, size=args.size),
+        batch_size=args.batch, workers=0, min_size=args.size, max_size=args.size,
+    )  # fmt: skip
+    data.setup("fit")
+    settings = {"norm": "frozen", "trainable_stages": 5, "min_size": args.size, "max_size": args.size, **FEW}
+    student = distill.FasterRCNN(data.classes, depth=18, **settings)
+    large = distill.FasterRCNN(data.classes, depth=101, **settings)
+    calm(student.net), calm(large.net)
+    teacher = distill.Guest(large, source="untrained")
+    neck = {"all": 1.0, "levels": STRIDES, "normalization": "mse"}
+    mimic = Mimic(student.facts, teacher.facts, regions={"all": 0.0}, neck=neck, adapter={"kernel": None})
+    module = distill.Distiller(
+        student, teacher, {"mimic": mimic}, distill.Schedule(epochs=1, optimizer=partial(torch.optim.SGD, **RATE))
+    )
+    turns = Turns(theirs(args.size, len(data.classes)))
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        callbacks=[turns],
+        **quiet,  # type: ignore[arg-type]
+    )
+    trainer.fit(module, data)
+    ours, others = turns.ours[args.warmup :], turns.theirs[args.warmup :]
+    ratios = sorted(b / a for a, b in zip(ours, others, strict=True))
+    answer = {
+        "images_per_second": {
+            "distill": round(args.batch / statistics.median(ours), 3),
+            "torchdistill": round(args.batch / statistics.median(others), 3),
+        },
+        "ratio": round(statistics.median(ratios), 3),
+        "lowest": round(ratios[0], 3),
+        "highest": round(ratios[-1], 3),
+    }
+    print(json.dumps(answer, indent=1))
+
+
+if __name__ == "__main__":
+    main()
