@@ -205,6 +205,9 @@ class Distiller(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with another student or teacher, or another guest of a loss."""
+        for each in self.losses.modules():
+            if isinstance(each, DistillLoss):
+                each.epoch = checkpoint["epoch"]  # inside an epoch its start is not called again
         if "teacher" not in checkpoint:
             return
         held, here = checkpoint["student"], self.student.describe()
