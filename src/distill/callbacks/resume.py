@@ -35,7 +35,7 @@ class Last(Checkpoint):
         every: also inside an epoch: ``"500 steps"``, ``"10 minutes"`` or None.
 
     Raises:
-        DistillError: ``every`` is neither; on a resume, as many processes as there were are not there.
+        DistillError: ``every`` is none of these.
     """
 
     def __init__(self, dirpath: str | Path, every: str | None = "10 minutes") -> None:
@@ -115,9 +115,8 @@ class Last(Checkpoint):
             return
         trainer.should_stop = found["stop"]
         if _between_epochs(trainer):
-            trainer.fit_loop.epoch_loop.restarting = (
-                False  # else, with max_steps, Lightning ends the next epoch at once
-            )
+            # Else, with max_steps, Lightning ends the next epoch at once.
+            trainer.fit_loop.epoch_loop.restarting = False
         for name, parameter in pl_module.named_parameters():
             if name in found["gradients"]:
                 parameter.grad = found["gradients"][name].to(parameter.device)

@@ -75,10 +75,10 @@ def _train(cfg: DictConfig) -> float:
     run = Path(HydraConfig.get().runtime.output_dir)
     checkpoint = resume.checkpoint(cfg, run)
     resume.check_config(cfg, checkpoint)
-    report.write_config(run, cfg, HydraConfig.get().overrides.task)
     data = config.build(cfg.data)
     data.setup("fit")
     resume.check_data(cfg, checkpoint, data)
+    report.write_config(run, cfg, HydraConfig.get().overrides.task)
     tested = cfg.test and data.has("test") and _readable(data)
     check_metric(cfg, data)  # before a teacher is trained for it
     module = assemble(cfg, data)
