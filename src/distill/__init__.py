@@ -10,6 +10,8 @@ from typing import Any
 
 _HOMES = {
     "Batch": "types",
+    "Best": "callbacks.resume",
+    "CheckpointFiles": "callbacks.storage",
     "CocoMetric": "metrics.coco",
     "Coco": "data.coco",
     "DeFeat": "losses.defeat",
@@ -20,6 +22,7 @@ _HOMES = {
     "FGFI": "losses.fgfi",
     "FasterRCNN": "detectors.two_stage",
     "Guest": "guest",
+    "Last": "callbacks.resume",
     "MaskRCNN": "detectors.mask_rcnn",
     "Mimic": "losses.mimic",
     "PAD": "losses.pad",

@@ -205,7 +205,10 @@ class Distiller(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with another student or teacher, or another guest of a loss."""
-        if "teacher" not in checkpoint:
+        for each in self.losses.modules():
+            if isinstance(each, DistillLoss):
+                each.epoch = checkpoint.get("epoch", 0)  # inside an epoch its start is not called again
+        if "student" not in checkpoint:
             return
         held, here = checkpoint["student"], self.student.describe()
         other = [
@@ -223,6 +226,8 @@ class Distiller(L.LightningModule):
                     f"resume: the checkpoint was made with the guest {_name(before)} of the loss {name}, but this run has "
                     f"{_name(now)}. Set distill.losses.{name} as it was in that run, or start a new run without ckpt_path"
                 )
+        if "teacher" not in checkpoint:  # whoever reads it said that it may be another
+            return
         before, now = checkpoint["teacher"], self.teacher.identity() if self.teacher else None
         if _sha256(before) != _sha256(now):
             raise DistillError(

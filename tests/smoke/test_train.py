@@ -236,7 +236,7 @@ def test_resume_goes_on_in_the_newest_folder_of_the_name(cli: Cli, tmp_path: Pat
     (mine,) = named.iterdir()
     assert cli(["train", *lines, "seed=1", "schedule.epochs=1", f"hydra.run.dir={named / 'newer'}"]) == 0
     first = (mine / "metrics.csv").read_text()
-    assert cli(["train", *lines, "schedule.epochs=2", "ckpt_path=last"]) == 0
+    assert cli(["train", *lines, "schedule.epochs=2", "ckpt_path=last", "resume=anyway"]) == 0  # of more epochs
     assert sorted(named.iterdir()) == sorted([mine, named / "newer"])
     assert torch.load(mine / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
     assert torch.load(named / "newer" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
@@ -261,10 +261,12 @@ def test_resume_with_another_student_is_refused(cli: Cli, tmp_path: Path, capsys
     lines = ["train", "distill=none", *TINY, "pictures=0"]
     assert cli([*lines, "hydra.run.dir=run"]) == 0
     other = ["model.rpn_post_nms_top_n_test=7", "hydra.run.dir=other"]
-    assert cli([*lines, *other, f"ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"]) == 1
-    said = capsys.readouterr().err
-    assert "another student" in said
-    assert "rpn_post_nms_top_n_test" in said
+    for anyway, words in (([], "was made by another run"), (["resume=anyway"], "another student")):
+        file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+        assert cli([*lines, *other, *anyway, f"ckpt_path={file}"]) == 1
+        said = capsys.readouterr().err
+        assert words in said
+        assert "rpn_post_nms_top_n_test" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -371,3 +371,62 @@ def test_more_processes_than_images_is_an_error_and_not_a_hang(monkeypatch):
     monkeypatch.setattr(data, "_place", lambda: (0, 2))
     with pytest.raises(DistillError, match="1 images for 2 processes"):
         data.val_dataloader()
+
+
+def test_a_checkpoint_knows_its_data_wherever_the_files_lie(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    held = files(tmp_path / "here").state_dict()
+    moved = files(tmp_path / "there", workers=2, min_size=40)
+    assert moved.differences(held) == []
+    moved.load_state_dict(held)
+    assert held["train"]["images"] == 12
+    assert held["train"]["boxes"] == 10 * 3 + 0 + 1  # crowds, difficult objects and empty images are data, too
+
+
+class Changed(Files):
+    """One thing is other than in `Files`."""
+
+    def __init__(self, root, change) -> None:
+        super().__init__(root)
+        self.change = change
+
+    def read(self, split: str):
+        classes, records = super().read(split)
+        return self.change(split, classes, records)
+
+
+def moved_box(split, classes, records):
+    records[3].boxes[0, 0] += 0.25 * (split == "val")
+    return classes, records
+
+
+def marked(split, classes, records):
+    records[3].crowd[0] |= split == "train"
+    return classes, records
+
+
+def renumbered(split, classes, records):
+    records[3].id += 100 * (split == "train")
+    return classes, records
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda split, classes, records: (("item",), records), r"classes: \['thing'\] there, \['item'\] here"),
+        (
+            lambda split, classes, records: (classes, records[:-1]),
+            r"train: \d+ images with \d+ boxes there, \d+ images",
+        ),
+        (moved_box, r"val: \d+ images with \d+ boxes as there, but other ids, sizes, boxes or labels"),
+        (marked, "train: .* as there, but other"),
+        (renumbered, "train: .* as there, but other"),
+    ],
+)
+def test_a_resume_on_other_data_is_refused_by_name(tmp_path, change, words):
+    held = files(tmp_path).state_dict()
+    other = DetectionData(Changed(tmp_path, change), batch_size=4, workers=0, min_size=48, max_size=96)
+    assert len(other.differences(held)) == (2 if "images" in words and "as there" not in words else 1)
+    with pytest.raises(DistillError, match=words):
+        other.load_state_dict(held)

@@ -32,6 +32,14 @@ class Panels(L.Callback):
         self.score = score
         self._seen = 0
 
+    def state_dict(self) -> dict[str, int]:
+        """Evaluations so far, so that a resume shows the same ones."""
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take it over."""
+        self._seen = state_dict["seen"]
+
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw with the weights that were just evaluated."""

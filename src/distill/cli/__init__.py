@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,10 @@ USAGE = """usage: distill <verb> [options]
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
 
 distill <verb> --help says more."""
+
+
+class Terminated(BaseException):
+    """A signal ended the run between two steps, its checkpoint is written."""
 
 
 def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
@@ -46,3 +51,6 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\ndistill: interrupted; ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except Terminated:
+        print("\ndistill: stopped by a signal; ckpt_path=last goes on from the last step", file=sys.stderr)
+        return 128 + signal.SIGTERM

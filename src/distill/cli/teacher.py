@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,9 @@ from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from distill.cli import Terminated
 from distill.cli.config import build, composed, parse, plain
+from distill.cli.signals import handled
 from distill.types import DistillError, Facts
 
 if TYPE_CHECKING:
@@ -26,7 +29,13 @@ if TYPE_CHECKING:
 
 # What a teacher's run takes over from the student's run: the data, the machine and the recipe, not the student.
 KEPT_GROUPS = ("data", "trainer", "experiment", "paths")
-KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision")  # on one machine: nobody starts the others
+KEPT_TRAINER = (
+    "accelerator",
+    "devices",
+    "strategy",
+    "precision",
+    "save_every",
+)  # on one machine: nobody starts the others
 # Keys that cannot change what a teacher learns, so two runs that differ only here share one teacher.
 IGNORED_DATA = ("workers", "cache", "eval_batch_size", "prefetch", "on_overlap")
 # What of Lightning's trainer decides the weights: not the machine, not the logging.
@@ -196,12 +205,15 @@ def _rank() -> int:
 
 
 def _train(command: list[str], folder: Path) -> None:
-    if (folder / "checkpoints" / "last.ckpt").is_file():
+    if any((folder / "checkpoints").glob("last*.ckpt")):
         command = [*command, "ckpt_path=last"]
     print(f"distill: no teacher is cached; training one first:\n  {shlex.join(command[1:])}", flush=True)
     # Its own process, so that neither its random state nor its memory reaches this run.
     alone = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
-    code = subprocess.run(command, env=alone).returncode
+    with subprocess.Popen(command, env=alone) as process, handled(signal.SIGTERM, lambda *_: process.terminate()):
+        code = process.wait()
+    if code == 128 + signal.SIGTERM:
+        raise Terminated
     if code or not _finished(folder):
         raise DistillError(
             f"the teacher's run failed with exit code {code}; its files are in {folder}. Run it by hand:\n"

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from distill.cli import config
+from distill.cli import config, resume
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from distill.types import Facts
 
 
-PASSING = ("ckpt_path", "hydra.", "schedule.epochs", "trainer", "logger", "paths.", "pictures", "data.workers")
-"""Beginnings of the overrides that may change when a run goes on."""
-
-
 def main(argv: Sequence[str]) -> int:
     """Hydra's own flags work too: ``--help``, ``--cfg job --resolve``, ``-m``, ``-sc install=bash``."""
     from hydra._internal.utils import _run_hydra, get_args_parser
@@ -41,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(list(argv))
     if not (args.help or args.hydra_help or args.shell_completion):
         config.check(args.overrides)
-    args.overrides = _resumed(args.overrides)
+    args.overrides = resume.resumed(args.overrides)
     # Hydra prints and exits by itself unless this is set; the messages are ours, one level up.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     home = str(config.folder())
@@ -56,7 +52,15 @@ def main(argv: Sequence[str]) -> int:
 
 def train(cfg: DictConfig) -> float:
     """One run. Returns the metric that the configuration names, for sweeps and tuners."""
+    from distill.cli.signals import stoppable
+
+    with stoppable():
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> float:
     import lightning as L
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from distill.cli import report
 
@@ -71,14 +75,16 @@ def train(cfg: DictConfig) -> float:
         raise DistillError(f"seed={cfg.seed}: expected a whole number")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run = Path(HydraConfig.get().runtime.output_dir)
-    checkpoint = resume_from(cfg, run)
-    report.keep_metrics(run)
-    report.write_config(run, cfg, HydraConfig.get().overrides.task)
+    checkpoint = resume.checkpoint(cfg, run)
+    resume.check_config(cfg, checkpoint)
     data = config.build(cfg.data)
     data.setup("fit")
+    resume.check_data(cfg, checkpoint, data)
+    report.write_config(run, cfg, HydraConfig.get().overrides.task)
     tested = cfg.test and data.has("test") and _readable(data)
     check_metric(cfg, data)  # before a teacher is trained for it
     module = assemble(cfg, data)
+    report.keep_metrics(run)
     trainer = build_trainer(cfg, run)
     report.opening(module, data, run)
     report.log_config(trainer, cfg)
@@ -87,24 +93,28 @@ def train(cfg: DictConfig) -> float:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         summary = report.closing(cfg, trainer, module, data, run, started, tested)
         failed = False
+    except SIGTERMException:
+        raise
     except SystemExit:  # Lightning's way out of an interrupt
         raise KeyboardInterrupt from None
+    except RuntimeError as error:
+        raise _explained(error) from error
     finally:
         report.close_loggers(trainer, failed)
     return float(summary["student"][cfg.metric])
 
 
-def resume_from(cfg: DictConfig, run: Path) -> Path | None:
-    """The checkpoint that ``ckpt_path`` means, if any."""
-    if cfg.ckpt_path is None:
-        return None
-    file = run / "checkpoints" / "last.ckpt" if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
-    if not file.is_file():
-        raise DistillError(
-            f"ckpt_path={cfg.ckpt_path}: there is no file {file}. Give ckpt_path=FILE, or hydra.run.dir=RUN ckpt_path=last with "
-            "the folder of a run that has checkpoints"
+def _explained(error: RuntimeError) -> Exception:
+    """A failure that its own words do not explain."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return DistillError(
+            f"a loader process died: {text.splitlines()[0]} Most often memory ran out: lower data.workers, data.prefetch or "
+            "data.batch_size, or set data.workers=0 to see the cause. ckpt_path=last goes on from the last checkpoint"
         )
-    return file
+    if "loading state_dict" in text:
+        return DistillError(f"resume: the checkpoint's weights do not fit this run's models: {text}")
+    return error
 
 
 def quieten() -> None:
@@ -216,49 +226,27 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.loggers import CSVLogger
 
+    from distill.callbacks.provenance import Provenance
+    from distill.callbacks.storage import CheckpointFiles
+
     precision = cfg.trainer.precision
     if precision == "auto":
         precision = "bf16-mixed" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "32-true"
     callbacks = [config.build(node) for node in cfg.callbacks.values() if node]
+    callbacks.append(Provenance(config.plain(cfg)))
+    settings = {name: value for name, value in config.plain(cfg.trainer).items() if name != "save_every"}
     loggers = [config.build(node) for node in cfg.logger.values() if node]
     if "csv" not in cfg.logger:
         loggers.append(CSVLogger(run, name="", version="", flush_logs_every_n_steps=100))
     try:
         trainer: L.Trainer = config.build(
-            cfg.trainer,
+            settings,
             precision=precision,
             callbacks=callbacks,
+            plugins=[CheckpointFiles(forget=resume.IDENTITY if cfg.resume == "anyway" else ())],
             logger=loggers,
             enable_progress_bar=cfg.trainer.enable_progress_bar and cfg.callbacks.get("progress") is not None,
         )
     except MisconfigurationException as error:
         raise DistillError(f"trainer: {error}. Choose another one: trainer=auto takes what there is") from error
     return trainer
-
-
-def _resumed(overrides: Sequence[str]) -> list[str]:
-    """``ckpt_path=last`` goes on in the newest run that these overrides made, unless a folder is given."""
-    lines = list(overrides)
-    if "ckpt_path=last" not in lines or any(line.startswith("hydra.run.dir=") for line in lines):
-        return lines
-    home = config.named(lines)
-    found = sorted(home.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
-    runs = [file.parents[1] for file in found]
-    for run in runs:
-        if _meant(_words(run)) == _meant(lines):
-            return [*lines, f"hydra.run.dir='{run}'"]
-    newest = f"the newest, {runs[0]}, was made by: {' '.join(_words(runs[0]))}" if runs else "none has a checkpoint"
-    raise DistillError(
-        f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. Repeat the overrides of the run "
-        "that is to go on, or name it: hydra.run.dir=RUN, or ckpt_path=FILE"
-    )
-
-
-def _words(run: Path) -> list[str]:
-    file = run / "overrides.yaml"
-    return [str(line) for line in OmegaConf.load(file)] if file.is_file() else []
-
-
-def _meant(overrides: Sequence[str]) -> set[str]:
-    """The overrides that say which run it is: not how long, on what machine, or what is logged."""
-    return {line for line in overrides if not line.lstrip("+~").startswith(PASSING)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -151,10 +151,50 @@ def _codes(records: Sequence[Record], chosen: Sequence[np.ndarray[Any, np.dtype[
     ]
 
 
+class Loader(DataLoader[Sample]):
+    """Starts when the first batch is asked for, at the epoch and the batch where the trainer then is.
+
+    Lightning makes the training loader, and its iterator, before it restores the counts of a resume; workers that started
+    at once would bring the first images of the first epoch.
+
+    Args:
+        position: gives (epoch, batches already seen in it).
+        options: see torch's own.
+    """
+
+    def __init__(self, dataset: Images, position: Callable[[], tuple[int, int]], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.position = position
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """The batches from there to the end of the epoch."""
+        sampler: Any = self.batch_sampler
+        sampler.set_epoch(*self.position())
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning asks by this method whether a loader can go on inside an epoch; there is nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The same for the way back."""
+
+
 def usable(record: Record, use_difficult: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which annotations (N,) of an image are training targets."""
     keep: np.ndarray[Any, np.dtype[np.bool_]] = ~record.crowd
     return keep if use_difficult else keep & ~record.difficult
+
+
+def digest(records: Sequence[Record]) -> dict[str, Any]:
+    """How many images and boxes there are, and a hash of all that is known of them but where their files lie."""
+    seen = hashlib.sha256()
+    for record in records:
+        seen.update(json.dumps([record.id, record.size, len(record.labels)]).encode())
+        for values in (record.boxes, record.labels, record.crowd, record.difficult):
+            seen.update(np.ascontiguousarray(values).tobytes())
+    boxes = sum(len(record.labels) for record in records)
+    return {"images": len(records), "boxes": boxes, "sha256": seen.hexdigest()}
 
 
 def subset(records: list[Record], fraction: float, limit: int | None) -> list[Record]:
@@ -270,6 +310,7 @@ class DetectionData(L.LightningDataModule):
         self._records: dict[Split, list[Record]] = {}
         self._images: dict[tuple[Split, bool], Images] = {}
         self._truth: dict[Split, dict[str, Any]] = {}
+        self._identity: dict[str, Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check what a stage needs: fit train and val, validate val, test test, None all there is."""
@@ -312,6 +353,41 @@ class DetectionData(L.LightningDataModule):
         seen = [files, self.ground_truth(split), self.classes, self.input_size, self.resize]
         return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: its classes, and of train and val how many images and boxes, and a hash."""
+        if self._identity is None:
+            splits = {split: digest(self.records(split)) for split in ("train", "val")}
+            self._identity = {"classes": list(self.classes), **splits}
+        return self._identity
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to resume on other data.
+
+        Raises:
+            DistillError: names what differs.
+        """
+        found = self.differences(state_dict)
+        if found:
+            raise DistillError(
+                f"resume: the checkpoint was made on other data: {'; '.join(found)}. Set data as it was in that run, or "
+                "start a new one without ckpt_path"
+            )
+
+    def differences(self, before: dict[str, Any]) -> list[str]:
+        """What of the data is not as a checkpoint's ``before`` says, in words."""
+        now = self.state_dict()
+        found = []
+        if before["classes"] != now["classes"]:
+            found.append(f"classes: {before['classes']} there, {now['classes']} here")
+        for split in ("train", "val"):
+            there, here = before[split], now[split]
+            counts = [f"{each['images']} images with {each['boxes']} boxes" for each in (there, here)]
+            if counts[0] != counts[1]:
+                found.append(f"{split}: {counts[0]} there, {counts[1]} here")
+            elif there != here:
+                found.append(f"{split}: {counts[0]} as there, but other ids, sizes, boxes or labels")
+        return found
+
     def ground_truth(self, split: Split) -> dict[str, Any]:
         """The split in COCO's JSON form, in original pixels; ``category_id`` is our label from 1 to K."""
         if split not in self._truth:
@@ -323,11 +399,7 @@ class DetectionData(L.LightningDataModule):
         images = self.images("train", training=True)
         upright: list[Hashable] = [self.aspect_groups and height > width for height, width in images.sizes.tolist()]
         sampler = BatchSampler(upright, self.batch_size, True, self.seed, *self._place(), self.drop_last)
-        if self.trainer is not None:
-            # On a resume Lightning lets the workers start before it sets the epoch, to this very number.
-            progress: Any = self.trainer.fit_loop.epoch_progress.current
-            sampler.set_epoch(progress.processed)
-        return self._loader(images, sampler)
+        return self._loader(images, sampler, None if self.trainer is None else self._position)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """The validation split, every image once over all processes."""
@@ -404,8 +476,17 @@ class DetectionData(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(self, images: Images, sampler: BatchSampler) -> DataLoader[Sample]:
-        return DataLoader(
+    def _position(self) -> tuple[int, int]:
+        """(epoch, batches of it that this process has seen): the trainer's own counts."""
+        assert self.trainer is not None
+        loop: Any = self.trainer.fit_loop
+        return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.completed
+
+    def _loader(
+        self, images: Images, sampler: BatchSampler, position: Callable[[], tuple[int, int]] | None = None
+    ) -> DataLoader[Sample]:
+        kind: Any = DataLoader if position is None else partial(Loader, position=position)
+        loader: DataLoader[Sample] = kind(
             images,
             batch_sampler=sampler,
             collate_fn=partial(collate, pad_to=self.pad_to),
@@ -415,6 +496,7 @@ class DetectionData(L.LightningDataModule):
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # else each new iterator draws from the global stream that the models use
         )
+        return loader
 
 
 def _choose(name: str, value: str, known: Sequence[str]) -> None:

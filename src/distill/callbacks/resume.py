@@ -1,0 +1,246 @@
+"""What a run needs to go on, to the same bits, as if it had never been stopped."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from distill.callbacks.storage import NEWEST
+from distill.types import DistillError
+
+AGREE = 50
+"""Steps between two looks at the clock where several processes have to agree on it."""
+
+
+class Last(Checkpoint):
+    """Writes ``last.ckpt``: after each epoch, before each evaluation, on SIGTERM, and every so often inside an epoch.
+
+    An evaluation that fails thus costs no training. Beside what Lightning keeps, a checkpoint holds the random states of
+    all processes, gradients of half an accumulated step, and whether the run was to stop.
+
+    Args:
+        dirpath: folder of the checkpoints.
+        every: also inside an epoch: ``"500 steps"``, ``"10 minutes"`` or None.
+
+    Raises:
+        DistillError: ``every`` is none of these.
+    """
+
+    def __init__(self, dirpath: str | Path, every: str | None = "10 minutes") -> None:
+        self.file = Path(dirpath) / f"{NEWEST}.ckpt"
+        self.steps, self.seconds = interval(every)
+        self._clock = time.monotonic()
+        self._saved = -1
+        self._found: dict[str, Any] = {}
+
+    # -- when
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Inside an epoch where it is time, at its end where an evaluation follows."""
+        if _batches(trainer).is_last_batch:
+            due = _evaluation_follows(trainer)
+        else:  # gradients of half an accumulated step are not worth keeping for this
+            due = _stepped(trainer) and self._is_time(trainer)
+        if due:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After the evaluation, with its best score."""
+        self._save(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """What was trained lies on the disk: an evaluation need not keep anyone waiting who wants to stop."""
+        if trainer.received_sigterm and trainer.state.fn == TrainerFn.FITTING:
+            raise SIGTERMException
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """After SIGTERM, which Lightning turns into an exception between two steps; nothing else leaves a step whole."""
+        progress = _batches(trainer)
+        new = progress.current.processed > 0 and progress.total.processed != self._saved
+        whole = _stepped(trainer) or trainer.world_size == 1  # each process has gradients of its own
+        if isinstance(exception, SIGTERMException) and trainer.training and new and whole:
+            self._save(trainer)
+
+    def _is_time(self, trainer: L.Trainer) -> bool:
+        if self.steps:
+            return trainer.global_step % self.steps == 0
+        if not self.seconds or (trainer.world_size > 1 and trainer.global_step % AGREE):
+            return False
+        return bool(trainer.strategy.broadcast(time.monotonic() - self._clock >= self.seconds))
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.file)
+        self._clock = time.monotonic()
+        self._saved = _batches(trainer).total.processed
+
+    # -- what
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning leaves out, to any checkpoint of the run."""
+        checkpoint["resume"] = {
+            "random": _gathered(random_states()),
+            "stop": trainer.should_stop,
+            "gradients": {} if _stepped(trainer) else _gradients(pl_module),
+        }
+        progress, loops = _batches(trainer), checkpoint["loops"]["fit_loop"]
+        unfinished = progress.current.completed < progress.current.processed
+        if unfinished and progress.is_last_batch and _evaluation_follows(trainer):
+            _evaluate_first(loops)
+        if _between_epochs(trainer):
+            _complete(loops["epoch_progress"])
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep it until the first step."""
+        self._found = checkpoint.get("resume", {})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put it back, after all that may have drawn: callbacks that write checkpoints are called last."""
+        self._clock = time.monotonic()
+        found, self._found = self._found, {}
+        if not found:
+            return
+        trainer.should_stop = found["stop"]
+        if _between_epochs(trainer):
+            # Else, with max_steps, Lightning ends the next epoch at once.
+            trainer.fit_loop.epoch_loop.restarting = False
+        for name, parameter in pl_module.named_parameters():
+            if name in found["gradients"]:
+                parameter.grad = found["gradients"][name].to(parameter.device)
+        if trainer.global_rank < len(found["random"]):
+            set_random_states(found["random"][trainer.global_rank])
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Where nothing was left to train, nobody has said that the training ended: averages wait for it."""
+        if self._found:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.on_train_end(trainer, pl_module)
+
+
+class Best(ModelCheckpoint):
+    """Writes ``best.ckpt``. Its score survives a resume in another folder, or of a folder that was moved.
+
+    Args:
+        dirpath: folder of the checkpoints.
+        monitor: name of the value that decides.
+        mode: ``max`` or ``min``.
+    """
+
+    def __init__(self, dirpath: str | Path, monitor: str, mode: str = "max") -> None:
+        super().__init__(dirpath, "best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the score with the file that has it, wherever that lies now."""
+        if not state_dict["best_model_path"]:
+            return
+        there = Path(state_dict["best_model_path"])
+        here = Path(str(self.dirpath)) / there.name
+        file = next((str(each) for each in (here, there) if each.is_file()), None)
+        if file is None:
+            warnings.warn(
+                f"the best checkpoint so far, {there}, is gone: the best of what follows counts", stacklevel=2
+            )
+            return
+        known = {file: state_dict["best_model_score"]}
+        super().load_state_dict(
+            state_dict
+            | {"dirpath": self.dirpath, "best_model_path": file, "kth_best_model_path": file, "best_k_models": known}
+        )
+
+
+def interval(every: str | None) -> tuple[int, float]:
+    """(steps, seconds) of ``"500 steps"``, ``"10 minutes"`` or None; 0 means never.
+
+    Raises:
+        DistillError: it is none of these.
+    """
+    if every is None:
+        return 0, 0.0
+    match = re.fullmatch(r"(\d+) steps?|(\d+(?:\.\d+)?) minutes?", str(every).strip())
+    steps, seconds = (int(match[1] or 0), 60 * float(match[2] or 0)) if match else (0, 0.0)
+    if not steps and not seconds:
+        raise DistillError(f"save_every: expected '500 steps', '10 minutes' or null, got '{every}'")
+    return steps, seconds
+
+
+def random_states() -> dict[str, Any]:
+    """States of all global generators of this process, in plain containers and tensors."""
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)
+    numpy = {**numpy, "state": {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64))}}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """The reverse of `random_states`; generators of devices that are not there are left out."""
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    numpy = states["numpy"]
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype(np.uint32)}})
+    random.setstate(states["python"])
+
+
+def _gathered(states: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of all processes, by rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [states]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, states)
+    return everyone
+
+
+def _gradients(module: L.LightningModule) -> dict[str, torch.Tensor]:
+    return {name: each.grad for name, each in module.named_parameters() if each.grad is not None}
+
+
+def _batches(trainer: L.Trainer) -> Any:
+    """Lightning's counts of training batches, of this epoch and of all."""
+    return trainer.fit_loop.epoch_loop.batch_progress
+
+
+def _stepped(trainer: L.Trainer) -> bool:
+    """Whether the batch that was seen last was the last one of an optimiser step."""
+    progress = _batches(trainer)
+    return bool(progress.is_last_batch or progress.current.processed % trainer.accumulate_grad_batches == 0)
+
+
+def _evaluation_follows(trainer: L.Trainer) -> bool:
+    every = trainer.check_val_every_n_epoch
+    return trainer.enable_validation and every is not None and (trainer.current_epoch + 1) % every == 0
+
+
+def _between_epochs(trainer: L.Trainer) -> bool:
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    return bool(epoch.started == epoch.processed)
+
+
+def _complete(progress: dict[str, Any]) -> None:
+    """Count what was processed as completed: Lightning does so after the hooks that save."""
+    for count in (progress["total"], progress["current"]):
+        count["completed"] = count["processed"]
+
+
+def _evaluate_first(loops: dict[str, Any]) -> None:
+    """Make a resume begin with the evaluation: Lightning, at an epoch's last batch, would take it for done.
+
+    It goes back only to an evaluation that was interrupted in a batch, after a batch of training that was not.
+    """
+    _complete(loops["epoch_loop.batch_progress"])
+    evaluated = loops["epoch_loop.val_loop.batch_progress"]
+    for count in (evaluated["total"], evaluated["current"]):
+        count |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}

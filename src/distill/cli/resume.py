@@ -1,0 +1,182 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from distill.cli import config
+from distill.types import DistillError
+
+if TYPE_CHECKING:
+    from distill.data.datamodule import DetectionData
+
+PASSING = (
+    "ckpt_path",
+    "resume=",
+    "hydra.",
+    "schedule.epochs",
+    "trainer",
+    "logger",
+    "paths.",
+    "pictures",
+    "data.workers",
+)
+"""Beginnings of the overrides that do not say which run is meant."""
+FREE = (
+    *("ckpt_path", "resume", "name", "test", "pictures", "paths.*", "logger.*"),
+    # The machine and the screen.
+    *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy*", "benchmark", "profiler")),
+    *(f"trainer.{key}" for key in ("log_every_n_steps", "enable_*", "default_root_dir", "save_every", "num_sanity*")),
+    *("callbacks.last*", "callbacks.teacher*", "callbacks.rate*", "callbacks.panels*", "callbacks.progress*"),
+    "callbacks.best.dirpath",
+    # How images reach the model, not what they are.
+    *(f"data.{key}" for key in ("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "eval_batch_size")),
+    # What the checkpoint knows better: images and boxes, guests by their bytes, weights that were only the start.
+    *("data.source*", "data.on_*", "teacher*", "distill.losses.*.classifier.weights"),
+    *("init", "model.weights", "model.backbone_weights"),
+)
+"""Keys that may differ when a run goes on: they cannot change what it learns, or are compared otherwise."""
+IDENTITY = ("made_by", "teacher", "guests", "DetectionData")
+"""Parts of a checkpoint by which a resume is refused."""
+
+
+def resumed(overrides: Sequence[str]) -> list[str]:
+    """``ckpt_path=last`` goes on in the newest run that these overrides made, unless a folder is given.
+
+    A job that SLURM started again goes on by itself where there is something to go on from.
+    """
+    lines = list(overrides)
+    if _requeued() and not any(line.startswith("ckpt_path=") for line in lines):
+        try:
+            return _in_folder([*lines, "ckpt_path=last"], must=True)
+        except DistillError:
+            return lines
+    return _in_folder(lines, must=False)
+
+
+def _requeued() -> bool:
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
+def _in_folder(lines: list[str], must: bool) -> list[str]:
+    if "ckpt_path=last" not in lines:
+        return lines
+    named = [line.partition("=")[2].strip("'\"") for line in lines if line.startswith("hydra.run.dir=")]
+    if named:
+        if must and not _checkpoints(Path(named[-1])):
+            raise DistillError(f"no checkpoint in {named[-1]}")
+        return lines
+    home = config.named(lines)
+    runs = sorted((run for run in home.glob("*") if _checkpoints(run)), key=_newest, reverse=True)
+    for run in runs:
+        if _meant(_words(run)) == _meant(lines):
+            return [*lines, f"hydra.run.dir='{run}'"]
+    newest = f"the newest, {runs[0]}, was made by: {' '.join(_words(runs[0]))}" if runs else "none has a checkpoint"
+    raise DistillError(
+        f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. Repeat the overrides of the run "
+        "that is to go on, or name it: hydra.run.dir=RUN, or ckpt_path=FILE"
+    )
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """``last.ckpt`` and the one before it, which alone is there if the run was killed between two renamings."""
+    return [file for name in ("last.ckpt", "last-1.ckpt") if (file := run / "checkpoints" / name).is_file()]
+
+
+def _newest(run: Path) -> float:
+    return max(file.stat().st_mtime for file in _checkpoints(run))
+
+
+def _words(run: Path) -> list[str]:
+    file = run / "overrides.yaml"
+    return [str(line) for line in OmegaConf.load(file)] if file.is_file() else []
+
+
+def _meant(overrides: Sequence[str]) -> set[str]:
+    """The overrides that say which run it is: not how long, on what machine, or what is logged."""
+    return {line for line in overrides if not line.lstrip("+~").startswith(PASSING)}
+
+
+def checkpoint(cfg: DictConfig, run: Path) -> Path | None:
+    """The whole checkpoint that ``ckpt_path`` means, if any: the one before where the newest is damaged.
+
+    Raises:
+        DistillError: there is none.
+    """
+    if cfg.resume not in ("same", "anyway"):
+        raise DistillError(f"resume: expected same or anyway, got '{cfg.resume}'")
+    if cfg.ckpt_path is None:
+        return None
+    from distill.callbacks.storage import before, sound
+
+    file = run / "checkpoints" / "last.ckpt" if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
+    if not file.is_file() and not before(file).is_file():
+        raise DistillError(
+            f"ckpt_path={cfg.ckpt_path}: there is no file {file}. Give ckpt_path=FILE, or hydra.run.dir=RUN ckpt_path=last with "
+            "the folder of a run that has checkpoints"
+        )
+    return sound(file)
+
+
+def check_config(cfg: DictConfig, file: Path | None) -> None:
+    """Refuse a checkpoint of another configuration, naming what differs; warn with ``resume=anyway``."""
+    made_by = _part(file, "made_by")
+    if made_by:
+        _refuse(cfg, file, differences(made_by["config"], config.plain(cfg)))
+
+
+def check_data(cfg: DictConfig, file: Path | None, data: DetectionData) -> None:
+    """Refuse a checkpoint of other classes, images or boxes, before a teacher is trained for them."""
+    known = _part(file, "DetectionData")
+    if known:
+        _refuse(cfg, file, data.differences(known))
+
+
+def _part(file: Path | None, key: str) -> Any:
+    from distill.callbacks.storage import read
+
+    return None if file is None else read(file, lazily=True).get(key)
+
+
+def _refuse(cfg: DictConfig, file: Path | None, found: Sequence[str]) -> None:
+    if not found:
+        return
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    listed = "; ".join(found[:8]) + more
+    if cfg.resume == "anyway":
+        warnings.warn(f"resume=anyway: this is not the run that made {file}: {listed}", stacklevel=3)
+        return
+    raise DistillError(
+        f"resume: {file} was made by another run: {listed}. Set them as they were (overrides.yaml in that run's folder), or "
+        "go on nevertheless with resume=anyway"
+    )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``key: value there, value here`` of all keys that differ and may not."""
+    there, here = dict(_leaves(before)), dict(_leaves(now))
+    keys = [key for key in {**there, **here} if not any(fnmatchcase(key, free) for free in FREE)]
+    return [f"{key}: {_said(there, key)}, {_said(here, key, 'here')}" for key in keys if _differ(there, here, key)]
+
+
+def _differ(there: Mapping[str, Any], here: Mapping[str, Any], key: str) -> bool:
+    return (key in there) != (key in here) or there.get(key) != here.get(key)
+
+
+def _said(values: Mapping[str, Any], key: str, place: str = "there") -> str:
+    return f"{values[key]} {place}" if key in values else f"not {place}"
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,256 @@
+"""A run that was stopped and went on ends with the bits of the run that was never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from test_distiller import EVERYTHING, Custom, assert_same, distiller, sgd, shapes, weights
+from torch import Tensor
+
+from distill.callbacks.resume import Best, Last, interval
+from distill.callbacks.storage import CheckpointFiles, read
+from distill.losses.defeat import DeFeat
+from distill.losses.global_knowledge import GlobalKnowledge
+from distill.types import DistillError, View
+
+
+class Archive(CheckpointFiles):
+    """Keeps every ``last.ckpt`` that was ever written, in order."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.files: list[Path] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, path)
+        if Path(path).stem == "last":
+            self.files.append(self.folder / f"{len(self.files)}.ckpt")
+            self.folder.mkdir(exist_ok=True)
+            shutil.copy(path, self.files[-1])
+
+
+class Journal(L.Callback):
+    """What happened: every batch of training, with the rate, and every evaluation."""
+
+    def __init__(self) -> None:
+        self.lines: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.lines.append((trainer.current_epoch, index, batch.ids, rate, float(outputs["loss"])))
+
+    def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.lines.append("evaluation")
+
+
+def drawn(student: View, teacher: View) -> Tensor:
+    """A term that hangs on the global generators, as stochastic depth does."""
+    factor = torch.rand(()) + random.random() + float(np.random.rand())
+    return torch.stack([x.square().mean() for x in student.neck.values()]).mean() * factor
+
+
+LOSSES: dict[str, Any] = {
+    "defeat": partial(DeFeat, **EVERYTHING, mask={"kind": "random"}, ramp={"shape": "peak"}),
+    "global_knowledge": partial(GlobalKnowledge, prototypes={"count": 2, "min_side": 6.0}),
+    "drawn": partial(Custom, formula=drawn),
+}
+
+
+class Ended:
+    """A run of two epochs of three batches that came to its end, or was stopped."""
+
+    def __init__(
+        self,
+        folder: Path,
+        ckpt: Path | None = None,
+        loss: str | None = None,
+        accumulate: int = 1,
+        workers: int = 0,
+        every: str | None = "1 steps",
+        callbacks: tuple[Any, ...] = (),
+        **options: Any,
+    ) -> None:
+        schedule = sgd(epochs=2, shape="one_cycle", accumulate=accumulate)
+        self.module = distiller(losses={loss: LOSSES[loss]} if loss else {}, schedule=schedule)
+        journal, files = Journal(), Archive(folder / "history")
+        self.best = Best(folder, "val/AP")
+        keep = [Last(folder, every)] if options.get("limit_val_batches") == 0 else [self.best, Last(folder, every)]
+        settings: dict[str, Any] = {
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+            "accumulate_grad_batches": accumulate,
+            "default_root_dir": folder,
+            **options,
+        }
+        trainer = L.Trainer(callbacks=[*(make() for make in callbacks), *keep, journal], plugins=[files], **settings)
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        self.stopped = False
+        try:
+            trainer.fit(self.module, shapes(train=12, workers=workers), ckpt_path=ckpt, weights_only=True)
+        except SIGTERMException:
+            self.stopped = True
+        self.journal, self.files = journal.lines, files.files
+        self.weights = weights(self.module)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "defeat": {"loss": "defeat"},
+    "prototypes": {"loss": "global_knowledge"},
+    "global generators": {"loss": "drawn"},
+    "average": {"callbacks": (partial(EMAWeightAveraging, decay=0.5),)},
+    "accumulated": {"accumulate": 2},
+    "every second epoch": {"check_val_every_n_epoch": 2},
+    "no evaluation": {"limit_val_batches": 0},
+    "part of an epoch": {"limit_train_batches": 2},
+    "steps": {"max_epochs": 3, "max_steps": 7},
+    "workers": {"workers": 2},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> None:
+    """Inside an epoch, before an evaluation, after it: the same images, rates, losses, evaluations, weights and best."""
+    whole = Ended(tmp_path / "whole", **SETTINGS[name])
+    assert len(whole.files) >= 4
+    lengths = set()
+    for number, file in enumerate(whole.files):
+        again = Ended(tmp_path / str(number), ckpt=file, **SETTINGS[name])
+        assert again.journal == whole.journal[len(whole.journal) - len(again.journal) :], number
+        assert_same(again.weights, whole.weights)
+        assert again.best.best_model_score == whole.best.best_model_score
+        lengths.add(len(again.journal))
+    assert len(lengths) >= len(whole.files) - 1  # of different moments, but for a last step that is no epoch's last
+    assert min(lengths) == 0
+    assert max(lengths) == len(whole.journal) - (2 if name == "accumulated" else 1)
+
+
+class SignalAt(L.Callback):
+    """Sends this process a signal in the middle of a step, or of an evaluation."""
+
+    def __init__(self, epoch: int, index: int, evaluation: bool = False) -> None:
+        self.at, self.evaluation = (epoch, index), evaluation
+
+    def on_after_backward(self, trainer: Any, module: Any) -> None:
+        if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) == self.at and not self.evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        if (trainer.current_epoch, index) == self.at and self.evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("at", "left"),
+    [
+        ((0, 0), 7),  # of the journal's lines
+        ((1, 1), 2),
+        ((0, 2), 5),  # the epoch's last batch: its evaluation is begun, and left
+        ((0, 0, True), 5),
+    ],
+)
+@pytest.mark.parametrize("name", ["average", "accumulated"])
+def test_sigterm_saves_at_the_end_of_the_step(name: str, at: Any, left: int, tmp_path: Path) -> None:
+    setting = {**SETTINGS[name], "every": None}
+    whole = Ended(tmp_path / "whole", **setting)
+    stopped = Ended(
+        tmp_path / "run", **{**setting, "callbacks": (*setting.get("callbacks", ()), partial(SignalAt, *at))}
+    )
+    assert stopped.stopped
+    again = Ended(tmp_path / "run", ckpt=tmp_path / "run" / "last.ckpt", **setting)
+    assert again.journal == whole.journal[-left:]
+    assert_same(again.weights, whole.weights)
+
+
+def test_half_an_accumulated_step_is_kept_where_the_run_is_stopped_in_it(tmp_path: Path) -> None:
+    Ended(tmp_path, accumulate=2, every="1 steps", callbacks=(partial(SignalAt, 0, 0),))
+    held = read(tmp_path / "last.ckpt")["resume"]["gradients"]
+    assert any(gradient.any() for gradient in held.values())
+    Ended(tmp_path / "whole", accumulate=2, callbacks=(partial(SignalAt, 0, 1),))
+    assert not read(tmp_path / "whole" / "last.ckpt")["resume"]["gradients"]
+
+
+def test_a_run_that_had_stopped_early_does_not_go_on(tmp_path: Path) -> None:
+    stop = partial(EarlyStopping, "val/AP", patience=1, mode="max", min_delta=2.0)
+    whole = Ended(tmp_path / "whole", max_epochs=4, callbacks=(stop,), every=None)
+    assert whole.journal.count("evaluation") == 2
+    again = Ended(tmp_path / "again", ckpt=whole.files[-1], max_epochs=4, callbacks=(stop,), every=None)
+    assert again.journal == []
+    assert_same(again.weights, whole.weights)
+
+
+def test_an_evaluation_that_fails_costs_no_training(tmp_path: Path) -> None:
+    class Fails(L.Callback):
+        def on_validation_batch_end(self, *args: Any) -> None:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        Ended(tmp_path, every=None, callbacks=(Fails,))
+    whole = Ended(tmp_path / "whole", every=None)
+    again = Ended(tmp_path, ckpt=tmp_path / "last.ckpt", every=None)
+    assert again.journal == whole.journal[3:]
+    assert_same(again.weights, whole.weights)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_the_best_score_goes_along(moved: bool, tmp_path: Path) -> None:
+    """To another folder, and with a folder that was moved; a best that is gone counts no more."""
+    whole = Ended(tmp_path / "run", every=None)
+    first = torch.load(whole.files[1], weights_only=True)
+    state = next(value for key, value in first["callbacks"].items() if key.startswith("Best"))
+    assert state["best_model_path"] == str((tmp_path / "run" / "best.ckpt").resolve())
+    folder = tmp_path / "other"
+    if moved:
+        (tmp_path / "run").rename(folder)
+    best = Best(folder, "val/AP")
+    best.load_state_dict(state)
+    assert Path(best.best_model_path) == (folder if moved else tmp_path / "run").resolve() / "best.ckpt"
+    assert best.best_model_score == state["best_model_score"]
+    assert list(best.best_k_models) == [best.best_model_path]
+    Path(best.best_model_path).unlink()
+    lost = Best(folder, "val/AP")
+    with pytest.warns(UserWarning, match="is gone"):
+        lost.load_state_dict(state)
+    assert (lost.best_model_path, lost.best_k_models) == ("", {})
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [(None, (0, 0)), ("500 steps", (500, 0)), ("1 step", (1, 0)), ("1.5 minutes", (0, 90))]
+)
+def test_how_often_is_said_in_words(every: str | None, expected: Any) -> None:
+    assert interval(every) == expected
+
+
+@pytest.mark.parametrize("every", ["500", 500, "0 steps", "1.5 steps", "ten minutes", "2 hours", "-3 steps"])
+def test_other_words_are_refused(every: Any, tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match=rf"'500 steps', '10 minutes' or null, got '{every}'"):
+        Last(tmp_path, every)
+
+
+def test_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock is 35 seconds later: every second batch is due, an epoch's end is saved in any case."""
+    now = iter(range(0, 10**6, 35))
+    monkeypatch.setattr("distill.callbacks.resume.time", SimpleNamespace(monotonic=lambda: next(now)))
+    ended = Ended(tmp_path, every="1 minutes", limit_val_batches=0)
+    steps = [torch.load(file, weights_only=True)["global_step"] for file in ended.files]
+    assert steps == [2, 3, 5, 6]

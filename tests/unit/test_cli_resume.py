@@ -1,0 +1,107 @@
+"""What may differ when a run goes on, and which run is meant."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.cli import config, resume
+from distill.types import DistillError
+
+
+def composed(*lines: str) -> Any:
+    return config.plain(config.composed(["paths.run=x", "name=x", *lines]))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("schedule.epochs=3", ["schedule.epochs: 6 there, 3 here", "trainer.max_epochs: 6 there, 3 here"]),
+        ("schedule.optimizer.lr=7", ["schedule.optimizer.lr: "]),
+        ("supervised.loss_box_reg=2.0", ["supervised.loss_box_reg: 1.0 there, 2.0 here"]),
+        ("distill.losses.defeat.neck.foreground=9", ["distill.losses.defeat.neck.foreground: "]),
+        ("distill=[defeat,ssim]", ["distill.losses.ssim"]),
+        ("trainer.precision=16-mixed", ["trainer.precision: auto there, 16-mixed here"]),
+        ("trainer.accumulate_grad_batches=2", ["trainer.accumulate_grad_batches: "]),
+        ("trainer.limit_train_batches=2", ["trainer.limit_train_batches: None there, 2 here"]),
+        ("callbacks=ema", ["callbacks.ema._target_: not there, lightning."]),
+        ("data.flip=0.0", ["data.flip: 0.5 there, 0.0 here"]),
+        ("data.limit=3", ["data.limit: None there, 3 here"]),
+        ("metric=val/AP50", ["metric: val/AP there", "callbacks.best.monitor: "]),
+        ("model.anchor_sizes=[[8],[16],[32],[64],[128]]", ["model.anchor_sizes: "]),
+        ("+data.new=1", ["data.new: not there, 1 here"]),
+    ],
+)
+def test_what_changes_the_result_is_named(line: str, words: list[str]) -> None:
+    found = resume.differences(composed(), composed(line))
+    for word in words:
+        assert any(each.startswith(word) for each in found), found
+
+
+FREE = [
+    *(
+        "trainer.accelerator=gpu",
+        "trainer.devices=4",
+        "trainer=ddp",
+        "trainer.log_every_n_steps=1",
+        "logger=tensorboard",
+    ),
+    *("trainer.save_every=null", "data.workers=7", "data.cache=ram", "pictures=0", "test=false", "paths.outputs=there"),
+    *("data.source.seed=3", "teacher.weights=there", "teacher=none", "model.weights=there", "callbacks.rate=null"),
+    *("callbacks.panels=null", "callbacks.last.every=3 steps", "resume=anyway", "ckpt_path=last", "init=inherit"),
+    *("data.eval_batch_size=1", "data.on_error=skip", "name=y"),
+]
+
+
+@pytest.mark.parametrize("line", FREE)
+def test_machine_paths_and_screen_may_change(line: str) -> None:
+    before, now = composed(), composed(line)
+    assert before != now
+    assert resume.differences(before, now) == []
+    assert resume.differences(now, before) == []
+
+
+def test_no_free_key_is_a_word_of_nothing() -> None:
+    """A pattern that no key has any more would let a later one through."""
+    keys = dict(resume._leaves(composed("distill=dicod", "logger=[csv,tensorboard]", "trainer=ddp")))
+    dead = [free for free in resume.FREE if not any(fnmatchcase(key, free) for key in keys)]
+    assert dead == ["trainer.profiler"]  # not ours, but anybody's to add
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "outputs" / "none-frcnn_r10_mini-shapes"
+    for name, line, file in (("a", "seed=0", "last-1.ckpt"), ("b", "seed=1", "last.ckpt"), ("c", "seed=2", None)):
+        (home / name / "checkpoints").mkdir(parents=True)
+        (home / name / "overrides.yaml").write_text(f"- distill=none\n- {line}\n")
+        if file:
+            (home / name / "checkpoints" / file).touch()
+    return home
+
+
+def test_a_run_that_was_killed_between_two_renamings_is_found(runs: Path) -> None:
+    lines = ["distill=none", "seed=0", "ckpt_path=last", "resume=anyway", "trainer.save_every=1 steps"]
+    assert resume.resumed(lines) == [*lines, f"hydra.run.dir='outputs/{runs.name}/a'"]
+    with pytest.raises(DistillError, match=r"no run below .* was made by these very overrides"):
+        resume.resumed(["distill=none", "seed=2", "ckpt_path=last"])
+
+
+def test_a_job_that_slurm_started_again_goes_on_where_there_is_something(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["distill=none", "seed=1"]
+    assert resume.resumed(lines) == lines
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert resume.resumed(lines) == lines
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert resume.resumed(lines) == [*lines, "ckpt_path=last", f"hydra.run.dir='outputs/{runs.name}/b'"]
+    assert resume.resumed(["distill=none", "seed=2"]) == ["distill=none", "seed=2"]
+    for name, more in (("b", ["ckpt_path=last"]), ("c", [])):
+        named = [*lines, f"hydra.run.dir={runs / name}"]
+        assert resume.resumed(named) == [*named, *more]
+    fixed = [*lines, "ckpt_path=null"]
+    assert resume.resumed(fixed) == fixed
