@@ -154,6 +154,7 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
         supervised=config.plain(cfg.supervised),
         metrics=build_metrics(cfg),
         seed=cfg.seed,
+        guard=config.build(cfg.guard),
     )
 
 
