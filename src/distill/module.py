@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distill.detectors.base import Detector
 from distill.evaluation import Evaluation, MakeMetric
 from distill.guard import Guard, Seen, flagged, weighted
-from distill.guest import Guest
+from distill.guest import Frozen, Guest
 from distill.losses.base import DistillLoss, over_processes
 from distill.optimization import Schedule
 from distill.types import Batch, DistillError, View
@@ -166,10 +166,16 @@ class Distiller(L.LightningModule):
         """Let losses that keep state over an epoch (prototypes and the like) rebuild it."""
         for loss in self.losses.values():
             loss.on_epoch_start(self.current_epoch, self.trainer.datamodule, self.student, self.teacher)  # type: ignore[attr-defined]
+        self._check_guests()
 
     def on_train_epoch_end(self) -> None:
-        """What is saved after this epoch is what every rank goes on with."""
+        """What is saved after this epoch is what every rank goes on with; the guests are as they came."""
         self._share_buffers()
+        self._check_guests()
+
+    def _check_guests(self) -> None:
+        for guest in {id(each): each for each in (self.teacher, *_guests(self.losses)) if each}.values():
+            guest.check()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and learning rate of the schedule, over the student and its adapters."""
@@ -219,3 +225,8 @@ def _name(teacher: Mapping[str, Any] | None) -> str:
 
 def _sha256(guest: Mapping[str, Any] | None) -> str | None:
     return guest["sha256"] if guest else None
+
+
+def _guests(losses: nn.Module) -> list[Frozen]:
+    """The guests that losses keep for themselves, such as an image classifier."""
+    return [each for module in losses.modules() for each in vars(module).values() if isinstance(each, Frozen)]

@@ -375,6 +375,18 @@ def test_an_interrupt_says_how_to_go_on(
         assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_deterministic_run_repeats_to_the_bit(workers: int, cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    """Two runs leave the same file; another seed leaves another."""
+    lines = [f"teacher.weights={tiny_teacher}", *TINY, "trainer.max_steps=4", "schedule.epochs=2", "pictures=0"]
+    for run, seed in (("one", 0), ("two", 0), ("other", 1)):
+        line = [*lines, f"data.workers={workers}", "deterministic=true", f"seed={seed}", f"hydra.run.dir={run}"]
+        assert cli(["train", *line]) == 0
+    one, two, other = ((tmp_path / run / "student.pt").read_bytes() for run in ("one", "two", "other"))
+    assert one == two
+    assert one != other
+
+
 def test_two_processes_from_the_command_line(tiny_teacher: Path, tmp_path: Path) -> None:
     """A process of its own: Lightning starts the second one with this one's command line."""
     lines = ["trainer=ddp_cpu", f"teacher.weights={tiny_teacher}", *TINY, "pictures=0", "hydra.run.dir=run"]

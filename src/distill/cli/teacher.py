@@ -29,6 +29,7 @@ KEPT_GROUPS = ("data", "trainer", "experiment", "paths")
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision")  # on one machine: nobody starts the others
 # Keys that cannot change what a teacher learns, so two runs that differ only here share one teacher.
 IGNORED_DATA = ("workers", "cache", "eval_batch_size", "prefetch", "on_overlap")
+IGNORED_CALLBACKS = ("terms",)  # it looks at distillation terms, and a teacher's run has none
 # What of Lightning's trainer decides the weights: not the machine, not the logging.
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 RANK_VARIABLES = (
@@ -162,7 +163,8 @@ def _key(overrides: Sequence[str]) -> str:
     facts = {"data": data, "model": plain(made_by.model), "schedule": plain(made_by.schedule), "seed": made_by.seed}
     facts |= {"supervised": plain(made_by.supervised), "init": made_by.init}
     # Not resolved: what callbacks write goes into each run's own folder.
-    facts["callbacks"] = OmegaConf.to_container(made_by.callbacks)
+    callbacks: Any = OmegaConf.to_container(made_by.callbacks)
+    facts["callbacks"] = {name: node for name, node in callbacks.items() if name not in IGNORED_CALLBACKS}
     facts["trainer"] = {name: made_by.trainer.get(name) for name in TRAINER}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
