@@ -71,7 +71,7 @@ class Distiller(L.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Sum of all weighted terms, a scalar."""
-        draw = self._step_seed(index)
+        draw = self.step_seed(index)
         self.guard.before(self.student)
         student, teacher = self.views(batch, draw)
         terms, weights = self.terms(student, teacher, self.progress)
@@ -104,7 +104,7 @@ class Distiller(L.LightningModule):
             [loss.supervised.get(name, 1.0) for loss in self.losses.values()], start=self.supervised.get(name, 1.0)
         )
 
-    def _step_seed(self, index: int) -> int:
+    def step_seed(self, index: int) -> int:
         """A number of its own for each step and rank, so that a step's draws depend on nothing that came before."""
         text = f"{self.seed}/{self.current_epoch}/{index}/{self.global_rank}"
         return 2 * int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

@@ -104,9 +104,8 @@ def load(cfg: DictConfig, source: str, classes: Sequence[str]) -> Any:
 
 def cached(cfg: DictConfig) -> Path:
     """The folder of the finished teacher run that fits this run; rank 0 trains it where it is missing."""
-    overrides = run_overrides(cfg)
-    folder = Path(cfg.paths.teachers).absolute() / f"{_option(cfg)}-{_key(overrides)}"
-    if _finished(folder):
+    folder, overrides = place(cfg)
+    if finished(folder):
         return folder
     command = [sys.executable, "-m", "distill", "train", *overrides, f"hydra.run.dir='{folder}'"]
     if cfg.teacher.train == "never":
@@ -118,9 +117,15 @@ def cached(cfg: DictConfig) -> Path:
         return _wait(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not _finished(folder):
+        if not finished(folder):
             _train(command, folder)
     return folder
+
+
+def place(cfg: DictConfig) -> tuple[Path, list[str]]:
+    """Where the teacher of this run is cached, or will be, and the overrides of the run that makes it."""
+    overrides = run_overrides(cfg)
+    return Path(cfg.paths.teachers).absolute() / f"{_option(cfg)}-{_key(overrides)}", overrides
 
 
 def run_overrides(cfg: DictConfig) -> list[str]:
@@ -169,7 +174,8 @@ def _key(overrides: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
-def _finished(folder: Path) -> bool:
+def finished(folder: Path) -> bool:
+    """Whether a run has come to its end there."""
     return (folder / "summary.json").is_file() and (folder / "student.json").is_file()
 
 
@@ -204,7 +210,7 @@ def _train(command: list[str], folder: Path) -> None:
     # Its own process, so that neither its random state nor its memory reaches this run.
     alone = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
     code = subprocess.run(command, env=alone).returncode
-    if code or not _finished(folder):
+    if code or not finished(folder):
         raise DistillError(
             f"the teacher's run failed with exit code {code}; its files are in {folder}. Run it by hand:\n"
             f"  {shlex.join(command)}"
@@ -213,7 +219,7 @@ def _train(command: list[str], folder: Path) -> None:
 
 def _wait(folder: Path, patience: float = 24 * 3600) -> Path:
     start = time.monotonic()
-    while not _finished(folder):
+    while not finished(folder):
         if time.monotonic() - start > patience:
             raise DistillError(
                 f"rank {_rank()} waited {patience / 3600:.0f} h for rank 0 to train the teacher in {folder}"
