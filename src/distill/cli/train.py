@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import config
+from distill.cli import config, sweep
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -44,11 +44,19 @@ def main(argv: Sequence[str]) -> int:
     args.overrides = _resumed(args.overrides)
     # Hydra prints and exits by itself unless this is set; the messages are ours, one level up.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    home = str(config.folder())
+    home, jobs = str(config.folder()), sweep.Jobs()
+
+    def task(cfg: DictConfig) -> float:
+        return jobs.run(cfg) if HydraConfig.get().mode == RunMode.MULTIRUN else train(cfg)
+
     try:
-        _run_hydra(args, parser, task_function=train, config_path=home, config_name=config.NAME)
+        _run_hydra(args, parser, task_function=task, config_path=home, config_name=config.NAME)
     except HydraException as error:
         raise DistillError(str(error)) from error
+    except sweep.JobFailed as error:
+        raise DistillError(f"{len(jobs.failed)} of the sweep's jobs failed, the first: {error}") from None
+    finally:
+        jobs.show()
     return 0
 
 
@@ -56,15 +64,11 @@ def train(cfg: DictConfig) -> float:
     """One run. Returns the metric that the configuration names, for sweeps and tuners."""
     import lightning as L
 
+    from distill.callbacks import processes
     from distill.cli import report
 
     started = time.monotonic()
     quieten()
-    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.trainer.devices != 1:
-        raise DistillError(
-            f"a sweep (-m) with trainer.devices={cfg.trainer.devices}: each process would start the sweep anew, and they "
-            "would train different settings together. Start the jobs one by one, or sweep on one device"
-        )
     if not isinstance(cfg.seed, int):
         raise DistillError(f"seed={cfg.seed}: expected a whole number")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -78,6 +82,7 @@ def train(cfg: DictConfig) -> float:
     check_metric(cfg, data)  # before a teacher is trained for it
     module = assemble(cfg, data)
     trainer = build_trainer(cfg, run)
+    trainer.callbacks.insert(0, processes.Agreement(lambda: agreed(cfg, data)))  # type: ignore[attr-defined]
     report.opening(module, data, run)
     report.log_config(trainer, cfg)
     failed = True
@@ -87,9 +92,32 @@ def train(cfg: DictConfig) -> float:
         failed = False
     except SystemExit:  # Lightning's way out of an interrupt
         raise KeyboardInterrupt from None
+    except RuntimeError as error:
+        if not processes.lost(error):
+            raise
+        raise DistillError(
+            f"rank {trainer.global_rank}: another process of this run is gone or does not answer (it is waited for as long as "
+            f"trainer.strategy.timeout says). Its own message says why: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         report.close_loggers(trainer, failed)
     return float(summary["student"][cfg.metric])
+
+
+def agreed(cfg: DictConfig, data: DetectionData) -> dict[str, str]:
+    """What must be equal on all processes: the resolved configuration, less paths, which hold times, and the data."""
+    same = cfg.copy()
+    for name in same.paths:
+        same.paths[name] = str(name)
+    return _flat(config.plain(same)) | {f"data of {split}": data.digest(split) for split in ("train", "val")}
+
+
+def _flat(node: Any, path: str = "") -> dict[str, str]:
+    if not isinstance(node, dict) or not node:
+        return {path: str(node)}
+    return {
+        name: value for key, each in node.items() for name, value in _flat(each, f"{path}.{key}".strip(".")).items()
+    }
 
 
 def resume_from(cfg: DictConfig, run: Path) -> Path | None:
