@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from test_distiller import Custom, detector, distiller, fit, guest, shapes, weights
 from torch import Tensor
 
+from distill.callbacks.processes import Agreement
 from distill.guard import Guard, flagged, read_step, replay
 from distill.losses.defeat import DeFeat
 from distill.types import DistillError, View
@@ -262,15 +263,25 @@ def one_rank(rank: int, port: int, folder: str) -> None:
                 "weights": {name: value.clone() for name, value in module.named_parameters()},
                 "skipped": module.guard.skipped,
             }
+    different = Agreement(lambda: {"seed": str(rank), "data": "equal"})
+    strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False, broadcast_buffers=False)
+    try:
+        fit(distiller(), Path(folder), callbacks=[different], devices=2, strategy=strategy, **ONE_EPOCH)
+    except DistillError as error:
+        found["disagreement"] = {"message": str(error)}
     torch.save(found, f"{folder}/{rank}.pt")
 
 
 def test_all_processes_skip_and_stop_together(tmp_path: Path) -> None:
+    """And before that, none starts where they were not given the same."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    refused = [found.pop("disagreement")["message"] for found in both]
+    assert refused[0] == refused[1]
+    assert "  seed: 0 on rank 0, 1 on rank 1\nStart" in refused[0]
     assert both[0].keys() == both[1].keys() == {"infinite", "without a way back", "a finite loss"}
     for case in both[0]:
         first, second = both[0][case], both[1][case]

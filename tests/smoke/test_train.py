@@ -214,6 +214,8 @@ def test_a_teacher_is_trained_once_and_serves_a_sweep(cli: Cli, tmp_path: Path) 
         ("data.workers=3", True),
         ("trainer.log_every_n_steps=7", True),
         ("logger=wandb", True),
+        ("callbacks.terms.every=7", True),
+        ("callbacks.terms=null", True),
     ],
 )
 def test_a_cached_teacher_is_another_only_where_it_learns_otherwise(change: str, same: bool) -> None:

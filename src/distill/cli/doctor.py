@@ -321,6 +321,7 @@ def _warned() -> Iterator[list[str]]:
 def show(report: Mapping[str, Any]) -> None:
     """The sections as tables, and the verdict."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
     for rows in (_data_rows, _count_rows, _class_rows, _shape_rows, _adapter_rows, _term_rows):
@@ -331,20 +332,21 @@ def show(report: Mapping[str, Any]) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     for kind, colour in (("notes", "yellow"), ("faults", "red")):
         for words in report[kind]:
-            console.print(f"[{colour}]{kind[:-1]}[/]  ", words, highlight=False, markup=True, sep="", soft_wrap=True)
+            console.print(f"[{colour}]{kind[:-1]}[/]  {escape(words)}", highlight=False, soft_wrap=True)
     count = len(report["faults"])
     verdict = "[green]ready[/]" if report["verdict"] == "ready" else f"[red]{count} to mend[/], named above"
     console.print(f"verdict  {verdict} ({report['seconds']:.0f} s)", highlight=False)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*("–" if cell is None else str(cell) for cell in row))
+        table.add_row(*("–" if cell is None else escape(str(cell)) for cell in row))
     return table
 
 
@@ -393,19 +395,21 @@ def _term_rows(report: Mapping[str, Any]) -> Rows:
 
 
 def _teacher_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    from rich.markup import escape
+
     found = report.get("teacher")
     if found is None:
         return
     if found["state"] != "ready":
         yield f"[bold]teacher[/]  {found['state']}"
     if "command" in found:
-        yield f"         would go to {found['folder']}, in about {_clock(found['estimate']['seconds']['total'])}:"
-        yield f"         {found['command']}".replace("[", r"\[")
+        yield f"         would go to {escape(found['folder'])}, in about {_clock(found['estimate']['seconds']['total'])}:"
+        yield f"         {escape(found['command'])}"
     if "source" in found:
         sample, promised = found.get("sample"), found["promised"] if found["here"] is None else found["here"]
         measured = f"AP {sample['AP']:.3f} on {sample['images']} images" if sample else "AP not known"
         said = f"{promised:.3f} promised" if promised is not None else "its file promises nothing"
-        yield f"[bold]teacher[/]  {found['source']}: {measured}, {said}"
+        yield f"[bold]teacher[/]  {escape(found['source'])}: {measured}, {said}"
 
 
 def _estimate_lines(report: Mapping[str, Any]) -> Iterator[str]:
