@@ -43,7 +43,10 @@ class Evaluation:
 
     def update(self, batch: Batch) -> None:
         """Detect in a batch and remember what was found."""
-        found = self.detector.view(batch, training=False, frozen=True).detections
+        self.add(batch, self.detector.view(batch, training=False, frozen=True).detections)
+
+    def add(self, batch: Batch, found: Sequence[Detections]) -> None:
+        """Remember what the detector found in a batch."""
         shared = [relabel(detections, self.labels) for detections in found]
         for metric in self.metrics:
             metric.update(batch.ids, shared)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.detectors.base import Detector
-from distill.types import Batch, Facts, View
+from distill.types import Batch, DistillError, Facts, View
 
 
 class Frozen:
@@ -33,6 +33,7 @@ class Frozen:
         self._module = module
         self._device: torch.device | None = None
         self._fingerprint: str | None = None
+        self._bits: dict[str, int] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -44,6 +45,22 @@ class Frozen:
     def identity(self) -> dict[str, Any]:
         """What is stored with a run, so that a resume finds the same module. Plain containers only."""
         return {"source": self.source, "sha256": self.fingerprint}
+
+    def check(self) -> None:
+        """Refuse to go on where weights or buffers are no longer those of the first call. Summed up on their device: cheap.
+
+        Raises:
+            DistillError: what has changed.
+        """
+        found = bits(self._module.state_dict())
+        before, self._bits = self._bits or found, found
+        changed = [name for name in found if found[name] != before.get(name)]
+        if changed:
+            raise DistillError(
+                f"the teacher ({self.source}) must stay as it is, but in this epoch {len(changed)} of its {len(found)} "
+                f"weights and buffers changed, such as {', '.join(changed[:3])}: a loss, a callback or code of your own "
+                "writes into it. Read it under torch.no_grad(), leave it in evaluation mode, and keep it out of optimisers"
+            )
 
     def move(self, device: torch.device) -> None:
         """Bring the module to where the data is."""
@@ -82,6 +99,13 @@ class Guest(Frozen):
         """A frozen View on the batch's device; ``training`` chooses the counts of proposals."""
         self.move(batch.images.device)
         return self.detector.view(batch, training=training, frozen=True, seed=seed)
+
+
+def bits(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name -> the sum of its values' bits, read as whole numbers: another one after almost any change."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [value.detach().view(whole[value.element_size()]).sum(dtype=torch.int64) for value in tensors.values()]
+    return dict(zip(tensors, torch.stack(sums).tolist(), strict=True)) if sums else {}
 
 
 def fingerprint(state_dict: Callable[[], dict[str, Tensor]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from distill.detectors.base import Detector
 from distill.evaluation import Evaluation, MakeMetric
-from distill.guest import Guest
+from distill.guard import Guard, Seen, flagged, weighted
+from distill.guest import Frozen, Guest
 from distill.losses.base import DistillLoss, over_processes
 from distill.optimization import Schedule
 from distill.types import Batch, DistillError, View
@@ -36,6 +37,7 @@ class Distiller(L.LightningModule):
         supervised: weights of the student's own loss terms by torchvision's names; 1 where not named.
         metrics: builders of the evaluation metrics; their values are logged as ``val/<name>``.
         seed: with the step and the rank, decides every random draw inside a step.
+        guard: what happens to steps that are not finite; None: the default one.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Distiller(L.LightningModule):
         supervised: Mapping[str, float] | None = None,
         metrics: Sequence[MakeMetric] = (),
         seed: int = 0,
+        guard: Guard | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -57,7 +60,9 @@ class Distiller(L.LightningModule):
         self.metrics = tuple(metrics)
         self.seed = seed
         self._evaluation: Evaluation | None = None
-        self._pending: list[tuple[list[str], Tensor, Any, Batch]] = []
+        self.guard = guard or Guard()
+        self.observers: list[Callable[[View, dict[str, Tensor], dict[str, float]], None]] = []
+        """Called in each step with the student's View, the unweighted terms, still attached, and their weights."""
         needy = [name for name, loss in self.losses.items() if loss.needs_teacher]
         if needy and teacher is None:
             raise DistillError(f"losses {needy} need a teacher, but none was given; use distill=none")
@@ -66,18 +71,32 @@ class Distiller(L.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Sum of all weighted terms, a scalar."""
-        draw = self._step_seed(index)
-        student = self.student.view(batch, training=True, seed=draw)
+        draw = self.step_seed(index)
+        self.guard.before(self.student)
+        student, teacher = self.views(batch, draw)
+        terms, weights = self.terms(student, teacher, self.progress)
+        for observe in self.observers:
+            observe(student, terms, weights)
+        loss = weighted(terms, weights)
+        detached = {name: value.detach() for name, value in terms.items()}
+        self.guard.saw(Seen(batch, draw, self.progress, detached, weights))
+        self._log(terms, weights, loss)
+        return flagged(loss)
+
+    def views(self, batch: Batch, draw: int) -> tuple[View, View | None]:
+        """The student's View of a training step, and the teacher's where any loss could read it; `draw` is their seed."""
+        teacher = self.teacher.view(batch, seed=draw + 1) if self.teacher and self.losses else None
+        return self.student.view(batch, training=True, seed=draw), teacher
+
+    def terms(self, student: View, teacher: View | None, progress: float) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """All unweighted terms of a step, scalars, and the weight with which each enters the loss at this progress."""
         terms = {f"student/{name}": value for name, value in student.losses.items()}
         weights = {name: self._supervised_weight(name.removeprefix("student/")) for name in terms}
-        if self.losses:
-            teacher = self.teacher.view(batch, seed=draw + 1) if self.teacher else None
-            self._distil(student, teacher, terms, weights)
-        values = torch.stack([terms[name].float() for name in terms])
-        loss = sum((weights[name] * terms[name] for name in terms), start=values.new_zeros(()))
-        self._watch(list(terms), values.detach(), batch)
-        self._log(terms, weights, loss)
-        return loss
+        for name, loss in self.losses.items():
+            for term, value in loss(student, teacher).items():
+                terms[f"{name}/{term}"] = value
+                weights[f"{name}/{term}"] = loss.weights[term] * loss.factor(term, progress, self.schedule.epochs)
+        return terms, weights
 
     def _supervised_weight(self, name: str) -> float:
         """The configured weight of one of the student's own terms, times what the distillation losses ask for."""
@@ -85,14 +104,7 @@ class Distiller(L.LightningModule):
             [loss.supervised.get(name, 1.0) for loss in self.losses.values()], start=self.supervised.get(name, 1.0)
         )
 
-    def _distil(self, student: View, teacher: View | None, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
-        for name, loss in self.losses.items():
-            for term, value in loss(student, teacher).items():
-                terms[f"{name}/{term}"] = value
-                factor = loss.factor(term, self.progress, self.schedule.epochs)
-                weights[f"{name}/{term}"] = loss.weights[term] * factor
-
-    def _step_seed(self, index: int) -> int:
+    def step_seed(self, index: int) -> int:
         """A number of its own for each step and rank, so that a step's draws depend on nothing that came before."""
         text = f"{self.seed}/{self.current_epoch}/{index}/{self.global_rank}"
         return 2 * int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
@@ -115,39 +127,9 @@ class Distiller(L.LightningModule):
             values |= {f"loss/{name}": weights[name] * mean for name, mean in zip(terms, means, strict=True)}
             self.log_dict(values | {"loss/total": total}, batch_size=size)
 
-    # -- finite numbers, without a sync in the forward pass
-
-    def _watch(self, names: list[str], values: Tensor, batch: Batch) -> None:
-        event = None
-        if values.is_cuda:
-            stream = torch.cuda.current_stream(values.device)
-            values = values.to("cpu", non_blocking=True)
-            event = stream.record_event()
-        self._pending.append((names, values, event, batch))
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Read the flags of the forward pass now that the backward pass is queued, before any weight changes."""
-        pending, self._pending = self._pending, []
-        for names, values, event, batch in pending:
-            if event is not None:
-                event.synchronize()
-            bad = [name for name, finite in zip(names, torch.isfinite(values).tolist(), strict=True) if not finite]
-            if bad:
-                raise DistillError(self._describe_non_finite(bad, batch))
-
-    def _describe_non_finite(self, bad: list[str], batch: Batch) -> str:
-        """Name terms, levels and images, by looking again with the weights that are still untouched."""
-        with self.trainer.precision_plugin.forward_context():
-            views = {"student": self.student.view(batch, frozen=True)}
-            if self.teacher is not None and self.losses:
-                views["teacher"] = self.teacher.view(batch)
-            places = [place for who, view in views.items() for place in _not_finite(who, view)]
-        where = "; ".join(places) or "all maps are finite, so the box head or the term's own formula produced it"
-        return (
-            f"step {self.global_step}: the loss is not finite in {', '.join(bad)} (images {list(batch.ids)}). "
-            f"Levels: {where}. No weight was changed by this step. Lower the learning rate or the term's weight, "
-            "lengthen the warm-up, or set schedule.clip"
-        )
+        """Pass over a step that is not finite, before any weight changes."""
+        self.guard.check(self)
 
     # -- evaluation
 
@@ -184,10 +166,16 @@ class Distiller(L.LightningModule):
         """Let losses that keep state over an epoch (prototypes and the like) rebuild it."""
         for loss in self.losses.values():
             loss.on_epoch_start(self.current_epoch, self.trainer.datamodule, self.student, self.teacher)  # type: ignore[attr-defined]
+        self._check_guests()
 
     def on_train_epoch_end(self) -> None:
-        """What is saved after this epoch is what every rank goes on with."""
+        """What is saved after this epoch is what every rank goes on with; the guests are as they came."""
         self._share_buffers()
+        self._check_guests()
+
+    def _check_guests(self) -> None:
+        for guest in {id(each): each for each in (self.teacher, *_guests(self.losses)) if each}.values():
+            guest.check()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and learning rate of the schedule, over the student and its adapters."""
@@ -244,17 +232,6 @@ def _sha256(guest: Mapping[str, Any] | None) -> str | None:
     return guest["sha256"] if guest else None
 
 
-def _not_finite(who: str, view: View) -> list[str]:
-    """The first stage of a detector that has infinite or NaN values: each of its levels, with the images there."""
-    heads: tuple[str, ...] = ("objectness", "deltas") if view.facts.two_stage else ("class_logits", "deltas")
-    heads += ("centerness",) if view.facts.anchor_free else ()
-    for stage in ("body", "neck", *heads):
-        places = []
-        for stride, values in getattr(view, stage).items():
-            finite = torch.isfinite(values).flatten(1).all(1).tolist()
-            images = [image for image, good in zip(view.batch.ids, finite, strict=True) if not good]
-            if images:
-                places.append(f"{who}'s {stage} at stride {stride}, images {images}")
-        if places:
-            return places
-    return []
+def _guests(losses: nn.Module) -> list[Frozen]:
+    """The guests that losses keep for themselves, such as an image classifier."""
+    return [each for module in losses.modules() for each in vars(module).values() if isinstance(each, Frozen)]

@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import yaml
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from distill.cli import config
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.detectors.anchor_free import FCOS
@@ -145,9 +146,8 @@ def fit(module: Distiller, source: DetectionData, processes: int, **options: Any
     torch.set_num_threads(1)
     strategy: Any = "auto"
     if processes > 1:
-        settings = yaml.safe_load(CONF.read_text())["strategy"]
-        assert settings.pop("_target_").endswith(".DDPStrategy")
-        strategy = L.pytorch.strategies.DDPStrategy(**settings)
+        strategy = config.build(OmegaConf.load(CONF).strategy)
+        assert type(strategy) is L.pytorch.strategies.DDPStrategy
     look, Counting.given = Look(), []
     reduce = dist.all_reduce
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from conftest import TINY, Cli, summary
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["-m", "seed=0,1", "trainer=ddp_cpu"], "start the sweep anew"),
         (["seed=1,2"], "multirun"),
         (["teacher=none"], "cannot do without a teacher"),
         (["teacher=none", "distill=none", "init=inherit"], "init=inherit cannot do without a teacher"),
@@ -46,13 +44,6 @@ def test_a_test_split_without_labels_is_said_first_and_does_not_lose_the_run(cli
         assert cli(["train", "data=voc", "data.source.root=voc", "distill=none", *ours, "hydra.run.dir=run"]) == 0
     assert "val/AP" in summary(tmp_path / "run")["student"]
     assert not [name for name in summary(tmp_path / "run")["student"] if name.startswith("test/")]
-
-
-def test_a_failed_job_keeps_the_rows_of_the_others(cli: Cli, tmp_path: Path) -> None:
-    sweep = ["-m", "distill=none", "schedule.shape=cosine,stairs", "hydra.sweep.dir=sweep"]
-    assert cli(["train", *sweep, *TINY]) == 1
-    rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
-    assert [row["state"] for row in rows] == ["done", "failed"]
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,8 @@ def test_a_teacher_is_trained_once_and_serves_a_sweep(cli: Cli, tmp_path: Path) 
         ("data.workers=3", True),
         ("trainer.log_every_n_steps=7", True),
         ("logger=wandb", True),
+        ("callbacks.terms.every=7", True),
+        ("callbacks.terms=null", True),
     ],
 )
 def test_a_cached_teacher_is_another_only_where_it_learns_otherwise(change: str, same: bool) -> None:
@@ -375,6 +377,18 @@ def test_an_interrupt_says_how_to_go_on(
     if epoch == 1:
         assert cli([*lines, "ckpt_path=last"]) == 0
         assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_deterministic_run_repeats_to_the_bit(workers: int, cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    """Two runs leave the same file; another seed leaves another."""
+    lines = [f"teacher.weights={tiny_teacher}", *TINY, "trainer.max_steps=4", "schedule.epochs=2", "pictures=0"]
+    for run, seed in (("one", 0), ("two", 0), ("other", 1)):
+        line = [*lines, f"data.workers={workers}", "deterministic=true", f"seed={seed}", f"hydra.run.dir={run}"]
+        assert cli(["train", *line]) == 0
+    one, two, other = ((tmp_path / run / "student.pt").read_bytes() for run in ("one", "two", "other"))
+    assert one == two
+    assert one != other
 
 
 def test_two_processes_from_the_command_line(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ USAGE = """usage: distill <verb> [options]
   evaluate RUN|CKPT [overrides]         AP of a run's student, on any split or data set
   predict RUN IMAGES... [--score 0.5]   pictures and COCO-format detections
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
+  doctor [overrides of train]           a minute before a run: is all well with data, teacher and terms? how long?
+  replay FILE                           do the step again that stopped a run
 
 distill <verb> --help says more."""
 
@@ -25,9 +27,16 @@ class Terminated(BaseException):
 
 
 def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
-    from distill.cli import classifier, evaluate, predict, train
+    from distill.cli import classifier, doctor, evaluate, predict, replay, train
 
-    return {"train": train.main, "evaluate": evaluate.main, "predict": predict.main, "classifier": classifier.main}
+    return {
+        "train": train.main,
+        "evaluate": evaluate.main,
+        "predict": predict.main,
+        "classifier": classifier.main,
+        "doctor": doctor.main,
+        "replay": replay.main,
+    }
 
 
 def main(argv: Sequence[str]) -> int:

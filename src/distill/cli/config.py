@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,11 +35,13 @@ def register_resolvers() -> None:
     """Words that the configuration can compute.
 
     ``${names:node}`` joins a mapping's keys, for the names of run folders; ``${sweep:mode,folder}`` is the name of a
-    sweep's folder inside a sweep and null elsewhere.
+    sweep's folder inside a sweep, and in the processes of its jobs, and null elsewhere.
     """
     OmegaConf.register_new_resolver("names", lambda node: "+".join(node) or "none", replace=True)
     OmegaConf.register_new_resolver(
-        "sweep", lambda mode, path: Path(path).name if "MULTIRUN" in str(mode) else None, replace=True
+        "sweep",
+        lambda mode, path: Path(path).name if "MULTIRUN" in str(mode) else os.environ.get("DISTILL_SWEEP"),
+        replace=True,
     )
 
 

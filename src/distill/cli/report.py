@@ -104,6 +104,7 @@ def closing(
         "terms": {
             name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name and "val/" not in name
         },
+        "skipped_steps": module.guard.skipped,
         "best_checkpoint": best,
         "seconds": round(time.monotonic() - started, 1),
         "versions": _versions(),

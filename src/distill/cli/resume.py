@@ -161,7 +161,7 @@ def _refuse(cfg: DictConfig, file: Path | None, found: Sequence[str]) -> None:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``key: value there, value here`` of all keys that differ and may not."""
-    there, here = dict(_leaves(before)), dict(_leaves(now))
+    there, here = dict(leaves(before)), dict(leaves(now))
     keys = [key for key in {**there, **here} if not any(fnmatchcase(key, free) for free in FREE)]
     return [f"{key}: {_said(there, key)}, {_said(here, key, 'here')}" for key in keys if _differ(there, here, key)]
 
@@ -174,9 +174,10 @@ def _said(values: Mapping[str, Any], key: str, place: str = "there") -> str:
     return f"{values[key]} {place}" if key in values else f"not {place}"
 
 
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested mapping, by its dotted path."""
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -1,50 +1,194 @@
-"""The table that a sweep leaves: one row a job, on the terminal and as CSV."""
+"""The jobs of a sweep, each a process of its own, and the table that they leave: one row a job, on the terminal and as CSV.
+
+A job that fails is recorded, and the next one starts. Given the same ``hydra.sweep.dir`` again, a sweep goes on where it
+stopped: of the jobs in that folder those that are finished are not run again, those with a checkpoint are resumed.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from distill.cli.teacher import RANK_VARIABLES, finished
 from distill.files import write_text
+from distill.types import DistillError
 
 SHOWN = ("val/AP", "val/AP50", "val/mAP", "test/AP", "test/mAP")
+ERROR = "error.txt"
+"""Why a job failed, in one line, in its folder."""
 
 
-class SweepTable(Callback):
-    """After the last job, gathers each job's ``summary.json`` and its overrides into ``sweep.csv``."""
+class JobFailed(DistillError):
+    """One job failed; Hydra's sweepers hear of it only when the others are done."""
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Write the table anew after each job: one that fails ends the sweep, but not the table."""
-        if config.hydra.mode == RunMode.MULTIRUN:
-            _write(Path(config.hydra.sweep.dir))
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table: what was varied, and the main numbers."""
-        folder = Path(config.hydra.sweep.dir)
-        rows = _write(folder)
+class Jobs:
+    """The jobs of one sweep, as Hydra's sweeper hands them over."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.failed: list[str] = []
+
+    def run(self, cfg: DictConfig) -> float:
+        """One job: the metric of its run, which is done, resumed, or was finished before.
+
+        Raises:
+            JobFailed: what the run said last.
+            DistillError: this very sweep is started more than once, by torchrun or SLURM.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+            raise DistillError(
+                "a sweep (-m) under torchrun or in several tasks of SLURM: each process would start the sweep anew. Start it "
+                "once; every job starts its own processes (trainer=ddp)"
+            )
+        hydra = HydraConfig.get()
+        overrides = [str(line) for line in hydra.overrides.task]
+        self.folder = Path(hydra.sweep.dir)
+        run = place(self.folder, Path(hydra.runtime.output_dir), overrides)
+        if not finished(run):
+            self._start(run, overrides)
+        self.table()
+        return float(json.loads((run / "summary.json").read_text())["student"][cfg.metric])
+
+    def _start(self, run: Path, overrides: Sequence[str]) -> None:
+        (run / ERROR).unlink(missing_ok=True)
+        write_text(run / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))  # so that a job that dies early is known
+        going_on = ["ckpt_path=last"] if (run / "checkpoints" / "last.ckpt").is_file() else []
+        command = [
+            sys.executable,
+            "-m",
+            "distill",
+            "train",
+            *overrides,
+            *going_on,
+            f"hydra.run.dir='{run}'",
+            *_folders(),
+        ]
+        code, error = execute(command, Path(HydraConfig.get().sweep.dir).name)
+        if code == 130:
+            raise KeyboardInterrupt
+        if code or not finished(run):
+            write_text(run / ERROR, error)
+            self.failed.append(run.name)
+            self.table()
+            raise JobFailed(f"job {run.name}: {error}")
+
+    def table(self) -> list[dict[str, Any]]:
+        """Write ``sweep.csv`` anew; its rows."""
+        assert self.folder is not None
+        rows = [_row(job) for job in _jobs(self.folder)]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        page = io.StringIO(newline="")
+        writer = csv.DictWriter(page, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.folder / "sweep.csv", page.getvalue())
+        return rows
+
+    def show(self) -> None:
+        """Print the table: what was varied, the main numbers, and why a job failed; nothing outside a sweep."""
+        if self.folder is None:
+            return
+        rows = self.table()
         names = dict.fromkeys(name for row in rows for name in row)
         varied = [name for name in names if "/" not in name and len({str(row.get(name)) for row in rows}) > 1]
         numbers = [name for name in names if name in SHOWN]
-        _print(list(dict.fromkeys(["job", *varied, "state", *numbers])), rows, folder)
+        _print(
+            list(dict.fromkeys(["job", *(name for name in varied if name != "error"), "state", *numbers])),
+            rows,
+            self.folder,
+        )
+        if self.failed:
+            print(f"hydra.sweep.dir='{self.folder}' with the same words again runs what is not done")
 
 
-def _write(folder: Path) -> list[dict[str, Any]]:
-    rows = [_row(job) for job in sorted(folder.iterdir(), key=_number) if job.is_dir()]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    page = io.StringIO(newline="")
-    writer = csv.DictWriter(page, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(folder / "sweep.csv", page.getvalue())
-    return rows
+def place(folder: Path, given: Path, overrides: Sequence[str]) -> Path:
+    """The folder of a job: the one that holds these overrides, else the given one where it is free, else the next number."""
+    for job in _jobs(folder):
+        if said(job) == set(overrides):
+            if job != given and given.is_dir() and not any(given.iterdir()):
+                given.rmdir()  # Hydra made it
+            return job.absolute()
+    if not (given / "overrides.yaml").is_file():
+        return given.absolute()
+    numbers = [int(job.name) for job in folder.iterdir() if job.name.isdigit()]
+    return (folder / str(max(numbers) + 1)).absolute()
+
+
+def said(job: Path) -> set[str]:
+    """The overrides that made a job, less those of its resume."""
+    lines = {str(line) for line in OmegaConf.load(job / "overrides.yaml")}
+    return {line for line in lines if not line.startswith("ckpt_path=")}
+
+
+def execute(command: Sequence[str], sweep: str) -> tuple[int, str]:
+    """Run a job, its words passed on; its exit code and, for the case that it failed, its last word in one line."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
+    last: deque[str] = deque(maxlen=20)
+    child = subprocess.Popen(
+        command, env=env | {"DISTILL_SWEEP": sweep}, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    assert child.stderr is not None
+    with child, _ended_with(child):
+        for line in child.stderr:
+            sys.stderr.write(line)
+            last.append(line.strip())
+    return child.returncode, _last_word(child.returncode, [line for line in last if line])
+
+
+def _last_word(code: int, lines: Sequence[str]) -> str:
+    ours = [line.removeprefix("distill: ") for line in lines if line.startswith("distill: ")]
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return (ours or [f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}"])[-1]
+
+
+@contextmanager
+def _ended_with(child: subprocess.Popen[str]) -> Iterator[None]:
+    """Whatever ends the sweep ends its job, which is given the time to save."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if main else None
+    try:
+        yield
+    except KeyboardInterrupt:  # the terminal has told the job as well
+        child.wait()
+        raise
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _folders() -> list[str]:
+    """``--config-dir``, as this sweep was given it."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [word for each in sources if each.provider == "command-line" for word in ("--config-dir", each.path)]
+
+
+def _jobs(folder: Path) -> list[Path]:
+    found = [job for job in folder.iterdir() if (job / "overrides.yaml").is_file()] if folder.is_dir() else []
+    return sorted(found, key=_number)
 
 
 def _number(job: Path) -> tuple[bool, int, str]:
@@ -53,23 +197,26 @@ def _number(job: Path) -> tuple[bool, int, str]:
 
 def _row(job: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"job": job.name}
-    overrides = job / "overrides.yaml"
-    if overrides.is_file():
-        row |= dict(str(line).partition("=")[::2] for line in OmegaConf.load(overrides))
-    summary = job / "summary.json"
-    if not summary.is_file():
-        return row | {"state": "failed"}
-    report = json.loads(summary.read_text())
-    return row | {"state": "done"} | {name: round(value, 4) for name, value in report["student"].items()}
+    row |= dict(line.partition("=")[::2] for line in (str(each) for each in OmegaConf.load(job / "overrides.yaml")))
+    if finished(job):
+        report = json.loads((job / "summary.json").read_text())
+        return row | {"state": "done"} | {name: round(value, 4) for name, value in report["student"].items()}
+    if (job / ERROR).is_file():
+        return row | {"state": "failed", "error": (job / ERROR).read_text()}
+    return row | {"state": "unfinished"}
 
 
 def _print(columns: list[str], rows: list[dict[str, Any]], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"sweep {folder}")
+    table = Table(title=f"sweep {folder}", title_justify="left")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if "error" in row:
+            console.print(f"job {row['job']} failed: {row['error']}", highlight=False, markup=False, soft_wrap=True)

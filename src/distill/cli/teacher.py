@@ -38,6 +38,7 @@ KEPT_TRAINER = (
 )  # on one machine: nobody starts the others
 # Keys that cannot change what a teacher learns, so two runs that differ only here share one teacher.
 IGNORED_DATA = ("workers", "cache", "eval_batch_size", "prefetch", "on_overlap")
+IGNORED_CALLBACKS = ("terms",)  # it looks at distillation terms, and a teacher's run has none
 # What of Lightning's trainer decides the weights: not the machine, not the logging.
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 RANK_VARIABLES = (
@@ -112,9 +113,8 @@ def load(cfg: DictConfig, source: str, classes: Sequence[str]) -> Any:
 
 def cached(cfg: DictConfig) -> Path:
     """The folder of the finished teacher run that fits this run; rank 0 trains it where it is missing."""
-    overrides = run_overrides(cfg)
-    folder = Path(cfg.paths.teachers).absolute() / f"{_option(cfg)}-{_key(overrides)}"
-    if _finished(folder):
+    folder, overrides = place(cfg)
+    if finished(folder):
         return folder
     command = [sys.executable, "-m", "distill", "train", *overrides, f"hydra.run.dir='{folder}'"]
     if cfg.teacher.train == "never":
@@ -126,9 +126,15 @@ def cached(cfg: DictConfig) -> Path:
         return _wait(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not _finished(folder):
+        if not finished(folder):
             _train(command, folder)
     return folder
+
+
+def place(cfg: DictConfig) -> tuple[Path, list[str]]:
+    """Where the teacher of this run is cached, or will be, and the overrides of the run that makes it."""
+    overrides = run_overrides(cfg)
+    return Path(cfg.paths.teachers).absolute() / f"{_option(cfg)}-{_key(overrides)}", overrides
 
 
 def run_overrides(cfg: DictConfig) -> list[str]:
@@ -171,12 +177,14 @@ def _key(overrides: Sequence[str]) -> str:
     facts = {"data": data, "model": plain(made_by.model), "schedule": plain(made_by.schedule), "seed": made_by.seed}
     facts |= {"supervised": plain(made_by.supervised), "init": made_by.init}
     # Not resolved: what callbacks write goes into each run's own folder.
-    facts["callbacks"] = OmegaConf.to_container(made_by.callbacks)
+    callbacks: Any = OmegaConf.to_container(made_by.callbacks)
+    facts["callbacks"] = {name: node for name, node in callbacks.items() if name not in IGNORED_CALLBACKS}
     facts["trainer"] = {name: made_by.trainer.get(name) for name in TRAINER}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
-def _finished(folder: Path) -> bool:
+def finished(folder: Path) -> bool:
+    """Whether a run has come to its end there."""
     return (folder / "summary.json").is_file() and (folder / "student.json").is_file()
 
 
@@ -214,7 +222,7 @@ def _train(command: list[str], folder: Path) -> None:
         code = process.wait()
     if code == 128 + signal.SIGTERM:
         raise Terminated
-    if code or not _finished(folder):
+    if code or not finished(folder):
         raise DistillError(
             f"the teacher's run failed with exit code {code}; its files are in {folder}. Run it by hand:\n"
             f"  {shlex.join(command)}"
@@ -223,7 +231,7 @@ def _train(command: list[str], folder: Path) -> None:
 
 def _wait(folder: Path, patience: float = 24 * 3600) -> Path:
     start = time.monotonic()
-    while not _finished(folder):
+    while not finished(folder):
         if time.monotonic() - start > patience:
             raise DistillError(
                 f"rank {_rank()} waited {patience / 3600:.0f} h for rank 0 to train the teacher in {folder}"

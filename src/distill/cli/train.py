@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from distill.cli import config, resume
+from distill.cli import config, resume, sweep
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -40,13 +40,21 @@ def main(argv: Sequence[str]) -> int:
     args.overrides = resume.resumed(args.overrides)
     # Hydra prints and exits by itself unless this is set; the messages are ours, one level up.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    home = str(config.folder())
+    home, jobs = str(config.folder()), sweep.Jobs()
+
+    def task(cfg: DictConfig) -> float:
+        return jobs.run(cfg) if HydraConfig.get().mode == RunMode.MULTIRUN else train(cfg)
+
     try:
-        _run_hydra(args, parser, task_function=train, config_path=home, config_name=config.NAME)
+        _run_hydra(args, parser, task_function=task, config_path=home, config_name=config.NAME)
     except HydraException as error:
         missing = '; its sweeper is an extra: pip install "distill[optuna]"' if "sweeper/optuna" in str(error) else ""
         told = str(error).partition("Config search path")[0].strip()
         raise DistillError(f"{told}{missing}") from error
+    except sweep.JobFailed as error:
+        raise DistillError(f"{len(jobs.failed)} of the sweep's jobs failed, the first: {error}") from None
+    finally:
+        jobs.show()
     return 0
 
 
@@ -62,15 +70,11 @@ def _train(cfg: DictConfig) -> float:
     import lightning as L
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    from distill.callbacks import processes
     from distill.cli import report
 
     started = time.monotonic()
     quieten()
-    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.trainer.devices != 1:
-        raise DistillError(
-            f"a sweep (-m) with trainer.devices={cfg.trainer.devices}: each process would start the sweep anew, and they "
-            "would train different settings together. Start the jobs one by one, or sweep on one device"
-        )
     if not isinstance(cfg.seed, int):
         raise DistillError(f"seed={cfg.seed}: expected a whole number")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -86,6 +90,7 @@ def _train(cfg: DictConfig) -> float:
     module = assemble(cfg, data)
     report.keep_metrics(run)
     trainer = build_trainer(cfg, run)
+    trainer.callbacks.insert(0, processes.Agreement(lambda: agreed(cfg, data)))  # type: ignore[attr-defined]
     report.opening(module, data, run)
     report.log_config(trainer, cfg)
     failed = True
@@ -98,15 +103,22 @@ def _train(cfg: DictConfig) -> float:
     except SystemExit:  # Lightning's way out of an interrupt
         raise KeyboardInterrupt from None
     except RuntimeError as error:
-        raise _explained(error) from error
+        raise _explained(error, trainer.global_rank) from error
     finally:
         report.close_loggers(trainer, failed)
     return float(summary["student"][cfg.metric])
 
 
-def _explained(error: RuntimeError) -> Exception:
+def _explained(error: RuntimeError, rank: int) -> Exception:
     """A failure that its own words do not explain."""
+    from distill.callbacks import processes
+
     text = str(error)
+    if processes.lost(error):
+        return DistillError(
+            f"rank {rank}: another process of this run is gone or does not answer (it is waited for as long as "
+            f"trainer.strategy.timeout says). Its own message says why: {text.splitlines()[0]}"
+        )
     if "DataLoader worker" in text:
         return DistillError(
             f"a loader process died: {text.splitlines()[0]} Most often memory ran out: lower data.workers, data.prefetch or "
@@ -115,6 +127,14 @@ def _explained(error: RuntimeError) -> Exception:
     if "loading state_dict" in text:
         return DistillError(f"resume: the checkpoint's weights do not fit this run's models: {text}")
     return error
+
+
+def agreed(cfg: DictConfig, data: DetectionData) -> dict[str, str]:
+    """What must be equal on all processes: the resolved configuration, less paths, which hold times, and the data."""
+    same = cfg.copy()
+    for name in same.paths:
+        same.paths[name] = str(name)
+    return {name: str(value) for name, value in resume.leaves({**config.plain(same), "data seen": data.state_dict()})}
 
 
 def quieten() -> None:
@@ -166,6 +186,7 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
         supervised=config.plain(cfg.supervised),
         metrics=build_metrics(cfg),
         seed=cfg.seed,
+        guard=config.build(cfg.guard),
     )
 
 

@@ -1,0 +1,434 @@
+"""The verb doctor: what a run would be like, in a minute and without training, ending in a verdict."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from distill.cli import config
+from distill.types import DistillError
+
+if TYPE_CHECKING:
+    import lightning as L
+    import torch
+
+    from distill.data.datamodule import DetectionData
+    from distill.detectors.base import Detector
+    from distill.guest import Guest
+    from distill.module import Distiller
+
+LOOKED_AT = 100
+"""Validation images that the teacher is measured on, at most."""
+PATIENCE = 15.0
+"""Seconds that one measurement may take."""
+BATCHES = 3
+"""Batches whose passes are timed."""
+COUNTED = ("images", "boxes", "crowds", "difficult", "empty")
+TIMES = 100.0
+"""A term that adds more than so many times the detection loss is pointed out."""
+Report = dict[str, Any]
+
+
+def main(argv: Sequence[str]) -> int:
+    """``distill doctor [--json FILE] [overrides as for train]``; 0 where the run is ready, 1 where something is to be mended."""
+    parser = argparse.ArgumentParser(prog="distill doctor", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write all that was found there as well")
+    parser.add_argument("overrides", nargs="*", help="as for train: data=voc data.source.root=… distill=ssim")
+    args = parser.parse_intermixed_args(list(argv))
+    config.check(args.overrides)
+    config.named(args.overrides)  # leaves what a run knows of its own command line
+    cfg = config.composed(args.overrides)
+    report = examine(cfg)
+    show(report)
+    if args.json:
+        from distill.files import write_text
+
+        write_text(args.json, json.dumps(report, indent=1))
+    return int(report["verdict"] != "ready")
+
+
+def examine(cfg: DictConfig) -> Report:
+    """All sections, as far as they can be reached: what cannot be built ends the visit, with what to mend."""
+    from lightning import seed_everything
+
+    from distill.cli.train import quieten
+
+    quieten()
+    start = time.monotonic()
+    report: Report = {"faults": [], "notes": []}
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    try:
+        _visit(cfg, report)
+    except DistillError as error:
+        report["faults"].append(str(error))
+    report["seconds"] = round(time.monotonic() - start, 1)
+    report["verdict"] = "mend" if report["faults"] else "ready"
+    return report
+
+
+def _visit(cfg: DictConfig, report: Report) -> None:
+    from distill.cli import train
+    from distill.detectors.inherit import inherit
+    from distill.module import Distiller
+
+    data = _data(cfg, report)
+    train.check_metric(cfg, data)
+    trainer = _trainer(cfg)
+    min_size, max_size = data.input_size
+    student = config.build(cfg.model, classes=list(data.classes), min_size=min_size, max_size=max_size)
+    train.check_masks(cfg, student, data)
+    guest = _teacher(cfg, data, trainer, report)
+    if guest is not None and cfg.init == "inherit":
+        inherit(student, guest.detector)
+    _classes(report, data, student, guest)
+    losses = train.build_losses(cfg, student.facts, guest.facts if guest else None)
+    schedule, metrics = config.build(cfg.schedule), train.build_metrics(cfg)
+    module = Distiller(student, guest, losses, schedule, config.plain(cfg.supervised), metrics, cfg.seed)
+    module.to(trainer.strategy.root_device)
+    _terms(report, module, data, trainer)
+    _estimate(cfg, report, module, data, trainer)
+
+
+# -- the sections, in their order
+
+
+def _data(cfg: DictConfig, report: Report) -> DetectionData:
+    from distill import doctor
+
+    with _warned() as said:
+        data: DetectionData = config.build(cfg.data)
+        data.setup("fit")
+        splits = ["train", "val"]
+        if cfg.test and data.has("test"):
+            try:
+                data.setup("test")
+                splits.append("test")
+            except DistillError as error:
+                report["notes"].append(f"the test split is left out: {error}")
+    report["faults"] += [words for words in said if " as well, such as " in words]  # images in two splits
+    report["notes"] += [words for words in said if " as well, such as " not in words]
+    report["data"] = {split: doctor.describe_split(data, split) for split in splits}
+    report["padding"] = doctor.padding_share(data)
+    for split, found in report["data"].items():
+        absent = [name for name, counts in found["classes"].items() if not counts["all"]]
+        if absent:
+            report["notes"].append(f"{split}: no box of {', '.join(absent)}: nothing is learnt or measured of these")
+    return data
+
+
+def _trainer(cfg: DictConfig) -> L.Trainer:
+    """As the run's, without its loggers and callbacks: it knows the device, the precision and how many processes there are."""
+    from distill.cli.train import build_trainer
+
+    bare = OmegaConf.merge(cfg, {"trainer": {"enable_progress_bar": False}})
+    assert isinstance(bare, DictConfig)
+    bare.logger, bare.callbacks = {}, {}
+    return build_trainer(bare, Path())
+
+
+def _teacher(cfg: DictConfig, data: DetectionData, trainer: L.Trainer, report: Report) -> Guest | None:
+    """The teacher, measured; an untrained one of its shape where it is not there yet; None where nobody needs one."""
+    from distill import doctor
+    from distill.cli import teacher, train
+    from distill.guest import Guest
+
+    if not (train.needs_teacher(cfg) or cfg.init == "inherit"):
+        report["teacher"] = {"state": "not needed"}
+        return None
+    teacher.planned(cfg, data.classes)  # refuses what cannot be, before anything is made
+    if cfg.teacher.weights is None:
+        folder, overrides = teacher.place(cfg)
+        if not teacher.finished(folder):
+            detector = config.build(cfg.teacher.model, classes=list(data.classes), weights=None, backbone_weights=None)
+            report["teacher"] = _missing(cfg, detector, data, trainer, folder, overrides)
+            if cfg.teacher.train == "never":
+                report["faults"].append(f"there is no trained teacher at {folder} and teacher.train=never")
+            else:
+                report["notes"].append(
+                    "no teacher is cached: the run trains one first; terms are those of an untrained one"
+                )
+            return Guest(detector, source="untrained")
+    guest: Guest = teacher.find(cfg, data)
+    promised, known = _promise(guest), guest.values.get("val/AP", guest.values.get("val/mAP"))
+    found: Report = {"state": "ready", "source": guest.source, "promised": promised, "here": known}
+    report["teacher"] = found
+    try:
+        device, metrics = trainer.strategy.root_device, train.build_metrics(cfg)
+        found["sample"] = doctor.measure_ap(guest.detector, data, metrics, device, LOOKED_AT, PATIENCE)
+    except DistillError as error:
+        report["notes"].append(f"the teacher's AP is not known: {error}")
+        return guest
+    _judge(cfg, found, report)
+    return guest
+
+
+def _judge(cfg: DictConfig, found: Report, report: Report) -> None:
+    values = found["sample"]["values"]
+    ap = found["sample"]["AP"] = values.get("AP", values.get("mAP"))
+    what = f"the teacher's AP on {found['sample']['images']} validation images is {ap:.3f}"
+    check = "check its weights, its class list and the image size that it was trained with"
+    expected = found["promised"] if found["here"] is None else found["here"]
+    if expected is not None and ap < expected / 2:
+        words = f"{what}, but {found['source']} promises {expected:.3f}: {check}"
+        # A promise on other images than these may well not hold here.
+        report["notes" if found["here"] is None else "faults"].append(words)
+    if cfg.teacher.min_ap is not None and ap < cfg.teacher.min_ap:
+        report["faults"].append(f"{what}, below teacher.min_ap={cfg.teacher.min_ap}: {check}")
+
+
+def _promise(guest: Guest) -> float | None:
+    """The AP that a run's summary or torchvision's enum states of these weights, on whatever images."""
+    source = Path(guest.source).expanduser()
+    summary = (source if source.is_dir() else source.parent) / "summary.json"
+    if source.exists() and summary.is_file():
+        values = json.loads(summary.read_text())["student"]
+        return values.get("val/AP", values.get("val/mAP"))  # type: ignore[no-any-return]
+    named = getattr(type(guest.detector).enum, "__members__", {}).get(guest.source)
+    metrics = named.meta["_metrics"].get("COCO-val2017", {}) if named is not None else {}
+    return metrics["box_map"] / 100 if "box_map" in metrics else None
+
+
+def _missing(
+    cfg: DictConfig, detector: Detector, data: DetectionData, trainer: L.Trainer, folder: Path, overrides: Sequence[str]
+) -> Report:
+    """What would be trained, and for how long: the teacher's own run, whose passes are timed here as a student's."""
+    from distill.module import Distiller
+
+    made_by = config.composed(overrides)
+    module = Distiller(detector, schedule=config.build(made_by.schedule)).to(trainer.strategy.root_device)
+    estimate = _pace(made_by.trainer, module, data, trainer)
+    command = shlex.join(["python", "-m", "distill", "train", *overrides])
+    return {"state": "not trained yet", "folder": str(folder), "command": command, "estimate": estimate}
+
+
+def _classes(report: Report, data: DetectionData, student: Detector, guest: Guest | None) -> None:
+    from distill import doctor
+
+    theirs = guest.facts.classes if guest else None
+    report["classes"] = doctor.class_lists(data.classes, student.facts.classes, theirs)
+    untaught = [row["data"] for row in report["classes"] if row["taught"] is False]
+    if untaught:
+        report["notes"].append(
+            f"the teacher does not know {', '.join(untaught)}; class lists are matched by exact name"
+        )
+
+
+def _terms(report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer) -> None:
+    import torch
+
+    from distill import doctor
+    from distill.guard import autocast
+
+    device, precision = trainer.strategy.root_device, str(trainer.precision)
+    for loss in module.losses.values():
+        loss.on_epoch_start(0, data, module.student, module.teacher)
+    batch = next(iter(data.train_dataloader())).to(device)
+    with torch.no_grad(), autocast(precision, device):
+        student, teacher = module.views(batch, 0)
+        untrained = module.teacher is not None and module.teacher.source == "untrained"
+        report["shapes"] = doctor.shapes(student, module.teacher.facts if untrained and module.teacher else teacher)
+    report["adapters"] = doctor.adapters(module.losses)
+    report["terms"] = terms = doctor.measure_terms(module, batch, precision)
+    report["batch"] = {"images": list(batch.ids), "shape": list(batch.images.shape)}
+    detection = sum(term["loss"] for name, term in terms.items() if name.startswith("student/"))
+    for name, term in terms.items():
+        if not abs(term["value"]) < float("inf"):
+            report["faults"].append(
+                f"the term {name} is not finite at step 0: set its weight to 0, or look at the data"
+            )
+        elif term["weight"] and not term["reaches"]:
+            report["notes"].append(
+                f"the term {name} has no gradient at step 0: it is cut off, or this batch has none of it"
+            )
+        if not name.startswith("student/") and abs(term["loss"]) > TIMES * abs(detection):
+            times = abs(term["loss"]) / max(abs(detection), 1e-30)
+            report["notes"].append(
+                f"the term {name} is {times:.3g} times the detection loss at step 0: lower its weight"
+            )
+
+
+def _estimate(cfg: DictConfig, report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer) -> None:
+    from distill import doctor
+
+    report["estimate"] = found = _pace(cfg.trainer, module, data, trainer)
+    optimizer = str(cfg.schedule.optimizer.get("_target_", ""))
+    found["bytes"] += doctor.state_bytes(module, optimizer)
+    if found["bytes"] > found["device_bytes"]:
+        report["faults"].append(
+            f"a step takes about {_gib(found['bytes'])}, but {found['device']} has {_gib(found['device_bytes'])}: lower "
+            "data.batch_size (with schedule.accumulate for the same total), or data.max_size"
+        )
+
+
+def _pace(limits: DictConfig, module: Distiller, data: DetectionData, trainer: L.Trainer) -> Report:
+    """Time and memory of a schedule on this machine, from the passes of a few batches; `limits` is a ``trainer`` node."""
+    from distill import doctor
+
+    device: torch.device = trainer.strategy.root_device
+    processes = trainer.num_devices * trainer.num_nodes
+    loader = data.train_dataloader()
+    step = doctor.backward(module, str(trainer.precision))
+    pace = doctor.measure_pace(step, loader, device, BATCHES, PATIENCE)
+    looked = doctor.measure_ap(module.student, data, (), device, 2 * data.eval_batch_size, PATIENCE)
+    module.student.train()
+    batches, evaluations = planned(limits, max(1, len(loader) // processes))
+    training = batches * pace["seconds_per_batch"]
+    evaluating = evaluations * looked["seconds_per_image"] * len(data.records("val")) / processes
+    return {
+        "device": str(device),
+        "processes": processes,
+        "precision": str(trainer.precision),
+        "batches": batches,
+        "evaluations": evaluations,
+        "seconds_per_batch": pace["seconds_per_batch"],
+        "seconds": {"training": training, "evaluation": evaluating, "total": training + evaluating},
+        "bytes": pace["peak_bytes"],
+        "device_bytes": doctor.memory(device),
+    }
+
+
+def planned(limits: DictConfig, batches: int) -> tuple[int, int]:
+    """How many batches a process will train on, at `batches` an epoch, and how often it will evaluate, the end included."""
+    part = 1.0 if limits.limit_train_batches is None else limits.limit_train_batches
+    an_epoch = min(batches, part) if isinstance(part, int) else max(1, int(batches * part))
+    total = an_epoch * limits.max_epochs
+    if limits.max_steps >= 0:
+        total = min(total, limits.max_steps * limits.accumulate_grad_batches)
+    return total, total // an_epoch // limits.check_val_every_n_epoch + 1
+
+
+@contextmanager
+def _warned() -> Iterator[list[str]]:
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    said += [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
+
+
+# -- on the terminal
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """The sections as tables, and the verdict."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console()
+    for rows in (_data_rows, _count_rows, _class_rows, _shape_rows, _adapter_rows, _term_rows):
+        title, columns, cells = rows(report)
+        if cells:
+            console.print(_table(title, columns, cells))
+    for line in (*_teacher_lines(report), *_estimate_lines(report)):
+        console.print(line, highlight=False, soft_wrap=True)
+    for kind, colour in (("notes", "yellow"), ("faults", "red")):
+        for words in report[kind]:
+            console.print(f"[{colour}]{kind[:-1]}[/]  {escape(words)}", highlight=False, soft_wrap=True)
+    count = len(report["faults"])
+    verdict = "[green]ready[/]" if report["verdict"] == "ready" else f"[red]{count} to mend[/], named above"
+    console.print(f"verdict  {verdict} ({report['seconds']:.0f} s)", highlight=False)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("–" if cell is None else escape(str(cell)) for cell in row))
+    return table
+
+
+Rows = tuple[str, Sequence[str], list[list[Any]]]
+
+
+def _data_rows(report: Mapping[str, Any]) -> Rows:
+    rows: list[list[Any]] = []
+    for split, found in report.get("data", {}).items():
+        mended = ", ".join(f"{number} {what}" for what, number in found["mended"].items())
+        rows.append([split, *(found[what] for what in COUNTED), mended or "nothing"])
+    share = f"{100 * report.get('padding', 0):.1f} % of the training batches' pixels are padding"
+    return f"data; {share}", ("", *COUNTED, "mended"), rows
+
+
+def _count_rows(report: Mapping[str, Any]) -> Rows:
+    data = report.get("data", {})
+    names = next(iter(data.values()))["classes"] if data else {}
+    rows = [[name, *("/".join(map(str, data[split]["classes"][name].values())) for split in data)] for name in names]
+    return "boxes: small/medium/large/all", ("class", *data), rows
+
+
+def _class_rows(report: Mapping[str, Any]) -> Rows:
+    rows = [[row[name] for name in ("label", "data", "student", "teacher")] for row in report.get("classes", ())]
+    return "classes", ("label", "data", "student", "teacher"), rows
+
+
+def _shape_rows(report: Mapping[str, Any]) -> Rows:
+    found = report.get("shapes", [])
+    columns = list(found[0]) if found else []
+    rows = [[row["stride"], *("×".join(map(str, row[c])) if row[c] else None for c in columns[1:])] for row in found]
+    return "maps, C×H×W", columns, rows
+
+
+def _adapter_rows(report: Mapping[str, Any]) -> Rows:
+    rows = [[row["name"], row["layer"], f"{row['parameters']:,}"] for row in report.get("adapters", ())]
+    return "adapters", ("name", "layer", "parameters"), rows
+
+
+def _term_rows(report: Mapping[str, Any]) -> Rows:
+    rows = [
+        [name, f"{term['value']:.4g}", f"{term['weight']:g}", f"{term['loss']:.4g}", f"{100 * term['share']:.1f} %"]
+        for name, term in report.get("terms", {}).items()
+    ]
+    return "terms at step 0", ("term", "value", "weight", "in the loss", "of the neck's gradient"), rows
+
+
+def _teacher_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    from rich.markup import escape
+
+    found = report.get("teacher")
+    if found is None:
+        return
+    if found["state"] != "ready":
+        yield f"[bold]teacher[/]  {found['state']}"
+    if "command" in found:
+        yield f"         would go to {escape(found['folder'])}, in about {_clock(found['estimate']['seconds']['total'])}:"
+        yield f"         {escape(found['command'])}"
+    if "source" in found:
+        sample, promised = found.get("sample"), found["promised"] if found["here"] is None else found["here"]
+        measured = f"AP {sample['AP']:.3f} on {sample['images']} images" if sample else "AP not known"
+        said = f"{promised:.3f} promised" if promised is not None else "its file promises nothing"
+        yield f"[bold]teacher[/]  {escape(found['source'])}: {measured}, {said}"
+
+
+def _estimate_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    found = report.get("estimate")
+    if found is None:
+        return
+    seconds = found["seconds"]
+    yield (
+        f"[bold]time[/]     about {_clock(seconds['total'])}: {found['batches']} batches of "
+        f"{found['seconds_per_batch']:.3f} s on each of {found['processes']} {found['device']} at {found['precision']}, and "
+        f"{_clock(seconds['evaluation'])} of evaluation"
+    )
+    yield f"[bold]memory[/]   about {_gib(found['bytes'])} of {_gib(found['device_bytes'])}"
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"

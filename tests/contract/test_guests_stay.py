@@ -1,0 +1,99 @@
+"""A teacher that something writes into is noticed at the end of the epoch, whatever was written and however."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from test_distiller import detector, distiller, fit, guest, weights
+
+from distill.guest import Frozen, bits
+from distill.losses.defeat import DeFeat
+from distill.types import DistillError
+
+
+def nudge(net: Any) -> None:
+    weight = net.backbone.fpn.layer_blocks[1][0].weight.data  # .data: no version counter sees it
+    weight[0, 0, 0, 0] = torch.nextafter(weight[0, 0, 0, 0], torch.tensor(9.0))
+
+
+def move_statistics(net: Any) -> None:
+    net.backbone.body.bn1.running_mean.add_(1e-3)
+
+
+def replace(net: Any) -> None:
+    net.backbone.body.conv1.weight = torch.nn.Parameter(torch.zeros_like(net.backbone.body.conv1.weight))
+
+
+def wake(net: Any) -> None:
+    net.train()
+
+
+class Meddler(L.Callback):
+    def __init__(self, change: Callable[[Any], None], epoch: int) -> None:
+        self.change, self.epoch = change, epoch
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        if trainer.current_epoch == self.epoch and index == 0:
+            self.change(module.teacher.detector.net)
+
+
+CHANGES = {
+    nudge: "fpn.layer_blocks.1.0.weight",
+    move_statistics: "bn1.running_mean",
+    replace: "body.conv1.weight",
+    wake: "running_mean",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_teacher_that_changes_stops_the_run(change: Callable[[Any], None], tmp_path: Path) -> None:
+    module = distiller(teacher=guest(norm="live"), losses={"defeat": DeFeat})
+    with pytest.raises(DistillError, match=r"the teacher \(memory\) must stay as it is") as caught:
+        fit(module, tmp_path, callbacks=[Meddler(change, epoch=1)], max_epochs=3)
+    assert CHANGES[change] in str(caught.value)
+    assert module.trainer.current_epoch == 1
+
+
+def test_a_guest_of_a_loss_is_watched_too(tmp_path: Path) -> None:
+    class Own(DeFeat):
+        def __init__(self, student: Any, teacher: Any) -> None:
+            super().__init__(student, teacher)
+            self.classifier = Frozen(torch.nn.Linear(2, 3), "a file")
+
+    module = distiller(losses={"own": Own})
+
+    class Write(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            module.losses.own.classifier._module.bias.data[1] += 1
+
+    with pytest.raises(DistillError, match=r"the teacher \(a file\) must stay .* 1 of its 2 .* bias"):
+        fit(module, tmp_path, callbacks=[Write()])
+
+
+def test_a_teacher_that_is_left_alone_goes_on(tmp_path: Path) -> None:
+    module = distiller(teacher=guest(norm="live"), losses={"defeat": partial(DeFeat)})
+    before = weights(module.teacher.detector) if module.teacher else {}
+    fit(module, tmp_path, max_epochs=3, limit_val_batches=1.0)
+    assert module.teacher is not None
+    assert bits(before) == bits(module.teacher.detector.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8])
+def test_any_kind_of_tensor_has_bits(dtype: torch.dtype) -> None:
+    x = torch.zeros(3, 4, 5, 5, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    y = x.clone()
+    y[1, 2, 3, 4] = 1
+    assert bits({"x": x}) != bits({"x": y})
+    assert bits({"x": x}) == bits({"x": x.clone()})
+    assert bits({}) == {}
+
+
+def test_a_student_may_change(tmp_path: Path) -> None:
+    module = distiller(detector(), losses=None)
+    fit(module, tmp_path, max_epochs=1)

@@ -1,0 +1,100 @@
+"""A distillation term that cannot teach is called by its name, once; a healthy one is not, and looking changes nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_distiller import Custom, assert_same, detector, distiller, fit, guest, sgd, shapes, weights
+from torch import Tensor
+
+from distill.callbacks.terms import Measure, TermCheck, faults
+from distill.losses.defeat import DeFeat
+from distill.module import Distiller
+from distill.types import DistillError, View
+
+Formula = Callable[[View, View], Tensor]
+TERMS: dict[str, tuple[Formula, list[str]]] = {
+    "healthy": (lambda s, t: (s.neck[8].mean() - 1).square(), []),
+    "constant": (lambda s, t: s.neck[8].mean() * 1e-9 + 3.0, ["stays at 3"]),
+    "cut off": (lambda s, t: s.neck[8].detach().std(), ["has no gradient"]),
+    "multiplied by zero": (lambda s, t: s.neck[8].detach().std() + s.neck[8].sum() * 0, ["has no gradient"]),
+    "of the body alone": (lambda s, t: s.body[32].mean().square(), []),
+    "of the heads": (lambda s, t: s.objectness[8].mean().square(), []),
+    "large": (lambda s, t: 1e4 * s.neck[8].std(), ["times the detection loss (callbacks.terms.times=100)"]),
+    "silent": (lambda s, t: s.neck[8].detach().sum() * 0, ["stays at 0", "has no gradient"]),
+}
+
+
+def said(module: Distiller, folder: Path, **options: Any) -> list[str]:
+    """What a run of six steps is warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, folder, shapes(train=24), max_epochs=1, **options)
+    return [str(each.message) for each in caught if "the term " in str(each.message)]
+
+
+@pytest.mark.parametrize("case", TERMS)
+def test_each_trouble_is_named_once(case: str, tmp_path: Path) -> None:
+    formula, expected = TERMS[case]
+    module = distiller(losses={"mine": partial(Custom, formula=formula), "defeat": DeFeat}, schedule=sgd(lr=0.0))
+    found = said(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)])
+    assert len(found) == len(expected)
+    for words, message in zip(expected, found, strict=True):
+        assert message.startswith("the term mine/term ")
+        assert words in message
+    assert module.observers == []
+
+
+def test_a_trouble_must_last(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def sometimes(student: View, teacher: View) -> Tensor:
+        calls.append(1)
+        value = student.neck[8].std()
+        return value if len(calls) % 3 == 0 else value.detach()
+
+    module = distiller(losses={"mine": partial(Custom, formula=sometimes)})
+    assert said(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)]) == []
+
+
+def test_a_term_that_does_not_count_is_passed_over(tmp_path: Path) -> None:
+    module = distiller(losses={"defeat": partial(DeFeat, ramp={"stop": 99})})
+    assert said(module, tmp_path, callbacks=[TermCheck(every=1, steps=2, times=1e-9)]) == []
+
+
+def test_looking_changes_nothing_and_is_rare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[Any] = []
+    grad = torch.autograd.grad
+
+    def counted(*args: Any, **named: Any) -> Any:
+        looks.append(args)
+        return grad(*args, **named)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    ends = []
+    for callbacks in ([], [TermCheck(every=4, steps=4)]):
+        module = distiller(detector(norm="live"), guest(), {"defeat": DeFeat})
+        fit(module, tmp_path, shapes(train=24), max_epochs=1, callbacks=callbacks, accumulate_grad_batches=1)
+        ends.append(weights(module))
+    assert_same(*ends)
+    assert len(looks) == 2 * 2  # two terms, in steps 0 and 4
+
+
+def test_faults_of_single_measures() -> None:
+    fine = [Measure(1.0, 2.0, 5.0, 1.0), Measure(1.1, 2.2, 0.0, 1.0)]
+    assert faults(fine, 100) == {}
+    assert list(faults([Measure(1.0, 2.0, 5.0, 1.0), Measure(1.0 + 1e-7, 2.0, 0.0, 1.0)], 100)) == ["constant"]
+    assert list(faults(fine, 1.9)) == ["size"]
+    assert faults([*fine, Measure(float("nan"), float("nan"), float("nan"), 1.0)], 1.9) == {}
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"steps": 0}, {"times": 0.0}])
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(DistillError, match=r"callbacks\.terms=null"):
+        TermCheck(**options)

@@ -1,0 +1,124 @@
+"""A sweep: a job that fails is a row and no end, one that is done is not done again, and each is a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import TINY, Cli, summary
+from distill.cli.sweep import execute, place
+
+NONE = ["distill=none", *TINY, "pictures=0", "test=false"]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
+
+
+def test_a_failed_job_is_recorded_and_the_next_ones_run(
+    cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    axis = "schedule.shape=stairs,constant"
+    assert cli(["train", "-m", axis, *NONE, "hydra.sweep.dir=sweep"]) == 1
+    said = capfd.readouterr()
+    assert "1 of the sweep's jobs failed, the first: job 0: schedule.shape: expected one of" in said.err
+    assert "job 0 failed: schedule.shape: expected one of" in said.out
+    first, second = rows(tmp_path / "sweep")
+    assert (first["state"], second["state"]) == ("failed", "done")
+    assert first["error"].startswith("schedule.shape: expected one of step")
+    assert float(second["val/AP"]) >= 0
+
+    finished = (tmp_path / "sweep" / "1" / "student.pt").stat().st_mtime_ns
+    assert cli(["train", "-m", axis, "schedule.gamma=0.5", *NONE, "hydra.sweep.dir=sweep"]) == 1
+    assert [row["state"] for row in rows(tmp_path / "sweep")] == ["failed", "done", "failed", "done"]
+    assert (tmp_path / "sweep" / "1" / "student.pt").stat().st_mtime_ns == finished
+
+
+def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
+    """Killed after its second job's first epoch: the first is not run again, the second is resumed."""
+    data = [line for line in NONE if not line.startswith(("schedule.epochs", "trainer.max_steps"))]
+    lines = ["-m", "seed=0,1", *data, "schedule.epochs=6", "hydra.sweep.dir=a sweep"]
+    command = [sys.executable, "-m", "distill", "train", *lines]
+    command[command.index("hydra.sweep.dir=a sweep")] = "hydra.sweep.dir='a sweep'"
+    sweep = tmp_path / "a sweep"
+    running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 900
+    while not (sweep / "1" / "checkpoints" / "last.ckpt").is_file():
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert (sweep / "0" / "summary.json").is_file()
+    done_before = (sweep / "1" / "summary.json").is_file()
+    finished = (sweep / "0" / "student.pt").stat().st_mtime_ns
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert again.returncode == 0, again.stderr
+    assert [row["state"] for row in rows(sweep)] == ["done"] * 2
+    assert [row["seed"] for row in rows(sweep)] == ["0", "1"]
+    assert (sweep / "0" / "student.pt").stat().st_mtime_ns == finished
+    assert done_before or (sweep / "1" / "metrics.1.csv").is_file()  # what was logged before the resume
+    assert not (sweep / "0" / "metrics.1.csv").exists()
+
+
+def test_a_job_of_several_processes(tmp_path: Path) -> None:
+    lines = ["-m", "seed=0", "trainer=ddp_cpu", *NONE, "hydra.sweep.dir=sweep"]
+    command = [sys.executable, "-m", "distill", "train", *lines]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert [row["state"] for row in rows(tmp_path / "sweep")] == ["done"]
+    assert [folder.name for folder in (tmp_path / "sweep").iterdir() if folder.is_dir()] == ["0"]
+    assert summary(tmp_path / "sweep" / "0")["student"]["val/AP"] >= 0
+    assert done.stderr.count("GLOBAL_RANK") == 2
+
+
+def test_a_sweep_that_is_started_by_every_process_is_refused(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli(["train", "-m", "seed=0,1", *NONE]) == 1
+    assert "start the sweep anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("print('distill: two\\ndistill: three', file=sys.stderr); sys.exit(1)", (1, "three")),
+        ("print('Boom: x\\n', file=sys.stderr); sys.exit(3)", (3, "exit code 3: Boom: x")),
+        ("sys.exit(4)", (4, "exit code 4")),
+        ("os.kill(os.getpid(), 9)", (-9, "killed by SIGKILL")),
+        (
+            "print(os.environ['DISTILL_SWEEP'], os.environ.get('RANK'), file=sys.stderr); sys.exit(1)",
+            (1, "exit code 1: it None"),
+        ),
+    ],
+)
+def test_what_a_job_says_last_is_kept(code: str, expected: tuple[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "7")
+    assert execute([sys.executable, "-c", f"import os, sys; {code}"], "it") == expected
+
+
+def test_a_job_has_the_folder_that_holds_its_words(tmp_path: Path) -> None:
+    def make(name: str, *lines: Any) -> Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        if lines:
+            (tmp_path / name / "overrides.yaml").write_text(json.dumps(lines))
+        return tmp_path / name
+
+    make("0", "seed=0", "model=x")
+    make("1", "seed=1", "model=x", "ckpt_path=last")
+    given = make("2")
+    assert place(tmp_path, given, ["model=x", "seed=1"]) == tmp_path / "1"
+    assert not given.exists()
+    assert place(tmp_path, make("2"), ["seed=2", "model=x"]) == tmp_path / "2"
+    assert place(tmp_path, tmp_path / "1", ["seed=5", "model=x"]) == tmp_path / "3"
+    assert place(tmp_path, tmp_path / "0", ["seed=0", "model=x"]) == tmp_path / "0"

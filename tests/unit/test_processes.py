@@ -1,0 +1,153 @@
+"""Processes that were given different things refuse to start, all of them; and none waits for ever for another."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from distill.callbacks.processes import Agreement, agree, lost, patience
+from distill.cli import config
+from distill.cli.train import agreed
+from distill.data.datamodule import DetectionData
+from distill.data.shapes import Shapes
+from distill.types import DistillError
+
+CASES: dict[str, list[dict[str, str]]] = {  # what each of two processes was given
+    "equal": [{"seed": "0", "model.depth": "10"}, {"model.depth": "10", "seed": "0"}],
+    "seed": [{"seed": "0", "model.depth": "10"}, {"seed": "1", "model.depth": "10"}],
+    "a key": [{"seed": "0"}, {"seed": "0", "guard.limit": "3"}],
+    "many": [{f"k{number}": "0" for number in range(9)}, {f"k{number}": "1" for number in range(9)}],
+}
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    impatient = dist.new_group(timeout=patience(0.05), backend="gloo")
+    found: dict[str, Any] = {}
+    for case, facts in CASES.items():
+        try:
+            agree(facts[rank])
+            found[case] = None
+        except DistillError as error:
+            found[case] = str(error)
+    if rank == 0:  # the other one does not come
+        start = time.monotonic()
+        try:
+            dist.all_reduce(torch.ones(1), group=impatient)
+        except RuntimeError as error:
+            found["lost"], found["waited"] = lost(error), time.monotonic() - start
+    torch.save(found, f"{folder}/{rank}.pt")
+    while not Path(f"{folder}/0.pt").is_file():
+        time.sleep(0.1)
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(one_rank, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_difference_is_named_on_all_processes(case: str, both: list[dict[str, Any]]) -> None:
+    first, second = (found[case] for found in both)
+    assert first == second
+    if case == "equal":
+        assert first is None
+        return
+    expected = {
+        "seed": "  seed: 0 on rank 0, 1 on rank 1\n",
+        "a key": "  guard.limit: missing on rank 0, 3 on rank 1\n",
+        "many": "  k4: 0 on rank 0, 1 on rank 1\n  … and 4 more\n",
+    }
+    assert expected[case] in first
+    assert "model.depth" not in first
+
+
+def test_a_process_that_does_not_answer_is_not_waited_for_for_ever(both: list[dict[str, Any]]) -> None:
+    assert both[0]["lost"] is True
+    assert 2 < both[0]["waited"] < 60  # three seconds were allowed
+
+
+def data(**options: Any) -> DetectionData:
+    return DetectionData(Shapes(train=4, val=2, test=0, size=64, **options), workers=0, min_size=64, max_size=64)
+
+
+def facts(*lines: str, run: str = "a", source: DetectionData | None = None) -> dict[str, str]:
+    fixed = [f"paths.run={run}", "name=n", "logger.csv.name=n"]
+    return agreed(config.composed([*lines, *fixed]), source or data())
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("seed=3", "seed"),
+        ("model.depth=18", "model.depth"),
+        ("distill.losses.defeat.neck.foreground=1", "distill.losses.defeat.neck.foreground"),
+        ("trainer.precision=16-mixed", "trainer.precision"),
+        ("guard.limit=0", "guard.limit"),
+    ],
+)
+def test_what_decides_a_run_is_among_the_facts(line: str, key: str) -> None:
+    before, after = facts(), facts(line)
+    assert key in {name for name in after if before.get(name) != after[name]}
+
+
+def test_paths_and_times_are_not_among_the_facts() -> None:
+    assert facts(run="outputs/x/2026-01-01") == facts(run="outputs/x/2026-01-02", source=data())
+
+
+def test_other_data_is_another_fact() -> None:
+    def different(other: DetectionData) -> set[str]:
+        before, after = facts(), facts(source=other)
+        return {name for name in after if before[name] != after[name]}
+
+    assert different(data(seed=5)) == {"data of train", "data of val"}
+    nudged = data()
+    nudged.records("train")[1].boxes[0, 0] += 1e-9
+    assert different(nudged) == {"data of train"}
+    relabelled = data()
+    relabelled.records("val")[0].labels[0] = 1 + relabelled.records("val")[0].labels[0] % 6
+    assert different(relabelled) == {"data of val"}
+
+
+def test_one_process_has_nobody_to_agree_with() -> None:
+    class Alone:
+        world_size = 1
+
+    Agreement(lambda: pytest.fail("asked")).setup(Alone(), None, "fit")  # type: ignore[arg-type]
+
+
+def test_patience_is_a_time_above_zero() -> None:
+    assert patience(2) == timedelta(seconds=120)
+    with pytest.raises(DistillError, match="above 0"):
+        patience(0)
+
+
+@pytest.mark.parametrize("option", ["ddp", "ddp_cpu"])
+def test_the_strategies_have_a_timeout(option: str) -> None:
+    node = config.composed([f"trainer={option}", "trainer.strategy.timeout.minutes=2", "paths.run=x"]).trainer.strategy
+    assert config.build(node)._timeout == timedelta(minutes=2)
+
+
+def test_other_errors_are_not_taken_for_a_lost_process() -> None:
+    assert not lost(RuntimeError("CUDA out of memory"))
+    assert not lost(ValueError("Timed out"))
+    assert lost(RuntimeError("[gloo/transport/tcp] Connection closed by peer [127.0.0.1]:1234"))
+
+
+def test_folder_names_are_no_data(tmp_path: Path) -> None:
+    one, two = data(), data()
+    for record in two.records("train"):
+        record.file = str(tmp_path / record.file)
+    assert one.state_dict() == two.state_dict()
