@@ -14,15 +14,22 @@ USAGE = """usage: distill <verb> [options]
   train [overrides]                     train or distil a detector (also: python train.py)
   evaluate RUN|CKPT [overrides]         AP of a run's student, on any split or data set
   predict RUN IMAGES... [--score 0.5]   pictures and COCO-format detections
+  bench [overrides]                     what distillation costs here, and what is the bottleneck
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
 
 distill <verb> --help says more."""
 
 
 def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
-    from distill.cli import classifier, evaluate, predict, train
+    from distill.cli import bench, classifier, evaluate, predict, train
 
-    return {"train": train.main, "evaluate": evaluate.main, "predict": predict.main, "classifier": classifier.main}
+    return {
+        "train": train.main,
+        "evaluate": evaluate.main,
+        "predict": predict.main,
+        "bench": bench.main,
+        "classifier": classifier.main,
+    }
 
 
 def main(argv: Sequence[str]) -> int:
