@@ -135,6 +135,8 @@ class Cost:
 class OptionCost(Cost):
     """What an option costs. The ratios are to the student-only step, or to what ``glue`` compares with."""
 
+    student: Spread
+    """The student-only step in the same rounds."""
     teacher: Spread
     """Forward, as deep as the losses read it."""
     adapters: Spread
@@ -263,47 +265,44 @@ def _nothing() -> None:
     pass
 
 
-def measure_steps(
-    plain: Step, options: Mapping[str, Step], clock: Clock, repeats: int = 10, warmup: int = 2
-) -> tuple[Cost, dict[str, OptionCost]]:
-    """The student-only step and each option's, all of them once a round."""
-    runs: dict[tuple[str, str], Callable[[], float]] = {("", "step"): partial(clock.time, plain.run)}
-    stages: dict[str, list[str]] = {}
-    for name, step in options.items():
-        watched = step.teach()
-        stages[name] = watched.stages if watched else []
-        runs[name, "step"] = partial(clock.time, step.run)
-        runs[name, "teacher"] = partial(_reading, step, clock)
-        runs[name, "adapters"] = partial(clock.time, step.adapters())
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    for number in range(warmup + repeats):
-        for key, run in runs.items():
-            seconds = run()
-            if number >= warmup:
-                times[key].append(seconds)
-    student = Cost(Spread.of(times["", "step"]), _flops(plain.run), peak(plain.run, plain.batch.images.device))
-    costs = {
-        name: _option_cost(step, times["", "step"], {part: times[name, part] for part in PARTS}, stages[name])
-        for name, step in options.items()
-    }
-    return student, costs
+def measure_student(plain: Step, clock: Clock, repeats: int = 10, warmup: int = 2) -> Cost:
+    """The student-only step."""
+    (seconds,) = _rounds([partial(clock.time, plain.run)], repeats, warmup)
+    return Cost(Spread.of(seconds), _flops(plain.run), peak(plain.run, plain.batch.images.device))
 
 
-PARTS = ("step", "teacher", "adapters")
+def measure_option(plain: Step, step: Step, clock: Clock, repeats: int = 10, warmup: int = 2) -> OptionCost:
+    """A step with losses: each round takes the student-only step, this one, its teacher and its adapters."""
+    watched = step.teach()
+    parts = (partial(clock.time, plain.run), partial(clock.time, step.run), partial(_reading, step, clock))
+    times = _rounds([*parts, partial(clock.time, step.adapters())], repeats, warmup)
+    return _option_cost(step, watched.stages if watched else [], *times)
+
+
+def _rounds(parts: Sequence[Callable[[], float]], repeats: int, warmup: int) -> list[list[float]]:
+    """Seconds of each part in each round that counts."""
+    rounds = [[part() for part in parts] for _ in range(warmup + repeats)]
+    return [list(seconds) for seconds in zip(*rounds[warmup:], strict=True)]
 
 
 def _option_cost(
-    step: Step, student: Sequence[float], times: Mapping[str, Sequence[float]], stages: list[str]
+    step: Step,
+    stages: list[str],
+    student: Sequence[float],
+    whole: Sequence[float],
+    teacher: Sequence[float],
+    adapters: Sequence[float],
 ) -> OptionCost:
-    rounds = list(zip(student, *(times[part] for part in PARTS), strict=True))
+    rounds = list(zip(student, whole, teacher, adapters, strict=True))
     return OptionCost(
-        *(Spread.of(times["step"]), _flops(step.run), peak(step.run, step.batch.images.device)),
-        teacher=Spread.of(times["teacher"]),
-        adapters=Spread.of(times["adapters"]),
-        ratio=Spread.of([whole / own for own, whole, _, _ in rounds]),
-        teacher_ratio=Spread.of([teacher / own for own, _, teacher, _ in rounds]),
-        adapters_ratio=Spread.of([adapters / own for own, _, _, adapters in rounds]),
-        glue=Spread.of([whole / (own + teacher + adapters) - 1 for own, whole, teacher, adapters in rounds]),
+        *(Spread.of(whole), _flops(step.run), peak(step.run, step.batch.images.device)),
+        student=Spread.of(student),
+        teacher=Spread.of(teacher),
+        adapters=Spread.of(adapters),
+        ratio=Spread.of([all_ / own for own, all_, _, _ in rounds]),
+        teacher_ratio=Spread.of([theirs / own for own, _, theirs, _ in rounds]),
+        adapters_ratio=Spread.of([layers / own for own, _, _, layers in rounds]),
+        glue=Spread.of([all_ / (own + theirs + layers) - 1 for own, all_, theirs, layers in rounds]),
         teacher_flops=_teacher_flops(step),
         stages=stages,
         allowed=GLUE["regions" if REGIONS & set(stages) else "neck"],

@@ -51,7 +51,7 @@ def test_the_report_is_complete_and_its_ratios_fit(
     for path, value in leaves(report):
         if isinstance(value, (int, float)) and "glue" not in path and not path.endswith("workers"):
             assert value > 0, path
-    own = report["student"]["step"]["median"]
+    own = option["student"]["median"]
     assert option["ratio"]["median"] == pytest.approx(option["step"]["median"] / own)
     parts = own + option["teacher"]["median"] + option["adapters"]["median"]
     assert option["glue"]["median"] == pytest.approx(option["step"]["median"] / parts - 1)

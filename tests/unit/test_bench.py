@@ -20,7 +20,8 @@ from distill.bench import (
     _option_cost,
     measure_evaluation,
     measure_loader,
-    measure_steps,
+    measure_option,
+    measure_student,
     peak,
     settle,
     verdict,
@@ -160,30 +161,29 @@ def test_adapters_run_on_what_they_see_in_a_step_and_leave_nothing(batch: Batch)
 
 
 def test_ratios_are_those_of_the_same_round(batch: Batch) -> None:
-    times = {"step": [4.0, 10.0, 3.0], "teacher": [1.0, 1.0, 0.5], "adapters": [0.5, 1.0, 0.25]}
-    cost = _option_cost(step(batch), [2.0, 4.0, 2.0], times, ["neck"])
+    times = [2.0, 4.0, 2.0], [4.0, 10.0, 3.0], [1.0, 1.0, 0.5], [0.5, 1.0, 0.25]
+    cost = _option_cost(step(batch), ["neck"], *times)
     assert cost.ratio.median == 2.0
     assert cost.teacher_ratio == Spread(0.25, 0.25, 0.5)
     assert cost.adapters_ratio.median == 0.25
     assert cost.glue.median == pytest.approx(4 / 3.5 - 1)
     assert (cost.glue.low, cost.glue.high) == (pytest.approx(3 / 2.75 - 1), pytest.approx(10 / 6 - 1))
     assert cost.allowed == 0.03
-    assert _option_cost(step(batch), [2.0] * 3, times, ["neck", "roi_features"]).allowed == 0.10
+    assert _option_cost(step(batch), ["neck", "roi_features"], *times).allowed == 0.10
 
 
 def test_a_round_takes_every_part_once_and_the_first_ones_are_thrown_away(batch: Batch) -> None:
-    clock = SetClock(9, 9, 9, *(1, 4, 0.5), *(2, 4, 0.5))  # a warm-up; then student, step and adapters, twice
-    made = step(batch)
-    student, costs = measure_steps(step(batch, None), {"defeat": made}, clock, repeats=2, warmup=1)
+    clock = SetClock(*(9, 9, 9), *(1, 4, 0.5), *(2, 4, 0.5))  # a warm-up; then student, step and adapters, twice
+    plain = step(batch, None)
+    cost = measure_option(plain, step(batch), clock, repeats=2, warmup=1)
     assert not clock.numbers
+    assert (cost.step.median, cost.adapters.median, cost.ratio.median) == (4, 0.5, 3)
+    student = measure_student(plain, SetClock(9, 1, 2), repeats=2, warmup=1)
     assert student.step.median == 1.5
-    assert (costs["defeat"].step.median, costs["defeat"].adapters.median) == (4, 0.5)
-    assert costs["defeat"].ratio.median == 3
-    assert costs["defeat"].flops > student.flops > 0
     adapters = sum(3 * 2 * 2 * 16 * 24 * 9 * (64 // stride) ** 2 for stride in (4, 8, 16, 32, 64))
     boxes = max(len(target.boxes) for target in batch.targets)
     masks = 2 * 2 * boxes * sum((64 // stride) ** 2 for stride in (4, 8, 16, 32, 64))  # unions by matrix products
-    rest = costs["defeat"].flops - student.flops - costs["defeat"].teacher_flops - adapters
+    rest = cost.flops - student.flops - cost.teacher_flops - adapters
     assert 0 < rest <= 2 * masks
 
 
@@ -235,7 +235,7 @@ def spread(value: float) -> Spread:
 
 def report(loader: float = 1000.0, glue: float = 0.01, teacher: float = 0.4, adapters: float = 0.1) -> Report:
     option = OptionCost(
-        *(spread(0.2), 2.0, {}, spread(0.1 * teacher), spread(0.1 * adapters)),
+        *(spread(0.2), 2.0, {}, spread(0.1), spread(0.1 * teacher), spread(0.1 * adapters)),
         *(spread(2.0), spread(teacher), spread(adapters), spread(glue), 1.0, ["neck"], 0.03),
     )
     return Report({}, Cost(spread(0.1), 1.0, {}), {"x": option}, {}, {"images_per_second": loader}, {})

@@ -16,10 +16,11 @@ from distill.cli import config
 from distill.types import DistillError
 
 if TYPE_CHECKING:
-    from distill.bench import Cost, Report, Spread, Step
+    from distill.bench import Cost, OptionCost, Report, Spread
     from distill.data.datamodule import DetectionData
     from distill.detectors.base import Detector
     from distill.guest import Guest
+    from distill.losses.base import DistillLoss
     from distill.types import Batch
 
 PRECISIONS = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
@@ -52,11 +53,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def bench(args: argparse.Namespace) -> Report:
-    """Build all, then measure: steps in turn, then the loader, then evaluation."""
+    """Build all, then measure: the student's step, that of each option, the loader, evaluation."""
     import torch
     from lightning import seed_everything
 
-    from distill.bench import Clock, Report, measure_evaluation, measure_loader, measure_steps, settle, verdict
+    from distill import bench as measure
+    from distill.bench import Clock, Report, Step, measure_option, measure_student
     from distill.cli.train import build_metrics, check_masks
 
     cfg = config.composed(args.overrides)
@@ -69,11 +71,24 @@ def bench(args: argparse.Namespace) -> Report:
     min_size, max_size = data.input_size
     student = untrained(cfg.model, data, min_size=min_size, max_size=max_size).to(device)
     check_masks(cfg, student, data)
-    settle(student, batch)
+    measure.settle(student, batch)
     student.train()
     autocast, precision = _precision(cfg, device)
-    plain, steps, skipped, teacher = _steps(cfg, args, data, student, batch, autocast)
-    own, costs = measure_steps(plain, steps, clock, args.repeats, args.warmup)
+    make = partial(Step, batch=batch, schedule=config.build(cfg.schedule), autocast=autocast)
+    plain, nodes = make(student, None, {}), _nodes(cfg, args)
+    teacher = _teacher(cfg, data, batch) if nodes else None
+    own = measure_student(plain, clock, args.repeats, args.warmup)
+    costs: dict[str, OptionCost] = {}
+    skipped: dict[str, str] = {}
+    for name, node in nodes.items():
+        try:
+            # One after another, so that each has the memory for itself.
+            step = make(student, teacher, _losses(node, data, student, teacher))
+            costs[name] = measure_option(plain, step, clock, args.repeats, args.warmup)
+        except DistillError as error:
+            if not args.all:
+                raise
+            skipped[name] = str(error)
     report = Report(
         setting={
             "overrides": list(args.overrides),
@@ -91,10 +106,10 @@ def bench(args: argparse.Namespace) -> Report:
         student=own,
         options=costs,
         skipped=skipped,
-        loader=measure_loader(data, args.batches),
-        evaluation=measure_evaluation(student, data, build_metrics(cfg), device, images=args.images),
+        loader=measure.measure_loader(data, args.batches),
+        evaluation=measure.measure_evaluation(student, data, build_metrics(cfg), device, images=args.images),
     )
-    report.verdict = verdict(report, len(batch))
+    report.verdict = measure.verdict(report, len(batch))
     return report
 
 
@@ -116,36 +131,14 @@ def _precision(cfg: DictConfig, device: Any) -> tuple[Callable[[], AbstractConte
     return partial(torch.autocast, device.type, dtype=getattr(torch, PRECISIONS[name])), name
 
 
-def _steps(
-    cfg: DictConfig,
-    args: argparse.Namespace,
-    data: DetectionData,
-    student: Detector,
-    batch: Batch,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> tuple[Step, dict[str, Step], dict[str, str], Guest | None]:
-    """The student's step, that of each option that fits, why others do not, and their teacher."""
-    from distill.bench import Step
+def _losses(cfg: DictConfig, data: DetectionData, student: Detector, teacher: Guest | None) -> dict[str, DistillLoss]:
+    """The losses of a configuration, ready for their first epoch."""
     from distill.cli.train import build_losses
 
-    schedule = config.build(cfg.schedule)
-    plain = Step(student, None, {}, batch, schedule, autocast)
-    nodes = _nodes(cfg, args)
-    teacher = _teacher(cfg, data, batch) if any(nodes.values()) else None
-    steps, skipped = {}, {}
-    for name, node in nodes.items():
-        try:
-            losses = build_losses(node, student.facts, teacher.facts if teacher else None)
-            steps[name] = Step(student, teacher, losses, batch, schedule, autocast)
-            for loss in losses.values():
-                loss.on_epoch_start(0, data, student, teacher)
-            steps[name].teach()
-        except DistillError as error:
-            if not args.all:
-                raise
-            steps.pop(name, None)
-            skipped[name] = str(error)
-    return plain, steps, skipped, teacher
+    losses = build_losses(cfg, student.facts, teacher.facts if teacher else None)
+    for loss in losses.values():
+        loss.on_epoch_start(0, data, student, teacher)
+    return losses
 
 
 def _nodes(cfg: DictConfig, args: argparse.Namespace) -> dict[str, DictConfig]:
