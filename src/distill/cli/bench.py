@@ -60,6 +60,8 @@ def bench(args: argparse.Namespace) -> Report:
     from distill import bench as measure
     from distill.bench import Clock, Report, Step, measure_option, measure_student
     from distill.cli.train import build_metrics, check_masks
+    from distill.optimization import channels_last
+    from distill.progress import track
 
     cfg = config.composed(args.overrides)
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -73,6 +75,8 @@ def bench(args: argparse.Namespace) -> Report:
     check_masks(cfg, student, data)
     measure.settle(student, batch)
     student.train()
+    if cfg.channels_last:
+        channels_last(student)
     autocast, precision = _precision(cfg, device)
     make = partial(Step, batch=batch, schedule=config.build(cfg.schedule), autocast=autocast)
     plain, nodes = make(student, None, {}), _nodes(cfg, args)
@@ -80,10 +84,12 @@ def bench(args: argparse.Namespace) -> Report:
     own = measure_student(plain, clock, args.repeats, args.warmup)
     costs: dict[str, OptionCost] = {}
     skipped: dict[str, str] = {}
-    for name, node in nodes.items():
+    for name, node in track(nodes.items(), "options"):
         try:
             # One after another, so that each has the memory for itself.
             step = make(student, teacher, _losses(node, data, student, teacher))
+            if cfg.channels_last:
+                channels_last(step.losses)
             costs[name] = measure_option(plain, step, clock, args.repeats, args.warmup)
         except DistillError as error:
             if not args.all:

@@ -127,6 +127,7 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
     from distill.cli import teacher
     from distill.detectors.inherit import inherit
     from distill.module import Distiller
+    from distill.optimization import channels_last
 
     min_size, max_size = data.input_size
     student = config.build(cfg.model, classes=list(data.classes), min_size=min_size, max_size=max_size)
@@ -146,7 +147,7 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
             losses = build_losses(cfg, student.facts, guest.facts if guest else None)
             if cfg.init == "inherit":
                 student.report += inherit(student, guest.detector)
-    return Distiller(
+    module = Distiller(
         student,
         guest,
         losses,
@@ -155,6 +156,9 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
         metrics=build_metrics(cfg),
         seed=cfg.seed,
     )
+    if cfg.channels_last:
+        channels_last(module)  # adapters too: what one layout hands the other would be laid out anew in every step
+    return module
 
 
 def needs_teacher(cfg: DictConfig) -> bool:
