@@ -69,7 +69,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     bar: str | None = None,
 ) -> dict[str, float]:
-    """AP and the rest of a detector on a split, in evaluation mode; equal on all ranks.
+    """AP and the rest of a detector on a split, in evaluation mode; equal on all ranks. It comes back to where it was.
 
     On a terminal a progress bar runs along where ``bar`` is its caption.
 
@@ -78,6 +78,7 @@ def evaluate(
     """
     place = torch.device(device)
     evaluation = Evaluation(detector, data.ground_truth(split), data.classes, metrics, place)
+    home = next(detector.parameters()).device
     detector.to(place)
     before = detector.training
     detector.train(False)
@@ -86,6 +87,7 @@ def evaluate(
             evaluation.update(batch.to(place))
     finally:
         detector.train(before)
+        detector.to(home)
     return evaluation.compute()
 
 

@@ -7,15 +7,20 @@ frozen and only looked at, such as a loss's image classifier, is kept in the sam
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.detectors.base import Detector
-from distill.types import Batch, DistillError, Facts, View
+from distill.folding import fold
+from distill.types import Batch, DistillError, Facts, Target, View
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Frozen:
@@ -33,7 +38,7 @@ class Frozen:
         self._module = module
         self._device: torch.device | None = None
         self._fingerprint: str | None = None
-        self._bits: dict[str, int] | None = None
+        self._bits: dict[str, int] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -52,15 +57,19 @@ class Frozen:
         Raises:
             DistillError: what has changed.
         """
-        found = bits(self._module.state_dict())
-        before, self._bits = self._bits or found, found
-        changed = [name for name in found if found[name] != before.get(name)]
+        found = bits(self._watched())
+        before, self._bits = self._bits, found
+        changed = [name for name in found if found[name] != before.get(name, found[name])]
         if changed:
             raise DistillError(
                 f"the teacher ({self.source}) must stay as it is, but in this epoch {len(changed)} of its {len(found)} "
                 f"weights and buffers changed, such as {', '.join(changed[:3])}: a loss, a callback or code of your own "
                 "writes into it. Read it under torch.no_grad(), leave it in evaluation mode, and keep it out of optimisers"
             )
+
+    def _watched(self) -> dict[str, Tensor]:
+        """What must not change."""
+        return dict(self._module.state_dict())
 
     def move(self, device: torch.device) -> None:
         """Bring the module to where the data is."""
@@ -75,16 +84,39 @@ class Frozen:
 class Guest(Frozen):
     """A frozen teacher.
 
+    The detector itself stays as it is. What teaches, `working`, is the same network made cheap: it shares each tensor that
+    it does not change, and where the detector stays on the host, the device holds the weights once.
+
     Args:
         detector: it is put into evaluation mode and frozen, for good.
         source: where its weights came from: a run folder, a file, or a name.
         values: what is already measured of it on this data, such as ``{"val/AP": 0.41}``.
+        fold: whether batch norms are folded into the convolutions of body and neck: equal to 1e-5 of a map's scale in
+            float32, and to 1e-10 in float64.
+        channels_last: whether weights, and with them maps, are laid out with the channels last: equal as far as rounding.
+        dtype: of the weights: ``float32``, ``bfloat16``, or ``auto``: on CUDA what autocast computes in, so that no step
+            has to cast them anew, and elsewhere as they are.
+
+    Raises:
+        DistillError: an unknown dtype.
     """
 
-    def __init__(self, detector: Detector, source: str = "memory", values: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        detector: Detector,
+        source: str = "memory",
+        values: Mapping[str, float] | None = None,
+        fold: bool = True,
+        channels_last: bool = True,
+        dtype: str = "auto",
+    ) -> None:
         super().__init__(detector, source)
+        if dtype not in DTYPES:
+            raise DistillError(f"teacher.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.detector = detector
         self.values = dict(values or {})
+        self.fold, self.channels_last, self.dtype = fold, channels_last, dtype
+        self._working: tuple[tuple[torch.device, torch.dtype | None], Detector] | None = None
 
     @property
     def facts(self) -> Facts:
@@ -95,10 +127,62 @@ class Guest(Frozen):
         """Its classes and measured values besides."""
         return {**super().identity(), "classes": list(self.facts.classes), "values": self.values}
 
+    def working(self, device: torch.device) -> Detector:
+        """The detector that teaches on this device, made when it is first asked for: with all options off, `detector`."""
+        key = device, self._dtype(device)
+        if not (self.fold or self.channels_last or key[1]):
+            self.move(device)
+            return self.detector
+        if self._working is None or self._working[0] != key:
+            self._working = None  # the old one goes before the new one comes
+            self._working = key, self._made(*key)
+        return self._working[1]
+
+    def _watched(self) -> dict[str, Tensor]:
+        """Its weights, and those that teach in their place."""
+        if self._working is None:
+            return super()._watched()
+        made, twin = self._working
+        return super()._watched() | {
+            f"{name} as it teaches on {made}": each for name, each in twin.state_dict().items()
+        }
+
+    def _dtype(self, device: torch.device) -> torch.dtype | None:
+        if self.dtype == "auto" and device.type == "cuda" and torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return DTYPES[self.dtype]
+
+    def _made(self, device: torch.device, dtype: torch.dtype | None) -> Detector:
+        # Tensors named in the memo are not copied, so the twin holds the very ones of the detector until they change.
+        tensors = [*self.detector.parameters(), *self.detector.buffers()]
+        twin = copy.deepcopy(self.detector, {id(tensor): tensor for tensor in tensors})
+        if self.fold:
+            fold(twin.net, partial(_pyramid, twin, tensors[0].device))
+        for module in twin.modules():
+            for held in (module._parameters, module._buffers):
+                held.update({name: self._laid(each, device, dtype) for name, each in held.items() if each is not None})
+        return twin
+
+    def _laid(self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Any:
+        """A weight or buffer as it is wanted: the same memory where nothing has to change, but never the same object."""
+        layout = torch.channels_last if self.channels_last and tensor.dim() == 4 else torch.preserve_format
+        wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        moved = tensor.detach().to(device, wanted, memory_format=layout)
+        return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+
     def view(self, batch: Batch, *, training: bool = True, seed: int | None = None) -> View:
         """A frozen View on the batch's device; ``training`` chooses the counts of proposals."""
-        self.move(batch.images.device)
-        return self.detector.view(batch, training=training, frozen=True, seed=seed)
+        return self.working(batch.images.device).view(batch, training=training, frozen=True, seed=seed)
+
+
+@torch.no_grad()
+def _pyramid(detector: Detector, device: torch.device) -> Mapping[int, Tensor]:
+    """The neck's maps of a small picture, in the weights' own precision."""
+    pixels = torch.arange(3 * 64 * 96, device=device).remainder(251).to(torch.uint8).view(1, 3, 64, 96)
+    nothing = Target(torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device))
+    batch = Batch(pixels, ((64, 96),), ((64, 96),), (nothing,), (0,))
+    with torch.autocast(device.type, enabled=False):
+        return detector.view(batch, training=False, frozen=True).neck
 
 
 def bits(tensors: Mapping[str, Tensor]) -> dict[str, int]:

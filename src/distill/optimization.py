@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
@@ -110,3 +111,14 @@ class Schedule:
 
 def _unique(parameters: Sequence[Parameter]) -> list[Parameter]:
     return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay the weights of convolutions out with their channels last, in place; maps follow. Only rounding differs.
+
+    A 1x1 weight lies so already, and is left alone: ``module.to(memory_format=...)`` would give it other strides than its
+    gradient gets, by which torch's multi-tensor optimisers lose their fast path.
+    """
+    for parameter in module.parameters():
+        if parameter.dim() == 4 and not parameter.is_contiguous(memory_format=torch.channels_last):
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

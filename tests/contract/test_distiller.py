@@ -24,6 +24,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
+from distill import optimization
 from distill.callbacks.teacher import TeacherCheck
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
@@ -767,3 +768,43 @@ def test_a_loss_without_a_teacher_is_refused() -> None:
     facts = detector().facts
     with pytest.raises(DistillError, match="need a teacher, but none was given; use distill=none"):
         Distiller(detector(), None, {"defeat": DeFeat(facts, facts)})
+
+
+# -- layout
+
+
+def channels_last(module: nn.Module) -> bool:
+    """Whether every weight of a convolution lies so."""
+    weights = [layer.weight for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    return all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def test_the_layout_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
+    plain, laid = (distiller(detector(), losses={"defeat": DeFeat}) for _ in range(2))
+    optimization.channels_last(laid)
+    trainers = [fit(module, tmp_path, max_steps=1) for module in (plain, laid)]
+    assert not channels_last(plain)
+    assert channels_last(laid.student)
+    assert channels_last(laid.losses)
+    after = weights(plain)
+    assert max(float((value - after[name]).abs().max()) for name, value in weights(laid).items()) < 1e-5
+    # What DDP's buckets and the optimiser's fast path ask for.
+    state = trainers[1].optimizers[0].state
+    for parameter in laid.parameters():
+        assert state[parameter]["momentum_buffer"].stride() == parameter.stride()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_command_line_lays_out_the_student(wanted: bool) -> None:
+    from distill.cli import config
+    from distill.cli.train import assemble
+
+    lines = [
+        "distill=none",
+        f"channels_last={wanted}",
+        "data.source.train=2",
+        "data.source.val=2",
+        "data.source.test=0",
+    ]
+    cfg = config.composed([*lines, "paths.run=x"])
+    assert channels_last(assemble(cfg, config.build(cfg.data)).student) == wanted

@@ -15,6 +15,7 @@ USAGE = """usage: distill <verb> [options]
   train [overrides]                     train or distil a detector (also: python train.py)
   evaluate RUN|CKPT [overrides]         AP of a run's student, on any split or data set
   predict RUN IMAGES... [--score 0.5]   pictures and COCO-format detections
+  bench [overrides]                     what distillation costs here, and what is the bottleneck
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
   doctor [overrides of train]           a minute before a run: is all well with data, teacher and terms? how long?
   replay FILE                           do the step again that stopped a run
@@ -27,12 +28,13 @@ class Terminated(BaseException):
 
 
 def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
-    from distill.cli import classifier, doctor, evaluate, predict, replay, train
+    from distill.cli import bench, classifier, doctor, evaluate, predict, replay, train
 
     return {
         "train": train.main,
         "evaluate": evaluate.main,
         "predict": predict.main,
+        "bench": bench.main,
         "classifier": classifier.main,
         "doctor": doctor.main,
         "replay": replay.main,

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from distill.types import DistillError, Facts
 
 if TYPE_CHECKING:
     from distill.data.datamodule import DetectionData
+    from distill.detectors.base import Detector
+    from distill.guest import Guest
 
 # What a teacher's run takes over from the student's run: the data, the machine and the recipe, not the student.
 KEPT_GROUPS = ("data", "trainer", "experiment", "paths")
@@ -88,15 +90,22 @@ def find(cfg: DictConfig, data: DetectionData) -> Any:
         DistillError: nothing is named and nothing is cached under ``teacher.train=never``, or the weights do not fit.
     """
     from distill.detectors.checkpoints import load_detector
-    from distill.guest import Guest
 
     _check(cfg)
     if cfg.teacher.weights is None:
         run = cached(cfg)
-        return Guest(load_detector(run), source=str(run), values=_measured(run, cfg, data))
+        return guest(cfg, load_detector(run), str(run), _measured(run, cfg, data))
     source = str(cfg.teacher.weights)
     known = _measured(Path(source).expanduser(), cfg, data)
-    return Guest(load(cfg, source, data.classes), source=source, values=known)
+    return guest(cfg, load(cfg, source, data.classes), source, known)
+
+
+def guest(cfg: DictConfig, detector: Detector, source: str, values: Mapping[str, float] | None = None) -> Guest:
+    """A detector as this run's teacher, made as cheap as ``teacher.fold``, ``channels_last`` and ``dtype`` say."""
+    from distill.guest import Guest
+
+    cheap = {name: cfg.teacher[name] for name in ("fold", "channels_last", "dtype")}
+    return Guest(detector, source, values, **cheap)
 
 
 def load(cfg: DictConfig, source: str, classes: Sequence[str]) -> Any:

@@ -159,6 +159,7 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
     from distill.cli import teacher
     from distill.detectors.inherit import inherit
     from distill.module import Distiller
+    from distill.optimization import channels_last
 
     min_size, max_size = data.input_size
     student = config.build(cfg.model, classes=list(data.classes), min_size=min_size, max_size=max_size)
@@ -178,7 +179,7 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
             losses = build_losses(cfg, student.facts, guest.facts if guest else None)
             if cfg.init == "inherit":
                 student.report += inherit(student, guest.detector)
-    return Distiller(
+    module = Distiller(
         student,
         guest,
         losses,
@@ -188,6 +189,9 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
         seed=cfg.seed,
         guard=config.build(cfg.guard),
     )
+    if cfg.channels_last:
+        channels_last(module)  # adapters too: what one layout hands the other would be laid out anew in every step
+    return module
 
 
 def needs_teacher(cfg: DictConfig) -> bool:

@@ -39,7 +39,9 @@ def rescaled(x: Tensor, scope: str = "plane") -> Tensor:
     if not (axes := SCOPES[scope]):
         return x
     low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
-    return ((x - low) / (high - low + FLAT)).masked_fill(high - low < FLAT, 0.0)
+    span = high - low
+    # One factor a plane: dividing and masking whole maps, and back again, costs more than the comparison.
+    return (x - low) * (1 / (span + FLAT)).masked_fill(span < FLAT, 0.0)
 
 
 def gaussian(size: int = 11, sigma: float = 1.5, like: Tensor | None = None) -> Tensor:
@@ -79,6 +81,8 @@ def similarity(
 
     A negative factor keeps its sign under any exponent above 0: opposite structure is not to count as equal.
     """
+    if exponents == (1, 1, 1):
+        return _usual(student, teacher, window)
     # Apart, for the teacher's moments need no backward pass.
     mean_s, square_s, product = blurred(torch.stack([student, student**2, student * teacher]), window).unbind()
     mean_t, square_t = blurred(torch.stack([teacher, teacher**2]), window).unbind()
@@ -95,6 +99,19 @@ def similarity(
         contrast = (2 * deviations + C2) / (variance_s + variance_t + C2)
         rest = _power(contrast, beta) * _power((covariance + C3) / (deviations + C3), gamma)
     return (_power(luminance, alpha) * rest).clamp(-1, 1)  # as kornia; rounding on large raw maps leaves the range
+
+
+def _usual(student: Tensor, teacher: Tensor, window: Tensor) -> Tensor:
+    """All exponents 1: one fraction, which needs no more than the sum of both variances."""
+    mean_s, squares, product = blurred(
+        torch.stack([student, student.square() + teacher.square(), student * teacher]), window
+    ).unbind()
+    mean_t = blurred(teacher, window)
+    crossed, own = mean_s * mean_t, mean_s.square() + mean_t.square()
+    variances = (squares - own).clamp(min=0)
+    # C3 is C2 / 2, so that contrast times structure is one factor.
+    likeness = (2 * crossed + C1) * (2 * (product - crossed) + C2) / ((own + C1) * (variances + C2))
+    return likeness.clamp(-1, 1)
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
@@ -150,7 +167,7 @@ class Dissimilarity:
             if self.error == "l2":
                 return (ours - theirs).square().sum(1)
             window = gaussian(self.size, self.sigma, ours)
-            return ((1 - similarity(ours, theirs, window, self.exponents)) / 2).sum(1)
+            return (1 - similarity(ours, theirs, window, self.exponents)).sum(1) / 2
 
 
 class SSIM(DistillLoss):

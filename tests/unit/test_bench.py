@@ -1,0 +1,254 @@
+"""The bench measures what it says: each part on its own, ratios of the same round, nothing trained on the way."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill.bench import (
+    Clock,
+    Cost,
+    OptionCost,
+    Report,
+    Spread,
+    Step,
+    Watched,
+    _option_cost,
+    measure_evaluation,
+    measure_loader,
+    measure_option,
+    measure_student,
+    peak,
+    settle,
+    verdict,
+)
+from distill.data.datamodule import DetectionData
+from distill.data.shapes import CLASSES, Shapes
+from distill.detectors.two_stage import FasterRCNN
+from distill.guest import Guest
+from distill.losses.defeat import DeFeat
+from distill.losses.mimic import Mimic
+from distill.metrics.coco import CocoMetric
+from distill.optimization import Schedule
+from distill.types import Batch, DistillError
+
+CPU = torch.device("cpu")
+TINY: dict[str, Any] = {
+    "depth": 10,
+    "width": 0.25,
+    "neck_channels": 16,
+    "head_channels": 16,
+    "rpn_pre_nms_top_n_train": 50,
+    "rpn_post_nms_top_n_train": 20,
+    "box_batch_size_per_image": 16,
+    "min_size": 64,
+    "max_size": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def data() -> DetectionData:
+    return DetectionData(Shapes(train=6, val=4, test=0, size=64), 2, workers=0, min_size=64, max_size=64)
+
+
+@pytest.fixture
+def batch(data: DetectionData) -> Batch:
+    first: Any = next(iter(data.train_dataloader()))
+    return first  # type: ignore[no-any-return]
+
+
+def detector(seed: int = 0, **options: Any) -> FasterRCNN:
+    torch.manual_seed(seed)
+    return FasterRCNN(list(CLASSES), **{**TINY, **options})
+
+
+def step(batch: Batch, kind: Any = DeFeat, **options: Any) -> Step:
+    student, teacher = detector(), Guest(detector(1, neck_channels=24))
+    losses = {"loss": kind(student.facts, teacher.facts, **options)} if kind else {}
+    return Step(student, teacher, losses, batch, Schedule())
+
+
+class SetClock(Clock):
+    """Every span lasts as long as the next number says."""
+
+    def __init__(self, *numbers: float) -> None:
+        super().__init__(CPU)
+        self.numbers = list(numbers)
+
+    def time(self, run: Any) -> float:
+        run()
+        return self.numbers.pop(0)
+
+
+def test_a_spread_is_median_and_quartiles() -> None:
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+
+
+def test_the_clock_of_the_processor_does_not_count_waiting() -> None:
+    wall, cpu = Clock(CPU, "wall"), Clock(CPU, "cpu")
+    assert wall.time(lambda: time.sleep(0.2)) >= 0.2
+    assert cpu.time(lambda: time.sleep(0.2)) < 0.15
+    with pytest.raises(DistillError, match="expected one of wall, cpu, got 'sun'"):
+        Clock(CPU, "sun")
+
+
+class Slow:
+    """A view whose stages take their time."""
+
+    @property
+    def neck(self) -> dict[int, Tensor]:
+        time.sleep(0.05)
+        return {8: torch.ones(1)}
+
+    def roi_features(self, boxes: list[Tensor], scale: int = 1) -> Tensor:
+        time.sleep(0.1)
+        return boxes[0] * scale
+
+
+def test_a_watched_view_clocks_what_is_read_and_hands_it_on() -> None:
+    clock = Clock(CPU)
+    watched = Watched(Slow(), clock.mark)  # type: ignore[arg-type]
+    assert watched.neck[8] == 1
+    assert watched.roi_features([torch.tensor(2.0)], scale=3) == 6
+    time.sleep(0.2)
+    assert watched.neck[8] == 1
+    assert watched.stages == ["neck", "roi_features"]
+    assert 0.2 <= clock.seconds(*watched.spans) < 0.35
+
+
+def test_a_step_computes_every_gradient_and_changes_no_weight(batch: Batch) -> None:
+    made = step(batch)
+    before = {name: p.detach().clone() for name, p in made.student.named_parameters()}
+    made.run()
+    assert all(p.grad is not None for p in (*made.student.parameters(), *made.losses.parameters()))
+    assert all(torch.equal(p, before[name]) for name, p in made.student.named_parameters())
+
+
+def test_a_step_sums_weighted_terms(batch: Batch) -> None:
+    made = step(batch, neck={"foreground": 3.0, "background": 0.5})
+    assert made.teacher is not None
+    student = made.student.view(batch, seed=0)
+    terms = made.losses["loss"](student, made.teacher.view(batch, seed=1))
+    expected = 3.0 * terms["neck.foreground"] + 0.5 * terms["neck.background"]
+    torch.testing.assert_close(made.distilled(student, made.teacher.view(batch, seed=1)), expected)
+
+
+def test_the_teacher_is_clocked_as_deep_as_the_losses_read(batch: Batch) -> None:
+    neck = step(batch).teach()
+    regions = step(batch, Mimic).teach()
+    assert neck is not None
+    assert regions is not None
+    assert neck.stages == ["neck"]
+    assert regions.stages == ["roi_features"]
+    assert step(batch, None).teach() is None
+
+
+def test_adapters_run_on_what_they_see_in_a_step_and_leave_nothing(batch: Batch) -> None:
+    made = step(batch)
+    seen: list[tuple[int, ...]] = []
+    replay = made.adapters()
+    for layer in made.losses.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape)))
+    replay()
+    assert seen == [(2, 24, 64 // stride, 64 // stride) for stride in (4, 8, 16, 32, 64)]
+    assert all(p.grad is None for p in (*made.losses.parameters(), *made.student.parameters()))
+
+
+def test_ratios_are_those_of_the_same_round(batch: Batch) -> None:
+    times = [2.0, 4.0, 2.0], [4.0, 10.0, 3.0], [1.0, 1.0, 0.5], [0.5, 1.0, 0.25]
+    cost = _option_cost(step(batch), ["neck"], *times)
+    assert cost.ratio.median == 2.0
+    assert cost.teacher_ratio == Spread(0.25, 0.25, 0.5)
+    assert cost.adapters_ratio.median == 0.25
+    assert cost.glue.median == pytest.approx(4 / 3.5 - 1)
+    assert (cost.glue.low, cost.glue.high) == (pytest.approx(3 / 2.75 - 1), pytest.approx(10 / 6 - 1))
+    assert cost.allowed == 0.03
+    assert _option_cost(step(batch), ["neck", "roi_features"], *times).allowed == 0.10
+
+
+def test_a_round_takes_every_part_once_and_the_first_ones_are_thrown_away(batch: Batch) -> None:
+    clock = SetClock(*(9, 9, 9), *(1, 4, 0.5), *(2, 4, 0.5))  # a warm-up; then student, step and adapters, twice
+    plain = step(batch, None)
+    cost = measure_option(plain, step(batch), clock, repeats=2, warmup=1)
+    assert not clock.numbers
+    assert (cost.step.median, cost.adapters.median, cost.ratio.median) == (4, 0.5, 3)
+    student = measure_student(plain, SetClock(9, 1, 2), repeats=2, warmup=1)
+    assert student.step.median == 1.5
+    adapters = sum(3 * 2 * 2 * 16 * 24 * 9 * (64 // stride) ** 2 for stride in (4, 8, 16, 32, 64))
+    boxes = max(len(target.boxes) for target in batch.targets)
+    masks = 2 * 2 * boxes * sum((64 // stride) ** 2 for stride in (4, 8, 16, 32, 64))  # unions by matrix products
+    rest = cost.flops - student.flops - cost.teacher_flops - adapters
+    assert 0 < rest <= 2 * masks
+
+
+def test_flops_are_those_of_the_layers() -> None:
+    from distill.bench import _flops
+
+    layer, x = nn.Linear(5, 7, bias=False), torch.ones(3, 5)
+    assert _flops(lambda: layer(x)) == 2 * 3 * 5 * 7
+
+
+def test_the_peak_sees_what_was_allocated_during_the_call_alone() -> None:
+    hundred = 100 * 2**20
+    low = peak(lambda: None, CPU)
+    high = peak(lambda: torch.ones(hundred // 4).sum(), CPU)
+    again = peak(lambda: None, CPU)
+    if "host" not in low:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert high["host"] - low["host"] > 0.9 * hundred
+    assert again["host"] < high["host"] - 0.5 * hundred
+
+
+def test_loader_and_evaluation_are_measured(data: DetectionData) -> None:
+    found = measure_loader(data, batches=7)  # more than an epoch has
+    assert found["images_per_second"] > 0 == found["workers"]
+    model = detector()
+    model.train()
+    taken = measure_evaluation(model, data, [CocoMetric], CPU, images=3)
+    assert taken["images"] == 4  # whole batches
+    assert taken["detect"] > 0 < taken["metric"]
+    assert model.training
+
+
+def test_settling_gives_live_norms_the_statistics_of_the_batch(batch: Batch) -> None:
+    model = detector()
+    first: Any = model.net.backbone.body.bn1
+    momentum = first.momentum
+    settle(model, batch)
+    with torch.no_grad():
+        images = model.view(batch, training=False, frozen=True).images  # type: ignore[attr-defined]
+        stem = model.net.backbone.body.conv1(images)
+    torch.testing.assert_close(first.running_mean, stem.mean((0, 2, 3)))
+    assert first.momentum == momentum
+    assert not model.training
+
+
+def spread(value: float) -> Spread:
+    return Spread(value, value, value)
+
+
+def report(loader: float = 1000.0, glue: float = 0.01, teacher: float = 0.4, adapters: float = 0.1) -> Report:
+    option = OptionCost(
+        *(spread(0.2), 2.0, {}, spread(0.1), spread(0.1 * teacher), spread(0.1 * adapters)),
+        *(spread(2.0), spread(teacher), spread(adapters), spread(glue), 1.0, ["neck"], 0.03),
+    )
+    return Report({}, Cost(spread(0.1), 1.0, {}), {"x": option}, {}, {"images_per_second": loader}, {})
+
+
+def test_the_verdict_names_the_bottleneck_and_a_remedy() -> None:
+    assert "student's own step is the bottleneck, 50 %" in verdict(report(), 4)[0]
+    assert "teacher's forward pass is the bottleneck, 70 %" in verdict(report(teacher=1.4), 4)[0]
+    assert "of the adapters is the bottleneck, 60 %" in verdict(report(adapters=1.2), 4)[0]
+    assert len(verdict(report(), 4)) == 1
+    slow = verdict(report(loader=30.0), 4)  # the student eats 40 a second, with x 20
+    assert slow[0].startswith(
+        "student alone: the loader is the bottleneck, with 30.0 images/s where the step could take 40"
+    )
+    assert slow[1].startswith("x: the student's own step")
+    assert "x: losses and masks take 8.0 %" in verdict(report(glue=0.08), 4)[1]
