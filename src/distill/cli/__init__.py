@@ -36,7 +36,10 @@ def main(argv: Sequence[str]) -> int:
 
         print(f"distill: there is no verb '{argv[0]}'{nearest(argv[0], verbs)}\n\n{USAGE}", file=sys.stderr)
         return 2
+    from distill.cli import gate
+
     try:
+        gate.listen(argv[1:])
         return verbs[argv[0]](argv[1:])
     except DistillError as error:
         if os.environ.get("DISTILL_TRACEBACK"):

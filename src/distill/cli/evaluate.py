@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distill.cli import config
 from distill.types import DistillError
@@ -51,7 +51,7 @@ def recompose(run: Path, overrides: Sequence[str]) -> DictConfig:
     chosen = {override.key_or_group for override in config.parse(overrides)} & set(config.groups())
     before = [
         str(override.input_line)
-        for override in config.parse([str(line) for line in OmegaConf.load(run / "overrides.yaml")])
+        for override in config.recorded(run)
         if override.key_or_group.split(".")[0] not in chosen  # data=voc does away with what was said of the run's data
     ]
     config.check([*before, *overrides])

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from distill.data.datamodule import DetectionData
 
 # What a teacher's run takes over from the student's run: the data, the machine and the recipe, not the student.
-KEPT_GROUPS = ("data", "trainer", "experiment", "paths")
+KEPT_GROUPS = ("data", "trainer", "experiment", "paths", "trust")
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision")  # on one machine: nobody starts the others
 # Keys that cannot change what a teacher learns, so two runs that differ only here share one teacher.
 IGNORED_DATA = ("workers", "cache", "eval_batch_size", "prefetch", "on_overlap")
@@ -130,6 +130,9 @@ def run_overrides(cfg: DictConfig) -> list[str]:
         group, _, rest = key.partition(".")
         if group in KEPT_GROUPS and (group != "trainer" or not rest or rest.split(".")[0] in KEPT_TRAINER):
             kept.append(line)
+    for override in parse(cfg.teacher.run):  # a file may have said this, and it becomes a command line
+        if override.is_hydra_override() or override.key_or_group == "trust":
+            raise DistillError(f"teacher.run: '{override.input_line}' may not be said here; remove it")
     lines = [
         *kept,
         f"model={_option(cfg)}",

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import config
+from distill.cli import config, gate
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     config.register_resolvers()
     parser = get_args_parser()
     args = parser.parse_args(list(argv))
+    config.check_flags(args)
     if not (args.help or args.hydra_help or args.shell_completion):
         config.check(args.overrides)
     args.overrides = _resumed(args.overrides)
@@ -46,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     home = str(config.folder())
     try:
-        _run_hydra(args, parser, task_function=train, config_path=home, config_name=config.NAME)
+        with gate.gated():
+            _run_hydra(args, parser, task_function=train, config_path=home, config_name=config.NAME)
     except HydraException as error:
         raise DistillError(str(error)) from error
     return 0
