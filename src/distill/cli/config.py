@@ -22,6 +22,18 @@ from distill.cli import gate
 from distill.types import DistillError
 
 NAME = "config"
+UNFIT = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    ArithmeticError,
+    ImportError,
+    OSError,
+)
+"""What constructors raise at arguments of a kind that they do not foresee."""
 
 
 def folder() -> Path:
@@ -201,8 +213,8 @@ def build(node: Any, **given: Any) -> Any:
         if isinstance(error.__cause__, DistillError):
             raise error.__cause__ from None
         raise DistillError(f"{node.get('_target_')} could not be built: {error.__cause__ or error}") from error
-    except TypeError as error:
-        raise DistillError(f"{node.get('_target_')} could not be built: {error}") from error
+    except UNFIT as error:
+        raise DistillError(f"{node.get('_target_')} could not be built: {error or type(error).__name__}") from error
 
 
 def target(node: Any) -> Any:

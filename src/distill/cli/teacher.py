@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli.config import build, composed, parse, plain
+from distill.files import read_json
 from distill.types import DistillError, Facts
 
 if TYPE_CHECKING:
@@ -183,15 +184,17 @@ def _measured(run: Path, cfg: DictConfig, data: DetectionData) -> dict[str, floa
     """What a finished run measured of its student, where images and metrics are the same here; else nothing."""
     if not (run / "summary.json").is_file():
         return {}
-    summary = json.loads((run / "summary.json").read_text())
-    before = summary.get("measured") or {"metrics": None, "data": {}}
-    if before["metrics"] != json.loads(json.dumps(plain(cfg.metrics))):
+    summary = read_json(run / "summary.json")
+    before, values = summary.get("measured") or {"metrics": None, "data": {}}, summary.get("student")
+    if not isinstance(before, dict) or not isinstance(before.get("data"), dict) or not isinstance(values, dict):
+        raise DistillError(f"{run / 'summary.json'}: expected what the run measured under 'student' and 'measured'")
+    if before.get("metrics") != json.loads(json.dumps(plain(cfg.metrics))):
         return {}
     same = []
     for split, fingerprint in before["data"].items():
         with suppress(DistillError):  # a split that cannot be read here
             same += [split] * (data.has(split) and data.fingerprint(split) == fingerprint)
-    return {name: value for name, value in summary["student"].items() if name.split("/")[0] in same}
+    return {name: value for name, value in values.items() if name.split("/")[0] in same}
 
 
 def _rank() -> int:

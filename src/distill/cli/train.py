@@ -96,6 +96,8 @@ def train(cfg: DictConfig) -> float:
 
 def resume_from(cfg: DictConfig, run: Path) -> Path | None:
     """The checkpoint that ``ckpt_path`` means, if any."""
+    from distill.detectors.checkpoints import unpickled
+
     if cfg.ckpt_path is None:
         return None
     file = run / "checkpoints" / "last.ckpt" if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
@@ -104,6 +106,7 @@ def resume_from(cfg: DictConfig, run: Path) -> Path | None:
             f"ckpt_path={cfg.ckpt_path}: there is no file {file}. Give ckpt_path=FILE, or hydra.run.dir=RUN ckpt_path=last with "
             "the folder of a run that has checkpoints"
         )
+    unpickled(file)  # says what is wrong with a file that Lightning would only fall over
     return file
 
 
