@@ -44,8 +44,13 @@ def main(argv: Sequence[str]) -> int:
     except DistillError as error:
         if os.environ.get("DISTILL_TRACEBACK"):
             traceback.print_exc()
-        print(f"\ndistill: {error}", file=sys.stderr)
+        print(f"\ndistill: {_plain(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ndistill: interrupted; ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _plain(text: str) -> str:
+    """A message in which nothing steers the terminal, for names in it may come from anywhere."""
+    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)

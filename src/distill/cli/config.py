@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import gate
+from distill.kinds import misfits
 from distill.types import DistillError
 
 NAME = "config"
@@ -202,7 +203,9 @@ def build(node: Any, **given: Any) -> Any:
         DistillError: the constructor's own, or one that names the target where the arguments do not fit it.
     """
     partial = bool(node.get("_partial_", False))
-    gate.admit(plain(node), _key_of(node))
+    options = plain(node)
+    gate.admit(options, _key_of(node))
+    _check_kinds(options, _key_of(node))
     try:
         # Run-time arguments are handed over by the call itself: Hydra would turn a dataclass among them into a dict.
         make = instantiate(node, _partial_=True, _convert_="all")
@@ -215,6 +218,17 @@ def build(node: Any, **given: Any) -> Any:
         raise DistillError(f"{node.get('_target_')} could not be built: {error.__cause__ or error}") from error
     except UNFIT as error:
         raise DistillError(f"{node.get('_target_')} could not be built: {error or type(error).__name__}") from error
+
+
+def _check_kinds(options: Any, where: str) -> None:
+    """Refuse options of a kind that a constructor of ours does not take, before it falls over them."""
+    nodes = [(where, options), *((below, value) for below, _, value in gate.entries(options, where))]
+    for below, node in nodes:
+        if isinstance(node, dict) and str(node.get("_target_")).startswith("distill."):
+            # What is built in turn is not judged by the mapping that describes it.
+            given = {key: value for key, value in node.items() if not (value == "???" or "_target_" in str(value))}
+            if wrong := misfits(gate.constructor(node["_target_"], f"{below}._target_"), given):
+                raise DistillError(f"{below}: {'; '.join(wrong)}")
 
 
 def target(node: Any) -> Any:

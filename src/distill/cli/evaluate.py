@@ -125,11 +125,12 @@ def _teacher(run: Path, cfg: DictConfig) -> Any:
 def show(values: dict[str, float], split: str, who: str) -> None:
     """The numbers as a table, in percent."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{who}, {split}, percent", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in values.items():
-        table.add_row(name, f"{100 * value:.2f}" if value >= 0 else "no ground truth")
+        table.add_row(escape(name), f"{100 * value:.2f}" if value >= 0 else "no ground truth")
     Console().print(table)

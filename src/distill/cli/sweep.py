@@ -65,11 +65,12 @@ def _row(job: Path) -> dict[str, Any]:
 
 def _print(columns: list[str], rows: list[dict[str, Any]], folder: Path) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"sweep {folder}")
+    table = Table(title=f"sweep {escape(str(folder))}")
     for column in columns:
-        table.add_column(column)
+        table.add_column(escape(column))
     for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in columns))
+        table.add_row(*(escape(str(row.get(column, ""))) for column in columns))
     Console().print(table)

@@ -21,6 +21,7 @@ from distill.detectors import geometry
 from distill.detectors.backbones import TIMM, body_state, imagenet_weights, set_eps, timm_network
 from distill.detectors.base import Detector, check_classes
 from distill.files import read_json, write_text, write_whole
+from distill.kinds import misfits
 from distill.types import DistillError
 
 State = Mapping[str, Tensor]
@@ -86,12 +87,14 @@ def described(model: Any, where: str) -> Detector:
 
     known = (two_stage.FasterRCNN, mask_rcnn.MaskRCNN, one_stage.RetinaNet, anchor_free.FCOS)
     families = {family.family: family for family in known}
-    if not isinstance(model, dict) or model.get("family") not in families:
+    if not isinstance(model, dict) or not isinstance(model.get("family"), str) or model["family"] not in families:
         raise DistillError(
             f"{where}: expected {FACTS} beside it, naming one of {', '.join(families)} as its model; for bare weights"
             " build the detector and give it weights=FILE"
         )
     options = {name: value for name, value in model.items() if name != "family"}
+    if wrong := misfits(families[model["family"]], options):
+        raise DistillError(f"{FACTS} of {where}: {'; '.join(wrong)}")
     try:
         with torch.random.fork_rng(devices=[]):  # its start values are thrown away: they must not cost a draw
             detector: Detector = families[model["family"]](**options)
