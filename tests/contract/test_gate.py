@@ -204,7 +204,7 @@ def test_no_name_leads_out_of_the_packages(name: str) -> None:
 
 @pytest.mark.parametrize("name", [7, ["os.system"], {"a": 1}, None])
 def test_a_target_that_is_no_text_is_refused(name: object) -> None:
-    with pytest.raises(DistillError, match="dotted name"):
+    with pytest.raises(DistillError, match=r"dotted name|names a class"):
         config.build(OmegaConf.create({"_target_": name}))
 
 

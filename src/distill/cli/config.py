@@ -149,7 +149,7 @@ def check(overrides: Sequence[str]) -> None:
     for setting in settings:
         try:
             composed([*fixed, *setting])
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, *UNFIT) as error:
             raise DistillError(_explain(error, [*fixed, *setting])) from None
 
 
@@ -202,8 +202,9 @@ def build(node: Any, **given: Any) -> Any:
     Raises:
         DistillError: the constructor's own, or one that names the target where the arguments do not fit it.
     """
-    partial = bool(node.get("_partial_", False))
+    _check_node(node)
     options = plain(node)
+    partial = options.get("_partial_") is True
     gate.admit(options, _key_of(node))
     _check_kinds(options, _key_of(node))
     try:
@@ -237,9 +238,28 @@ def target(node: Any) -> Any:
     Raises:
         DistillError: there is none of that name, or none that a configuration may call.
     """
+    _check_node(node)
     where = f"{_key_of(node)}._target_".lstrip(".")
     gate.judge_name(node.get("_target_"), where)
     return gate.constructor(node.get("_target_"), where)
+
+
+def _check_node(node: Any) -> None:
+    if not (isinstance(node, dict) or OmegaConf.is_dict(node)) or node.get("_target_") is None:
+        raise DistillError(
+            f"{_key_of(node) or 'a part of the configuration'}: expected a mapping whose _target_ names a class, got {node}"
+        )
+
+
+def parts(node: Any) -> dict[str, Any]:
+    """The nodes of a mapping by name, without those that are null or empty.
+
+    Raises:
+        DistillError: it is no mapping.
+    """
+    if node is not None and not OmegaConf.is_dict(node):
+        raise DistillError(f"expected a mapping of names to parts, as in the files of {folder()}, got {node}")
+    return {str(name): each for name, each in (node or {}).items() if each is not None and each != {}}
 
 
 def _key_of(node: Any) -> str:

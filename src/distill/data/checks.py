@@ -185,7 +185,9 @@ def _mend(record: Record, counts: Counter[str]) -> None:
     height, width = record.size
     boxes = record.boxes
     counts["boxes"] += len(boxes)
-    finite = np.isfinite(boxes).all(axis=1) & np.isfinite(record.area)
+    with np.errstate(over="ignore", invalid="ignore"):  # sides of finite corners may be infinite
+        sides = boxes[:, 2:] - boxes[:, :2]
+    finite = np.isfinite(boxes).all(axis=1) & np.isfinite(sides).all(axis=1) & np.isfinite(record.area)
     inverted = finite & (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
     for rows, reason in ((~finite, "or area is not finite"), (inverted, "ends before it begins")):
         record.faults += [_box_fault(record, index, reason) for index in np.flatnonzero(rows).tolist()]
