@@ -15,7 +15,7 @@ from distill.crops import crops
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import check_classes
 from distill.detectors.checkpoints import download, fit, read_state
-from distill.files import write_text, write_whole
+from distill.files import read_json, write_text, write_whole
 from distill.guest import Frozen
 from distill.progress import track
 from distill.types import Batch, DistillError
@@ -102,7 +102,7 @@ def _read(arch: str, source: str) -> tuple[dict[str, Tensor], tuple[str, ...] | 
     path = Path(source).expanduser()
     if path.is_file():
         facts = path.with_suffix(".json")
-        return read_state(path), tuple(json.loads(facts.read_text())["classes"]) if facts.is_file() else None
+        return read_state(path), _classes(facts) if facts.is_file() else None
     build(arch, 1)
     enum = torchvision.models.get_model_weights(arch).__members__
     if source not in enum:
@@ -111,6 +111,13 @@ def _read(arch: str, source: str) -> tuple[dict[str, Tensor], tuple[str, ...] | 
             f"Train a classifier with\n  {MAKE}"
         )
     return dict(download(enum[source], "classifier.weights")), tuple(enum[source].value.meta["categories"])
+
+
+def _classes(path: Path) -> tuple[str, ...]:
+    names = read_json(path).get("classes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DistillError(f"{path}: expected a list of names as 'classes'")
+    return check_classes(names)
 
 
 def normalised(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -1,12 +1,15 @@
-"""Files that appear whole or not at all, even if the power fails: whoever finds one can trust it."""
+"""Files that appear whole or not at all, even if the power fails: whoever finds one can trust that it is whole."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from distill.types import DistillError
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> Path:
@@ -44,3 +47,18 @@ def _sync_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> Path:
     """The same for a text, in UTF-8."""
     return write_whole(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        DistillError: it cannot be read, is no JSON, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DistillError(f"{path}: not JSON ({error}); write or copy it again") from error
+    if not isinstance(found, dict):
+        raise DistillError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found

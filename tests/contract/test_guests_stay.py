@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_distiller import detector, distiller, fit, guest, weights
 
-from distill.guest import Frozen, bits
+from distill.guest import Frozen, Guest, bits
 from distill.losses.defeat import DeFeat
 from distill.types import DistillError
 
@@ -53,11 +53,23 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_teacher_that_changes_stops_the_run(change: Callable[[Any], None], tmp_path: Path) -> None:
-    module = distiller(teacher=guest(norm="live"), losses={"defeat": DeFeat})
+    plain = Guest(guest(norm="live").detector, fold=False, channels_last=False)
+    module = distiller(teacher=plain, losses={"defeat": DeFeat})
     with pytest.raises(DistillError, match=r"the teacher \(memory\) must stay as it is") as caught:
         fit(module, tmp_path, callbacks=[Meddler(change, epoch=1)], max_epochs=3)
     assert CHANGES[change] in str(caught.value)
     assert module.trainer.current_epoch == 1
+
+
+def test_the_network_that_teaches_in_the_detectors_place_is_watched_too(tmp_path: Path) -> None:
+    class Nudge(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            if trainer.current_epoch == 1 and index == 0:
+                nudge(module.teacher.working(torch.device("cpu")).net)
+
+    module = distiller(teacher=guest(norm="live"), losses={"defeat": DeFeat})
+    with pytest.raises(DistillError, match=r"layer_blocks.1.0.weight as it teaches on"):
+        fit(module, tmp_path, callbacks=[Nudge()], max_epochs=3)
 
 
 def test_a_guest_of_a_loss_is_watched_too(tmp_path: Path) -> None:

@@ -52,12 +52,15 @@ def main(argv: Sequence[str]) -> int:
 
         print(f"distill: there is no verb '{argv[0]}'{nearest(argv[0], verbs)}\n\n{USAGE}", file=sys.stderr)
         return 2
+    from distill.cli import gate
+
     try:
+        gate.listen(argv[1:])
         return verbs[argv[0]](argv[1:])
     except DistillError as error:
         if os.environ.get("DISTILL_TRACEBACK"):
             traceback.print_exc()
-        print(f"\ndistill: {error}", file=sys.stderr)
+        print(f"\ndistill: {_plain(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ndistill: interrupted; ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
@@ -65,3 +68,8 @@ def main(argv: Sequence[str]) -> int:
     except Terminated:
         print("\ndistill: stopped by a signal; ckpt_path=last goes on from the last step", file=sys.stderr)
         return 128 + signal.SIGTERM
+
+
+def _plain(text: str) -> str:
+    """A message in which nothing steers the terminal, for names in it may come from anywhere."""
+    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)

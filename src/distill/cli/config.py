@@ -5,21 +5,37 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.cli import gate
+from distill.kinds import misfits
 from distill.types import DistillError
 
 NAME = "config"
+UNFIT = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    ArithmeticError,
+    ImportError,
+    OSError,
+)
+"""What constructors raise at arguments of a kind that they do not foresee."""
 
 
 def folder() -> Path:
@@ -70,6 +86,22 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         raise DistillError(f"cannot read the command line: {error}") from None
 
 
+def recorded(run: Path) -> list[Override]:
+    """The overrides that a run noted, less those that no file may say: of Hydra's node and of what is trusted.
+
+    Raises:
+        DistillError: its ``overrides.yaml`` is no list of overrides.
+    """
+    file = run / "overrides.yaml"
+    try:
+        lines = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DistillError(f"{file}: cannot be read ({str(error).splitlines()[0]}); is it a run's folder?") from error
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise DistillError(f"{file}: expected a list of overrides, as train writes it")
+    return [each for each in parse(lines) if not each.is_hydra_override() and each.key_or_group != "trust"]
+
+
 def composed(overrides: Sequence[str]) -> DictConfig:
     """The configuration of these overrides, outside a run. Interpolations into ``hydra`` are not resolved."""
     from hydra.core.global_hydra import GlobalHydra
@@ -77,7 +109,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     register_resolvers()
     if GlobalHydra.instance().is_initialized():  # inside a running job
         return compose(NAME, list(overrides))
-    with initialize_config_dir(str(folder()), version_base="1.3"):
+    with gate.gated(), initialize_config_dir(str(folder()), version_base="1.3"):
         return compose(NAME, list(overrides))
 
 
@@ -85,10 +117,20 @@ def named(overrides: Sequence[str]) -> Path:
     """The folder of all runs that have the name which these overrides give."""
     from hydra.core.hydra_config import HydraConfig
 
-    with initialize_config_dir(str(folder()), version_base="1.3"):
+    with gate.gated(), initialize_config_dir(str(folder()), version_base="1.3"):
         cfg = compose(NAME, list(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     return Path(cfg.paths.outputs) / str(cfg.name)
+
+
+def check_flags(args: Namespace) -> None:
+    """Refuse Hydra's flags that would put another configuration in the place of ours."""
+    for flag in ("config_path", "config_name", "config_dir", "experimental_rerun"):
+        if getattr(args, flag) is not None:
+            raise DistillError(
+                f"--{flag.replace('_', '-')}: the configuration is {folder()}; put a file of yours there, experiment/mine.yaml "
+                "say, and choose it by experiment=mine"
+            )
 
 
 def check(overrides: Sequence[str]) -> None:
@@ -110,7 +152,7 @@ def check(overrides: Sequence[str]) -> None:
     for setting in settings:
         try:
             composed([*fixed, *setting])
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, *UNFIT) as error:
             raise DistillError(_explain(error, [*fixed, *setting])) from None
 
 
@@ -163,7 +205,11 @@ def build(node: Any, **given: Any) -> Any:
     Raises:
         DistillError: the constructor's own, or one that names the target where the arguments do not fit it.
     """
-    partial = bool(node.get("_partial_", False))
+    _check_node(node)
+    options = plain(node)
+    partial = options.get("_partial_") is True
+    gate.admit(options, _key_of(node))
+    _check_kinds(options, _key_of(node))
     try:
         # Run-time arguments are handed over by the call itself: Hydra would turn a dataclass among them into a dict.
         make = instantiate(node, _partial_=True, _convert_="all")
@@ -174,22 +220,62 @@ def build(node: Any, **given: Any) -> Any:
         if isinstance(error.__cause__, DistillError):
             raise error.__cause__ from None
         raise DistillError(f"{node.get('_target_')} could not be built: {error.__cause__ or error}") from error
-    except TypeError as error:
-        raise DistillError(f"{node.get('_target_')} could not be built: {error}") from error
+    except UNFIT as error:
+        raise DistillError(f"{node.get('_target_')} could not be built: {error or type(error).__name__}") from error
+
+
+def _check_kinds(options: Any, where: str) -> None:
+    """Refuse options of a kind that a constructor of ours does not take, before it falls over them."""
+    nodes = [(where, options), *((below, value) for below, _, value in gate.entries(options, where))]
+    for below, node in nodes:
+        if isinstance(node, dict) and str(node.get("_target_")).startswith("distill."):
+            # What is built in turn is not judged by the mapping that describes it.
+            given = {key: value for key, value in node.items() if not (value == "???" or "_target_" in str(value))}
+            if wrong := misfits(gate.constructor(node["_target_"], f"{below}._target_"), given):
+                raise DistillError(f"{below}: {'; '.join(wrong)}")
 
 
 def target(node: Any) -> Any:
     """The constructor that a node names.
 
     Raises:
-        DistillError: there is none of that name.
+        DistillError: there is none of that name, or none that a configuration may call.
     """
-    try:
-        return get_object(node["_target_"])
-    except Exception as error:  # whatever the import of a module of the user's own raises
-        raise DistillError(f"_target_: {node.get('_target_')} cannot be imported: {error}") from error
+    _check_node(node)
+    where = f"{_key_of(node)}._target_".lstrip(".")
+    gate.judge_name(node.get("_target_"), where)
+    return gate.constructor(node.get("_target_"), where)
+
+
+def _check_node(node: Any) -> None:
+    if not (isinstance(node, dict) or OmegaConf.is_dict(node)) or node.get("_target_") is None:
+        raise DistillError(
+            f"{_key_of(node) or 'a part of the configuration'}: expected a mapping whose _target_ names a class, got {node}"
+        )
+
+
+def parts(node: Any) -> dict[str, Any]:
+    """The nodes of a mapping by name, without those that are null or empty.
+
+    Raises:
+        DistillError: it is no mapping.
+    """
+    if node is not None and not OmegaConf.is_dict(node):
+        raise DistillError(f"expected a mapping of names to parts, as in the files of {folder()}, got {node}")
+    return {str(name): each for name, each in (node or {}).items() if each is not None and each != {}}
+
+
+def _key_of(node: Any) -> str:
+    return str(node._get_full_key(None)) if OmegaConf.is_config(node) else ""
 
 
 def plain(node: Any) -> Any:
-    """Plain containers with all interpolations resolved."""
-    return OmegaConf.to_container(node, resolve=True)
+    """Plain containers with all interpolations resolved.
+
+    Raises:
+        DistillError: one of them leads nowhere.
+    """
+    try:
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    except OmegaConfBaseException as error:
+        raise DistillError(f"{_key_of(node)}: cannot be resolved: {str(error).splitlines()[0]}") from error

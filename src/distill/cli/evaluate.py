@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distill.cli import config
 from distill.types import DistillError
@@ -51,7 +51,7 @@ def recompose(run: Path, overrides: Sequence[str]) -> DictConfig:
     chosen = {override.key_or_group for override in config.parse(overrides)} & set(config.groups())
     before = [
         str(override.input_line)
-        for override in config.parse([str(line) for line in OmegaConf.load(run / "overrides.yaml")])
+        for override in config.recorded(run)
         if override.key_or_group.split(".")[0] not in chosen  # data=voc does away with what was said of the run's data
     ]
     config.check([*before, *overrides])
@@ -80,7 +80,7 @@ def load_student(source: Path) -> Any:
     """The exported student of a run folder, or the student inside a checkpoint."""
     import torch
 
-    from distill.detectors.checkpoints import described, load_detector
+    from distill.detectors.checkpoints import described, fit, fit_sizes, load_detector, unpickled
 
     if source.suffix != ".ckpt":
         if source.is_dir() and not (source / "student.pt").is_file():
@@ -88,33 +88,49 @@ def load_student(source: Path) -> Any:
                 f"{source} has no student.pt: the run did not finish; try {source}/checkpoints/last.ckpt"
             )
         return load_detector(source)
-    state = torch.load(source, map_location="cpu", weights_only=True)
-    student = described(state.get("student"), str(source))
-    own = {name.removeprefix("student."): value for name, value in state["state_dict"].items()}
-    student.load_state_dict({name: value for name, value in own.items() if name.startswith("net.")}, strict=True)
+    if not source.is_file():
+        raise DistillError(f"{source}: no such checkpoint")
+    content = unpickled(source)
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
+        raise DistillError(f"{source}: expected a checkpoint of a run, with the student's weights in it")
+    state = {
+        name.removeprefix("student.net."): value
+        for name, value in weights.items()
+        if str(name).startswith("student.net.") and isinstance(value, torch.Tensor)
+    }
+    with torch.device("meta"):
+        fit_sizes(described(content.get("student"), str(source)).net, state, str(source))
+    student = described(content.get("student"), str(source))
+    fit(student.net, state, str(source))
     return student
 
 
 def _teacher(run: Path, cfg: DictConfig) -> Any:
     from distill.cli.teacher import load
+    from distill.files import read_json
 
     summary = run / "summary.json"
-    identity = json.loads(summary.read_text())["teacher"] if summary.is_file() else None
+    identity = read_json(summary).get("teacher") if summary.is_file() else None
     if not identity:
         raise DistillError(
             f"{run} has no teacher: its summary.json names none (distill=none, or the run did not finish)"
         )
-    return load(cfg, identity["source"], identity["classes"])
+    source, classes = (identity.get(key) if isinstance(identity, dict) else None for key in ("source", "classes"))
+    if not isinstance(source, str) or not isinstance(classes, list):
+        raise DistillError(f"{summary}: expected the teacher's 'source' and 'classes', got {identity}")
+    return load(cfg, source, [str(name) for name in classes])
 
 
 def show(values: dict[str, float], split: str, who: str) -> None:
     """The numbers as a table, in percent."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{who}, {split}, percent", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in values.items():
-        table.add_row(name, f"{100 * value:.2f}" if value >= 0 else "no ground truth")
+        table.add_row(escape(name), f"{100 * value:.2f}" if value >= 0 else "no ground truth")
     Console().print(table)

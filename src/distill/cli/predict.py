@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distill.types import DistillError
 
@@ -57,10 +58,8 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = load_detector(run).eval().to(device)
     options = detector.options
-    extra = read_extra(run)
-    resize = {"antialias": False, "pad_to": 32} | extra.get("resize", {})
+    resize, labels = _noted(read_extra(run), run)
     transform = Transform((options["min_size"],), options["max_size"], antialias=resize["antialias"])
-    labels = {int(label): number for label, number in extra.get("category_ids", {}).items()}
     results, listed = [], []
     for number, file in enumerate(track(files, "predict")):
         image = read_image(file)
@@ -85,3 +84,15 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     write_text(out / "detections.json", json.dumps(results))
     write_text(out / "images.json", json.dumps({"images": listed, "classes": list(detector.classes)}))
     return len(results)
+
+
+def _noted(extra: Mapping[str, Any], run: Path) -> tuple[dict[str, Any], dict[int, int]]:
+    """How the run's data was resized, and label -> category id, as ``student.json`` notes them."""
+    try:
+        resize = {"antialias": False, "pad_to": 32} | extra.get("resize", {})
+        labels = {int(label): int(number) for label, number in extra.get("category_ids", {}).items()}
+        if not (isinstance(resize["antialias"], bool) and isinstance(resize["pad_to"], int) and resize["pad_to"] > 0):
+            raise ValueError("antialias is true or false, pad_to a number of pixels")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DistillError(f"{run}: its student.json holds no good 'resize' and 'category_ids' ({error})") from error
+    return resize, labels

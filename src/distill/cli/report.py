@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from distill.callbacks.panels import crop, look
@@ -53,14 +54,14 @@ def opening(module: Distiller, data: DetectionData, run: Path) -> None:
     """Data, student, teacher and losses in a few lines; a warning where the teacher is the smaller one."""
     console = Console()
     for line in data.summary:
-        console.print(f"[bold]data[/]     {line}", highlight=False)
+        console.print(f"[bold]data[/]     {escape(line)}", highlight=False)
     student = module.student
     console.print(f"[bold]student[/]  {_name(student)}", highlight=False)
     for line in student.report:
-        console.print(f"         {line}", highlight=False)
+        console.print(f"         {escape(line)}", highlight=False)
     if module.teacher is not None:
         teacher = module.teacher.detector
-        console.print(f"[bold]teacher[/]  {_name(teacher)}, {module.teacher.source}", highlight=False)
+        console.print(f"[bold]teacher[/]  {_name(teacher)}, {escape(module.teacher.source)}", highlight=False)
         if teacher.parameters_count < student.parameters_count:
             console.print(
                 f"[yellow]warning[/]  the teacher has fewer parameters ({teacher.parameters_count:,}) than its student "
@@ -68,7 +69,7 @@ def opening(module: Distiller, data: DetectionData, run: Path) -> None:
             )
     for name, loss in module.losses.items():
         console.print(f"[bold]loss[/]     {name}: {loss.weights}", highlight=False)
-    console.print(f"[bold]run[/]      {run}", highlight=False)
+    console.print(f"[bold]run[/]      {escape(str(run))}", highlight=False)
 
 
 def _name(detector: Any) -> str:
@@ -170,7 +171,7 @@ def _table(summary: dict[str, Any], run: Path) -> None:
     console = Console()
     console.print(table)
     for what, where in (("student", "student.pt"), ("pictures", "pictures/"), ("all numbers", "summary.json")):
-        console.print(f"{what:12} {run / where}", highlight=False, soft_wrap=True)
+        console.print(f"{what:12} {run / where}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _percent(value: float) -> str:

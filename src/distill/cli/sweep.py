@@ -208,13 +208,14 @@ def _row(job: Path) -> dict[str, Any]:
 
 def _print(columns: list[str], rows: list[dict[str, Any]], folder: Path) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"sweep {folder}", title_justify="left")
+    table = Table(title=f"sweep {escape(str(folder))}", title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(escape(column), overflow="fold")
     for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in columns))
+        table.add_row(*(escape(str(row.get(column, ""))) for column in columns))
     console = Console()
     console.print(table)
     for row in rows:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from distill.cli import Terminated
 from distill.cli.config import build, composed, parse, plain
 from distill.cli.signals import handled
+from distill.files import read_json
 from distill.types import DistillError, Facts
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from distill.guest import Guest
 
 # What a teacher's run takes over from the student's run: the data, the machine and the recipe, not the student.
-KEPT_GROUPS = ("data", "trainer", "experiment", "paths")
+KEPT_GROUPS = ("data", "trainer", "experiment", "paths", "trust")
 KEPT_TRAINER = (
     "accelerator",
     "devices",
@@ -154,6 +155,9 @@ def run_overrides(cfg: DictConfig) -> list[str]:
         group, _, rest = key.partition(".")
         if group in KEPT_GROUPS and (group != "trainer" or not rest or rest.split(".")[0] in KEPT_TRAINER):
             kept.append(line)
+    for override in parse(cfg.teacher.run):  # a file may have said this, and it becomes a command line
+        if override.is_hydra_override() or override.key_or_group == "trust":
+            raise DistillError(f"teacher.run: '{override.input_line}' may not be said here; remove it")
     lines = [
         *kept,
         f"model={_option(cfg)}",
@@ -206,15 +210,17 @@ def _measured(run: Path, cfg: DictConfig, data: DetectionData) -> dict[str, floa
     """What a finished run measured of its student, where images and metrics are the same here; else nothing."""
     if not (run / "summary.json").is_file():
         return {}
-    summary = json.loads((run / "summary.json").read_text())
-    before = summary.get("measured") or {"metrics": None, "data": {}}
-    if before["metrics"] != json.loads(json.dumps(plain(cfg.metrics))):
+    summary = read_json(run / "summary.json")
+    before, values = summary.get("measured") or {"metrics": None, "data": {}}, summary.get("student")
+    if not isinstance(before, dict) or not isinstance(before.get("data"), dict) or not isinstance(values, dict):
+        raise DistillError(f"{run / 'summary.json'}: expected what the run measured under 'student' and 'measured'")
+    if before.get("metrics") != json.loads(json.dumps(plain(cfg.metrics))):
         return {}
     same = []
     for split, fingerprint in before["data"].items():
         with suppress(DistillError):  # a split that cannot be read here
             same += [split] * (data.has(split) and data.fingerprint(split) == fingerprint)
-    return {name: value for name, value in summary["student"].items() if name.split("/")[0] in same}
+    return {name: value for name, value in values.items() if name.split("/")[0] in same}
 
 
 def _rank() -> int:

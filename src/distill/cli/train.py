@@ -14,8 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import config, resume, sweep
+from distill.cli import config, gate, resume, sweep
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     config.register_resolvers()
     parser = get_args_parser()
     args = parser.parse_args(list(argv))
+    config.check_flags(args)
     if not (args.help or args.hydra_help or args.shell_completion):
         config.check(args.overrides)
     args.overrides = resume.resumed(args.overrides)
@@ -46,8 +48,9 @@ def main(argv: Sequence[str]) -> int:
         return jobs.run(cfg) if HydraConfig.get().mode == RunMode.MULTIRUN else train(cfg)
 
     try:
-        _run_hydra(args, parser, task_function=task, config_path=home, config_name=config.NAME)
-    except HydraException as error:
+        with gate.gated():
+            _run_hydra(args, parser, task_function=task, config_path=home, config_name=config.NAME)
+    except (HydraException, OmegaConfBaseException) as error:
         missing = '; its sweeper is an extra: pip install "distill[optuna]"' if "sweeper/optuna" in str(error) else ""
         told = str(error).partition("Config search path")[0].strip()
         raise DistillError(f"{told}{missing}") from error
@@ -196,13 +199,13 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
 
 def needs_teacher(cfg: DictConfig) -> bool:
     """Whether any loss is taught by a detector. If none is, ``teacher`` is left alone, as by distill=none."""
-    return any(config.target(node).needs_teacher for node in cfg.distill.losses.values())
+    return any(config.target(node).needs_teacher for node in config.parts(cfg.distill.losses).values())
 
 
 def build_losses(cfg: DictConfig, student: Facts, teacher: Facts | None) -> dict[str, DistillLoss]:
     """The distillation losses by name, for this pair."""
-    nodes = cfg.distill.losses.items()
-    return {str(name): config.build(node, student=student, teacher=teacher) for name, node in nodes}
+    nodes = config.parts(cfg.distill.losses).items()
+    return {name: config.build(node, student=student, teacher=teacher) for name, node in nodes}
 
 
 def check_masks(cfg: DictConfig, student: Detector, data: DetectionData) -> None:
@@ -242,7 +245,7 @@ def check_metric(cfg: DictConfig, data: DetectionData) -> None:
 
 def build_metrics(cfg: DictConfig) -> list[Any]:
     """The metrics' constructors; a metric set to null is left out."""
-    return [config.build(node) for node in cfg.metrics.values() if node]
+    return [config.build(node) for node in config.parts(cfg.metrics).values()]
 
 
 def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
@@ -257,10 +260,10 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     precision = cfg.trainer.precision
     if precision == "auto":
         precision = "bf16-mixed" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "32-true"
-    callbacks = [config.build(node) for node in cfg.callbacks.values() if node]
+    callbacks = [config.build(node) for node in config.parts(cfg.callbacks).values()]
     callbacks.append(Provenance(config.plain(cfg)))
     settings = {name: value for name, value in config.plain(cfg.trainer).items() if name != "save_every"}
-    loggers = [config.build(node) for node in cfg.logger.values() if node]
+    loggers = [config.build(node) for node in config.parts(cfg.logger).values()]
     if "csv" not in cfg.logger:
         loggers.append(CSVLogger(run, name="", version="", flush_logs_every_n_steps=100))
     try:

@@ -13,13 +13,13 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from distill import rle
-from distill.data.records import Record, orientation, read_image
+from distill.data.records import MAX_PIXELS, Record, opened, orientation, read_image
 from distill.types import DistillError, Size
 
 SHOWN = 10
@@ -32,7 +32,12 @@ TURNED = (5, 6, 7, 8)
 
 
 def check_records(
-    records: Sequence[Record], split: str, on_error: str = "raise", files: bool = True, masks: bool = False
+    records: Sequence[Record],
+    split: str,
+    on_error: str = "raise",
+    files: bool = True,
+    masks: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[list[Record], str]:
     """Check and mend the records of a split, in place.
 
@@ -42,6 +47,7 @@ def check_records(
         on_error: ``raise`` lists the problems, ``skip`` leaves out the images or annotations concerned.
         files: whether ``file`` names a file; a source that draws its images has none to look into.
         masks: whether every annotation needs a segmentation; it is turned into a compressed run-length code.
+        max_pixels: most pixels of an image.
 
     Returns:
         the usable records, and one line that counts what there is, what was mended and what was skipped.
@@ -54,7 +60,7 @@ def check_records(
     counts: Counter[str] = Counter()
     _check_twice(records, files)
     if files:
-        _check_images(records, counts)
+        _check_images(records, counts, max_pixels)
     for record in records:
         if not record.broken:
             _mend(record, counts)
@@ -108,12 +114,12 @@ def _check_twice(records: Sequence[Record], files: bool) -> None:
         names.add(record.file)
 
 
-def _check_images(records: Sequence[Record], counts: Counter[str]) -> None:
+def _check_images(records: Sequence[Record], counts: Counter[str], max_pixels: int) -> None:
     sound = [record for record in records if not record.broken]
     # Filters of warnings are common to all threads. Pillow warns of large images and damaged tags, which both read well.
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")
-        looks = list(pool.map(_look, sound))
+        looks = list(pool.map(partial(_look, max_pixels=max_pixels), sound))
     for record, look in zip(sound, looks, strict=True):
         fault = look if isinstance(look, str) else _settle_size(record, *look)
         if fault:
@@ -127,7 +133,7 @@ def _break(record: Record, fault: str) -> None:
     record.broken = True
 
 
-def _look(record: Record) -> tuple[Size, int] | str:
+def _look(record: Record, max_pixels: int) -> tuple[Size, int] | str:
     """An image's (height, width) once upright and its EXIF orientation, or what is wrong with its file."""
     path = Path(record.file)
     try:
@@ -135,17 +141,17 @@ def _look(record: Record) -> tuple[Size, int] | str:
             return (
                 f"{path}: no such image, but {record.where or 'a record'} names it; add it, or remove its annotations"
             )
-        with Image.open(path) as image:
+        with opened(path, max_pixels) as image:
             size, form, turn = (image.height, image.width), image.format, orientation(image)
         if form in ENDS and _ends_with(path, ENDS[form]):
             return (size[::-1] if turn in TURNED else size), turn
         if form in ENDS and ENDS[form] not in path.read_bytes():  # decoders fill what is missing and say nothing
             return f"{path}: cut off, its end is missing; replace it, or remove it from the split"
-        height, width = read_image(path).shape[1:]
+        height, width = read_image(path, max_pixels).shape[1:]
         return (height, width), turn
     except DistillError as error:
         return str(error)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises anything at damaged bytes
         return f"{path}: unreadable ({error}); replace it, or remove it from the split"
 
 
@@ -179,7 +185,9 @@ def _mend(record: Record, counts: Counter[str]) -> None:
     height, width = record.size
     boxes = record.boxes
     counts["boxes"] += len(boxes)
-    finite = np.isfinite(boxes).all(axis=1) & np.isfinite(record.area)
+    with np.errstate(over="ignore", invalid="ignore"):  # sides of finite corners may be infinite
+        sides = boxes[:, 2:] - boxes[:, :2]
+    finite = np.isfinite(boxes).all(axis=1) & np.isfinite(sides).all(axis=1) & np.isfinite(record.area)
     inverted = finite & (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
     for rows, reason in ((~finite, "or area is not finite"), (inverted, "ends before it begins")):
         record.faults += [_box_fault(record, index, reason) for index in np.flatnonzero(rows).tolist()]

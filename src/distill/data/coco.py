@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ class Coco:
         root: folder that all paths below are relative to.
         train, val, test: ``annotations``, the JSON, and ``images``, the folder of the files that it names (None: the
             first of the JSON's own, root, root/images, and the one in root named like the JSON's end, train2017 say, that
-            holds the file named first); None for a split that there is not.
+            holds the file named first), out of which and of root no name may lead; None for a split that there is not.
 
     Categories are the classes, in ascending order of their ids, which may start at 0 and have gaps. Crowds are kept for
     evaluation, which ignores them, and are no training targets. ``category_ids`` maps label to id in the file read last.
@@ -74,6 +75,8 @@ class Coco:
         notes = _notes(content["annotations"], images, labels, path, faults)
         records = [
             record(number, str(folder / name), size, notes.get(number, ()), str(path))
+            if self._holds(folder / name, folder)
+            else broken(str(path), [f"{path}: image {number}: {_out(name, folder)}"], name)
             for number, (name, size) in images.items()
         ]
         return classes, records + ([broken(str(path), faults)] if faults else [])
@@ -81,7 +84,16 @@ class Coco:
     def _folder(self, path: Path, images: Mapping[int, tuple[str, Size | None]]) -> Path:
         usual = (path.parent, self.root, self.root / "images", self.root / path.stem.rpartition("_")[2])
         first = next((name for name, _ in images.values()), "")
-        return next((folder for folder in usual if (folder / first).is_file()), path.parent)
+        return next((folder for folder in usual if os.path.isfile(folder / first)), path.parent)
+
+    def _holds(self, file: Path, folder: Path) -> bool:
+        """Whether a file lies in the folder of images or in root, by its name: links inside may lead where their owner wants."""
+        place = Path(os.path.abspath(file))
+        return any(place.is_relative_to(os.path.abspath(home)) for home in (folder, self.root))
+
+
+def _out(name: str, folder: Path) -> str:
+    return f"'file_name' {shown(name)} leads out of {folder} and of data.source.root; name a file inside"
 
 
 def _load(path: Path, split: str) -> dict[str, list[Any]]:
@@ -197,6 +209,8 @@ def _string(entry: Mapping[str, Any], key: str) -> str:
     value = entry.get(key)
     if not isinstance(value, str) or not value:
         raise ValueError(f"needs a text '{key}', got {shown(value)}; mend it")
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"has a '{key}' that is no text, {shown(value)}; mend it")
     return value
 
 

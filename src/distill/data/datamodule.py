@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distill.data.checks import check_overlap, check_records
-from distill.data.records import Record, ground_truth, read_image
+from distill.data.records import MAX_PIXELS, Record, ground_truth, read_image
 from distill.data.sampler import BatchSampler, Key
 from distill.data.transforms import Sample, Transform, collate, padded_size, resized_size
 from distill.types import Batch, DistillError, Size, Target
@@ -235,6 +235,7 @@ class DetectionData(L.LightningDataModule):
         limit_eval: most images of val and of test.
         on_error: ``raise`` at bad data that cannot be mended safely, or ``skip`` it and count.
         on_overlap: ``warn`` or ``raise`` when an image is in more than one split.
+        max_pixels: most pixels of an image file; a larger one is a fault of the data, found in its header.
         prefetch: batches that a worker prepares ahead.
         persistent_workers: whether workers stay alive between epochs.
         pin_memory: page-locked batches; None: where CUDA is available.
@@ -269,6 +270,7 @@ class DetectionData(L.LightningDataModule):
         limit_eval: int | None = None,
         on_error: str = "raise",
         on_overlap: str = "warn",
+        max_pixels: int = MAX_PIXELS,
         prefetch: int = 2,
         persistent_workers: bool = True,
         pin_memory: bool | None = None,
@@ -301,7 +303,7 @@ class DetectionData(L.LightningDataModule):
         self.pad_to, self.aspect_groups, self.drop_last = pad_to, aspect_groups, drop_last
         self.keep_empty, self.use_difficult, self.masks, self.cache = keep_empty, use_difficult, masks, cache
         self.fraction, self.limit, self.limit_eval = fraction, limit, limit_eval
-        self.on_error, self.on_overlap = on_error, on_overlap
+        self.on_error, self.on_overlap, self.max_pixels = on_error, on_overlap, max_pixels
         self.train_transform = Transform(sizes, max_size, flip, photometric, antialias, seed)
         self.eval_transform = Transform((eval_min_size or sizes[-1],), eval_max_size or max_size, antialias=antialias)
         self._drawn = hasattr(source, "image")
@@ -438,7 +440,7 @@ class DetectionData(L.LightningDataModule):
                 records = [record for record in records if usable(record, self.use_difficult).any()]
                 if not records:
                     raise DistillError(f"No {split} image has a box to train on. Check the annotations of {split}.")
-            load = getattr(self.source, "image", read_image)
+            load = getattr(self.source, "image", partial(read_image, max_pixels=self.max_pixels))
             transform = self.train_transform if training else self.eval_transform
             images = Images(records, load, transform, self.use_difficult, self.masks)
             if self.cache == "ram":
@@ -467,7 +469,7 @@ class DetectionData(L.LightningDataModule):
                 "before. Give all annotation files the same categories."
             )
         self._classes = tuple(classes)
-        records, line = check_records(annotated, split, self.on_error, not self._drawn, self.masks)
+        records, line = check_records(annotated, split, self.on_error, not self._drawn, self.masks, self.max_pixels)
         fraction, limit = (self.fraction, self.limit) if split == "train" else (1.0, self.limit_eval)
         part = subset(records, fraction, limit)
         self.summary.append(line if len(part) == len(records) else f"{line}; {len(part)} of the images are used")

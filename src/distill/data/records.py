@@ -20,6 +20,10 @@ from distill.types import DistillError, Size
 
 ORIENTATION = 0x0112
 """EXIF's tag."""
+MAX_PIXELS = 150_000_000
+"""Of an image that is decoded; it takes 450 MB. Below the limit at which Pillow refuses by itself."""
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded. Pillow knows more, of which EPS is a program."""
 
 
 class Note(NamedTuple):
@@ -115,23 +119,39 @@ def broken(where: str, faults: Sequence[str], file: str = "") -> Record:
     return found
 
 
-def read_image(file: str | Path) -> Tensor:
+def opened(file: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image of which the header is read, and no pixel yet.
+
+    Raises:
+        ValueError: it says that there are more pixels than ``max_pixels``.
+        OSError: it is missing, or none of FORMATS.
+    """
+    if max_pixels > 2 * (Image.MAX_IMAGE_PIXELS or max_pixels):
+        Image.MAX_IMAGE_PIXELS = max_pixels  # who asks for more than Pillow's own limit gets it
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > max_pixels:
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} are more pixels than data.max_pixels={max_pixels}")
+    return image
+
+
+def read_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an image into (3, H, W) uint8 RGB, turned upright by its EXIF tag, whatever its extension says.
 
     Alpha is dropped, 16-bit greys keep their upper byte, of an animation the first picture counts. Pixels lie in memory
     as (H, W, 3), whichever library decodes.
 
     Raises:
-        DistillError: missing, unreadable or truncated; names the file.
+        DistillError: missing, unreadable, truncated, or larger than ``max_pixels`` by its header; names the file.
     """
     try:
-        with open(file, "rb") as stream:
-            jpeg = stream.read(2) == b"\xff\xd8"
-        if jpeg:
-            with suppress(RuntimeError):  # of what torchvision cannot decode Pillow knows some, or says what is wrong
-                decoded: Tensor = decode_image(str(file), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-                return decoded
-        with Image.open(file) as image:
+        with opened(file, max_pixels) as image:
+            if image.format in ("JPEG", "MPO"):
+                with suppress(
+                    RuntimeError
+                ):  # of what torchvision cannot decode Pillow knows some, or says what is wrong
+                    decoded: Tensor = decode_image(str(file), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                    return decoded
             upright = image if orientation(image) == 1 else ImageOps.exif_transpose(image)
             pixels = _rgb(upright)
     except Exception as error:  # Pillow's decoders raise anything at damaged bytes

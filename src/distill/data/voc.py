@@ -19,6 +19,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 IMAGES = ("JPEGImages", "images", "Images", "imgs")
 ANNOTATIONS = ("Annotations", "annotations", "xmls", "labels")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+NO_XML = "no such file; write it, or take the name from the list"
 SHARES = (("train", 80), ("val", 90), ("test", 100))
 
 
@@ -125,7 +126,11 @@ class Voc:
                 f"learned from nor measured by. Choose another list for data.source.{split}, or null"
             )
         place = next(iter(xmls.values())).parent if xmls else folder
-        return [_page(xmls.get(stem, place / f"{stem}.xml"), images.get(stem)) for stem in stems]
+        # What a list names is looked up among the files that there are, so that no name leads out of the folder.
+        return [
+            _page(xmls[stem], images.get(stem)) if stem in xmls else Page(place / f"{stem}.xml", None, fault=NO_XML)
+            for stem in stems
+        ]
 
     def _members(self, split: str, name: str) -> tuple[Path, list[str]]:
         """Folder and image names of a list."""
@@ -222,7 +227,7 @@ def _page(xml: Path, image: Path | None) -> Page:
     try:
         tree = parse(xml).getroot()
     except FileNotFoundError:
-        return Page(xml, image, fault="no such file; write it, or take the name from the list")
+        return Page(xml, image, fault=NO_XML)
     except (ParseError, OSError, ValueError, LookupError) as error:
         return Page(xml, image, fault=f"cannot be read as XML ({error}); write it again")
     things = [

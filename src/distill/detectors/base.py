@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -94,7 +95,7 @@ def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     """Class names in label order, each once. ("N/A" fills the unused labels of torchvision's COCO weights.)"""
     names = tuple(classes)
-    twice = sorted({name for name in names if names.count(name) > 1 and name != "N/A"})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1 and name != "N/A")
     if not names or twice:
         raise DistillError(f"classes: expected at least one name, each once, got {list(names)}; repeated: {twice}")
     return names

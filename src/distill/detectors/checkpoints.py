@@ -7,7 +7,6 @@ statistics) travels in the JSON beside it, because weights load into another nor
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,8 @@ from distill.classes import match_classes
 from distill.detectors import geometry
 from distill.detectors.backbones import TIMM, body_state, imagenet_weights, set_eps, timm_network
 from distill.detectors.base import Detector, check_classes
-from distill.files import write_text, write_whole
+from distill.files import read_json, write_text, write_whole
+from distill.kinds import misfits
 from distill.types import DistillError
 
 State = Mapping[str, Tensor]
@@ -62,10 +62,23 @@ def save_student(detector: Detector, folder: str | Path, extra: Mapping[str, Any
 def load_detector(path: str | Path) -> Detector:
     """The detector that a run's folder, or its `student.pt` or `student.json`, holds."""
     weights = _weights_file(Path(path))
-    model = _read_json(weights.with_suffix(".json")).get("model")
+    model, state = _read_json(weights.with_suffix(".json")).get("model"), read_state(weights)
+    with torch.device("meta"):  # takes no memory, whatever a file from outside asks for
+        fit_sizes(described(model, str(weights)).net, state, str(weights))
     detector = described(model, str(weights))
-    fit(detector.net, read_state(weights), str(weights))
+    fit(detector.net, state, str(weights))
     return detector
+
+
+def fit_sizes(module: nn.Module, state: State, where: str) -> None:
+    """Refuse to make a module that is far larger than the weights that are there for it.
+
+    Raises:
+        DistillError: it has more than twice as many numbers.
+    """
+    wanted, held = (sum(each.numel() for each in of.values()) for of in (module.state_dict(), state))
+    if wanted > 2 * held + 1000:
+        raise DistillError(f"{where}: its {FACTS} describes {wanted} numbers, and the file holds {held}. {ADVICE}")
 
 
 def described(model: Any, where: str) -> Detector:
@@ -74,16 +87,20 @@ def described(model: Any, where: str) -> Detector:
 
     known = (two_stage.FasterRCNN, mask_rcnn.MaskRCNN, one_stage.RetinaNet, anchor_free.FCOS)
     families = {family.family: family for family in known}
-    if not isinstance(model, dict) or model.get("family") not in families:
+    if not isinstance(model, dict) or not isinstance(model.get("family"), str) or model["family"] not in families:
         raise DistillError(
             f"{where}: expected {FACTS} beside it, naming one of {', '.join(families)} as its model; for bare weights"
             " build the detector and give it weights=FILE"
         )
     options = {name: value for name, value in model.items() if name != "family"}
+    if wrong := misfits(families[model["family"]], options):
+        raise DistillError(f"{FACTS} of {where}: {'; '.join(wrong)}")
     try:
         with torch.random.fork_rng(devices=[]):  # its start values are thrown away: they must not cost a draw
             detector: Detector = families[model["family"]](**options)
-    except TypeError as error:
+    except DistillError:
+        raise
+    except Exception as error:  # a file may say anything
         raise DistillError(f"{FACTS} of {where}: not written by this version of distill: {error}") from error
     return detector
 
@@ -219,17 +236,26 @@ def fit(
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a file: bare, or under ``model`` or ``state_dict`` as common trainers write it."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DistillError(f"{path}: not a file of tensors that torch.save wrote whole ({reason})") from error
+    content = unpickled(path)
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise DistillError(f"{path}: expected a state dict (names -> tensors), got {type(content).__name__}")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def unpickled(path: Path) -> Any:
+    """What a file holds, if it holds nothing but tensors and plain containers.
+
+    Raises:
+        DistillError: it cannot be read, or holds anything else, which is not looked at.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DistillError(f"{path}: not a file of tensors that torch.save wrote whole ({reason})") from error
 
 
 def _source(source: str, detector: Detector) -> Source:
@@ -291,12 +317,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     """The facts beside a file of weights; empty where there are none."""
     if not path.is_file():
         return {}
-    try:
-        facts = json.loads(path.read_text())
-    except ValueError as error:
-        raise DistillError(f"{path}: not JSON ({error})") from error
-    if not isinstance(facts, dict) or not isinstance(facts.get("model", {}), dict):
+    facts = read_json(path)
+    if not all(isinstance(facts.get(key, {}), dict) for key in ("model", "extra")):
         raise DistillError(f"{path}: expected an object with the detector's facts under 'model'")
+    classes = facts.get("model", {}).get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise DistillError(f"{path}: expected a list of names as 'classes' of the model")
     return facts
 
 

@@ -1,0 +1,43 @@
+"""Whether options are of the kinds that a constructor of ours says it takes: a file may hold anything."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from reprlib import repr as shown
+from typing import Any
+
+PLAIN: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "bool": bool,
+    "None": type(None),
+}
+LISTS = re.compile(r"(?:Sequence|list)\[(\w+)\]")
+
+
+def misfits(constructor: Callable[..., Any], options: Mapping[str, Any]) -> list[str]:
+    """One line for each option of another kind than its parameter's annotation names. Only plain ones and lists are judged."""
+    found = inspect.signature(constructor).parameters
+    return [
+        f"{name}: expected {found[name].annotation}, got {shown(value)}"
+        for name, value in options.items()
+        if name in found and not fits(value, found[name].annotation)
+    ]
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a plain value is what an annotation, as written in the source, asks for; so where that cannot be told."""
+    return not isinstance(annotation, str) or any(_is(value, kind) for kind in annotation.split(" | "))
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind in PLAIN:
+        right = isinstance(value, PLAIN[kind]) and isinstance(value, bool) == (kind == "bool")
+        return right and (kind != "float" or value == value)  # NaN is no number
+    each = LISTS.fullmatch(kind)
+    if each is None or each[1] not in PLAIN:
+        return True
+    return isinstance(value, (list, tuple)) and all(_is(one, each[1]) for one in value)

@@ -1,0 +1,291 @@
+"""A configuration from outside runs nothing: neither when it is composed, nor when Hydra acts, nor when it is built."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import hydra.utils
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from conftest import TINY, Cli
+from distill.cli import config, gate
+from distill.types import DistillError
+
+CALL = "{_target_: os.mkdir, path: mark}"
+"""A deed that Hydra's own list of bad names lets pass, and that leaves a mark."""
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    gate.listen([])
+
+
+@pytest.fixture
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of our configuration, into which files from outside are put."""
+    folder = tmp_path / "conf"
+    shutil.copytree(config.folder(), folder)
+    monkeypatch.setattr(config, "folder", lambda: folder)
+    return folder
+
+
+def outside(conf: Path, body: str) -> str:
+    """An experiment file from somebody else; the override that chooses it."""
+    (conf / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{body}\n")
+    return "experiment=evil"
+
+
+def test_the_deed_is_one_that_hydra_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    hydra.utils.instantiate(OmegaConf.create(CALL))
+    assert (tmp_path / "mark").is_dir()
+
+
+HYDRA_NODE = {
+    "callback": f"hydra: {{callbacks: {{x: {CALL}}}}}",
+    "handler": "hydra: {job_logging: {version: 1, handlers: {x: {(): os.mkdir, path: mark}}, root: {handlers: [x]}}}",
+    "hydra's handler": "hydra: {hydra_logging: {version: 1, handlers: {x: {(): os.mkdir, path: mark}}, root: {handlers: [x]}}}",
+    "log file": "hydra: {job_logging: {version: 1, handlers: {x: {class: logging.FileHandler, filename: mark}}, root: {handlers: [x]}}}",
+    "environment": "hydra: {job: {env_set: {PYTHONPATH: /tmp/evil}}}",
+    "folder": "hydra: {job: {chdir: true}}",
+    "launcher": f"hydra: {{launcher: {CALL}}}",
+    "sweeper": f"hydra: {{mode: MULTIRUN, sweeper: {CALL}}}",
+    "part of a sweeper": f"hydra: {{mode: MULTIRUN, sweeper: {{+x: {CALL}}}}}",
+    "interpolated": "hydra: {callbacks: {x: \"${oc.create:'{_target_: os.mkdir, path: mark}'}\"}}",
+    "interpolated sweeper": "hydra: {mode: MULTIRUN, sweeper: {params: \"${oc.create:'{_target_: os.mkdir, path: mark}'}\"}}",
+    "jobs' hydra": "hydra: {mode: MULTIRUN, sweeper: {params: {hydra.job.env_set.PATH: x}}}",
+    "jobs' added hydra": "hydra: {mode: MULTIRUN, sweeper: {params: {++hydra.job.env_set.PATH: x}}}",
+    "jobs' trust": f"data: {{source: {CALL}}}\nhydra: {{mode: MULTIRUN, sweeper: {{params: {{trust: '[os]'}}}}}}",
+    "noted overrides": "hydra: {overrides: {hydra: [hydra.job.chdir=true]}}",
+    "noted task": "hydra: {overrides: {task: ['seed=1']}}",
+    "package": "hydra: {sweeper: {_target_: hydra_plugins_evil.Sweeper}}",
+}
+
+
+@pytest.mark.parametrize("flags", [[], ["--cfg", "job"], ["--help"]], ids=["run", "cfg", "help"])
+@pytest.mark.parametrize("attack", [pytest.param(body, id=name) for name, body in HYDRA_NODE.items()])
+def test_what_a_file_says_to_hydra_is_refused_before_hydra_acts(
+    attack: str, flags: list[str], conf: Path, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if flags and "callbacks" not in attack:
+        pytest.skip("one attack is enough to see that the flags do not go round the gate")
+    assert cli(["train", *flags, outside(conf, attack), *TINY, "distill=none"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("\ndistill: ")
+    assert "hydra" in said or "trust" in said or "source" in said
+    assert not (tmp_path / "mark").exists()
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_an_option_of_hydras_own_groups_from_outside_is_refused(conf: Path) -> None:
+    (conf / "hydra" / "env").mkdir(parents=True)
+    (conf / "hydra" / "env" / "evil.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /tmp/evil}\n")
+    with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
+        config.check([outside(conf, "defaults: [{override /hydra/env: evil}]")])
+
+
+@pytest.mark.parametrize("line", ["hydra.callbacks.x", "+hydra.callbacks.x", "hydra.sweeper", "hydra.launcher"])
+def test_the_command_line_too_needs_trust(
+    line: str, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["train", f"{line}={CALL.replace(' path', 'path')}", *TINY, "distill=none"]) == 1
+    assert "distill: " in capsys.readouterr().err
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_file_may_name_folders_and_sweeps(conf: Path) -> None:
+    body = "hydra: {run: {dir: here}, sweep: {dir: there}, mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}"
+    with gate.gated(), initialize_config_dir(str(conf), version_base="1.3"):
+        cfg = compose("config", [outside(conf, body)], return_hydra_config=True)
+    assert (cfg.hydra.run.dir, cfg.hydra.sweep.dir, cfg.hydra.sweeper.params.seed) == ("here", "there", "1,2")
+
+
+def test_the_command_line_may_say_of_hydra_what_it_likes(conf: Path) -> None:
+    words = ["hydra/job_logging=default", "hydra.job.chdir=true", "hydra.verbose=true"]
+    with gate.gated(), initialize_config_dir(str(conf), version_base="1.3"):
+        cfg = compose("config", words, return_hydra_config=True)
+    assert cfg.hydra.job.chdir
+    assert cfg.hydra.job_logging.handlers
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"data: {{source: {CALL}}}",
+        f"model: {CALL}",
+        f"callbacks: {{x: {CALL}}}",
+        f"distill: {{losses: {{x: {{_target_: distill.losses.mimic.Mimic, parts: [{{deep: [{CALL}]}}]}}}}}}",
+        f"teacher: {{model: {CALL}}}",
+        f"trainer: {{strategy: {CALL}}}",
+        f"anything: {{at: [{{all: {CALL}}}]}}",
+        "data: {source: {_target_: '${oc.decode:os.mkdir}', path: mark}}",
+        f"trust: [os.mkdir]\ndata: {{source: {CALL}}}",
+        "trust: os",
+    ],
+)
+def test_no_target_outside_of_the_known_packages_composes(body: str, conf: Path) -> None:
+    with pytest.raises(DistillError, match="trust"):
+        config.check([outside(conf, body)])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "${oc.create:'{_target_: os.mkdir, path: mark}'}",
+        "${oc.decode:'{_target_: os.mkdir, path: mark}'}",
+        "${other}",
+        "{_target_: distill.data.shapes.Shapes, classes: \"${oc.create:'{_target_: os.mkdir, path: mark}'}\"}",
+        "{_target_: distill.data.shapes.Shapes, classes: '\\${oc.create:''{_target_: os.mkdir, path: mark}''}'}",
+    ],
+)
+def test_no_text_becomes_a_call(source: str, conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quoted = source if source.startswith("{") else '"' + source + '"'
+    line = outside(conf, f"other: \"${{oc.create:'{CALL}'}}\"\ndata: {{source: {quoted}}}")
+    with pytest.raises(DistillError):
+        config.build(config.composed([line]).data)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.os.system",
+        "torch.os.mkdir",
+        "torch.nn.modules.module.os.mkdir",
+        "lightning.pytorch.trainer.trainer.os.mkdir",
+        "distill.files.os.mkdir",
+        "distill.detectors.checkpoints.Path",
+        "distill.data.records.Image.open",
+        "distill.files.write_text",
+        "distill.detectors.checkpoints.save_student",
+        "distill.cli.main",
+        "distill.cli.sweep.SweepTable",
+        "distill.cli.teacher.subprocess.Popen",
+        "distill.detectors.backbones.torch.hub.load",
+        "torch.hub.load",
+        "torch.load",
+        "torch.serialization.load",
+        "torch.jit.load",
+        "torch.from_file",
+        "torch.ops.load_library",
+        "torch.classes.load_library",
+        "torch.utils.cpp_extension.load_inline",
+        "torch.utils.cpp_extension.BuildExtension",
+        "torch.cuda.CUDAPluggableAllocator",
+        "torch.cuda.memory.CUDAPluggableAllocator",
+        "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler",
+        "torch.package.PackageImporter",
+        "torch.nn.Module.__init__.__globals__",
+        "torch._C.PyTorchFileWriter",
+        "torch.storage.TypedStorage.from_file",
+        "torchvision.datasets.CIFAR10",
+        "lightning.pytorch.cli.LightningCLI",
+        "lightning.LightningModule.load_from_checkpoint",
+        "torchmetrics.functional.accuracy",
+        "torch",
+        "torch.float32",
+        "torchattack.Model",
+        "distill.",
+        ".os.mkdir",
+        "",
+    ],
+)
+def test_no_name_leads_out_of_the_packages(name: str) -> None:
+    node = OmegaConf.create({"_target_": name})
+    with pytest.raises(DistillError):
+        config.build(node)
+    with pytest.raises(DistillError):
+        config.target(node)
+
+
+@pytest.mark.parametrize("name", [7, ["os.system"], {"a": 1}, None])
+def test_a_target_that_is_no_text_is_refused(name: object) -> None:
+    with pytest.raises(DistillError, match=r"dotted name|names a class"):
+        config.build(OmegaConf.create({"_target_": name}))
+
+
+@pytest.mark.parametrize("name", ["lightning.Trainer", "torch.optim.SGD", "distill.Shapes", "torchmetrics.Accuracy"])
+def test_classes_of_the_packages_are_let_in(name: str) -> None:
+    assert isinstance(config.target(OmegaConf.create({"_target_": name})), type)
+
+
+def test_trust_is_the_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conf: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = outside(conf, f"anything: {CALL}")
+    gate.listen([line, "trust=[os.mkdir]"])
+    config.check([line, "trust=[os.mkdir]"])
+    config.build(config.composed([line]).anything)
+    assert (tmp_path / "mark").is_dir()
+    gate.listen([line])
+    with pytest.raises(DistillError, match="trust"):
+        config.check([line])
+
+
+def test_trust_of_a_package_covers_what_it_defines_and_not_what_it_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_package.py").write_text("import os\nfrom os import mkdir\n\n\ndef make(path):\n    return path\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    gate.listen(["trust=[my_package]"])
+    assert config.build(OmegaConf.create({"_target_": "my_package.make", "path": "x"})) == "x"
+    for name in ("my_package.mkdir", "my_package.os.mkdir"):
+        with pytest.raises(DistillError):
+            config.build(OmegaConf.create({"_target_": name, "path": str(tmp_path / "mark")}))
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("word", ["trust=[os system]", "trust=[[a]]", "trust=7", "trust=", "trust=[", "trust={a: b}"])
+def test_trust_names_packages(word: str, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["train", word]) == 1
+    assert "trust=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--config-dir", "--config-path", "-cn", "-cp", "--experimental-rerun"])
+def test_hydras_flags_for_another_configuration_are_refused(
+    flag: str, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["train", flag, str(tmp_path)]) == 1
+    assert "experiment=mine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["trust=[os]", "hydra.job.env_set.PATH=x", "+trust=[os]", "hydra/job_logging=default"])
+def test_what_the_teachers_run_is_told_stays_within_bounds(
+    word: str, conf: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = outside(conf, f"teacher: {{run: ['{word}']}}")
+    assert cli(["train", line, *TINY, "distill=mimic"]) == 1
+    assert "teacher.run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- data.source._target_=os.mkdir\n- trust=[os]\n", "trust"),
+        ("- '+anything={_target_: os.mkdir,path: mark}'\n", "trust"),
+        ("!!python/object/apply:os.mkdir [mark]\n", "cannot be read"),
+        ("a: 1\n", "expected a list"),
+        ("- 7\n", "expected a list"),
+        ("- ['\n", "cannot be read"),
+        ("\x00", "cannot be read"),
+        ("- 'a['\n", "cannot read"),
+    ],
+)
+def test_the_overrides_of_a_run_from_outside_are_judged(
+    text: str, message: str, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "overrides.yaml").write_text(text)
+    assert cli(["evaluate", "run"]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "mark").exists()
+
+
+def test_only_known_words_are_computed() -> None:
+    config.composed([])
+    known = {"now", "hydra", "python_version", "names", "sweep"}
+    theirs = {"env", "create", "decode", "deprecated", "select", "dict.keys", "dict.values"}
+    assert set(type(OmegaConf.create())._resolvers) == known | {f"oc.{name}" for name in theirs}
