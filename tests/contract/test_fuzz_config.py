@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import config, gate
+from distill.cli import teacher as teachers
 from distill.cli.train import build_losses, build_metrics, needs_teacher
 from distill.types import DistillError, Facts
 
@@ -125,6 +126,7 @@ def changed(distill: str, words: list[str]) -> DictConfig:
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
     except (HydraException, OmegaConfBaseException) as error:  # config.check makes a message of it
         raise DistillError(str(error)) from error
+    gate.judge_frame(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
     return cfg
 
 
@@ -149,6 +151,7 @@ def build(cfg: DictConfig, groups: set[str]) -> None:
         if "model" in groups:
             config.build(cfg.model, classes=["a", "b"], min_size=64, max_size=64)
         if "teacher" in groups:
+            teachers.check(cfg)
             config.build(cfg.teacher.model, classes=["a", "b"], weights=None, backbone_weights=None)
     if "distill" in groups:
         build_losses(cfg, facts("model"), facts("teacher") if needs_teacher(cfg) else None)

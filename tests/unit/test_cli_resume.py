@@ -66,7 +66,7 @@ def test_machine_paths_and_screen_may_change(line: str) -> None:
 
 def test_no_free_key_is_a_word_of_nothing() -> None:
     """A pattern that no key has any more would let a later one through."""
-    keys = dict(resume._leaves(composed("distill=dicod", "logger=[csv,tensorboard]", "trainer=ddp")))
+    keys = dict(resume.leaves(composed("distill=dicod", "logger=[csv,tensorboard]", "trainer=ddp")))
     dead = [free for free in resume.FREE if not any(fnmatchcase(key, free) for key in keys)]
     assert dead == ["trainer.profiler"]  # not ours, but anybody's to add
 

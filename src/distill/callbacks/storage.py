@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from distill.detectors.checkpoints import unpickled
 from distill.files import write_whole
 from distill.types import DistillError
 
@@ -113,10 +114,7 @@ def read(path: Path, lazily: bool = False) -> dict[str, Any]:
     Raises:
         DistillError: it holds more than data.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except Exception as error:  # whatever a strange pickle leads to
-        raise DistillError(f"{path} is not a checkpoint of a run: {str(error).splitlines()[0]}") from error
+    content = unpickled(path, lazily)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise DistillError(f"{path} is not a checkpoint of a run. Name one of its checkpoints folder")
     return content

@@ -163,7 +163,7 @@ def _teacher(cfg: DictConfig, data: DetectionData, batch: Batch) -> Guest | None
     from distill.bench import settle
     from distill.cli import teacher
 
-    if "_target_" not in (cfg.teacher or {}).get("model", {}):
+    if not teacher.described(cfg):
         return None
     if cfg.teacher.weights is not None:
         return teacher.find(cfg, data)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """What a configuration may name. Configurations are shared and copied, so that none of them may run code by itself.
 
-A ``_target_`` is a class that distill, torch, torchvision, lightning or torchmetrics define, or anything that
+A ``_target_`` is a class that distill, torch, torchvision, lightning or torchmetrics define, one of OURS, or anything that
 ``trust=[package,package.module.name]`` names; ``trust`` counts on the command line alone, never in a file. Hydra acts on
 its own node (callbacks, logging, environment) before a run begins, so of that node a file may say only what is FREE.
 
@@ -41,7 +41,7 @@ DENIED = (
 )
 """Parts of the packages above that are made to run, fetch or unpickle what they are told to."""
 OURS = (
-    "distill.cli.sweep.SweepTable",
+    "distill.callbacks.processes.patience",
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
 )
@@ -53,6 +53,20 @@ FREE = ("run", "sweep", "sweeper", "mode", "verbose")
 """What files may say of the ``hydra`` node."""
 NOTES = ("overrides", "runtime")
 """What Hydra itself notes there; the former is compared with what was given."""
+FRAME = (
+    "data",
+    "model",
+    "schedule",
+    "distill",
+    "metrics",
+    "trainer",
+    "callbacks",
+    "logger",
+    "paths",
+    "supervised",
+    "guard",
+)
+"""Nodes that every run reads."""
 SETTLED = ("hydra.run.", "hydra.sweep.", "hydra.mode=", "hydra.verbose=")
 """Beginnings of the overrides that change FREE keys alone."""
 
@@ -114,6 +128,7 @@ class Loader(ConfigLoaderImpl):
         cfg = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
         whole: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
         acted = whole.pop("hydra")
+        judge_frame(whole)
         _judge_trust(whole.get("trust"))
         for where, name in named(whole):
             judge_name(name, where)
@@ -135,6 +150,19 @@ class Loader(ConfigLoaderImpl):
             cfg = super().load_configuration(config_name, said, run_mode, True, False)
             _plain_nodes[key] = OmegaConf.to_container(cfg.hydra, resolve=False)  # type: ignore[assignment]
         return _plain_nodes[key]
+
+
+def judge_frame(whole: Mapping[str, Any]) -> None:
+    """Refuse a configuration in which a node that every run reads is taken away.
+
+    Raises:
+        DistillError: names it.
+    """
+    for key in FRAME:
+        if not isinstance(whole.get(key), dict):
+            raise DistillError(
+                f"{key}={whole.get(key)}: expected a mapping, as conf/config.yaml has it: leave it as it is"
+            )
 
 
 def _judge_trust(names: Any) -> None:
@@ -254,9 +282,11 @@ def constructor(name: Any, where: str) -> Any:
     own = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
     if callable(found) and (name in _trusted or _within(own, _trusted)):
         return found
+    if own in OURS:
+        return found
     if not inspect.isclass(found):
         raise _refusal(name, where, f"this is no class, but {own if callable(found) else type(found).__name__}")
-    if not (_within(own, (*PACKAGES, *OURS)) and (own in OURS or not _within(own, DENIED))):
+    if not _within(own, PACKAGES) or _within(own, DENIED):
         raise _refusal(name, where, f"this is {own}")
     return found
 

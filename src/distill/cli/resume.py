@@ -30,7 +30,7 @@ PASSING = (
 )
 """Beginnings of the overrides that do not say which run is meant."""
 FREE = (
-    *("ckpt_path", "resume", "name", "test", "pictures", "paths.*", "logger.*"),
+    *("ckpt_path", "resume", "name", "test", "pictures", "paths.*", "logger.*", "guard.*", "callbacks.terms*"),
     # The machine and the screen.
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy*", "benchmark", "profiler")),
     *(f"trainer.{key}" for key in ("log_every_n_steps", "enable_*", "default_root_dir", "save_every", "num_sanity*")),

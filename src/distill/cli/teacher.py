@@ -65,16 +65,26 @@ def planned(cfg: DictConfig, classes: Sequence[str]) -> Facts:
     """
     import torch
 
-    _check(cfg)
+    check(cfg)
     with torch.device("meta"):
         detector = build(cfg.teacher.model, classes=list(classes), weights=None, backbone_weights=None)
     facts: Facts = detector.facts
     return facts
 
 
-def _check(cfg: DictConfig) -> None:
-    # An experiment's words on a teacher that was then taken away are no teacher.
-    if "_target_" not in (cfg.teacher or {}).get("model", {}):
+def described(cfg: DictConfig) -> bool:
+    """Whether there is a teacher: an experiment's words on one that was then taken away are none."""
+    model = cfg.teacher.get("model") if isinstance(cfg.teacher, DictConfig) else None
+    return isinstance(model, DictConfig) and "_target_" in model
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a configuration without a teacher.
+
+    Raises:
+        DistillError: there is none.
+    """
+    if not described(cfg):
         who = f"distillation losses {list(cfg.distill.losses)}" if cfg.distill.losses else "init=inherit"
         raise DistillError(f"{who} cannot do without a teacher: choose teacher=…, not none")
 
@@ -92,7 +102,7 @@ def find(cfg: DictConfig, data: DetectionData) -> Any:
     """
     from distill.detectors.checkpoints import load_detector
 
-    _check(cfg)
+    check(cfg)
     if cfg.teacher.weights is None:
         run = cached(cfg)
         return guest(cfg, load_detector(run), str(run), _measured(run, cfg, data))

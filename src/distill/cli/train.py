@@ -90,9 +90,9 @@ def _train(cfg: DictConfig) -> float:
     report.write_config(run, cfg, HydraConfig.get().overrides.task)
     tested = cfg.test and data.has("test") and _readable(data)
     check_metric(cfg, data)  # before a teacher is trained for it
+    trainer = build_trainer(cfg, run)  # and whether this machine has what it asks for
     module = assemble(cfg, data)
     report.keep_metrics(run)
-    trainer = build_trainer(cfg, run)
     trainer.callbacks.insert(0, processes.Agreement(lambda: agreed(cfg, data)))  # type: ignore[attr-defined]
     report.opening(module, data, run)
     report.log_config(trainer, cfg)
@@ -175,7 +175,9 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
         # The student must start, and the steps must draw, as they would without a teacher.
         with isolate_rng():
             needed = cfg.init == "inherit" or needs_teacher(cfg)
-            if needed and (cfg.teacher or {}).get("weights") is None:
+            if needed:
+                teacher.check(cfg)
+            if needed and cfg.teacher.weights is None:
                 # A pair that cannot be is named before a teacher is trained for it.
                 build_losses(cfg, student.facts, teacher.planned(cfg, data.classes))
             guest = teacher.find(cfg, data) if needed else None

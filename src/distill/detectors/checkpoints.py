@@ -245,14 +245,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
-def unpickled(path: Path) -> Any:
-    """What a file holds, if it holds nothing but tensors and plain containers.
+def unpickled(path: Path, lazily: bool = False) -> Any:
+    """What a file holds, if it holds nothing but tensors and plain containers; ``lazily`` without the tensors' bytes.
 
     Raises:
         DistillError: it cannot be read, or holds anything else, which is not looked at.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:  # damaged bytes raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DistillError(f"{path}: not a file of tensors that torch.save wrote whole ({reason})") from error
