@@ -77,6 +77,14 @@ class Guard:
         self._live: list[Tensor] = []
         self._kept: list[Tensor] = []
 
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps: the counts."""
+        return {"skipped": self.skipped, "row": self.row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Count on from there."""
+        self.skipped, self.row = state["skipped"], state["row"]
+
     def before(self, student: nn.Module) -> None:
         """Remember the running statistics, which a forward pass moves, at the first batch of a step."""
         if self._seen:

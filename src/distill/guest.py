@@ -135,7 +135,9 @@ class Guest(Frozen):
             return self.detector
         if self._working is None or self._working[0] != key:
             self._working = None  # the old one goes before the new one comes
-            self._working = key, self._made(*key)
+            # Lightning evaluates in inference mode, whose tensors no later step could save for its backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                self._working = key, self._made(*key)
         return self._working[1]
 
     def _watched(self) -> dict[str, Tensor]:
@@ -188,8 +190,14 @@ def _pyramid(detector: Detector, device: torch.device) -> Mapping[int, Tensor]:
 def bits(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Name -> the sum of its values' bits, read as whole numbers: another one after almost any change."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [value.detach().view(whole[value.element_size()]).sum(dtype=torch.int64) for value in tensors.values()]
-    return dict(zip(tensors, torch.stack(sums).tolist(), strict=True)) if sums else {}
+    sums = {
+        name: value.detach().view(whole[value.element_size()]).sum(dtype=torch.int64) for name, value in tensors.items()
+    }
+    found: dict[str, int] = {}
+    for device in {value.device for value in sums.values()}:  # one look at each
+        there = {name: value for name, value in sums.items() if value.device == device}
+        found |= dict(zip(there, torch.stack([*there.values()]).tolist(), strict=True))
+    return found
 
 
 def fingerprint(state_dict: Callable[[], dict[str, Tensor]]) -> str:

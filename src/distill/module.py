@@ -190,12 +190,15 @@ class Distiller(L.LightningModule):
         checkpoint["student"] = self.student.describe()
         checkpoint["teacher"] = self.teacher.identity() if self.teacher else None
         checkpoint["guests"] = {name: loss.identity() for name, loss in self.losses.items()}
+        checkpoint["guard"] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with another student or teacher, or another guest of a loss."""
         for each in self.losses.modules():
             if isinstance(each, DistillLoss):
                 each.epoch = checkpoint.get("epoch", 0)  # inside an epoch its start is not called again
+        if "guard" in checkpoint:
+            self.guard.load_state_dict(checkpoint["guard"])
         if "student" not in checkpoint:
             return
         held, here = checkpoint["student"], self.student.describe()

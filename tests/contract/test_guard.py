@@ -298,3 +298,13 @@ def test_all_processes_skip_and_stop_together(tmp_path: Path) -> None:
             assert files == ["step4-rank1.pt"]
             ids = list(read_step(tmp_path / case / "non_finite" / files[0])["batches"][0]["ids"])
             assert f"mine/term (images {ids})" in first["message"]
+
+
+def test_the_counts_survive_a_resume() -> None:
+    """Else a run that is stopped again and again would never reach its limit."""
+    before, after = distiller(), distiller()
+    before.guard.row, before.guard.skipped = 2, 5
+    checkpoint: dict[str, Any] = {}
+    before.on_save_checkpoint(checkpoint)
+    after.on_load_checkpoint(checkpoint)
+    assert (after.guard.row, after.guard.skipped) == (2, 5)

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from test_distiller import detector, distiller, fit, guest, weights
+from test_distiller import detector, distiller, fit, guest, shapes, weights
 
 from distill.guest import Frozen, Guest, bits
 from distill.losses.defeat import DeFeat
@@ -104,6 +104,26 @@ def test_any_kind_of_tensor_has_bits(dtype: torch.dtype) -> None:
     assert bits({"x": x}) != bits({"x": y})
     assert bits({"x": x}) == bits({"x": x.clone()})
     assert bits({}) == {}
+
+
+def test_a_teacher_may_be_asked_first_while_lightning_evaluates(tmp_path: Path) -> None:
+    """Inference mode must not leave its mark on what a later step reads."""
+    teacher = guest(norm="live")
+    data = shapes()
+    data.setup("fit")
+    batch = next(iter(data.loader("val")))
+    with torch.inference_mode():
+        assert teacher.view(batch).neck
+    fit(distiller(teacher=teacher, losses={"defeat": DeFeat}), tmp_path, max_epochs=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_teacher_on_two_devices_is_watched() -> None:
+    teacher = guest(norm="live")
+    teacher.check()
+    teacher.working(torch.device("cuda"))
+    teacher.check()
+    teacher.check()
 
 
 def test_a_student_may_change(tmp_path: Path) -> None:

@@ -98,6 +98,9 @@ def test_a_job_that_slurm_started_again_goes_on_where_there_is_something(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     assert resume.resumed(lines) == lines
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert resume.resumed(lines) == lines  # a run of the same words that another job made
+    (runs / "b" / "slurm_job").write_text("17")
     assert resume.resumed(lines) == [*lines, "ckpt_path=last", f"hydra.run.dir='outputs/{runs.name}/b'"]
     assert resume.resumed(["distill=none", "seed=2"]) == ["distill=none", "seed=2"]
     for name, more in (("b", ["ckpt_path=last"]), ("c", [])):
@@ -105,3 +108,10 @@ def test_a_job_that_slurm_started_again_goes_on_where_there_is_something(
         assert resume.resumed(named) == [*named, *more]
     fixed = [*lines, "ckpt_path=null"]
     assert resume.resumed(fixed) == fixed
+
+
+@pytest.mark.parametrize("text", ["a b", "it's", "\\", "a\\'b\\", "ü(1)=2,3", "[x]{y}", "''", "#:$"])
+def test_any_path_can_be_said_in_an_override(text: str) -> None:
+    (word,) = config.parse([f"hydra.run.dir={config.quoted(text)}"])
+    assert word.value() == text or str(word.value()) == text
+    assert config.parse([f"teacher.weights={config.quoted(text)}"])[0].value() == text

@@ -86,6 +86,11 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         raise DistillError(f"cannot read the command line: {error}") from None
 
 
+def quoted(text: str) -> str:
+    """A value for an override, whatever characters it has: paths may have spaces, commas and letters of any alphabet."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+
+
 def recorded(run: Path) -> list[Override]:
     """The overrides that a run noted, less those that no file may say: of Hydra's node and of what is trusted.
 

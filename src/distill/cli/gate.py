@@ -128,7 +128,8 @@ class Loader(ConfigLoaderImpl):
         cfg = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
         whole: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
         acted = whole.pop("hydra")
-        judge_frame(whole)
+        if config_name is not None:  # --hydra-help composes Hydra's part alone
+            judge_frame(whole)
         _judge_trust(whole.get("trust"))
         for where, name in named(whole):
             judge_name(name, where)

@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
 
     step = read_step(args.file)
     run = run_folder(args.file)
-    named = [f"teacher.weights={step['teacher']['source']}"] if step["teacher"] else []
-    module = build(recompose(run, [*named, *args.overrides, f"paths.run='{run}'"]))
+    named = [f"teacher.weights={config.quoted(str(step['teacher']['source']))}"] if step["teacher"] else []
+    module = build(recompose(run, [*named, *args.overrides, f"paths.run={config.quoted(str(run))}"]))
     found = replay(module, step, args.device)
     bad = bad_gradients(module)
     show(step, found, bad)

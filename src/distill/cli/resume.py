@@ -27,6 +27,8 @@ PASSING = (
     "paths.",
     "pictures",
     "data.workers",
+    "guard",
+    "callbacks.terms",
 )
 """Beginnings of the overrides that do not say which run is meant."""
 FREE = (
@@ -43,6 +45,8 @@ FREE = (
     *("init", "model.weights", "model.backbone_weights"),
 )
 """Keys that may differ when a run goes on: they cannot change what it learns, or are compared otherwise."""
+JOB = "slurm_job"
+"""The file in which a run notes the SLURM job that made it."""
 IDENTITY = ("made_by", "teacher", "guests", "DetectionData")
 """Parts of a checkpoint by which a resume is refused."""
 
@@ -70,14 +74,15 @@ def _in_folder(lines: list[str], must: bool) -> list[str]:
         return lines
     named = [line.partition("=")[2].strip("'\"") for line in lines if line.startswith("hydra.run.dir=")]
     if named:
-        if must and not _checkpoints(Path(named[-1])):
+        if must and not checkpoints(Path(named[-1])):
             raise DistillError(f"no checkpoint in {named[-1]}")
         return lines
     home = config.named(lines)
-    runs = sorted((run for run in home.glob("*") if _checkpoints(run)), key=_newest, reverse=True)
+    runs = sorted((run for run in home.glob("*") if checkpoints(run)), key=_newest, reverse=True)
     for run in runs:
-        if _meant(_words(run)) == _meant(lines):
-            return [*lines, f"hydra.run.dir='{run}'"]
+        # A requeued job's own run: another job may have finished one of the same words.
+        if _meant(_words(run)) == _meant(lines) and (not must or _made_by_this_job(run)):
+            return [*lines, f"hydra.run.dir={config.quoted(str(run))}"]
     newest = f"the newest, {runs[0]}, was made by: {' '.join(_words(runs[0]))}" if runs else "none has a checkpoint"
     raise DistillError(
         f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. Repeat the overrides of the run "
@@ -85,13 +90,18 @@ def _in_folder(lines: list[str], must: bool) -> list[str]:
     )
 
 
-def _checkpoints(run: Path) -> list[Path]:
+def _made_by_this_job(run: Path) -> bool:
+    file = run / JOB
+    return file.is_file() and file.read_text() == os.environ.get("SLURM_JOB_ID")
+
+
+def checkpoints(run: Path) -> list[Path]:
     """``last.ckpt`` and the one before it, which alone is there if the run was killed between two renamings."""
     return [file for name in ("last.ckpt", "last-1.ckpt") if (file := run / "checkpoints" / name).is_file()]
 
 
 def _newest(run: Path) -> float:
-    return max(file.stat().st_mtime for file in _checkpoints(run))
+    return max(file.stat().st_mtime for file in checkpoints(run))
 
 
 def _words(run: Path) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from distill.cli import config, resume
 from distill.cli.teacher import RANK_VARIABLES, finished
 from distill.files import write_text
 from distill.types import DistillError
@@ -67,7 +68,7 @@ class Jobs:
     def _start(self, run: Path, overrides: Sequence[str]) -> None:
         (run / ERROR).unlink(missing_ok=True)
         write_text(run / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))  # so that a job that dies early is known
-        going_on = ["ckpt_path=last"] if (run / "checkpoints" / "last.ckpt").is_file() else []
+        going_on = ["ckpt_path=last"] if resume.checkpoints(run) else []
         command = [
             sys.executable,
             "-m",
@@ -75,7 +76,7 @@ class Jobs:
             "train",
             *overrides,
             *going_on,
-            f"hydra.run.dir='{run}'",
+            f"hydra.run.dir={config.quoted(str(run))}",
             *_folders(),
         ]
         code, error = execute(command, Path(HydraConfig.get().sweep.dir).name)

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import Terminated
-from distill.cli.config import build, composed, parse, plain
+from distill.cli.config import build, composed, parse, plain, quoted
 from distill.cli.signals import handled
 from distill.files import read_json
 from distill.types import DistillError, Facts
@@ -136,7 +136,7 @@ def cached(cfg: DictConfig) -> Path:
     folder, overrides = place(cfg)
     if finished(folder):
         return folder
-    command = [sys.executable, "-m", "distill", "train", *overrides, f"hydra.run.dir='{folder}'"]
+    command = [sys.executable, "-m", "distill", "train", *overrides, f"hydra.run.dir={quoted(str(folder))}"]
     if cfg.teacher.train == "never":
         raise DistillError(
             f"there is no trained teacher at {folder} and teacher.train=never. Name one with teacher.weights=…, or "
@@ -245,7 +245,7 @@ def _train(command: list[str], folder: Path) -> None:
     alone = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
     with subprocess.Popen(command, env=alone) as process, handled(signal.SIGTERM, lambda *_: process.terminate()):
         code = process.wait()
-    if code == 128 + signal.SIGTERM:
+    if code in (128 + signal.SIGTERM, -signal.SIGTERM):
         raise Terminated
     if code or not finished(folder):
         raise DistillError(

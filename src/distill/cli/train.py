@@ -39,7 +39,10 @@ def main(argv: Sequence[str]) -> int:
     config.check_flags(args)
     if not (args.help or args.hydra_help or args.shell_completion):
         config.check(args.overrides)
-    args.overrides = resume.resumed(args.overrides)
+    if not args.multirun:
+        args.overrides = resume.resumed(args.overrides)
+    elif any(word.startswith("ckpt_path=") for word in args.overrides):
+        raise DistillError("ckpt_path with -m: a sweep goes on by itself where it stopped: hydra.sweep.dir=DIR")
     # Hydra prints and exits by itself unless this is set; the messages are ours, one level up.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     home, jobs = str(config.folder()), sweep.Jobs()

@@ -186,13 +186,15 @@ def usable(record: Record, use_difficult: bool) -> np.ndarray[Any, np.dtype[np.b
     return keep if use_difficult else keep & ~record.difficult
 
 
-def digest(records: Sequence[Record]) -> dict[str, Any]:
+def digest(records: Sequence[Record], masks: bool) -> dict[str, Any]:
     """How many images and boxes there are, and a hash of all that is known of them but where their files lie."""
     seen = hashlib.sha256()
     for record in records:
         seen.update(json.dumps([record.id, record.size, len(record.labels)]).encode())
-        for values in (record.boxes, record.labels, record.crowd, record.difficult):
+        for values in (record.boxes, record.labels, record.crowd, record.difficult, record.area):
             seen.update(np.ascontiguousarray(values).tobytes())
+        if masks:
+            seen.update(json.dumps(record.segmentation, default=str).encode())
     boxes = sum(len(record.labels) for record in records)
     return {"images": len(records), "boxes": boxes, "sha256": seen.hexdigest()}
 
@@ -358,7 +360,7 @@ class DetectionData(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data: its classes, and of train and val how many images and boxes, and a hash."""
         if self._identity is None:
-            splits = {split: digest(self.records(split)) for split in ("train", "val")}
+            splits = {split: digest(self.records(split), self.masks) for split in ("train", "val")}
             self._identity = {"classes": list(self.classes), **splits}
         return self._identity
 
