@@ -21,8 +21,9 @@ from distill.data.records import Record
 from distill.data.transforms import padded_size, resized_size
 from distill.detectors.base import Detector
 from distill.evaluation import Evaluation, MakeMetric
-from distill.guard import autocast, weighted
+from distill.guard import weighted
 from distill.module import Distiller
+from distill.precision import autocast
 from distill.types import Batch, Facts, Pyramid, View
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}

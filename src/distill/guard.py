@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.detectors.checkpoints import unpickled
 from distill.files import write_whole
+from distill.precision import autocast
 from distill.types import Batch, DistillError, Target, View
 
 KIND = "distill step"
@@ -113,7 +115,7 @@ class Guard:
             return
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         bad = {number: terms for number, each in enumerate(seen) if (terms := _bad_terms(each))}
-        guilty = _gather(bool(bad))
+        guilty = gather(bool(bad))
         try:
             if scaler is not None and not any(guilty):
                 self._check_scale(scaler, module.global_step)
@@ -140,7 +142,7 @@ class Guard:
         blamed = guilty if any(guilty) else [True] * len(guilty)
         terms = list(dict.fromkeys(term for terms in bad.values() for term in terms))
         shown = [image for number, each in enumerate(seen) if number in bad or not bad for image in each.batch.ids]
-        said = _gather((_describe(module, seen, terms), shown))
+        said = gather((_describe(module, seen, terms), shown))
         ids: dict[tuple[str, str], list[int]] = {}
         for (words, images), to_blame in zip(said, blamed, strict=True):
             if to_blame:
@@ -152,7 +154,7 @@ class Guard:
             warnings.warn(f"{message}: it is skipped ({how})", stacklevel=2)
             return
         _copy(self._kept, self._live)
-        files = _gather(str(self._save(module, seen, message)) if blamed[module.global_rank] else None)
+        files = gather(str(self._save(module, seen, message)) if blamed[module.global_rank] else None)
         again = "; ".join(f"python -m distill replay '{file}'" for file in files if file)
         before = f", nor by the {self.row - 1} before it" if self.row > 1 else ""
         raise DistillError(f"{message}{before}. {REMEDY}. Do the step again: {again}")
@@ -227,7 +229,7 @@ def bad_gradients(module: nn.Module) -> list[str]:
     return [name for name, gradient in named if not gradient.isfinite().all()]
 
 
-def _gather(own: Any) -> list[Any]:
+def gather(own: Any) -> list[Any]:
     """What every process has to say, in the order of ranks. All must come here."""
     if not (dist.is_available() and dist.is_initialized()):
         return [own]
@@ -273,10 +275,7 @@ def read_step(file: Path) -> dict[str, Any]:
         raise DistillError(
             f"{file}: there is no such file; a run that was stopped names its own, RUN/non_finite/step….pt"
         )
-    try:
-        step = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes the reader say
-        raise DistillError(f"{file} cannot be read as a step: {str(error).splitlines()[0]}") from None
+    step = unpickled(file)
     if not isinstance(step, Mapping) or step.get("kind") != KIND:
         raise DistillError(f"{file} holds no step: expected a file that a stopped run left below non_finite/")
     return dict(step)
@@ -321,12 +320,6 @@ def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tenso
     """The sum that is descended: weight times term, a scalar."""
     zero = next(iter(terms.values())).detach().float().new_zeros(())
     return sum((weights[name] * terms[name] for name in terms), start=zero)
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """What Lightning's ``precision`` does to a forward pass."""
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed"), cache_enabled=False)
 
 
 def _batch(plain: Mapping[str, Any]) -> Batch:

@@ -49,7 +49,7 @@ HYDRA_NODE = {
     "handler": "hydra: {job_logging: {version: 1, handlers: {x: {(): os.mkdir, path: mark}}, root: {handlers: [x]}}}",
     "hydra's handler": "hydra: {hydra_logging: {version: 1, handlers: {x: {(): os.mkdir, path: mark}}, root: {handlers: [x]}}}",
     "log file": "hydra: {job_logging: {version: 1, handlers: {x: {class: logging.FileHandler, filename: mark}}, root: {handlers: [x]}}}",
-    "environment": "hydra: {job: {env_set: {PYTHONPATH: /tmp/evil}}}",
+    "environment": "hydra: {job: {env_set: {PYTHONPATH: /evil}}}",
     "folder": "hydra: {job: {chdir: true}}",
     "launcher": f"hydra: {{launcher: {CALL}}}",
     "sweeper": f"hydra: {{mode: MULTIRUN, sweeper: {CALL}}}",
@@ -82,7 +82,7 @@ def test_what_a_file_says_to_hydra_is_refused_before_hydra_acts(
 
 def test_an_option_of_hydras_own_groups_from_outside_is_refused(conf: Path) -> None:
     (conf / "hydra" / "env").mkdir(parents=True)
-    (conf / "hydra" / "env" / "evil.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /tmp/evil}\n")
+    (conf / "hydra" / "env" / "evil.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
     with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
         config.check([outside(conf, "defaults: [{override /hydra/env: evil}]")])
 

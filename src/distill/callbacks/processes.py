@@ -6,11 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
 
 import lightning as L
-import torch.distributed as dist
 
+from distill.guard import gather
 from distill.types import DistillError
 
 SHOWN = 5
@@ -40,9 +39,9 @@ def agree(facts: Mapping[str, str]) -> None:
     Raises:
         DistillError: on every process, naming what differs.
     """
-    if len(set(_gather(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()))) == 1:
+    if len(set(gather(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()))) == 1:
         return
-    everywhere = _gather(dict(facts))
+    everywhere = gather(dict(facts))
     names = sorted({name for each in everywhere for name in each})
     different = [name for name in names if len({each.get(name) for each in everywhere}) > 1]
     lines = "\n".join(f"  {name}: {_values([each.get(name) for each in everywhere])}" for name in different[:SHOWN])
@@ -59,12 +58,6 @@ def _values(values: list[str | None]) -> str:
     for rank, value in enumerate(values):
         ranks.setdefault("missing" if value is None else value[:80], []).append(rank)
     return ", ".join(f"{value} on rank {', '.join(map(str, on))}" for value, on in ranks.items())
-
-
-def _gather(own: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
 
 
 def patience(minutes: float = 10.0) -> timedelta:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from distill.guest import Guest
     from distill.losses.base import DistillLoss
     from distill.types import Batch
-
-PRECISIONS = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,6 +58,7 @@ def bench(args: argparse.Namespace) -> Report:
     from distill.bench import Clock, Report, Step, measure_option, measure_student
     from distill.cli.train import build_metrics, check_masks
     from distill.optimization import channels_last
+    from distill.precision import autocast, chosen
     from distill.progress import track
 
     cfg = config.composed(args.overrides)
@@ -77,8 +75,10 @@ def bench(args: argparse.Namespace) -> Report:
     student.train()
     if cfg.channels_last:
         channels_last(student)
-    autocast, precision = _precision(cfg, device)
-    make = partial(Step, batch=batch, schedule=config.build(cfg.schedule), autocast=autocast)
+    precision = chosen(str(cfg.trainer.precision), device.type == "cuda")
+    make = partial(
+        Step, batch=batch, schedule=config.build(cfg.schedule), autocast=partial(autocast, precision, device)
+    )
     plain, nodes = make(student, None, {}), _nodes(cfg, args)
     teacher = _teacher(cfg, data, batch) if nodes else None
     own = measure_student(plain, clock, args.repeats, args.warmup)
@@ -123,18 +123,6 @@ def untrained(node: Any, data: DetectionData, **given: Any) -> Detector:
     """A detector with random weights, which are as fast as any others."""
     detector: Detector = config.build(node, classes=list(data.classes), weights=None, backbone_weights=None, **given)
     return detector
-
-
-def _precision(cfg: DictConfig, device: Any) -> tuple[Callable[[], AbstractContextManager[Any]], str]:
-    """What opens the run's precision, and its name."""
-    import torch
-
-    name = str(cfg.trainer.precision)
-    if name == "auto":
-        name = "bf16-mixed" if device.type == "cuda" else "32-true"
-    if name not in PRECISIONS:
-        return nullcontext, name
-    return partial(torch.autocast, device.type, dtype=getattr(torch, PRECISIONS[name])), name
 
 
 def _losses(cfg: DictConfig, data: DetectionData, student: Detector, teacher: Guest | None) -> dict[str, DistillLoss]:

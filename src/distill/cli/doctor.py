@@ -226,7 +226,7 @@ def _terms(report: Report, module: Distiller, data: DetectionData, trainer: L.Tr
     import torch
 
     from distill import doctor
-    from distill.guard import autocast
+    from distill.precision import autocast
 
     device, precision = trainer.strategy.root_device, str(trainer.precision)
     for loss in module.losses.values():

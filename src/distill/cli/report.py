@@ -26,7 +26,7 @@ from distill.cli.config import plain
 from distill.cli.resume import JOB
 from distill.cli.teacher import measure
 from distill.data.datamodule import DetectionData
-from distill.detectors.checkpoints import save_student
+from distill.detectors.checkpoints import save_student, unpickled
 from distill.evaluation import evaluate
 from distill.files import write_text
 from distill.module import Distiller
@@ -138,7 +138,7 @@ def _load_best(trainer: L.Trainer, module: Distiller) -> str | None:
     path = getattr(callback, "best_model_path", "")
     if not path:
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    state = unpickled(Path(path))["state_dict"]
     own = {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
     module.student.load_state_dict(own, strict=True)
     return str(path)

@@ -32,13 +32,8 @@ if TYPE_CHECKING:
 
 # What a teacher's run takes over from the student's run: the data, the machine and the recipe, not the student.
 KEPT_GROUPS = ("data", "trainer", "experiment", "paths", "trust")
-KEPT_TRAINER = (
-    "accelerator",
-    "devices",
-    "strategy",
-    "precision",
-    "save_every",
-)  # on one machine: nobody starts the others
+# On one machine: nobody starts the others.
+KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")
 # Keys that cannot change what a teacher learns, so two runs that differ only here share one teacher.
 IGNORED_DATA = ("workers", "cache", "eval_batch_size", "prefetch", "on_overlap")
 IGNORED_CALLBACKS = ("terms",)  # it looks at distillation terms, and a teacher's run has none

@@ -261,10 +261,9 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
 
     from distill.callbacks.provenance import Provenance
     from distill.callbacks.storage import CheckpointFiles
+    from distill.precision import chosen
 
-    precision = cfg.trainer.precision
-    if precision == "auto":
-        precision = "bf16-mixed" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "32-true"
+    precision = chosen(cfg.trainer.precision, torch.cuda.is_available() and cfg.trainer.accelerator != "cpu")
     callbacks = [config.build(node) for node in config.parts(cfg.callbacks).values()]
     callbacks.append(Provenance(config.plain(cfg)))
     settings = {name: value for name, value in config.plain(cfg.trainer).items() if name != "save_every"}
