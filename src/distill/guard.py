@@ -110,7 +110,7 @@ class Guard:
         seen, self._seen = self._seen, []
         parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
-        if not gradients or math.isfinite(nn.utils.get_total_norm(gradients, math.inf).item()):
+        if not gradients or _finite(gradients):
             self.row = 0
             return
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
@@ -236,6 +236,11 @@ def gather(own: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return found
+
+
+def _finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether no value is infinite or NaN. Squares are quickly summed; only where they overflow, the largest value counts."""
+    return any(math.isfinite(nn.utils.get_total_norm(gradients, norm).item()) for norm in (2.0, math.inf))
 
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

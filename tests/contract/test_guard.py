@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -182,6 +183,21 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
     with pytest.raises(DistillError, match="holds no step"):
         read_step(tmp_path / "other.pt")
+
+
+def test_a_gradient_whose_square_overflows_is_no_reason_to_skip(tmp_path: Path) -> None:
+    def steep(student: View, teacher: View) -> Tensor:
+        return 1e25 * student.neck[8].mean()
+
+    module = distiller(losses={"mine": partial(Custom, formula=steep)})
+    module.schedule = type(module.schedule)(
+        optimizer=partial(torch.optim.SGD, lr=0.0), shape="constant", warmup_steps=0
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*skipped.*")
+        fit(module, tmp_path, shapes(train=8), **ONE_EPOCH)
+    assert module.guard.skipped == 0
+    assert max(p.grad.abs().max() for p in module.student.parameters() if p.grad is not None) > 1e20
 
 
 @pytest.mark.parametrize("options", [{"limit": -1}, {"scale_floor": -1.0}])

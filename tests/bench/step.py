@@ -1,11 +1,14 @@
-"""A whole training step, ResNet-18 taught by ResNet-101, Faster R-CNN, the neck's maps imitated: ours against torchdistill's.
+"""A whole training step on one core, ours against another's: images per second of processor time, and their ratio.
 
+    python tests/bench/step.py torchvision                      # its plain loop, no teacher
     pip install torchdistill==1.1.5
-    python tests/bench/torchdistill_step.py --size 320 --batch 2 --steps 10
+    python tests/bench/step.py torchdistill                     # ResNet-101 teaches ResNet-18, the neck's maps imitated
+    python tests/bench/step.py torchdistill --teacher-dtype bfloat16
 
-Both train the same torchvision architecture on the same images with the same counts of proposals, in one process and turn by
-turn, so that whatever else the machine does falls on both. Ours is the ``Distiller`` under Lightning's trainer; theirs is a
-``DistillationBox`` with forward hooks on the neck, whose teacher is run as a whole detector, as it does.
+Both train the same torchvision Faster R-CNN on the same images with the same counts of proposals, in one process and turn by
+turn, so that whatever else the machine does falls on both. Ours is the ``Distiller`` under Lightning's trainer; theirs is
+torchvision's model called with images and targets, or a ``DistillationBox`` with forward hooks on the neck, whose teacher is
+run as a whole detector, as it does.
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -48,13 +51,34 @@ def calm(net: Any) -> Any:
     return net
 
 
-def theirs(size: int, classes: int) -> Any:
+def model(name: str, size: int, classes: int, stages: int) -> Any:
+    """torchvision's own Faster R-CNN, with frozen norms."""
+    body = resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=stages)
+    return calm(TorchvisionFasterRCNN(body, classes + 1, min_size=size, max_size=size, **FEW))
+
+
+def asked(batch: Batch) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Images and targets of our batch as torchvision wants them."""
+    targets = [{"boxes": target.boxes, "labels": target.labels} for target in batch.targets]
+    return [image.float() / 255 for image in batch.images], targets
+
+
+def torchvision(size: int, classes: int, stages: int) -> Callable[[Batch], None]:
+    """torchvision's plain training step."""
+    student = model("resnet18", size, classes, stages).train()
+    optimizer = torch.optim.SGD([each for each in student.parameters() if each.requires_grad], **RATE)
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        sum(student(*asked(batch)).values()).backward()
+        optimizer.step()
+
+    return step
+
+
+def torchdistill(size: int, classes: int, stages: int) -> Callable[[Batch], None]:
     """torchdistill's box around two torchvision detectors: squared error of the four maps, and the student's own losses."""
     from torchdistill.core.distillation import DistillationBox
-
-    def model(name: str) -> TorchvisionFasterRCNN:
-        body = resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=5)
-        return calm(TorchvisionFasterRCNN(body, classes + 1, min_size=size, max_size=size, **FEW))
 
     maps = [f"backbone.fpn.layer_blocks.{level}" for level in range(len(STRIDES))]
     terms = {
@@ -83,25 +107,24 @@ def theirs(size: int, classes: int) -> Any:
             "func2extract_model_loss": "extract_model_loss_dict",
         },
     }
-    box = DistillationBox(model("resnet101").eval(), model("resnet18"), {}, config, torch.device("cpu"), None, False, 1)
+    pair = model("resnet101", size, classes, stages).eval(), model("resnet18", size, classes, stages)
+    box = DistillationBox(*pair, {}, config, torch.device("cpu"), None, False, 1)
     box.pre_epoch_process(epoch=0)
-    return box
+
+    def step(batch: Batch) -> None:
+        box.post_forward_process(loss=box.forward_process(*asked(batch)))
+
+    return step
 
 
-def step(box: Any, batch: Batch) -> Tensor:
-    """One of torchdistill's training steps on the images of our batch."""
-    images = [image.float() / 255 for image in batch.images]
-    targets = [{"boxes": target.boxes, "labels": target.labels} for target in batch.targets]
-    loss = box.forward_process(images, targets)
-    box.post_forward_process(loss=loss)
-    return loss
+OTHERS = {"torchvision": torchvision, "torchdistill": torchdistill}
 
 
 class Turns(L.Callback):
     """Times our step, then takes and times one of theirs on the same batch."""
 
-    def __init__(self, box: Any) -> None:
-        self.box, self.ours, self.theirs = box, [], []  # type: ignore[var-annotated]
+    def __init__(self, other: Callable[[Batch], None]) -> None:
+        self.other, self.ours, self.theirs = other, [], []  # type: ignore[var-annotated]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         self.started = time.process_time()
@@ -109,15 +132,35 @@ class Turns(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.ours.append(time.process_time() - self.started)
         started = time.process_time()
-        step(self.box, batch)
+        self.other(batch)
         self.theirs.append(time.process_time() - started)
 
 
+def distiller(args: argparse.Namespace, classes: tuple[str, ...]) -> distill.Distiller:
+    """Our student, taught where the other's is."""
+    sizes = {"min_size": args.size, "max_size": args.size}
+    settings = {"norm": "frozen", "trainable_stages": args.stages, **sizes, **FEW}
+    student = distill.FasterRCNN(classes, depth=18, **settings)
+    calm(student.net)
+    schedule = distill.Schedule(epochs=1, optimizer=partial(torch.optim.SGD, **RATE))
+    if args.other == "torchvision":
+        return distill.Distiller(student, schedule=schedule)
+    large = distill.FasterRCNN(classes, depth=101, **settings)
+    calm(large.net)
+    teacher = distill.Guest(large, source="untrained", dtype=args.teacher_dtype)
+    neck = {"all": 1.0, "levels": STRIDES, "normalization": "mse"}
+    mimic = Mimic(student.facts, teacher.facts, regions={"all": 0.0}, neck=neck, adapter={"kernel": None})
+    return distill.Distiller(student, teacher, {"mimic": mimic}, schedule)
+
+
 def main() -> None:
-    """Print the ratio of images per second of processor time, ours over theirs, as JSON."""
+    """Print images per second of both, and the ratio, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("other", choices=OTHERS)
     parser.add_argument("--size", type=int, default=320)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--stages", type=int, default=5, help="of the body that are trained")
+    parser.add_argument("--teacher-dtype", default="auto", help="of ours: auto, float32, bfloat16")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     args = parser.parse_args()
@@ -128,38 +171,25 @@ def main() -> None:
         batch_size=args.batch, workers=0, min_size=args.size, max_size=args.size,
     )  # fmt: skip
     data.setup("fit")
-    settings = {"norm": "frozen", "trainable_stages": 5, "min_size": args.size, "max_size": args.size, **FEW}
-    student = distill.FasterRCNN(data.classes, depth=18, **settings)
-    large = distill.FasterRCNN(data.classes, depth=101, **settings)
-    calm(student.net), calm(large.net)
-    teacher = distill.Guest(large, source="untrained")
-    neck = {"all": 1.0, "levels": STRIDES, "normalization": "mse"}
-    mimic = Mimic(student.facts, teacher.facts, regions={"all": 0.0}, neck=neck, adapter={"kernel": None})
-    module = distill.Distiller(
-        student, teacher, {"mimic": mimic}, distill.Schedule(epochs=1, optimizer=partial(torch.optim.SGD, **RATE))
-    )
-    turns = Turns(theirs(args.size, len(data.classes)))
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    turns = Turns(OTHERS[args.other](args.size, len(data.classes), args.stages))
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
         use_distributed_sampler=False,
         limit_val_batches=0,
         callbacks=[turns],
-        **quiet,  # type: ignore[arg-type]
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
-    trainer.fit(module, data)
+    trainer.fit(distiller(args, data.classes), data)
     ours, others = turns.ours[args.warmup :], turns.theirs[args.warmup :]
     ratios = sorted(b / a for a, b in zip(ours, others, strict=True))
     answer = {
         "images_per_second": {
             "distill": round(args.batch / statistics.median(ours), 3),
-            "torchdistill": round(args.batch / statistics.median(others), 3),
+            args.other: round(args.batch / statistics.median(others), 3),
         },
         "ratio": round(statistics.median(ratios), 3),
         "lowest": round(ratios[0], 3),
