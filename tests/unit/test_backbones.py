@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torchvision import models
@@ -314,7 +315,6 @@ TIMM = [  # channels of C2..C5 as the papers have them; MobileNetV3-Small's 16, 
 @pytest.mark.parametrize(("name", "channels"), TIMM)
 @pytest.mark.parametrize("norm", list(NORMS))
 def test_a_timm_body_keeps_the_protocol(name: str, channels: tuple[int, ...], norm: str) -> None:
-    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
     detector = RetinaNet(["a"], backbone=f"timm/{name}", norm=norm, neck_channels=32, trainable_stages=2)
     body, x = detector.net.backbone.body, torch.rand(2, 3, 64, 64)
     theirs = timm.create_model(name, features_only=True)
@@ -330,7 +330,6 @@ def test_a_timm_body_keeps_the_protocol(name: str, channels: tuple[int, ...], no
 
 @pytest.mark.parametrize("name", [name for name, _ in TIMM])
 def test_a_timm_body_frees_its_stages_from_behind(name: str) -> None:
-    pytest.importorskip("timm", reason="the extra timm is not installed")
     detector = RetinaNet(["a"], backbone=f"timm/{name}", neck_channels=32, trainable_stages=2).train()
     body, x = detector.net.backbone.body, torch.rand(2, 3, 64, 64)
     before = {key: value.clone() for key, value in body.state_dict().items()}
@@ -345,7 +344,6 @@ def test_a_timm_body_frees_its_stages_from_behind(name: str) -> None:
 
 
 def test_a_timm_network_of_other_strides_or_norms_is_refused() -> None:
-    pytest.importorskip("timm", reason="the extra timm is not installed")
     for options, words in (
         ({"backbone": "timm/no_such_net"}, "list_models"),
         ({"backbone": "timm/vit_tiny_patch16_224"}, "strides 4, 8, 16, 32"),

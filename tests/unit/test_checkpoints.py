@@ -11,6 +11,7 @@ from typing import Any
 from urllib.error import URLError
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torchvision import models
@@ -383,7 +384,6 @@ def test_torchvisions_coco_weights_are_held_to_torchvisions_geometry(monkeypatch
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "regnety_002"])
 def test_a_timm_classifiers_file_fills_its_body(name: str, tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
     state = timm.create_model(name).state_dict()
     torch.save(state, tmp_path / "classifier.pth")
     options: dict[str, Any] = {"backbone": f"timm/{name}", "neck_channels": 32, "norm": "frozen"}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import kornia
 import numpy as np
 import pytest
 import torch
@@ -150,7 +151,6 @@ def test_value_of_a_fixed_draw() -> None:
 @pytest.mark.parametrize("window", [11, 7])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_equals_kornia(size: tuple[int, int], window: int, dtype: torch.dtype, tolerance: float) -> None:
-    kornia = pytest.importorskip("kornia", reason="kornia comes with the dev extra")
     student, teacher = (ssim.rescaled(x) for x in pair(2, 5, *size, dtype=dtype))
     student.requires_grad_()
     expected = kornia.losses.ssim_loss(student, teacher, window, reduction="none")
