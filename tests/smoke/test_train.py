@@ -402,3 +402,11 @@ def test_two_processes_from_the_command_line(tiny_teacher: Path, tmp_path: Path)
     assert report["student"]["val/AP"] >= 0
     assert [folder.name for folder in tmp_path.iterdir() if folder.is_dir()] == ["run"]
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+def test_a_run_that_ends_inside_an_epoch_says_nothing_that_nobody_can_act_on(
+    cli: Cli, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    assert cli(["train", "distill=none", *TINY, "trainer.max_steps=1", "hydra.run.dir=run"]) == 0
+    assert [str(each.message) for each in recwarn if "monitor" in str(each.message)] == []
+    assert summary(tmp_path / "run")["student"]["val/AP"] >= 0
