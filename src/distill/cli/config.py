@@ -245,10 +245,10 @@ def build(node: Any, **given: Any) -> Any:
 
 
 def _check_kinds(options: Any, where: str) -> None:
-    """Refuse options of a kind that a constructor of ours does not take, before it falls over them."""
+    """Refuse options of a kind that a constructor of ours or of Lightning's does not take, before it falls over them."""
     nodes = [(where, options), *((below, value) for below, _, value in gate.entries(options, where))]
     for below, node in nodes:
-        if isinstance(node, dict) and str(node.get("_target_")).startswith("distill."):
+        if isinstance(node, dict) and str(node.get("_target_")).startswith(("distill.", "lightning.")):
             # What is built in turn is not judged by the mapping that describes it.
             given = {key: value for key, value in node.items() if not (value == "???" or "_target_" in str(value))}
             if wrong := misfits(gate.constructor(node["_target_"], f"{below}._target_"), given):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import config
+from distill.cli import config, values
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     config.check(args.overrides)
     config.named(args.overrides)  # leaves what a run knows of its own command line
     cfg = config.composed(args.overrides)
+    cfg.paths.run = "run"  # a run would know; nothing is written there
     report = examine(cfg)
     show(report)
     if args.json:
@@ -65,8 +66,9 @@ def examine(cfg: DictConfig) -> Report:
     quieten()
     start = time.monotonic()
     report: Report = {"faults": [], "notes": []}
-    seed_everything(cfg.seed, workers=True, verbose=False)
     try:
+        values.check(cfg)
+        seed_everything(cfg.seed, workers=True, verbose=False)
         _visit(cfg, report)
     except DistillError as error:
         report["faults"].append(str(error))
@@ -80,6 +82,7 @@ def _visit(cfg: DictConfig, report: Report) -> None:
     from distill.detectors.inherit import inherit
     from distill.module import Distiller
 
+    train.check_parts(cfg, Path(cfg.paths.run))  # with the run's own callbacks and loggers, of which none is used here
     data = _data(cfg, report)
     train.check_metric(cfg, data)
     trainer = _trainer(cfg)
