@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import Terminated
-from distill.cli.config import build, composed, parse, plain, quoted
+from distill.cli.config import build, composed, parse, parts, plain, quoted
 from distill.cli.signals import handled
 from distill.files import read_json
 from distill.types import DistillError, Facts
@@ -80,7 +80,7 @@ def check(cfg: DictConfig) -> None:
         DistillError: there is none.
     """
     if not described(cfg):
-        who = f"distillation losses {list(cfg.distill.losses)}" if cfg.distill.losses else "init=inherit"
+        who = f"distillation losses {list(parts(cfg.distill.losses))}" if cfg.distill.losses else "init=inherit"
         raise DistillError(f"{who} cannot do without a teacher: choose teacher=…, not none")
 
 
