@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.bench import peak
 from distill.callbacks.terms import slope
 from distill.data.datamodule import DetectionData
 from distill.data.records import Record
@@ -209,19 +209,25 @@ def measure_pace(
     step: Callable[[Batch], None], batches: Iterable[Batch], device: torch.device, count: int, patience: float
 ) -> dict[str, Any]:
     """Seconds of a batch, loading and forward and backward pass, after a first one that warms up; and the memory at its peak."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    times, began = [], time.perf_counter()
-    start = began
-    for batch in islice(batches, count + 1):
-        step(batch.to(device))
-        _wait(device)
-        times.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        if len(times) > 1 and start - began > patience:
-            break
+    times: list[float] = []
+
+    def passes() -> None:
+        start = began = time.perf_counter()
+        for batch in islice(batches, count + 1):
+            step(batch.to(device))
+            _wait(device)
+            times.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            if len(times) > 1 and start - began > patience:
+                break
+
+    taken = peak(passes, device)
     warm = sorted(times[1:] or times)
-    return {"seconds_per_batch": warm[len(warm) // 2], "batches": len(warm), "peak_bytes": peak(device)}
+    return {
+        "seconds_per_batch": warm[len(warm) // 2],
+        "batches": len(warm),
+        "peak_bytes": int(taken.get("device" if device.type == "cuda" else "host", 0)),
+    }
 
 
 def backward(module: Distiller, precision: str) -> Callable[[Batch], None]:
@@ -234,13 +240,6 @@ def backward(module: Distiller, precision: str) -> Callable[[Batch], None]:
         module.zero_grad()
 
     return step
-
-
-def peak(device: torch.device) -> int:
-    """Bytes at the peak so far: of the GPU's allocator since it was reset, or of this process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory(device: torch.device) -> int:

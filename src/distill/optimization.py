@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +44,9 @@ class Schedule:
         clip: L2 norm that the gradient is clipped to.
         accumulate: batches per optimiser step.
         evaluate_every: epochs between evaluations.
+
+    Raises:
+        DistillError: a value out of its range, or an optimiser that cannot be made: it is made once for show.
     """
 
     epochs: int = 12
@@ -69,6 +73,38 @@ class Schedule:
             raise DistillError(
                 f"schedule: epochs, accumulate and evaluate_every start at 1, warmup_steps at 0; got {self}"
             )
+        ranges = {
+            "steps": self.steps == -1 or self.steps >= 1,
+            "gamma": 0 <= self.gamma < math.inf,
+            "warmup_factor": 0 <= self.warmup_factor <= 1,
+            "adapter_rate": 0 <= self.adapter_rate < math.inf,
+            "clip": self.clip is None or self.clip > 0,
+            "base_batch": self.base_batch is None or self.base_batch >= 1,
+        }
+        wrong = [f"{name}={getattr(self, name)}" for name, fine in ranges.items() if not fine]
+        if wrong:
+            raise DistillError(
+                f"schedule: {', '.join(wrong)}: expected steps of -1 or from 1, gamma and adapter_rate from 0, warmup_factor "
+                "in 0..1, clip above 0 or null, base_batch from 1 or null"
+            )
+        self._try()
+
+    def _try(self) -> None:
+        """Make the optimiser for a weight that does not count, so that a wrong argument is named before the first image."""
+        groups = [{"params": [Parameter(torch.zeros(1))]} for _ in range(2)]
+        try:
+            made = self.optimizer(groups)
+        except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            raise DistillError(f"schedule.optimizer: {error}. See the signature of that class") from error
+        if not isinstance(made, Optimizer):
+            raise DistillError(f"schedule.optimizer: expected a class of torch.optim, got {type(made).__name__}")
+        odd = {
+            name: value
+            for name, value in made.defaults.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        }
+        if odd:
+            raise DistillError(f"schedule.optimizer: expected finite numbers, got {odd}")
 
     def build(self, student: nn.Module, adapters: nn.Module, steps: int, batch: int) -> tuple[Optimizer, LambdaLR]:
         """Optimiser and scheduler (stepped after each step) for ``steps`` steps at a total batch of ``batch``."""

@@ -10,6 +10,7 @@ import os
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -176,6 +177,12 @@ def test_any_values_of_any_keys(data: st.DataObject, distill: str) -> None:
         judged(error)
     finally:
         torch.random.set_rng_state(state)
+
+
+@pytest.mark.parametrize("words", [["teacher=null", "distill.losses=true"], ["teacher=null", "distill.losses=abc"]])
+def test_what_the_fuzz_found_once(words: list[str]) -> None:
+    with pytest.raises(DistillError, match="expected a mapping of names to parts"):
+        build(changed("defeat_full", words), {word.split(".")[0].split("=")[0] for word in words})
 
 
 GROUPS = config.groups()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import hydra.utils
@@ -282,6 +285,108 @@ def test_the_overrides_of_a_run_from_outside_are_judged(
     assert cli(["evaluate", "run"]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "mark").exists()
+
+
+# -- what grows
+
+
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    """Seconds and little memory; without a bound it would be hours, and all there is."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    yield
+    assert time.process_time() - start < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
+
+
+def chain(first: str, line: str, between: str = ", ", times: int = 10, length: int = 40) -> str:
+    """Lines, each of which holds the one before it so many times: in LINE, NEW is its name, OLD[…] is repeated."""
+    before, _, rest = line.partition("OLD[")
+    repeated, _, after = rest.partition("]OLD")
+    lines = [first]
+    for new in range(1, length):
+        whole = before + between.join(repeated.replace("NUMBER", str(n)) for n in range(times)) + after
+        lines.append(whole.replace("NEW", f"l{new}").replace("LAST", f"l{new - 1}"))
+    return "\n".join(lines)
+
+
+GROWING = {
+    "aliases": chain("l0: &l0 [ha]", "NEW: &NEW [OLD[*LAST]OLD]"),
+    "aliases of mappings": chain("l0: &l0 {a: 1}", "NEW: &NEW {OLD[kNUMBER: *LAST]OLD}"),
+    "merged": chain("l0: &l0 {a: 1}", "NEW: &NEW {<<: *LAST, OLD[kNUMBER: *LAST]OLD}"),
+    "an alias of itself": "l: &l [*l]",
+    "interpolated nodes": chain("l0: [ha]", "NEW: {OLD[kNUMBER: '${LAST}']OLD}"),
+    "interpolated text": chain("l0: ha", "NEW: 'OLD[${LAST}]OLD'", between="", times=2),
+    "one text": chain(f"l0: {'x' * 100_000}", "NEW: 'OLD[${LAST}]OLD'", between="", times=20_000, length=2),
+    "texts of texts": chain(f"l0: {'x' * 100_000}", "NEW: 'OLD[${LAST}]OLD'", between="", times=500),
+    "created": "l: \"${oc.create:'{a: &a [1,1,1,1,1,1,1,1,1], b: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a], c: &c [*b,*b,*b,*b,*b,*b,*b], "
+    "d: &d [*c,*c,*c,*c,*c,*c,*c,*c], e: &e [*d,*d,*d,*d,*d,*d,*d], f: [*e,*e,*e,*e,*e,*e,*e,*e,*e,*e]}'}\"",
+    "deep": f"l: {'[' * 100_000}{']' * 100_000}",
+    "deep in blocks": f"l:\n {'- ' * 3000}x",
+    "a long text": f"l: {'x' * 1_000_000}",
+    "a large file": f"l: {'x' * 50_000_000}",
+    "many entries": f"l: [{'1,' * 400_000}]",
+    "a long number": f"l: {'9' * 100_000}",
+    "a number of minutes": f"l: {'1:' * 50_000}1",
+}
+
+
+def resolved(line: str) -> dict[str, object]:
+    config.check([line])
+    found: dict[str, object] = config.plain(config.composed([line, "name=n", "paths.run=x"]))
+    return found
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("body", GROWING.values(), ids=GROWING)
+def test_no_file_grows_without_bounds(body: str, conf: Path) -> None:
+    line = outside(conf, f"{body}\nseed: 7")
+    with pytest.raises(DistillError) as caught:
+        resolved(line)
+    assert len(str(caught.value)) < 1000
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("place", ["name: ${l39}", "hydra: {run: {dir: '${l39}'}}"])
+def test_hydra_itself_resolves_no_bomb(place: str, conf: Path, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    line = outside(conf, f"{GROWING['interpolated text']}\n{place}")
+    assert cli(["train", line, *TINY, "distill=none"]) == 1
+    assert "interpolations" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("words", [["evaluate", "run"], ["train", "distill=none", "name=x", "ckpt_path=last"]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        chain("- &l0 ha", "- &NEW [OLD[*LAST]OLD]"),
+        f"- {'[' * 100_000}",
+        f"- 'seed={'[' * 2000}{']' * 2000}'",
+        f"- seed={'x' * 200_000}",
+        "- 'l0=x'\n- +a='${l1}'\n- ++l=[\n",
+    ],
+    ids=["aliases", "deep", "a deep word", "a long word", "no words"],
+)
+def test_no_run_from_outside_grows_without_bounds(
+    words: list[str], text: str, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / ("run" if words[0] == "evaluate" else "outputs/x/1")
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    (run / "overrides.yaml").write_text(text)
+    assert cli(words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("\ndistill: ")
+    assert len(said) < 10_000
+
+
+def test_what_is_large_but_harmless_is_let_in(conf: Path) -> None:
+    names = [f"class number {n}" for n in range(3_000)]
+    body = f"data: {{source: {{classes: {names}}}}}\nlist: [&a {{b: 1}}, *a, *a]\nagain: '${{data.source.classes}}'"
+    found = resolved(outside(conf, body))
+    assert found["list"] == [{"b": 1}] * 3
+    assert found["again"] == names
 
 
 def test_only_known_words_are_computed() -> None:

@@ -208,14 +208,19 @@ def test_broken_data_is_named_with_what_to_mend(trouble: str, cli: Cli, tmp_path
             sorted((tmp_path / "voc" / "JPEGImages").glob(f"*_{split}_*"))[0] for split in ("train", "val")
         )
         second.write_bytes(first.read_bytes())
-    report = visit(cli, "data=voc", "data.source.root=voc", "distill=none", *OWN_DATA, "data.min_size=64")
+    lines = ["data=voc", "data.source.root=voc", "distill=none", *OWN_DATA, "data.min_size=64"]
+    report = visit(cli, *lines, "data.on_overlap=raise")
     assert report["verdict"] == "mend"
     (fault,) = report["faults"]
     expected = {"box": xml.name, "image": f"{xml.stem}.jpg", "overlap": "1 images of val are in train as well"}
     assert expected[trouble] in fault
     remedy = {"box": "data.on_error=skip", "image": "data.on_error=skip", "overlap": "Remove them from one split"}
     assert remedy[trouble] in fault
-    assert ("terms" in report) == (trouble == "overlap")  # the visit goes on where it can
+    if trouble == "overlap":  # as training does, which is told by the same option
+        goes_on = visit(cli, *lines)
+        assert any(expected[trouble] in note for note in goes_on["notes"])
+        assert goes_on["verdict"] == "ready"
+        assert "terms" in goes_on
 
 
 def test_a_weak_teacher_is_named(cli: Cli, tiny_teacher: Path) -> None:
@@ -251,6 +256,21 @@ def test_a_term_that_is_not_finite_is_named(cli: Cli, tiny_teacher: Path, monkey
     monkeypatch.setattr(DeFeat, "forward", broken)
     report = visit(cli, f"teacher.weights={tiny_teacher}", *TINY)
     assert any("defeat/neck.background is not finite" in fault for fault in report["faults"])
+
+
+@pytest.mark.parametrize("times", ["1e-9", "1e9", "null"])
+def test_a_term_is_too_large_where_the_run_would_say_so(times: str, cli: Cli, tiny_teacher: Path) -> None:
+    line = "callbacks.terms=null" if times == "null" else f"callbacks.terms.times={times}"
+    report = visit(cli, f"teacher.weights={tiny_teacher}", *TINY, line)
+    named = [note for note in report["notes"] if "times the detection loss at step 0" in note]
+    assert bool(named) == (times == "1e-9")
+
+
+@pytest.mark.parametrize("line", ["callbacks.best.mode=maxx", "seed=-1", "schedule.optimizer.lr=-1"])
+def test_what_training_would_refuse_is_a_fault(line: str, cli: Cli) -> None:
+    report = visit(cli, *TINY, "distill=none", line)
+    assert report["verdict"] == "mend"
+    assert "data" not in report
 
 
 def test_a_weight_stays_as_it_is(cli: Cli, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:

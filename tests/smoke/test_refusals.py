@@ -16,7 +16,7 @@ from conftest import TINY, Cli, summary
         (["seed=1,2"], "multirun"),
         (["teacher=none"], "cannot do without a teacher"),
         (["teacher=none", "distill=none", "init=inherit"], "init=inherit cannot do without a teacher"),
-        (["init=teacher"], "init: expected scratch or inherit, got 'teacher'"),
+        (["init=teacher"], "init=teacher: expected one of scratch, inherit"),
         (["distill=defeat_full", "model=retinanet_r10_quarter"], "both detectors must be two-stage"),
         (["schedule.shape=stairs"], "expected one of step, cosine"),
         (["data.source.classes=[circle,cube]"], "cube"),
@@ -62,3 +62,64 @@ def test_a_pair_that_cannot_be_is_refused_before_its_teacher_is_trained(
     assert message in said.err
     assert "training one first" not in said.out
     assert not (tmp_path / "outputs" / "teachers").exists()
+
+
+UNREAD = [  # the word, and what the message names
+    ("schedule.optimizer.lr=-1", "schedule.optimizer: Invalid learning rate: -1"),
+    ("schedule.optimizer.lr=abc", "schedule.optimizer: '"),
+    ("schedule.optimizer.lr=inf", "schedule.optimizer: expected finite numbers"),
+    ("+schedule.optimizer.momentumm=0.9", "unexpected keyword argument 'momentumm'"),
+    ("schedule.optimizer._target_=torch.nn.Linear", "schedule.optimizer: "),
+    ("schedule.clip=-1", "trainer.gradient_clip_val=-1: expected a number above 0, or null"),
+    ("schedule.gamma=-1", "schedule: gamma=-1"),
+    ("schedule.milestones=[a]", "milestones: expected Sequence[float]"),
+    ("trainer.max_steps=1.5", "max_steps: expected int, got 1.5"),
+    ("trainer.accelerator=tpuu", "tpuu"),
+    ("trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch=0: expected a whole number from 1"),
+    ("+trainer.foo=1", "unexpected keyword argument 'foo'"),
+    ("trainer.save_every=x", "save_every"),
+    ("deterministic=abc", "deterministic=abc: expected one of true, false, warn"),
+    ("callbacks.best.mode=maxx", "callbacks.best: `mode` can be"),
+    ("callbacks.rate.logging_interval=days", "callbacks.rate: logging_interval"),
+    ("+callbacks.rate.x=1", "unexpected keyword argument 'x'"),
+    ("callbacks.panels.every=0", "callbacks.panels: expected images from 0"),
+    ("+callbacks.x={_target_:torch.nn.Identity}", "callbacks.x: expected a Callback"),
+    ("logger.csv.flush_logs_every_n_steps=x", "flush_logs_every_n_steps: expected int"),
+    ("+logger.x={_target_:torch.nn.Identity}", "logger.x: expected a Logger"),
+    ("supervised.loss_classifier=nan", "supervised.loss_classifier=nan: expected a weight from 0"),
+    ("guard.limit=-1", "guard: expected limit"),
+    ("metrics.coco.per_class=abc", "per_class: expected bool"),
+    ("pictures=-1", "pictures=-1: expected a whole number from 0"),
+    ("seed=-1", "seed=-1: expected a whole number from 0 to"),
+    ("teacher.train=maybe", "teacher.train=maybe: expected one of auto, never"),
+    ("teacher.dtype=half", "teacher.dtype=half: expected one of auto, float32, bfloat16"),
+    ("+data.extra=${nowhere}", "cannot be resolved: Interpolation key 'nowhere'"),
+    ("data.batch_size=0", "data.batch_size=0: expected a whole number from 1"),
+    ("data.workers=-1", "workers"),
+    ("data.min_size=0", "min_size"),
+    ("data.pad_to=0", "pad_to"),
+    ("data.prefetch=0", "prefetch"),
+    ("data.flip=3", "flip"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), UNREAD)
+def test_a_wrong_value_is_named_before_an_image_is_read(
+    line: str, message: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("distill.data.shapes.Shapes.read", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    assert cli(["train", *TINY, line]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("\ndistill: ")
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", ["callbacks.best.monitor=val/APP", "metric=val/APP"])
+def test_what_validation_does_not_measure_is_named_before_a_teacher_is_trained(
+    line: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    assert cli(["train", *TINY, line, *(["callbacks.best.monitor=val/AP"] if line.startswith("metric") else [])]) == 1
+    assert f"{line} is not among the measured values; did you mean val/AP" in capsys.readouterr().err

@@ -121,6 +121,17 @@ def test_other_data_is_another_fact() -> None:
     assert different(relabelled) == {"data seen.val"}
 
 
+def test_what_was_measured_holds_for_the_same_files_boxes_and_sizes_alone() -> None:
+    whole, moved, nudged = data(), data(), data()
+    assert whole.fingerprint("val") == moved.fingerprint("val") != whole.fingerprint("train")
+    moved.records("val")[1].file += "x"
+    nudged.records("val")[1].boxes[0, 0] += 1e-9
+    larger = DetectionData(Shapes(train=4, val=2, test=0, size=64), workers=0, min_size=64, max_size=96)
+    found = {each.fingerprint("val") for each in (whole, moved, nudged, larger)}
+    assert len(found) == 4
+    assert moved.state_dict() == whole.state_dict()  # the checkpoint's: where files lie is nothing to it
+
+
 def test_one_process_has_nobody_to_agree_with() -> None:
     class Alone:
         world_size = 1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.module import Distiller
 from distill.pictures import panel
-from distill.types import Batch, Detections, Target
+from distill.types import Batch, Detections, DistillError, Target
 
 
 class Panels(L.Callback):
@@ -24,9 +24,17 @@ class Panels(L.Callback):
         images: how many, the first of the validation split.
         every: evaluations between two sets.
         score: lowest score that is shown.
+
+    Raises:
+        DistillError: ``images`` below 0 or ``every`` below 1.
     """
 
     def __init__(self, images: int = 8, every: int = 1, score: float = 0.3) -> None:
+        if images < 0 or every < 1:
+            raise DistillError(
+                f"callbacks.panels: expected images from 0 and every from 1, got images={images} and every={every}; "
+                "callbacks.panels=null switches it off"
+            )
         self.images = images
         self.every = every
         self.score = score

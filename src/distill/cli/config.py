@@ -8,6 +8,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import yaml
@@ -19,7 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import gate
+from distill.cli import bounds, gate
 from distill.kinds import misfits
 from distill.types import DistillError
 
@@ -37,6 +38,9 @@ UNFIT = (
 )
 """What constructors raise at arguments of a kind that they do not foresee."""
 
+SAID = 600
+"""Characters that are repeated of a library's message."""
+
 
 def folder() -> Path:
     """The ``conf`` folder: inside the installed package, or at the top of the checkout."""
@@ -48,11 +52,12 @@ def folder() -> Path:
 
 
 def register_resolvers() -> None:
-    """Words that the configuration can compute.
+    """Words that the configuration can compute, within the bounds of what it may grow to.
 
     ``${names:node}`` joins a mapping's keys, for the names of run folders; ``${sweep:mode,folder}`` is the name of a
     sweep's folder inside a sweep, and in the processes of its jobs, and null elsewhere.
     """
+    bounds.install()
     OmegaConf.register_new_resolver("names", lambda node: "+".join(node) or "none", replace=True)
     OmegaConf.register_new_resolver(
         "sweep",
@@ -82,7 +87,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     """Overrides as Hydra reads them."""
     try:
         return list(OverridesParser.create().parse_overrides(list(overrides)))
-    except HydraException as error:
+    except (HydraException, RecursionError) as error:
         raise DistillError(f"cannot read the command line: {error}") from None
 
 
@@ -91,20 +96,30 @@ def quoted(text: str) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
-def recorded(run: Path) -> list[Override]:
-    """The overrides that a run noted, less those that no file may say: of Hydra's node and of what is trusted.
+def noted(run: Path) -> list[str]:
+    """The words of the command line that a run noted; they are not to be trusted.
 
     Raises:
         DistillError: its ``overrides.yaml`` is no list of overrides.
     """
     file = run / "overrides.yaml"
     try:
-        lines = yaml.safe_load(file.read_text())
+        with file.open(encoding="utf-8") as stream:
+            lines = yaml.safe_load(bounds.whole(stream))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DistillError(f"{file}: cannot be read ({str(error).splitlines()[0]}); is it a run's folder?") from error
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise DistillError(f"{file}: expected a list of overrides, as train writes it")
-    return [each for each in parse(lines) if not each.is_hydra_override() and each.key_or_group != "trust"]
+    return lines
+
+
+def recorded(run: Path) -> list[Override]:
+    """The overrides that a run noted, less those that no file may say: of Hydra's node and of what is trusted.
+
+    Raises:
+        DistillError: its ``overrides.yaml`` is no list of overrides.
+    """
+    return [each for each in parse(noted(run)) if not each.is_hydra_override() and each.key_or_group != "trust"]
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -182,7 +197,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if match:
         path = full.group(1) if full else match.group(1)
         return f"there is no key '{path}'{nearest(path, _leaf_keys(overrides))}"
-    return f"the configuration does not compose: {error}"
+    return f"the configuration does not compose: {shorten(str(error), SAID, placeholder='…')}"
 
 
 def _root_keys() -> list[str]:
@@ -230,10 +245,10 @@ def build(node: Any, **given: Any) -> Any:
 
 
 def _check_kinds(options: Any, where: str) -> None:
-    """Refuse options of a kind that a constructor of ours does not take, before it falls over them."""
+    """Refuse options of a kind that a constructor of ours or of Lightning's does not take, before it falls over them."""
     nodes = [(where, options), *((below, value) for below, _, value in gate.entries(options, where))]
     for below, node in nodes:
-        if isinstance(node, dict) and str(node.get("_target_")).startswith("distill."):
+        if isinstance(node, dict) and str(node.get("_target_")).startswith(("distill.", "lightning.")):
             # What is built in turn is not judged by the mapping that describes it.
             given = {key: value for key, value in node.items() if not (value == "???" or "_target_" in str(value))}
             if wrong := misfits(gate.constructor(node["_target_"], f"{below}._target_"), given):
@@ -281,6 +296,8 @@ def plain(node: Any) -> Any:
         DistillError: one of them leads nowhere.
     """
     try:
-        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        with bounds.counted():
+            return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     except OmegaConfBaseException as error:
-        raise DistillError(f"{_key_of(node)}: cannot be resolved: {str(error).splitlines()[0]}") from error
+        where = _key_of(node) or "the configuration"
+        raise DistillError(f"{where}: cannot be resolved: {str(error).splitlines()[0]}") from error

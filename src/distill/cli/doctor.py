@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import config
+from distill.cli import config, values
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ PATIENCE = 15.0
 BATCHES = 3
 """Batches whose passes are timed."""
 COUNTED = ("images", "boxes", "crowds", "difficult", "empty")
-TIMES = 100.0
-"""A term that adds more than so many times the detection loss is pointed out."""
 Report = dict[str, Any]
 
 
@@ -47,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     config.check(args.overrides)
     config.named(args.overrides)  # leaves what a run knows of its own command line
     cfg = config.composed(args.overrides)
+    cfg.paths.run = "run"  # a run would know; nothing is written there
     report = examine(cfg)
     show(report)
     if args.json:
@@ -65,8 +64,9 @@ def examine(cfg: DictConfig) -> Report:
     quieten()
     start = time.monotonic()
     report: Report = {"faults": [], "notes": []}
-    seed_everything(cfg.seed, workers=True, verbose=False)
     try:
+        values.check(cfg)
+        seed_everything(cfg.seed, workers=True, verbose=False)
         _visit(cfg, report)
     except DistillError as error:
         report["faults"].append(str(error))
@@ -80,6 +80,7 @@ def _visit(cfg: DictConfig, report: Report) -> None:
     from distill.detectors.inherit import inherit
     from distill.module import Distiller
 
+    train.check_parts(cfg, Path(cfg.paths.run))  # with the run's own callbacks and loggers, of which none is used here
     data = _data(cfg, report)
     train.check_metric(cfg, data)
     trainer = _trainer(cfg)
@@ -94,7 +95,8 @@ def _visit(cfg: DictConfig, report: Report) -> None:
     schedule, metrics = config.build(cfg.schedule), train.build_metrics(cfg)
     module = Distiller(student, guest, losses, schedule, config.plain(cfg.supervised), metrics, cfg.seed)
     module.to(trainer.strategy.root_device)
-    _terms(report, module, data, trainer)
+    check = config.parts(cfg.callbacks).get("terms", {})
+    _terms(report, module, data, trainer, check.get("times", float("inf")))
     _estimate(cfg, report, module, data, trainer)
 
 
@@ -114,8 +116,8 @@ def _data(cfg: DictConfig, report: Report) -> DetectionData:
                 splits.append("test")
             except DistillError as error:
                 report["notes"].append(f"the test split is left out: {error}")
-    report["faults"] += [words for words in said if " as well, such as " in words]  # images in two splits
-    report["notes"] += [words for words in said if " as well, such as " not in words]
+    # Images in two splits among them: data.on_overlap alone says whether these stop a run, so that "ready" means it starts.
+    report["notes"] += said
     report["data"] = {split: doctor.describe_split(data, split) for split in splits}
     report["padding"] = doctor.padding_share(data)
     for split, found in report["data"].items():
@@ -222,7 +224,8 @@ def _classes(report: Report, data: DetectionData, student: Detector, guest: Gues
         )
 
 
-def _terms(report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer) -> None:
+def _terms(report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer, times: float) -> None:
+    """The terms at step 0; one above `times` the detection loss is pointed out, as the run's own check of terms would do."""
     import torch
 
     from distill import doctor
@@ -249,10 +252,11 @@ def _terms(report: Report, module: Distiller, data: DetectionData, trainer: L.Tr
             report["notes"].append(
                 f"the term {name} has no gradient at step 0: it is cut off, or this batch has none of it"
             )
-        if not name.startswith("student/") and abs(term["loss"]) > TIMES * abs(detection):
-            times = abs(term["loss"]) / max(abs(detection), 1e-30)
+        if not name.startswith("student/") and abs(term["loss"]) > times * abs(detection):
+            ratio = abs(term["loss"]) / max(abs(detection), 1e-30)
             report["notes"].append(
-                f"the term {name} is {times:.3g} times the detection loss at step 0: lower its weight"
+                f"the term {name} is {ratio:.3g} times the detection loss at step 0 (callbacks.terms.times={times:g}): lower "
+                "its weight"
             )
 
 

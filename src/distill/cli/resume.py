@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distill.cli import config
 from distill.types import DistillError
@@ -106,7 +106,7 @@ def _newest(run: Path) -> float:
 
 def _words(run: Path) -> list[str]:
     file = run / "overrides.yaml"
-    return [str(line) for line in OmegaConf.load(file)] if file.is_file() else []
+    return config.noted(run) if file.is_file() else []
 
 
 def _meant(overrides: Sequence[str]) -> set[str]:

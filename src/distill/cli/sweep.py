@@ -132,7 +132,7 @@ def place(folder: Path, given: Path, overrides: Sequence[str]) -> Path:
 
 def said(job: Path) -> set[str]:
     """The overrides that made a job, less those of its resume."""
-    lines = {str(line) for line in OmegaConf.load(job / "overrides.yaml")}
+    lines = set(config.noted(job))
     return {line for line in lines if not line.startswith("ckpt_path=")}
 
 
@@ -198,7 +198,7 @@ def _number(job: Path) -> tuple[bool, int, str]:
 
 def _row(job: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"job": job.name}
-    row |= dict(line.partition("=")[::2] for line in (str(each) for each in OmegaConf.load(job / "overrides.yaml")))
+    row |= dict(line.partition("=")[::2] for line in config.noted(job))
     if finished(job):
         report = json.loads((job / "summary.json").read_text())
         return row | {"state": "done"} | {name: round(value, 4) for name, value in report["student"].items()}

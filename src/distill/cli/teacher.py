@@ -15,12 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import Terminated
-from distill.cli.config import build, composed, parse, plain, quoted
+from distill.cli.config import build, composed, parse, parts, plain, quoted
 from distill.cli.signals import handled
 from distill.files import read_json
 from distill.types import DistillError, Facts
@@ -80,7 +80,7 @@ def check(cfg: DictConfig) -> None:
         DistillError: there is none.
     """
     if not described(cfg):
-        who = f"distillation losses {list(cfg.distill.losses)}" if cfg.distill.losses else "init=inherit"
+        who = f"distillation losses {list(parts(cfg.distill.losses))}" if cfg.distill.losses else "init=inherit"
         raise DistillError(f"{who} cannot do without a teacher: choose teacher=…, not none")
 
 
@@ -140,9 +140,9 @@ def cached(cfg: DictConfig) -> Path:
     if _rank() != 0:
         return _wait(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with FileLock(f"{folder}.lock") as lock:
         if not finished(folder):
-            _train(command, folder)
+            _train(command, folder, lock)
     return folder
 
 
@@ -232,13 +232,18 @@ def _rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
 
 
-def _train(command: list[str], folder: Path) -> None:
+def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
     if any((folder / "checkpoints").glob("last*.ckpt")):
         command = [*command, "ckpt_path=last"]
     print(f"distill: no teacher is cached; training one first:\n  {shlex.join(command[1:])}", flush=True)
     # Its own process, so that neither its random state nor its memory reaches this run.
     alone = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
-    with subprocess.Popen(command, env=alone) as process, handled(signal.SIGTERM, lambda *_: process.terminate()):
+    # It holds the lock as well: if this run is killed, the teacher's goes on, and nobody else may write into its folder.
+    held = [fd for fd in (lock._context.lock_file_fd,) if fd is not None]
+    with (
+        subprocess.Popen(command, env=alone, pass_fds=held) as process,
+        handled(signal.SIGTERM, lambda *_: process.terminate()),
+    ):
         code = process.wait()
     if code in (128 + signal.SIGTERM, -signal.SIGTERM):
         raise Terminated

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import config, gate, resume, sweep
+from distill.cli import config, gate, resume, sweep, values
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -46,9 +46,16 @@ def main(argv: Sequence[str]) -> int:
     # Hydra prints and exits by itself unless this is set; the messages are ours, one level up.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     home, jobs = str(config.folder()), sweep.Jobs()
+    refused: list[DistillError] = []
 
     def task(cfg: DictConfig) -> float:
-        return jobs.run(cfg) if HydraConfig.get().mode == RunMode.MULTIRUN else train(cfg)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return jobs.run(cfg)
+        try:
+            return train(cfg)
+        except DistillError as error:  # past Hydra, which would print all overrides in front of it
+            refused.append(error)
+            return float("nan")
 
     try:
         with gate.gated():
@@ -61,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
         raise DistillError(f"{len(jobs.failed)} of the sweep's jobs failed, the first: {error}") from None
     finally:
         jobs.show()
+    if refused:
+        raise refused[0]
     return 0
 
 
@@ -81,19 +90,18 @@ def _train(cfg: DictConfig) -> float:
 
     started = time.monotonic()
     quieten()
-    if not isinstance(cfg.seed, int):
-        raise DistillError(f"seed={cfg.seed}: expected a whole number")
+    values.check(cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run = Path(HydraConfig.get().runtime.output_dir)
     checkpoint = resume.checkpoint(cfg, run)
     resume.check_config(cfg, checkpoint)
+    trainer = check_parts(cfg, run)  # and whether this machine has what it asks for
     data = config.build(cfg.data)
     data.setup("fit")
     resume.check_data(cfg, checkpoint, data)
     report.write_config(run, cfg, HydraConfig.get().overrides.task)
     tested = cfg.test and data.has("test") and _readable(data)
     check_metric(cfg, data)  # before a teacher is trained for it
-    trainer = build_trainer(cfg, run)  # and whether this machine has what it asks for
     module = assemble(cfg, data)
     report.keep_metrics(run)
     trainer.callbacks.insert(0, processes.Agreement(lambda: agreed(cfg, data)))  # type: ignore[attr-defined]
@@ -159,6 +167,16 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", f".*{words}.*")
 
 
+def check_parts(cfg: DictConfig, run: Path) -> L.Trainer:
+    """Build all that knows neither data nor models, so that a mistake there is named before an image is read or a teacher
+    trained. The trainer is the run's.
+    """
+    config.build(cfg.schedule)
+    config.build(cfg.guard)
+    build_metrics(cfg)
+    return build_trainer(cfg, run)
+
+
 def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
     """Student, teacher and losses of a configuration, for this data."""
     from lightning.pytorch.utilities.seed import isolate_rng
@@ -173,8 +191,6 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
     check_masks(cfg, student, data)
     guest: Any = None
     losses: dict[str, DistillLoss] = {}
-    if cfg.init not in ("scratch", "inherit"):
-        raise DistillError(f"init: expected scratch or inherit, got '{cfg.init}'")
     if cfg.distill.losses or cfg.init == "inherit":
         # The student must start, and the steps must draw, as they would without a teacher.
         with isolate_rng():
@@ -239,14 +255,19 @@ def _readable(data: DetectionData) -> bool:
 
 
 def check_metric(cfg: DictConfig, data: DetectionData) -> None:
-    """Refuse a metric that validation will not measure; its names are those that finding nothing gives."""
+    """Refuse a metric that validation will not measure, for a sweep or for a callback to watch; the names are those that
+    finding nothing gives.
+    """
     known: list[str] = []
     for make in build_metrics(cfg):
         metric = make(data.ground_truth("val"), data.classes)
         metric.update((), ())
         known += [f"val/{name}" for name in metric.compute()]
-    if cfg.metric not in known:
-        raise DistillError(f"metric={cfg.metric} is not among the measured values{config.nearest(cfg.metric, known)}")
+    watched = {f"callbacks.{name}.monitor": node.get("monitor") for name, node in config.parts(cfg.callbacks).items()}
+    for key, name in {"metric": cfg.metric, **watched}.items():
+        measured = key == "metric" or str(name).startswith("val/")  # a callback may watch a loss term
+        if measured and name not in known:
+            raise DistillError(f"{key}={name} is not among the measured values{config.nearest(str(name), known)}")
 
 
 def build_metrics(cfg: DictConfig) -> list[Any]:
@@ -256,19 +277,20 @@ def build_metrics(cfg: DictConfig) -> list[Any]:
 
 def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     """Lightning's trainer with the run's callbacks and loggers; CSV is among them, whatever was chosen."""
+    import lightning as L
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.loggers import CSVLogger, Logger
 
     from distill.callbacks.provenance import Provenance
     from distill.callbacks.storage import CheckpointFiles
     from distill.precision import chosen
 
     precision = chosen(cfg.trainer.precision, torch.cuda.is_available() and cfg.trainer.accelerator != "cpu")
-    callbacks = [config.build(node) for node in config.parts(cfg.callbacks).values()]
+    callbacks = _built(cfg, "callbacks", L.Callback)
     callbacks.append(Provenance(config.plain(cfg)))
     settings = {name: value for name, value in config.plain(cfg.trainer).items() if name != "save_every"}
-    loggers = [config.build(node) for node in config.parts(cfg.logger).values()]
+    loggers = _built(cfg, "logger", Logger)
     if "csv" not in cfg.logger:
         loggers.append(CSVLogger(run, name="", version="", flush_logs_every_n_steps=100))
     try:
@@ -283,3 +305,18 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     except MisconfigurationException as error:
         raise DistillError(f"trainer: {error}. Choose another one: trainer=auto takes what there is") from error
     return trainer
+
+
+def _built(cfg: DictConfig, group: str, kind: type) -> list[Any]:
+    """The objects of a group of Lightning's."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    made = []
+    for name, node in config.parts(cfg[group]).items():
+        try:
+            made.append(config.build(node))
+        except MisconfigurationException as error:
+            raise DistillError(f"{group}.{name}: {error}") from error
+        if not isinstance(made[-1], kind):
+            raise DistillError(f"{group}.{name}: expected a {kind.__name__} of Lightning's, got {node.get('_target_')}")
+    return made

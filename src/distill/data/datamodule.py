@@ -352,9 +352,14 @@ class DetectionData(L.LightningDataModule):
         return {"antialias": self.eval_transform.antialias, "pad_to": self.pad_to}
 
     def fingerprint(self, split: Split) -> str:
-        """SHA-256 of a split as evaluation sees it: its images by name, ground truth, classes, sizes and resize."""
-        files = [record.file for record in self.records(split)]
-        seen = [files, self.ground_truth(split), self.classes, self.input_size, self.resize]
+        """SHA-256 of a split as evaluation sees it: what `digest` sees, and its images by name, classes, sizes and resize.
+
+        A checkpoint keeps the digests alone: a run may go on where the files lie elsewhere, but what was measured there says
+        nothing of other files of the same annotations.
+        """
+        records = self.records(split)
+        files = [record.file for record in records]
+        seen = [files, digest(records, self.masks), self.classes, self.input_size, self.resize]
         return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
