@@ -24,7 +24,11 @@ distill <verb> --help says more."""
 
 
 class Terminated(BaseException):
-    """A signal ended the run between two steps, its checkpoint is written."""
+    """A signal ended the run; its message says how to go on."""
+
+
+ANEW = "start it again with the same words"
+"""How a run goes on that has left nothing to go on from."""
 
 
 def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
@@ -62,11 +66,13 @@ def main(argv: Sequence[str]) -> int:
             traceback.print_exc()
         print(f"\ndistill: {_plain(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ndistill: interrupted; ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"\ndistill: interrupted; {stopped or ANEW}", file=sys.stderr)
         return 130
-    except Terminated:
-        print("\ndistill: stopped by a signal; ckpt_path=last goes on from the last step", file=sys.stderr)
+    except Terminated as stopped:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 0  # one process of a run speaks for all; Lightning kills the others where one fails
+        print(f"\ndistill: stopped by a signal; {stopped or ANEW}", file=sys.stderr)
         return 128 + signal.SIGTERM
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import config
+from distill.cli import ANEW, config
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -98,6 +98,11 @@ def _made_by_this_job(run: Path) -> bool:
 def checkpoints(run: Path) -> list[Path]:
     """``last.ckpt`` and the one before it, which alone is there if the run was killed between two renamings."""
     return [file for name in ("last.ckpt", "last-1.ckpt") if (file := run / "checkpoints" / name).is_file()]
+
+
+def going_on(run: Path) -> str:
+    """What to say to let a stopped run go on."""
+    return "ckpt_path=last goes on from the last checkpoint" if checkpoints(run) else ANEW
 
 
 def _newest(run: Path) -> float:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import Terminated
 from distill.cli.config import build, composed, parse, plain, quoted
-from distill.cli.signals import handled
+from distill.cli.signals import ended
 from distill.files import read_json
 from distill.types import DistillError, Facts
 
@@ -39,6 +39,8 @@ IGNORED_DATA = ("workers", "cache", "eval_batch_size", "prefetch", "on_overlap")
 IGNORED_CALLBACKS = ("terms",)  # it looks at distillation terms, and a teacher's run has none
 # What of Lightning's trainer decides the weights: not the machine, not the logging.
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
+STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
+"""Exit codes of a run that was asked to stop."""
 RANK_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -238,9 +240,9 @@ def _train(command: list[str], folder: Path) -> None:
     print(f"distill: no teacher is cached; training one first:\n  {shlex.join(command[1:])}", flush=True)
     # Its own process, so that neither its random state nor its memory reaches this run.
     alone = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
-    with subprocess.Popen(command, env=alone) as process, handled(signal.SIGTERM, lambda *_: process.terminate()):
-        code = process.wait()
-    if code in (128 + signal.SIGTERM, -signal.SIGTERM):
+    with subprocess.Popen(command, env=alone) as process:
+        code = ended(process)
+    if code in STOPPED:
         raise Terminated
     if code or not finished(folder):
         raise DistillError(

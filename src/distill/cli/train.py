@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import config, gate, resume, sweep
+from distill.cli import Terminated, config, gate, resume, sweep
+from distill.cli.signals import stoppable
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         return jobs.run(cfg) if HydraConfig.get().mode == RunMode.MULTIRUN else train(cfg)
 
     try:
-        with gate.gated():
+        with gate.gated(), stoppable():
             _run_hydra(args, parser, task_function=task, config_path=home, config_name=config.NAME)
     except (HydraException, OmegaConfBaseException) as error:
         missing = '; its sweeper is an extra: pip install "distill[optuna]"' if "sweeper/optuna" in str(error) else ""
@@ -66,13 +68,14 @@ def main(argv: Sequence[str]) -> int:
 
 def train(cfg: DictConfig) -> float:
     """One run. Returns the metric that the configuration names, for sweeps and tuners."""
-    from distill.cli.signals import stoppable
+    run = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        return _train(cfg, run)
+    except (Terminated, KeyboardInterrupt) as stopped:
+        raise type(stopped)(resume.going_on(run)) from None
 
-    with stoppable():
-        return _train(cfg)
 
-
-def _train(cfg: DictConfig) -> float:
+def _train(cfg: DictConfig, run: Path) -> float:
     import lightning as L
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -84,7 +87,6 @@ def _train(cfg: DictConfig) -> float:
     if not isinstance(cfg.seed, int):
         raise DistillError(f"seed={cfg.seed}: expected a whole number")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    run = Path(HydraConfig.get().runtime.output_dir)
     checkpoint = resume.checkpoint(cfg, run)
     resume.check_config(cfg, checkpoint)
     data = config.build(cfg.data)
@@ -104,8 +106,10 @@ def _train(cfg: DictConfig) -> float:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         summary = report.closing(cfg, trainer, module, data, run, started, tested)
         failed = False
-    except SIGTERMException:
-        raise
+    except (SIGTERMException, Terminated):
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGTERM)  # the other processes, where this one alone was told
+        raise Terminated from None
     except SystemExit:  # Lightning's way out of an interrupt
         raise KeyboardInterrupt from None
     except RuntimeError as error:
