@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli
+from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli, started, wait_until
 from distill.callbacks.teacher import TeacherCheck
 from distill.cli import report, teacher
 from distill.data.datamodule import DetectionData, Images
@@ -173,25 +173,29 @@ def test_a_closing_evaluation_that_was_cut_is_made_by_the_resume(
 def test_a_signal_to_every_process_leaves_the_loaders_their_last_batch(tmp_path: Path) -> None:
     """As SLURM and a terminal send it: the step that is made still gets its images, and the run is saved."""
     lines = [*SMALL, "distill=none", "schedule.epochs=500", "data.workers=2", "trainer.save_every=1 steps"]
-    command = [sys.executable, "-m", "distill", "train", *lines, "hydra.run.dir=run"]
     for number, code in ((signal.SIGUSR1, 143), (signal.SIGINT, 130)):
-        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
-            wait_for(tmp_path / "run" / "checkpoints" / "last-1.ckpt", run)
+        with started([*lines, "hydra.run.dir=run"], tmp_path) as run:
+            wait_until((tmp_path / "run" / "checkpoints" / "last-1.ckpt").is_file, run)
             os.killpg(run.pid, number)
-            _, said = run.communicate(timeout=300)
+            _, said = run.communicate(timeout=900)
         assert run.returncode == code, said
         assert "ckpt_path=last goes on" in said
         assert "loader process died" not in said
         shutil.rmtree(tmp_path / "run")
 
 
-def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 300) -> None:
-    """Until a file is there."""
-    deadline = time.monotonic() + seconds
-    while not file.is_file():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
+def test_of_two_processes_one_is_told_and_both_leave(tmp_path: Path) -> None:
+    """Together, after a step; one of them speaks."""
+    lines = [*SMALL, "distill=none", "schedule.epochs=500", "trainer=ddp_cpu", "trainer.save_every=1 steps"]
+    with started([*lines, "hydra.run.dir=run"], tmp_path) as run:
+        wait_until((tmp_path / "run" / "checkpoints" / "last-1.ckpt").is_file, run)
+        run.terminate()
+        _, said = run.communicate(timeout=900)  # until the last one has closed its end
+    assert run.returncode == 143, said
+    assert said.count("stopped by a signal; ckpt_path=last goes on") == 1
+    assert "Traceback" not in said
+    held = state(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert held["made_by"]["processes"] == len(held["resume"]["random"]) == 2
 
 
 def test_slurm_s_signal_saves_and_the_job_that_is_started_again_goes_on(
@@ -317,15 +321,10 @@ def test_stopping_the_student_s_run_stops_its_teacher_s(tmp_path: Path) -> None:
         "schedule.epochs=500",
         'teacher.run=["schedule.epochs=500"]',
     ]
-    command = [sys.executable, "-m", "distill", "train", *lines]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 300
-        while not list(tmp_path.rglob("teachers/*/checkpoints/last.ckpt")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.2)
+    with started(lines, tmp_path) as process:
+        wait_until(lambda: list(tmp_path.rglob("teachers/*/checkpoints/last.ckpt")), process)
         process.terminate()
-        _, said = process.communicate(timeout=300)
+        _, said = process.communicate(timeout=900)
     assert process.returncode == 143
     assert said.count("stopped by a signal; ckpt_path=last goes on") == 1  # the teacher's
     assert said.count("stopped by a signal; start it again") == 1

@@ -80,6 +80,10 @@ def ended(process: subprocess.Popen[str] | subprocess.Popen[bytes], work: Callab
             # SIGTERM after ctrl-C too: the terminal tells all processes, but somebody else may have told this one alone.
             asked = asked or stopped
             process.terminate()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
     if asked is not None:
         raise asked
     return code

@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import Terminated, config, gate, resume, sweep
-from distill.cli.signals import stoppable
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         return jobs.run(cfg) if HydraConfig.get().mode == RunMode.MULTIRUN else train(cfg)
 
     try:
-        with gate.gated(), stoppable():
+        with gate.gated():
             _run_hydra(args, parser, task_function=task, config_path=home, config_name=config.NAME)
     except (HydraException, OmegaConfBaseException) as error:
         missing = '; its sweeper is an extra: pip install "distill[optuna]"' if "sweeper/optuna" in str(error) else ""
@@ -61,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
         raise DistillError(f"{told}{missing}") from error
     except sweep.JobFailed as error:
         raise DistillError(f"{len(jobs.failed)} of the sweep's jobs failed, the first: {error}") from None
+    except (Terminated, KeyboardInterrupt) as stopped:
+        raise type(stopped)(*(stopped.args or jobs.going_on())) from None
     finally:
         jobs.show()
     return 0
