@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
-from test_distiller import EVERYTHING, Custom, assert_same, distiller, sgd, shapes, weights
+from test_distiller import EVERYTHING, Custom, assert_same, detector, distiller, sgd, shapes, weights
 from torch import Tensor
 
 from distill.callbacks.resume import Best, Last, interval
@@ -50,7 +50,7 @@ class Journal(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
         rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self.lines.append((trainer.current_epoch, index, batch.ids, rate, float(outputs["loss"])))
+        self.lines.append((trainer.current_epoch, index, batch.ids, rate, repr(float(outputs["loss"]))))
 
     def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
         self.lines.append("evaluation")
@@ -62,7 +62,14 @@ def drawn(student: View, teacher: View) -> Tensor:
     return torch.stack([x.square().mean() for x in student.neck.values()]).mean() * factor
 
 
+def poisoned(student: View, teacher: View) -> Tensor:
+    """A term that is infinite in every batch that holds the image 0."""
+    value = student.neck[8].mean().square()
+    return value * torch.inf if 0 in student.batch.ids else value
+
+
 LOSSES: dict[str, Any] = {
+    "poisoned": partial(Custom, formula=poisoned),
     "defeat": partial(DeFeat, **EVERYTHING, mask={"kind": "random"}, ramp={"shape": "peak"}),
     "global_knowledge": partial(GlobalKnowledge, prototypes={"count": 2, "min_side": 6.0}),
     "drawn": partial(Custom, formula=drawn),
@@ -81,10 +88,13 @@ class Ended:
         workers: int = 0,
         every: str | None = "1 steps",
         callbacks: tuple[Any, ...] = (),
+        images: int = 12,
+        norm: str | None = None,
         **options: Any,
     ) -> None:
         schedule = sgd(epochs=2, shape="one_cycle", accumulate=accumulate)
-        self.module = distiller(losses={loss: LOSSES[loss]} if loss else {}, schedule=schedule)
+        student = detector(norm=norm) if norm else None
+        self.module = distiller(student, losses={loss: LOSSES[loss]} if loss else {}, schedule=schedule)
         journal, files = Journal(), Archive(folder / "history")
         self.best = Best(folder, "val/AP")
         keep = [Last(folder, every)] if options.get("limit_val_batches") == 0 else [self.best, Last(folder, every)]
@@ -106,7 +116,7 @@ class Ended:
         torch.manual_seed(0)
         self.stopped: bool | str = False
         try:
-            trainer.fit(self.module, shapes(train=12, workers=workers), ckpt_path=ckpt, weights_only=True)
+            trainer.fit(self.module, shapes(train=images, workers=workers), ckpt_path=ckpt, weights_only=True)
         except SystemExit as way_out:  # SIGTERM's; a bare one is Lightning's way out of an interrupt
             self.stopped = type(way_out) is not SystemExit or "interrupt"
         self.journal, self.files = journal.lines, files.files
@@ -185,6 +195,43 @@ def test_sigterm_saves_at_the_end_of_the_step(name: str, at: Any, left: int, tmp
     again = Ended(tmp_path / "run", ckpt=tmp_path / "run" / "last.ckpt", **setting)
     assert again.journal == whole.journal[-left:]
     assert_same(again.weights, whole.weights)
+
+
+class DiesAt(L.Callback):
+    """As a kill would have it, ends the run in the middle of a batch, and nothing is written any more."""
+
+    def __init__(self, epoch: int, index: int) -> None:
+        self.at = (epoch, index)
+
+    def on_after_backward(self, trainer: Any, module: Any) -> None:
+        if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) == self.at:
+            raise MemoryError
+
+
+@pytest.mark.filterwarnings("ignore:step")
+def test_a_step_of_several_batches_is_begun_anew_wherever_it_was_left(tmp_path: Path) -> None:
+    """Five batches an epoch in steps of three and two, of which one is skipped; killed or asked to stop in each of them.
+
+    Half a step would be gradients, running statistics from before it, and what the guard has seen of it.
+    """
+    setting: dict[str, Any] = {"loss": "poisoned", "accumulate": 3, "images": 20, "norm": "live"}
+    whole = Ended(tmp_path / "whole", **setting)
+    assert whole.module.guard.skipped == 2  # of four, one an epoch
+    for number, at in enumerate([(0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 3), (1, 4)]):
+        folder = tmp_path / str(number)
+        with pytest.raises(MemoryError):
+            Ended(folder, callbacks=(partial(DiesAt, *at),), **setting)
+        again = Ended(folder, ckpt=folder / "last.ckpt" if at > (0, 2) else None, **setting)
+        steps = {(0, 3): 3, (1, 0): 6, (1, 1): 6, (1, 3): 9, (1, 4): 9}.get(at, 0)  # lines of the journal before
+        assert again.journal == whole.journal[steps:], at
+        assert_same(again.weights, whole.weights)
+        assert again.module.guard.skipped == 2
+    for at in [(0, 0), (0, 1), (1, 3)]:
+        folder = tmp_path / f"asked {at}"
+        assert Ended(folder, every=None, callbacks=(partial(SignalAt, *at),), **setting).stopped
+        again = Ended(folder, ckpt=folder / "last.ckpt", **setting)
+        assert again.journal == whole.journal[3 if at[0] == 0 else 11 :], at
+        assert_same(again.weights, whole.weights)
 
 
 def test_ctrl_c_saves_at_the_end_of_the_step_and_a_second_one_does_not_wait(tmp_path: Path) -> None:
