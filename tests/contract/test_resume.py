@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from test_distiller import EVERYTHING, Custom, assert_same, detector, distiller, sgd, shapes, weights
 from torch import Tensor
 
@@ -310,3 +313,58 @@ def test_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = Ended(tmp_path, every="1 minutes", limit_val_batches=0)
     steps = [torch.load(file, weights_only=True)["global_step"] for file in ended.files]
     assert steps == [2, 3, 5, 6]
+
+
+# -- two processes
+
+
+class KilledAt(SignalAt):
+    """SIGKILL, which nothing outlives."""
+
+    def __init__(self, epoch: int, index: int) -> None:
+        super().__init__(epoch, index, number=signal.SIGKILL)
+
+
+def one_rank(rank: int, port: int, folder: Path, killed: bool) -> None:
+    """What one of the processes does: the run that is killed, or all others."""
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+
+    def run(name: str, ckpt: str | None = None, *callbacks: Any) -> Ended:
+        strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False, broadcast_buffers=False)
+        setting: dict[str, Any] = {"loss": "poisoned", "accumulate": 3, "images": 40, "norm": "live"}
+        setting |= {"devices": 2, "strategy": strategy, "every": None if "asked" in name else "1 steps"}
+        setting["callbacks"] = (partial(EMAWeightAveraging, decay=0.5), *callbacks)
+        return Ended(folder / name, ckpt=folder / ckpt / "last.ckpt" if ckpt else None, **setting)
+
+    if killed:
+        run("killed", None, partial(KilledAt, 1, 3))
+        return
+    asked = [partial(SignalAt, 0, 0)] if rank == 1 else []  # the other one hears of it at the step's end
+    runs = {"whole": run("whole"), "after the kill": run("again", "killed"), "asked": run("asked", None, *asked)}
+    assert runs.pop("asked").stopped
+    runs["after it was asked"] = run("asked again", "asked")
+    found = {name: {"journal": each.journal, "weights": each.weights} for name, each in runs.items()}
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def spawn(folder: Path, killed: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_rank, (port, folder, killed), nprocs=2)
+
+
+def test_two_processes_that_are_killed_or_asked_in_a_step_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    """In an epoch, amid an accumulated step; of the images 0 is seen by one of the two alone."""
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        spawn(tmp_path, killed=True)
+    spawn(tmp_path, killed=False)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        whole = found.pop("whole")
+        assert len(whole["journal"]) == 12
+        for (name, ended), done in zip(found.items(), (9, 3), strict=True):
+            assert ended["journal"] == whole["journal"][done:], (rank, name)
+            assert_same(ended["weights"], whole["weights"])
