@@ -75,6 +75,8 @@ class Guard:
         """Steps that were skipped so far."""
         self.row = 0
         """The last of them that followed on one another."""
+        self.skipping = False
+        """Whether the last step was skipped, by the scaler too: averages of weights pass it over."""
         self._seen: list[Seen] = []
         self._live: list[Tensor] = []
         self._kept: list[Tensor] = []
@@ -110,7 +112,8 @@ class Guard:
         seen, self._seen = self._seen, []
         parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
-        if not gradients or math.isfinite(nn.utils.get_total_norm(gradients, math.inf).item()):
+        self.skipping = bool(gradients) and not math.isfinite(nn.utils.get_total_norm(gradients, math.inf).item())
+        if not self.skipping:
             self.row = 0
             return
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)

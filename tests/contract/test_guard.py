@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from test_distiller import Custom, detector, distiller, fit, guest, shapes, weights
 from torch import Tensor
 
+from distill.callbacks.averaging import Average
 from distill.callbacks.processes import Agreement
 from distill.guard import Guard, flagged, read_step, replay
 from distill.losses.defeat import DeFeat
@@ -125,6 +126,40 @@ def test_one_bad_batch_of_several_takes_the_whole_step(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="step 1"):
         fit(module, tmp_path, shapes(train=24), callbacks=[states], accumulate_grad_batches=2, **ONE_EPOCH)
     assert [bool(changed(states, step)) for step in range(3)] == [True, False, True]
+
+
+class Averages(L.Callback):
+    """The average, how often it was moved, and the weights, after each batch."""
+
+    def __init__(self, average: Average) -> None:
+        self.average = average
+        self.found: list[tuple[dict[str, Tensor], int, dict[str, Tensor]]] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        model: Any = self.average._average_model
+        self.found.append((weights(model.module), int(model.n_averaged), weights(module)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_skipped_step_is_no_part_of_an_average(accumulate: int, tmp_path: Path) -> None:
+    """Not of its value, nor of its count: steps 0 and 2 of four are bad, and the first good one is copied."""
+    bad = {0, 2 * accumulate}
+    module = distiller(detector(norm="live"), losses={"mine": partial(Custom, formula=at(bad, WRONG["infinite"]))})
+    average = Average(decay=0.75)
+    seen = Averages(average)
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "callbacks": [average, seen], **ONE_EPOCH}
+    with pytest.warns(UserWarning, match="it is skipped"):
+        fit(module, tmp_path, shapes(train=16 * accumulate), **options)
+    ends = seen.found[accumulate - 1 :: accumulate]
+    assert [count for _, count, _ in ends] == [0, 1, 1, 2]
+    assert [count for _, count, _ in seen.found] == sorted(count for _, count, _ in seen.found)
+    name = "student.net.backbone.body.conv1.weight"
+    first, second = ends[1][2][name], ends[3][2][name]
+    assert not torch.equal(first, second)
+    assert torch.equal(ends[2][0][name], first)
+    assert torch.allclose(ends[3][0][name], 0.75 * first + 0.25 * second, rtol=1e-6, atol=1e-7)
+    for before, *_ in seen.found[: 2 * accumulate - 1]:
+        assert torch.equal(before[name], ends[0][2][name])  # as it was built
 
 
 @pytest.mark.parametrize(("limit", "bad", "stops_at"), [(0, {2}, 2), (2, {1, 2, 3}, 3), (2, {0, 1, 3, 4}, None)])

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 from test_distiller import EVERYTHING, Custom, assert_same, detector, distiller, sgd, shapes, weights
 from torch import Tensor
 
+from distill.callbacks.averaging import Average
 from distill.callbacks.resume import Best, Last, interval
 from distill.callbacks.storage import CheckpointFiles, read
 from distill.losses.defeat import DeFeat
@@ -130,7 +131,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "defeat": {"loss": "defeat"},
     "prototypes": {"loss": "global_knowledge"},
     "global generators": {"loss": "drawn"},
-    "average": {"callbacks": (partial(EMAWeightAveraging, decay=0.5),)},
+    "average": {"callbacks": (partial(Average, decay=0.5),)},
     "accumulated": {"accumulate": 2},
     "every second epoch": {"check_val_every_n_epoch": 2},
     "no evaluation": {"limit_val_batches": 0},
@@ -335,7 +336,7 @@ def one_rank(rank: int, port: int, folder: Path, killed: bool) -> None:
         strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False, broadcast_buffers=False)
         setting: dict[str, Any] = {"loss": "poisoned", "accumulate": 3, "images": 40, "norm": "live"}
         setting |= {"devices": 2, "strategy": strategy, "every": None if "asked" in name else "1 steps"}
-        setting["callbacks"] = (partial(EMAWeightAveraging, decay=0.5), *callbacks)
+        setting["callbacks"] = (partial(Average, decay=0.5), *callbacks)
         return Ended(folder / name, ckpt=folder / ckpt / "last.ckpt" if ckpt else None, **setting)
 
     if killed:

@@ -225,7 +225,7 @@ def test_another_configuration_or_data_is_refused_by_name(
         "schedule.epochs=3": "schedule.epochs: 1 there, 3 here",
         "schedule.optimizer.lr=0.5": "there, 0.5 here",
         "seed=1": "seed: 0 there, 1 here",
-        "callbacks=ema": "callbacks.ema._target_: not there, lightning",
+        "callbacks=ema": "callbacks.ema._target_: not there, distill",
         "trainer.precision=bf16-mixed": "trainer.precision: auto there, bf16-mixed here",
         "data.source.train=12": "train: 8 images with",
         "data.source.classes=[circle,square]": "classes: ['circle', 'square', 'triangle'",

@@ -27,7 +27,7 @@ def composed(*lines: str) -> Any:
         ("trainer.precision=16-mixed", ["trainer.precision: auto there, 16-mixed here"]),
         ("trainer.accumulate_grad_batches=2", ["trainer.accumulate_grad_batches: "]),
         ("trainer.limit_train_batches=2", ["trainer.limit_train_batches: None there, 2 here"]),
-        ("callbacks=ema", ["callbacks.ema._target_: not there, lightning."]),
+        ("callbacks=ema", ["callbacks.ema._target_: not there, distill."]),
         ("data.flip=0.0", ["data.flip: 0.5 there, 0.0 here"]),
         ("data.limit=3", ["data.limit: None there, 3 here"]),
         ("metric=val/AP50", ["metric: val/AP there", "callbacks.best.monitor: "]),
