@@ -257,6 +257,35 @@ def test_a_scaler_that_finds_its_scale_goes_on(tmp_path: Path) -> None:
     assert module.guard.row == 0
 
 
+FUSED = {
+    "AdamW": partial(torch.optim.AdamW, lr=1e-4, fused=True),
+    "SGD": partial(torch.optim.SGD, lr=1e-4, momentum=0.9, fused=True),
+}
+
+
+@pytest.mark.parametrize("case", ["infinite", "a finite loss"])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_optimiser_and_a_scaler_skip_the_first_step_and_a_later_one(
+    name: str, case: str, tmp_path: Path
+) -> None:
+    """A loss that is bad, or a gradient that overflows: the scale is halved, nothing else changes, and the run goes on."""
+    module = distiller(detector("retinanet"), losses={"mine": partial(Custom, formula=at({0, 2}, WRONG[case]))})
+    module.schedule = type(module.schedule)(optimizer=FUSED[name], shape="constant", warmup_steps=0)
+    states, plugin = States(), half(256.0)
+    assert plugin.scaler is not None
+    fit(module, tmp_path, shapes(train=16), plugins=[plugin], callbacks=[states], **ONE_EPOCH)
+    assert [bool(changed(states, step)) for step in range(4)] == [False, True, False, True]
+    assert plugin.scaler.get_scale() == 256.0 / 4
+    assert all(value.isfinite().all() for value in states.found[-1].values())
+
+
+def test_clipping_what_a_fused_optimiser_unscales_is_refused_at_the_start(tmp_path: Path) -> None:
+    module = distiller(detector("retinanet"))
+    module.schedule = type(module.schedule)(optimizer=FUSED["AdamW"], clip=1.0)
+    with pytest.raises(DistillError, match=r"schedule\.clip=1 .* fused AdamW.*fused=false"):
+        fit(module, tmp_path, plugins=[half(256.0)], gradient_clip_val=1.0, **ONE_EPOCH)
+
+
 def test_a_loss_that_is_not_finite_is_no_matter_of_scale(tmp_path: Path) -> None:
     formula = at({0, 1}, WRONG["infinite"])
     module = distiller(detector("retinanet"), losses={"mine": partial(Custom, formula=formula)}, guard=Guard(limit=1))
