@@ -102,6 +102,7 @@ def test_a_sweep_that_is_asked_to_stop_passes_it_on_and_goes_on_later(tmp_path: 
         assert found > steps
         steps = found
     assert (tmp_path / "asked").read_text() == "requeue 17\n"  # the job itself asks for nothing
+    assert (sweep / "slurm_job").read_text() == "17"  # by which it is found when SLURM starts it again
     with started(lines, tmp_path) as running:
         _, said = running.communicate(timeout=900)
     assert running.returncode == 0, said

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import ANEW, config
+from distill.files import write_text
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ FREE = (
 )
 """Keys that may differ when a run goes on: they cannot change what it learns, or are compared otherwise."""
 JOB = "slurm_job"
-"""The file in which a run notes the SLURM job that made it."""
+"""The file in which a run, or a sweep, notes the SLURM job that made it."""
 IDENTITY = ("made_by", "teacher", "guests", "DetectionData")
 """Parts of a checkpoint by which a resume is refused."""
 
@@ -63,6 +64,16 @@ def resumed(overrides: Sequence[str]) -> list[str]:
         except DistillError:
             return lines
     return _in_folder(lines, must=False)
+
+
+def swept(overrides: Sequence[str]) -> list[str]:
+    """A sweep that SLURM started again goes on in its own folder, unless one is given."""
+    lines = list(overrides)
+    if not _requeued() or any(line.startswith("hydra.sweep.dir=") for line in lines):
+        return lines
+    paths = config.composed([line for line in lines if line.startswith("paths.outputs=")]).paths
+    mine = [folder for folder in Path(paths.outputs).glob("sweeps/*") if _made_by_this_job(folder)]
+    return [*lines, *(f"hydra.sweep.dir={config.quoted(str(folder))}" for folder in mine[:1])]
 
 
 def _requeued() -> bool:
@@ -88,6 +99,12 @@ def _in_folder(lines: list[str], must: bool) -> list[str]:
         f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. Repeat the overrides of the run "
         "that is to go on, or name it: hydra.run.dir=RUN, or ckpt_path=FILE"
     )
+
+
+def note_job(run: Path) -> None:
+    """Write down the SLURM job that makes a run or sweep."""
+    if "SLURM_JOB_ID" in os.environ:
+        write_text(run / JOB, os.environ["SLURM_JOB_ID"])
 
 
 def _made_by_this_job(run: Path) -> bool:

@@ -58,6 +58,7 @@ class Jobs:
         hydra = HydraConfig.get()
         overrides = [str(line) for line in hydra.overrides.task]
         self.folder = Path(hydra.sweep.dir)
+        resume.note_job(self.folder)
         run = place(self.folder, Path(hydra.runtime.output_dir), overrides)
         if not finished(run):
             self._start(run, overrides)

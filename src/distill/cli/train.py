@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
         args.overrides = resume.resumed(args.overrides)
     elif any(word.startswith("ckpt_path=") for word in args.overrides):
         raise DistillError("ckpt_path with -m: a sweep goes on by itself where it stopped: hydra.sweep.dir=DIR")
+    else:
+        args.overrides = resume.swept(args.overrides)
     # Hydra prints and exits by itself unless this is set; the messages are ours, one level up.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     home, jobs = str(config.folder()), sweep.Jobs()
