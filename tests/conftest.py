@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +70,28 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = ["train", "model=frcnn_r18_mini", "distill=none", *TINY, "model.width=0.5", f"hydra.run.dir={run}"]
     assert main(lines) == 0
     return run
+
+
+@contextmanager
+def started(lines: Sequence[str], folder: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """``distill train`` in a process group of its own, of which nothing outlives the test."""
+    command = [sys.executable, "-m", "distill", "train", *lines]
+    kept: dict[str, Any] = {"cwd": folder, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **kept, **options) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until(ready: Callable[[], object], process: subprocess.Popen[str], seconds: float = 900) -> None:
+    """Until something is so, while a process lives."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def summary(run: Path) -> dict[str, Any]:

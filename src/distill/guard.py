@@ -3,7 +3,10 @@
 One flag tells all: a loss that is not finite makes its own gradient NaN (`flagged`), and the exchange of gradients, which
 several processes make anyway, carries that to all of them. So the largest entry of the gradient is finite on every process
 or on none, all skip together, and nothing more is sent. It is read just before the weights would change, which is the
-one time in a step that this project waits for the device.
+one time in a step that this project waits for the device. On CUDA the host cannot queue the next step while this one's
+backward pass runs: the device idles from there until the optimiser's first kernels arrive, and wherever the host is the slower
+one in the forward pass that follows (reasoned, not measured). To read the flag a step later would need a copy of all weights
+and states to go back to; a loss scaler reads one of its own at the same place.
 """
 
 from __future__ import annotations
@@ -75,6 +78,8 @@ class Guard:
         """Steps that were skipped so far."""
         self.row = 0
         """The last of them that followed on one another."""
+        self.skipping = False
+        """Whether the last step was skipped, by the scaler too: averages of weights pass it over."""
         self._seen: list[Seen] = []
         self._live: list[Tensor] = []
         self._kept: list[Tensor] = []
@@ -101,8 +106,11 @@ class Guard:
         """A batch of the step, to be looked at where the step turns out bad. Nothing is read yet."""
         self._seen.append(seen)
 
-    def check(self, module: Any) -> None:
+    def check(self, module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Skip a bad step of a `Distiller` by taking its gradients away, now that they are reduced over all processes.
+
+        A fused optimiser would unscale fp16's gradients itself, in its step, so that the scaler has not looked at them yet;
+        without any it has nothing to look at, and raises. It is shown them before they go.
 
         Raises:
             DistillError: too many bad steps in a row, or a loss scale below the floor.
@@ -110,7 +118,8 @@ class Guard:
         seen, self._seen = self._seen, []
         parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
-        if not gradients or _finite(gradients):
+        self.skipping = bool(gradients) and not _finite(gradients)
+        if not self.skipping:
             self.row = 0
             return
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
@@ -122,6 +131,8 @@ class Guard:
             else:
                 self._count(module, seen, bad, guilty)
         finally:
+            if scaler is not None and fused(optimizer):
+                scaler.unscale_(optimizer)
             for parameter in parameters:
                 parameter.grad = None  # an optimiser passes over these: no momentum, no decay
             _copy(self._kept, self._live)
@@ -176,6 +187,11 @@ class Guard:
         }
         name = f"step{module.global_step}-rank{module.global_rank}.pt"
         return write_whole(folder / name, lambda file: torch.save(kept, file))
+
+
+def fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it unscales the gradients of fp16 in its own step; torch and Lightning ask in the same way."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 # -- what was bad

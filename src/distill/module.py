@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill.detectors.base import Detector
 from distill.evaluation import Evaluation, MakeMetric
-from distill.guard import Guard, Seen, flagged, weighted
+from distill.guard import Guard, Seen, flagged, fused, weighted
 from distill.guest import Frozen, Guest
 from distill.losses.base import DistillLoss, over_processes
 from distill.optimization import Schedule
@@ -129,7 +129,7 @@ class Distiller(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Pass over a step that is not finite, before any weight changes."""
-        self.guard.check(self)
+        self.guard.check(self, optimizer)
 
     # -- evaluation
 
@@ -183,6 +183,12 @@ class Distiller(L.LightningModule):
         optimizer, scheduler = self.schedule.build(
             self.student, self.losses, int(self.trainer.estimated_stepping_batches), batch
         )
+        if self.schedule.clip and getattr(self.trainer.precision_plugin, "scaler", None) and fused(optimizer):
+            raise DistillError(
+                f"schedule.clip={self.schedule.clip:g} with trainer.precision=16-mixed and a fused {type(optimizer).__name__}, "
+                "which unscales the gradients in its own step: there is no moment to clip them. Set "
+                "schedule.optimizer.fused=false, schedule.clip=null or trainer.precision=bf16-mixed"
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

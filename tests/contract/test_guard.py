@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from test_distiller import Custom, detector, distiller, fit, guest, shapes, weights
 from torch import Tensor
 
+from distill.callbacks.averaging import Average
 from distill.callbacks.processes import Agreement
 from distill.guard import Guard, flagged, read_step, replay
 from distill.losses.defeat import DeFeat
@@ -126,6 +127,40 @@ def test_one_bad_batch_of_several_takes_the_whole_step(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="step 1"):
         fit(module, tmp_path, shapes(train=24), callbacks=[states], accumulate_grad_batches=2, **ONE_EPOCH)
     assert [bool(changed(states, step)) for step in range(3)] == [True, False, True]
+
+
+class Averages(L.Callback):
+    """The average, how often it was moved, and the weights, after each batch."""
+
+    def __init__(self, average: Average) -> None:
+        self.average = average
+        self.found: list[tuple[dict[str, Tensor], int, dict[str, Tensor]]] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        model: Any = self.average._average_model
+        self.found.append((weights(model.module), int(model.n_averaged), weights(module)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_skipped_step_is_no_part_of_an_average(accumulate: int, tmp_path: Path) -> None:
+    """Not of its value, nor of its count: steps 0 and 2 of four are bad, and the first good one is copied."""
+    bad = {0, 2 * accumulate}
+    module = distiller(detector(norm="live"), losses={"mine": partial(Custom, formula=at(bad, WRONG["infinite"]))})
+    average = Average(decay=0.75)
+    seen = Averages(average)
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "callbacks": [average, seen], **ONE_EPOCH}
+    with pytest.warns(UserWarning, match="it is skipped"):
+        fit(module, tmp_path, shapes(train=16 * accumulate), **options)
+    ends = seen.found[accumulate - 1 :: accumulate]
+    assert [count for _, count, _ in ends] == [0, 1, 1, 2]
+    assert [count for _, count, _ in seen.found] == sorted(count for _, count, _ in seen.found)
+    name = "student.net.backbone.body.conv1.weight"
+    first, second = ends[1][2][name], ends[3][2][name]
+    assert not torch.equal(first, second)
+    assert torch.equal(ends[2][0][name], first)
+    assert torch.allclose(ends[3][0][name], 0.75 * first + 0.25 * second, rtol=1e-6, atol=1e-7)
+    for before, *_ in seen.found[: 2 * accumulate - 1]:
+        assert torch.equal(before[name], ends[0][2][name])  # as it was built
 
 
 @pytest.mark.parametrize(("limit", "bad", "stops_at"), [(0, {2}, 2), (2, {1, 2, 3}, 3), (2, {0, 1, 3, 4}, None)])
@@ -236,6 +271,35 @@ def test_a_scaler_that_finds_its_scale_goes_on(tmp_path: Path) -> None:
     module.losses.mine.weights["term"] = 1e-30
     fit(module, tmp_path, shapes(train=8), plugins=[half(2.0**110)], limit_train_batches=2, **ONE_EPOCH)
     assert module.guard.row == 0
+
+
+FUSED = {
+    "AdamW": partial(torch.optim.AdamW, lr=1e-4, fused=True),
+    "SGD": partial(torch.optim.SGD, lr=1e-4, momentum=0.9, fused=True),
+}
+
+
+@pytest.mark.parametrize("case", ["infinite", "a finite loss"])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_optimiser_and_a_scaler_skip_the_first_step_and_a_later_one(
+    name: str, case: str, tmp_path: Path
+) -> None:
+    """A loss that is bad, or a gradient that overflows: the scale is halved, nothing else changes, and the run goes on."""
+    module = distiller(detector("retinanet"), losses={"mine": partial(Custom, formula=at({0, 2}, WRONG[case]))})
+    module.schedule = type(module.schedule)(optimizer=FUSED[name], shape="constant", warmup_steps=0)
+    states, plugin = States(), half(256.0)
+    assert plugin.scaler is not None
+    fit(module, tmp_path, shapes(train=16), plugins=[plugin], callbacks=[states], **ONE_EPOCH)
+    assert [bool(changed(states, step)) for step in range(4)] == [False, True, False, True]
+    assert plugin.scaler.get_scale() == 256.0 / 4
+    assert all(value.isfinite().all() for value in states.found[-1].values())
+
+
+def test_clipping_what_a_fused_optimiser_unscales_is_refused_at_the_start(tmp_path: Path) -> None:
+    module = distiller(detector("retinanet"))
+    module.schedule = type(module.schedule)(optimizer=FUSED["AdamW"], clip=1.0)
+    with pytest.raises(DistillError, match=r"schedule\.clip=1 .* fused AdamW.*fused=false"):
+        fit(module, tmp_path, plugins=[half(256.0)], gradient_clip_val=1.0, **ONE_EPOCH)
 
 
 def test_a_loss_that_is_not_finite_is_no_matter_of_scale(tmp_path: Path) -> None:

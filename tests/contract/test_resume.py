@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from test_distiller import EVERYTHING, Custom, assert_same, distiller, sgd, shapes, weights
+import torch.multiprocessing as mp
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy
+from test_distiller import EVERYTHING, Custom, assert_same, detector, distiller, sgd, shapes, weights
 from torch import Tensor
 
+from distill.callbacks.averaging import Average
 from distill.callbacks.resume import Best, Last, interval
 from distill.callbacks.storage import CheckpointFiles, read
 from distill.losses.defeat import DeFeat
@@ -51,7 +54,7 @@ class Journal(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
         rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self.lines.append((trainer.current_epoch, index, batch.ids, rate, float(outputs["loss"])))
+        self.lines.append((trainer.current_epoch, index, batch.ids, rate, repr(float(outputs["loss"]))))
 
     def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
         self.lines.append("evaluation")
@@ -63,7 +66,14 @@ def drawn(student: View, teacher: View) -> Tensor:
     return torch.stack([x.square().mean() for x in student.neck.values()]).mean() * factor
 
 
+def poisoned(student: View, teacher: View) -> Tensor:
+    """A term that is infinite in every batch that holds the image 0."""
+    value = student.neck[8].mean().square()
+    return value * torch.inf if 0 in student.batch.ids else value
+
+
 LOSSES: dict[str, Any] = {
+    "poisoned": partial(Custom, formula=poisoned),
     "defeat": partial(DeFeat, **EVERYTHING, mask={"kind": "random"}, ramp={"shape": "peak"}),
     "global_knowledge": partial(GlobalKnowledge, prototypes={"count": 2, "min_side": 6.0}),
     "drawn": partial(Custom, formula=drawn),
@@ -82,10 +92,13 @@ class Ended:
         workers: int = 0,
         every: str | None = "1 steps",
         callbacks: tuple[Any, ...] = (),
+        images: int = 12,
+        norm: str | None = None,
         **options: Any,
     ) -> None:
         schedule = sgd(epochs=2, shape="one_cycle", accumulate=accumulate)
-        self.module = distiller(losses={loss: LOSSES[loss]} if loss else {}, schedule=schedule)
+        student = detector(norm=norm) if norm else None
+        self.module = distiller(student, losses={loss: LOSSES[loss]} if loss else {}, schedule=schedule)
         journal, files = Journal(), Archive(folder / "history")
         self.best = Best(folder, "val/AP")
         keep = [Last(folder, every)] if options.get("limit_val_batches") == 0 else [self.best, Last(folder, every)]
@@ -105,11 +118,11 @@ class Ended:
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
-        self.stopped = False
+        self.stopped: bool | str = False
         try:
-            trainer.fit(self.module, shapes(train=12, workers=workers), ckpt_path=ckpt, weights_only=True)
-        except SIGTERMException:
-            self.stopped = True
+            trainer.fit(self.module, shapes(train=images, workers=workers), ckpt_path=ckpt, weights_only=True)
+        except SystemExit as way_out:  # SIGTERM's; a bare one is Lightning's way out of an interrupt
+            self.stopped = type(way_out) is not SystemExit or "interrupt"
         self.journal, self.files = journal.lines, files.files
         self.weights = weights(self.module)
 
@@ -118,7 +131,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "defeat": {"loss": "defeat"},
     "prototypes": {"loss": "global_knowledge"},
     "global generators": {"loss": "drawn"},
-    "average": {"callbacks": (partial(EMAWeightAveraging, decay=0.5),)},
+    "average": {"callbacks": (partial(Average, decay=0.5),)},
     "accumulated": {"accumulate": 2},
     "every second epoch": {"check_val_every_n_epoch": 2},
     "no evaluation": {"limit_val_batches": 0},
@@ -148,16 +161,18 @@ def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> No
 class SignalAt(L.Callback):
     """Sends this process a signal in the middle of a step, or of an evaluation."""
 
-    def __init__(self, epoch: int, index: int, evaluation: bool = False) -> None:
-        self.at, self.evaluation = (epoch, index), evaluation
+    def __init__(
+        self, epoch: int, index: int, evaluation: bool = False, number: signal.Signals = signal.SIGTERM
+    ) -> None:
+        self.at, self.evaluation, self.number = (epoch, index), evaluation, number
 
     def on_after_backward(self, trainer: Any, module: Any) -> None:
         if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) == self.at and not self.evaluation:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
     def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         if (trainer.current_epoch, index) == self.at and self.evaluation:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize(
@@ -171,23 +186,68 @@ class SignalAt(L.Callback):
 )
 @pytest.mark.parametrize("name", ["average", "accumulated"])
 def test_sigterm_saves_at_the_end_of_the_step(name: str, at: Any, left: int, tmp_path: Path) -> None:
+    """Of the optimiser's step: of two accumulated batches the second is waited for."""
+    left -= name == "accumulated" and at == (0, 0)
     setting = {**SETTINGS[name], "every": None}
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     whole = Ended(tmp_path / "whole", **setting)
     stopped = Ended(
         tmp_path / "run", **{**setting, "callbacks": (*setting.get("callbacks", ()), partial(SignalAt, *at))}
     )
-    assert stopped.stopped
+    assert stopped.stopped is True
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     again = Ended(tmp_path / "run", ckpt=tmp_path / "run" / "last.ckpt", **setting)
     assert again.journal == whole.journal[-left:]
     assert_same(again.weights, whole.weights)
 
 
-def test_half_an_accumulated_step_is_kept_where_the_run_is_stopped_in_it(tmp_path: Path) -> None:
-    Ended(tmp_path, accumulate=2, every="1 steps", callbacks=(partial(SignalAt, 0, 0),))
-    held = read(tmp_path / "last.ckpt")["resume"]["gradients"]
-    assert any(gradient.any() for gradient in held.values())
-    Ended(tmp_path / "whole", accumulate=2, callbacks=(partial(SignalAt, 0, 1),))
-    assert not read(tmp_path / "whole" / "last.ckpt")["resume"]["gradients"]
+class DiesAt(L.Callback):
+    """As a kill would have it, ends the run in the middle of a batch, and nothing is written any more."""
+
+    def __init__(self, epoch: int, index: int) -> None:
+        self.at = (epoch, index)
+
+    def on_after_backward(self, trainer: Any, module: Any) -> None:
+        if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) == self.at:
+            raise MemoryError
+
+
+@pytest.mark.filterwarnings("ignore:step")
+def test_a_step_of_several_batches_is_begun_anew_wherever_it_was_left(tmp_path: Path) -> None:
+    """Five batches an epoch in steps of three and two, of which one is skipped; killed or asked to stop in each of them.
+
+    Half a step would be gradients, running statistics from before it, and what the guard has seen of it.
+    """
+    setting: dict[str, Any] = {"loss": "poisoned", "accumulate": 3, "images": 20, "norm": "live"}
+    whole = Ended(tmp_path / "whole", **setting)
+    assert whole.module.guard.skipped == 2  # of four, one an epoch
+    for number, at in enumerate([(0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 3), (1, 4)]):
+        folder = tmp_path / str(number)
+        with pytest.raises(MemoryError):
+            Ended(folder, callbacks=(partial(DiesAt, *at),), **setting)
+        again = Ended(folder, ckpt=folder / "last.ckpt" if at > (0, 2) else None, **setting)
+        steps = {(0, 3): 3, (1, 0): 6, (1, 1): 6, (1, 3): 9, (1, 4): 9}.get(at, 0)  # lines of the journal before
+        assert again.journal == whole.journal[steps:], at
+        assert_same(again.weights, whole.weights)
+        assert again.module.guard.skipped == 2
+    for at in [(0, 0), (0, 1), (1, 3)]:
+        folder = tmp_path / f"asked {at}"
+        assert Ended(folder, every=None, callbacks=(partial(SignalAt, *at),), **setting).stopped
+        again = Ended(folder, ckpt=folder / "last.ckpt", **setting)
+        assert again.journal == whole.journal[3 if at[0] == 0 else 11 :], at
+        assert_same(again.weights, whole.weights)
+
+
+def test_ctrl_c_saves_at_the_end_of_the_step_and_a_second_one_does_not_wait(tmp_path: Path) -> None:
+    interrupt = partial(SignalAt, 1, 1, number=signal.SIGINT)
+    stopped = Ended(tmp_path, every=None, callbacks=(interrupt,))
+    assert stopped.stopped == "interrupt"
+    assert read(tmp_path / "last.ckpt")["global_step"] == 5
+    assert len(stopped.journal) == 3 + 1 + 2
+    hasty = Ended(tmp_path / "hasty", every=None, callbacks=(interrupt, interrupt))
+    assert hasty.stopped == "interrupt"
+    assert len(hasty.journal) == 3 + 1 + 1
+    assert read(tmp_path / "hasty" / "last.ckpt")["global_step"] == 3
 
 
 def test_a_run_that_had_stopped_early_does_not_go_on(tmp_path: Path) -> None:
@@ -254,3 +314,58 @@ def test_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = Ended(tmp_path, every="1 minutes", limit_val_batches=0)
     steps = [torch.load(file, weights_only=True)["global_step"] for file in ended.files]
     assert steps == [2, 3, 5, 6]
+
+
+# -- two processes
+
+
+class KilledAt(SignalAt):
+    """SIGKILL, which nothing outlives."""
+
+    def __init__(self, epoch: int, index: int) -> None:
+        super().__init__(epoch, index, number=signal.SIGKILL)
+
+
+def one_rank(rank: int, port: int, folder: Path, killed: bool) -> None:
+    """What one of the processes does: the run that is killed, or all others."""
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+
+    def run(name: str, ckpt: str | None = None, *callbacks: Any) -> Ended:
+        strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False, broadcast_buffers=False)
+        setting: dict[str, Any] = {"loss": "poisoned", "accumulate": 3, "images": 40, "norm": "live"}
+        setting |= {"devices": 2, "strategy": strategy, "every": None if "asked" in name else "1 steps"}
+        setting["callbacks"] = (partial(Average, decay=0.5), *callbacks)
+        return Ended(folder / name, ckpt=folder / ckpt / "last.ckpt" if ckpt else None, **setting)
+
+    if killed:
+        run("killed", None, partial(KilledAt, 1, 3))
+        return
+    asked = [partial(SignalAt, 0, 0)] if rank == 1 else []  # the other one hears of it at the step's end
+    runs = {"whole": run("whole"), "after the kill": run("again", "killed"), "asked": run("asked", None, *asked)}
+    assert runs.pop("asked").stopped
+    runs["after it was asked"] = run("asked again", "asked")
+    found = {name: {"journal": each.journal, "weights": each.weights} for name, each in runs.items()}
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def spawn(folder: Path, killed: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_rank, (port, folder, killed), nprocs=2)
+
+
+def test_two_processes_that_are_killed_or_asked_in_a_step_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    """In an epoch, amid an accumulated step; of the images 0 is seen by one of the two alone."""
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        spawn(tmp_path, killed=True)
+    spawn(tmp_path, killed=False)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        whole = found.pop("whole")
+        assert len(whole["journal"]) == 12
+        for (name, ended), done in zip(found.items(), (9, 3), strict=True):
+            assert ended["journal"] == whole["journal"][done:], (rank, name)
+            assert_same(ended["weights"], whole["weights"])

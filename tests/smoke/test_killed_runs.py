@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli
-from distill.data.datamodule import Images
+from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli, started, wait_until
+from distill.callbacks.teacher import TeacherCheck
+from distill.cli import report, teacher
+from distill.data.datamodule import DetectionData, Images
 from distill.module import Distiller
 
 SMALL = [*TINY_MODEL, *TINY_HEADS, *TINY_DATA, "data.batch_size=2", "trainer.accelerator=cpu", "pictures=0"]
@@ -92,20 +96,116 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_with_143(
     assert_same_student(finished, Path("run"))
 
 
-def test_slurm_s_signal_saves_and_the_job_that_is_started_again_goes_on(
-    cli: Cli, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By itself: the job's command has no ckpt_path. With a newest checkpoint that was damaged meanwhile."""
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job of SLURM's; the file to which its tool's calls are written."""
     tool = tmp_path / "bin" / "scontrol"
     tool.parent.mkdir()
     tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
+    return tmp_path / "asked"
+
+
+def struck(owner: Any, name: str, number: signal.Signals, patch: pytest.MonkeyPatch) -> list[str]:
+    """Let the process get a signal when it comes to a function; a list that stays empty if that is the end of it."""
+    went_on: list[str] = []
+
+    def strike(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), number)
+        time.sleep(0)
+        went_on.append(name)
+        raise AssertionError(name)
+
+    patch.setattr(owner, name, strike)
+    return went_on
+
+
+BEFORE: dict[str, tuple[Any, str]] = {
+    "the data checks": (DetectionData, "setup"),
+    "waiting for a teacher": (teacher, "finished"),
+    "the opening words": (report, "opening"),
+    "the teacher's evaluation": (TeacherCheck, "on_train_start"),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("place", BEFORE)
+def test_a_signal_before_the_first_step_ends_the_run_at_once(
+    place: str,
+    number: signal.Signals,
+    cli: Cli,
+    asked: Path,
+    tiny_teacher: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    known = [] if "waiting" in place else [f"teacher.weights={tiny_teacher}"]
+    went_on = struck(*BEFORE[place], number, monkeypatch)
+    assert cli(["train", *SMALL, "distill=defeat", "hydra.run.dir=run", *known]) == 143
+    assert went_on == []
+    said = capsys.readouterr().err
+    assert "distill: stopped by a signal; start it again with the same words\n" in said
+    assert "Traceback" not in said
+    assert asked.exists() == (number == signal.SIGUSR1)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_closing_evaluation_that_was_cut_is_made_by_the_resume(
+    number: signal.Signals, cli: Cli, asked: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All is trained; what is left is its result."""
+    with pytest.MonkeyPatch.context() as patch:
+        struck(report, "evaluate", number, patch)
+        assert cli(["train", *RUN]) == 143
+    assert "ckpt_path=last goes on" in capsys.readouterr().err
+    assert not Path("run/summary.json").exists()
+    assert asked.exists() == (number == signal.SIGUSR1)
+    assert cli(["train", *RUN, "ckpt_path=last"]) == 0
+    assert_same_student(finished, Path("run"))
+    ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (Path("run"), finished))
+    assert ours["student"] == theirs["student"]
+
+
+def test_a_signal_to_every_process_leaves_the_loaders_their_last_batch(tmp_path: Path) -> None:
+    """As SLURM and a terminal send it: the step that is made still gets its images, and the run is saved."""
+    lines = [*SMALL, "distill=none", "schedule.epochs=500", "data.workers=2", "trainer.save_every=1 steps"]
+    for number, code in ((signal.SIGUSR1, 143), (signal.SIGINT, 130)):
+        with started([*lines, "hydra.run.dir=run"], tmp_path) as run:
+            wait_until((tmp_path / "run" / "checkpoints" / "last-1.ckpt").is_file, run)
+            os.killpg(run.pid, number)
+            _, said = run.communicate(timeout=900)
+        assert run.returncode == code, said
+        assert "ckpt_path=last goes on" in said
+        assert "loader process died" not in said
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_of_two_processes_one_is_told_and_both_leave(tmp_path: Path) -> None:
+    """Together, after a step; one of them speaks."""
+    lines = [*SMALL, "distill=none", "schedule.epochs=500", "trainer=ddp_cpu", "trainer.save_every=1 steps"]
+    with started([*lines, "hydra.run.dir=run"], tmp_path) as run:
+        wait_until((tmp_path / "run" / "checkpoints" / "last-1.ckpt").is_file, run)
+        run.terminate()
+        _, said = run.communicate(timeout=900)  # until the last one has closed its end
+    assert run.returncode == 143, said
+    assert said.count("stopped by a signal; ckpt_path=last goes on") == 1
+    assert "Traceback" not in said
+    held = state(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert held["made_by"]["processes"] == len(held["resume"]["random"]) == 2
+
+
+def test_slurm_s_signal_saves_and_the_job_that_is_started_again_goes_on(
+    cli: Cli, finished: Path, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself: the job's command has no ckpt_path. With a newest checkpoint that was damaged meanwhile."""
     with monkeypatch.context() as patch:
         signalled(signal.SIGUSR1, patch)
         assert cli(["train", *RUN]) == 143
-    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert asked.read_text() == "requeue 17\n"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     Path("run/checkpoints/last.ckpt").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"Going on from the one before, .*last-1\.ckpt"):
@@ -125,7 +225,7 @@ def test_another_configuration_or_data_is_refused_by_name(
         "schedule.epochs=3": "schedule.epochs: 1 there, 3 here",
         "schedule.optimizer.lr=0.5": "there, 0.5 here",
         "seed=1": "seed: 0 there, 1 here",
-        "callbacks=ema": "callbacks.ema._target_: not there, lightning",
+        "callbacks=ema": "callbacks.ema._target_: not there, distill",
         "trainer.precision=bf16-mixed": "trainer.precision: auto there, bf16-mixed here",
         "data.source.train=12": "train: 8 images with",
         "data.source.classes=[circle,square]": "classes: ['circle', 'square', 'triangle'",
@@ -221,14 +321,10 @@ def test_stopping_the_student_s_run_stops_its_teacher_s(tmp_path: Path) -> None:
         "schedule.epochs=500",
         'teacher.run=["schedule.epochs=500"]',
     ]
-    command = [sys.executable, "-m", "distill", "train", *lines]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 300
-        while not list(tmp_path.rglob("teachers/*/checkpoints/last.ckpt")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.2)
+    with started(lines, tmp_path) as process:
+        wait_until(lambda: list(tmp_path.rglob("teachers/*/checkpoints/last.ckpt")), process)
         process.terminate()
-        _, said = process.communicate(timeout=300)
+        _, said = process.communicate(timeout=900)
     assert process.returncode == 143
-    assert said.count("ckpt_path=last goes on") == 2
+    assert said.count("stopped by a signal; ckpt_path=last goes on") == 1  # the teacher's
+    assert said.count("stopped by a signal; start it again") == 1

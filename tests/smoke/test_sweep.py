@@ -8,13 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from conftest import TINY, Cli, summary
+from conftest import TINY, Cli, started, summary, wait_until
+from distill.cli import Terminated
+from distill.cli.signals import stoppable
 from distill.cli.sweep import execute, place
 
 NONE = ["distill=none", *TINY, "pictures=0", "test=false"]
@@ -68,6 +72,75 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert (sweep / "0" / "student.pt").stat().st_mtime_ns == finished
     assert done_before or (sweep / "1" / "metrics.1.csv").is_file()  # what was logged before the resume
     assert not (sweep / "0" / "metrics.1.csv").exists()
+
+
+def test_a_sweep_that_is_asked_to_stop_passes_it_on_and_goes_on_later(tmp_path: Path) -> None:
+    """It alone is told; the job that runs saves, is no failure, and is resumed by the same words."""
+    sweep = tmp_path / "sweep"
+    tool = tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    tool.chmod(0o755)
+    env = os.environ | {"PATH": f"{tool.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    data = [line for line in NONE if not line.startswith(("schedule.epochs", "trainer.max_steps"))]
+    lines = ["-m", "seed=0", *data, "schedule.epochs=12", "trainer.save_every=1 steps", "hydra.sweep.dir=sweep"]
+    last = sweep / "0" / "checkpoints" / "last.ckpt"
+    steps = 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)):
+        before = last.stat().st_mtime_ns if steps else 0
+        with started(lines, tmp_path, env=env) as running:
+            wait_until(lambda since=before: last.is_file() and last.stat().st_mtime_ns != since, running)
+            running.send_signal(number)
+            _, said = running.communicate(timeout=900)
+        assert running.returncode == code, said
+        assert "stopped by a signal; ckpt_path=last goes on from the last checkpoint" in said  # the job
+        assert "sweep' with the same words again runs what is not done" in said.splitlines()[-1]
+        assert [(row["state"], row.get("error")) for row in rows(sweep)] == [("unfinished", None)]
+        assert not (sweep / "0" / "error.txt").exists()
+        assert (tmp_path / "asked").exists() == (number != signal.SIGTERM)
+        found = torch.load(last, weights_only=True)["global_step"]
+        assert found > steps
+        steps = found
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"  # the job itself asks for nothing
+    assert (sweep / "slurm_job").read_text() == "17"  # by which it is found when SLURM starts it again
+    with started(lines, tmp_path) as running:
+        _, said = running.communicate(timeout=900)
+    assert running.returncode == 0, said
+    assert [row["state"] for row in rows(sweep)] == ["done"]
+    assert (sweep / "0" / "metrics.3.csv").is_file()
+    assert torch.load(last, weights_only=True)["global_step"] == 24
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGINT], [signal.SIGTERM] * 2])
+def test_a_job_is_waited_for_however_much_it_has_to_say(numbers: list[signal.Signals], tmp_path: Path) -> None:
+    """More than a pipe holds, so that somebody has to listen until its end."""
+    code = f"""
+import pathlib, signal, sys, time
+def end(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(0.5)
+    sys.stderr.write("word\\n" * 100_000)
+    pathlib.Path({str(tmp_path / "saved")!r}).touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path({str(tmp_path / "ready")!r}).touch()
+while True:
+    time.sleep(1)
+"""
+
+    def tell() -> None:
+        while not (tmp_path / "ready").is_file():
+            time.sleep(0.01)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    with pytest.raises(KeyboardInterrupt if signal.SIGINT in numbers else Terminated), stoppable():
+        execute([sys.executable, "-c", code], "it")
+    teller.join()
+    assert (tmp_path / "saved").is_file()
 
 
 def test_a_job_of_several_processes(tmp_path: Path) -> None:

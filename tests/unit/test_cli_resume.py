@@ -27,7 +27,7 @@ def composed(*lines: str) -> Any:
         ("trainer.precision=16-mixed", ["trainer.precision: auto there, 16-mixed here"]),
         ("trainer.accumulate_grad_batches=2", ["trainer.accumulate_grad_batches: "]),
         ("trainer.limit_train_batches=2", ["trainer.limit_train_batches: None there, 2 here"]),
-        ("callbacks=ema", ["callbacks.ema._target_: not there, lightning."]),
+        ("callbacks=ema", ["callbacks.ema._target_: not there, distill."]),
         ("data.flip=0.0", ["data.flip: 0.5 there, 0.0 here"]),
         ("data.limit=3", ["data.limit: None there, 3 here"]),
         ("metric=val/AP50", ["metric: val/AP there", "callbacks.best.monitor: "]),
@@ -108,6 +108,26 @@ def test_a_job_that_slurm_started_again_goes_on_where_there_is_something(
         assert resume.resumed(named) == [*named, *more]
     fixed = [*lines, "ckpt_path=null"]
     assert resume.resumed(fixed) == fixed
+
+
+@pytest.mark.parametrize("outputs", [[], ["paths.outputs='an other'"]])
+def test_a_sweep_that_slurm_started_again_goes_on_in_its_folder(
+    outputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    home = Path("an other" if outputs else "outputs") / "sweeps"
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    for name, job in (("a", "16"), ("b", "17"), ("c", None)):
+        (home / name).mkdir(parents=True)
+        if job:
+            (home / name / "slurm_job").write_text(job)
+    lines = ["distill=none", "seed=0,1", *outputs]
+    assert resume.swept(lines) == lines
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert resume.swept(lines) == [*lines, f"hydra.sweep.dir='{home}/b'"]
+    assert resume.swept([*lines, "hydra.sweep.dir=mine"]) == [*lines, "hydra.sweep.dir=mine"]
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert resume.swept(lines) == lines
 
 
 @pytest.mark.parametrize("text", ["a b", "it's", "\\", "a\\'b\\", "ü(1)=2,3", "[x]{y}", "''", "#:$"])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 import re
+import signal
+import threading
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,12 @@ AGREE = 50
 
 
 class Last(Checkpoint):
-    """Writes ``last.ckpt``: after each epoch, before each evaluation, on SIGTERM, and every so often inside an epoch.
+    """Writes ``last.ckpt``: after each epoch, before each evaluation, and every so often inside an epoch.
 
-    An evaluation that fails thus costs no training. Beside what Lightning keeps, a checkpoint holds the random states of
-    all processes, gradients of half an accumulated step, and whether the run was to stop.
+    An evaluation that fails thus costs no training. SIGTERM and ctrl-C wait for the end of an optimiser step, where all
+    processes save and leave together; a second ctrl-C does not wait. Lightning's own way would leave between two batches, which
+    may be the middle of an accumulated step, and lets processes wait for one another in a handler, wherever each of them is.
+    Beside what Lightning keeps, a checkpoint holds the random states of all processes, and whether the run was to stop.
 
     Args:
         dirpath: folder of the checkpoints.
@@ -44,6 +49,8 @@ class Last(Checkpoint):
         self._clock = time.monotonic()
         self._saved = -1
         self._found: dict[str, Any] = {}
+        self._asked: int | None = None
+        self._outside: dict[signal.Signals, Any] = {}
 
     # -- when
 
@@ -53,27 +60,26 @@ class Last(Checkpoint):
         """Inside an epoch where it is time, at its end where an evaluation follows."""
         if _batches(trainer).is_last_batch:
             due = _evaluation_follows(trainer)
-        else:  # gradients of half an accumulated step are not worth keeping for this
+        else:  # nothing keeps the gradients of half an accumulated step, or what the guard has seen of it
             due = _stepped(trainer) and self._is_time(trainer)
         if due:
             self._save(trainer)
+        # An epoch without an evaluation is not at its end here, and cannot be left.
+        if due if _batches(trainer).is_last_batch else _stepped(trainer):
+            self._leave_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the evaluation, with its best score."""
         self._save(trainer)
+        self._leave_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """What was trained lies on the disk: an evaluation need not keep anyone waiting who wants to stop."""
-        if trainer.received_sigterm and trainer.state.fn == TrainerFn.FITTING:
-            raise SIGTERMException
+        """What was trained lies on the disk: an evaluation need not keep anyone waiting who wants to stop.
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """After SIGTERM, which Lightning turns into an exception between two steps; nothing else leaves a step whole."""
-        progress = _batches(trainer)
-        new = progress.current.processed > 0 and progress.total.processed != self._saved
-        whole = _stepped(trainer) or trainer.world_size == 1  # each process has gradients of its own
-        if isinstance(exception, SIGTERMException) and trainer.training and new and whole:
-            self._save(trainer)
+        Several processes, which need not have as many batches each, leave after it.
+        """
+        if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING:
+            self._leave_if_asked(trainer)
 
     def _is_time(self, trainer: L.Trainer) -> bool:
         if self.steps:
@@ -87,6 +93,34 @@ class Last(Checkpoint):
         self._clock = time.monotonic()
         self._saved = _batches(trainer).total.processed
 
+    # -- when asked to stop
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Remember who hears of signals outside of training, before Lightning does."""
+        self._outside = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hand the signals back; after a failure Lightning does."""
+        _handle(self._outside)
+        if self._asked is not None:  # since the last look
+            raise self._way_out()
+
+    def _note(self, number: int, frame: Any) -> None:
+        if number == self._asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = number
+
+    def _leave_if_asked(self, trainer: L.Trainer) -> None:
+        """Save and leave, on all processes or on none, if any of them was asked."""
+        if not trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False):
+            return
+        if self._saved != _batches(trainer).total.processed:
+            self._save(trainer)
+        raise self._way_out()
+
+    def _way_out(self) -> BaseException:
+        return KeyboardInterrupt() if self._asked == signal.SIGINT else SIGTERMException()
+
     # -- what
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -94,7 +128,6 @@ class Last(Checkpoint):
         checkpoint["resume"] = {
             "random": _gathered(random_states()),
             "stop": trainer.should_stop,
-            "gradients": {} if _stepped(trainer) else _gradients(pl_module),
         }
         progress, loops = _batches(trainer), checkpoint["loops"]["fit_loop"]
         unfinished = progress.current.completed < progress.current.processed
@@ -109,7 +142,8 @@ class Last(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put it back, after all that may have drawn: callbacks that write checkpoints are called last."""
-        self._clock = time.monotonic()
+        self._clock, self._asked = time.monotonic(), None
+        _handle(dict.fromkeys(self._outside, self._note))
         found, self._found = self._found, {}
         if not found:
             return
@@ -117,9 +151,6 @@ class Last(Checkpoint):
         if _between_epochs(trainer):
             # Else, with max_steps, Lightning ends the next epoch at once.
             trainer.fit_loop.epoch_loop.restarting = False
-        for name, parameter in pl_module.named_parameters():
-            if name in found["gradients"]:
-                parameter.grad = found["gradients"][name].to(parameter.device)
         if trainer.global_rank < len(found["random"]):
             set_random_states(found["random"][trainer.global_rank])
 
@@ -204,8 +235,11 @@ def _gathered(states: dict[str, Any]) -> list[dict[str, Any]]:
     return everyone
 
 
-def _gradients(module: L.LightningModule) -> dict[str, torch.Tensor]:
-    return {name: each.grad for name, each in module.named_parameters() if each.grad is not None}
+def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Only the main thread may say who hears of signals."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _batches(trainer: L.Trainer) -> Any:

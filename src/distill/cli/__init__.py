@@ -24,7 +24,11 @@ distill <verb> --help says more."""
 
 
 class Terminated(BaseException):
-    """A signal ended the run between two steps, its checkpoint is written."""
+    """A signal ended the run; its message says how to go on."""
+
+
+ANEW = "start it again with the same words"
+"""How a run goes on that has left nothing to go on from."""
 
 
 def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
@@ -46,28 +50,37 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    verbs = _verbs()
-    if argv[0] not in verbs:
-        from distill.cli.config import nearest
-
-        print(f"distill: there is no verb '{argv[0]}'{nearest(argv[0], verbs)}\n\n{USAGE}", file=sys.stderr)
-        return 2
-    from distill.cli import gate
+    from distill.cli.signals import stoppable
 
     try:
-        gate.listen(argv[1:])
-        return verbs[argv[0]](argv[1:])
+        with stoppable():
+            return _run(argv[0], argv[1:])
     except DistillError as error:
         if os.environ.get("DISTILL_TRACEBACK"):
             traceback.print_exc()
         print(f"\ndistill: {_plain(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ndistill: interrupted; ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"\ndistill: interrupted; {stopped or ANEW}", file=sys.stderr)
         return 130
-    except Terminated:
-        print("\ndistill: stopped by a signal; ckpt_path=last goes on from the last step", file=sys.stderr)
+    except Terminated as stopped:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 0  # one process of a run speaks for all; Lightning kills the others where one fails
+        print(f"\ndistill: stopped by a signal; {stopped or ANEW}", file=sys.stderr)
         return 128 + signal.SIGTERM
+
+
+def _run(verb: str, words: Sequence[str]) -> int:
+    verbs = _verbs()
+    if verb not in verbs:
+        from distill.cli.config import nearest
+
+        print(f"distill: there is no verb '{verb}'{nearest(verb, verbs)}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    from distill.cli import gate
+
+    gate.listen(words)
+    return verbs[verb](words)
 
 
 def _plain(text: str) -> str:

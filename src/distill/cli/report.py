@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from distill.callbacks.panels import crop, look
 from distill.cli.config import plain
-from distill.cli.resume import JOB
+from distill.cli.resume import note_job
 from distill.cli.teacher import measure
 from distill.data.datamodule import DetectionData
 from distill.detectors.checkpoints import save_student, unpickled
@@ -40,8 +39,7 @@ def write_config(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
     """``config.yaml`` resolved, and ``overrides.yaml`` from which it can be composed again."""
     write_text(run / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_text(run / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
-    if "SLURM_JOB_ID" in os.environ:
-        write_text(run / JOB, os.environ["SLURM_JOB_ID"])
+    note_job(run)
 
 
 @rank_zero_only

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from distill.cli import config
+from distill.cli import ANEW, config
+from distill.files import write_text
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ FREE = (
 )
 """Keys that may differ when a run goes on: they cannot change what it learns, or are compared otherwise."""
 JOB = "slurm_job"
-"""The file in which a run notes the SLURM job that made it."""
+"""The file in which a run, or a sweep, notes the SLURM job that made it."""
 IDENTITY = ("made_by", "teacher", "guests", "DetectionData")
 """Parts of a checkpoint by which a resume is refused."""
 
@@ -63,6 +64,16 @@ def resumed(overrides: Sequence[str]) -> list[str]:
         except DistillError:
             return lines
     return _in_folder(lines, must=False)
+
+
+def swept(overrides: Sequence[str]) -> list[str]:
+    """A sweep that SLURM started again goes on in its own folder, unless one is given."""
+    lines = list(overrides)
+    if not _requeued() or any(line.startswith("hydra.sweep.dir=") for line in lines):
+        return lines
+    paths = config.composed([line for line in lines if line.startswith("paths.outputs=")]).paths
+    mine = [folder for folder in Path(paths.outputs).glob("sweeps/*") if _made_by_this_job(folder)]
+    return [*lines, *(f"hydra.sweep.dir={config.quoted(str(folder))}" for folder in mine[:1])]
 
 
 def _requeued() -> bool:
@@ -90,6 +101,12 @@ def _in_folder(lines: list[str], must: bool) -> list[str]:
     )
 
 
+def note_job(run: Path) -> None:
+    """Write down the SLURM job that makes a run or sweep."""
+    if "SLURM_JOB_ID" in os.environ:
+        write_text(run / JOB, os.environ["SLURM_JOB_ID"])
+
+
 def _made_by_this_job(run: Path) -> bool:
     file = run / JOB
     return file.is_file() and file.read_text() == os.environ.get("SLURM_JOB_ID")
@@ -98,6 +115,11 @@ def _made_by_this_job(run: Path) -> bool:
 def checkpoints(run: Path) -> list[Path]:
     """``last.ckpt`` and the one before it, which alone is there if the run was killed between two renamings."""
     return [file for name in ("last.ckpt", "last-1.ckpt") if (file := run / "checkpoints" / name).is_file()]
+
+
+def going_on(run: Path) -> str:
+    """What to say to let a stopped run go on."""
+    return "ckpt_path=last goes on from the last checkpoint" if checkpoints(run) else ANEW
 
 
 def _newest(run: Path) -> float:

@@ -1,4 +1,8 @@
-"""A run that is asked to stop: it saves, says how to go on, and where SLURM asked has itself started again."""
+"""A run that is asked to stop, at any moment: it says how to go on, and where SLURM asked has itself started again.
+
+SIGTERM ends the run at once, from its first line to its last. Only while steps are made `callbacks.resume.Last` stands in: it
+lets a step come to its end, and saves.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from distill.cli import Terminated
@@ -15,25 +19,31 @@ from distill.cli import Terminated
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, SIGUSR1 does what SIGTERM does: the run saves after its step and ends. Under SLURM the job is then requeued.
+    """Inside, SIGTERM raises `Terminated`, and SIGUSR1 does what SIGTERM does; under SLURM the job is then requeued.
 
     Lightning leaves a handler of SIGUSR1 alone that is there already; its own would save in the middle of a step.
     """
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
     asked: list[int] = []
 
-    def stop(number: int, frame: Any) -> None:
+    def end(number: int, frame: Any) -> None:
+        raise Terminated
+
+    def requeue(number: int, frame: Any) -> None:
         asked.append(number)
         signal.raise_signal(signal.SIGTERM)
 
-    with handled(signal.SIGUSR1, stop):
+    with ExitStack() as handlers:
+        handlers.enter_context(handled(signal.SIGTERM, end))
+        handlers.enter_context(handled(signal.SIGUSR1, requeue))
         try:
             yield
-        except (SIGTERMException, Terminated):
+        except Terminated:
+            # It is ending: SLURM sends another SIGTERM to a job that it starts again.
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                handlers.enter_context(handled(number, lambda *_: None))
             if asked:
                 _requeue()
-            raise Terminated from None
+            raise
 
 
 @contextmanager
@@ -47,6 +57,36 @@ def handled(number: signal.Signals, handler: Callable[[int, Any], None]) -> Iter
         yield
     finally:
         signal.signal(number, before)
+
+
+def ended(process: subprocess.Popen[str] | subprocess.Popen[bytes], work: Callable[[], Any] | None = None) -> int:
+    """Wait until a process has ended; its exit code. Whatever ends this run ends it too, with the time to save.
+
+    Args:
+        process: a run of ours.
+        work: what to do meanwhile; called again when it was interrupted by a signal, as long as the process lives.
+
+    Raises:
+        Terminated, KeyboardInterrupt: this run was asked to stop, and the other has stopped.
+    """
+    asked: BaseException | None = None
+    while True:
+        try:
+            if work:
+                work()
+            code = process.wait()
+            break
+        except (Terminated, KeyboardInterrupt) as stopped:
+            # SIGTERM after ctrl-C too: the terminal tells all processes, but somebody else may have told this one alone.
+            asked = asked or stopped
+            process.terminate()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if asked is not None:
+        raise asked
+    return code
 
 
 def _requeue() -> None:

@@ -13,10 +13,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import config, resume
+from distill.cli.signals import ended
 from distill.cli.teacher import RANK_VARIABLES, finished
 from distill.files import write_text
 from distill.types import DistillError
@@ -59,6 +58,7 @@ class Jobs:
         hydra = HydraConfig.get()
         overrides = [str(line) for line in hydra.overrides.task]
         self.folder = Path(hydra.sweep.dir)
+        resume.note_job(self.folder)
         run = place(self.folder, Path(hydra.runtime.output_dir), overrides)
         if not finished(run):
             self._start(run, overrides)
@@ -114,7 +114,12 @@ class Jobs:
             self.folder,
         )
         if self.failed:
-            print(f"hydra.sweep.dir='{self.folder}' with the same words again runs what is not done")
+            print(*self.going_on())
+
+    def going_on(self) -> list[str]:
+        """What to say to let the sweep go on; nothing where it has not begun."""
+        again = f"hydra.sweep.dir='{self.folder}' with the same words again runs what is not done"
+        return [] if self.folder is None else [again]
 
 
 def place(folder: Path, given: Path, overrides: Sequence[str]) -> Path:
@@ -137,18 +142,25 @@ def said(job: Path) -> set[str]:
 
 
 def execute(command: Sequence[str], sweep: str) -> tuple[int, str]:
-    """Run a job, its words passed on; its exit code and, for the case that it failed, its last word in one line."""
+    """Run a job, its words passed on; its exit code and, for the case that it failed, its last word in one line.
+
+    Raises:
+        Terminated, KeyboardInterrupt: the sweep was asked to stop; the job has saved, and ended.
+    """
     env = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
     last: deque[str] = deque(maxlen=20)
     child = subprocess.Popen(
         command, env=env | {"DISTILL_SWEEP": sweep}, stderr=subprocess.PIPE, text=True, errors="replace"
     )
-    assert child.stderr is not None
-    with child, _ended_with(child):
-        for line in child.stderr:
+
+    def listen() -> None:
+        for line in child.stderr or ():
             sys.stderr.write(line)
             last.append(line.strip())
-    return child.returncode, _last_word(child.returncode, [line for line in last if line])
+
+    with child:
+        code = ended(child, listen)
+    return code, _last_word(code, [line for line in last if line])
 
 
 def _last_word(code: int, lines: Sequence[str]) -> str:
@@ -156,29 +168,6 @@ def _last_word(code: int, lines: Sequence[str]) -> str:
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return (ours or [f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}"])[-1]
-
-
-@contextmanager
-def _ended_with(child: subprocess.Popen[str]) -> Iterator[None]:
-    """Whatever ends the sweep ends its job, which is given the time to save."""
-
-    def end(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, end) if main else None
-    try:
-        yield
-    except KeyboardInterrupt:  # the terminal has told the job as well
-        child.wait()
-        raise
-    except BaseException:
-        child.terminate()
-        child.wait()
-        raise
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _folders() -> list[str]:

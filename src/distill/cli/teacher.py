@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import Terminated
 from distill.cli.config import build, composed, parse, parts, plain, quoted
-from distill.cli.signals import handled
+from distill.cli.signals import ended
 from distill.files import read_json
 from distill.types import DistillError, Facts
 
@@ -39,6 +39,8 @@ IGNORED_DATA = ("workers", "cache", "eval_batch_size", "prefetch", "on_overlap")
 IGNORED_CALLBACKS = ("terms",)  # it looks at distillation terms, and a teacher's run has none
 # What of Lightning's trainer decides the weights: not the machine, not the logging.
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
+STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
+"""Exit codes of a run that was asked to stop."""
 RANK_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -240,12 +242,9 @@ def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
     alone = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
     # It holds the lock as well: if this run is killed, the teacher's goes on, and nobody else may write into its folder.
     held = [fd for fd in (lock._context.lock_file_fd,) if fd is not None]
-    with (
-        subprocess.Popen(command, env=alone, pass_fds=held) as process,
-        handled(signal.SIGTERM, lambda *_: process.terminate()),
-    ):
-        code = process.wait()
-    if code in (128 + signal.SIGTERM, -signal.SIGTERM):
+    with subprocess.Popen(command, env=alone, pass_fds=held) as process:
+        code = ended(process)
+    if code in STOPPED:
         raise Terminated
     if code or not finished(folder):
         raise DistillError(

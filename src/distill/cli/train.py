@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import config, gate, resume, sweep, values
+from distill.cli import Terminated, config, gate, resume, sweep, values
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
         args.overrides = resume.resumed(args.overrides)
     elif any(word.startswith("ckpt_path=") for word in args.overrides):
         raise DistillError("ckpt_path with -m: a sweep goes on by itself where it stopped: hydra.sweep.dir=DIR")
+    else:
+        args.overrides = resume.swept(args.overrides)
     # Hydra prints and exits by itself unless this is set; the messages are ours, one level up.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     home, jobs = str(config.folder()), sweep.Jobs()
@@ -66,6 +69,8 @@ def main(argv: Sequence[str]) -> int:
         raise DistillError(f"{told}{missing}") from error
     except sweep.JobFailed as error:
         raise DistillError(f"{len(jobs.failed)} of the sweep's jobs failed, the first: {error}") from None
+    except (Terminated, KeyboardInterrupt) as stopped:
+        raise type(stopped)(*(stopped.args or jobs.going_on())) from None
     finally:
         jobs.show()
     if refused:
@@ -75,13 +80,14 @@ def main(argv: Sequence[str]) -> int:
 
 def train(cfg: DictConfig) -> float:
     """One run. Returns the metric that the configuration names, for sweeps and tuners."""
-    from distill.cli.signals import stoppable
+    run = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        return _train(cfg, run)
+    except (Terminated, KeyboardInterrupt) as stopped:
+        raise type(stopped)(resume.going_on(run)) from None
 
-    with stoppable():
-        return _train(cfg)
 
-
-def _train(cfg: DictConfig) -> float:
+def _train(cfg: DictConfig, run: Path) -> float:
     import lightning as L
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -92,7 +98,6 @@ def _train(cfg: DictConfig) -> float:
     quieten()
     values.check(cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    run = Path(HydraConfig.get().runtime.output_dir)
     checkpoint = resume.checkpoint(cfg, run)
     resume.check_config(cfg, checkpoint)
     trainer = check_parts(cfg, run)  # and whether this machine has what it asks for
@@ -112,8 +117,10 @@ def _train(cfg: DictConfig) -> float:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         summary = report.closing(cfg, trainer, module, data, run, started, tested)
         failed = False
-    except SIGTERMException:
-        raise
+    except (SIGTERMException, Terminated):
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGTERM)  # the other processes, where this one alone was told
+        raise Terminated from None
     except SystemExit:  # Lightning's way out of an interrupt
         raise KeyboardInterrupt from None
     except RuntimeError as error:

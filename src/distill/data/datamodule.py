@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -500,12 +501,23 @@ class DetectionData(L.LightningDataModule):
             batch_sampler=sampler,
             collate_fn=partial(collate, pad_to=self.pad_to),
             num_workers=self.workers,
+            worker_init_fn=_go_on,
             persistent_workers=self.persistent_workers and self.workers > 0,
             prefetch_factor=self.prefetch if self.workers else None,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # else each new iterator draws from the global stream that the models use
         )
         return loader
+
+
+def _go_on(worker: int) -> None:
+    """Let a loader's process outlive what asks the run to stop: SLURM, terminals and process groups tell every process.
+
+    The step that is made needs its batch, and the run lets its loaders go when it is done. A second SIGTERM is the end.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
 
 
 def _choose(name: str, value: str, known: Sequence[str]) -> None:
