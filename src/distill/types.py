@@ -53,7 +53,7 @@ class Batch:
     """
 
     images: Tensor
-    """(B, 3, H, W) uint8 RGB, zero-padded to the right and below."""
+    """(B, 3, H, W) uint8 RGB, zero-padded to the right and below; from our loaders channels last in memory, as decoded."""
     sizes: tuple[Size, ...]
     """Size of each resized image, without its padding."""
     original_sizes: tuple[Size, ...]

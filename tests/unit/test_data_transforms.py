@@ -152,3 +152,17 @@ def test_bad_options_are_refused():
         Transform((800,), 640)
     with pytest.raises(DistillError, match=r"data\.flip"):
         Transform((32,), 64, flip=2)
+
+
+def test_a_batch_lies_with_its_channels_last_and_is_zero_in_its_padding_whatever_lay_there_before():
+    samples = [make(Transform((side,), 99), size=size) for side, size in ((40, (40, 60)), (33, (70, 50)))]
+    for _ in range(3):
+        dirt = [torch.full((2, 3, 64, 64), 255, dtype=torch.uint8) for _ in range(9)]
+        del dirt  # the allocator gives this memory again
+        images = collate(samples, 32).images
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        for image, sample in zip(images, samples, strict=True):
+            wanted = torch.zeros(image.shape, dtype=torch.uint8)
+            _, height, width = sample.image.shape
+            wanted[:, :height, :width] = sample.image
+            assert torch.equal(image, wanted)
