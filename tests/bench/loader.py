@@ -4,8 +4,9 @@
         [--workers 0] [--decoder pil] [--float] [--planar]
 
 Both decode, resize without antialiasing, flip half of the images at random, and give padded batches with boxes and labels;
-that the pixels are equal is checked first. Rounds are taken in turn, with one thread a process, and the ratio is the median
-of the rounds' own. Time is processor time, of the workers as well (read from `/proc`, so with workers on Linux only).
+that the pixels are equal is checked first. The share of padding is printed with batches of one aspect and without. Rounds
+are taken in turn, with one thread a process, and the ratio is the median of the rounds' own. Time is processor time, of the
+workers as well (read from `/proc`, so with workers on Linux only).
 
 By default both batches are uint8, with the channels last as decoders give them; `--planar` gives torchvision the planar
 batches that `torch.stack` would make, `--float` asks both for floats in [0, 1], and `--decoder torchvision` gives
@@ -32,6 +33,7 @@ from torchvision.transforms import v2
 from distill.data.coco import Coco
 from distill.data.datamodule import DetectionData
 from distill.data.transforms import padded_size
+from distill.doctor import padding_share
 
 BATCH = 4
 
@@ -84,12 +86,12 @@ class Theirs:
         return batch, [target for _, target in samples]
 
 
-def ours(args: argparse.Namespace) -> DetectionData:
+def ours(args: argparse.Namespace, **options: Any) -> DetectionData:
     """Our data, whose training loader is measured."""
     files = {"annotations": str(args.annotations), "images": str(args.images)}
     sizes = {"min_size": args.min_size, "max_size": args.max_size}
     source = Coco(str(args.images), train=files)
-    return DetectionData(source, BATCH, workers=args.workers, drop_last=False, **sizes)
+    return DetectionData(source, BATCH, workers=args.workers, drop_last=False, **sizes, **options)
 
 
 def check_equal(data: DetectionData, theirs: Theirs, scale: float) -> str:
@@ -161,6 +163,10 @@ def main() -> None:
         "decoder": args.decoder,
         "output": ("float32" if args.float else "uint8") + (", torchvision's planar" if args.planar else ""),
         "images_per_second_of_processor_time": {name: round(statistics.median(all), 1) for name, all in rates.items()},
+        "padding": {
+            "aspect_groups": round(padding_share(data), 4),
+            "mixed": round(padding_share(ours(args, aspect_groups=False)), 4),
+        },
         "ratio": round(statistics.median(ratios), 3),
         "lowest": round(min(ratios), 3),
         "highest": round(max(ratios), 3),
