@@ -125,7 +125,7 @@ def normalised(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Ten
     center, scale = (
         torch.tensor(each).view(3, 1, 1).to(batch.images.device, non_blocking=True) for each in (mean, std)
     )
-    return (batch.images.float() / 255 - center) / scale
+    return (batch.images.to(torch.float32, memory_format=torch.contiguous_format) / 255 - center) / scale
 
 
 # -- making one

@@ -44,6 +44,21 @@ class Target:
         masks = None if self.masks is None else self.masks.pin_memory()
         return Target(self.boxes.pin_memory(), self.labels.pin_memory(), masks)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with boxes and labels as arrays, so that a worker sends them as bytes.
+
+        Torch sends each tensor as a shared file of its own, which takes longer than a small picture takes to decode.
+        """
+        if self.boxes.device.type != "cpu":
+            return Target, (self.boxes, self.labels, self.masks)
+        return _unpickled, (self.boxes.numpy(), self.labels.numpy(), self.masks)
+
+
+def _unpickled(boxes: Any, labels: Any, masks: Tensor | None) -> Target:
+    import torch
+
+    return Target(torch.from_numpy(boxes), torch.from_numpy(labels), masks)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -53,7 +68,7 @@ class Batch:
     """
 
     images: Tensor
-    """(B, 3, H, W) uint8 RGB, zero-padded to the right and below."""
+    """(B, 3, H, W) uint8 RGB, zero-padded to the right and below; from our loaders channels last in memory, as decoded."""
     sizes: tuple[Size, ...]
     """Size of each resized image, without its padding."""
     original_sizes: tuple[Size, ...]

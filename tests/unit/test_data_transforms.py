@@ -1,5 +1,7 @@
+import io
 import pickle
 import random
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -152,3 +154,34 @@ def test_bad_options_are_refused():
         Transform((800,), 640)
     with pytest.raises(DistillError, match=r"data\.flip"):
         Transform((32,), 64, flip=2)
+
+
+def test_a_batch_lies_with_its_channels_last_and_is_zero_in_its_padding_whatever_lay_there_before():
+    samples = [make(Transform((side,), 99), size=size) for side, size in ((40, (40, 60)), (33, (70, 50)))]
+    for _ in range(3):
+        dirt = [torch.full((2, 3, 64, 64), 255, dtype=torch.uint8) for _ in range(9)]
+        del dirt  # the allocator gives this memory again
+        images = collate(samples, 32).images
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        for image, sample in zip(images, samples, strict=True):
+            wanted = torch.zeros(image.shape, dtype=torch.uint8)
+            _, height, width = sample.image.shape
+            wanted[:, :height, :width] = sample.image
+            assert torch.equal(image, wanted)
+
+
+def test_a_target_is_pickled_without_shared_tensors():
+    before = Target(torch.rand(3, 4), torch.tensor([3, 1, 2]), torch.ones(3, 5, 6, dtype=torch.uint8))
+    after = pickle.loads(pickle.dumps(before))
+    assert torch.equal(after.boxes, before.boxes)
+    assert torch.equal(after.labels, before.labels)
+    assert torch.equal(after.masks, before.masks)
+    after.boxes.add_(1)  # its own memory, which can be written
+    empty = pickle.loads(pickle.dumps(Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))))
+    assert (empty.boxes.shape, empty.labels.dtype, empty.masks) == ((0, 4), torch.int64, None)
+    content = io.BytesIO()
+    sent = ForkingPickler(content)
+    shared = []
+    sent.dispatch_table[torch.Tensor] = lambda tensor: shared.append(tensor.shape) or (torch.empty, (0,))
+    sent.dump(before)
+    assert shared == [(3, 5, 6)]

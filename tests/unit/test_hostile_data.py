@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from PIL import Image
 from distill.data.checks import check_records
 from distill.data.coco import Coco
 from distill.data.datamodule import DetectionData
-from distill.data.records import MAX_PIXELS, read_image
+from distill.data.records import MAX_PIXELS, jpeg_size, read_image
 from distill.data.voc import Voc
 from distill.types import DistillError
 
@@ -98,7 +99,19 @@ def bomb_jpeg(file: Path, width: int = 65_000, height: int = 65_000) -> Path:
     return file
 
 
-@pytest.mark.parametrize("make", [bomb_png, bomb_jpeg])
+def hidden_bomb_jpeg(file: Path) -> Path:
+    """The same behind a fill byte and a segment that holds the frame header of a small one where a naive reader falls on it."""
+    content = bomb_jpeg(file).read_bytes()
+    fake = b"\xff\xc0" + struct.pack(">HBHHB", 11, 8, 30, 40, 1) + b"\x01\x11\x00"
+    segment = bytearray(60_000)
+    place = 2 + 2 + 0xE1EA - 7  # that reader takes the marker and half of the length, 0xEA62, for a length
+    segment[place : place + len(fake)] = fake
+    filled = b"\xff\xff\xe1" + struct.pack(">H", 60_002) + bytes(segment)
+    file.write_bytes(content[:2] + filled + content[2:])
+    return file
+
+
+@pytest.mark.parametrize("make", [bomb_png, bomb_jpeg, hidden_bomb_jpeg])
 def test_an_image_that_is_too_large_is_refused_by_its_header(make, tmp_path: Path) -> None:
     file = make(tmp_path / "b.img")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -119,6 +132,15 @@ def test_the_limit_is_an_option_of_both_ways_to_decode(form: str, tmp_path: Path
         coco(tmp_path, *named("a.img"), max_pixels=1199).records("train")
     data = coco(tmp_path, *named("a.img"), max_pixels=1200, batch_size=1)
     assert data.images("train", training=False)[0, 0].original_size == (30, 40)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + b"x" * 999, "comment": b"ab"}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_the_size_of_a_jpeg_is_pillows(mode: str, options: dict[str, Any], tmp_path: Path) -> None:
+    Image.new(mode, (517, 30)).save(tmp_path / "a.jpg", **options)
+    content = (tmp_path / "a.jpg").read_bytes()
+    assert jpeg_size(content) == (30, 517)
+    assert {jpeg_size(content[:end]) for end in range(len(content))} == {None, (30, 517)}
 
 
 def test_more_than_pillows_own_limit_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,10 +124,10 @@ class Cache:
         self.pixels = torch.zeros(int(self.ends[-1]) if sizes else 0, dtype=torch.uint8)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Image (3, H, W), a view into the block."""
+        """Image (3, H, W), a view into the block, channels last as decoders give them and batches hold them."""
         height, width = self.sizes[index]
         end = int(self.ends[index])
-        return self.pixels[end - 3 * height * width : end].view(3, height, width)
+        return self.pixels[end - 3 * height * width : end].view(height, width, 3).permute(2, 0, 1)
 
 
 class Codes:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from distill.types import DistillError, Size
 
@@ -22,6 +22,10 @@ ORIENTATION = 0x0112
 """EXIF's tag."""
 MAX_PIXELS = 150_000_000
 """Of an image that is decoded; it takes 450 MB. Below the limit at which Pillow refuses by itself."""
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""JPEG's markers of a frame header."""
+LONELY = frozenset({0x00, 0x01, *range(0xD0, 0xDA), 0xFF})
+"""What follows 0xFF in a JPEG without a length: no marker, markers without a segment, fill."""
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded. Pillow knows more, of which EPS is a program."""
 
@@ -145,18 +149,44 @@ def read_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
         DistillError: missing, unreadable, truncated, or larger than ``max_pixels`` by its header; names the file.
     """
     try:
+        decoded = _read_jpeg(str(file), max_pixels)
+        if decoded is not None:
+            return decoded
         with opened(file, max_pixels) as image:
-            if image.format in ("JPEG", "MPO"):
-                with suppress(
-                    RuntimeError
-                ):  # of what torchvision cannot decode Pillow knows some, or says what is wrong
-                    decoded: Tensor = decode_image(str(file), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-                    return decoded
             upright = image if orientation(image) == 1 else ImageOps.exif_transpose(image)
             pixels = _rgb(upright)
     except Exception as error:  # Pillow's decoders raise anything at damaged bytes
         raise DistillError(f"{file}: cannot be read as an image ({error}); replace it, or leave it out") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _read_jpeg(file: str, max_pixels: int) -> Tensor | None:
+    """The image of a JPEG. None of another file, a larger one, or one that torchvision cannot decode.
+
+    Of those Pillow knows some, or says what is wrong. Pillow would read every header first, at a tenth of the decoder's time.
+    """
+    with suppress(RuntimeError):
+        content = read_file(file)
+        size = jpeg_size(memoryview(content.numpy()))
+        if size is not None and size[0] * size[1] <= max_pixels:
+            decoded: Tensor = decode_jpeg(content, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+            return decoded
+    return None
+
+
+def jpeg_size(content: bytes | memoryview) -> Size | None:
+    """(height, width) as the frame header of a JPEG says, which decoders go by; None where it does not come in order.
+
+    Source: ITU-T T.81, B.1.1 and B.2.2: segments of a marker, a length that counts itself, and content. What decoders pass
+    over before a marker is no order: read on there, a segment's content could be taken for another, smaller frame header.
+    """
+    place = 2 if content[:2] == b"\xff\xd8" else len(content)
+    while place + 9 <= len(content) and content[place] == 0xFF and content[place + 1] not in LONELY:
+        length, height, width = (int.from_bytes(content[place + at : place + at + 2], "big") for at in (2, 5, 7))
+        if content[place + 1] in FRAMES:
+            return height, width
+        place += 2 + length
+    return None
 
 
 def orientation(image: Image.Image) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -183,12 +184,26 @@ def padded_size(sizes: Sequence[Size], pad_to: int) -> Size:
     return height, width
 
 
+def canvases(count: int, size: Size) -> Tensor:
+    """Room for images (count, 3, *size) uint8, channels last in memory, whatever it holds; on a worker to be shared.
+
+    A worker's batch then reaches the main process as it is; torch would copy it into shared memory on the way.
+    """
+    shape = (count, *size, 3)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape).permute(0, 3, 1, 2)  # type: ignore[call-overload, no-any-return]
+
+
 def collate(samples: Sequence[Sample], pad_to: int = 32) -> Batch:
     """Pad with zeros to the right and below, and stack: samples -> Batch."""
     sizes = tuple((sample.image.shape[-2], sample.image.shape[-1]) for sample in samples)
-    images = torch.zeros(len(samples), 3, *padded_size(sizes, pad_to), dtype=torch.uint8)
+    images = canvases(len(samples), padded_size(sizes, pad_to))
     for canvas, sample, (height, width) in zip(images, samples, sizes, strict=True):
         canvas[:, :height, :width] = sample.image
+        canvas[:, height:] = 0
+        canvas[:, :height, width:] = 0
     return Batch(
         images,
         sizes,

@@ -92,7 +92,8 @@ class LazyView:
         """(B, 3, H, W), normalised for this detector, then zero in the padding, in the dtype of its weights."""
         mean, std = self.detector.pixels(self.device)
         pixels = self.batch.images.flip(1) if self.detector.options["channel_order"] == "bgr" else self.batch.images
-        images = (pixels.float() / 255 - mean) / std
+        # Batches lie with their channels last; the layout that nets are given is theirs to choose.
+        images = (pixels.to(torch.float32, memory_format=torch.contiguous_format) / 255 - mean) / std
         height, width = images.shape[-2:]
         if any(size != (height, width) for size in self.batch.sizes):
             sizes = torch.tensor(self.batch.sizes).to(self.device, non_blocking=True)
