@@ -128,6 +128,63 @@ def slow_edges(student: Tensor, teacher: Tensor, nodes: Sequence[int]) -> float:
     return total / max(1, len(nodes) ** 2)
 
 
+def plain_graph(student: Tensor, teacher: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (B, R, F), by autograd: all cosines of unit vectors."""
+    cosines = [(n := torch.nn.functional.normalize(x, dim=2)) @ n.mT for x in (student, teacher)]
+    pairs = member[:, :, None] & member[:, None]
+    error = (pairs * (cosines[0] - cosines[1]).square()).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1) / 2
+    return (student - teacher).square().mean(2), error
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_the_graph_equals_its_plain_form(nodes: int, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(nodes)
+    pair = [torch.randn(3, nodes, 18, dtype=dtype) for _ in range(2)]
+    member = torch.rand(3, nodes) < 0.7
+    member[1] = False
+    factors = torch.rand(3, nodes, dtype=dtype), torch.rand(3, dtype=dtype)
+    found = []
+    for compute in (dsig.graph, plain_graph):
+        leaf = pair[0].clone().requires_grad_()
+        values = compute(leaf, pair[1], member)
+        sum((each * factor).sum() for each, factor in zip(values, factors, strict=True)).backward()  # type: ignore[union-attr]
+        assert leaf.grad is not None
+        found.append((*values, leaf.grad))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(
+            ours, expected, rtol=tolerance, atol=tolerance * max(1e-3, expected.abs().max().item())
+        )
+
+
+def test_the_gradient_of_the_graph_is_that_of_its_value() -> None:
+    torch.manual_seed(0)
+    teacher, member = torch.randn(2, 5, 6).double(), torch.tensor([[True] * 5, [True, False, True, True, False]])
+    student = torch.randn(2, 5, 6).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: dsig.graph(x, teacher, member), student)
+    assert torch.autograd.gradcheck(lambda x: dsig.graph(x, teacher)[0], student)
+
+
+def test_the_graph_keeps_nothing_as_large_as_features_but_these() -> None:
+    student, teacher = torch.randn(2, 5, 600).requires_grad_(), torch.randn(2, 5, 600)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+        dsig.graph(student, teacher, torch.ones(2, 5, dtype=torch.bool))
+    large = [each for each in kept if each.numel() >= student.numel()]
+    assert {each.data_ptr() for each in large} == {student.data_ptr(), teacher.data_ptr()}
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (1, 4), (0, 2), (0, 0)])
+def test_regions_by_image_are_padded_with_zeros_and_stay_attached(counts: tuple[int, int]) -> None:
+    x = torch.arange(1.0, 1 + 2 * sum(counts)).view(-1, 2).requires_grad_()
+    found = dsig.by_image(x, counts)
+    assert found.shape == (2, max(1, *counts), 2)
+    assert found.requires_grad
+    for image, (rows, own) in enumerate(zip(torch.split(x, list(counts)), counts, strict=True)):
+        assert torch.equal(found[image, :own], rows)
+        assert not found[image, own:].any()
+
+
 def softmax(logits: Sequence[float]) -> list[float]:
     weights = [math.exp(z) for z in logits]
     return [each / sum(weights) for each in weights]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from loss_grid import NOTHING, OBJECTS, LossGrid
 from test_masks import slow
 from torch import Tensor
 
-from distill.losses import ssim
+from distill.losses import ssim, windows
 from distill.losses.base import DistillLoss
 from distill.losses.ssim import SSIM, Dissimilarity
 from distill.types import DistillError, Facts
@@ -125,6 +125,13 @@ class TestMaskedSSIM(TestSSIM):
                 cells = x.shape[1] * mask.sum().item()
                 terms[f"neck.{region}"] += (mask * error).sum().item() / max(1.0, cells)
         return terms
+
+
+class TestMaskedBlocks(TestMaskedSSIM):
+    """All exponents 1, plane by plane: what is summed in blocks."""
+
+    options: Mapping[str, Any] = {"neck": {"foreground": 2, "background": 3}, "mask": {"kind": "ground_truth"}}
+    compare = Dissimilarity()
 
 
 # -- known values
@@ -250,6 +257,87 @@ def test_a_flat_plane_is_not_blown_up() -> None:
     assert leaf.grad is not None
     assert leaf.grad[:, 1].abs().max() == 0
     assert leaf.grad[:, 0].abs().max() > 0
+
+
+# -- blocks of planes
+
+
+@pytest.fixture(params=[1, 3, 100])
+def planes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """As many planes of 9 x 23 cells in a block, and products narrower than these maps."""
+    monkeypatch.setattr(windows, "CELLS", {"cpu": request.param * 9 * 23})
+    monkeypatch.setattr(windows, "BANDS", {"cpu": (4, 5)})
+    return int(request.param)
+
+
+def summed(
+    student: Tensor, teacher: Tensor, masks: Sequence[Tensor], factors: Sequence[float], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The sums under some masks, and the gradient of their sum with these factors."""
+    leaf = student.clone().requires_grad_()
+    sums = torch.stack(list(Dissimilarity(**options).sums(leaf, teacher, masks)))
+    (sums * torch.tensor(factors)).sum().backward()
+    assert leaf.grad is not None
+    return sums.detach(), leaf.grad
+
+
+@pytest.mark.usefixtures("planes")
+@pytest.mark.parametrize("scope", ["plane", "none"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_blocks_give_what_whole_maps_give(scope: str, dtype: torch.dtype, tolerance: float) -> None:
+    """With flat planes, and with many cells that are the smallest or the largest of theirs."""
+    student, teacher = (x.clamp(0, 1) for x in pair(2, 5, 9, 23, dtype=dtype))
+    student[0, 0], teacher[1, 2], student[1, 3] = 3.0, 0.5, teacher[1, 3]
+    masks = [torch.rand(2, 9, 23).to(dtype), torch.ones(2, 9, 23, dtype=dtype), torch.zeros(2, 9, 23, dtype=dtype)]
+    found, expected = (
+        summed(student, teacher, masks, [2.0, -0.5, 1.0], normalize=scope, blocks=blocks) for blocks in (True, False)
+    )
+    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=0)
+    scale = expected[1].abs().max().item()
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=5 * tolerance * scale)
+
+
+@pytest.mark.usefixtures("planes")
+@pytest.mark.parametrize("scope", ["plane", "none"])
+def test_the_gradient_of_blocks_is_that_of_their_value(scope: str) -> None:
+    student, teacher = pair(2, 2, 4, 7, dtype=torch.float64)
+    masks = [torch.rand(2, 4, 7).double(), torch.ones(2, 4, 7).double()]
+    compare = Dissimilarity("ssim", scope, 5, 1.0)
+    assert torch.autograd.gradcheck(lambda x: tuple(compare.sums(x, teacher, masks)), student.abs().requires_grad_())
+
+
+def test_blocks_take_any_layout_and_leave_the_maps_alone() -> None:
+    student, teacher = pair(2, 5, 9, 23, dtype=torch.float64)
+    masks, before = [torch.ones(2, 9, 23)], (student.clone(), teacher.clone())
+    expected = summed(student, teacher, masks, [1.0])
+    laid = (x.to(memory_format=torch.channels_last) for x in (student, teacher))
+    for found, wanted in zip(summed(*laid, masks, [1.0]), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
+
+
+def test_blocks_keep_one_map_for_the_backward_pass() -> None:
+    student, teacher = pair(2, 5, 9, 23)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+        (total,) = Dissimilarity().sums(student.requires_grad_(), teacher, [torch.ones(2, 9, 23)])
+    assert sum(each.numel() for each in kept if each.numel() > 10) == student.numel()
+    (first,), (second,) = (torch.autograd.grad(total, student, retain_graph=True) for _ in range(2))
+    assert torch.equal(first, second)
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: pytest.fail("kept a tensor"), lambda x: x):
+        (alone,) = Dissimilarity().sums(student, teacher, [torch.ones(2, 9, 23)])
+    assert alone == total
+
+
+def test_small_gradients_of_half_precision_are_not_lost_before_the_loss_is_scaled() -> None:
+    student, teacher = (x.half() for x in pair(1, 2, 9, 9))
+    leaf = student.requires_grad_()
+    (total,) = Dissimilarity().sums(leaf, teacher, [torch.full((1, 9, 9), 1e-9)])
+    (1e9 * total).backward()
+    expected = summed(student.detach().float(), teacher.float(), [torch.ones(1, 9, 9)], [1.0])[1]
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.float(), expected, rtol=2e-3, atol=1e-6)
 
 
 # -- precision, scopes, small maps

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.rpn import permute_and_flatten
 
 from distill.adapters import adapter as one_adapter
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
-from distill.losses.imitation import MapImitation, squared_error
+from distill.losses.imitation import MapImitation
 from distill.precision import full
 from distill.types import DistillError, Facts, Pyramid, View
 
@@ -36,36 +37,80 @@ REMEDY = "Build the loss with the facts of both detectors"
 
 
 def mean(error: Tensor, member: Tensor) -> Tensor:
-    """Mean of the error where `member` is true, both of one shape; 0, still attached, where it is nowhere."""
-    return (member * error).sum() / member.sum().clamp(min=1)
+    """Mean over each image's regions where `member` is true, (B, R) both -> (B,); 0, still attached, where it is nowhere."""
+    return (member * error).sum(1) / member.sum(1).clamp(min=1)
 
 
-def node_errors(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of each node; pooled features (R, C, h, w) -> (R,)."""
-    return squared_error(student, teacher).mean((1, 2)) / student.shape[1]
-
-
-def background_nodes(error: Tensor, foreground: Tensor, alpha: float | None) -> Tensor:
-    """alpha F / B times the mean error of one image's B nodes that are not foreground; of (R,) and (R,), a scalar.
+def background_nodes(error: Tensor, foreground: Tensor, background: Tensor, alpha: float | None) -> Tensor:
+    """alpha F / B times the mean error of an image's B background nodes; three (B, R) -> (B,).
 
     With alpha None the factor is 1.
     """
-    background = ~foreground
-    factor = 1.0 if alpha is None else alpha * foreground.sum() / background.sum().clamp(min=1)
+    factor = 1.0 if alpha is None else alpha * foreground.sum(1) / background.sum(1).clamp(min=1)
     return factor * mean(error, background)
 
 
-def similarity(x: Tensor) -> Tensor:
-    """Cosines between the nodes of one image: (R, C, h, w) -> (R, R)."""
-    nodes = F.normalize(full(x).flatten(1), eps=1e-12)
-    return nodes @ nodes.T
+def graph(student: Tensor, teacher: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How far the nodes of two graphs differ, and their edges: features (B, R, F) twice -> (B, R) and (B,).
 
-
-def edges(student: Tensor, teacher: Tensor, member: Tensor) -> Tensor:
-    """Half the mean squared error of the similarities between member nodes (R,) of one image, its diagonal included."""
+    Nodes: the mean squared error of each. Edges: half the mean squared error of the cosines between an image's member
+    nodes (B, R), the diagonal included; 0 without members, and where `member` is None.
+    """
     with torch.autocast(student.device.type, enabled=False):
-        error = (similarity(student) - similarity(teacher.detach())).square()
-    return mean(error, member[:, None] & member) / 2
+        nodes, edges = _Graph.apply(full(student), full(teacher.detach()), member)
+    return nodes, edges
+
+
+class _Graph(torch.autograd.Function):
+    """All that autograd would keep or make as large as the features is left out: their gradient is one product."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, member: Tensor | None) -> tuple[Tensor, Tensor]:
+        ours = [torch.linalg.vector_norm(s - t, dim=-1).square() for s, t in _blocks(student, teacher)]
+        nodes, edges = torch.cat(ours).view(student.shape[:2]) / student.shape[2], student.new_zeros(len(student))
+        if member is None:
+            ctx.save_for_backward(student, teacher)
+            return nodes, edges
+        scale, cosines = _cosines(student)
+        apart = (cosines - _cosines(teacher)[1]).mul_(member[:, :, None] & member[:, None])
+        count = 2 * member.sum(1).square().clamp(min=1).to(student.dtype)
+        edges = apart.square().sum((1, 2)) / count
+        # d edges / d X = 4 / count (D - diag(rows of D * cosines)) N with N the unit vectors, and through their lengths.
+        slopes = apart * (4 / count)[:, None, None]
+        along = (slopes * cosines).sum(2)
+        slopes = slopes.mul_(scale[:, :, None]).mul_(scale[:, None])
+        slopes.diagonal(dim1=1, dim2=2).sub_(along * scale.square())
+        ctx.save_for_backward(student, teacher, slopes)
+        return nodes, edges
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, nodes: Tensor, edges: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher, *slopes = ctx.saved_tensors
+        gradient = torch.sub(student, teacher).mul_((2 / student.shape[2] * nodes)[..., None])
+        for each in slopes:
+            gradient.baddbmm_(each * edges[:, None, None], student)
+        return gradient, None, None
+
+
+def _blocks(student: Tensor, teacher: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some nodes of both at a time, for differences that stay near the core; elsewhere all at once."""
+    ours, theirs = student.flatten(0, 1), teacher.flatten(0, 1)
+    nodes = 16 if student.device.type == "cpu" else max(1, len(ours))
+    return zip(torch.split(ours, nodes), torch.split(theirs, nodes), strict=True)
+
+
+def _cosines(x: Tensor, blocks: int = 4) -> tuple[Tensor, Tensor]:
+    """Of nodes (B, R, F): one by their lengths (B, R), and the cosines (B, R, R), of which each pair is computed once."""
+    scale = 1 / torch.linalg.vector_norm(x, dim=2).clamp(min=1e-12)
+    count = x.shape[1]
+    cosines = x.new_empty(len(x), count, count)
+    step = -(-count // blocks)
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        cosines[:, part, start:] = x[:, part] @ x[:, start:].mT
+        cosines[:, start + step :, part] = cosines[:, part, start + step :].mT
+    return scale, cosines.mul_(scale[:, :, None]).mul_(scale[:, None])
 
 
 def mined(logits: Tensor, threshold: float) -> Tensor:
@@ -84,14 +129,21 @@ def over_anchors(maps: Pyramid, columns: int) -> Tensor:
     return torch.cat(flat, dim=1)
 
 
-def _per_image(counts: Sequence[int], *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The regions of each image, of tensors (R, ...); counts from the host, so that nothing waits for the device."""
-    return zip(*(torch.split(each, list(counts)) for each in values), strict=True)
+def by_image(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """Values of the regions of all images in order, (R, ...), as (B, most, ...), with zeros behind an image's own.
+
+    Counts come from the host, so that nothing waits for the device; where they are equal, nothing is copied.
+    """
+    most = max(1, *counts)
+    if set(counts) == {most}:
+        return x.view(len(counts), most, *x.shape[1:])
+    padded = pad_sequence(list(torch.split(x, list(counts))), batch_first=True)
+    return padded if padded.shape[1] else torch.cat([padded, x.new_zeros(len(counts), 1, *x.shape[1:])], dim=1)
 
 
-def over_images(values: Sequence[Tensor]) -> Share:
-    """`IMAGES` times the mean over images, of a scalar each."""
-    total = IMAGES * torch.stack(list(values)).sum()
+def over_images(values: Tensor) -> Share:
+    """`IMAGES` times the mean over images (B,)."""
+    total = IMAGES * values.sum()
     return total, torch.full_like(total, len(values))
 
 
@@ -250,22 +302,24 @@ class DSIG(DistillLoss):
             shares |= {term: [share] for term, share in compare(student, teacher).items()}
         return self.average(shares)
 
-    def _graph(self, student: View, teacher: View) -> dict[str, list[Tensor]]:
-        """Nodes and edges: one scalar per image for each term."""
+    def _graph(self, student: View, teacher: View) -> dict[str, Tensor]:
+        """Nodes and edges: one value per image (B,) for each term."""
         assert self.regions is not None
-        boxes, foreground = self._nodes(student)
+        boxes, of_object = self._nodes(student)
         counts = [len(each) for each in boxes]
         ours, theirs = self.regions(student.roi_features(boxes)), teacher.roi_features(boxes)
         base.check_shapes("nodes and edges (R, C, h, w)", ours, theirs, "Give both necks equal levels, or set adapter")
-        found: dict[str, list[Tensor]] = {}
-        if kinds := self.terms("nodes"):
-            images = list(_per_image(counts, node_errors(ours, theirs), foreground))
-            compute: dict[str, Callable[..., Tensor]]
-            compute = {"foreground": mean, "predicted": mean, "background": partial(background_nodes, alpha=self.alpha)}
-            found |= {f"nodes.{kind}": [compute[kind](*image) for image in images] for kind in kinds}
+        foreground = by_image(of_object, counts)
+        background = by_image(torch.ones_like(of_object), counts) & ~foreground
+        joined = None
         if self.terms("edges"):
             joined = foreground if self.mining is None else foreground | self._hard(teacher, boxes, self.mining)
-            found["edges.all"] = [edges(*image) for image in _per_image(counts, ours, theirs, joined)]
+        errors, edges = graph(by_image(ours.flatten(1), counts), by_image(theirs.flatten(1), counts), joined)
+        found = {f"nodes.{kind}": mean(errors, foreground) for kind in self.terms("nodes") if kind != "background"}
+        if "nodes.background" in self.weights:
+            found["nodes.background"] = background_nodes(errors, foreground, background, self.alpha)
+        if joined is not None:
+            found["edges.all"] = edges
         return found
 
     def _nodes(self, student: View) -> tuple[list[Tensor], Tensor]:
@@ -276,9 +330,10 @@ class DSIG(DistillLoss):
         return boxes, torch.cat([torch.ones_like(each[:, 0], dtype=torch.bool) for each in boxes])
 
     def _hard(self, teacher: View, boxes: Sequence[Tensor], threshold: float) -> Tensor:
-        """Regions (R,) that have edges even where they are background."""
+        """Regions (B, R) that have edges even where they are background."""
         logits = teacher.roi_logits(boxes)[0]
-        return mined(logits if self.columns is None else logits[:, self.columns], threshold)
+        hard = mined(logits if self.columns is None else logits[:, self.columns], threshold)
+        return by_image(hard, [len(each) for each in boxes])
 
     def _compare_regions(self, student: View, teacher: View) -> dict[str, Share]:
         """The box heads' outputs for the student's regions."""

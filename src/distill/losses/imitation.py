@@ -7,7 +7,7 @@ and with which weight; `reweigh` is the place where a wrapper (PAD) gives each c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,14 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 def masked(error: Tensor, mask: Tensor, count: float) -> Share:
     """Sum of M * error over images and cells, and `count` * sum(M); both (B, H, W)."""
     return (mask * error).sum(), count * mask.sum()
+
+
+@runtime_checkable
+class Summed(Protocol):
+    """An `Error` that can sum itself under masks for less than cell by cell."""
+
+    def sums(self, student: Tensor, teacher: Tensor, masks: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of each mask (B, H, W), the sum over images and cells of mask times error."""
 
 
 class MapImitation(nn.Module):
@@ -93,14 +101,23 @@ class MapImitation(nn.Module):
             ours, theirs = self.adapters[str(level)](student[level]), teacher[level]
             remedy = f"Leave this stride out with {self.place}.levels"
             base.check_shapes(f"{self.place}, stride {level}", ours, theirs, remedy)
-            channels = ours.shape[1]
-            error = self.error(ours, theirs)
-            if self.reweigh is not None:
-                error = channels * self.reweigh[str(level)](student[level], error / channels)
-            for part, mask in parts.items():
-                total, count = masked(error, mask[level], self.count(channels))
+            found = self._compare(student[level], ours, theirs, level, [mask[level] for mask in parts.values()])
+            for part, (total, count) in zip(parts, found, strict=True):
                 shares[f"{self.place}.{part}"].append((self.factor * total, count))
         return shares
+
+    def _compare(
+        self, feature: Tensor, ours: Tensor, theirs: Tensor, level: int, inside: Sequence[Tensor]
+    ) -> list[Share]:
+        """One share for each mask (B, H, W)."""
+        channels = ours.shape[1]
+        if isinstance(self.error, Summed) and self.reweigh is None:
+            totals = self.error.sums(ours, theirs, inside)
+            return [(total, self.count(channels) * mask.sum()) for total, mask in zip(totals, inside, strict=True)]
+        error = self.error(ours, theirs)
+        if self.reweigh is not None:
+            error = channels * self.reweigh[str(level)](feature, error / channels)
+        return [masked(error, mask, self.count(channels)) for mask in inside]
 
 
 class RegionImitation(nn.Module):

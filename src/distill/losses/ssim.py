@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from distill import masks
 from distill.losses import base
 from distill.losses.base import DistillLoss
 from distill.losses.imitation import MapImitation, parts
+from distill.losses.windows import Frame, masked_ssim
 from distill.precision import full
 from distill.types import DistillError, Facts, View
 
@@ -130,6 +131,7 @@ class Dissimilarity:
         normalize: both maps are brought to [0, 1] over each ``plane``, ``image``, the ``tensor``, or left (``none``).
         size, sigma: of the window, in cells.
         luminance, contrast, structure: exponents; 0 leaves a factor out.
+        blocks: whether `sums` may work in blocks of planes: equal but for rounding, in less than half the time.
     """
 
     error: str = "ssim"
@@ -139,6 +141,7 @@ class Dissimilarity:
     luminance: float = 1.0
     contrast: float = 1.0
     structure: float = 1.0
+    blocks: bool = True
 
     def __post_init__(self) -> None:
         if self.error not in ERRORS:
@@ -168,6 +171,19 @@ class Dissimilarity:
                 return (ours - theirs).square().sum(1)
             window = gaussian(self.size, self.sigma, ours)
             return (1 - similarity(ours, theirs, window, self.exponents)).sum(1) / 2
+
+    def sums(self, student: Tensor, teacher: Tensor, masks: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of each mask (B, H, W), the sum of mask times what a call gives; in blocks, where they are worth it."""
+        usual = self.error == "ssim" and self.exponents == (1, 1, 1) and self.normalize in ("plane", "none")
+        if not (self.blocks and usual):
+            error = self(student, teacher)
+            return [(mask * error).sum() for mask in masks]
+        with torch.autocast(student.device.type, enabled=False):
+            ours, theirs = full(student), full(teacher.detach())
+            window = gaussian(self.size, self.sigma, ours)
+            height, width = (blur_matrix(cells, window) for cells in base.size(ours))
+            flat = FLAT if self.normalize == "plane" else None
+            return masked_ssim(ours, theirs, masks, Frame((height, width), self.size // 2, (C1, C2), flat)).unbind()
 
 
 class SSIM(DistillLoss):
