@@ -15,7 +15,8 @@ def crops(images: Tensor, sizes: Sequence[Size], boxes: Tensor, owner: Tensor, s
     """Each box, clamped to its image, as ``side`` x ``side`` bilinear samples at the middles of as many equal parts.
 
     The crop of a spatial transformer (Jaderberg et al. 2015) with an affine grid, corners not aligned, except that a sample
-    nearer to the image's edge than half a pixel takes the edge's value and nothing of the padding.
+    nearer to the image's edge than half a pixel takes the edge's value and nothing of the padding. It is no RoIAlign, because
+    torchvision's has a gradient to the images alone and none to its boxes, which a loss on predicted boxes is there for.
 
     Args:
         images: (B, C, H, W).

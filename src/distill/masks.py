@@ -49,16 +49,29 @@ class Mask:
 
     def __call__(self, view: View, sizes: Mapping[int, Size], seeds: Sequence[int] = ()) -> Masks:
         """The masks of maps of these sizes (stride -> cells, finest first); `seeds`, one an image, for ``random``."""
-        boxes = [target.boxes for target in view.batch.targets]
+        return self.around([target.boxes for target in view.batch.targets], None, view, sizes, seeds)
+
+    def around(
+        self,
+        boxes: Sequence[Tensor],
+        values: Sequence[Tensor] | None,
+        view: View,
+        sizes: Mapping[int, Size],
+        seeds: Sequence[int] = (),
+    ) -> Masks:
+        """The same of other boxes than the ground truth, each (N, 4) with its values (N,), which multiply its cells.
+
+        The largest counts where boxes overlap; None for values of 1. ``none`` is 1 everywhere, whatever the values.
+        """
         if self.kind == "fine_grained":
-            return fine_grained(boxes, _anchors(view), sizes, self.threshold, self.scale)
+            return fine_grained(boxes, _anchors(view), sizes, self.threshold, self.scale, values)
         if self.kind == "fine_grained_all_levels":
-            return fine_grained_all_levels(boxes, _anchors(view), sizes, self.threshold)
+            return fine_grained_all_levels(boxes, _anchors(view), sizes, self.threshold, values)
         if self.kind == "gaussian":
-            return gaussian(boxes, sizes, self.scale)
+            return gaussian(boxes, sizes, self.scale, values)
         if self.kind == "none":
             return none(len(boxes), sizes, view.batch.images.device)
-        exact = ground_truth(boxes, sizes, self.scale)
+        exact = ground_truth(boxes, sizes, self.scale) if values is None else weighted(boxes, values, sizes, self.scale)
         return random(exact, seeds) if self.kind == "random" else exact
 
     def on_stages(self, view: View, sizes: Mapping[int, Size], seeds: Sequence[int] = ()) -> Masks:
@@ -104,7 +117,7 @@ def weighted(
     boxes: Sequence[Tensor], values: Sequence[Tensor], sizes: Mapping[int, Size], scale: float = 56.0
 ) -> Masks:
     """The value of each box (N,) on the cells that it covers, the largest where boxes overlap; cells as `ground_truth`."""
-    padded = pad_sequence([F.pad(each, (0, 1)) for each in values], batch_first=True)
+    padded = _pad_values(values)
     masks = {}
     for stride, (rows, columns) in _spans(boxes, sizes, scale).items():
         images = zip(rows.inside * padded[..., None], columns.inside, strict=True)
@@ -112,16 +125,22 @@ def weighted(
     return masks
 
 
-def gaussian(boxes: Sequence[Tensor], sizes: Mapping[int, Size], scale: float = 56.0) -> Masks:
+def gaussian(
+    boxes: Sequence[Tensor],
+    sizes: Mapping[int, Size],
+    scale: float = 56.0,
+    values: Sequence[Tensor] | None = None,
+) -> Masks:
     """A bump per box, the largest where boxes overlap (TADF, Sun et al. 2020, as DeFeat's repository holds it).
 
     On the truncated cells of the box, x = 0..w-1 and y = 0..h-1:
     exp(-((x - w/2) / (w/2))^2 / 2) exp(-((y - h/2) / (h/2))^2 / 2), so it leans half a cell to the right and bottom.
-    A box thinner than a cell in any direction sets one single cell to 1.
+    A box thinner than a cell in any direction sets one single cell to 1. `values` (N,) per image multiply the bumps.
     """
     masks = {}
     for stride, (rows, columns) in _spans(boxes, sizes, scale).items():
-        images = zip(rows.bump, columns.bump, strict=True)
+        heights = rows.bump if values is None else rows.bump * _pad_values(values)[..., None]
+        images = zip(heights, columns.bump, strict=True)
         # Image by image, for (N, H, W) is large.
         masks[stride] = torch.stack([(row[:, :, None] * column[:, None]).amax(0) for row, column in images])
     return masks
@@ -133,6 +152,7 @@ def fine_grained(
     sizes: Mapping[int, Size],
     threshold: float = 0.5,
     scale: float = 56.0,
+    values: Sequence[Tensor] | None = None,
 ) -> Masks:
     """1 where any anchor of the cell has an IoU above `threshold` times the best IoU that the box has on its level.
 
@@ -145,17 +165,15 @@ def fine_grained(
         sizes: stride -> (H, W).
         threshold: the paper's psi. At 1 nothing is on, for the comparison is strict.
         scale: of the level rule, in pixels.
+        values: (N,) per image, what a box sets its cells to, the largest where cells are on for several; None for 1.
     """
     padded, valid = _pad(boxes)
-    level = assign(padded, len(sizes), scale)
+    level, worth = assign(padded, len(sizes), scale), valid if values is None else _pad_values(values)
     masks = {}
     for index, (stride, (height, width)) in enumerate(sizes.items()):
-        masks[stride] = torch.stack(
-            [
-                _above(box_iou(anchors[stride], image) * on, threshold).view(height, width, -1).any(-1).float()
-                for image, on in zip(padded, valid & (level == index), strict=True)
-            ]
-        )
+        images = zip(padded, valid & (level == index), worth, strict=True)
+        on = [_above(box_iou(anchors[stride], image) * real, threshold, value) for image, real, value in images]
+        masks[stride] = torch.stack([each.view(height, width, -1).amax(-1).float() for each in on])
     return masks
 
 
@@ -171,13 +189,17 @@ def pseudo_anchors(points: Mapping[int, Tensor], side: float = 8.0) -> dict[int,
     return grown
 
 
-def _above(iou: Tensor, threshold: float) -> Tensor:
-    """(anchors, N) -> (anchors,): anchors that come near enough to the best one of any box."""
-    return (iou > threshold * iou.amax(0)).any(-1)
+def _above(iou: Tensor, threshold: float, values: Tensor) -> Tensor:
+    """(anchors, N), (N,) -> (anchors,): the largest value of the boxes whose best anchor it comes near enough, or 0."""
+    return ((iou > threshold * iou.amax(0)) * values).amax(-1)
 
 
 def fine_grained_all_levels(
-    boxes: Sequence[Tensor], anchors: Mapping[int, Tensor], sizes: Mapping[int, Size], threshold: float = 0.5
+    boxes: Sequence[Tensor],
+    anchors: Mapping[int, Tensor],
+    sizes: Mapping[int, Size],
+    threshold: float = 0.5,
+    values: Sequence[Tensor] | None = None,
 ) -> Masks:
     """:func:`fine_grained` without a level rule: the best IoU of a box is over the anchors of all levels of `sizes`.
 
@@ -185,12 +207,11 @@ def fine_grained_all_levels(
     """
     padded, valid = _pad(boxes)
     flat = torch.cat([anchors[stride] for stride in sizes])
-    on = torch.stack(
-        [_above(box_iou(flat, image) * real, threshold) for image, real in zip(padded, valid, strict=True)]
-    )
+    images = zip(padded, valid, valid if values is None else _pad_values(values), strict=True)
+    on = torch.stack([_above(box_iou(flat, image) * real, threshold, value) for image, real, value in images])
     levels = torch.split(on, [len(anchors[stride]) for stride in sizes], dim=1)
     return {
-        stride: level.view(len(level), height, width, -1).any(-1).float()
+        stride: level.view(len(level), height, width, -1).amax(-1).float()
         for (stride, (height, width)), level in zip(sizes.items(), levels, strict=True)
     }
 
@@ -198,7 +219,7 @@ def fine_grained_all_levels(
 def random(like: Masks, seeds: Sequence[int]) -> Masks:
     """As many cells as each image sets on each level of `like`, at places drawn from the image's own seed.
 
-    So only the place differs from `like`, not the amount. `like` has weights 0 and 1.
+    So only the place differs from `like`, not the amount. Weights between 0 and 1 are moved as they are.
     """
     first = next(iter(like.values()))
     generators = [torch.Generator(first.device).manual_seed(seed) for seed in seeds]
@@ -207,7 +228,7 @@ def random(like: Masks, seeds: Sequence[int]) -> Masks:
 
 def _shuffled(mask: Tensor, generator: torch.Generator) -> Tensor:
     draw = torch.rand(mask.numel(), generator=generator, device=mask.device)
-    return (draw.argsort().view_as(mask) < mask.sum()).float()
+    return mask.flatten().sort(descending=True).values[draw.argsort()].view_as(mask)
 
 
 def none(batch: int, sizes: Mapping[int, Size], device: torch.device | None = None) -> Masks:
@@ -244,6 +265,11 @@ def _spans(boxes: Sequence[Tensor], sizes: Mapping[int, Size], scale: float) -> 
         single, on = (left >= right) | (top >= bottom), valid & (level == index)
         spans[stride] = _Span(top, bottom, single, on, height), _Span(left, right, single, on, width)
     return spans
+
+
+def _pad_values(values: Sequence[Tensor]) -> Tensor:
+    """(B, N), with N as of `_pad`."""
+    return pad_sequence([F.pad(each, (0, 1)) for each in values], batch_first=True)
 
 
 def _pad(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import inspect
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,29 @@ def test_yaml_names_every_parameter_of_our_constructors(group: str, option: str)
         keys = {str(key) for key in node} - {"_target_", "_partial_"}
         assert keys <= set(parameters), f"{group}/{option}{path}"
         assert set(parameters) - keys <= GIVEN, f"{group}/{option}{path}"
+
+
+DEFAULT = ("chen", "defeat", "dicod", "dsig", "fgfi", "global_knowledge", "mimic", "pad_fgfi", "ssim", "tadf")
+"""The option of each loss that is the loss as its constructor has it; the others of a loss say how they differ."""
+
+
+def plain(value: Any) -> Any:
+    """As YAML has it: mappings as dictionaries, sequences as lists."""
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize("option", DEFAULT)
+def test_the_base_option_of_a_loss_has_the_constructor_s_defaults(option: str) -> None:
+    compared = 0
+    for path, node in targets(config.composed([f"distill={option}", "paths.run=x"]).distill):
+        for name, parameter in inspect.signature(get_class(node._target_)).parameters.items():
+            if name in node and name != "seed" and parameter.default is not parameter.empty:
+                given = OmegaConf.to_container(node, resolve=True)[name]
+                assert given == plain(parameter.default), f"{option}{path}.{name}"
+                compared += 1
+    assert compared >= 5
 
 
 @pytest.mark.parametrize(

@@ -45,19 +45,28 @@ def pooled(view: FakeView, image: int, box: list[float], stride: int) -> Tensor:
     return torch.stack([x[:, row, column] for row in rows for column in columns]).mean(0)
 
 
+def bump(place: int, cells: int) -> float:
+    return math.exp(-0.5 * ((place - cells / 2) / (cells / 2)) ** 2)
+
+
 class TestGlobalKnowledge(LossGrid):
     relative = 1e-6  # prototypes are float32
+    mask: Mapping[str, Any] = {}
+    levels: list[int] | None = None
 
     def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
-        return with_prototypes(GlobalKnowledge(student, teacher, **ALL_ON, adapter=NO_ADAPTER), student, teacher)
+        neck = {"levels": self.levels}
+        loss = GlobalKnowledge(student, teacher, **ALL_ON, neck=neck, mask=self.mask, adapter=NO_ADAPTER)
+        return with_prototypes(loss, student, teacher)
 
     def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
-        return with_prototypes(GlobalKnowledge(student, teacher, **ALL_ON), student, teacher)
+        return with_prototypes(GlobalKnowledge(student, teacher, **ALL_ON, mask=self.mask), student, teacher)
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
         assert isinstance(loss, GlobalKnowledge)
-        strides = list(student.neck)
-        mask = {s: torch.zeros(len(x), *x.shape[2:], dtype=torch.float64) for s, x in student.neck.items()}
+        strides = self.levels or list(student.neck)
+        neck = {s: student.neck[s] for s in strides}
+        mask = {s: torch.zeros(len(x), *x.shape[2:], dtype=torch.float64) for s, x in neck.items()}
         logits = [view.roi_logits([])[0] for view in (student, teacher)]
         labels_sum, relation_sum, positives, region = 0.0, 0.0, 0, 0
         for image, (boxes, names) in enumerate(zip(student.rois.boxes, student.rois.labels, strict=True)):
@@ -72,10 +81,12 @@ class TestGlobalKnowledge(LossGrid):
                         for feature, prototypes in zip(found, (loss.ours, loss.theirs), strict=True)
                     ]
                     rho = 1 - abs(own[0] - own[1])
-                    rows, columns, _ = slow_cells(box, stride, *mask[stride].shape[1:])
-                    for row in rows:
-                        for column in columns:
-                            mask[stride][image, row, column] = max(rho, mask[stride][image, row, column].item())
+                    rows, columns, thin = slow_cells(box, stride, *mask[stride].shape[1:])
+                    bumps = self.mask.get("kind") == "gaussian" and not thin
+                    for y, row in enumerate(rows):
+                        for x, column in enumerate(columns):
+                            value = rho * (bump(y, len(rows)) * bump(x, len(columns)) if bumps else 1)
+                            mask[stride][image, row, column] = max(value, mask[stride][image, row, column].item())
                     p, q = (torch.softmax(each[region] / 2, 0).tolist() for each in logits)
                     kl = sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q, strict=True))
                     labels_sum += rho * 4 * kl / len(p)
@@ -98,13 +109,42 @@ class TestGlobalKnowledge(LossGrid):
 
     def test_is_at_its_minimum_when_student_equals_teacher(self) -> None:
         student, _ = self.views(OBJECTS)
-        loss = GlobalKnowledge(self.student, self.student, **ALL_ON, adapter=NO_ADAPTER)
+        loss = GlobalKnowledge(self.student, self.student, **ALL_ON, mask=self.mask, adapter=NO_ADAPTER)
         loss.ours.normal_(generator=torch.Generator().manual_seed(5))
         loss.theirs.copy_(loss.ours)
         for name, value in self.run(
             loss, student, FakeView(student.batch, student.facts, **student.mapped(torch.clone).stages)
         ).items():
             assert value.item() == pytest.approx(0, abs=1e-12), name
+
+
+class TestGlobalKnowledgeUnderBumps(TestGlobalKnowledge):
+    mask: Mapping[str, Any] = {"kind": "gaussian"}
+
+
+@pytest.mark.parametrize("levels", [[8], [16, 4]])
+def test_prototypes_and_proposals_keep_to_the_chosen_levels(levels: list[int]) -> None:
+    grid = TestGlobalKnowledge()
+    grid.levels = sorted(levels)
+    grid.test_equals_its_oracle(OBJECTS)
+    loss = GlobalKnowledge(facts(), facts(), neck={"levels": levels})
+    assert (loss.levels, loss.ours.shape[1]) == (sorted(levels), len(levels))
+
+
+@pytest.mark.parametrize("kind", masks.KINDS)
+def test_the_neck_takes_any_mask_and_the_other_terms_none(kind: str) -> None:
+    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    loss, plain = (
+        with_prototypes(GlobalKnowledge(facts(), facts(), **ALL_ON, mask=mask, adapter=NO_ADAPTER), facts(), facts())
+        for mask in ({"kind": kind}, {})
+    )
+    values, usual = loss(student, teacher), plain(student, teacher)
+    assert (values["neck.foreground"] == usual["neck.foreground"]) == (kind == "ground_truth")
+    assert all(values[term] == usual[term] for term in ("labels", "relation"))
+    if kind == "none":
+        errors = [float((x - teacher.neck[s]).square().mean()) / 2 for s, x in student.neck.items()]
+        assert values["neck.foreground"].item() == pytest.approx(sum(errors) / len(errors))
+        assert values["neck.background"] == 0
 
 
 def test_without_prototypes_every_region_counts_in_full() -> None:
@@ -141,7 +181,12 @@ def test_only_neck_and_relation_fade() -> None:
         ({"prototypes": {"quantile": 2}}, "quantile from 0 to 1"),
         ({"prototypes": {"count": 2.5}}, "expected count and images of 1 or more"),
         ({"prototypes": {"bandwidth": 0}}, "bandwidth above 0"),
-        ({"mask_scale": 0}, "mask.scale"),
+        ({"mask": {"scale": 0}}, "mask.scale"),
+        ({"mask": {"kind": "round"}}, "mask.kind: expected one of ground_truth"),
+        (
+            {"mask": {"kind": "gaussian"}, "neck": {"foreground": 0, "background": 0}},
+            "mask: it is for neck, but no term",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:

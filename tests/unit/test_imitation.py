@@ -8,11 +8,14 @@ import pytest
 import torch
 from fake_view import batch, facts, random_view
 from loss_grid import OBJECTS
+from test_masks import slow
 from torch import Tensor
 
 from distill import masks
 from distill.losses.chen import Chen
 from distill.losses.dsig import DSIG
+from distill.losses.fgfi import FGFI
+from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.imitation import COUNTS, MapImitation, RegionImitation, masked, parts, squared_error
 from distill.losses.mimic import Mimic
 from distill.losses.tadf import TADF
@@ -156,20 +159,21 @@ def test_unequal_shapes_name_the_place_and_the_level() -> None:
         RegionImitation("regions", 5, 5, NONE)(torch.zeros(3, 5, 7, 7), torch.zeros(2, 5, 7, 7))
 
 
+MIMIC: dict[str, Any] = {"regions": {"all": 0}, "neck": {"all": 1}}
+GRAPH = {"nodes": {"foreground": 0, "background": 0}, "edges": {"all": 0}, "logits": {"classes": 0, "boxes": 0}}
+HINTS = {"rpn": {"soft": 0, "box": 0}, "rcn": {"soft": 0, "box": 0}}
+STYLE = {"head": {"classification": 0, "regression": 0}}
+POINTS: dict[str, Any] = {"neck": {"background": 0}, "labels": {"weight": 0}}
+
+
 @pytest.mark.parametrize("kind", ["ground_truth", "gaussian", "random", "fine_grained"])
 @pytest.mark.parametrize(
     ("method", "options", "term", "per_cell", "levels"),
     [
-        (Mimic, {"regions": {"all": 0}, "neck": {"all": 1}}, "neck.all", 2 * 6, 5),
-        (
-            DSIG,
-            {"nodes": {"foreground": 0, "background": 0}, "edges": {"all": 0}, "logits": {"classes": 0, "boxes": 0}},
-            "neck.all",
-            6,
-            1,
-        ),
-        (Chen, {"rpn": {"soft": 0, "box": 0}, "rcn": {"soft": 0, "box": 0}, "hint": {"neck": 1}}, "hint.neck", 6, 5),
-        (TADF, {"head": {"classification": 0, "regression": 0}}, "neck.foreground", 2, 5),
+        (Mimic, MIMIC, "neck.all", 2 * 6, 5),
+        (DSIG, GRAPH, "neck.all", 6, 1),
+        (Chen, HINTS, "hint.neck", 6, 5),
+        (TADF, STYLE, "neck.foreground", 2, 5),
     ],
 )
 def test_any_squared_error_of_maps_takes_any_mask(
@@ -186,6 +190,44 @@ def test_any_squared_error_of_maps_takes_any_mask(
         error = (mask * (student.neck[stride] - teacher.neck[stride]).square().sum(1)).sum().item()
         expected += error / max(1.0, per_cell * mask.sum().item()) / levels
     assert loss(student, teacher)[term].item() == pytest.approx(expected, rel=1e-6)
+
+
+def objects(view: Any, grid: dict[int, tuple[int, int]]) -> dict[int, Tensor]:
+    return slow([target.boxes for target in view.batch.targets], grid)
+
+
+def positives(view: Any, grid: dict[int, tuple[int, int]]) -> dict[int, Tensor]:
+    return slow([boxes[names > 0] for boxes, names in zip(view.rois.boxes, view.rois.labels, strict=True)], grid)
+
+
+@pytest.mark.parametrize("levels", [[8], [16], [8, 32]])
+@pytest.mark.parametrize(
+    ("method", "options", "place", "part", "per_cell", "cells"),
+    [
+        (FGFI, {}, "neck", "foreground", 2 * 6, objects),
+        (DSIG, GRAPH, "neck", "all", 6, objects),
+        (TADF, STYLE, "neck", "foreground", 2, objects),
+        (Chen, HINTS, "hint", "neck", 6, objects),
+        (GlobalKnowledge, POINTS, "neck", "foreground", 2 * 6, positives),  # without prototypes rho is 1
+    ],
+)
+def test_a_subset_of_levels_is_what_they_are_alone(
+    levels: list[int], method: Any, options: dict[str, Any], place: str, part: str, per_cell: int, cells: Any
+) -> None:
+    """The mean over them, of DSIG the sum; each box lies on one of the chosen levels."""
+    known = facts()
+    student, teacher = (random_view(batch(OBJECTS), known, seed) for seed in (1, 2))
+
+    def value(chosen: list[int] | None) -> float:
+        settings = {**options, place: {**options.get(place, {}), "levels": chosen}, "mask": {"kind": "ground_truth"}}
+        return float(method(known, known, **settings, adapter={"kernel": None})(student, teacher)[f"{place}.{part}"])
+
+    each = []
+    for stride, inside in cells(student, {s: tuple(student.neck[s].shape[-2:]) for s in levels}).items():
+        error = (inside * (student.neck[stride] - teacher.neck[stride]).square().sum(1)).sum().item()
+        each.append(error / max(1.0, per_cell * inside.sum().item()))
+    assert value(levels) == pytest.approx(sum(each) / (1 if method is DSIG else len(each)), rel=1e-6)
+    assert value(levels) != pytest.approx(value(None), rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,31 @@ def test_random_is_uniform_over_cells() -> None:
     assert (total / 3000 - 1 / 3).abs().max() < 0.04  # 4.6 standard deviations
 
 
+@pytest.mark.parametrize("kind", ["ground_truth", "gaussian", "fine_grained", "fine_grained_all_levels"])
+def test_values_multiply_each_box_and_the_largest_counts(kind: str) -> None:
+    boxes, grid = drawn(7, 6), sizes((8, 16, 32), 96, 160)
+    values = [torch.rand(len(each), generator=torch.Generator().manual_seed(index)) for index, each in enumerate(boxes)]
+    view = FakeView(batch([[]] * 3, 96, 160), facts(), anchors={s: anchors(*size, s, 2) for s, size in grid.items()})
+    mask = masks.Mask(kind, scale=20.0)
+    found = mask.around(boxes, values, view, grid)  # type: ignore[arg-type]
+    expected = {stride: torch.zeros(3, *size) for stride, size in grid.items()}
+    for image, pairs in enumerate(zip(boxes, values, strict=True)):
+        for box, value in zip(*pairs, strict=True):
+            alone = mask.around([box[None]], None, view, grid)  # type: ignore[arg-type]
+            for stride, cells in alone.items():
+                expected[stride][image] = torch.maximum(expected[stride][image], value * cells[0])
+    for stride in grid:
+        torch.testing.assert_close(found[stride], expected[stride])
+    assert len(found[8].unique()) > 3
+
+
+def test_random_moves_values_as_they_are() -> None:
+    like = {8: torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))}
+    found = masks.random(like, [1, 2])[8]
+    assert not torch.equal(found, like[8])
+    assert torch.equal(found.flatten(1).sort().values, like[8].flatten(1).sort().values)
+
+
 def test_the_batch_does_not_matter() -> None:
     boxes, grid = drawn(6, 9), sizes((4, 8, 16), 96, 160)
     for kind in (masks.ground_truth, masks.gaussian):

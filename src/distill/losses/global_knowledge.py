@@ -25,6 +25,7 @@ NECK = {"foreground": 1.0, "background": 4.0, "levels": None}
 LABELS = {"weight": 1.0, "temperature": 2.0}
 RELATION = {"weight": 0.0}
 PROTOTYPES = {"count": 10, "alpha": 10.0, "bandwidth": 0.1, "quantile": 0.4, "images": 800, "min_side": 30.0}
+MASK = {"kind": "ground_truth", "scale": 56.0, "threshold": 0.5}
 ADAPTER = {**MAP_ADAPTER, "start": "default"}
 RAMP = {**base.RAMP, "shape": "linear", "terms": ["neck", "relation"]}
 
@@ -73,9 +74,11 @@ class GlobalKnowledge(DistillLoss):
         labels, relation: ``weight``; ``temperature``.
         prototypes: ``count`` per class and level; ``alpha``, ``bandwidth``, ``quantile`` of their choice; ``images``, at most,
             per class; ``min_side`` of a box in pixels of the stored image.
-        mask_scale: of the level rule, in pixels.
+        mask: options of :class:`distill.masks.Mask`, around positive proposals in the place of ground truth; ``ground_truth``
+            is all of their cells, and with ``none`` the whole neck is foreground, without rho. ``scale`` is also that of
+            the level on which a proposal is pooled.
         adapter: see :class:`distill.losses.imitation.MapImitation`.
-        ramp, normalizer, seed: see :class:`DistillLoss`.
+        ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of the mask ``random``.
     """
 
     ours: Tensor
@@ -90,7 +93,7 @@ class GlobalKnowledge(DistillLoss):
         labels: Mapping[str, Any] = LABELS,
         relation: Mapping[str, Any] = RELATION,
         prototypes: Mapping[str, Any] = PROTOTYPES,
-        mask_scale: float = 56.0,
+        mask: Mapping[str, Any] = MASK,
         adapter: Mapping[str, Any] = ADAPTER,
         ramp: Mapping[str, Any] = RAMP,
         normalizer: str = "global",
@@ -100,7 +103,9 @@ class GlobalKnowledge(DistillLoss):
         weights = {f"neck.{part}": maps[part] for part in ("foreground", "background")}
         weights |= {"labels": label["weight"], "relation": base.options("relation", relation, RELATION)["weight"]}
         super().__init__(weights, base.options("ramp", ramp, RAMP), normalizer, seed)
-        self.temperature, self.scale = float(label["temperature"]), masks.Mask(scale=mask_scale).scale
+        self.temperature, self.mask = float(label["temperature"]), masks.Mask(**base.options("mask", mask, MASK))
+        if not self.terms("neck"):  # the scale is for the other terms too
+            base.check_mask("neck", False, {**mask, "scale": MASK["scale"]}, MASK)
         self.prototypes = base.options("prototypes", prototypes, PROTOTYPES)
         _check_numbers(self.temperature, self.prototypes)
         if not self.weights:
@@ -130,13 +135,13 @@ class GlobalKnowledge(DistillLoss):
         labels = student.rois.labels
         boxes = [each[names > 0] for each, names in zip(student.rois.boxes, labels, strict=True)]
         names = torch.cat([each[each > 0] for each in labels])
-        level = masks.assign(torch.cat(boxes), len(self.levels), self.scale)
+        level = masks.assign(torch.cat(boxes), len(self.levels), self.mask.scale)
         ours, theirs = self._pooled(student, boxes, level), self._pooled(teacher, boxes, level).detach()
         rho = agreement(cosines(ours, self.ours[names - 1, level]), cosines(theirs, self.theirs[names - 1, level]))
         shares: dict[str, list[Share]] = {}
         if self.terms("neck"):
-            sizes = self.neck.sizes(student.neck)
-            inside = masks.weighted(boxes, torch.split(rho, [len(each) for each in boxes]), sizes, self.scale)
+            sizes, seeds = self.neck.sizes(student.neck), self.seeds(student.batch.ids)
+            inside = self.mask.around(boxes, torch.split(rho, [len(each) for each in boxes]), student, sizes, seeds)
             outside = {stride: (mask == 0).float() for stride, mask in inside.items()}
             parts = {"foreground": inside, "background": outside}
             shares |= self.neck(student.neck, teacher.neck, {part: parts[part] for part in self.terms("neck")})
