@@ -200,9 +200,14 @@ def test_during_the_warmup_it_is_the_plain_loss_and_still_attached() -> None:
     assert found[2].item() != pytest.approx(plain, rel=1e-3)
 
 
-def test_before_the_first_epoch_the_warmup_has_begun() -> None:
-    assert {part.on for part in variances(PAD(facts(), facts(), FGFI, warmup=0.5)).values()} == {0.0}
-    assert {part.on for part in variances(PAD(facts(), facts(), FGFI)).values()} == {1.0}
+@pytest.mark.parametrize(("warmup", "epoch", "on"), [(0.5, 0, False), (0.5, 1, True), (0, 0, True), (2, 1, False)])
+def test_the_epoch_alone_says_whether_the_warmup_goes_on(warmup: float, epoch: int, on: bool) -> None:
+    """As of a loss that was just made, or just loaded inside an epoch, whose start it is never told."""
+    loss = drawn(PAD(facts(), facts(), FGFI, warmup))
+    loss.epoch = epoch
+    loss(*pair())["neck.foreground"].backward()
+    weighed = [bool(parameter.grad.any()) for part in variances(loss).values() for parameter in part.parameters()]  # type: ignore[union-attr]
+    assert any(weighed) == on
 
 
 def test_the_wrapped_loss_hears_of_epochs_and_keeps_its_factors() -> None:

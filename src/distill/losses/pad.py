@@ -32,6 +32,7 @@ class Variance(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1)), nn.Parameter(torch.zeros(1))
         self.on = 1.0
+        """0 while v is to count as 0; a factor, which leaves the branch attached, as other processes and the optimiser want it."""
 
     def forward(self, feature: Tensor, error: Tensor) -> Tensor:
         """Feature (B, C, H, W) and error (B, H, W), or (R, C, h, w) and (R,) -> the error that counts."""
@@ -93,10 +94,13 @@ class PAD(DistillLoss):
             )
         for part in found:
             _give_variance(type(wrapped).__name__, part)
-        self._switch(0)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The wrapped loss's terms."""
+        on = float(self.epoch >= self.warmup)  # now, for a run that goes on inside an epoch was not told of its start
+        for part in self.modules():
+            if isinstance(part, Variance):
+                part.on = on
         values: dict[str, Tensor] = self.of(student, teacher)
         return values
 
@@ -111,16 +115,9 @@ class PAD(DistillLoss):
         return identity
 
     def on_epoch_start(self, epoch: int, data: Any, student: Any, teacher: Any) -> None:
-        """Switch v on after the warm-up, and tell the wrapped loss."""
+        """Tell the wrapped loss."""
         super().on_epoch_start(epoch, data, student, teacher)
         self.of.on_epoch_start(epoch, data, student, teacher)
-        self._switch(epoch)
-
-    def _switch(self, epoch: int) -> None:
-        for part in self.modules():
-            if isinstance(part, Variance):
-                # A factor of 0 leaves the branch attached, as other processes and the optimiser want it.
-                part.on = float(epoch >= self.warmup)
 
 
 def _give_variance(name: str, part: MapImitation | RegionImitation) -> None:
