@@ -296,22 +296,23 @@ def test_a_wrapped_loss_without_weights_is_nothing() -> None:
     [("pad_mimic", "mimic_neck", "mimic"), ("pad_fgfi", "fgfi", "fgfi"), ("pad_fgfi_voc", "fgfi_voc", "fgfi")],
 )
 def test_options_wrap_just_what_the_plain_option_says(wrapper: str, plain: str, name: str) -> None:
-    ours = config.plain(config.composed([f"distill={wrapper}"]).distill)["losses"]["pad"]["of"]
+    ours = config.plain(config.composed([f"distill={wrapper}"]).distill)["losses"][f"pad_{name}"]["of"]
     assert ours.pop("_partial_") is True
     assert ours == config.plain(config.composed([f"distill={plain}"]).distill)["losses"][name]
 
 
 def test_builds_from_its_option_takes_overrides_and_adds_up_with_defeat() -> None:
-    lines = ["distill=[defeat,pad_fgfi]", "distill.losses.pad.of.neck.foreground=2", "distill.losses.pad.warmup=1"]
+    place = "distill.losses.pad_fgfi"
+    lines = ["distill=[defeat,pad_fgfi]", f"{place}.of.neck.foreground=2", f"{place}.warmup=1"]
     losses = config.composed(lines).distill.losses
     built = {str(name): config.build(node, student=facts(), teacher=facts()) for name, node in losses.items()}
-    assert built["pad"].weights == {"neck.foreground": 2}
-    assert built["pad"].warmup == 1
+    assert built["pad_fgfi"].weights == {"neck.foreground": 2}
+    assert built["pad_fgfi"].warmup == 1
     assert [list(loss(*pair())) for loss in built.values()] == [
         ["neck.foreground", "neck.background"],
         ["neck.foreground"],
     ]
-    node = config.composed(["distill=pad_fgfi", "distill.losses.pad.of.mask.kind=nothing"]).distill.losses.pad
+    node = config.composed(["distill=pad_fgfi", f"{place}.of.mask.kind=nothing"]).distill.losses.pad_fgfi
     with pytest.raises(DistillError, match=r"mask.kind: expected one of"):
         config.build(node, student=facts(), teacher=facts())
 
