@@ -156,6 +156,11 @@ class Dissimilarity:
             raise DistillError(f"exponents: expected numbers, 0 or more, one above 0, got {self.exponents}")
 
     @property
+    def squared(self) -> bool:
+        """Whether it is a squared error."""
+        return self.error == "l2"
+
+    @property
     def exponents(self) -> tuple[float, float, float]:
         """Alpha, beta and gamma."""
         return self.luminance, self.contrast, self.structure
