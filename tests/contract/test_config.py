@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -122,6 +124,52 @@ def test_a_mistyped_word_is_answered_with_the_nearest(line: str, message: str) -
 )
 def test_what_hydra_allows_is_let_through(lines: list[str]) -> None:
     config.check(lines)
+
+
+def kept(option: str) -> dict[str, Any]:
+    """The losses of an option alone."""
+    return dict(OmegaConf.to_container(config.composed([f"distill={option}"]).distill.losses))
+
+
+def test_any_two_distill_options_add_up_or_are_refused() -> None:
+    """Those that write one loss are refused in pairs; of the others one from each method, all at once."""
+    alone = {option: kept(option) for option in config.groups()["distill"]}
+    alike = [pair for pair in itertools.combinations(alone, 2) if alone[pair[0]].keys() & alone[pair[1]].keys()]
+    assert {("mimic", "mimic_neck"), ("ssim", "ssim_l1"), ("pad_fgfi", "pad_fgfi_voc")} <= set(alike)
+    assert not any(set(pair) == {"pad_fgfi", "pad_mimic"} or "none" in pair for pair in alike)
+    for one, other in alike:
+        with pytest.raises(DistillError, match=f"{one} and {other} both write the loss"):
+            config._check_losses([f"distill=[{one},{other}]"])
+    left = dict(alone)
+    while left:
+        together: dict[str, Any] = {}
+        for option, losses in list(left.items()):
+            if not losses.keys() & together.keys():
+                together |= left.pop(option)
+                together["options"] = [*together.get("options", ()), option]
+        line = f"distill=[{','.join(together.pop('options'))}]"
+        config.check([line])
+        assert OmegaConf.to_container(config.composed([line]).distill.losses) == together
+
+
+def test_a_second_loss_of_one_method_takes_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = "+distill.losses.ssim_2={_target_: distill.losses.ssim.SSIM, error: l1}"
+    with pytest.raises(
+        DistillError, match=r"ssim and ssim_l1 both write .* by '\+distill\.losses\.ssim_2=\{_target_: …\}'"
+    ):
+        config.check(["distill=[ssim,ssim_l1]"])
+    config.check(["distill=ssim", second])
+    losses = config.composed(["distill=ssim", second]).distill.losses
+    assert [losses[name].error for name in ("ssim", "ssim_2")] == ["ssim", "l1"]
+    # as well where an experiment chooses
+    shutil.copytree(config.folder(), tmp_path / "conf")
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /distill: [defeat, defeat_voc]\n"
+    )
+    monkeypatch.setattr(config, "folder", lambda: tmp_path / "conf")
+    with pytest.raises(DistillError, match="defeat and defeat_voc both write the loss 'defeat'"):
+        config.check(["experiment=mine"])
+    config.check(["experiment=mine", "distill=[defeat,dsig]"])
 
 
 def test_every_value_of_a_swept_group_is_checked() -> None:

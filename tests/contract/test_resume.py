@@ -27,6 +27,8 @@ from distill.callbacks.resume import Best, Last, interval
 from distill.callbacks.storage import CheckpointFiles, read
 from distill.losses.defeat import DeFeat
 from distill.losses.global_knowledge import GlobalKnowledge
+from distill.losses.mimic import Mimic
+from distill.losses.pad import PAD
 from distill.types import DistillError, View
 
 
@@ -77,6 +79,7 @@ LOSSES: dict[str, Any] = {
     "defeat": partial(DeFeat, **EVERYTHING, mask={"kind": "random"}, ramp={"shape": "peak"}),
     "global_knowledge": partial(GlobalKnowledge, prototypes={"count": 2, "min_side": 6.0}),
     "drawn": partial(Custom, formula=drawn),
+    "pad": partial(PAD, of=partial(Mimic, regions={"all": 0.0}, neck={"all": 3.0}), warmup=1),
 }
 
 
@@ -131,6 +134,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "defeat": {"loss": "defeat"},
     "prototypes": {"loss": "global_knowledge"},
     "global generators": {"loss": "drawn"},
+    "warm-up of variances": {"loss": "pad"},
     "average": {"callbacks": (partial(Average, decay=0.5),)},
     "accumulated": {"accumulate": 2},
     "every second epoch": {"check_val_every_n_epoch": 2},

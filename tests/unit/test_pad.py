@@ -20,11 +20,16 @@ from torch import Tensor, nn
 
 from distill.cli import config
 from distill.losses.base import DistillLoss
+from distill.losses.chen import Chen
 from distill.losses.defeat import DeFeat
+from distill.losses.dsig import DSIG
 from distill.losses.fgfi import FGFI
+from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.imitation import MapImitation
 from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD, Variance, reweighed
+from distill.losses.ssim import SSIM
+from distill.losses.tadf import TADF
 from distill.types import DistillError, Facts, View
 
 NONE = {"kernel": None}
@@ -137,19 +142,77 @@ WRAPPED = {
     "fgfi": FGFI,
     "original": partial(FGFI, normalization="half_l2", adapter={"relu": True}),
     "defeat": partial(DeFeat, proposals={"positive": 1, "negative": 2}, backbone={"foreground": 1}),
+    "dsig": DSIG,
+    "graph": partial(DSIG, neck={"all": 0}),
+    "hints": Chen,
+    "tadf": TADF,
+    "global knowledge": GlobalKnowledge,
+    "squares": partial(SSIM, error="l2"),
 }
+PLACES = {"mimic": 5 + 1, "defeat": 5 + 3, "dsig": 5 + 1, "graph": 1}
+"""Where there is one besides a level of the neck each."""
 
 
-@pytest.mark.parametrize("of", WRAPPED.values(), ids=WRAPPED)
-def test_starts_as_the_wrapped_loss_and_keeps_its_terms(of: Any) -> None:
+@pytest.mark.parametrize("name", WRAPPED)
+def test_starts_as_the_wrapped_loss_and_keeps_its_terms(name: str) -> None:
+    of: Any = WRAPPED[name]
     plain, padded = of(student=facts(), teacher=facts(), seed=3), PAD(facts(), facts(), partial(of, seed=3))
     assert padded.weights == plain.weights
     assert padded.ramp == plain.ramp
     expected = plain(*pair())
-    for name, value in padded(*pair()).items():
-        assert value.item() == pytest.approx(expected[name].item(), rel=2e-6), name
+    for term, value in padded(*pair()).items():
+        assert value.item() == pytest.approx(expected[term].item(), rel=2e-6), term
     assert not list(variances(plain))
-    assert len(variances(padded)) == {WRAPPED["mimic"]: 5 + 1, WRAPPED["defeat"]: 5 + 3}.get(of, 5)
+    assert len(variances(padded)) == PLACES.get(name, 5)
+
+
+def uneven_pair() -> tuple[FakeView, FakeView]:
+    """Six regions in the first image, four in the second."""
+    views = pair(torch.float64)
+    for view in views:
+        view.stages["rois"] = type(view.rois)(*([one, other[:4]] for one, other in view.rois))
+        view.stages["roi_features"] = view.stages["roi_features"][:10]
+        view.stages["roi_logits"] = tuple(x[:10] for x in view.stages["roi_logits"])
+    return views
+
+
+def test_nodes_of_a_graph_are_weighed_region_by_region_and_its_edges_left_alone() -> None:
+    student, teacher = uneven_pair()
+    plain = DSIG(facts(), facts())(student, teacher)
+    loss = drawn(PAD(facts(), facts(), DSIG))
+    part, values = variances(loss)["of.nodes.reweigh"], loss(student, teacher)
+    features = list(zip(student.roi_features([]), teacher.roi_features([]), strict=True))
+    expected = {"foreground": 0.0, "background": 0.0}
+    for labels, rows in zip(student.rois.labels, (slice(0, 6), slice(6, 10)), strict=True):
+        nodes = [2 * slow_region(part, s, t) for s, t in features[rows]]
+        kinds = [bool(label) for label in labels.tolist()]
+        front = [node for node, positive in zip(nodes, kinds, strict=True) if positive]
+        back = [node for node, positive in zip(nodes, kinds, strict=True) if not positive]
+        assert front
+        expected["foreground"] += sum(front) / len(front)
+        expected["background"] += 7.5 * len(front) / len(back) * sum(back) / len(back)
+    for kind, value in expected.items():  # twice the mean over two images
+        assert values[f"nodes.{kind}"].item() == pytest.approx(value)
+        assert values[f"nodes.{kind}"].item() != pytest.approx(plain[f"nodes.{kind}"].item(), rel=1e-3)
+    for term in ("edges.all", "logits.classes", "logits.boxes"):
+        assert torch.equal(values[term], plain[term])
+
+
+def test_squares_of_rescaled_maps_are_weighed_by_the_feature_as_it_is() -> None:
+    student, teacher = pair(torch.float64)
+    loss = drawn(PAD(facts(), facts(), partial(SSIM, error="l2", adapter=NONE)))
+    expected = 0.0
+    for stride, x in student.neck.items():
+        part = variances(loss)[f"of.maps.reweigh.{stride}"]
+        scaled = []
+        for maps in (x, teacher.neck[stride]):
+            low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+            scaled.append((maps - low) / (high - low + 1e-6))
+        cells = [(image, i, j) for image in range(2) for i in range(x.shape[2]) for j in range(x.shape[3])]
+        for image, i, j in cells:
+            error = slow_error(*(maps[image, :, i, j].tolist() for maps in scaled))
+            expected += slow_weighed(error, slow_v(part, x[image, :, i, j].tolist())) / len(cells)
+    assert loss(student, teacher)["neck.foreground"].item() == pytest.approx(expected)
 
 
 def test_variances_are_trained_with_the_loss_and_forgotten_by_no_checkpoint() -> None:
@@ -200,9 +263,14 @@ def test_during_the_warmup_it_is_the_plain_loss_and_still_attached() -> None:
     assert found[2].item() != pytest.approx(plain, rel=1e-3)
 
 
-def test_before_the_first_epoch_the_warmup_has_begun() -> None:
-    assert {part.on for part in variances(PAD(facts(), facts(), FGFI, warmup=0.5)).values()} == {0.0}
-    assert {part.on for part in variances(PAD(facts(), facts(), FGFI)).values()} == {1.0}
+@pytest.mark.parametrize(("warmup", "epoch", "on"), [(0.5, 0, False), (0.5, 1, True), (0, 0, True), (2, 1, False)])
+def test_the_epoch_alone_says_whether_the_warmup_goes_on(warmup: float, epoch: int, on: bool) -> None:
+    """As of a loss that was just made, or just loaded inside an epoch, whose start it is never told."""
+    loss = drawn(PAD(facts(), facts(), FGFI, warmup))
+    loss.epoch = epoch
+    loss(*pair())["neck.foreground"].backward()
+    weighed = [bool(parameter.grad.any()) for part in variances(loss).values() for parameter in part.parameters()]  # type: ignore[union-attr]
+    assert any(weighed) == on
 
 
 def test_the_wrapped_loss_hears_of_epochs_and_keeps_its_factors() -> None:
@@ -257,6 +325,12 @@ class Angles(DistillLoss):
     ("of", "message"),
     [
         (Angles, "expected squared errors, but Angles compares the neck by another measure"),
+        (SSIM, "SSIM compares the neck by another measure.*SSIM with error=l2"),
+        (partial(Chen, hint={"distance": "l1"}), "Chen compares the hint by another measure.*hint with distance=l2"),
+        (
+            partial(DSIG, nodes={"foreground": 0, "background": 0}, neck={"all": 0}),
+            r"got DSIG with \['edges.all', 'logits.classes', 'logits.boxes'\]. Wrap .*DSIG's nodes or neck",
+        ),
         (
             partial(DeFeat, neck={"foreground": 0, "background": 0}, proposals={"all": 1}),
             r"compares feature maps or pooled regions, got DeFeat with \['proposals.all'\]",
@@ -291,22 +365,23 @@ def test_a_wrapped_loss_without_weights_is_nothing() -> None:
     [("pad_mimic", "mimic_neck", "mimic"), ("pad_fgfi", "fgfi", "fgfi"), ("pad_fgfi_voc", "fgfi_voc", "fgfi")],
 )
 def test_options_wrap_just_what_the_plain_option_says(wrapper: str, plain: str, name: str) -> None:
-    ours = config.plain(config.composed([f"distill={wrapper}"]).distill)["losses"]["pad"]["of"]
+    ours = config.plain(config.composed([f"distill={wrapper}"]).distill)["losses"][f"pad_{name}"]["of"]
     assert ours.pop("_partial_") is True
     assert ours == config.plain(config.composed([f"distill={plain}"]).distill)["losses"][name]
 
 
 def test_builds_from_its_option_takes_overrides_and_adds_up_with_defeat() -> None:
-    lines = ["distill=[defeat,pad_fgfi]", "distill.losses.pad.of.neck.foreground=2", "distill.losses.pad.warmup=1"]
+    place = "distill.losses.pad_fgfi"
+    lines = ["distill=[defeat,pad_fgfi]", f"{place}.of.neck.foreground=2", f"{place}.warmup=1"]
     losses = config.composed(lines).distill.losses
     built = {str(name): config.build(node, student=facts(), teacher=facts()) for name, node in losses.items()}
-    assert built["pad"].weights == {"neck.foreground": 2}
-    assert built["pad"].warmup == 1
+    assert built["pad_fgfi"].weights == {"neck.foreground": 2}
+    assert built["pad_fgfi"].warmup == 1
     assert [list(loss(*pair())) for loss in built.values()] == [
         ["neck.foreground", "neck.background"],
         ["neck.foreground"],
     ]
-    node = config.composed(["distill=pad_fgfi", "distill.losses.pad.of.mask.kind=nothing"]).distill.losses.pad
+    node = config.composed(["distill=pad_fgfi", f"{place}.of.mask.kind=nothing"]).distill.losses.pad_fgfi
     with pytest.raises(DistillError, match=r"mask.kind: expected one of"):
         config.build(node, student=facts(), teacher=facts())
 

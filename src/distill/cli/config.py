@@ -6,16 +6,19 @@ import difflib
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -122,14 +125,20 @@ def recorded(run: Path) -> list[Override]:
     return [each for each in parse(noted(run)) if not each.is_hydra_override() and each.key_or_group != "trust"]
 
 
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra at our configuration: that of a running job, or one of its own."""
+    register_resolvers()
+    if GlobalHydra.instance().is_initialized():
+        yield
+    else:
+        with gate.gated(), initialize_config_dir(str(folder()), version_base="1.3"):
+            yield
+
+
 def composed(overrides: Sequence[str]) -> DictConfig:
     """The configuration of these overrides, outside a run. Interpolations into ``hydra`` are not resolved."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    register_resolvers()
-    if GlobalHydra.instance().is_initialized():  # inside a running job
-        return compose(NAME, list(overrides))
-    with gate.gated(), initialize_config_dir(str(folder()), version_base="1.3"):
+    with _hydra():
         return compose(NAME, list(overrides))
 
 
@@ -174,6 +183,38 @@ def check(overrides: Sequence[str]) -> None:
             composed([*fixed, *setting])
         except (HydraException, OmegaConfBaseException, *UNFIT) as error:
             raise DistillError(_explain(error, [*fixed, *setting])) from None
+        _check_losses([*fixed, *setting])
+
+
+def _check_losses(overrides: Sequence[str]) -> None:
+    """Refuse two options of ``distill`` that write one loss: the second would turn the first into itself, silently."""
+    if not any(re.match(r"\+*(distill=.*\[|experiment=)", line) for line in overrides):
+        return  # one option alone
+    writers: dict[str, str] = {}
+    for option, losses in _chosen_losses(overrides).items():
+        for name in losses:
+            if (first := writers.setdefault(name, option)) != option:
+                raise DistillError(
+                    f"distill: {first} and {option} both write the loss '{name}', so that only the settings of the last one "
+                    f"would be left. Choose one of them, or give the second a name of its own: in an option of yours, "
+                    f"{folder() / 'distill' / 'mine.yaml'}, or by '+distill.losses.{name}_2={{_target_: …}}'"
+                )
+
+
+def _chosen_losses(overrides: Sequence[str]) -> dict[str, set[str]]:
+    """Option of ``distill`` that was chosen -> the losses that it writes, with what it inherits; as Hydra reads them."""
+    with _hydra():
+        loader = GlobalHydra.instance().config_loader()
+        files = loader.compute_defaults_list(NAME, list(overrides), RunMode.RUN).defaults
+    found = [(str(file.config_path), str(file.parent)) for file in files]
+
+    def written(path: str) -> set[str]:
+        file = folder() / f"{path}.yaml"
+        said: Any = OmegaConf.load(file) if file.is_file() else {}
+        return set(parts(said.get("losses"))).union(*(written(below) for below, parent in found if parent == path))
+
+    chosen = [path for path, parent in found if path.startswith("distill/") and not parent.startswith("distill/")]
+    return {path.removeprefix("distill/"): written(path) for path in chosen}
 
 
 def _key(override: Override) -> str:

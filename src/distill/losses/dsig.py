@@ -16,7 +16,7 @@ from torchvision.models.detection.rpn import permute_and_flatten
 from distill.adapters import adapter as one_adapter
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
-from distill.losses.imitation import MapImitation
+from distill.losses.imitation import MapImitation, RegionErrors
 from distill.precision import full
 from distill.types import DistillError, Facts, Pyramid, View
 
@@ -234,7 +234,7 @@ class DSIG(DistillLoss):
         self.register_buffer("columns", self._check_heads(student, teacher), persistent=False)
 
         how = {**base.options("adapter", adapter, ADAPTER), "relu": False}
-        self.maps = self.regions = None
+        self.maps = self.regions = self.nodes = None
         if self.terms("neck"):
             self.maps = MapImitation(
                 "neck", student.neck, teacher.neck, neck["levels"], how, count="mse", over_levels="sum", seed=seed
@@ -242,6 +242,7 @@ class DSIG(DistillLoss):
         if self.terms("nodes") or self.terms("edges"):
             ours, theirs = (next(iter(facts.neck.values())) for facts in (student, teacher))
             self.regions = one_adapter(ours, theirs, seed=base.derive(seed, "regions"), **how)
+            self.nodes = RegionErrors("nodes", ours) if self.terms("nodes") else None
 
     def _check_numbers(self) -> None:
         for name, value in (("nodes.alpha", self.alpha), ("edges.mining", self.mining)):
@@ -307,7 +308,8 @@ class DSIG(DistillLoss):
         assert self.regions is not None
         boxes, of_object = self._nodes(student)
         counts = [len(each) for each in boxes]
-        ours, theirs = self.regions(student.roi_features(boxes)), teacher.roi_features(boxes)
+        features, theirs = student.roi_features(boxes), teacher.roi_features(boxes)
+        ours = self.regions(features)
         base.check_shapes("nodes and edges (R, C, h, w)", ours, theirs, "Give both necks equal levels, or set adapter")
         foreground = by_image(of_object, counts)
         background = by_image(torch.ones_like(of_object), counts) & ~foreground
@@ -315,6 +317,9 @@ class DSIG(DistillLoss):
         if self.terms("edges"):
             joined = foreground if self.mining is None else foreground | self._hard(teacher, boxes, self.mining)
         errors, edges = graph(by_image(ours.flatten(1), counts), by_image(theirs.flatten(1), counts), joined)
+        if self.nodes is not None and self.nodes.reweigh is not None:
+            listed = torch.cat([each[:count] for each, count in zip(errors, counts, strict=True)])
+            errors = by_image(self.nodes.weighed(features, listed), counts)
         found = {f"nodes.{kind}": mean(errors, foreground) for kind in self.terms("nodes") if kind != "background"}
         if "nodes.background" in self.weights:
             found["nodes.background"] = background_nodes(errors, foreground, background, self.alpha)

@@ -90,6 +90,11 @@ class MapImitation(nn.Module):
         self.adapters = adapters(student, teacher, self.levels, seed=base.derive(seed, place), **how)
         self.reweigh: Mapping[str, Reweigh] | nn.ModuleDict | None = None
 
+    @property
+    def squared(self) -> bool:
+        """Whether its error is a squared one: what a variance can weigh."""
+        return self.error is squared_error or getattr(self.error, "squared", False) is True
+
     def sizes(self, maps: Pyramid) -> dict[int, Size]:
         """Stride -> (height, width) of the levels that are compared."""
         return {level: base.size(maps[level]) for level in self.levels}
@@ -120,26 +125,43 @@ class MapImitation(nn.Module):
         return [masked(error, mask, self.count(channels)) for mask in inside]
 
 
-class RegionImitation(nn.Module):
+class RegionErrors(nn.Module):
+    """Mean squared errors of the features of regions, whoever computed them, before any mean over regions.
+
+    Args:
+        place: for messages.
+        channels: of the student's features.
+    """
+
+    def __init__(self, place: str, channels: int) -> None:
+        super().__init__()
+        self.place, self.channels = place, channels
+        self.reweigh: Reweigh | nn.Module | None = None
+
+    def weighed(self, feature: Tensor, error: Tensor) -> Tensor:
+        """The student's features (R, C, h, w) before an adapter, and the errors (R,) -> the errors that count."""
+        if self.reweigh is None:
+            return error
+        weighed: Tensor = self.reweigh(feature, error)
+        return weighed
+
+
+class RegionImitation(RegionErrors):
     """Pooled features of regions, as half their mean squared error; arguments as of :class:`MapImitation`.
 
     One adapter serves the regions of all levels, so all levels of a neck must have equally many channels.
     """
 
     def __init__(self, place: str, student: int, teacher: int, adapter: Mapping[str, Any] = ADAPTER, seed: int = 0):
-        super().__init__()
+        super().__init__(place, student)
         how = base.options("adapter", adapter, ADAPTER)
-        self.place, self.channels = place, student
         self.adapter = one_adapter(student, teacher, seed=base.derive(seed, place), **how)
-        self.reweigh: Reweigh | nn.Module | None = None
 
     def forward(self, student: Tensor, teacher: Tensor) -> Share:
         """(R, C, h, w) of both -> half the mean over elements, summed over regions, and their number."""
         ours = self.adapter(student)
         base.check_shapes(f"{self.place} (R, C, h, w)", ours, teacher, "Give both models the same regions")
-        error = squared_error(ours, teacher).mean((1, 2)) / ours.shape[1]
-        if self.reweigh is not None:
-            error = self.reweigh(student, error)
+        error = self.weighed(student, squared_error(ours, teacher).mean((1, 2)) / ours.shape[1])
         return error.sum() / 2, torch.tensor(float(len(error)), device=error.device)
 
 

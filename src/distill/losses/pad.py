@@ -11,11 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.losses.base import DistillLoss
-from distill.losses.imitation import MapImitation, RegionImitation, squared_error
+from distill.losses.imitation import MapImitation, RegionErrors
 from distill.precision import full
 from distill.types import DistillError, Facts, View
 
 EPSILON = 1e-6
+WRAP = (
+    "Wrap a loss with a weight on squared errors of maps or regions (Mimic, FGFI, DeFeat, DSIG's nodes or neck, the neck of "
+    "TADF or Global Knowledge, Chen's hint with distance=l2, SSIM with error=l2), or leave PAD out"
+)
 
 
 def reweighed(error: Tensor, v: Tensor) -> Tensor:
@@ -32,6 +36,7 @@ class Variance(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1)), nn.Parameter(torch.zeros(1))
         self.on = 1.0
+        """0 while v is to count as 0; a factor, which leaves the branch attached, as other processes and the optimiser want it."""
 
     def forward(self, feature: Tensor, error: Tensor) -> Tensor:
         """Feature (B, C, H, W) and error (B, H, W), or (R, C, h, w) and (R,) -> the error that counts."""
@@ -58,7 +63,8 @@ class PAD(DistillLoss):
 
     Where we differ: v is one number per cell of a map, or per region (the mean over its cells), by a 1x1 convolution
     without normalisation. How the authors wired it to a detector was never released; DeFeat's paper says that each
-    distilled region was weighed. Factors (1/2, the number of channels) are the wrapped loss's own.
+    distilled region was weighed. Factors (1/2, the number of channels) are the wrapped loss's own. Terms that compare
+    neither maps nor regions by themselves (logits, boxes, the edges of DSIG's graph) stay as they are.
 
     Shapes: as the wrapped loss has them. The paper's weight is that of the plain loss.
 
@@ -85,18 +91,21 @@ class PAD(DistillLoss):
         self.ramp, self.normalizer, self.seed = wrapped.ramp, wrapped.normalizer, wrapped.seed
         self.supervised, self.warmup = wrapped.supervised, warmup
         self.of, self.needs_teacher = wrapped, wrapped.needs_teacher
-        found = [part for part in wrapped.modules() if isinstance(part, (MapImitation, RegionImitation))]
+        found = [part for part in wrapped.modules() if isinstance(part, (MapImitation, RegionErrors))]
         if wrapped.weights and not found:
             raise DistillError(
                 f"PAD.of: expected a loss that compares feature maps or pooled regions, got {type(wrapped).__name__} "
-                f"with {list(wrapped.weights)}. Wrap Mimic, FGFI or DeFeat, or leave PAD out"
+                f"with {list(wrapped.weights)}. {WRAP}"
             )
         for part in found:
             _give_variance(type(wrapped).__name__, part)
-        self._switch(0)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The wrapped loss's terms."""
+        on = float(self.epoch >= self.warmup)  # now, for a run that goes on inside an epoch was not told of its start
+        for part in self.modules():
+            if isinstance(part, Variance):
+                part.on = on
         values: dict[str, Tensor] = self.of(student, teacher)
         return values
 
@@ -111,27 +120,19 @@ class PAD(DistillLoss):
         return identity
 
     def on_epoch_start(self, epoch: int, data: Any, student: Any, teacher: Any) -> None:
-        """Switch v on after the warm-up, and tell the wrapped loss."""
+        """Tell the wrapped loss."""
         super().on_epoch_start(epoch, data, student, teacher)
         self.of.on_epoch_start(epoch, data, student, teacher)
-        self._switch(epoch)
-
-    def _switch(self, epoch: int) -> None:
-        for part in self.modules():
-            if isinstance(part, Variance):
-                # A factor of 0 leaves the branch attached, as other processes and the optimiser want it.
-                part.on = float(epoch >= self.warmup)
 
 
-def _give_variance(name: str, part: MapImitation | RegionImitation) -> None:
+def _give_variance(name: str, part: MapImitation | RegionErrors) -> None:
     if part.reweigh is not None:
         raise DistillError(f"PAD.of: {name}'s {part.place} is weighed already. Wrap the plain loss")
-    if isinstance(part, RegionImitation):
+    if isinstance(part, RegionErrors):
         part.reweigh = Variance(part.channels)
         return
-    if part.error is not squared_error:
+    if not part.squared:
         raise DistillError(
-            f"PAD.of: expected squared errors, but {name} compares the {part.place} by another measure. Wrap Mimic, FGFI "
-            "or DeFeat, or leave PAD out"
+            f"PAD.of: expected squared errors, but {name} compares the {part.place} by another measure. {WRAP}"
         )
     part.reweigh = nn.ModuleDict({str(level): Variance(part.channels[level]) for level in part.levels})

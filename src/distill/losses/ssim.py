@@ -156,6 +156,11 @@ class Dissimilarity:
             raise DistillError(f"exponents: expected numbers, 0 or more, one above 0, got {self.exponents}")
 
     @property
+    def squared(self) -> bool:
+        """Whether it is a squared error."""
+        return self.error == "l2"
+
+    @property
     def exponents(self) -> tuple[float, float, float]:
         """Alpha, beta and gamma."""
         return self.luminance, self.contrast, self.structure
@@ -209,7 +214,8 @@ class SSIM(DistillLoss):
     plane has nothing to compare, and gives 0. With a mask, the mean of each level is over the part's cells, and windows
     look across its border. Counts run over all processes.
 
-    Shapes: maps (B, C, H, W). The paper's weight: 4, or 2, for both of its detectors; it names none for a mask.
+    Shapes: maps (B, C, H, W). The paper's weight is an open point: one source tells of one lambda for both of its
+    detectors, best at 2 or 4; 4 is our default. None is told for a mask.
 
     Args:
         student, teacher: facts of both detectors.

@@ -51,7 +51,7 @@ def iou(boxes: Tensor, truth: Tensor) -> Tensor:
 class TADF(DistillLoss):
     """Imitate the neck under Gaussian bumps, and the heads on positive regions, boxes only where the teacher mends them.
 
-        neck.foreground = mean over levels of  sum M |A(S) - T|^2 / (2 sum M),  M the Gaussian mask
+        neck.foreground = mean over levels of  sum M |A(S) - T|^2 / max(1, 2 sum M),  M the Gaussian mask
         head.classification = mean over positives and classes of  BCE(softmax S, softmax T)
         head.regression = mean over positives of  [IoU(teacher's box, y) > IoU(proposal, y)] smoothL1(S - T)
         weight(t) = weight * (1 - (t - 1) / t_max)
