@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from test_views import build
 
 from distill.data.datamodule import DetectionData
@@ -132,3 +135,36 @@ def test_prototypes_do_not_depend_on_the_batch() -> None:
     for one, four in zip(*found, strict=True):
         assert one.any()
         torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-5)
+
+
+# -- several processes
+
+
+def chosen(folder: Path, name: str) -> None:
+    """Prototypes of two epochs, and how many images the teacher was asked about."""
+    loss, data, student, guest = setting()
+    asked: list[int] = []
+    view = guest.view
+    guest.view = lambda images, **options: asked.extend(images.ids) or view(images, **options)  # type: ignore[method-assign]
+    for epoch in (0, 1):
+        loss.on_epoch_start(epoch, data, student, guest)
+    torch.save((loss.ours, loss.theirs, asked), folder / f"{name}.pt")
+
+
+def one_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    chosen(folder, str(rank))
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_images_and_choose_the_same(tmp_path: Path) -> None:
+    mp.spawn(one_rank, args=(tmp_path,), nprocs=2)
+    chosen(tmp_path, "alone")
+    (ours, theirs, asked), *parts = (torch.load(tmp_path / f"{name}.pt") for name in ("alone", "0", "1"))
+    assert all(len(part[2]) < len(asked) for part in parts)
+    assert sorted(parts[0][2] + parts[1][2]) == sorted(asked)
+    assert ours.any()
+    for part in parts:
+        torch.testing.assert_close(part[:2], (ours, theirs), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(one, other) for one, other in zip(parts[0][:2], parts[1][:2], strict=True))

@@ -7,6 +7,7 @@ class TestDeFeat(LossGrid):
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -97,9 +98,13 @@ class LossGrid:
             assert any(each is not None and each.abs().sum() > 0 for each in gradient)
         sum(values.values()).backward()
         assert all(leaf.grad is None for leaf in teacher.leaves())
+        moved: dict[str, bool] = {}
         for name, parameter in loss.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
+            kind = re.sub(r"\.\d+\b", "", name)  # the same of all levels, of which some may hold no object
+            moved[kind] = moved.get(kind, False) or bool(parameter.grad.any())
+        assert all(moved.values()), moved
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("size", [1.0, 60000.0])
@@ -108,9 +113,9 @@ class LossGrid:
         values = self.run(self.loss(self.student, self.teacher), student, teacher)
         self.finite(values)
         assert all(value.dtype == torch.float32 for value in values.values())
-        sum(values.values()).backward()
-        if size == 1:
-            assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in student.leaves())
+        # Scaled, as a scaler would, to a gradient that half a precision can hold.
+        (sum(values.values()) / size).backward()  # type: ignore[union-attr]
+        assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in student.leaves())
 
     def test_autocast_changes_adapters_only(self) -> None:
         student, teacher = self.views(OBJECTS, torch.float32)
@@ -154,13 +159,31 @@ class LossGrid:
                 value = loss(student, teacher)[term]
             assert value < first, f"{term}: from {first.item()} to {value.item()}"
 
-    def test_draws_leave_the_global_stream_alone_and_depend_on_the_seed(self) -> None:
+    def reseeded(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> DistillLoss:
+        """`adapted`, built with another seed."""
+        plain = self.adapted(self.student, self.teacher)
+        kind = type(getattr(plain, "of", plain))  # a wrapper's seed is that of what it wraps
+        build = kind.__init__
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "__init__", lambda *given, **options: build(*given, **{**options, "seed": seed}))
+            return self.adapted(self.student, self.teacher)
+
+    def test_draws_leave_the_global_stream_alone_and_depend_on_the_seed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         state = torch.get_rng_state()
         first = self.adapted(self.student, self.teacher)
         second = self.adapted(self.student, self.teacher)
         values = [self.run(loss, *self.views(OBJECTS, torch.float32)) for loss in (first, second)]
         assert torch.equal(state, torch.get_rng_state())
         assert all(torch.equal(values[0][name], values[1][name]) for name in values[0])
+        other = self.reseeded(3, monkeypatch)
+        assert (other.seed, first.seed) == (3, 0)
+        kernels = [
+            name for name, parameter in first.named_parameters() if parameter.ndim == 4 and "reweigh" not in name
+        ]
+        ours, same, theirs = (dict(loss.named_parameters()) for loss in (first, second, other))
+        for name in kernels:
+            assert torch.equal(ours[name], same[name]), name
+            assert not torch.equal(ours[name], theirs[name]), name
 
     def test_a_wrong_shape_is_refused(self) -> None:
         student, teacher = self.views(OBJECTS)

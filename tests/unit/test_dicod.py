@@ -273,8 +273,13 @@ class TestOneStage(Grid):
             start += count
         return Scene(student.batch, student.facts, **stages)
 
-    # A View's dense maps have the shapes of its own facts, from which the loss takes the number of columns.
-    test_a_wrong_shape_is_refused = None  # type: ignore[assignment]
+    def test_a_wrong_shape_is_refused(self) -> None:
+        """A View's dense maps have the shapes of its own facts: here of another student than the loss was built for."""
+        other = scene(batch(OBJECTS), facts(("cat", "dog"), two_stage=False, strides=(8, 16, 32)), 1)
+        with pytest.raises(
+            DistillError, match=r"classes.* expected student and teacher of equal shape, got the student's \("
+        ):
+            self.loss(self.student, self.teacher)(other, other)
 
 
 class TestOneStageBinary(TestOneStage):

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill import masks
 from distill.losses.base import DistillLoss
 from distill.losses.global_knowledge import GlobalKnowledge, agreement
-from distill.types import DistillError, Facts
+from distill.types import Batch, DistillError, Facts
 
 NO_ADAPTER = {"kernel": None}
 ALL_ON: dict[str, Mapping[str, Any]] = {"relation": {"weight": 5.0}, "prototypes": {"count": 3}}
@@ -49,6 +49,13 @@ def bump(place: int, cells: int) -> float:
     return math.exp(-0.5 * ((place - cells / 2) / (cells / 2)) ** 2)
 
 
+def of_classes(view: FakeView) -> FakeView:
+    """The view with its positives, each third region, of the classes 3 and 4 in turn."""
+    labels = [each * (3 + torch.arange(len(each)) % 2) for each in view.rois.labels]
+    view.stages["rois"] = view.rois._replace(labels=labels)
+    return view
+
+
 class TestGlobalKnowledge(LossGrid):
     relative = 1e-6  # prototypes are float32
     mask: Mapping[str, Any] = {}
@@ -61,6 +68,11 @@ class TestGlobalKnowledge(LossGrid):
 
     def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
         return with_prototypes(GlobalKnowledge(student, teacher, **ALL_ON, mask=self.mask), student, teacher)
+
+    def pair(self, images: Batch, **options: Any) -> tuple[FakeView, FakeView]:
+        """Positives of the third class, and of the fourth, which has no prototypes."""
+        student, teacher = super().pair(images, **options)
+        return of_classes(student), of_classes(teacher)
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
         assert isinstance(loss, GlobalKnowledge)
@@ -145,6 +157,14 @@ def test_the_neck_takes_any_mask_and_the_other_terms_none(kind: str) -> None:
         errors = [float((x - teacher.neck[s]).square().mean()) / 2 for s, x in student.neck.items()]
         assert values["neck.foreground"].item() == pytest.approx(sum(errors) / len(errors))
         assert values["neck.background"] == 0
+
+
+def test_logits_of_a_wrong_shape_are_refused() -> None:
+    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    scores, deltas = teacher.stages["roi_logits"]
+    teacher.stages["roi_logits"] = scores[:, :-1], deltas
+    with pytest.raises(DistillError, match=r"labels, logits \(R, K\+1\): expected student and teacher of equal shape"):
+        GlobalKnowledge(facts(), facts(), adapter=NO_ADAPTER)(student, teacher)
 
 
 def test_without_prototypes_every_region_counts_in_full() -> None:

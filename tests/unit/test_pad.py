@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from fake_view import STRIDES, FakeView, batch, equal_views, facts, random_view
+from fake_view import FakeView, batch, equal_views, facts, random_view
 from loss_grid import OBJECTS, LossGrid
-from test_defeat import part_of, scene
 from test_fgfi import AnchorsFollowMaps
 from test_masks import slow_fine_grained
 from torch import Tensor, nn
@@ -30,7 +26,7 @@ from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD, Variance, reweighed
 from distill.losses.ssim import SSIM
 from distill.losses.tadf import TADF
-from distill.types import DistillError, Facts, View
+from distill.types import DistillError, Facts
 
 NONE = {"kernel": None}
 BOTH: dict[str, Any] = {"neck": {"all": 2}}
@@ -384,60 +380,6 @@ def test_builds_from_its_option_takes_overrides_and_adds_up_with_defeat() -> Non
     node = config.composed(["distill=pad_fgfi", f"{place}.of.mask.kind=nothing"]).distill.losses.pad_fgfi
     with pytest.raises(DistillError, match=r"mask.kind: expected one of"):
         config.build(node, student=facts(), teacher=facts())
-
-
-# -- several processes: for Mimic, FGFI, and PAD around both
-
-
-def losses() -> dict[str, DistillLoss]:
-    known = facts(), facts()
-    return {
-        "mimic": Mimic(*known, **BOTH).double(),
-        "fgfi": FGFI(*known).double(),
-        "pad_mimic": drawn(PAD(*known, partial(Mimic, **BOTH))).double(),
-        "pad_fgfi": drawn(PAD(*known, FGFI)).double(),
-    }
-
-
-def gradients(rows: slice) -> dict[str, list[Tensor]]:
-    found = {}
-    for name, loss in losses().items():
-        views: list[View] = []
-        for view in scene():
-            part = part_of(view, rows)
-            part.stages["roi_features"] = part.stages["roi_features"][rows.start * 6 : rows.stop * 6]
-            views.append(part)
-        values = loss(*views)
-        sum(loss.weights[term] * value for term, value in values.items()).backward()  # type: ignore[union-attr]
-        found[name] = [parameter.grad for parameter in loss.parameters() if parameter.grad is not None]
-    return found
-
-
-def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = gradients(slice(2 * rank, 2 * rank + 2))
-    for each in found.values():
-        for gradient in each:
-            dist.all_reduce(gradient.div_(2))
-    if rank == 0:
-        torch.save(found, f"{folder}/gradients.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Two images each, those of the second process without boxes; gradients averaged as DDP does."""
-    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
-    whole, shared = gradients(slice(0, 4)), torch.load(tmp_path / "gradients.pt")
-    assert {name: len(each) for name, each in whole.items()} == {
-        "mimic": 2 * (1 + len(STRIDES)),
-        "fgfi": 2 * len(STRIDES),
-        "pad_mimic": 4 * (1 + len(STRIDES)),
-        "pad_fgfi": 4 * len(STRIDES),
-    }
-    for name, each in whole.items():
-        for ours, expected in zip(shared[name], each, strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-14)
 
 
 def test_the_wrapped_loss_keeps_its_own_ramp_of_some_terms() -> None:

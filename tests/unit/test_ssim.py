@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import kornia
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from fake_view import FakeView, batch, equal_views, facts, random_view
-from loss_grid import NOTHING, OBJECTS, LossGrid
+from loss_grid import OBJECTS, LossGrid
 from test_masks import slow
 from torch import Tensor
 
@@ -457,39 +454,6 @@ def test_detectors_that_do_not_match_are_refused() -> None:
         SSIM(facts(neck=6), facts(neck=8), adapter=NO_ADAPTER)
     with pytest.raises(DistillError, match=r"shared are \[\]"):
         SSIM(facts(strides=(4, 8)), facts(strides=(16, 32)))
-
-
-# -- several processes
-
-
-def gradients(rows: slice) -> list[Tensor]:
-    options = {"neck": {"foreground": 2, "background": 3}, "mask": {"kind": "ground_truth"}}
-    loss = SSIM(facts(), facts(), **options).double()
-    boxes = [OBJECTS[0], OBJECTS[1], NOTHING, NOTHING]
-    images = batch(boxes[rows], first_id=7 + rows.start)
-    values = loss(*(random_view(images, facts(), seed) for seed in (1, 2)))
-    sum(loss.weights[name] * value for name, value in values.items()).backward()  # type: ignore[union-attr]
-    return [parameter.grad for parameter in loss.parameters() if parameter.grad is not None]
-
-
-def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = gradients(slice(2 * rank, 2 * rank + 2))
-    for each in found:
-        dist.all_reduce(each)
-    if rank == 0:
-        torch.save([each / 2 for each in found], f"{folder}/found.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Two images each, those of the second process without boxes; gradients averaged as DDP does."""
-    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
-    whole, shared = gradients(slice(0, 4)), torch.load(tmp_path / "found.pt")
-    assert len(shared) == len(whole) == 2 * 5
-    for ours, expected in zip(shared, whole, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-14)
 
 
 # -- equal views

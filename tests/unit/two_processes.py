@@ -58,7 +58,10 @@ def one_rank(rank: int, folder: str, make: Make, scene: Scene) -> None:
 
 
 def assert_two_equal_one(make: Make, scene: Scene, folder: Path, relative: float = 1e-9) -> None:
-    """Terms and gradients, averaged over processes as DDP does; with counts of each process alone, they must differ."""
+    """Terms and gradients, averaged over processes as DDP does; with counts of each process alone, they must differ.
+
+    Of several losses together, whose terms are called ``name/term``, each must differ in some term.
+    """
     mp.spawn(one_rank, args=(str(folder), make, scene), nprocs=2)
     values, leaves, adapters = found(make, scene, "global", slice(0, 4))
     first, second = (torch.load(folder / f"global{rank}.pt") for rank in (0, 1))
@@ -72,4 +75,8 @@ def assert_two_equal_one(make: Make, scene: Scene, folder: Path, relative: float
     for one, other, whole in zip(first[2], second[2], adapters, strict=True):
         torch.testing.assert_close((one + other) / 2, whole, rtol=relative, atol=1e-14)
     alone = [torch.load(folder / f"process{rank}.pt")[0] for rank in (0, 1)]
-    assert any(abs((alone[0][name] + alone[1][name]) / 2 - value) > 1e-3 * abs(value) for name, value in values.items())
+    differ = {
+        name: abs((alone[0][name] + alone[1][name]) / 2 - value) > 1e-3 * abs(value) for name, value in values.items()
+    }
+    for loss in {name.rpartition("/")[0] for name in values}:
+        assert any(apart for name, apart in differ.items() if name.rpartition("/")[0] == loss), loss

@@ -1,0 +1,62 @@
+"""Losses that hold a count of their own, in two processes: all of them in one pair, for a new process costs seconds."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from fake_view import FakeView, batch, facts, random_view
+from loss_grid import NOTHING, OBJECTS
+from test_global_knowledge import ALL_ON, of_classes, with_prototypes
+from test_pad import drawn
+from torch import Tensor
+from two_processes import assert_two_equal_one
+
+from distill.losses.base import DistillLoss
+from distill.losses.dsig import DSIG
+from distill.losses.fgfi import FGFI
+from distill.losses.global_knowledge import GlobalKnowledge
+from distill.losses.mimic import Mimic
+from distill.losses.pad import PAD
+from distill.losses.ssim import SSIM
+from distill.types import View
+
+
+class Together(DistillLoss):
+    """Terms of several losses, as ``name/term``."""
+
+    def __init__(self, **losses: DistillLoss) -> None:
+        super().__init__({})
+        self.losses = torch.nn.ModuleDict(losses)
+
+    def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
+        each = {name: loss(student, teacher) for name, loss in self.losses.items()}
+        return {f"{name}/{term}": value for name, terms in each.items() for term, value in terms.items()}
+
+
+def make(normalizer: str) -> DistillLoss:
+    known, how = (facts(), facts()), {"normalizer": normalizer}
+    mask = {"kind": "ground_truth"}
+    mimic = partial(Mimic, neck={"all": 1}, mask=mask, **how)
+    typed = with_prototypes(GlobalKnowledge(*known, **ALL_ON, **how), *known)
+    return Together(
+        ssim=SSIM(*known, neck={"foreground": 2, "background": 3}, mask=mask, **how),
+        fgfi=FGFI(*known, **how),
+        mimic=mimic(*known),
+        global_knowledge=typed,
+        pad_of_fgfi=drawn(PAD(*known, partial(FGFI, **how))),
+        pad_of_mimic=drawn(PAD(*known, mimic)),
+        pad_of_dsig=drawn(PAD(*known, partial(DSIG, mask=mask, **how))),
+    ).double()
+
+
+def scene() -> tuple[FakeView, FakeView]:
+    """The second process has a box in one image only."""
+    images = batch([OBJECTS[0], OBJECTS[1], NOTHING, OBJECTS[1]])
+    student, teacher = (of_classes(random_view(images, facts(), seed)) for seed in (1, 2))
+    return student, teacher
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    assert_two_equal_one(make, scene, tmp_path, relative=1e-6)  # masks are float32
