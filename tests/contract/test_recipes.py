@@ -61,14 +61,16 @@ FGFI = {
     ),
     "fgfi_voc_frcnn_r101_r50": Recipe("frcnn r50", "frcnn r101", **VOC, weights=weights("fgfi", neck_foreground=3)),
     "fgfi_voc_frcnn_r152_r50": Recipe("frcnn r50", "frcnn r152", **VOC, weights=weights("fgfi", neck_foreground=3)),
-    "fgfi_voc_frcnn_r101_r50_pad": Recipe("frcnn r50", "frcnn r101", **VOC, weights=weights("pad", neck_foreground=3)),
+    "fgfi_voc_frcnn_r101_r50_pad": Recipe(
+        "frcnn r50", "frcnn r101", **VOC, weights=weights("pad_fgfi", neck_foreground=3)
+    ),
 }
 
 # Mimic on the whole neck (DeFeat's table 3) and TADF-style (arXiv 2006.13108; DeFeat's tables 2 and 3): DeFeat's schedule.
 # The weights are ours, none is published: DeFeat's 3 of objects; FGFI's 0.01 for the same sum, and 10 and 1.
 MIMIC = {
     "mimic_voc_frcnn_r101_r50": Recipe("frcnn r50", "frcnn r101", **VOC, weights=weights("mimic", neck_all=3)),
-    "mimic_voc_frcnn_r101_r50_pad": Recipe("frcnn r50", "frcnn r101", **VOC, weights=weights("pad", neck_all=3)),
+    "mimic_voc_frcnn_r101_r50_pad": Recipe("frcnn r50", "frcnn r101", **VOC, weights=weights("pad_mimic", neck_all=3)),
 }
 STYLE = weights("tadf", neck_foreground=0.01, head_classification=10, head_regression=1)
 TADF = {
