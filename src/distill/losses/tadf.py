@@ -18,7 +18,7 @@ from distill.types import Facts, View
 NECK = {"foreground": 0.01, "levels": None}
 MASK = {"kind": "gaussian", "scale": 56.0, "threshold": 0.5}
 HEAD = {"classification": 10.0, "regression": 1.0}
-ADAPTER = {"kernel": 3, "start": "defeat"}
+ADAPTER = {"kernel": 3, "start": "defeat", "relu": False}
 RAMP = {**base.RAMP, "shape": "linear"}
 BETA = 1 / 9
 """Where the smooth L1 becomes straight, as in torchvision's own box loss."""
