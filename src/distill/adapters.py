@@ -26,14 +26,14 @@ def adapter(
         student: channels that come in.
         teacher: channels that go out.
         kernel: 1 or 3; None for no adapter, which needs equal channels.
-        relu: whether a ReLU follows the convolution.
+        relu: whether a ReLU follows the convolution; without one there is nothing that it could follow.
         start: ``default`` is torch's own: weights and bias uniform within 1/sqrt(fan in). ``defeat`` draws the weights
             from N(0, 1), takes the remainder by 2 and multiplies by 1e-4 (DeFeat's and FGFI's released code), so that
             the adapter starts near 0. ``fgfi`` has these weights and a bias of 0.
         seed: decides the start values, alone.
 
     Raises:
-        DistillError: for an unknown kernel or start, or unequal channels without a kernel.
+        DistillError: for an unknown kernel or start, or unequal channels or a ReLU without a kernel.
     """
     if kernel not in KERNELS or start not in STARTS:
         raise DistillError(
@@ -44,6 +44,11 @@ def adapter(
             raise DistillError(
                 f"adapter: none was asked for (kernel=null), but the student has {student} channels and the teacher"
                 f" {teacher}. Set adapter.kernel=1 or 3, or give both models as many"
+            )
+        if relu:
+            raise DistillError(
+                "adapter: a ReLU follows a convolution, but none was asked for (kernel=null). Set adapter.kernel=1 or 3, or "
+                "adapter.relu=false (of DeFeat: adapter.neck_relu, adapter.backbone_relu)"
             )
         return nn.Identity()
     # Made on the meta device, the layer draws no start values from the global stream.

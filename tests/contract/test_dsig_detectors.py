@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from test_views import FAMILIES, batch, build, count_calls
+from test_views import FAMILIES, TAUGHT, batch, build, count_calls
 from torch import Tensor
 
 from conftest import TINY, Cli, summary
@@ -17,7 +17,7 @@ from distill.cli import config
 from distill.losses.dsig import DSIG
 from distill.types import DistillError
 
-OPTION = {"faster_rcnn": "dsig", "retinanet": "dsig_retinanet", "fcos": "dsig_retinanet"}
+OPTION = {"faster_rcnn": "dsig", "mask_rcnn": "dsig", "retinanet": "dsig_retinanet", "fcos": "dsig_retinanet"}
 
 
 def settings(option: str) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def total(loss: DSIG, values: dict[str, Tensor]) -> Tensor:
     return torch.stack([loss.weights[name] * value for name, value in values.items()]).sum()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TAUGHT)
 def test_gradient_reaches_the_student_alone(family: str) -> None:
     student, teacher = pair(family)
     loss, data = DSIG(student.facts, teacher.facts, **settings(OPTION[family])), batch()
@@ -44,11 +44,12 @@ def test_gradient_reaches_the_student_alone(family: str) -> None:
     total(loss, values).backward()
     assert student.net.backbone.body["conv1"].weight.grad.abs().sum() > 0
     for layer in student.class_layers:
-        assert student.net.get_submodule(layer).weight.grad.abs().sum() > 0
+        if not layer.startswith("roi_heads.mask"):  # DSIG has no term on masks
+            assert student.net.get_submodule(layer).weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TAUGHT)
 def test_a_twin_teacher_asks_for_nothing(family: str) -> None:
     student, twin = build(family), build(family)
     data = batch()
@@ -120,7 +121,7 @@ def test_the_one_stage_graph_is_that_of_the_student_s_predictions() -> None:
     assert values["edges.all"].item() == pytest.approx(2 / 3 * sum(e.item() for _, e in images), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TAUGHT)
 def test_a_wider_teacher_is_met_by_adapters_under_autocast(family: str) -> None:
     student, teacher = pair(family, neck_channels=96)
     loss = DSIG(student.facts, teacher.facts, **{**settings(OPTION[family]), "adapter": {"kernel": 1}})

@@ -1,7 +1,11 @@
-"""Mimic, FGFI and PAD through real detectors of each family: one step's gradient reaches student and loss, and only them."""
+"""Mimic, FGFI and PAD through real detectors of each family: one step's gradient reaches student and loss, and only them.
+
+And what can teach across families and backbones does so for some steps, down to the student's body.
+"""
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -9,9 +13,11 @@ import pytest
 import torch
 from test_views import batch, build
 
+from distill.losses.defeat import DeFeat
 from distill.losses.fgfi import FGFI
 from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD
+from distill.losses.tadf import TADF
 
 PREDICTIONS = {"kind": "predictions", "top": 20}
 BOTH = {"neck": {"all": 1}}
@@ -24,12 +30,12 @@ METHODS: dict[str, Any] = {
     "pad of mimic": partial(PAD, of=partial(Mimic, regions=PREDICTIONS, **BOTH)),
     "pad of fgfi": partial(PAD, of=FGFI),
 }
+FAMILIES = [*itertools.product(("faster_rcnn", "retinanet"), repeat=2), ("mask_rcnn", "mask_rcnn")]
 PAIRS = [
     (student, teacher, method)
-    for student in ("faster_rcnn", "retinanet")
-    for teacher in ("faster_rcnn", "retinanet")
+    for student, teacher in FAMILIES
     for method in METHODS
-    if student == "faster_rcnn" or method not in ("mimic", "mimic of proposals")
+    if student != "retinanet" or method not in ("mimic", "mimic of proposals")
 ]
 
 
@@ -44,6 +50,41 @@ def test_a_step_reaches_the_student_and_the_loss_but_not_the_teacher(student: st
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in loss.parameters())
     neck = [parameter.grad for name, parameter in ours.named_parameters() if "fpn" in name]
     assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in neck)
+    assert all(parameter.grad is None for parameter in theirs.parameters())
+
+
+ALIKE: dict[str, Any] = {
+    "mimic": partial(Mimic, regions={"all": 0}, **BOTH),
+    "fgfi": FGFI,
+    "defeat": DeFeat,
+    "pad": partial(PAD, of=FGFI),
+    "tadf": partial(TADF, head={"classification": 0, "regression": 0}),
+}
+"""Methods that need shared strides only."""
+UNLIKE: dict[str, Any] = {
+    "retinanet by fcos": (("retinanet", {}), "fcos"),
+    "retinanet by faster_rcnn": (("retinanet", {}), "faster_rcnn"),
+    "mobilenet by resnet": (("faster_rcnn", {"backbone": "mobilenet_v2", "depth": None}), "faster_rcnn"),
+}
+
+
+@pytest.mark.parametrize("method", ALIKE)
+@pytest.mark.parametrize("pair", UNLIKE)
+def test_a_teacher_of_another_kind_teaches_down_to_the_body(pair: str, method: str) -> None:
+    (family, options), teacher = UNLIKE[pair]
+    ours, theirs = build(family, **options), build(teacher, seed=1, neck_channels=64).eval()
+    loss, data = ALIKE[method](student=ours.facts, teacher=theirs.facts), batch()
+    optimizer = torch.optim.SGD([*ours.parameters(), *loss.parameters()], lr=1e-3)
+    for step in range(2):
+        values = loss(ours.view(data, seed=step), theirs.view(data, frozen=True, seed=0))
+        assert values.keys() == loss.weights.keys()
+        assert all(value.isfinite() for value in values.values())
+        optimizer.zero_grad()
+        sum(values.values()).backward()
+        body = [each.grad for name, each in ours.named_parameters() if "backbone.body" in name]
+        assert all(each is None or each.isfinite().all() for each in body)
+        assert any(each is not None and each.abs().sum() > 0 for each in body)
+        optimizer.step()
     assert all(parameter.grad is None for parameter in theirs.parameters())
 
 

@@ -157,6 +157,13 @@ def test_a_recipe_is_what_its_source_says(experiment: str) -> None:
     )
 
 
+@pytest.mark.parametrize("experiment", [name for name in DSIG | SSIM if "_retinanet_" in name])
+def test_a_retinanet_of_another_framework_has_its_p6(experiment: str) -> None:
+    """Detectron2 and MMDetection make it from C5, torchvision's first RetinaNet from P5."""
+    cfg = config.composed([f"experiment={experiment}", "paths.run=x"])
+    assert (cfg.model.p6_from, cfg.teacher.model.p6_from) == ("c5", "c5")
+
+
 @pytest.mark.parametrize("experiment", ["defeat_coco_frcnn_r152_r50", "defeat_coco_frcnn_r50_quarter"])
 def test_proposals_have_the_paper_s_temperatures(experiment: str) -> None:
     """Table 5 of DeFeat: 3 for objects, 1 for background."""

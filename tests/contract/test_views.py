@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill.detectors.anchor_free import FCOS
 from distill.detectors.base import Detector
+from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.one_stage import RetinaNet
 from distill.detectors.two_stage import FasterRCNN
 from distill.types import Batch, DistillError, Target
@@ -20,14 +21,16 @@ from distill.types import Batch, DistillError, Target
 SIZES = ((96, 64), (70, 100), (128, 90))
 FEW = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_train": 50}
 FAMILIES: dict[str, Any] = {"faster_rcnn": FasterRCNN, "retinanet": RetinaNet, "fcos": FCOS}
+TAUGHT: dict[str, Any] = {**FAMILIES, "mask_rcnn": MaskRCNN}
+"""What methods are tried on; Mask R-CNN's own losses need masks, and have a file of their own."""
 
 
 def build(family: str, seed: int = 0, **options: Any) -> Any:
     """A small detector whose fresh weights are large enough to tell boxes and classes apart."""
     torch.manual_seed(seed)
-    kind = FAMILIES[family]
+    kind = TAUGHT[family]
     extra: dict[str, Any] = {"neck_channels": 64} if kind is FCOS else {}
-    if kind is FasterRCNN:
+    if issubclass(kind, FasterRCNN):
         extra = {**FEW, "head_channels": 32, "rpn_post_nms_top_n_test": 30}
     settings = {"depth": 10, "width": 0.25, "neck_channels": 32, "norm": "frozen", **extra, **options}
     detector = kind(["cat", "dog", "owl"], **settings)

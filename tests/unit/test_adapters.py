@@ -71,9 +71,14 @@ def test_start_values_depend_on_seed_and_level_alone() -> None:
 
 def test_none_is_the_identity_for_equal_channels() -> None:
     x = torch.randn(1, 4, 2, 2)
-    assert torch.equal(adapter(4, 4, None, relu=True)(x), x)
+    assert torch.equal(adapter(4, 4, None)(x), x)
     with pytest.raises(DistillError, match=r"the student has 4 channels and the teacher 8. Set adapter.kernel"):
         adapter(4, 8, None)
+
+
+def test_a_relu_without_a_convolution_is_refused() -> None:
+    with pytest.raises(DistillError, match=r"a ReLU follows a convolution.*adapter\.relu=false"):
+        adapter(4, 4, None, relu=True)
 
 
 @pytest.mark.parametrize("options", [{"kernel": 2}, {"kernel": 5}, {"start": "zero"}])

@@ -317,7 +317,7 @@ def descend(rate: float, **options: Any) -> tuple[float, float]:
         ({"background": -1.5}, "background: expected a number, 0 or more"),
         ({"background": None}, "background: expected a number, 0 or more"),
         ({"margin": math.nan}, "margin: expected a number, 0 or more"),
-        ({"adapter": {"relu": True}}, "adapter: unknown option 'relu'"),
+        ({"adapter": {"relu": True, "kernel": None}}, "adapter: a ReLU follows a convolution"),
         ({"normalizer": "batch"}, "global or process"),
     ],
 )

@@ -23,7 +23,7 @@ from distill.losses.base import DistillLoss
 from distill.losses.defeat import DeFeat
 from distill.types import DistillError, Facts, Target
 
-NO_ADAPTER = {"kernel": None}
+NO_ADAPTER = {"kernel": None, "backbone_relu": False}
 ALL_ON: dict[str, Mapping[str, Any]] = {
     "neck": {"foreground": 4, "background": 16},
     "backbone": {"foreground": 1, "background": 2},

@@ -520,7 +520,7 @@ def test_a_one_stage_teacher_with_more_classes_likewise() -> None:
         ({"predictions": {"score": None}}, "predictions: expected"),
         ({"neck": {"levels": [4, 128]}}, r"neck.levels: .* got \[4, 128\]"),
         ({"adapter": {"kernel": 5}}, "adapter: expected a kernel"),
-        ({"adapter": {"relu": True}}, "adapter: unknown option 'relu'"),
+        ({"adapter": {"relu": True}}, r"adapter: a ReLU follows a convolution, .* Set adapter.kernel=1 or 3"),
         ({"normalizer": "batch"}, "global or process"),
         ({"ramp": {"shape": "up"}}, "ramp.shape"),
     ],

@@ -231,6 +231,26 @@ def test_a_subset_of_levels_is_what_they_are_alone(
 
 
 @pytest.mark.parametrize(
+    ("method", "options", "place"),
+    [(Mimic, MIMIC, "maps"), (FGFI, {}, "maps.neck"), (DSIG, GRAPH, "maps"), (TADF, STYLE, "neck"), (Chen, HINTS, "hint"),
+     (GlobalKnowledge, POINTS, "neck")],
+)  # fmt: skip
+def test_a_relu_follows_any_adapter(method: Any, options: dict[str, Any], place: str) -> None:
+    known = facts()
+    student, teacher = (random_view(batch(OBJECTS), known, seed, dtype=torch.float32) for seed in (1, 2))
+    with_relu, without = (
+        method(known, known, **options, adapter={"kernel": 1, "start": "default", "relu": relu})
+        for relu in (True, False)
+    )
+    for stride, x in student.neck.items():
+        convolved = without.get_submodule(f"{place}.adapters.{stride}")(x)
+        assert convolved.min() < 0
+        assert torch.equal(with_relu.get_submodule(f"{place}.adapters.{stride}")(x), convolved.clamp(min=0))
+    values = [next(iter(loss(student, teacher).values())) for loss in (with_relu, without)]
+    assert values[0] != values[1]
+
+
+@pytest.mark.parametrize(
     ("method", "options"),
     [
         (Mimic, {}),

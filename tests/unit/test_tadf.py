@@ -306,6 +306,7 @@ def test_the_loss_falls_when_only_it_is_minimised(term: str) -> None:
         ({"head": {"regresion": 1}}, "did you mean 'regression'"),
         ({"ramp": {"shape": "down"}}, "ramp.shape"),
         ({"adapter": {"kernel": 4}}, "adapter"),
+        ({"adapter": {"relu": True, "kernel": None}}, "adapter: a ReLU follows a convolution"),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ from distill.types import DistillError, Facts, Pyramid, View
 HEAD = {"soft": 0.5, "box": 0.5}
 HINT = {"neck": 0.5, "levels": None, "distance": "l2"}
 MASK = {"kind": "none", "scale": 56.0, "threshold": 0.5}
-ADAPTER = {"kernel": 1, "start": "default"}
+ADAPTER = {"kernel": 1, "start": "default", "relu": False}
 OWN_TERMS = {"rpn": "loss_objectness", "rcn": "loss_classifier"}
 """The student's own classification loss of each head, which counts mu = 1 - soft."""
 
@@ -87,7 +87,8 @@ class Chen(DistillLoss):
         background: w_0.
         margin: m.
         mask: options of :class:`distill.masks.Mask`, for ``hint``; kind ``none``, the original, is the whole neck.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`). The paper adapts equal channels too.
+        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`), ``relu`` after it. The paper adapts
+            equal channels too.
         ramp, normalizer, seed: see :class:`DistillLoss`.
     """
 

@@ -26,7 +26,7 @@ NECK = {"all": 0.5, "levels": None}
 LOGITS = {"classes": 3.0, "boxes": 1.0, "temperature": 1.0}
 PREDICTIONS = {"score": 0.0, "nms": 0.5, "top": 100}
 MASK = {"kind": "none", "scale": 56.0, "threshold": 0.5}
-ADAPTER = {"kernel": None, "start": "default"}
+ADAPTER = {"kernel": None, "start": "default", "relu": False}
 
 IMAGES = 2
 """The released code sums over the images of a GPU, and had two on each: so many times the mean over images."""
@@ -196,7 +196,7 @@ class DSIG(DistillLoss):
         logits: weights of its terms; ``temperature`` of classes.
         predictions: thresholds of a one-stage student's regions: ``score``, ``nms``, and the ``top`` ones per image.
         mask: options of :class:`distill.masks.Mask`, for ``neck``; kind ``none``, the original, is the whole neck.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`).
+        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`), ``relu`` after it.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of the mask ``random``.
     """
 
@@ -233,7 +233,7 @@ class DSIG(DistillLoss):
         self._check_regions(student)
         self.register_buffer("columns", self._check_heads(student, teacher), persistent=False)
 
-        how = {**base.options("adapter", adapter, ADAPTER), "relu": False}
+        how = base.options("adapter", adapter, ADAPTER)
         self.maps = self.regions = self.nodes = None
         if self.terms("neck"):
             self.maps = MapImitation(

@@ -18,7 +18,7 @@ from distill.types import Facts, View
 NECK = {"foreground": 0.01, "levels": None}
 MASK = {"kind": "gaussian", "scale": 56.0, "threshold": 0.5}
 HEAD = {"classification": 10.0, "regression": 1.0}
-ADAPTER = {"kernel": 3, "start": "defeat"}
+ADAPTER = {"kernel": 3, "start": "defeat", "relu": False}
 RAMP = {**base.RAMP, "shape": "linear"}
 BETA = 1 / 9
 """Where the smooth L1 becomes straight, as in torchvision's own box loss."""
@@ -73,7 +73,7 @@ class TADF(DistillLoss):
         neck: ``foreground``: weight; ``levels``: strides, None for all that both have.
         mask: options of :class:`distill.masks.Mask`.
         head: weights of ``classification`` and ``regression``, for two-stage detectors.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`).
+        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`), ``relu`` after it.
         ramp: the decay. ramp, normalizer, seed: see :class:`DistillLoss`.
     """
 
