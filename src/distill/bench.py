@@ -9,11 +9,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +22,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.evaluation import Evaluation, MakeMetric
-from distill.guest import Guest
+from distill.guest import Frozen, Guest, guests
 from distill.losses.base import DistillLoss
+from distill.memory import Memory, Saved, live, peak, stored
 from distill.optimization import Schedule
 from distill.types import Batch, DistillError, View
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 GLUE = {"neck": 0.03, "regions": 0.10}
 """What losses, masks and the rest may cost at most beside student, teacher and adapters: of maps, and of regions."""
+MOST = 1.05
+"""What a step's peak of memory may be of the sum of its parts."""
 REGIONS = {"roi_features", "roi_logits", "roi_boxes", "rois", "proposals", "predictions"}
 
 
@@ -91,13 +93,19 @@ class Clock:
         return self.seconds((start, self.mark()))
 
 
-class Watched:
-    """A View that notes which stages are read from outside, between which marks of `mark` each."""
+@dataclass
+class Read:
+    """What losses read of their teachers: each stage by name, once, and the marks before and after each reading."""
 
-    def __init__(self, view: View, mark: Callable[[], Any]) -> None:
-        self._view, self._mark = view, mark
-        self.spans: list[tuple[Any, Any]] = []
-        self.stages: list[str] = []
+    stages: list[str] = field(default_factory=list)
+    spans: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+class Watched:
+    """A View, or a loss's own guest, that notes in `read` what is read of it, with a `mark` before and after."""
+
+    def __init__(self, view: View | Frozen, mark: Callable[[], Any], read: Read) -> None:
+        self._view, self._mark, self._read = view, mark, read
 
     def __getattr__(self, name: str) -> Any:
         with self._clocked(name):
@@ -113,11 +121,29 @@ class Watched:
 
     @contextmanager
     def _clocked(self, name: str) -> Iterator[None]:
-        if name not in self.stages:
-            self.stages.append(name)
+        if name not in self._read.stages:
+            self._read.stages.append(name)
         start = self._mark()
         yield
-        self.spans.append((start, self._mark()))
+        self._read.spans.append((start, self._mark()))
+
+
+@contextmanager
+def _watched_guests(losses: nn.Module, mark: Callable[[], Any], read: Read) -> Iterator[None]:
+    """While open, the guests that losses keep for themselves are watched."""
+    found = [
+        (vars(module), name, each)
+        for module in losses.modules()
+        for name, each in vars(module).items()
+        if isinstance(each, Frozen)
+    ]
+    try:
+        for holder, name, guest in found:
+            holder[name] = Watched(guest, mark, read)
+        yield
+    finally:
+        for holder, name, guest in found:
+            holder[name] = guest
 
 
 @dataclass
@@ -152,6 +178,8 @@ class OptionCost(Cost):
     """Of the teacher, as the losses read them."""
     allowed: float
     """What glue should stay below: see `GLUE`."""
+    bytes: Memory
+    """Of the step, part by part."""
 
 
 @dataclass
@@ -198,17 +226,22 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
 
-    def run(self) -> None:
-        """Forward, backward, optimiser."""
+    def run(self, between: Callable[[], object] = float) -> None:
+        """Forward, backward, optimiser; `between` is called between forward and backward."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             student = self.student.view(self.batch, seed=0)
-            total = sum(student.losses.values(), start=torch.zeros((), device=self.batch.images.device))
-            total = total + self.distilled(student, self.teacher_view())
+            total = self.supervised(student) + self.distilled(student, self.teacher_view())
+            del student
+        between()
         total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
-    def distilled(self, student: View, teacher: Any) -> Tensor:
+    def supervised(self, student: View) -> Tensor:
+        """The sum of the student's own terms."""
+        return sum(student.losses.values(), start=torch.zeros((), device=self.batch.images.device))
+
+    def distilled(self, student: Any, teacher: Any) -> Tensor:
         """The weighted sum of all terms of the losses."""
         terms = [
             loss.weights[name] * value
@@ -221,15 +254,15 @@ class Step:
         """A fresh View of the teacher."""
         return None if self.teacher is None or not self.losses else self.teacher.view(self.batch, seed=1)
 
-    def teach(self, mark: Callable[[], Any] = float) -> Watched | None:
-        """Let the losses read the teacher, for its marks alone: nothing is trained."""
-        with torch.no_grad(), self.autocast():
-            teacher = self.teacher_view()
-            if teacher is None:
-                return None
-            watched = Watched(teacher, mark)
-            self.distilled(self.student.view(self.batch, seed=0), watched)
-            return watched
+    def teach(self, mark: Callable[[], Any] = float) -> tuple[Read, Read]:
+        """Let the losses read, for the marks alone, nothing is trained: what they read of all that teaches, and of the student."""
+        theirs, ours = Read(), Read()
+        if self.losses:
+            with torch.no_grad(), self.autocast(), _watched_guests(self.losses, mark, theirs):
+                teacher: Any = self.teacher_view()
+                watched = None if teacher is None else Watched(teacher, mark, theirs)
+                self.distilled(Watched(self.student.view(self.batch, seed=0), float, ours), watched)
+        return theirs, ours
 
     def adapters(self) -> Callable[[], None]:
         """Forward and backward of each layer that the losses train, on the inputs that it has in a step."""
@@ -256,6 +289,32 @@ class Step:
 
         return replay if calls else _nothing
 
+    def trained(self) -> list[Tensor]:
+        """Weights and buffers of the student and the losses, and the optimiser's state of them."""
+        states = [each for state in self.optimizer.state.values() for each in state.values()]
+        return [*_tensors(self.student, self.losses), *(each for each in states if isinstance(each, Tensor))]
+
+    def taught(self) -> list[Tensor]:
+        """Weights and buffers of all that teaches, in all forms in which they lie in memory."""
+        teachers = [*guests(self.losses), *([self.teacher] if self.teacher and self.losses else [])]
+        return [tensor for teacher in teachers for tensor in teacher.tensors().values()]
+
+    def held(self) -> float:
+        """Bytes that the losses keep for the backward pass and that the student's own terms do not."""
+        own = Saved()
+        with self.autocast(), own:
+            student = self.student.view(self.batch, seed=0)
+            total = self.supervised(student)
+        weights = [each.untyped_storage() for each in _tensors(self.student, self.losses)]
+        more = Saved([*own.pieces, *weights])
+        with self.autocast(), more:
+            total = total + self.distilled(student, self.teacher_view())
+        return more.bytes
+
+
+def _tensors(*modules: nn.Module) -> list[Tensor]:
+    return [each for module in modules for each in (*module.parameters(), *module.buffers())]
+
 
 def _leaf(x: Any) -> Any:
     return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
@@ -273,10 +332,10 @@ def measure_student(plain: Step, clock: Clock, repeats: int = 10, warmup: int = 
 
 def measure_option(plain: Step, step: Step, clock: Clock, repeats: int = 10, warmup: int = 2) -> OptionCost:
     """A step with losses: each round takes the student-only step, this one, its teacher and its adapters."""
-    watched = step.teach()
+    theirs, ours = step.teach()
     parts = (partial(clock.time, plain.run), partial(clock.time, step.run), partial(_reading, step, clock))
     times = _rounds([*parts, partial(clock.time, step.adapters())], repeats, warmup)
-    return _option_cost(step, watched.stages if watched else [], *times)
+    return _option_cost(plain, step, (theirs.stages, ours.stages), *times)
 
 
 def _rounds(parts: Sequence[Callable[[], float]], repeats: int, warmup: int) -> list[list[float]]:
@@ -286,8 +345,9 @@ def _rounds(parts: Sequence[Callable[[], float]], repeats: int, warmup: int) -> 
 
 
 def _option_cost(
+    plain: Step,
     step: Step,
-    stages: list[str],
+    stages: tuple[list[str], list[str]],
     student: Sequence[float],
     whole: Sequence[float],
     teacher: Sequence[float],
@@ -304,15 +364,15 @@ def _option_cost(
         adapters_ratio=Spread.of([layers / own for own, _, _, layers in rounds]),
         glue=Spread.of([all_ / (own + theirs + layers) - 1 for own, all_, theirs, layers in rounds]),
         teacher_flops=_teacher_flops(step),
-        stages=stages,
-        allowed=GLUE["regions" if REGIONS & set(stages) else "neck"],
+        stages=stages[0],
+        allowed=GLUE["regions" if REGIONS & {*stages[0], *stages[1]} else "neck"],
+        bytes=measure_memory(plain, step),
     )
 
 
 def _reading(step: Step, clock: Clock) -> float:
-    """Seconds that the losses wait for the teacher's stages."""
-    watched = step.teach(clock.mark)
-    return clock.seconds(*watched.spans) if watched else 0.0
+    """Seconds that the losses wait for the stages of the teacher, and for guests of their own."""
+    return clock.seconds(*step.teach(clock.mark)[0].spans)
 
 
 def _flops(run: Callable[[], object]) -> float:
@@ -323,24 +383,32 @@ def _flops(run: Callable[[], object]) -> float:
 
 def _teacher_flops(step: Step) -> float:
     with FlopCounterMode(display=False) as counter:
-        watched = step.teach(counter.get_total_flops)
-    return float(sum(end - start for start, end in watched.spans)) if watched else 0.0
+        theirs, _ = step.teach(counter.get_total_flops)
+    return float(sum(end - start for start, end in theirs.spans))
 
 
-def peak(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Peak bytes during a call: ``host``, where the system tells (Linux), and ``device``, on CUDA."""
-    found: dict[str, float] = {}
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of before
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    run()
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        found["host"] = 1024.0 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    if device.type == "cuda":
-        found["device"] = float(torch.cuda.max_memory_allocated(device))
-    return found
+def measure_memory(plain: Step, step: Step) -> Memory:
+    """The parts of a step's memory, and its peak. Both steps have run before, so that the optimisers have their states."""
+    device = step.batch.images.device
+    taught, ours, student = (stored(each, device) for each in (step.taught(), step.trained(), plain.trained()))
+    (most_alone, kept_alone), (most, kept) = _allocated(plain), _allocated(step)
+    return Memory(
+        student=student + most_alone,
+        teacher=taught,
+        losses=ours - student + stored(step.losses.parameters(), device),  # and the gradients of these
+        held=step.held(),
+        peak=ours + taught + most,
+        kept=kept - kept_alone,
+    )
+
+
+def _allocated(step: Step) -> tuple[float, float]:
+    """Bytes that a step takes beyond what is there before it: at its peak, and between forward and backward pass."""
+    kept: list[float] = []
+    step.optimizer.zero_grad(set_to_none=True)
+    with live(step.batch.images.device) as count:
+        step.run(lambda: kept.append(count.now))
+        return count.most, kept[0]
 
 
 def measure_loader(data: DetectionData, batches: int = 20) -> dict[str, float]:
@@ -441,6 +509,14 @@ def verdict(report: Report, batch_size: int) -> list[str]:
                 f"{name}: losses and masks take {100 * cost.glue.median:.1f} % beside student, teacher and adapters; up to "
                 f"{100 * cost.allowed:.0f} % is expected"
             )
+        if cost.bytes.peak > MOST * cost.bytes.sum:
+            lines.append(
+                f"{name}: the step's peak of memory is {cost.bytes.peak / cost.bytes.sum:.2f} times the sum of its parts: the "
+                "teacher's own maps, while it runs, are large beside what the student keeps for its backward pass"
+                if cost.bytes.spared < (MOST - 1) * cost.bytes.sum
+                else f"{name}: {cost.bytes.spared / 2**20:.1f} MiB that no backward pass asks for stay until it: does a loss keep "
+                "a View, or maps of one?"
+            )
     return lines or [
         "student alone: the step is the bottleneck: a smaller data.min_size or model, or trainer.precision"
     ]
@@ -451,7 +527,8 @@ def _largest(cost: OptionCost) -> str:
         "the student's own step": (1.0, "a smaller data.min_size or model, or trainer.precision"),
         "the teacher's forward pass": (
             cost.teacher_ratio.median,
-            "teacher.fold, teacher.channels_last and teacher.dtype make it cheap, a smaller teacher cheaper",
+            "teacher.fold and teacher.channels_last make it cheap, teacher.dtype=bfloat16 more than halves it (on a CPU: one "
+            "with AVX512-BF16 or AMX), a smaller teacher is cheaper still",
         ),
         "the forward and backward pass of the adapters": (
             cost.adapters_ratio.median,

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.bench import peak
 from distill.callbacks.terms import slope
 from distill.data.datamodule import DetectionData
 from distill.data.records import Record
@@ -22,6 +21,7 @@ from distill.data.transforms import padded_size, resized_size
 from distill.detectors.base import Detector
 from distill.evaluation import Evaluation, MakeMetric
 from distill.guard import weighted
+from distill.memory import peak
 from distill.module import Distiller
 from distill.precision import autocast
 from distill.types import Batch, Facts, Pyramid, View

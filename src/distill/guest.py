@@ -57,7 +57,7 @@ class Frozen:
         Raises:
             DistillError: what has changed.
         """
-        found = bits(self._watched())
+        found = bits(self.tensors())
         before, self._bits = self._bits, found
         changed = [name for name in found if found[name] != before.get(name, found[name])]
         if changed:
@@ -67,8 +67,8 @@ class Frozen:
                 "writes into it. Read it under torch.no_grad(), leave it in evaluation mode, and keep it out of optimisers"
             )
 
-    def _watched(self) -> dict[str, Tensor]:
-        """What must not change."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights and buffers, none of which may change."""
         return dict(self._module.state_dict())
 
     def move(self, device: torch.device) -> None:
@@ -85,7 +85,8 @@ class Guest(Frozen):
     """A frozen teacher.
 
     The detector itself stays as it is. What teaches, `working`, is the same network made cheap: it shares each tensor that
-    it does not change, and where the detector stays on the host, the device holds the weights once.
+    it does not change, and where the detector stays on the host, the device holds the weights once. On the host itself folding
+    holds body and neck's convolutions twice, as does another layout of them; `tensors` are all that lie there.
 
     Args:
         detector: it is put into evaluation mode and frozen, for good.
@@ -140,14 +141,12 @@ class Guest(Frozen):
                 self._working = key, self._made(*key)
         return self._working[1]
 
-    def _watched(self) -> dict[str, Tensor]:
-        """Its weights, and those that teach in their place."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The detector's, and those that teach in their place."""
         if self._working is None:
-            return super()._watched()
+            return super().tensors()
         made, twin = self._working
-        return super()._watched() | {
-            f"{name} as it teaches on {made}": each for name, each in twin.state_dict().items()
-        }
+        return super().tensors() | {f"{name} as it teaches on {made}": each for name, each in twin.state_dict().items()}
 
     def _dtype(self, device: torch.device) -> torch.dtype | None:
         if self.dtype == "auto" and device.type == "cuda" and torch.is_autocast_enabled(device.type):
@@ -175,6 +174,11 @@ class Guest(Frozen):
     def view(self, batch: Batch, *, training: bool = True, seed: int | None = None) -> View:
         """A frozen View on the batch's device; ``training`` chooses the counts of proposals."""
         return self.working(batch.images.device).view(batch, training=training, frozen=True, seed=seed)
+
+
+def guests(losses: nn.Module) -> list[Frozen]:
+    """The guests that losses keep for themselves, such as an image classifier."""
+    return [each for module in losses.modules() for each in vars(module).values() if isinstance(each, Frozen)]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distill.detectors.base import Detector
 from distill.evaluation import Evaluation, MakeMetric
 from distill.guard import Guard, Seen, flagged, fused, weighted
-from distill.guest import Frozen, Guest
+from distill.guest import Guest, guests
 from distill.losses.base import DistillLoss, over_processes
 from distill.optimization import Schedule
 from distill.types import Batch, DistillError, View
@@ -174,7 +174,7 @@ class Distiller(L.LightningModule):
         self._check_guests()
 
     def _check_guests(self) -> None:
-        for guest in {id(each): each for each in (self.teacher, *_guests(self.losses)) if each}.values():
+        for guest in {id(each): each for each in (self.teacher, *guests(self.losses)) if each}.values():
             guest.check()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -239,8 +239,3 @@ def _name(teacher: Mapping[str, Any] | None) -> str:
 
 def _sha256(guest: Mapping[str, Any] | None) -> str | None:
     return guest["sha256"] if guest else None
-
-
-def _guests(losses: nn.Module) -> list[Frozen]:
-    """The guests that losses keep for themselves, such as an image classifier."""
-    return [each for module in losses.modules() for each in vars(module).values() if isinstance(each, Frozen)]

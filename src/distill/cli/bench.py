@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distill.detectors.base import Detector
     from distill.guest import Guest
     from distill.losses.base import DistillLoss
+    from distill.memory import Memory
     from distill.types import Batch
 
 
@@ -185,6 +186,7 @@ def show(report: Report) -> None:
         table.add_row(name, _spread(cost.step, 1000, 1), _spread(cost.ratio, 1, 2), *parts, *_amounts(cost))
     console.print(table)
     _say(console, [(f"{name} reads", "teacher's " + ", ".join(cost.stages)) for name, cost in report.options.items()])
+    _say(console, [(f"{name} in memory", _sum(cost.bytes)) for name, cost in report.options.items()])
     _say(console, [(f"{name} left out", reason) for name, reason in report.skipped.items()])
     given, taken = report.loader, report.evaluation
     eats = setting["batch"][0] / report.student.step.median
@@ -202,6 +204,22 @@ def _say(console: Any, lines: Iterable[tuple[str, str]]) -> None:
 
 def _spread(spread: Spread, unit: float, digits: int) -> str:
     return f"{unit * spread.median:.{digits}f}±{unit * (spread.high - spread.low) / 2:.{digits}f}"
+
+
+def _sum(memory: Memory) -> str:
+    """The parts that a step's memory may have, their sum, and the peak."""
+    parts = {
+        "student alone": memory.student,
+        "weights that teach": memory.teacher,
+        "weights of the losses": memory.losses,
+        "maps that the losses hold": memory.held,
+    }
+    words = " + ".join(f"{_mib(value)} {name}" for name, value in parts.items())
+    return f"{words} = {_mib(memory.sum)} MiB; the step's peak is {_mib(memory.peak)} MiB, {memory.peak / memory.sum:.3f} of it"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f}"
 
 
 def _amounts(cost: Cost) -> tuple[str, str]:

@@ -1,0 +1,135 @@
+"""No loss makes the host wait for the device in a step, but where a table here says so, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL
+from distill import bench
+from distill.bench import Read, Step, Watched
+from distill.cli import config
+from distill.cli.bench import _losses, _teacher, untrained
+from distill.types import DistillError
+
+aten = torch.ops.aten
+WAITS = {
+    *(aten._local_scalar_dense, aten.item, aten.equal, aten.nonzero, aten.masked_select, aten.is_nonzero),
+    *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount),
+}
+"""Operators whose result, or its size, the host has to know."""
+PAIRS = {
+    "two-stage": ["model=frcnn_r10_mini", "teacher=frcnn_r18_mini", *TINY_HEADS],
+    "one-stage": ["model=retinanet_r10_quarter", "teacher=retinanet_r18"],
+}
+IMAGES = 4
+KNOWN: Mapping[str, Mapping[str, int]] = {
+    # Only positive regions are pooled and compared: their boxes and their labels, image by image; then those of the term
+    # on labels, and its backward pass.
+    "global_knowledge": {"aten.index": 2 * IMAGES + 1, "aten.index_put": 1},
+}
+"""Option -> operator -> how often in a step, each with its reason."""
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators for which a GPU's host would wait. Of `Tensor.tolist`, `numpy` and `cpu` see `Reads`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        packet = func.overloadpacket
+        by_mask = packet in (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index) and any(
+            isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1]
+        )
+        if packet in WAITS or by_mask or (packet is aten.repeat_interleave and "output_size" not in (kwargs or {})):
+            self.found[str(packet)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(torch.overrides.TorchFunctionMode):
+    """Counts what leaves the device without an operator of its own on the CPU."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.__array__):
+            self.found[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def waits(step: Step) -> Counter[str]:
+    """Of a step, forward and backward pass, those inside of either View's stages left out."""
+    counter = Waits()
+
+    def mark() -> Counter[str]:
+        return Counter(counter.found)
+
+    with counter, Reads(counter.found):
+        student, read = step.student.view(step.batch, seed=0), Read()
+        total = step.supervised(student)
+        theirs = step.teacher_view()
+        watched = None if theirs is None else Watched(theirs, mark, read)
+        total = total + step.distilled(Watched(student, mark, read), watched)
+        total.backward()  # type: ignore[no-untyped-call]
+    for start, end in read.spans:
+        counter.found.subtract(end - start)
+    return +counter.found
+
+
+def built(pair: str) -> tuple[list[str], Any, Any, Any, Any, Any]:
+    base = [*PAIRS[pair], *TINY_DATA, *TINY_MODEL, "data.workers=0"]
+    cfg = config.composed(base)
+    data = config.build(cfg.data)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    student = untrained(cfg.model, data, min_size=64, max_size=64)
+    teacher = _teacher(cfg, data, batch)
+    bench.settle(student, batch)
+    student.train()
+    return base, data, batch, student, teacher, config.build(cfg.schedule)
+
+
+def test_waits_are_counted() -> None:
+    x, counter = torch.arange(4.0, requires_grad=True), Waits()
+    with counter, Reads(counter.found):
+        inside = x > 1
+        (x * 2).sum(), x[1:3], x[torch.tensor([0, 1])], torch.where(inside, x, 0)
+        assert not counter.found
+        assert bool(inside.any())
+        inside.nonzero(), torch.equal(x, x), x.detach().tolist()
+        x[inside].sum().backward()  # type: ignore[no-untyped-call]
+    for each in ("aten.nonzero", "aten.equal", "tolist", "aten.index", "aten.index_put"):
+        assert counter.found[each] == 1, each
+    assert counter.found["aten._local_scalar_dense"] >= 1
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_no_loss_waits_but_where_it_is_said(pair: str) -> None:
+    base, data, batch, student, teacher, schedule = built(pair)
+    alone = waits(Step(student, None, {}, batch, schedule))
+    found: dict[str, dict[str, int]] = {}
+    assert len(batch) == IMAGES
+    for option in sorted(set(config.groups()["distill"]) - {"none"}):
+        try:
+            losses = _losses(config.composed([*base, f"distill={option}"]), data, student, teacher)
+        except DistillError:
+            continue
+        step = Step(student, teacher, losses, batch, schedule)
+        waits(step)  # the first step may look at what stays
+        found[option] = dict(waits(step) - alone)
+    assert len(found) > 10
+    assert found == {option: dict(KNOWN.get(option, {})) for option in found}
