@@ -324,8 +324,7 @@ def replay(module: Any, step: Mapping[str, Any], device: torch.device | str = "c
     module.load_state_dict(step["state_dict"])
     module.to(device).train()
     module.zero_grad()
-    for loss in module.losses.values():
-        loss.epoch = step["epoch"]
+    module.set_epoch(step["epoch"])
     found = []
     for each in step["batches"]:
         with autocast(step["precision"], torch.device(device)):

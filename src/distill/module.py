@@ -168,6 +168,12 @@ class Distiller(L.LightningModule):
             loss.on_epoch_start(self.current_epoch, self.trainer.datamodule, self.student, self.teacher)  # type: ignore[attr-defined]
         self._check_guests()
 
+    def set_epoch(self, epoch: int) -> None:
+        """Tell all losses, those inside others too, which epoch it is: they draw by it."""
+        for each in self.losses.modules():
+            if isinstance(each, DistillLoss):
+                each.epoch = epoch
+
     def on_train_epoch_end(self) -> None:
         """What is saved after this epoch is what every rank goes on with; the guests are as they came."""
         self._share_buffers()
@@ -200,9 +206,7 @@ class Distiller(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with another student or teacher, or another guest of a loss."""
-        for each in self.losses.modules():
-            if isinstance(each, DistillLoss):
-                each.epoch = checkpoint.get("epoch", 0)  # inside an epoch its start is not called again
+        self.set_epoch(checkpoint.get("epoch", 0))  # inside an epoch its start is not called again
         if "guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["guard"])
         if "student" not in checkpoint:

@@ -27,6 +27,8 @@ def composed(*lines: str) -> Any:
         ("trainer.precision=16-mixed", ["trainer.precision: auto there, 16-mixed here"]),
         ("trainer.accumulate_grad_batches=2", ["trainer.accumulate_grad_batches: "]),
         ("trainer.limit_train_batches=2", ["trainer.limit_train_batches: None there, 2 here"]),
+        ("teacher.dtype=bfloat16", ["teacher.dtype: auto there, bfloat16 here"]),
+        ("teacher.fold=false", ["teacher.fold: True there, False here"]),
         ("callbacks=ema", ["callbacks.ema._target_: not there, distill."]),
         ("data.flip=0.0", ["data.flip: 0.5 there, 0.0 here"]),
         ("data.limit=3", ["data.limit: None there, 3 here"]),
@@ -50,7 +52,13 @@ FREE = [
         "logger=tensorboard",
     ),
     *("trainer.save_every=null", "data.workers=7", "data.cache=ram", "pictures=0", "test=false", "paths.outputs=there"),
-    *("data.source.seed=3", "teacher.weights=there", "teacher=none", "model.weights=there", "callbacks.rate=null"),
+    *(
+        "data.source.seed=3",
+        "teacher.weights=there",
+        "teacher.evaluate=false",
+        "model.weights=there",
+        "callbacks.rate=null",
+    ),
     *("callbacks.panels=null", "callbacks.last.every=3 steps", "resume=anyway", "ckpt_path=last", "init=inherit"),
     *("data.eval_batch_size=1", "data.on_error=skip", "name=y"),
 ]

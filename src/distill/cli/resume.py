@@ -42,7 +42,8 @@ FREE = (
     # How images reach the model, not what they are.
     *(f"data.{key}" for key in ("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "eval_batch_size")),
     # What the checkpoint knows better: images and boxes, guests by their bytes, weights that were only the start.
-    *("data.source*", "data.on_*", "teacher*", "distill.losses.*.classifier.weights"),
+    *("data.source*", "data.on_*", "distill.losses.*.classifier.weights"),
+    *(f"teacher.{key}" for key in ("weights", "train", "seed", "run*", "min_ap", "evaluate", "model*")),
     *("init", "model.weights", "model.backbone_weights"),
 )
 """Keys that may differ when a run goes on: they cannot change what it learns, or are compared otherwise."""

@@ -70,7 +70,7 @@ RULES: dict[str, Rule] = {
     "data.pad_to": _from(1),
     "trainer.num_nodes": _from(1),
     "trainer.accumulate_grad_batches": _from(1),
-    "trainer.check_val_every_n_epoch": _from(1),
+    "trainer.check_val_every_n_epoch": _or_null(_from(1)),
     "trainer.log_every_n_steps": _from(0),
     "trainer.gradient_clip_val": ABOVE_0,
     "trainer.limit_train_batches": ABOVE_0,

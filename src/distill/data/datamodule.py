@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import multiprocessing
 import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,8 @@ from distill.types import Batch, DistillError, Size, Target
 
 Split = str
 """``train``, ``val`` or ``test``."""
+GRACE = 60
+"""Seconds that a loader's process lives on after SIGTERM."""
 
 
 class Source(Protocol):
@@ -513,11 +517,19 @@ class DetectionData(L.LightningDataModule):
 def _go_on(worker: int) -> None:
     """Let a loader's process outlive what asks the run to stop: SLURM, terminals and process groups tell every process.
 
-    The step that is made needs its batch, and the run lets its loaders go when it is done. A second SIGTERM is the end.
+    The step that is made needs its batch, and the run lets its loaders go when it is done: it has `GRACE` for that.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE) and None)
+
+
+@atexit.register
+def _end_loaders() -> None:
+    """End loaders that are alive when the run exits: multiprocessing would send them SIGTERM and wait."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _choose(name: str, value: str, known: Sequence[str]) -> None:
