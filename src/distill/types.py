@@ -51,7 +51,7 @@ class Target:
         """
         if self.boxes.device.type != "cpu":
             return Target, (self.boxes, self.labels, self.masks)
-        return _unpickled, (self.boxes.numpy(), self.labels.numpy(), self.masks)
+        return _unpickled, (self.boxes.detach().numpy(), self.labels.numpy(), self.masks)
 
 
 def _unpickled(boxes: Any, labels: Any, masks: Tensor | None) -> Target:

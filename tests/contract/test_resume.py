@@ -10,7 +10,7 @@ import socket
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -22,8 +22,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from test_distiller import EVERYTHING, Custom, assert_same, detector, distiller, sgd, shapes, weights
 from torch import Tensor
 
+from distill.callbacks import resume
 from distill.callbacks.averaging import Average
-from distill.callbacks.resume import Best, Last, interval
+from distill.callbacks.resume import Best, Last, Unheard, interval
 from distill.callbacks.storage import CheckpointFiles, read
 from distill.losses.defeat import DeFeat
 from distill.losses.global_knowledge import GlobalKnowledge
@@ -205,6 +206,28 @@ def test_sigterm_saves_at_the_end_of_the_step(name: str, at: Any, left: int, tmp
     assert_same(again.weights, whole.weights)
 
 
+class Listeners(L.Callback):
+    """Who hears of SIGTERM before the first step."""
+
+    found: ClassVar[list[Any]] = []
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.found.append(signal.getsignal(signal.SIGTERM))
+
+
+def test_lightning_hears_of_no_signal_before_the_first_step(tmp_path: Path) -> None:
+    """Its handler would have the processes of a run wait for one another, wherever each of them is."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        Ended(tmp_path / "without", callbacks=(Listeners,))
+        Ended(tmp_path / "with", callbacks=(Unheard, Listeners))
+        assert [each is mine for each in Listeners.found] == [False, True]
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class DiesAt(L.Callback):
     """As a kill would have it, ends the run in the middle of a batch, and nothing is written any more."""
 
@@ -346,10 +369,12 @@ def one_rank(rank: int, port: int, folder: Path, killed: bool) -> None:
     if killed:
         run("killed", None, partial(KilledAt, 1, 3))
         return
-    asked = [partial(SignalAt, 0, 0)] if rank == 1 else []  # the other one hears of it at the step's end
-    runs = {"whole": run("whole"), "after the kill": run("again", "killed"), "asked": run("asked", None, *asked)}
-    assert runs.pop("asked").stopped
-    runs["after it was asked"] = run("asked again", "asked")
+    asked = [partial(SignalAt, 0, 0)] if rank == 1 else []  # the other one hears of it when they talk
+    runs = {"whole": run("whole"), "after the kill": run("again", "killed")}
+    for name, steps in {"asked": 1, "asked late": resume.AGREE}.items():
+        resume.AGREE = steps
+        assert run(name, None, *asked).stopped
+        runs[f"after it was {name}"] = run(f"{name}, again", name)
     found = {name: {"journal": each.journal, "weights": each.weights} for name, each in runs.items()}
     torch.save(found, folder / f"{rank}.pt")
 
@@ -362,7 +387,10 @@ def spawn(folder: Path, killed: bool) -> None:
 
 
 def test_two_processes_that_are_killed_or_asked_in_a_step_go_on_to_the_same_bits(tmp_path: Path) -> None:
-    """In an epoch, amid an accumulated step; of the images 0 is seen by one of the two alone."""
+    """In an epoch, amid an accumulated step; of the images 0 is seen by one of the two alone.
+
+    Asked in the first step, they leave with it where they talk after each one, else with the epoch's last.
+    """
     with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
         spawn(tmp_path, killed=True)
     spawn(tmp_path, killed=False)
@@ -370,6 +398,6 @@ def test_two_processes_that_are_killed_or_asked_in_a_step_go_on_to_the_same_bits
         found = torch.load(tmp_path / f"{rank}.pt")
         whole = found.pop("whole")
         assert len(whole["journal"]) == 12
-        for (name, ended), done in zip(found.items(), (9, 3), strict=True):
+        for (name, ended), done in zip(found.items(), (9, 3, 5), strict=True):
             assert ended["journal"] == whole["journal"][done:], (rank, name)
             assert_same(ended["weights"], whole["weights"])

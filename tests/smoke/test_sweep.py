@@ -154,10 +154,12 @@ def test_a_job_of_several_processes(tmp_path: Path) -> None:
     assert done.stderr.count("GLOBAL_RANK") == 2
 
 
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_a_sweep_that_is_started_by_every_process_is_refused(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variable: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("SLURM_NTASKS", "2")  # of the job, whose batch script is one process
+    monkeypatch.setenv(variable, "2")
     assert cli(["train", "-m", "seed=0,1", *NONE]) == 1
     assert "start the sweep anew" in capsys.readouterr().err
 

@@ -179,6 +179,8 @@ def test_a_target_is_pickled_without_shared_tensors():
     after.boxes.add_(1)  # its own memory, which can be written
     empty = pickle.loads(pickle.dumps(Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))))
     assert (empty.boxes.shape, empty.labels.dtype, empty.masks) == ((0, 4), torch.int64, None)
+    attached = Target(torch.rand(3, 4, requires_grad=True), before.labels)
+    assert torch.equal(pickle.loads(pickle.dumps(attached)).boxes, attached.boxes)
     content = io.BytesIO()
     sent = ForkingPickler(content)
     shared = []

@@ -1,6 +1,7 @@
 import os
 import warnings
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -406,6 +407,14 @@ def marked(split, classes, records):
     return classes, records
 
 
+def rewritten(split, classes, records):
+    """An image of other pixels under the same name."""
+    if split == "train":
+        with Path(records[3].file).open("ab") as file:
+            file.write(b"\0")
+    return classes, records
+
+
 def renumbered(split, classes, records):
     records[3].id += 100 * (split == "train")
     return classes, records
@@ -419,7 +428,8 @@ def renumbered(split, classes, records):
             lambda split, classes, records: (classes, records[:-1]),
             r"train: \d+ images with \d+ boxes there, \d+ images",
         ),
-        (moved_box, r"val: \d+ images with \d+ boxes as there, but other ids, sizes, boxes or labels"),
+        (moved_box, r"val: \d+ images with \d+ boxes as there, but other ids, sizes, boxes, labels or files"),
+        (rewritten, r"train: \d+ images with \d+ boxes as there, but other"),
         (marked, "train: .* as there, but other"),
         (renumbered, "train: .* as there, but other"),
     ],

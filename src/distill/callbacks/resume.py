@@ -23,8 +23,27 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from distill.callbacks.storage import NEWEST
 from distill.types import DistillError
 
-AGREE = 50
-"""Steps between two looks at the clock where several processes have to agree on it."""
+STOPS = (signal.SIGTERM, signal.SIGINT)
+AGREE = 10
+"""Steps from one exchange between several processes to the next, on whether it is time to save, or to leave."""
+
+
+class Unheard(L.Callback):
+    """Keeps Lightning from hearing of signals: whoever heard of them before `fit` does again. To be the first callback.
+
+    Lightning's handler of SIGTERM waits for the other processes wherever this one is, in the teacher's evaluation too.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Before Lightning begins to listen."""
+        self._before = _handlers()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Just after it did."""
+        _handle(self._before)
 
 
 class Last(Checkpoint):
@@ -59,14 +78,17 @@ class Last(Checkpoint):
     ) -> None:
         """Inside an epoch where it is time, at its end where an evaluation follows."""
         if _batches(trainer).is_last_batch:
-            due = _evaluation_follows(trainer)
-        else:  # nothing keeps the gradients of half an accumulated step, or what the guard has seen of it
-            due = _stepped(trainer) and self._is_time(trainer)
-        if due:
-            self._save(trainer)
-        # An epoch without an evaluation is not at its end here, and cannot be left.
-        if due if _batches(trainer).is_last_batch else _stepped(trainer):
-            self._leave_if_asked(trainer)
+            # An epoch without an evaluation is not at its end here, and cannot be left.
+            if _evaluation_follows(trainer):
+                self._save(trainer)
+                self._leave_if_asked(trainer)
+        elif _stepped(
+            trainer
+        ):  # nothing keeps half an accumulated step: its gradients, or what the guard has seen of it
+            if self._is_time(trainer):
+                self._save(trainer)
+            if _exchanges(trainer):
+                self._leave_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the evaluation, with its best score."""
@@ -84,7 +106,7 @@ class Last(Checkpoint):
     def _is_time(self, trainer: L.Trainer) -> bool:
         if self.steps:
             return trainer.global_step % self.steps == 0
-        if not self.seconds or (trainer.world_size > 1 and trainer.global_step % AGREE):
+        if not self.seconds or not _exchanges(trainer):
             return False
         return bool(trainer.strategy.broadcast(time.monotonic() - self._clock >= self.seconds))
 
@@ -94,10 +116,6 @@ class Last(Checkpoint):
         self._saved = _batches(trainer).total.processed
 
     # -- when asked to stop
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remember who hears of signals outside of training, before Lightning does."""
-        self._outside = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hand the signals back; after a failure Lightning does."""
@@ -143,7 +161,8 @@ class Last(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put it back, after all that may have drawn: callbacks that write checkpoints are called last."""
         self._clock, self._asked = time.monotonic(), None
-        _handle(dict.fromkeys(self._outside, self._note))
+        self._outside = _handlers()
+        _handle(dict.fromkeys(STOPS, self._note))
         found, self._found = self._found, {}
         if not found:
             return
@@ -235,6 +254,11 @@ def _gathered(states: dict[str, Any]) -> list[dict[str, Any]]:
     return everyone
 
 
+def _handlers() -> dict[signal.Signals, Any]:
+    """Who hears of the signals that stop a run."""
+    return {number: signal.getsignal(number) for number in STOPS}
+
+
 def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
     """Only the main thread may say who hears of signals."""
     if threading.current_thread() is threading.main_thread():
@@ -245,6 +269,11 @@ def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
 def _batches(trainer: L.Trainer) -> Any:
     """Lightning's counts of training batches, of this epoch and of all."""
     return trainer.fit_loop.epoch_loop.batch_progress
+
+
+def _exchanges(trainer: L.Trainer) -> bool:
+    """Whether the processes talk after this step; one alone has nobody to wait for."""
+    return trainer.world_size == 1 or trainer.global_step % AGREE == 0
 
 
 def _stepped(trainer: L.Trainer) -> bool:

@@ -60,14 +60,16 @@ def main(argv: Sequence[str]) -> int:
             traceback.print_exc()
         print(f"\ndistill: {_plain(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as stopped:
-        print(f"\ndistill: interrupted; {stopped or ANEW}", file=sys.stderr)
-        return 130
-    except Terminated as stopped:
+    except (KeyboardInterrupt, Terminated) as stopped:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 0  # one process of a run speaks for all; Lightning kills the others where one fails
-        print(f"\ndistill: stopped by a signal; {stopped or ANEW}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        how, number = (
+            ("stopped by a signal", signal.SIGTERM)
+            if isinstance(stopped, Terminated)
+            else ("interrupted", signal.SIGINT)
+        )
+        print(f"\ndistill: {how}; {stopped or ANEW}", file=sys.stderr)
+        return 128 + number
 
 
 def _run(verb: str, words: Sequence[str]) -> int:

@@ -6,15 +6,20 @@ lets a step come to its end, and saves.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from distill.cli import Terminated
+
+CLEANING = 10.0
+"""Seconds after a SIGTERM in which another one is the same wish: it does not break off what the first one set going."""
 
 
 @contextmanager
@@ -24,9 +29,13 @@ def stoppable() -> Iterator[None]:
     Lightning leaves a handler of SIGUSR1 alone that is there already; its own would save in the middle of a step.
     """
     asked: list[int] = []
+    told = -math.inf
 
     def end(number: int, frame: Any) -> None:
-        raise Terminated
+        nonlocal told
+        if time.monotonic() - told > CLEANING:
+            told = time.monotonic()
+            raise Terminated
 
     def requeue(number: int, frame: Any) -> None:
         asked.append(number)

@@ -50,7 +50,7 @@ class Jobs:
             JobFailed: what the run said last.
             DistillError: this very sweep is started more than once, by torchrun or SLURM.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             raise DistillError(
                 "a sweep (-m) under torchrun or in several tasks of SLURM: each process would start the sweep anew. Start it "
                 "once; every job starts its own processes (trainer=ddp)"

@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         with gate.gated():
             _run_hydra(args, parser, task_function=task, config_path=home, config_name=config.NAME)
     except (HydraException, OmegaConfBaseException) as error:
-        missing = '; its sweeper is an extra: pip install "distill[optuna]"' if "sweeper/optuna" in str(error) else ""
+        missing = '; its sweeper is an extra: install "distill[optuna]"' if "sweeper/optuna" in str(error) else ""
         told = str(error).partition("Config search path")[0].strip()
         raise DistillError(f"{told}{missing}") from error
     except sweep.JobFailed as error:
@@ -91,7 +91,8 @@ def _train(cfg: DictConfig, run: Path) -> float:
     import lightning as L
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from distill.callbacks import processes
+    from distill.callbacks.processes import Agreement
+    from distill.callbacks.resume import Unheard
     from distill.cli import report
 
     started = time.monotonic()
@@ -109,9 +110,9 @@ def _train(cfg: DictConfig, run: Path) -> float:
     check_metric(cfg, data)  # before a teacher is trained for it
     module = assemble(cfg, data)
     report.keep_metrics(run)
-    trainer.callbacks.insert(0, processes.Agreement(lambda: agreed(cfg, data)))  # type: ignore[attr-defined]
+    trainer.callbacks[:0] = [Unheard(), Agreement(lambda: agreed(cfg, data))]  # type: ignore[attr-defined]
     report.opening(module, data, run)
-    report.log_config(trainer, cfg)
+    report.open_loggers(trainer, cfg)
     failed = True
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
@@ -228,13 +229,23 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
 
 def needs_teacher(cfg: DictConfig) -> bool:
     """Whether any loss is taught by a detector. If none is, ``teacher`` is left alone, as by distill=none."""
-    return any(config.target(node).needs_teacher for node in config.parts(cfg.distill.losses).values())
+    return any(kind.needs_teacher for kind, _ in _losses(cfg).values())
 
 
 def build_losses(cfg: DictConfig, student: Facts, teacher: Facts | None) -> dict[str, DistillLoss]:
     """The distillation losses by name, for this pair."""
-    nodes = config.parts(cfg.distill.losses).items()
-    return {name: config.build(node, student=student, teacher=teacher) for name, node in nodes}
+    return {name: config.build(node, student=student, teacher=teacher) for name, (_, node) in _losses(cfg).items()}
+
+
+def _losses(cfg: DictConfig) -> dict[str, tuple[type[DistillLoss], Any]]:
+    """Class and node of each loss by name."""
+    from distill.losses.base import DistillLoss
+
+    found = {name: (config.target(node), node) for name, node in config.parts(cfg.distill.losses).items()}
+    for name, (kind, node) in found.items():
+        if not (isinstance(kind, type) and issubclass(kind, DistillLoss)):
+            raise DistillError(f"distill.losses.{name}: expected a DistillLoss, got {node.get('_target_')}")
+    return found
 
 
 def check_masks(cfg: DictConfig, student: Detector, data: DetectionData) -> None:
@@ -262,14 +273,18 @@ def _readable(data: DetectionData) -> bool:
 
 
 def check_metric(cfg: DictConfig, data: DetectionData) -> None:
-    """Refuse a metric that validation will not measure, for a sweep or for a callback to watch; the names are those that
-    finding nothing gives.
+    """Refuse a metric that validation will not measure, for a sweep or for a callback to watch, and two that measure the same;
+    the names are those that finding nothing gives.
     """
     known: list[str] = []
     for make in build_metrics(cfg):
         metric = make(data.ground_truth("val"), data.classes)
         metric.update((), ())
-        known += [f"val/{name}" for name in metric.compute()]
+        names = [f"val/{name}" for name in metric.compute()]
+        twice = [name for name in names if name in known]
+        if twice:
+            raise DistillError(f"metrics: {list(cfg.metrics)} give {twice[0]} twice: set one of them to null")
+        known += names
     watched = {f"callbacks.{name}.monitor": node.get("monitor") for name, node in config.parts(cfg.callbacks).items()}
     for key, name in {"metric": cfg.metric, **watched}.items():
         measured = key == "metric" or str(name).startswith("val/")  # a callback may watch a loss term
@@ -311,6 +326,13 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
         )
     except MisconfigurationException as error:
         raise DistillError(f"trainer: {error}. Choose another one: trainer=auto takes what there is") from error
+    plain = cfg.trainer.strategy
+    if trainer.world_size > 1 and isinstance(plain, str) and (plain == "auto" or plain.startswith("ddp")):
+        raise DistillError(
+            f"trainer.strategy={plain} with {trainer.world_size} processes: Lightning's own settings would copy rank 0's batch norm "
+            "statistics to all before each step, and wait half an hour for a process that is gone. Add trainer=ddp (trainer=ddp_cpu "
+            f"without GPUs), and trainer.devices={trainer.num_devices} where that is not all of them"
+        )
     return trainer
 
 

@@ -195,7 +195,7 @@ def digest(records: Sequence[Record], masks: bool) -> dict[str, Any]:
     """How many images and boxes there are, and a hash of all that is known of them but where their files lie."""
     seen = hashlib.sha256()
     for record in records:
-        seen.update(json.dumps([record.id, record.size, len(record.labels)]).encode())
+        seen.update(json.dumps([record.id, record.size, record.bytes, len(record.labels)]).encode())
         for values in (record.boxes, record.labels, record.crowd, record.difficult, record.area):
             seen.update(np.ascontiguousarray(values).tobytes())
         if masks:
@@ -399,7 +399,7 @@ class DetectionData(L.LightningDataModule):
             if counts[0] != counts[1]:
                 found.append(f"{split}: {counts[0]} there, {counts[1]} here")
             elif there != here:
-                found.append(f"{split}: {counts[0]} as there, but other ids, sizes, boxes or labels")
+                found.append(f"{split}: {counts[0]} as there, but other ids, sizes, boxes, labels or files")
         return found
 
     def ground_truth(self, split: Split) -> dict[str, Any]:
