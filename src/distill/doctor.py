@@ -250,9 +250,9 @@ def memory(device: torch.device) -> int:
 
 
 def state_bytes(module: nn.Module, optimizer: str) -> int:
-    """What the optimiser keeps and the gradients take, which no pass without a step shows."""
+    """What the optimiser keeps, which no pass without a step shows."""
     trained = sum(each.numel() * each.element_size() for each in module.parameters() if each.requires_grad)
-    return trained * (3 if "adam" in optimizer.lower() else 2)
+    return trained * (2 if "adam" in optimizer.lower() else 1)
 
 
 def _wait(device: torch.device) -> None:

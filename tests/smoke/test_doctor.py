@@ -126,6 +126,7 @@ def test_time_and_memory_are_estimated(ready: dict[str, Any]) -> None:
         (["trainer.max_epochs=12", "trainer.max_steps=250", "schedule.accumulate=2"], 100, (500, 6)),
         (["trainer.max_epochs=3", "trainer.limit_train_batches=0.25"], 100, (75, 4)),
         (["trainer.max_epochs=3", "trainer.limit_train_batches=7", "schedule.evaluate_every=2"], 100, (21, 2)),
+        (["trainer.max_epochs=3", "schedule.evaluate_every=null"], 100, (300, 1)),
     ],
 )
 def test_a_schedule_is_counted_in_batches(lines: list[str], batches: int, expected: tuple[int, int]) -> None:

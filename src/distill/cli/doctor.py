@@ -7,7 +7,7 @@ import json
 import shlex
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,25 +32,21 @@ PATIENCE = 15.0
 """Seconds that one measurement may take."""
 BATCHES = 3
 """Batches whose passes are timed."""
-COUNTED = ("images", "boxes", "crowds", "difficult", "empty")
 Report = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
     """``distill doctor [--json FILE] [overrides as for train]``; 0 where the run is ready, 1 where something is to be mended."""
+    from distill.cli import diagnosis
+    from distill.files import write_text
+
     parser = argparse.ArgumentParser(prog="distill doctor", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all that was found there as well")
     parser.add_argument("overrides", nargs="*", help="as for train: data=voc data.source.root=… distill=ssim")
     args = parser.parse_intermixed_args(list(argv))
-    config.check(args.overrides)
-    config.named(args.overrides)  # leaves what a run knows of its own command line
-    cfg = config.composed(args.overrides)
-    cfg.paths.run = "run"  # a run would know; nothing is written there
-    report = examine(cfg)
-    show(report)
+    report = examine(config.alone(args.overrides))
+    diagnosis.show(report)
     if args.json:
-        from distill.files import write_text
-
         write_text(args.json, json.dumps(report, indent=1))
     return int(report["verdict"] != "ready")
 
@@ -79,6 +75,7 @@ def _visit(cfg: DictConfig, report: Report) -> None:
     from distill.cli import train
     from distill.detectors.inherit import inherit
     from distill.module import Distiller
+    from distill.optimization import channels_last
 
     train.check_parts(cfg, Path(cfg.paths.run))  # with the run's own callbacks and loggers, of which none is used here
     data = _data(cfg, report)
@@ -95,6 +92,8 @@ def _visit(cfg: DictConfig, report: Report) -> None:
     schedule, metrics = config.build(cfg.schedule), train.build_metrics(cfg)
     module = Distiller(student, guest, losses, schedule, config.plain(cfg.supervised), metrics, cfg.seed)
     module.to(trainer.strategy.root_device)
+    if cfg.channels_last:
+        channels_last(module)
     check = config.parts(cfg.callbacks).get("terms", {})
     _terms(report, module, data, trainer, check.get("times", float("inf")))
     _estimate(cfg, report, module, data, trainer)
@@ -141,7 +140,6 @@ def _teacher(cfg: DictConfig, data: DetectionData, trainer: L.Trainer, report: R
     """The teacher, measured; an untrained one of its shape where it is not there yet; None where nobody needs one."""
     from distill import doctor
     from distill.cli import teacher, train
-    from distill.guest import Guest
 
     if not (train.needs_teacher(cfg) or cfg.init == "inherit"):
         report["teacher"] = {"state": "not needed"}
@@ -151,15 +149,15 @@ def _teacher(cfg: DictConfig, data: DetectionData, trainer: L.Trainer, report: R
         folder, overrides = teacher.place(cfg)
         if not teacher.finished(folder):
             detector = config.build(cfg.teacher.model, classes=list(data.classes), weights=None, backbone_weights=None)
-            report["teacher"] = _missing(cfg, detector, data, trainer, folder, overrides)
+            report["teacher"] = _missing(detector, data, trainer, folder, overrides)
             if cfg.teacher.train == "never":
                 report["faults"].append(f"there is no trained teacher at {folder} and teacher.train=never")
             else:
                 report["notes"].append(
                     "no teacher is cached: the run trains one first; terms are those of an untrained one"
                 )
-            return Guest(detector, source="untrained")
-    guest: Guest = teacher.find(cfg, data)
+            return teacher.guest(cfg, detector, "untrained")
+    guest = teacher.find(cfg, data)
     promised, known = _promise(guest), guest.values.get("val/AP", guest.values.get("val/mAP"))
     found: Report = {"state": "ready", "source": guest.source, "promised": promised, "here": known}
     report["teacher"] = found
@@ -189,18 +187,18 @@ def _judge(cfg: DictConfig, found: Report, report: Report) -> None:
 
 def _promise(guest: Guest) -> float | None:
     """The AP that a run's summary or torchvision's enum states of these weights, on whatever images."""
-    source = Path(guest.source).expanduser()
-    summary = (source if source.is_dir() else source.parent) / "summary.json"
-    if source.exists() and summary.is_file():
-        values = json.loads(summary.read_text())["student"]
-        return values.get("val/AP", values.get("val/mAP"))  # type: ignore[no-any-return]
+    from distill.cli import teacher
+
+    measured = teacher.summary(guest.source).get("student")
+    if measured:
+        return measured.get("val/AP", measured.get("val/mAP"))  # type: ignore[no-any-return]
     named = getattr(type(guest.detector).enum, "__members__", {}).get(guest.source)
     metrics = named.meta["_metrics"].get("COCO-val2017", {}) if named is not None else {}
     return metrics["box_map"] / 100 if "box_map" in metrics else None
 
 
 def _missing(
-    cfg: DictConfig, detector: Detector, data: DetectionData, trainer: L.Trainer, folder: Path, overrides: Sequence[str]
+    detector: Detector, data: DetectionData, trainer: L.Trainer, folder: Path, overrides: Sequence[str]
 ) -> Report:
     """What would be trained, and for how long: the teacher's own run, whose passes are timed here as a student's."""
     from distill.module import Distiller
@@ -262,13 +260,14 @@ def _terms(report: Report, module: Distiller, data: DetectionData, trainer: L.Tr
 
 def _estimate(cfg: DictConfig, report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer) -> None:
     from distill import doctor
+    from distill.cli.diagnosis import gib
 
     report["estimate"] = found = _pace(cfg.trainer, module, data, trainer)
     optimizer = str(cfg.schedule.optimizer.get("_target_", ""))
     found["bytes"] += doctor.state_bytes(module, optimizer)
     if found["bytes"] > found["device_bytes"]:
         report["faults"].append(
-            f"a step takes about {_gib(found['bytes'])}, but {found['device']} has {_gib(found['device_bytes'])}: lower "
+            f"a step takes about {gib(found['bytes'])}, but {found['device']} has {gib(found['device_bytes'])}: lower "
             "data.batch_size (with schedule.accumulate for the same total), or data.max_size"
         )
 
@@ -307,7 +306,8 @@ def planned(limits: DictConfig, batches: int) -> tuple[int, int]:
     total = an_epoch * limits.max_epochs
     if limits.max_steps >= 0:
         total = min(total, limits.max_steps * limits.accumulate_grad_batches)
-    return total, total // an_epoch // limits.check_val_every_n_epoch + 1
+    every = limits.check_val_every_n_epoch
+    return total, (total // an_epoch // every if every else 0) + 1
 
 
 @contextmanager
@@ -317,122 +317,3 @@ def _warned() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield said
     said += [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
-
-
-# -- on the terminal
-
-
-def show(report: Mapping[str, Any]) -> None:
-    """The sections as tables, and the verdict."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console()
-    for rows in (_data_rows, _count_rows, _class_rows, _shape_rows, _adapter_rows, _term_rows):
-        title, columns, cells = rows(report)
-        if cells:
-            console.print(_table(title, columns, cells))
-    for line in (*_teacher_lines(report), *_estimate_lines(report)):
-        console.print(line, highlight=False, soft_wrap=True)
-    for kind, colour in (("notes", "yellow"), ("faults", "red")):
-        for words in report[kind]:
-            console.print(f"[{colour}]{kind[:-1]}[/]  {escape(words)}", highlight=False, soft_wrap=True)
-    count = len(report["faults"])
-    verdict = "[green]ready[/]" if report["verdict"] == "ready" else f"[red]{count} to mend[/], named above"
-    console.print(f"verdict  {verdict} ({report['seconds']:.0f} s)", highlight=False)
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*("–" if cell is None else escape(str(cell)) for cell in row))
-    return table
-
-
-Rows = tuple[str, Sequence[str], list[list[Any]]]
-
-
-def _data_rows(report: Mapping[str, Any]) -> Rows:
-    rows: list[list[Any]] = []
-    for split, found in report.get("data", {}).items():
-        mended = ", ".join(f"{number} {what}" for what, number in found["mended"].items())
-        rows.append([split, *(found[what] for what in COUNTED), mended or "nothing"])
-    share = f"{100 * report.get('padding', 0):.1f} % of the training batches' pixels are padding"
-    return f"data; {share}", ("", *COUNTED, "mended"), rows
-
-
-def _count_rows(report: Mapping[str, Any]) -> Rows:
-    data = report.get("data", {})
-    names = next(iter(data.values()))["classes"] if data else {}
-    rows = [[name, *("/".join(map(str, data[split]["classes"][name].values())) for split in data)] for name in names]
-    return "boxes: small/medium/large/all", ("class", *data), rows
-
-
-def _class_rows(report: Mapping[str, Any]) -> Rows:
-    rows = [[row[name] for name in ("label", "data", "student", "teacher")] for row in report.get("classes", ())]
-    return "classes", ("label", "data", "student", "teacher"), rows
-
-
-def _shape_rows(report: Mapping[str, Any]) -> Rows:
-    found = report.get("shapes", [])
-    columns = list(found[0]) if found else []
-    rows = [[row["stride"], *("×".join(map(str, row[c])) if row[c] else None for c in columns[1:])] for row in found]
-    return "maps, C×H×W", columns, rows
-
-
-def _adapter_rows(report: Mapping[str, Any]) -> Rows:
-    rows = [[row["name"], row["layer"], f"{row['parameters']:,}"] for row in report.get("adapters", ())]
-    return "adapters", ("name", "layer", "parameters"), rows
-
-
-def _term_rows(report: Mapping[str, Any]) -> Rows:
-    rows = [
-        [name, f"{term['value']:.4g}", f"{term['weight']:g}", f"{term['loss']:.4g}", f"{100 * term['share']:.1f} %"]
-        for name, term in report.get("terms", {}).items()
-    ]
-    return "terms at step 0", ("term", "value", "weight", "in the loss", "of the neck's gradient"), rows
-
-
-def _teacher_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    from rich.markup import escape
-
-    found = report.get("teacher")
-    if found is None:
-        return
-    if found["state"] != "ready":
-        yield f"[bold]teacher[/]  {found['state']}"
-    if "command" in found:
-        yield f"         would go to {escape(found['folder'])}, in about {_clock(found['estimate']['seconds']['total'])}:"
-        yield f"         {escape(found['command'])}"
-    if "source" in found:
-        sample, promised = found.get("sample"), found["promised"] if found["here"] is None else found["here"]
-        measured = f"AP {sample['AP']:.3f} on {sample['images']} images" if sample else "AP not known"
-        said = f"{promised:.3f} promised" if promised is not None else "its file promises nothing"
-        yield f"[bold]teacher[/]  {escape(found['source'])}: {measured}, {said}"
-
-
-def _estimate_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    found = report.get("estimate")
-    if found is None:
-        return
-    seconds = found["seconds"]
-    yield (
-        f"[bold]time[/]     about {_clock(seconds['total'])}: {found['batches']} batches of "
-        f"{found['seconds_per_batch']:.3f} s on each of {found['processes']} {found['device']} at {found['precision']}, and "
-        f"{_clock(seconds['evaluation'])} of evaluation"
-    )
-    yield f"[bold]memory[/]   about {_gib(found['bytes'])} of {_gib(found['device_bytes'])}"
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
