@@ -13,7 +13,7 @@ from distill.detectors.base import Detector
 from distill.metrics.base import DetectionMetric
 from distill.metrics.coco import CocoMetric
 from distill.progress import track
-from distill.types import Batch, Detections
+from distill.types import Batch, Detections, DistillError
 
 MakeMetric = Callable[[Mapping[str, Any], Sequence[str]], DetectionMetric]
 """(ground truth in COCO form, class names) -> metric."""
@@ -52,11 +52,17 @@ class Evaluation:
             metric.update(batch.ids, shared)
 
     def compute(self) -> dict[str, float]:
-        """Every metric's numbers; equal on all ranks."""
+        """Every metric's numbers; equal on all ranks.
+
+        Raises:
+            DistillError: two of them have one name.
+        """
         values: dict[str, float] = {}
         for metric in self.metrics:
             found = metric.compute()
-            assert not values.keys() & found.keys(), "two metrics give a number the same name"
+            twice = sorted(values.keys() & found.keys())
+            if twice:
+                raise DistillError(f"two of the metrics give a number the name {twice[0]}; leave one of them out")
             values |= found
         return values
 

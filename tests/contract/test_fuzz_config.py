@@ -179,9 +179,16 @@ def test_any_values_of_any_keys(data: st.DataObject, distill: str) -> None:
         torch.random.set_rng_state(state)
 
 
-@pytest.mark.parametrize("words", [["teacher=null", "distill.losses=true"], ["teacher=null", "distill.losses=abc"]])
-def test_what_the_fuzz_found_once(words: list[str]) -> None:
-    with pytest.raises(DistillError, match="expected a mapping of names to parts"):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["teacher=null", "distill.losses=true"], "expected a mapping of names to parts"),
+        (["teacher=null", "distill.losses=abc"], "expected a mapping of names to parts"),
+        (["distill.losses.defeat=${model}"], r"losses\.defeat: expected a DistillLoss, got distill\..*\.FasterRCNN"),
+    ],
+)
+def test_what_the_fuzz_found_once(words: list[str], message: str) -> None:
+    with pytest.raises(DistillError, match=message):
         build(changed("defeat_full", words), {word.split(".")[0].split("=")[0] for word in words})
 
 

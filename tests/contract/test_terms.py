@@ -48,7 +48,15 @@ def test_each_trouble_is_named_once(case: str, tmp_path: Path) -> None:
     for words, message in zip(expected, found, strict=True):
         assert message.startswith("the term mine/term ")
         assert words in message
-    assert module.observers == []
+
+
+def test_it_leaves_other_observers_alone(tmp_path: Path) -> None:
+    module, seen = distiller(losses={"defeat": DeFeat}), []
+    module.observers.append(lambda *_: seen.append(1))
+    (other,) = module.observers
+    said(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)])
+    assert len(seen) == 6
+    assert module.observers == [other]
 
 
 def test_a_trouble_must_last(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ UNREAD = [  # the word, and what the message names
     ("trainer.accelerator=tpuu", "tpuu"),
     ("trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch=0: expected a whole number from 1"),
     ("+trainer.foo=1", "unexpected keyword argument 'foo'"),
+    ("trainer.devices=2", "trainer.strategy=auto with 2 processes: "),
+    ("trainer={devices:2,strategy:ddp_spawn}", "trainer.strategy=ddp_spawn with 2 processes: "),
     ("trainer.save_every=x", "save_every"),
     ("deterministic=abc", "deterministic=abc: expected one of true, false, warn"),
     ("callbacks.best.mode=maxx", "callbacks.best: `mode` can be"),
@@ -84,7 +86,8 @@ UNREAD = [  # the word, and what the message names
     ("+callbacks.rate.x=1", "unexpected keyword argument 'x'"),
     ("callbacks.panels.every=0", "callbacks.panels: expected images from 0"),
     ("+callbacks.x={_target_:torch.nn.Identity}", "callbacks.x: expected a Callback"),
-    ("logger.csv.flush_logs_every_n_steps=x", "flush_logs_every_n_steps: expected int"),
+    ("logger.csv.flush_logs_every_n_steps=x", "flush_logs_every_n_steps=x: expected a whole number from 1"),
+    ("logger.csv.flush_logs_every_n_steps=0", "flush_logs_every_n_steps=0: expected a whole number from 1"),
     ("+logger.x={_target_:torch.nn.Identity}", "logger.x: expected a Logger"),
     ("supervised.loss_classifier=nan", "supervised.loss_classifier=nan: expected a weight from 0"),
     ("guard.limit=-1", "guard: expected limit"),
@@ -114,6 +117,41 @@ def test_a_wrong_value_is_named_before_an_image_is_read(
     assert said.startswith("\ndistill: ")
     assert message in said
     assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["classifier", "c.pt", "data.workers=-1"], "data.workers=-1: expected a whole number from 0"),
+        (["classifier", "c.pt", "--epochs", "0"], "--epochs and --size start at 1"),
+        (["classifier", "c.pt", "--rate", "nan"], "--rate is a number above 0"),
+        (["bench", "data.batch_size=0"], "data.batch_size=0: expected a whole number from 1"),
+        (["train", "-m", "--cfg", "job", "seed=1,2"], "--cfg shows the configuration of one run"),
+        (
+            ["train", *TINY, "distill=none", "+metrics.more={_target_:distill.metrics.coco.CocoMetric,_partial_:true}"],
+            "metrics: ['coco', 'more'] give val/AP twice: set one of them to null",
+        ),
+    ],
+)
+def test_every_verb_names_a_wrong_value(
+    words: list[str], message: str, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(words) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_a_logger_that_cannot_begin_says_why_before_the_first_step(
+    logger: str, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"logger={logger}", f"+logger.{logger}.unheard_of=1"]
+    assert cli(["train", *TINY, "distill=none", *lines]) == 1
+    said = capsys.readouterr()
+    assert "Logger cannot begin: " in said.err
+    assert "unexpected keyword argument 'unheard_of'. Mend its keys under logger" in said.err
+    assert "Epoch" not in said.out
 
 
 @pytest.mark.parametrize("line", ["callbacks.best.monitor=val/APP", "metric=val/APP"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -211,7 +212,7 @@ def test_a_teacher_is_trained_once_and_serves_a_sweep(cli: Cli, tmp_path: Path) 
         ("trainer.precision=bf16-mixed", False),
         ("trainer.limit_train_batches=3", False),
         ("data.source.seed=5", False),
-        ("data.workers=3", True),
+        *((f"data.{key}", True) for key in ("workers=3", "pin_memory=true", "persistent_workers=false")),
         ("trainer.log_every_n_steps=7", True),
         ("logger=wandb", True),
         ("callbacks.terms.every=7", True),
@@ -332,6 +333,11 @@ def test_a_named_teacher_is_measured_once_for_all_jobs_on_its_data(
     assert not measured
     own = {name: value for name, value in summary(tiny_teacher)["student"].items() if name.startswith("val/")}
     assert summary(tmp_path / "same")["teacher"]["values"] == own
+    file = Path(os.path.relpath(tiny_teacher / "student.pt"))
+    assert cli([lines[0], f"teacher.weights={file}", *lines[2:], "hydra.run.dir=file"]) == 0
+    assert not measured
+    assert summary(tmp_path / "file")["teacher"]["values"] == own
+    assert summary(tmp_path / "file")["teacher"]["source"] == str(Path.cwd() / file)
     for number, other in enumerate(["data.source.seed=5", "data.pad_to=96", "metrics.coco.per_class=true"], start=1):
         assert cli([*lines, other, f"hydra.run.dir={number}"]) == 0
         assert len(measured) == number, other

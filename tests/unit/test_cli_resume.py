@@ -91,6 +91,16 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
+def test_a_folder_of_any_name_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a job that SLURM started again: the value is read as Hydra reads it."""
+    run = tmp_path / "it's here, [really]"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    lines = ["seed=1", f"hydra.run.dir={config.quoted(str(run))}"]
+    assert resume.resumed(lines) == [*lines, "ckpt_path=last"]
+
+
 def test_a_run_that_was_killed_between_two_renamings_is_found(runs: Path) -> None:
     lines = ["distill=none", "seed=0", "ckpt_path=last", "resume=anyway", "trainer.save_every=1 steps"]
     assert resume.resumed(lines) == [*lines, f"hydra.run.dir='outputs/{runs.name}/a'"]

@@ -372,6 +372,14 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
         DICOD(facts(), None, **{"classifier": Tiny(), **options})
 
 
+def test_one_class_alone_needs_the_divergence_of_yes_and_no() -> None:
+    """The others say nothing: a row of one sigmoid, divided by its sum, is 1 whatever it was."""
+    for sigmoid, two_stage in (("kl-ce", True), ("kl-bce", False)):
+        DICOD(facts(two_stage=two_stage, classes=("cat",)), None, Tiny(("cat",)), sigmoid=sigmoid)
+    with pytest.raises(DistillError, match=r"only one class, \['cat'\]\. Set sigmoid=kl-bce"):
+        DICOD(facts(two_stage=False, classes=("cat",)), None, Tiny(("cat",)))
+
+
 def test_localisation_alone_takes_a_classifier_of_other_classes() -> None:
     loss = DICOD(facts(), None, Tiny(("owl",)), {"classes": 0}, size=SIDE)
     assert loss(scene(batch(OBJECTS), facts(), 1), None).keys() == {"pixels", "features"}

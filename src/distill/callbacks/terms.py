@@ -74,7 +74,8 @@ class TermCheck(L.Callback):
                 self._looked = step
                 self._now = look(student, terms, weights)
 
-        pl_module.observers = [observe]
+        self._observe = observe
+        pl_module.observers.append(observe)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Read what the last look measured, and judge."""
@@ -91,7 +92,7 @@ class TermCheck(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ask no more."""
         assert isinstance(pl_module, Distiller)
-        pl_module.observers = []
+        pl_module.observers.remove(self._observe)
 
     def _warn(self, name: str, found: Mapping[str, str]) -> None:
         for kind, words in found.items():

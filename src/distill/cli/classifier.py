@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.cli import config
+from distill.cli import config, values
+from distill.types import DistillError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,8 +24,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--size", type=int, default=112, help="side of a crop in pixels")
     parser.add_argument("overrides", nargs="*", help="as for train: data=voc data.source.root=…, seed=1")
     args = parser.parse_intermixed_args(list(argv))
-    config.check(args.overrides)
-    cfg = config.composed(args.overrides)
+    if args.epochs < 1 or args.size < 1 or not 0 < args.rate < math.inf:
+        raise DistillError("classifier: --epochs and --size start at 1, --rate is a number above 0")
+    cfg = values.composed(args.overrides)
 
     import torch
 

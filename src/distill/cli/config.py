@@ -152,8 +152,23 @@ def named(overrides: Sequence[str]) -> Path:
     return Path(cfg.paths.outputs) / str(cfg.name)
 
 
+def alone(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a verb that starts no run.
+
+    Raises:
+        DistillError: a mistake in the overrides, as `check` finds it.
+    """
+    check(overrides)
+    named(overrides)  # leaves what a run knows of its own command line
+    cfg = composed(overrides)
+    cfg.paths.run = "run"  # a run would know; nothing is written there
+    return cfg
+
+
 def check_flags(args: Namespace) -> None:
-    """Refuse Hydra's flags that would put another configuration in the place of ours."""
+    """Refuse Hydra's flags that would put another configuration in the place of ours, and two that it cannot do at once."""
+    if args.cfg and args.multirun:
+        raise DistillError("--cfg shows the configuration of one run: leave out -m, and give each key one value")
     for flag in ("config_path", "config_name", "config_dir", "experimental_rerun"):
         if getattr(args, flag) is not None:
             raise DistillError(

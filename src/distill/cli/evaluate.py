@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill.cli import config
+from distill.cli import config, values
 from distill.types import DistillError
 
 
@@ -27,12 +27,12 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
     run = run_folder(args.source)
     cfg = recompose(run, args.overrides)
-    values = evaluate(cfg, run, args.source, args.split, args.teacher)
-    show(values, args.split, "teacher" if args.teacher else "student")
+    measured = evaluate(cfg, run, args.source, args.split, args.teacher)
+    show(measured, args.split, "teacher" if args.teacher else "student")
     if args.json:
         from distill.files import write_text
 
-        write_text(args.json, json.dumps(values, indent=1))
+        write_text(args.json, json.dumps(measured, indent=1))
     return 0
 
 
@@ -54,8 +54,7 @@ def recompose(run: Path, overrides: Sequence[str]) -> DictConfig:
         for override in config.recorded(run)
         if override.key_or_group.split(".")[0] not in chosen  # data=voc does away with what was said of the run's data
     ]
-    config.check([*before, *overrides])
-    return config.composed([*before, *overrides])
+    return values.composed([*before, *overrides])
 
 
 def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool) -> dict[str, float]:
@@ -122,7 +121,7 @@ def _teacher(run: Path, cfg: DictConfig) -> Any:
     return load(cfg, source, [str(name) for name in classes])
 
 
-def show(values: dict[str, float], split: str, who: str) -> None:
+def show(measured: dict[str, float], split: str, who: str) -> None:
     """The numbers as a table, in percent."""
     from rich.console import Console
     from rich.markup import escape
@@ -131,6 +130,6 @@ def show(values: dict[str, float], split: str, who: str) -> None:
     table = Table(title=f"{who}, {split}, percent", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for name, value in values.items():
+    for name, value in measured.items():
         table.add_row(escape(name), f"{100 * value:.2f}" if value >= 0 else "no ground truth")
     Console().print(table)

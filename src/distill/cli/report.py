@@ -30,6 +30,7 @@ from distill.evaluation import evaluate
 from distill.files import write_text
 from distill.module import Distiller
 from distill.pictures import panel, save_panel
+from distill.types import DistillError
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP", "mask_AP")
 
@@ -80,9 +81,20 @@ def _name(detector: Any) -> str:
     return f"{facts.family}, {size}, norm {facts.norm}, {len(facts.classes)} classes"
 
 
-def log_config(trainer: L.Trainer, cfg: DictConfig) -> None:
-    """The resolved configuration, to the loggers that keep one."""
+def open_loggers(trainer: L.Trainer, cfg: DictConfig) -> None:
+    """Begin each logger's record, with the resolved configuration where it keeps one.
+
+    Raises:
+        DistillError: what a logger says of its options, or of the service that it cannot reach.
+    """
     for logger in trainer.loggers:
+        try:
+            getattr(logger, "experiment", None)
+        except Exception as error:  # of TensorBoard, W&B, or any other
+            raise DistillError(
+                f"{type(logger).__name__} cannot begin: {error}. Mend its keys under logger, or choose another one (CSV is always "
+                "written)"
+            ) from error
         logger.log_hyperparams(plain(cfg))
 
 

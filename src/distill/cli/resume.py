@@ -32,6 +32,8 @@ PASSING = (
     "callbacks.terms",
 )
 """Beginnings of the overrides that do not say which run is meant."""
+HANDLING = ("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "eval_batch_size")
+"""Keys of ``data`` that say how images reach the model, not what they are."""
 FREE = (
     *("ckpt_path", "resume", "name", "test", "pictures", "paths.*", "logger.*", "guard.*", "callbacks.terms*"),
     # The machine and the screen.
@@ -39,8 +41,7 @@ FREE = (
     *(f"trainer.{key}" for key in ("log_every_n_steps", "enable_*", "default_root_dir", "save_every", "num_sanity*")),
     *("callbacks.last*", "callbacks.teacher*", "callbacks.rate*", "callbacks.panels*", "callbacks.progress*"),
     "callbacks.best.dirpath",
-    # How images reach the model, not what they are.
-    *(f"data.{key}" for key in ("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "eval_batch_size")),
+    *(f"data.{key}" for key in HANDLING),
     # What the checkpoint knows better: images and boxes, guests by their bytes, weights that were only the start.
     *("data.source*", "data.on_*", "distill.losses.*.classifier.weights"),
     *(f"teacher.{key}" for key in ("weights", "train", "seed", "run*", "min_ap", "evaluate", "model*")),
@@ -84,7 +85,7 @@ def _requeued() -> bool:
 def _in_folder(lines: list[str], must: bool) -> list[str]:
     if "ckpt_path=last" not in lines:
         return lines
-    named = [line.partition("=")[2].strip("'\"") for line in lines if line.startswith("hydra.run.dir=")]
+    named = [str(each.value()) for each in config.parse(lines) if each.key_or_group == "hydra.run.dir"]
     if named:
         if must and not checkpoints(Path(named[-1])):
             raise DistillError(f"no checkpoint in {named[-1]}")

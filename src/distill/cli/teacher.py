@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import Terminated
 from distill.cli.config import build, composed, parse, parts, plain, quoted
+from distill.cli.resume import HANDLING
 from distill.cli.signals import ended
 from distill.files import read_json
 from distill.types import DistillError, Facts
@@ -35,7 +36,7 @@ KEPT_GROUPS = ("data", "trainer", "experiment", "paths", "trust")
 # On one machine: nobody starts the others.
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")
 # Keys that cannot change what a teacher learns, so two runs that differ only here share one teacher.
-IGNORED_DATA = ("workers", "cache", "eval_batch_size", "prefetch", "on_overlap")
+IGNORED_DATA = (*HANDLING, "on_overlap")
 IGNORED_CALLBACKS = ("terms",)  # it looks at distillation terms, and a teacher's run has none
 # What of Lightning's trainer decides the weights: not the machine, not the logging.
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
@@ -86,7 +87,7 @@ def check(cfg: DictConfig) -> None:
         raise DistillError(f"{who} cannot do without a teacher: choose teacher=…, not none")
 
 
-def find(cfg: DictConfig, data: DetectionData) -> Any:
+def find(cfg: DictConfig, data: DetectionData) -> Guest:
     """The guest that ``teacher=`` names: a run folder, a file, an enum, or the cached teacher, trained if need be.
 
     Args:
@@ -102,10 +103,11 @@ def find(cfg: DictConfig, data: DetectionData) -> Any:
     check(cfg)
     if cfg.teacher.weights is None:
         run = cached(cfg)
-        return guest(cfg, load_detector(run), str(run), _measured(run, cfg, data))
+        return guest(cfg, load_detector(run), str(run), _measured(str(run), cfg, data))
     source = str(cfg.teacher.weights)
-    known = _measured(Path(source).expanduser(), cfg, data)
-    return guest(cfg, load(cfg, source, data.classes), source, known)
+    if Path(source).expanduser().exists():
+        source = str(Path(source).expanduser().absolute())  # for those who look for it later, from elsewhere
+    return guest(cfg, load(cfg, source, data.classes), source, _measured(source, cfg, data))
 
 
 def guest(cfg: DictConfig, detector: Detector, source: str, values: Mapping[str, float] | None = None) -> Guest:
@@ -213,14 +215,30 @@ def measure(cfg: DictConfig, data: DetectionData, splits: Sequence[str]) -> dict
     return {"metrics": plain(cfg.metrics), "data": {split: data.fingerprint(split) for split in splits}}
 
 
-def _measured(run: Path, cfg: DictConfig, data: DetectionData) -> dict[str, float]:
-    """What a finished run measured of its student, where images and metrics are the same here; else nothing."""
-    if not (run / "summary.json").is_file():
+def summary(source: str) -> dict[str, Any]:
+    """The ``summary.json`` of the run that a teacher comes from, a folder or its ``student.pt``; nothing where it is no run's.
+
+    Raises:
+        DistillError: it does not hold what a run measures.
+    """
+    run = Path(source).parent if Path(source).name == "student.pt" else Path(source)
+    file = run / "summary.json"
+    if not file.is_file():
         return {}
-    summary = read_json(run / "summary.json")
-    before, values = summary.get("measured") or {"metrics": None, "data": {}}, summary.get("student")
-    if not isinstance(before, dict) or not isinstance(before.get("data"), dict) or not isinstance(values, dict):
-        raise DistillError(f"{run / 'summary.json'}: expected what the run measured under 'student' and 'measured'")
+    found = read_json(file)
+    before = found.setdefault("measured", {"metrics": None, "data": {}})
+    values, data = found.get("student"), before.get("data") if isinstance(before, dict) else None
+    if not isinstance(data, dict) or not isinstance(values, dict):
+        raise DistillError(f"{file}: expected what the run measured under 'student' and 'measured'")
+    return found
+
+
+def _measured(source: str, cfg: DictConfig, data: DetectionData) -> dict[str, float]:
+    """What a finished run measured of its student, where images and metrics are the same here; else nothing."""
+    found = summary(source)
+    if not found:
+        return {}
+    before, values = found["measured"], found["student"]
     if before.get("metrics") != json.loads(json.dumps(plain(cfg.metrics))):
         return {}
     same = []

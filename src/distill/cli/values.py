@@ -5,7 +5,7 @@ take as they are and fall over later, when a teacher has been trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -73,9 +73,21 @@ RULES: dict[str, Rule] = {
     "trainer.check_val_every_n_epoch": _or_null(_from(1)),
     "trainer.log_every_n_steps": _from(0),
     "trainer.gradient_clip_val": ABOVE_0,
+    "logger.*.flush_logs_every_n_steps": _from(1),
     "trainer.limit_train_batches": ABOVE_0,
 }
 """Keys, of which ``*`` stands for any, and what their values must be."""
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a verb that starts no run, checked as a run's.
+
+    Raises:
+        DistillError: a name that is not known, or a value that nobody could use.
+    """
+    cfg = config.alone(overrides)
+    check(cfg)
+    return cfg
 
 
 def check(cfg: DictConfig) -> None:

@@ -174,6 +174,11 @@ class DICOD(DistillLoss):
             raise DistillError(f"temperature: expected a number above 0, got {temperature}")
         if sigmoid not in SIGMOID:
             raise DistillError(f"sigmoid: expected {' or '.join(SIGMOID)}, got '{sigmoid}'")
+        if sigmoid == "kl-ce" and not student.two_stage and len(student.classes) == 1:
+            raise DistillError(
+                "DICOD: sigmoid=kl-ce divides the sigmoids of a row by their sum, which says nothing where there is only one "
+                f"class, {list(student.classes)}. Set sigmoid=kl-bce"
+            )
         if size < 8:
             raise DistillError(f"size: expected crops of at least 8 pixels, for the 8 x 8 pooled cells, got {size}")
         remedy = (
