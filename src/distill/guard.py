@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.detectors.checkpoints import unpickled
 from distill.files import write_whole
 from distill.precision import autocast
+from distill.ranks import gather
 from distill.types import Batch, DistillError, Target, View
 
 KIND = "distill step"
@@ -243,15 +243,6 @@ def bad_gradients(module: nn.Module) -> list[str]:
     """Names of the parameters whose gradient is not finite."""
     named = [(name, p.grad) for name, p in module.named_parameters() if p.grad is not None]
     return [name for name, gradient in named if not gradient.isfinite().all()]
-
-
-def gather(own: Any) -> list[Any]:
-    """What every process has to say, in the order of ranks. All must come here."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [own]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
 
 
 def _finite(gradients: Sequence[Tensor]) -> bool:

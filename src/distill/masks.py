@@ -77,7 +77,7 @@ class Mask:
     def on_stages(self, view: View, sizes: Mapping[int, Size], seeds: Sequence[int] = ()) -> Masks:
         """Masks of backbone stages: every box on one map at the neck's finest stride, resized to each stage (nearest)."""
         finest = min(view.facts.neck)
-        whole = self(view, {finest: _size(view.neck[finest])}, seeds)[finest][:, None]
+        whole = self(view, {finest: size(view.neck[finest])}, seeds)[finest][:, None]
         return {stage: F.interpolate(whole, size)[:, 0] for stage, size in sizes.items()}
 
 
@@ -85,7 +85,8 @@ def _anchors(view: View) -> Mapping[int, Tensor]:
     return pseudo_anchors(view.anchors) if view.facts.anchor_free else view.anchors
 
 
-def _size(x: Tensor) -> Size:
+def size(x: Tensor) -> Size:
+    """(height, width) of a map."""
     return x.shape[-2], x.shape[-1]
 
 

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from distill import ranks
 from distill.detectors.base import Detector
 from distill.evaluation import Evaluation, MakeMetric
 from distill.guard import Guard, Seen, flagged, fused, weighted
 from distill.guest import Guest, guests
-from distill.losses.base import DistillLoss, over_processes
+from distill.losses.base import DistillLoss
 from distill.optimization import Schedule
 from distill.types import Batch, DistillError, View
 
@@ -121,7 +122,7 @@ class Distiller(L.LightningModule):
         if every and (self.global_step + 1) % every == 0:
             # One all-reduce for all terms; Lightning's sync_dist would take one each.
             shares = torch.stack([value.detach().float() for value in (*terms.values(), loss)])
-            summed, processes = over_processes(shares)
+            summed, processes = ranks.summed(shares)
             *means, total = (summed / processes).unbind()
             values = {f"term/{name}": mean for name, mean in zip(terms, means, strict=True)}
             values |= {f"loss/{name}": weights[name] * mean for name, mean in zip(terms, means, strict=True)}
@@ -156,7 +157,7 @@ class Distiller(L.LightningModule):
         DDP's own ``broadcast_buffers`` would do it in every forward pass, evaluation's too, where a rank that has fewer
         batches than the others makes them wait for ever.
         """
-        if dist.is_available() and dist.is_initialized():
+        if ranks.place()[1] > 1:
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from two_processes import assert_two_equal_one
 
 from distill.losses import base
-from distill.losses.base import DistillLoss
-from distill.losses.chen import Chen, bounded, per_anchor, soft_labels
+from distill.losses.base import DistillLoss, per_anchor
+from distill.losses.chen import Chen, bounded, soft_labels
 from distill.types import AnchorTargets, DistillError, Facts
 
 OFF: dict[str, Mapping[str, Any]] = {

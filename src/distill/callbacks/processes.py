@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import lightning as L
 
-from distill.guard import gather
+from distill.ranks import gather
 from distill.types import DistillError
 
 SHOWN = 5

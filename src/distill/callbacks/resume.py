@@ -15,12 +15,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from distill.callbacks.storage import NEWEST
+from distill.ranks import gather
 from distill.types import DistillError
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -144,7 +144,7 @@ class Last(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out, to any checkpoint of the run."""
         checkpoint["resume"] = {
-            "random": _gathered(random_states()),
+            "random": gather(random_states()),
             "stop": trainer.should_stop,
         }
         progress, loops = _batches(trainer), checkpoint["loops"]["fit_loop"]
@@ -243,15 +243,6 @@ def set_random_states(states: dict[str, Any]) -> None:
     numpy = states["numpy"]
     np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype(np.uint32)}})
     random.setstate(states["python"])
-
-
-def _gathered(states: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of all processes, by rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [states]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, states)
-    return everyone
 
 
 def _handlers() -> dict[signal.Signals, Any]:

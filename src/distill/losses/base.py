@@ -13,15 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill import masks
+from distill import masks, ranks
 from distill.classes import match_classes
 from distill.precision import full
 from distill.schedules import Ramp
-from distill.types import DistillError, Facts, Size, View
+from distill.types import DistillError, Facts, Pyramid, View
 
 Share = tuple[Tensor, Tensor]
 """A sum over this process's batch, attached to the student, and the count that it is to be divided by. Both scalars."""
@@ -124,18 +123,9 @@ class DistillLoss(nn.Module):
             return {}
         summed, processes = torch.stack(counts), 1
         if self.normalizer == "global":
-            summed, processes = over_processes(summed)
+            summed, processes = ranks.summed(summed)
         factors = iter((processes / summed.clamp(min=1)).unbind())
         return {term: torch.stack([total * next(factors) for total, _ in each]).mean() for term, each in shares.items()}
-
-
-def over_processes(values: Tensor) -> tuple[Tensor, int]:
-    """Sum of `values` over all processes, and their number; of this one alone where nothing is distributed."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values, 1
-    values = values.clone()
-    dist.all_reduce(values)
-    return values, dist.get_world_size()
 
 
 def derive(*words: int | str) -> int:
@@ -217,6 +207,12 @@ def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
     return deltas.view(len(deltas), deltas.shape[1] // 4, 4)[torch.arange(len(labels), device=labels.device), labels]
 
 
+def per_anchor(maps: Pyramid, columns: int) -> Tensor:
+    """Dense outputs (B, A*columns, H, W) of all levels -> (B, N, columns), in the order of the View's anchors."""
+    anchors = (x.view(len(x), x.shape[1] // columns, columns, *x.shape[2:]) for x in maps.values())
+    return torch.cat([x.permute(0, 3, 4, 1, 2).flatten(1, 3) for x in anchors], dim=1)
+
+
 def check_mask(place: str, weighted: bool, mask: Mapping[str, Any], default: Mapping[str, Any]) -> masks.Mask:
     """The mask of a place; refuses one that was asked for where no term of the place has a weight to read it."""
     chosen = masks.Mask(**options("mask", mask, default))
@@ -236,11 +232,6 @@ def check_anchors(name: str, student: View, teacher: View) -> None:
                 f"{ours[:3].tolist()}, the teacher's {teacher.anchors[stride][:3].tolist()}. Give both models the "
                 f"same anchor_sizes and anchor_ratios, or set the weights of {name} to 0"
             )
-
-
-def size(x: Tensor) -> Size:
-    """(height, width) of a map."""
-    return x.shape[-2], x.shape[-1]
 
 
 def check_two_stage(name: str, student: Facts, teacher: Facts) -> None:

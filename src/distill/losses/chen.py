@@ -14,7 +14,7 @@ from distill.losses import base
 from distill.losses.base import DistillLoss, Share
 from distill.losses.imitation import Error, MapImitation, squared_error
 from distill.precision import full
-from distill.types import DistillError, Facts, Pyramid, View
+from distill.types import DistillError, Facts, View
 
 HEAD = {"soft": 0.5, "box": 0.5}
 HINT = {"neck": 0.5, "levels": None, "distance": "l2"}
@@ -48,12 +48,6 @@ def absolute_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 DISTANCES: dict[str, Error] = {"l2": squared_error, "l1": absolute_error}
-
-
-def per_anchor(maps: Pyramid, columns: int) -> Tensor:
-    """Levels (B, A*columns, H, W) -> (B, N, columns), N over all levels in the order of `View.anchors`."""
-    anchors = (x.view(len(x), x.shape[1] // columns, columns, *x.shape[2:]) for x in maps.values())
-    return torch.cat([x.permute(0, 3, 4, 1, 2).flatten(1, 3) for x in anchors], dim=1)
 
 
 class Chen(DistillLoss):
@@ -202,7 +196,7 @@ def _anchors_of(stage: str, student: View, teacher: View, columns: int) -> tuple
     ours, theirs = getattr(student, stage), getattr(teacher, stage)
     for stride, x in ours.items():
         base.check_shapes(f"rpn, {stage} at stride {stride}", x, theirs[stride], "Give both models the same batch")
-    return per_anchor(ours, columns), per_anchor(theirs, columns)
+    return base.per_anchor(ours, columns), base.per_anchor(theirs, columns)
 
 
 def _mean(cost: Tensor, counted: Tensor) -> list[Share]:

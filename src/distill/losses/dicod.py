@@ -15,7 +15,7 @@ from distill.crops import crops
 from distill.losses import base
 from distill.losses.base import DistillLoss
 from distill.precision import full
-from distill.types import Batch, DistillError, Facts, Pyramid, View
+from distill.types import Batch, DistillError, Facts, View
 
 WEIGHTS = {"classes": 0.4, "pixels": 0.15, "features": 0.15}
 SIGMOID = ("kl-ce", "kl-bce")
@@ -103,14 +103,9 @@ def positive_anchors(view: View) -> Positives:
     """Anchors or points that are an object, of all levels."""
     targets = view.anchor_targets
     image, rows = (targets.labels > 0).nonzero(as_tuple=True)
-    logits, deltas = flat(view.class_logits, len(view.facts.classes)), flat(view.deltas, 4)
+    logits, deltas = base.per_anchor(view.class_logits, len(view.facts.classes)), base.per_anchor(view.deltas, 4)
     boxes, truth = view.anchor_boxes(deltas), view.anchor_boxes(targets.deltas)
     return Positives(image, logits[image, rows], boxes[image, rows], truth[image, rows])
-
-
-def flat(maps: Pyramid, columns: int) -> Tensor:
-    """Levels of (B, A*columns, H, W) -> (B, N, columns), anchors in the order (level, row, column, anchor)."""
-    return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, columns) for x in maps.values()], dim=1)
 
 
 class DICOD(DistillLoss):

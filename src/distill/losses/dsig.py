@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.models.detection.rpn import permute_and_flatten
 
 from distill.adapters import adapter as one_adapter
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
 from distill.losses.imitation import MapImitation, RegionErrors
 from distill.precision import full
-from distill.types import DistillError, Facts, Pyramid, View
+from distill.types import DistillError, Facts, View
 
 NODES = {"foreground": 0.5, "background": 0.5, "alpha": 7.5, "predicted": 0.0}
 EDGES = {"all": 2.0, "mining": 0.6}
@@ -121,12 +120,6 @@ def mined(logits: Tensor, threshold: float) -> Tensor:
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
     """L1 distance of box deltas: (..., 4) -> (...)."""
     return (full(student) - full(teacher.detach())).abs().sum(-1)
-
-
-def over_anchors(maps: Pyramid, columns: int) -> Tensor:
-    """Dense outputs (B, A*columns, H, W) of all levels -> (B, N, columns), in the order of the View's anchors."""
-    flat = [permute_and_flatten(x, len(x), x.shape[1] // columns, columns, *base.size(x)) for x in maps.values()]
-    return torch.cat(flat, dim=1)
 
 
 def by_image(x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -363,14 +356,14 @@ class DSIG(DistillLoss):
             self._anchors_are_equal = True
         labels, shares = student.anchor_targets.labels, {}
         if "logits.classes" in self.weights:
-            ours, theirs = (over_anchors(view.class_logits, len(view.facts.classes)) for view in (student, teacher))
+            ours, theirs = (base.per_anchor(view.class_logits, len(view.facts.classes)) for view in (student, teacher))
             theirs = theirs if self.columns is None else theirs[..., self.columns[1:] - 1]  # no column of background
             base.check_shapes("logits.classes (B, anchors, K)", ours, theirs, REMEDY)
             valid = labels >= 0
             total = (valid * base.divergence(ours, theirs, self.temperature)).sum()
             shares["logits.classes"] = total, ours.shape[-1] * valid.sum()
         if "logits.boxes" in self.weights:
-            ours, theirs = (over_anchors(view.deltas, 4) for view in (student, teacher))
+            ours, theirs = (base.per_anchor(view.deltas, 4) for view in (student, teacher))
             base.check_shapes("logits.boxes (B, anchors, 4)", ours, theirs, REMEDY)
             foreground = labels > 0
             shares["logits.boxes"] = (foreground * distance(ours, theirs)).sum(), foreground.sum()

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.transform import resize_boxes
 
-from distill import masks
+from distill import masks, ranks
 from distill.losses import base
 from distill.losses.base import DistillLoss, Share
 from distill.losses.imitation import ADAPTER as MAP_ADAPTER
@@ -153,7 +152,9 @@ class GlobalKnowledge(DistillLoss):
 
     def _pooled(self, view: View, boxes: Sequence[Tensor], level: Tensor) -> Tensor:
         """(R, C): each box pooled on its level."""
-        levels = _all_levels({stride: view.neck[stride] for stride in self.levels}, boxes, base.size(view.batch.images))
+        levels = _all_levels(
+            {stride: view.neck[stride] for stride in self.levels}, boxes, masks.size(view.batch.images)
+        )
         return levels[torch.arange(len(level), device=level.device), level]
 
     def _soft_labels(self, student: View, teacher: View, rho: Tensor, positive: Tensor) -> Share:
@@ -184,9 +185,9 @@ class GlobalKnowledge(DistillLoss):
         features = self._features(chosen, data, student, teacher)
         labels = torch.cat([names for _, _, names in chosen]) if chosen else torch.zeros(0).long()
         for label in sorted(set(labels.tolist())):
-            rows = (labels == label).to(features[0].device)
+            of_class = [each[labels == label].to(self.ours.device) for each in features]
             for level in range(len(self.levels)):
-                ours, theirs = (each[rows, level] for each in features)
+                ours, theirs = (each[:, level] for each in of_class)
                 best = choose(
                     ours,
                     theirs,
@@ -215,8 +216,8 @@ class GlobalKnowledge(DistillLoss):
     def _features(
         self, chosen: Sequence[tuple[int, Tensor, Tensor]], data: Any, student: Any, teacher: Any
     ) -> tuple[Tensor, Tensor]:
-        """(N, L, C) of all candidates, in order, from the student and from the teacher."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        """(N, L, C) of all candidates, in order, from the student and from the teacher; on the host, for they are many."""
+        rank, world = ranks.place()
         found: dict[int, tuple[Tensor, Tensor]] = {}
         training = student.training
         student.eval()  # live statistics must not see these images
@@ -235,20 +236,17 @@ class GlobalKnowledge(DistillLoss):
                 self._kept |= dict(zip(images, theirs, strict=True))
             found |= {place: (each, self._kept[index]) for place, each, index in zip(part, ours, images, strict=True)}
         student.train(training)
-        if world > 1:
-            everyone: list[Any] = [None] * world
-            dist.all_gather_object(everyone, {place: (a.cpu(), b.cpu()) for place, (a, b) in found.items()})
-            found = {place: pair for each in everyone for place, pair in each.items()}
-        device, pairs = self.ours.device, [found[place] for place in range(len(chosen))]
+        found = {place: pair for each in ranks.gather(found) for place, pair in each.items()}
+        pairs = [found[place] for place in range(len(chosen))]
         if not pairs:
-            return self.ours.new_zeros(0, *self.ours.shape[1::2]), self.theirs.new_zeros(0, *self.theirs.shape[1::2])
-        return torch.cat([a.to(device) for a, _ in pairs]), torch.cat([b.to(device) for _, b in pairs])
+            return torch.zeros(0, *self.ours.shape[1::2]), torch.zeros(0, *self.theirs.shape[1::2])
+        return torch.cat([ours for ours, _ in pairs]), torch.cat([theirs for _, theirs in pairs])
 
     def _of_boxes(self, view: View, boxes: Sequence[Tensor]) -> list[Tensor]:
-        """(n, L, C) for each image."""
+        """(n, L, C) for each image, on the host."""
         neck = {stride: view.neck[stride] for stride in self.levels}
-        features = _all_levels(neck, boxes, base.size(view.batch.images))
-        return list(torch.split(features, [len(each) for each in boxes]))
+        features = _all_levels(neck, boxes, masks.size(view.batch.images))
+        return list(torch.split(features.cpu(), [len(each) for each in boxes]))
 
 
 def _batches(chosen: Sequence[tuple[int, Tensor, Tensor]], data: Any) -> list[list[int]]:

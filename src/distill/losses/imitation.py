@@ -97,7 +97,7 @@ class MapImitation(nn.Module):
 
     def sizes(self, maps: Pyramid) -> dict[int, Size]:
         """Stride -> (height, width) of the levels that are compared."""
-        return {level: base.size(maps[level]) for level in self.levels}
+        return {level: masks.size(maps[level]) for level in self.levels}
 
     def forward(self, student: Pyramid, teacher: Pyramid, parts: Mapping[str, masks.Masks]) -> dict[str, list[Share]]:
         """A share per level for each part: ``{"foreground": masks}`` gives ``{"neck.foreground": shares}``."""

@@ -71,7 +71,7 @@ def blurred(maps: Tensor, window: Tensor) -> Tensor:
     A padded convolution would, by torch's defaults, run in TF32 on newer GPUs, too coarse for small variances, and its
     backward pass be refused under ``deterministic=true``.
     """
-    height, width = base.size(maps)
+    height, width = masks.size(maps)
     return blur_matrix(height, window) @ (maps @ blur_matrix(width, window).T)
 
 
@@ -186,7 +186,7 @@ class Dissimilarity:
         with torch.autocast(student.device.type, enabled=False):
             ours, theirs = full(student), full(teacher.detach())
             window = gaussian(self.size, self.sigma, ours)
-            height, width = (blur_matrix(cells, window) for cells in base.size(ours))
+            height, width = (blur_matrix(cells, window) for cells in (ours.shape[-2], ours.shape[-1]))
             flat = FLAT if self.normalize == "plane" else None
             return masked_ssim(ours, theirs, masks, Frame((height, width), self.size // 2, (C1, C2), flat)).unbind()
 
