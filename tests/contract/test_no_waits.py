@@ -8,15 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import PAIRS, Pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL
-from distill import bench
 from distill.bench import Read, Step, Watched
-from distill.cli import config
-from distill.cli.bench import _losses, _teacher, untrained
-from distill.types import DistillError
 
 aten = torch.ops.aten
 WAITS = {
@@ -24,10 +20,6 @@ WAITS = {
     *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount),
 }
 """Operators whose result, or its size, the host has to know."""
-PAIRS = {
-    "two-stage": ["model=frcnn_r10_mini", "teacher=frcnn_r18_mini", *TINY_HEADS],
-    "one-stage": ["model=retinanet_r10_quarter", "teacher=retinanet_r18"],
-}
 IMAGES = 4
 KNOWN: Mapping[str, Mapping[str, int]] = {
     # Only positive regions are pooled and compared: their boxes and their labels, image by image; then those of the term
@@ -90,19 +82,6 @@ def waits(step: Step) -> Counter[str]:
     return +counter.found
 
 
-def built(pair: str) -> tuple[list[str], Any, Any, Any, Any, Any]:
-    base = [*PAIRS[pair], *TINY_DATA, *TINY_MODEL, "data.workers=0"]
-    cfg = config.composed(base)
-    data = config.build(cfg.data)
-    data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
-    student = untrained(cfg.model, data, min_size=64, max_size=64)
-    teacher = _teacher(cfg, data, batch)
-    bench.settle(student, batch)
-    student.train()
-    return base, data, batch, student, teacher, config.build(cfg.schedule)
-
-
 def test_waits_are_counted() -> None:
     x, counter = torch.arange(4.0, requires_grad=True), Waits()
     with counter, Reads(counter.found):
@@ -117,18 +96,14 @@ def test_waits_are_counted() -> None:
     assert counter.found["aten._local_scalar_dense"] >= 1
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-def test_no_loss_waits_but_where_it_is_said(pair: str) -> None:
-    base, data, batch, student, teacher, schedule = built(pair)
-    alone = waits(Step(student, None, {}, batch, schedule))
+@pytest.mark.parametrize("name", PAIRS)
+def test_no_loss_waits_but_where_it_is_said(name: str) -> None:
+    pair = Pair(name)
+    alone = waits(Step(pair.student, None, {}, pair.batch, pair.schedule))
     found: dict[str, dict[str, int]] = {}
-    assert len(batch) == IMAGES
-    for option in sorted(set(config.groups()["distill"]) - {"none"}):
-        try:
-            losses = _losses(config.composed([*base, f"distill={option}"]), data, student, teacher)
-        except DistillError:
-            continue
-        step = Step(student, teacher, losses, batch, schedule)
+    assert len(pair.batch) == IMAGES
+    for option, losses in pair.losses():
+        step = Step(pair.student, pair.teacher, losses, pair.batch, pair.schedule)
         waits(step)  # the first step may look at what stays
         found[option] = dict(waits(step) - alone)
     assert len(found) > 10

@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from standins import write_coco, write_voc
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from conftest import TINY, TINY_DATA, Cli, summary
 from distill import load_detector
 from distill.cli import config
 from distill.data.shapes import CLASSES, Shapes
-from distill.detectors.base import Detector
 from distill.evaluation import evaluate
+from distill.module import Distiller
 
 OWN_DATA = [line for line in TINY if not line.startswith("data.source")]
 SIZES = {"small": (0, 1024), "medium": (1024, 9216), "large": (9216, 10**9)}
@@ -138,7 +139,7 @@ def test_a_schedule_is_counted_in_batches(lines: list[str], batches: int, expect
 def test_a_missing_teacher_is_planned_and_not_trained(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("subprocess.run", lambda *args, **named: pytest.fail("something was started"))
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **named: pytest.fail("something was started"))
     report = visit(cli, *TINY, "teacher.model.neck_channels=24")
     found = report["teacher"]
     assert found["state"] == "not trained yet"
@@ -275,19 +276,23 @@ def test_what_training_would_refuse_is_a_fault(line: str, cli: Cli) -> None:
 
 
 def test_a_weight_stays_as_it_is(cli: Cli, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No optimiser is made, and no parameter of either model moves."""
-    made: list[tuple[Detector, dict[str, torch.Tensor]]] = []
-    start = Detector.__init__
+    """No optimiser is at work, and no parameter of either model, or of what the losses train, moves."""
+    before: list[tuple[torch.nn.Module, dict[str, torch.Tensor]]] = []
+    start = Distiller.__init__
 
-    def kept(self: Detector, *args: Any, **named: Any) -> None:
+    def kept(self: Distiller, *args: Any, **named: Any) -> None:
         start(self, *args, **named)
-        made.append((self, {}))
+        models = [self, *([self.teacher.detector] if self.teacher else [])]
+        before.extend((model, {name: p.detach().clone() for name, p in model.named_parameters()}) for model in models)
 
-    monkeypatch.setattr(Detector, "__init__", kept)
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("an optimiser was at work"))
-    visit(cli, f"teacher.weights={tiny_teacher}", *TINY)
-    own = dict(load_detector(tiny_teacher).named_parameters())
-    taught = [one for one, _ in made if [p.shape for p in one.parameters()] == [p.shape for p in own.values()]]
-    assert taught
-    real = [one for one in taught if not any(p.is_meta for p in one.parameters())]
-    assert any(all(torch.equal(p, own[name]) for name, p in one.named_parameters()) for one in real)
+    monkeypatch.setattr(Distiller, "__init__", kept)
+    hook = register_optimizer_step_pre_hook(lambda *_: pytest.fail("an optimiser was at work"))
+    try:
+        visit(cli, f"teacher.weights={tiny_teacher}", *TINY)
+    finally:
+        hook.remove()
+    assert len(before) == 2
+    for model, weights in before:
+        after = dict(model.named_parameters())
+        assert len(weights) == len(after) > 20
+        assert [name for name, value in weights.items() if not torch.equal(value, after[name])] == []

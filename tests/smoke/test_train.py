@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from conftest import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
@@ -298,6 +299,8 @@ def test_unknown_metric_is_refused_with_the_nearest(cli: Cli, capsys: pytest.Cap
 def test_callbacks_options(callbacks: str, cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
     lines = [f"callbacks={callbacks}", f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]
     assert cli(["train", *lines]) == 0
+    chosen = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["callbacks"]
+    assert {"ema", "early_stop"} & chosen.keys() == set(callbacks.strip("[]").split(","))
     assert (tmp_path / "run" / "student.pt").is_file()
 
 

@@ -276,11 +276,17 @@ def test_a_guest_of_a_loss_is_clocked_as_a_teacher(batch: Batch) -> None:
     assert stages >= 2 * 12 * (len(CLASSES) + 1) * crops  # its last layer, of each object once
 
 
-def test_guests_are_put_back_when_a_loss_fails(batch: Batch) -> None:
+def test_guests_are_put_back_when_a_loss_fails(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     student, classifier = detector(), Tiny()  # knows none of the classes
-    loss = DICOD(student.facts, None, classifier, {"classes": 0}, size=7 + 5)
-    made = Step(student, None, {"dicod": loss}, batch, Schedule())
-    loss.size = -1
-    with pytest.raises(Exception):  # noqa: B017, PT011
+    loss = DICOD(student.facts, None, classifier, {"classes": 0}, size=12)
+    made, met = Step(student, None, {"dicod": loss}, batch, Schedule()), []
+
+    def broken(self: DICOD, *_: Any) -> Any:
+        met.append(self.classifier)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(DICOD, "forward", broken)
+    with pytest.raises(ZeroDivisionError):
         made.teach()
+    assert met != [classifier]  # it was watched
     assert loss.classifier is classifier
