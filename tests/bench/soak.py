@@ -3,9 +3,9 @@
     python tests/bench/soak.py --minutes 60 [--folder DIR] [overrides of train.py ...]
 
 Trains for as long as is said, with loader workers, an evaluation and a checkpoint each epoch and a save every 50 steps; then sends SIGTERM
-and expects 143. Sampled every few seconds: memory of the run and its children (each page counted once: PSS), open files and
-threads of the run itself. The first third is warm-up; over the rest, growth is how far the median of the last quarter is above
-that of the first. Exit code 1 where something grew, or the run did not end as it should.
+and expects 143. Sampled every few seconds: memory of the run and its children, open files and threads of the run itself. The
+first third is warm-up; over the rest, growth is how far the median of the last quarter is above that of the first. Exit code 1
+where something grew, or the run did not end as it should. A minute of the same is `soaked.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -42,25 +43,42 @@ LINES = [
 """A run that never ends by itself, and does all that a run does."""
 
 
+def memory(process: psutil.Process) -> float:
+    """MiB that no file backs, a page that several processes share in equal parts to each.
+
+    How much of a library's pages is this process's depends on who else has it open, and would come and go with them.
+    """
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+    held = {name: int(size.split()[0]) for name, _, size in (line.partition(":") for line in lines)}
+    return (held["Pss_Anon"] + held["Pss_Shmem"]) / 2**10
+
+
 def sample(run: psutil.Process) -> dict[str, float]:
     """What the run holds now."""
     children = run.children(recursive=True)
-    memory = 0.0
-    for process in [run, *children]:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            memory += process.memory_full_info().pss / 2**20
+    held = memory(run)
+    for process in children:
+        with contextlib.suppress(OSError):  # it has ended since
+            held += memory(process)
     return {
-        "memory, MiB": memory,
+        "memory, MiB": held,
         "open files": run.num_fds(),
         "threads": run.num_threads(),
         "children": len(children),
     }
 
 
-def growth(values: list[float]) -> tuple[float, float]:
-    """Medians of the first and the last quarter."""
-    quarter = max(1, len(values) // 4)
-    return statistics.median(values[:quarter]), statistics.median(values[-quarter:])
+def growth(
+    samples: Sequence[dict[str, float]], limits: Mapping[str, float] = LIMITS
+) -> dict[str, tuple[float, float, bool]]:
+    """Name -> the medians of the first and the last quarter, and whether that is more than may be gained."""
+    quarter, found = max(1, len(samples) // 4), {}
+    for name, limit in limits.items():
+        first, last = (
+            statistics.median(each[name] for each in part) for part in (samples[:quarter], samples[-quarter:])
+        )
+        found[name] = (first, last, last > first * (1 + limit))
+    return found
 
 
 def soak(folder: Path, lines: list[str], minutes: float, every: float) -> tuple[list[dict[str, float]], int]:
@@ -99,9 +117,7 @@ def main() -> int:
     steps = (folder / "run" / "metrics.csv").read_text().count("\n")
     print(f"{args.minutes} min, {len(samples)} samples, {steps} lines of metrics.csv, exit code {code} (143 expected)")
     good = code == 143 and len(settled) >= 4
-    for name, limit in LIMITS.items() if settled else ():
-        first, last = growth([each[name] for each in settled])
-        grew = last > first * (1 + limit)
+    for name, (first, last, grew) in growth(settled).items() if settled else ():
         good &= not grew
         print(f"{name:14} {first:10.1f} -> {last:10.1f}   {'GREW' if grew else 'ok'}")
     return 0 if good else 1

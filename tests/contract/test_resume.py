@@ -7,7 +7,9 @@ import random
 import shutil
 import signal
 import socket
+from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -20,6 +22,7 @@ import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 from test_distiller import EVERYTHING, Custom, assert_same, detector, distiller, sgd, shapes, weights
+from test_guard import half
 from torch import Tensor
 
 from distill.callbacks import resume
@@ -50,14 +53,16 @@ class Archive(CheckpointFiles):
 
 
 class Journal(L.Callback):
-    """What happened: every batch of training, with the rate, and every evaluation."""
+    """What happened: every batch of training, with the rate and the loss' scale, and every evaluation."""
 
     def __init__(self) -> None:
         self.lines: list[Any] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
         rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self.lines.append((trainer.current_epoch, index, batch.ids, rate, repr(float(outputs["loss"]))))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = (scaler.get_scale(), scaler.state_dict()["_growth_tracker"]) if scaler else ()
+        self.lines.append((trainer.current_epoch, index, batch.ids, rate, repr(float(outputs["loss"])), *scale))
 
     def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
         self.lines.append("evaluation")
@@ -98,6 +103,7 @@ class Ended:
         callbacks: tuple[Any, ...] = (),
         images: int = 12,
         norm: str | None = None,
+        plugins: tuple[Any, ...] = (),
         **options: Any,
     ) -> None:
         schedule = sgd(epochs=2, shape="one_cycle", accumulate=accumulate)
@@ -118,7 +124,8 @@ class Ended:
             "default_root_dir": folder,
             **options,
         }
-        trainer = L.Trainer(callbacks=[*(make() for make in callbacks), *keep, journal], plugins=[files], **settings)
+        settings["plugins"] = [files, *(make() for make in plugins)]
+        trainer = L.Trainer(callbacks=[*(make() for make in callbacks), *keep, journal], **settings)
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
@@ -143,6 +150,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "part of an epoch": {"limit_train_batches": 2},
     "steps": {"max_epochs": 3, "max_steps": 7},
     "workers": {"workers": 2},
+    "loss scaler": {"loss": "defeat", "plugins": (partial(half, 2.0**15, interval=2),)},
 }
 
 
@@ -237,6 +245,27 @@ class DiesAt(L.Callback):
     def on_after_backward(self, trainer: Any, module: Any) -> None:
         if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) == self.at:
             raise MemoryError
+
+
+def test_a_scaler_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Killed or asked to stop where it has another scale than at first, and has counted so many steps to the next one."""
+    setting = {**SETTINGS["loss scaler"], "images": 20}
+    whole = Ended(tmp_path / "whole", **setting)
+    steps = [line for line in whole.journal if line != "evaluation"]
+    scales = [line[-2:] for line in steps]
+    assert any(later < earlier for (earlier, _), (later, _) in pairwise(scales))  # by a step that was skipped
+    for counted, asked in ((0, True), (1, False)):
+        done = next(n for n, (scale, count) in enumerate(scales, 1) if scale != 2.0**15 and count == counted)
+        ends = partial(SignalAt, *steps[done - 1][:2]) if asked else partial(DiesAt, *steps[done][:2])
+        folder = tmp_path / f"{counted} {asked}"
+        with suppress(MemoryError):
+            assert Ended(folder, **setting, callbacks=(ends,)).stopped
+        held = read(folder / "last.ckpt")
+        assert held["global_step"] == done
+        assert (held["MixedPrecision"]["scale"], held["MixedPrecision"]["_growth_tracker"]) == scales[done - 1]
+        again = Ended(folder, ckpt=folder / "last.ckpt", **setting)
+        assert [line for line in again.journal if line != "evaluation"] == steps[done:]
+        assert_same(again.weights, whole.weights)
 
 
 @pytest.mark.filterwarnings("ignore:step")

@@ -1,18 +1,23 @@
-"""Kills a run again and again, and lets it go on each time: ``python killed.py FOLDER SEED OVERRIDES...``.
+"""Kills runs again and again, and lets them go on each time: ``python killed.py events|moments FOLDER SEED OVERRIDES...``.
 
-Every attempt is a process of its own, forked from this one before it has computed anything, and killed by SIGKILL at an
-event that the seed chose. Prints one line an attempt: the event, or ``done``.
+Every attempt is a process of its own, forked from this one before it has computed anything, and killed by SIGKILL: at an
+event that the seed chose, or at a moment, whatever it is doing then. Prints one line an attempt.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 # Whatever is imported here need not be imported by each attempt.
 import distill.callbacks.provenance
@@ -33,6 +38,8 @@ EVENTS: dict[str, tuple[Any, str, int]] = {
     "at the end": (reports, "save_student", 1),
 }
 """Event -> what to patch, and among how many of its calls one is chosen."""
+ORPHANED = 60.0
+"""Seconds in which a loader has to notice that its run is gone: torch lets it look every five."""
 
 
 def arm(event: str, call: int) -> None:
@@ -71,11 +78,12 @@ def arm(event: str, call: int) -> None:
     setattr(owner, name, patched)
 
 
-def attempt(event: str | None, call: int, folder: Path, lines: list[str]) -> int:
-    """One process; its exit code, negative where it was killed."""
+def started(event: str | None, call: int, folder: Path, lines: list[str]) -> int:
+    """One process, in a group of its own with its loaders; its id, which is the group's."""
+    sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        sys.stdout.flush()
+        os.setpgid(0, 0)
         log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if event:
             arm(event, call)
@@ -85,23 +93,81 @@ def attempt(event: str | None, call: int, folder: Path, lines: list[str]) -> int
             code = main(["train", *lines])
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
 
 
-def kill_and_resume(folder: Path, seed: int, lines: list[str], kills: int = 10) -> None:
+def attempt(event: str | None, call: int, folder: Path, lines: list[str]) -> int:
+    """The exit code of one process, negative where it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(started(event, call, folder, lines), 0)[1])
+
+
+def going_on(run: Path) -> list[str]:
+    """What to add to the words of a run, whose folder this is, that may have been killed."""
+    found = ["ckpt_path=last"] if list((run / "checkpoints").glob("last*.ckpt")) else []
+    return [f"hydra.run.dir={run}", *found]
+
+
+def kill_at_events(folder: Path, seed: int, lines: list[str], kills: int = 10) -> None:
     """The whole run first, then the one that is killed."""
     rng = random.Random(seed)
-    assert attempt(None, 0, folder, [*lines, f"hydra.run.dir={folder / 'whole'}"]) == 0
-    here = [*lines, f"hydra.run.dir={folder / 'killed'}"]
+    assert attempt(None, 0, folder, [*lines, *going_on(folder / "whole")]) == 0
     events = [*EVENTS, *rng.choices(list(EVENTS)[:-1], k=kills - len(EVENTS))]
     last = events.pop(list(EVENTS).index("at the end"))
     rng.shuffle(events)
     for event in [*events, last, None]:
-        go_on = ["ckpt_path=last"] if list((folder / "killed" / "checkpoints").glob("last*.ckpt")) else []
-        code = attempt(event, rng.randint(1, EVENTS[event][2]) if event else 0, folder, [*here, *go_on])
+        here = [*lines, *going_on(folder / "killed")]
+        code = attempt(event, rng.randint(1, EVENTS[event][2]) if event else 0, folder, here)
         assert code == (-signal.SIGKILL if event else 0), (event, code)
     print("done")
 
 
+def members(group: int) -> list[psutil.Process]:
+    """Who lives in a group of processes."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def kill_after(seconds: float, child: int) -> tuple[int, int]:
+    """The exit code of a process that is killed after so long, unless it has ended; and how many loaders it then had."""
+    deadline, loaders = time.monotonic() + seconds, 0
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        time.sleep(0.002)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            deadline, loaders = math.inf, len(members(child)) - 1
+    return os.waitstatus_to_exitcode(ended[1]), loaders
+
+
+def kill_at_moments(folder: Path, seed: int, lines: list[str], kills: int = 10) -> None:
+    """Moments drawn evenly from the time that the whole run takes. Where a run ends before its moment, the next is begun."""
+    rng = random.Random(seed)
+    begun = time.monotonic()
+    assert attempt(None, 0, folder, [*lines, *going_on(folder / "whole")]) == 0
+    lasted = time.monotonic() - begun
+    groups, runs, left = [], 0, kills
+    while left or not (folder / f"killed{runs}" / "summary.json").is_file():
+        run = folder / f"killed{runs}"
+        words = going_on(run)
+        after = rng.uniform(0, lasted) if left else math.inf
+        groups.append(started(None, 0, folder, [*lines, *words]))
+        code, loaders = kill_after(after, groups[-1])
+        assert code in (0, -signal.SIGKILL), code
+        if code:
+            left -= 1
+            print(f"killed{runs} after {after:.2f} of {lasted:.2f} s, {loaders} loaders, {len(words) - 1} resumed")
+        elif left:
+            runs += 1
+    deadline = time.monotonic() + ORPHANED
+    while alone := [each for group in groups for each in members(group)]:
+        assert time.monotonic() < deadline, alone
+        time.sleep(0.1)
+    print("done")
+
+
 if __name__ == "__main__":
-    kill_and_resume(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    kill = {"events": kill_at_events, "moments": kill_at_moments}[sys.argv[1]]
+    kill(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -36,27 +36,49 @@ def assert_same_student(left: Path, right: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def test_ten_kills_later_the_student_is_the_same_to_the_bit(tiny_teacher: Path, tmp_path: Path) -> None:
-    """With prototypes, adapters, a ramp and an average, which all have to come back."""
+def killed(how: str, seed: int, lines: list[str], teacher: Path, folder: Path) -> list[str]:
+    """What killed.py tells of a run with prototypes, adapters, a ramp and an average, which all have to come back."""
     method = ["distill=global_knowledge", "distill.losses.global_knowledge.prototypes.min_side=6.0"]
-    lines = [*SMALL, *method, f"teacher.weights={tiny_teacher}", "callbacks=ema", "callbacks.ema.decay=0.8"]
-    lines += ["data.eval_batch_size=2", "schedule.epochs=14", "trainer.save_every=2 steps", "schedule.warmup_steps=9"]
-    lines += ["data.photometric=true", "metric=val/AP50"]
-    command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(tmp_path), "7", *lines]
+    lines = [*SMALL, *method, f"teacher.weights={teacher}", "callbacks=ema", "callbacks.ema.decay=0.8", *lines]
+    lines += ["data.photometric=true", "data.eval_batch_size=2", "metric=val/AP50"]
+    command = [sys.executable, str(Path(__file__).with_name("killed.py")), how, str(folder), str(seed), *lines]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
-    log = (tmp_path / "log.txt").read_text()[-3000:]
+    log = (folder / "log.txt").read_text()[-3000:]
     assert done.returncode == 0, done.stdout + done.stderr + log
-    told = done.stdout.splitlines()
-    kills = [line for line in told if line.startswith(("in ", "after ", "before ", "between ", "at "))]
-    assert len(kills) == 10
-    assert len(set(kills)) == 8
-    assert_same_student(tmp_path / "whole", tmp_path / "killed")
+    return done.stdout.splitlines()
+
+
+def assert_same_run(whole: Path, killed: Path) -> None:
+    assert_same_student(whole, killed)
     for name in ("last", "best"):
-        ours, theirs = (state(tmp_path / run / "checkpoints" / f"{name}.ckpt") for run in ("whole", "killed"))
+        ours, theirs = (state(run / "checkpoints" / f"{name}.ckpt") for run in (whole, killed))
         assert ours["global_step"] == theirs["global_step"]
         for key, value in ours["state_dict"].items():
             assert torch.equal(value, theirs["state_dict"][key]), key
-    assert not list((tmp_path / "killed").rglob("*.damaged"))
+    assert not list(killed.rglob("*.damaged"))
+
+
+def test_ten_kills_later_the_student_is_the_same_to_the_bit(tiny_teacher: Path, tmp_path: Path) -> None:
+    lines = ["schedule.epochs=14", "trainer.save_every=2 steps", "schedule.warmup_steps=9"]
+    told = killed("events", 7, lines, tiny_teacher, tmp_path)
+    kills = [line for line in told if line.startswith(("in ", "after ", "before ", "between ", "at "))]
+    assert len(kills) == 10
+    assert len(set(kills)) == 8
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_killed_at_ten_moments_whatever_they_do_runs_end_with_the_same_bits(tiny_teacher: Path, tmp_path: Path) -> None:
+    """With loaders, which may not outlive their run, and steps of two batches."""
+    lines = ["data.workers=2", "schedule.accumulate=2", "schedule.epochs=6", "schedule.warmup_steps=5"]
+    told = killed("moments", 5, [*lines, "trainer.save_every=1 steps"], tiny_teacher, tmp_path)
+    kills = [line for line in told if line.startswith("killed")]
+    assert len(kills) == 10
+    assert any("2 loaders" in line for line in kills), kills
+    assert any("1 resumed" in line for line in kills), kills
+    runs = sorted(tmp_path.glob("killed*"))
+    assert len(runs) > 1
+    for run in runs:
+        assert_same_run(tmp_path / "whole", run)
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def named(overrides: Sequence[str]) -> Path:
     """The folder of all runs that have the name which these overrides give."""
     from hydra.core.hydra_config import HydraConfig
 
-    with gate.gated(), initialize_config_dir(str(folder()), version_base="1.3"):
+    with _hydra():
         cfg = compose(NAME, list(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     return Path(cfg.paths.outputs) / str(cfg.name)

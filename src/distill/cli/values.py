@@ -71,6 +71,10 @@ RULES: dict[str, Rule] = {
     "trainer.num_nodes": _from(1),
     "trainer.accumulate_grad_batches": _from(1),
     "trainer.check_val_every_n_epoch": _or_null(_from(1)),
+    "trainer.val_check_interval*": (
+        "1.0: a run is evaluated between epochs, where its resume is exact; schedule.evaluate_every says how often",
+        lambda value: isinstance(value, float) and value == 1.0,
+    ),
     "trainer.log_every_n_steps": _from(0),
     "trainer.gradient_clip_val": ABOVE_0,
     "logger.*.flush_logs_every_n_steps": _from(1),
