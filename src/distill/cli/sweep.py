@@ -77,7 +77,6 @@ class Jobs:
             *overrides,
             *going_on,
             f"hydra.run.dir={config.quoted(str(run))}",
-            *_folders(),
         ]
         code, error = execute(command, Path(HydraConfig.get().sweep.dir).name)
         if code == 130:
@@ -168,12 +167,6 @@ def _last_word(code: int, lines: Sequence[str]) -> str:
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return (ours or [f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}"])[-1]
-
-
-def _folders() -> list[str]:
-    """``--config-dir``, as this sweep was given it."""
-    sources = HydraConfig.get().runtime.config_sources
-    return [word for each in sources if each.provider == "command-line" for word in ("--config-dir", each.path)]
 
 
 def _jobs(folder: Path) -> list[Path]:

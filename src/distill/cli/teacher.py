@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -102,6 +103,12 @@ def find(cfg: DictConfig, data: DetectionData) -> Guest:
 
     check(cfg)
     if cfg.teacher.weights is None:
+        if cfg.model.get("backbone_weights") and not cfg.teacher.model.get("backbone_weights"):
+            warnings.warn(
+                f"the student's backbone starts from {cfg.model.backbone_weights}, its teacher's from random weights: set "
+                "teacher.model.backbone_weights too, or start=imagenet for both",
+                stacklevel=2,
+            )
         run = cached(cfg)
         return guest(cfg, load_detector(run), str(run), _measured(str(run), cfg, data))
     source = str(cfg.teacher.weights)
@@ -153,7 +160,7 @@ def cached(cfg: DictConfig) -> Path:
 def place(cfg: DictConfig) -> tuple[Path, list[str]]:
     """Where the teacher of this run is cached, or will be, and the overrides of the run that makes it."""
     overrides = run_overrides(cfg)
-    return Path(cfg.paths.teachers).absolute() / f"{_option(cfg)}-{_key(overrides)}", overrides
+    return Path(cfg.paths.teachers).absolute() / f"{_option()}-{_key(overrides)}", overrides
 
 
 def run_overrides(cfg: DictConfig) -> list[str]:
@@ -169,7 +176,7 @@ def run_overrides(cfg: DictConfig) -> list[str]:
             raise DistillError(f"teacher.run: '{override.input_line}' may not be said here; remove it")
     lines = [
         *kept,
-        f"model={_option(cfg)}",
+        f"model={_option()}",
         "distill=none",
         "teacher=none",
         "trainer.num_nodes=1",
@@ -189,7 +196,7 @@ def _model(cfg: DictConfig, lines: Sequence[str]) -> list[str]:
     return [*gone, *added, *changed]
 
 
-def _option(cfg: DictConfig) -> str:
+def _option() -> str:
     return str(HydraConfig.get().runtime.choices["model@teacher.model"])
 
 

@@ -298,7 +298,7 @@ def timm_network(name: str, **options: Any) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise DistillError(f"backbone: {TIMM}{name} needs timm: pip install 'distill[timm]'") from error
+        raise DistillError(f"backbone: {TIMM}{name} needs timm: install 'distill[timm]'") from error
     if ":" in name or "/" in name:  # to timm the address of a model, on the Hub or in a folder
         raise DistillError(
             f"backbone: {TIMM}{name} is an address; expected one of timm's own names, timm.list_models()"

@@ -29,9 +29,9 @@ class VocMetric(DetectionMetric):
         ground_truth, classes, seen_only: see :class:`DetectionMetric`.
         iou: overlap from which a detection is right.
         eleven_point: VOC2007's mean of the best precision at recall 0, 0.1, ..., 1, instead of the area.
-        inclusive: boxes name their last pixel, so sides are one longer. Off, because boxes read from VOC files have
-            1 taken off ``xmin`` and ``ymin`` only: their sides are already the development kit's ``xmax - xmin + 1``.
-            On for raw VOC coordinates.
+        inclusive: boxes name their last pixel, so sides are one longer. Off where the data set is read with
+            ``one_based``, which takes 1 off ``xmin`` and ``ymin`` only: its sides are already the development kit's
+            ``xmax - xmin + 1``. On for raw VOC coordinates.
         per_class: add ``mAP/<name>`` for every class.
     """
 
