@@ -52,18 +52,23 @@ def resized_size(size: Size, min_size: int, max_size: int) -> Size:
     return height, width
 
 
-def resize(image: Tensor, size: Size, antialias: bool = False) -> Tensor:
-    """Bilinear resize of a uint8 image to (height, width)."""
-    if image.shape[-2:] == size:
-        return image
-    resized: Tensor = F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
-    return resized
+def resize(image: Tensor, size: Size, antialias: bool = False, mirrored: bool = False) -> Tensor:
+    """Bilinear resize of a uint8 image to (height, width), mirrored if so wanted.
+
+    Mirroring before and after gives the same bits where torch weighs in whole numbers (x86), so the smaller image is mirrored.
+    """
+    grows = image.shape[-2] < size[0]
+    if mirrored and grows:
+        image = image.flip(-1)
+    if image.shape[-2:] != size:
+        image = F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
+    return image.flip(-1) if mirrored and not grows else image
 
 
 def resize_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
     """Boxes (N, 4) xyxy scaled by the exact ratio of the sides, which the floor makes differ a little per axis."""
-    height, width = (torch.tensor(after, dtype=torch.float32) / before for before, after in zip(old, new, strict=True))
-    return boxes * torch.stack([width, height, width, height])
+    height, width = (after / before for before, after in zip(old, new, strict=True))
+    return boxes * torch.tensor([width, height, width, height])
 
 
 def resize_masks(codes: Sequence[bytes], old: Size, new: Size) -> Tensor:
@@ -165,11 +170,11 @@ class Transform:
         # Always drawn, in this order: switching one option on leaves the draws of the others as they were.
         choice, mirrored = int(rng.integers(len(self.min_sizes))), bool(rng.random() < self.flip)
         new = resized_size(original_size, self.min_sizes[choice], self.max_size)
-        image = resize(image, new, self.antialias)
+        image = resize(image, new, self.antialias, mirrored)
         boxes = resize_boxes(target.boxes, original_size, new)
         masks = None if codes is None else resize_masks(codes, original_size, new)
         if mirrored:
-            image, boxes = F.horizontal_flip(image), flip_boxes(boxes, new[1])
+            boxes = flip_boxes(boxes, new[1])
             masks = None if masks is None else masks.flip(-1)
         if self.photometric:
             image = distort(image, rng)
