@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from distill import rle
+from distill.data.room import Posted, Room, images_in
 from distill.types import Batch, DistillError, Size, Target
 
 MIN_SIDE = 1e-2
@@ -189,30 +190,23 @@ def padded_size(sizes: Sequence[Size], pad_to: int) -> Size:
     return height, width
 
 
-def canvases(count: int, size: Size) -> Tensor:
-    """Room for images (count, 3, *size) uint8, channels last in memory, whatever it holds; on a worker to be shared.
-
-    A worker's batch then reaches the main process as it is; torch would copy it into shared memory on the way.
-    """
-    shape = (count, *size, 3)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape).permute(0, 3, 1, 2)  # type: ignore[call-overload, no-any-return]
+ROOM = Room()
+"""Of this process."""
 
 
 def collate(samples: Sequence[Sample], pad_to: int = 32) -> Batch:
-    """Pad with zeros to the right and below, and stack: samples -> Batch."""
+    """Pad with zeros to the right and below, and stack: samples -> Batch, its channels last in memory."""
     sizes = tuple((sample.image.shape[-2], sample.image.shape[-1]) for sample in samples)
-    images = canvases(len(samples), padded_size(sizes, pad_to))
+    shape = (len(samples), *padded_size(sizes, pad_to), 3)
+    worker = get_worker_info() is not None
+    piece = ROOM.take(math.prod(shape), shared=worker)
+    images = piece[: math.prod(shape)].view(shape).permute(0, 3, 1, 2) if worker else images_in(piece, shape)
     for canvas, sample, (height, width) in zip(images, samples, sizes, strict=True):
         canvas[:, :height, :width] = sample.image
         canvas[:, height:] = 0
         canvas[:, :height, width:] = 0
-    return Batch(
-        images,
-        sizes,
-        tuple(sample.original_size for sample in samples),
-        tuple(sample.target for sample in samples),
-        tuple(sample.id for sample in samples),
-    )
+    original_sizes, ids = tuple(sample.original_size for sample in samples), tuple(sample.id for sample in samples)
+    targets = tuple(sample.target for sample in samples)
+    if worker:
+        return Posted(images, sizes, original_sizes, targets, ids, piece)
+    return Batch(images, sizes, original_sizes, targets, ids)
