@@ -112,6 +112,13 @@ def test_a_fork_gives_nothing_back():
     assert images.shape == (2, 3, 4, 6)
 
 
+def test_a_worker_takes_no_memory_of_the_process_that_it_was_forked_from():
+    room = Room()
+    lent(room)
+    assert room.take(COUNT, shared=True).is_shared()
+    assert not room.take(COUNT, shared=False).is_shared()
+
+
 def test_a_posted_batch_arrives_as_a_batch():
     target = Target(torch.rand(1, 4), torch.ones(1, dtype=torch.int64))
     piece = Room().take(COUNT, shared=False)
