@@ -70,6 +70,22 @@ def test_flip_moves_boxes_with_their_pixels():
     assert torch.allclose(flip_boxes(flip_boxes(boxes, 7), 7), boxes, atol=1e-6)
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+def test_mirroring_commutes_with_the_resize(antialias):
+    rng = random.Random(0)
+    exact = torch.backends.cpu.get_cpu_capability() in (
+        "AVX2",
+        "AVX512",
+    )  # elsewhere torch resizes uint8 by way of floats
+    for _ in range(150):
+        size, new = ((rng.randint(1, 90), rng.choice([rng.randint(1, 300), 64, 128])) for _ in range(2))
+        planar = picture(*size)
+        for each in (planar, planar.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
+            wanted = resize(each, new, antialias).flip(-1)
+            found = resize(each, new, antialias, mirrored=True)
+            assert (found.int() - wanted.int()).abs().max() <= (0 if exact else 1), (size, new)
+
+
 def test_scaled_boxes_follow_each_axis():
     boxes = resize_boxes(torch.tensor([[0.0, 0.0, 60.0, 40.0]]), (40, 60), (27, 41))
     assert torch.allclose(boxes, torch.tensor([[0.0, 0.0, 41.0, 27.0]]))

@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from distill import rle
+from distill.data.room import Posted, Room, images_in
 from distill.types import Batch, DistillError, Size, Target
 
 MIN_SIDE = 1e-2
@@ -52,18 +53,23 @@ def resized_size(size: Size, min_size: int, max_size: int) -> Size:
     return height, width
 
 
-def resize(image: Tensor, size: Size, antialias: bool = False) -> Tensor:
-    """Bilinear resize of a uint8 image to (height, width)."""
-    if image.shape[-2:] == size:
-        return image
-    resized: Tensor = F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
-    return resized
+def resize(image: Tensor, size: Size, antialias: bool = False, mirrored: bool = False) -> Tensor:
+    """Bilinear resize of a uint8 image to (height, width), mirrored if so wanted.
+
+    Mirroring before and after gives the same bits where torch weighs in whole numbers (x86), so the smaller image is mirrored.
+    """
+    grows = image.shape[-2] < size[0]
+    if mirrored and grows:
+        image = image.flip(-1)
+    if image.shape[-2:] != size:
+        image = F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
+    return image.flip(-1) if mirrored and not grows else image
 
 
 def resize_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
     """Boxes (N, 4) xyxy scaled by the exact ratio of the sides, which the floor makes differ a little per axis."""
-    height, width = (torch.tensor(after, dtype=torch.float32) / before for before, after in zip(old, new, strict=True))
-    return boxes * torch.stack([width, height, width, height])
+    height, width = (after / before for before, after in zip(old, new, strict=True))
+    return boxes * torch.tensor([width, height, width, height])
 
 
 def resize_masks(codes: Sequence[bytes], old: Size, new: Size) -> Tensor:
@@ -165,11 +171,11 @@ class Transform:
         # Always drawn, in this order: switching one option on leaves the draws of the others as they were.
         choice, mirrored = int(rng.integers(len(self.min_sizes))), bool(rng.random() < self.flip)
         new = resized_size(original_size, self.min_sizes[choice], self.max_size)
-        image = resize(image, new, self.antialias)
+        image = resize(image, new, self.antialias, mirrored)
         boxes = resize_boxes(target.boxes, original_size, new)
         masks = None if codes is None else resize_masks(codes, original_size, new)
         if mirrored:
-            image, boxes = F.horizontal_flip(image), flip_boxes(boxes, new[1])
+            boxes = flip_boxes(boxes, new[1])
             masks = None if masks is None else masks.flip(-1)
         if self.photometric:
             image = distort(image, rng)
@@ -184,30 +190,23 @@ def padded_size(sizes: Sequence[Size], pad_to: int) -> Size:
     return height, width
 
 
-def canvases(count: int, size: Size) -> Tensor:
-    """Room for images (count, 3, *size) uint8, channels last in memory, whatever it holds; on a worker to be shared.
-
-    A worker's batch then reaches the main process as it is; torch would copy it into shared memory on the way.
-    """
-    shape = (count, *size, 3)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape).permute(0, 3, 1, 2)  # type: ignore[call-overload, no-any-return]
+ROOM = Room()
+"""Of this process."""
 
 
 def collate(samples: Sequence[Sample], pad_to: int = 32) -> Batch:
-    """Pad with zeros to the right and below, and stack: samples -> Batch."""
+    """Pad with zeros to the right and below, and stack: samples -> Batch, its channels last in memory."""
     sizes = tuple((sample.image.shape[-2], sample.image.shape[-1]) for sample in samples)
-    images = canvases(len(samples), padded_size(sizes, pad_to))
+    shape = (len(samples), *padded_size(sizes, pad_to), 3)
+    worker = get_worker_info() is not None
+    piece = ROOM.take(math.prod(shape), shared=worker)
+    images = piece[: math.prod(shape)].view(shape).permute(0, 3, 1, 2) if worker else images_in(piece, shape)
     for canvas, sample, (height, width) in zip(images, samples, sizes, strict=True):
         canvas[:, :height, :width] = sample.image
         canvas[:, height:] = 0
         canvas[:, :height, width:] = 0
-    return Batch(
-        images,
-        sizes,
-        tuple(sample.original_size for sample in samples),
-        tuple(sample.target for sample in samples),
-        tuple(sample.id for sample in samples),
-    )
+    original_sizes, ids = tuple(sample.original_size for sample in samples), tuple(sample.id for sample in samples)
+    targets = tuple(sample.target for sample in samples)
+    if worker:
+        return Posted(images, sizes, original_sizes, targets, ids, piece)
+    return Batch(images, sizes, original_sizes, targets, ids)
