@@ -69,11 +69,11 @@ def test_ten_kills_later_the_student_is_the_same_to_the_bit(tiny_teacher: Path, 
 
 def test_killed_at_ten_moments_whatever_they_do_runs_end_with_the_same_bits(tiny_teacher: Path, tmp_path: Path) -> None:
     """With loaders, which may not outlive their run, and steps of two batches."""
-    lines = ["data.workers=2", "schedule.accumulate=2", "schedule.epochs=6", "schedule.warmup_steps=5"]
+    lines = ["data.workers=2", "schedule.accumulate=2", "schedule.epochs=8", "schedule.warmup_steps=5"]
     told = killed("moments", 5, [*lines, "trainer.save_every=1 steps"], tiny_teacher, tmp_path)
     kills = [line for line in told if line.startswith("killed")]
     assert len(kills) == 10
-    assert any("2 loaders" in line for line in kills), kills
+    assert any(", 0 loaders" not in line for line in kills), kills
     assert any("1 resumed" in line for line in kills), kills
     runs = sorted(tmp_path.glob("killed*"))
     assert len(runs) > 1
