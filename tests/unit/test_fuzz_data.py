@@ -20,7 +20,8 @@ from PIL import Image
 from distill import masks
 from distill.data.checks import check_records
 from distill.data.coco import Coco
-from distill.data.datamodule import DetectionData, Images
+from distill.data.datamodule import DetectionData
+from distill.data.images import Images
 from distill.data.records import Note, ground_truth, record
 from distill.data.transforms import Transform, collate
 from distill.data.voc import Voc

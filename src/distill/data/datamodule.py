@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
-import multiprocessing
-import signal
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from distill.data.checks import check_overlap, check_records
+from distill.data.images import Images, usable
+from distill.data.loader import Loader
 from distill.data.records import MAX_PIXELS, Record, ground_truth, read_image
-from distill.data.sampler import BatchSampler, Key
+from distill.data.sampler import BatchSampler
 from distill.data.transforms import Sample, Transform, collate, padded_size, resized_size
-from distill.types import Batch, DistillError, Size, Target
+from distill.types import Batch, DistillError, Size
 
 Split = str
 """``train``, ``val`` or ``test``."""
-GRACE = 60
-"""Seconds that a loader's process lives on after SIGTERM."""
 
 
 class Source(Protocol):
@@ -43,152 +37,6 @@ class Source(Protocol):
 
     def read(self, split: str) -> tuple[Sequence[str], list[Record]]:
         """Class names, in the order of their labels from 1, and the records of a split as annotated."""
-
-
-class Images(Dataset[Sample]):
-    """The images of one split, one sample a key (epoch, index).
-
-    Annotations are packed into a few tensors: thousands of small Python objects would be copied into every worker as
-    soon as it touches them.
-
-    Args:
-        records: checked records, with their true sizes.
-        load: file -> (3, H, W) uint8.
-        transform: what makes the samples.
-        use_difficult: whether objects marked difficult are training targets. Crowds never are.
-        masks: whether targets have masks; the records have been checked for them.
-    """
-
-    def __init__(
-        self,
-        records: Sequence[Record],
-        load: Callable[[str], Tensor],
-        transform: Transform,
-        use_difficult: bool = False,
-        masks: bool = False,
-    ) -> None:
-        self.load, self.transform = load, transform
-        self.files = [record.file for record in records]
-        self.ids = torch.tensor([record.id for record in records], dtype=torch.int64)
-        self.sizes = torch.tensor([record.size for record in records], dtype=torch.int64).reshape(-1, 2)
-        chosen = [usable(record, use_difficult) for record in records]
-        self.ends = np.cumsum([int(keep.sum()) for keep in chosen])
-        boxes = [record.boxes[keep] for record, keep in zip(records, chosen, strict=True)]
-        labels = [record.labels[keep] for record, keep in zip(records, chosen, strict=True)]
-        self.boxes = torch.from_numpy(np.concatenate([np.empty((0, 4)), *boxes])).float()
-        self.labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels]))
-        self.codes = Codes(_codes(records, chosen)) if masks else None
-        self.cache: Cache | None = None
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, key: Key) -> Sample:
-        """Load, resize and augment image ``index`` as it looks in ``epoch``."""
-        epoch, index = key
-        image = self.load(self.files[index]) if self.cache is None else self.cache[index]
-        codes = None if self.codes is None else self.codes[self._part(index)]
-        return self.transform(image, self.target(index), self.size(index), int(self.ids[index]), epoch, codes)
-
-    def size(self, index: int) -> Size:
-        """(height, width) of an image before any resize."""
-        height, width = self.sizes[index].tolist()
-        return height, width
-
-    def target(self, index: int) -> Target:
-        """Training target of an image in pixels of the original, without its masks."""
-        part = self._part(index)
-        return Target(self.boxes[part], self.labels[part])
-
-    def _part(self, index: int) -> slice:
-        return slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
-
-    def keep_in_memory(self, threads: int) -> int:
-        """Decode and resize all images now; returns the bytes that they take."""
-        transform, indices = self.transform, range(len(self))
-        cache = Cache(
-            [resized_size(self.size(index), transform.min_sizes[-1], transform.max_size) for index in indices]
-        )
-
-        def fill(index: int) -> None:
-            cache[index].copy_(transform.resize(self.load(self.files[index])))
-
-        with ThreadPoolExecutor(max(1, threads)) as pool:
-            list(pool.map(fill, indices))
-        self.cache = cache
-        return cache.pixels.numel()
-
-
-class Cache:
-    """Images of different sizes in one block of memory, which forked workers share and spawned ones map."""
-
-    def __init__(self, sizes: Sequence[Size]) -> None:
-        self.sizes = sizes
-        self.ends = np.cumsum([3 * height * width for height, width in sizes])
-        self.pixels = torch.zeros(int(self.ends[-1]) if sizes else 0, dtype=torch.uint8)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Image (3, H, W), a view into the block, channels last as decoders give them and batches hold them."""
-        height, width = self.sizes[index]
-        end = int(self.ends[index])
-        return self.pixels[end - 3 * height * width : end].view(height, width, 3).permute(2, 0, 1)
-
-
-class Codes:
-    """Run-length codes of masks in one block of memory, which workers share as they do the boxes."""
-
-    def __init__(self, codes: Sequence[bytes]) -> None:
-        self.ends = np.cumsum([0, *map(len, codes)])
-        self.bytes = torch.from_numpy(np.frombuffer(b"".join(codes), np.uint8).copy())
-
-    def __getitem__(self, part: slice) -> list[bytes]:
-        """The codes from ``part.start`` to ``part.stop``."""
-        ends = self.ends[part.start : part.stop + 1].tolist()
-        return [self.bytes[start:end].numpy().tobytes() for start, end in pairwise(ends)]
-
-
-def _codes(records: Sequence[Record], chosen: Sequence[np.ndarray[Any, np.dtype[np.bool_]]]) -> list[bytes]:
-    return [
-        shape["counts"].encode()
-        for record, keep in zip(records, chosen, strict=True)
-        for shape, kept in zip(record.segmentation or [None] * len(keep), keep, strict=True)
-        if kept
-    ]
-
-
-class Loader(DataLoader[Sample]):
-    """Starts when the first batch is asked for, at the epoch and the batch where the trainer then is.
-
-    Lightning makes the training loader, and its iterator, before it restores the counts of a resume; workers that started
-    at once would bring the first images of the first epoch.
-
-    Args:
-        position: gives (epoch, batches already seen in it).
-        options: see torch's own.
-    """
-
-    def __init__(self, dataset: Images, position: Callable[[], tuple[int, int]], **options: Any) -> None:
-        super().__init__(dataset, **options)
-        self.position = position
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """The batches from there to the end of the epoch."""
-        sampler: Any = self.batch_sampler
-        sampler.set_epoch(*self.position())
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Lightning asks by this method whether a loader can go on inside an epoch; there is nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The same for the way back."""
-
-
-def usable(record: Record, use_difficult: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which annotations (N,) of an image are training targets."""
-    keep: np.ndarray[Any, np.dtype[np.bool_]] = ~record.crowd
-    return keep if use_difficult else keep & ~record.difficult
 
 
 def digest(records: Sequence[Record], masks: bool) -> dict[str, Any]:
@@ -498,38 +346,18 @@ class DetectionData(L.LightningDataModule):
 
     def _loader(
         self, images: Images, sampler: BatchSampler, position: Callable[[], tuple[int, int]] | None = None
-    ) -> DataLoader[Sample]:
-        kind: Any = DataLoader if position is None else partial(Loader, position=position)
-        loader: DataLoader[Sample] = kind(
+    ) -> Loader:
+        return Loader(
             images,
+            position,
             batch_sampler=sampler,
             collate_fn=partial(collate, pad_to=self.pad_to),
             num_workers=self.workers,
-            worker_init_fn=_go_on,
             persistent_workers=self.persistent_workers and self.workers > 0,
             prefetch_factor=self.prefetch if self.workers else None,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # else each new iterator draws from the global stream that the models use
         )
-        return loader
-
-
-def _go_on(worker: int) -> None:
-    """Let a loader's process outlive what asks the run to stop: SLURM, terminals and process groups tell every process.
-
-    The step that is made needs its batch, and the run lets its loaders go when it is done: it has `GRACE` for that.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE) and None)
-
-
-@atexit.register
-def _end_loaders() -> None:
-    """End loaders that are alive when the run exits: multiprocessing would send them SIGTERM and wait."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
 
 
 def _choose(name: str, value: str, known: Sequence[str]) -> None:

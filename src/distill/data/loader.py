@@ -1,0 +1,71 @@
+"""The loader, whose processes see a run to its end, and a resume's first batch."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from distill.data.images import Images
+from distill.data.transforms import Sample
+
+GRACE = 60
+"""Seconds that a loader's process lives on after SIGTERM."""
+WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Processes of this process's loaders."""
+
+
+class Loader(DataLoader[Sample]):
+    """Batches of samples. A training loader starts when its first one is asked for, at the epoch and batch where the run is then.
+
+    Lightning makes the training loader, and its iterator, before it restores the counts of a resume; workers that started
+    at once would bring the first images of the first epoch.
+
+    Args:
+        position: gives (epoch, batches already seen in it); None: every pass begins at the first.
+        options: see torch's own.
+    """
+
+    def __init__(self, dataset: Images, position: Callable[[], tuple[int, int]] | None = None, **options: Any) -> None:
+        super().__init__(dataset, **{"worker_init_fn": _go_on, **options})
+        self.position = position
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """The batches from there to the end of the epoch."""
+        if self.position is not None:
+            sampler: Any = self.batch_sampler
+            sampler.set_epoch(*self.position())
+        others = multiprocessing.active_children()
+        batches = super().__iter__()
+        WORKERS.update(child for child in multiprocessing.active_children() if child not in others)
+        yield from batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning asks by this method whether a loader can go on inside an epoch; there is nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The same for the way back."""
+
+
+def _go_on(worker: int) -> None:
+    """Let a loader's process outlive what asks the run to stop: SLURM, terminals and process groups tell every process.
+
+    The step that is made needs its batch, and the run lets its loaders go when it is done: it has `GRACE` for that.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE) and None)
+
+
+@atexit.register
+def _end_loaders() -> None:
+    """End those that are alive when the run exits: multiprocessing would send them SIGTERM and wait."""
+    for process in multiprocessing.active_children():
+        if process in WORKERS:
+            process.kill()
