@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -289,7 +290,11 @@ def build(node: Any, **given: Any) -> Any:
     try:
         # Run-time arguments are handed over by the call itself: Hydra would turn a dataclass among them into a dict.
         make = instantiate(node, _partial_=True, _convert_="all")
-        return make if partial else make(**given)
+        if not partial:
+            return make(**given)
+        with suppress(ValueError):  # some functions of C tell nothing of their parameters
+            inspect.signature(make.func).bind_partial(*make.args, **make.keywords)
+        return make
     except DistillError:
         raise
     except InstantiationException as error:
