@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL
-from distill import bench
+from distill.bench.measure import settle
 from distill.cli import config
 from distill.cli.bench import _losses, _teacher, untrained
 from distill.types import DistillError
@@ -38,7 +38,7 @@ class Pair:
         teacher = _teacher(self.cfg, self.data, self.batch)
         assert teacher is not None
         self.teacher = teacher
-        bench.settle(self.student, self.batch)
+        settle(self.student, self.batch)
         self.student.train()
         self.schedule = config.build(self.cfg.schedule)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pairs import PAIRS, Pair
 
-from distill import bench
+from distill.bench.step import Step
 from distill.cli import config
 from distill.cli.teacher import guest
 
@@ -16,9 +16,7 @@ def test_every_method_gives_the_terms_of_the_plain_teacher(name: str) -> None:
     switched_off = config.composed([*pair.lines, "teacher.fold=false", "teacher.channels_last=false"])
     plain = guest(switched_off, pair.teacher.detector, "plain")
     for option, losses in pair.losses():
-        steps = [
-            bench.Step(pair.student, teacher, losses, pair.batch, pair.schedule) for teacher in (plain, pair.teacher)
-        ]
+        steps = [Step(pair.student, teacher, losses, pair.batch, pair.schedule) for teacher in (plain, pair.teacher)]
         views = [(pair.student.view(pair.batch, seed=0), step.teacher_view()) for step in steps]
         expected, found = (float(step.distilled(*view).detach()) for step, view in zip(steps, views, strict=True))
         assert found == pytest.approx(expected, rel=1e-5), option

@@ -12,7 +12,7 @@ from pairs import PAIRS, Pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.bench import Read, Step, Watched
+from distill.bench.step import Read, Step, Watched
 
 aten = torch.ops.aten
 WAITS = {

@@ -10,15 +10,9 @@ import torch
 from test_dicod import Tiny
 from torch import Tensor, nn
 
-from distill.bench import (
-    Clock,
-    Cost,
-    OptionCost,
-    Read,
-    Report,
-    Spread,
-    Step,
-    Watched,
+from distill.bench.clock import Clock, Spread
+from distill.bench.measure import (
+    _flops,
     _option_cost,
     _teacher_flops,
     measure_evaluation,
@@ -26,8 +20,9 @@ from distill.bench import (
     measure_option,
     measure_student,
     settle,
-    verdict,
 )
+from distill.bench.report import Cost, OptionCost, Report, verdict
+from distill.bench.step import Read, Step, Watched
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import CLASSES, Shapes
 from distill.detectors.two_stage import FasterRCNN
@@ -194,8 +189,6 @@ def test_a_round_takes_every_part_once_and_the_first_ones_are_thrown_away(batch:
 
 
 def test_flops_are_those_of_the_layers() -> None:
-    from distill.bench import _flops
-
     layer, x = nn.Linear(5, 7, bias=False), torch.ones(3, 5)
     assert _flops(lambda: layer(x)) == 2 * 3 * 5 * 7
 

@@ -9,7 +9,8 @@ import torch
 from test_bench import CPU, batch, data, detector  # noqa: F401
 from torch import Tensor, nn
 
-from distill.bench import Step, measure_memory
+from distill.bench.measure import measure_memory
+from distill.bench.step import Step
 from distill.guest import Guest
 from distill.losses.base import DistillLoss
 from distill.losses.defeat import DeFeat

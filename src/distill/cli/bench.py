@@ -15,7 +15,8 @@ from distill.cli import config, values
 from distill.types import DistillError
 
 if TYPE_CHECKING:
-    from distill.bench import Cost, OptionCost, Report, Spread
+    from distill.bench.clock import Spread
+    from distill.bench.report import Cost, OptionCost, Report
     from distill.data.datamodule import DetectionData
     from distill.detectors.base import Detector
     from distill.guest import Guest
@@ -54,8 +55,10 @@ def bench(args: argparse.Namespace) -> Report:
     import torch
     from lightning import seed_everything
 
-    from distill import bench as measure
-    from distill.bench import Clock, Report, Step, measure_option, measure_student
+    from distill.bench import measure
+    from distill.bench.clock import Clock
+    from distill.bench.report import Report, verdict
+    from distill.bench.step import Step
     from distill.cli.train import build_metrics, check_masks
     from distill.optimization import channels_last
     from distill.precision import autocast, chosen
@@ -81,7 +84,7 @@ def bench(args: argparse.Namespace) -> Report:
     )
     plain, nodes = make(student, None, {}), _nodes(cfg, args)
     teacher = _teacher(cfg, data, batch) if nodes else None
-    own = measure_student(plain, clock, args.repeats, args.warmup)
+    own = measure.measure_student(plain, clock, args.repeats, args.warmup)
     costs: dict[str, OptionCost] = {}
     skipped: dict[str, str] = {}
     for name, node in track(nodes.items(), "options"):
@@ -90,7 +93,7 @@ def bench(args: argparse.Namespace) -> Report:
             step = make(student, teacher, _losses(node, data, student, teacher))
             if cfg.channels_last:
                 channels_last(step.losses)
-            costs[name] = measure_option(plain, step, clock, args.repeats, args.warmup)
+            costs[name] = measure.measure_option(plain, step, clock, args.repeats, args.warmup)
         except DistillError as error:
             if not args.all:
                 raise
@@ -115,7 +118,7 @@ def bench(args: argparse.Namespace) -> Report:
         loader=measure.measure_loader(data, args.batches),
         evaluation=measure.measure_evaluation(student, data, build_metrics(cfg), device, images=args.images),
     )
-    report.verdict = measure.verdict(report, len(batch))
+    report.verdict = verdict(report, len(batch))
     return report
 
 
@@ -148,7 +151,7 @@ def _nodes(cfg: DictConfig, args: argparse.Namespace) -> dict[str, DictConfig]:
 
 def _teacher(cfg: DictConfig, data: DetectionData, batch: Batch) -> Guest | None:
     """The named teacher, or an untrained one as it is planned; None where the configuration has none."""
-    from distill.bench import settle
+    from distill.bench.measure import settle
     from distill.cli import teacher
 
     if not teacher.described(cfg):
