@@ -19,7 +19,8 @@ from torchvision.models.detection import (
 )
 
 from distill.detectors.anchor_free import FCOS
-from distill.detectors.backbones import ENDS, NORMS, FixedBatchNorm2d, ResNet, SyncBatchNorm2d, set_eps, trunk
+from distill.detectors.backbones import ENDS, ResNet, trunk
+from distill.detectors.norms import NORMS, FixedBatchNorm2d, SyncBatchNorm2d, set_eps
 from distill.detectors.one_stage import RetinaNet
 from distill.detectors.two_stage import FasterRCNN
 from distill.types import DistillError

@@ -17,8 +17,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from distill.cli import config
 from distill.cli.teacher import guest
 from distill.detectors.anchor_free import FCOS
-from distill.detectors.backbones import FixedBatchNorm2d, FrozenBatchNormAct2d, SyncBatchNorm2d
 from distill.detectors.inherit import inherit
+from distill.detectors.norms import FixedBatchNorm2d, FrozenBatchNormAct2d, SyncBatchNorm2d
 from distill.detectors.one_stage import RetinaNet
 from distill.detectors.two_stage import FasterRCNN
 from distill.folding import fold

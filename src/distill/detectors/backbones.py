@@ -1,4 +1,4 @@
-"""Bodies that give C2..C5, their normalisation, and the feature pyramid on top.
+"""Bodies that give C2..C5, and the feature pyramid on top.
 
 A body is a `Trunk`: a ResNet of ours, with a true width factor, any of torchvision's networks in `ENDS`, or one of
 timm's. Modules, keys and numbers are torchvision's (the ResNet's at width 1), without the classifier.
@@ -7,18 +7,17 @@ timm's. Modules, keys and numbers are torchvision's (the ResNet's at width 1), w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision import models
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
+from distill.detectors.norms import check_norm, convert_norms, norm_layer
+from distill.detectors.timm_body import TIMM, TimmBody
 from distill.types import DistillError
 
 DEPTHS: dict[int, tuple[Any, tuple[int, int, int, int]]] = {
@@ -50,126 +49,12 @@ The 1x1 convolution with which MobileNets and EfficientNets only widen C5 for th
 WIDE = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
 """Those of them that come in other widths (`width_mult`)."""
 
-TIMM = "timm/"
-"""What the name of a timm backbone begins with."""
-
 
 class Trunk(Protocol):
     """A network whose children run in order; what it ends the stem and C2..C5 with, and the channels of C2..C5."""
 
     ends: tuple[str, ...]
     channels: tuple[int, ...]
-
-
-class FixedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm on its running statistics, which never move; weight and bias are trained (mmdet's `norm_eval`).
-
-    The behaviour does not hang on `.training`, so whatever switches modes cannot wake the statistics.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape."""
-        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-
-
-class SyncBatchNorm2d(nn.SyncBatchNorm):
-    """Statistics over all processes on an accelerator; on a CPU, where torch has none, over the own process."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape."""
-        if input.device.type != "cpu":
-            return super().forward(input)
-        update = self.training and self.running_mean is not None
-        if update and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        factor = 0.0 if self.momentum is None else self.momentum
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, update, factor, self.eps
-        )
-
-
-NORMS: dict[str, Callable[..., nn.Module]] = {
-    "frozen": FrozenBatchNorm2d,
-    "fixed": FixedBatchNorm2d,
-    "live": nn.BatchNorm2d,
-    "sync": SyncBatchNorm2d,
-}
-
-
-class _Activated(nn.Module):
-    """Puts timm's drop and activation behind a norm, as timm's own batch norms have them."""
-
-    drop: nn.Module
-    act: nn.Module
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape."""
-        activated: Tensor = self.act(self.drop(super().forward(input)))
-        return activated
-
-
-class FrozenBatchNormAct2d(_Activated, FrozenBatchNorm2d):  # type: ignore[misc]
-    """`FrozenBatchNorm2d` with an activation."""
-
-
-class FixedBatchNormAct2d(_Activated, FixedBatchNorm2d):
-    """`FixedBatchNorm2d` with an activation."""
-
-
-class SyncBatchNormAct2d(_Activated, SyncBatchNorm2d):
-    """`SyncBatchNorm2d` with an activation."""
-
-
-ACTIVATED: dict[str, Callable[..., Any]] = {
-    "frozen": FrozenBatchNormAct2d,
-    "fixed": FixedBatchNormAct2d,
-    "sync": SyncBatchNormAct2d,
-}
-
-
-def norm_layer(norm: str, eps: float) -> Callable[..., nn.Module]:
-    """The constructor behind a norm's name: frozen, fixed, live or sync."""
-    return partial(NORMS[check_norm(norm)], eps=eps)
-
-
-def check_norm(norm: str) -> str:
-    """The name of a norm, if it is one."""
-    if norm not in NORMS:
-        raise DistillError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
-    return norm
-
-
-def convert_norms(body: nn.Module, norm: str, eps: float | None) -> None:
-    """Turn every batch norm below `body`, timm's with an activation too, into `norm`; values stay, and `eps` if None.
-
-    Raises:
-        DistillError: there is no batch norm, so that nothing but ``live`` with its own epsilon can be had.
-    """
-    found = {name: layer for name, layer in body.named_modules() if isinstance(layer, nn.BatchNorm2d)}
-    if not found and (norm != "live" or eps is not None):
-        raise DistillError(f"norm: this backbone has no batch norm to make {norm}; set norm=live and norm_eps=null")
-    for name, layer in found.items():
-        body.set_submodule(name, _converted(layer, check_norm(norm), layer.eps if eps is None else eps))
-
-
-def _converted(layer: nn.BatchNorm2d, norm: str, eps: float) -> nn.Module:
-    if norm == "live":
-        layer.eps = eps
-        return layer
-    activated = hasattr(layer, "act")
-    momentum = {} if norm == "frozen" else {"momentum": layer.momentum}
-    new: nn.Module = (ACTIVATED if activated else NORMS)[norm](layer.num_features, eps=eps, **momentum)
-    new.load_state_dict(layer.state_dict(), strict=True)
-    if activated:
-        new.drop, new.act = layer.drop, layer.act
-    return new
-
-
-def set_eps(module: nn.Module, eps: float) -> None:
-    """Give every normalisation on running statistics below `module` this epsilon; live ones keep theirs."""
-    for layer in module.modules():
-        if isinstance(layer, (FrozenBatchNorm2d, FixedBatchNorm2d)):
-            layer.eps = eps
 
 
 class ResNet(nn.Module):
@@ -246,91 +131,6 @@ def _out_channels(part: Any) -> int:
     return int(last.conv3.out_channels if isinstance(last, Bottleneck) else last.out_channels)
 
 
-class TimmBody(nn.Module):
-    """One of timm's ``features_only`` networks, `net`: a `Trunk`, and at once the body below a neck.
-
-    Raises:
-        DistillError: timm is missing, does not know the name, or has no maps (B, C, H, W) of strides 4, 8, 16 and 32.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.net = timm_network(name, features_only=True)
-        info = self.net.feature_info
-        at = {stride: index for index, stride in enumerate(info.reduction())}  # the last map at each stride
-        if not at.keys() >= {4, 8, 16, 32}:
-            raise DistillError(f"backbone: expected maps of strides 4, 8, 16, 32; {TIMM}{name} has {info.reduction()}")
-        self.chosen = [at[stride] for stride in (4, 8, 16, 32)]
-        self.channels = tuple(info.channels()[index] for index in self.chosen)
-        stages = [_below(self.net, info.module_name()[index]) for index in self.chosen]
-        stem = _below(self.net, info.module_name()[at[2]]) if 2 in at else _before(self.net, stages[0])
-        self.ends = tuple(f"net.{end}" for end in (stem, *stages))
-        self.first = 1
-        self._check(name)
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> C2..C5."""
-        found = self.net(images)
-        return [found[index] for index in self.chosen]
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> the stages that the neck is built on, by torchvision's names."""
-        return {str(index): x for index, x in enumerate(self.maps(images)[self.first - 1 :])}
-
-    @torch.no_grad()
-    def _check(self, name: str) -> None:
-        try:
-            shapes = [tuple(x.shape) for x in self.eval().maps(torch.zeros(1, 3, 64, 96))]
-        except Exception as error:  # whatever a network of a fixed size raises
-            raise DistillError(f"backbone: {TIMM}{name} does not take an image of 64 x 96 pixels: {error}") from error
-        expected = [(1, c, 64 // s, 96 // s) for c, s in zip(self.channels, (4, 8, 16, 32), strict=True)]
-        if shapes != expected:
-            raise DistillError(f"backbone: {TIMM}{name} gives maps of shapes {shapes}, expected {expected}")
-        self.train()
-
-
-def timm_network(name: str, **options: Any) -> Any:
-    """timm's network of that name, built with its `options`.
-
-    Raises:
-        DistillError: timm is missing, does not know the name, or cannot have the options or fetch its weights.
-    """
-    try:
-        import timm
-    except ImportError as error:
-        raise DistillError(f"backbone: {TIMM}{name} needs timm: install 'distill[timm]'") from error
-    if ":" in name or "/" in name:  # to timm the address of a model, on the Hub or in a folder
-        raise DistillError(
-            f"backbone: {TIMM}{name} is an address; expected one of timm's own names, timm.list_models()"
-        )
-    try:
-        return timm.create_model(name, **options)
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
-        asked = ", ".join(f"{option}={value}" for option, value in options.items())
-        remedy = "timm.list_models() has the names; weights may come from a file, by backbone_weights"
-        raise DistillError(f"backbone: timm cannot make {name} with {asked} ({error}); {remedy}") from error
-
-
-def _below(net: nn.Module, name: str) -> str:
-    """Where timm put a module of the classifier: at its own path, or joined by underscores."""
-    return name if name in dict(net.named_modules()) else name.replace(".", "_")
-
-
-def _before(net: nn.Module, name: str) -> str:
-    """The last leaf before the module `name`."""
-    leaves = _leaves(net)
-    return leaves[max(0, next(i for i, leaf in enumerate(leaves) if _within(leaf, name)) - 1)]
-
-
-def _leaves(module: nn.Module) -> list[str]:
-    """Names of the modules without children, in order of execution, which is that of registration."""
-    return [name for name, each in module.named_modules() if next(each.children(), None) is None]
-
-
-def _within(name: str, parent: str) -> bool:
-    return f"{name}.".startswith(f"{parent}.")
-
-
 def trunk(
     backbone: str = "resnet",
     depth: int | None = None,
@@ -345,7 +145,7 @@ def trunk(
         backbone: ``resnet``, one of torchvision's names in `ENDS`, or ``timm/NAME``.
         depth: of the ResNet; None is 50 there, and all that another backbone takes.
         width: factor on the channels, of the ResNet or one in `WIDE`.
-        norm: what becomes of every batch norm, see `NORMS`.
+        norm: what becomes of every batch norm, see `distill.detectors.norms.NORMS`.
         norm_eps: its epsilon; None keeps the network's own (1e-5 of the ResNet).
         stride_in_1x1: see `ResNet`.
     """
@@ -447,3 +247,12 @@ def with_fpn(trunk: Any, first: int, neck_channels: int, extra: nn.Module) -> Ba
     else:
         body = Body(trunk, first)
     return Backbone(body, trunk.channels[first - 1 :], neck_channels, extra)
+
+
+def _leaves(module: nn.Module) -> list[str]:
+    """Names of the modules without children, in order of execution, which is that of registration."""
+    return [name for name, each in module.named_modules() if next(each.children(), None) is None]
+
+
+def _within(name: str, parent: str) -> bool:
+    return f"{name}.".startswith(f"{parent}.")

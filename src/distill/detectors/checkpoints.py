@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from distill.classes import match_classes
 from distill.detectors import geometry
-from distill.detectors.backbones import TIMM, body_state, imagenet_weights, set_eps, timm_network
+from distill.detectors.backbones import body_state, imagenet_weights
 from distill.detectors.base import Detector, check_classes
+from distill.detectors.norms import set_eps
+from distill.detectors.timm_body import TIMM, timm_network
 from distill.files import read_json, write_text, write_whole
 from distill.kinds import misfits
 from distill.types import DistillError
