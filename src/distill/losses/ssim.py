@@ -13,8 +13,9 @@ from torch import Tensor
 from distill import masks
 from distill.losses import base
 from distill.losses.base import DistillLoss
+from distill.losses.blocks import by_autograd, in_blocks
 from distill.losses.imitation import MapImitation, parts
-from distill.losses.windows import Frame, masked_ssim
+from distill.losses.windows import Frame, ssim_block
 from distill.precision import full
 from distill.types import DistillError, Facts, View
 
@@ -92,14 +93,20 @@ def similarity(
     variance_s, variance_t = (square_s - mean_s**2).clamp(min=least), (square_t - mean_t**2).clamp(min=least)
     covariance = product - mean_s * mean_t
     alpha, beta, gamma = exponents
-    luminance = (2 * mean_s * mean_t + C1) / (mean_s**2 + mean_t**2 + C1)
+    factors = []
+    if alpha:
+        factors.append(_power((2 * mean_s * mean_t + C1) / (mean_s**2 + mean_t**2 + C1), alpha))
     if beta == gamma == 1:  # contrast times structure, for C3 is C2 / 2
-        rest = (2 * covariance + C2) / (variance_s + variance_t + C2)
-    else:
+        factors.append((2 * covariance + C2) / (variance_s + variance_t + C2))
+    elif beta or gamma:
         deviations = variance_s.sqrt() * variance_t.sqrt()
-        contrast = (2 * deviations + C2) / (variance_s + variance_t + C2)
-        rest = _power(contrast, beta) * _power((covariance + C3) / (deviations + C3), gamma)
-    return (_power(luminance, alpha) * rest).clamp(-1, 1)  # as kornia; rounding on large raw maps leaves the range
+        if beta:
+            factors.append(_power((2 * deviations + C2) / (variance_s + variance_t + C2), beta))
+        if gamma:
+            factors.append(_power((covariance + C3) / (deviations + C3), gamma))
+    return math.prod(factors[1:], start=factors[0]).clamp(
+        -1, 1
+    )  # as kornia; rounding on large raw maps leaves the range
 
 
 def _usual(student: Tensor, teacher: Tensor, window: Tensor) -> Tensor:
@@ -116,9 +123,7 @@ def _usual(student: Tensor, teacher: Tensor, window: Tensor) -> Tensor:
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
-    """sign(x) |x|^exponent, with a finite slope at 0; 1 for an exponent of 0."""
-    if exponent == 0:
-        return torch.ones_like(x)
+    """sign(x) |x|^exponent, with a finite slope at 0."""
     return x if exponent == 1 else x.sign() * x.abs().clamp(min=FLAT).pow(exponent)
 
 
@@ -131,7 +136,7 @@ class Dissimilarity:
         normalize: both maps are brought to [0, 1] over each ``plane``, ``image``, the ``tensor``, or left (``none``).
         size, sigma: of the window, in cells.
         luminance, contrast, structure: exponents; 0 leaves a factor out.
-        blocks: whether `sums` may work in blocks of planes: equal but for rounding, in less than half the time.
+        blocks: whether `sums` may work in blocks of planes: equal but for rounding, in less time.
     """
 
     error: str = "ssim"
@@ -179,16 +184,17 @@ class Dissimilarity:
 
     def sums(self, student: Tensor, teacher: Tensor, masks: Sequence[Tensor]) -> Sequence[Tensor]:
         """Of each mask (B, H, W), the sum of mask times what a call gives; in blocks, where they are worth it."""
-        usual = self.error == "ssim" and self.exponents == (1, 1, 1) and self.normalize in ("plane", "none")
-        if not (self.blocks and usual):
+        if not self.blocks or self.normalize not in ("plane", "none"):
             error = self(student, teacher)
             return [(mask * error).sum() for mask in masks]
         with torch.autocast(student.device.type, enabled=False):
-            ours, theirs = full(student), full(teacher.detach())
-            window = gaussian(self.size, self.sigma, ours)
-            height, width = (blur_matrix(cells, window) for cells in (ours.shape[-2], ours.shape[-1]))
-            flat = FLAT if self.normalize == "plane" else None
-            return masked_ssim(ours, theirs, masks, Frame((height, width), self.size // 2, (C1, C2), flat)).unbind()
+            ours, theirs, block = full(student), full(teacher.detach()), by_autograd(self)
+            if self.error == "ssim" and self.exponents == (1, 1, 1):
+                window = gaussian(self.size, self.sigma, ours)
+                height, width = (blur_matrix(cells, window) for cells in (ours.shape[-2], ours.shape[-1]))
+                flat = FLAT if self.normalize == "plane" else None
+                block = ssim_block(Frame((height, width), self.size // 2, (C1, C2), flat), ours)
+            return in_blocks(block, ours, theirs, masks).unbind()
 
 
 class SSIM(DistillLoss):

@@ -1,0 +1,76 @@
+"""Sums of an error of two maps under masks: a block of planes at a time, and the gradient at once.
+
+A map of a fine level is larger than a processor's cache, and fresh memory costs more to be given by the system than to be
+filled. A block stays near the core, and of a whole level nothing is kept for the backward pass but its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CELLS = {"cpu": 2**18}
+"""Values of a block: few enough to stay near the core. On other devices as many as fill them."""
+MANY = 2**24
+
+Block = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""Called on some planes (P, H, W) of the student and the teacher, the image's masks (H, W), and for each mask the place
+(P, H, W) into which the gradient of its sum is to be written, or no place at all; gives the sums (masks,)."""
+
+
+def planes(x: Tensor) -> int:
+    """How many planes of a map (B, C, H, W) are a block."""
+    return min(x.shape[1], max(1, CELLS.get(x.device.type, MANY) // (x.shape[2] * x.shape[3])))
+
+
+def in_blocks(block: Block, student: Tensor, teacher: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """The sums of a block over all of them, (masks,).
+
+    Args:
+        block: of one plane's numbers none may hang on another plane.
+        student, teacher: maps (B, C, H, W) of one dtype; no gradient reaches the teacher.
+        masks: (B, H, W) each.
+    """
+    return _InBlocks.apply(student, teacher, block, torch.is_grad_enabled(), *masks)  # type: ignore[no-any-return]
+
+
+class _InBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, block: Block, grad: bool, *masks: Tensor) -> Tensor:
+        gradients = [torch.empty_like(student) for _ in masks] if grad and ctx.needs_input_grad[0] else []
+        totals, step = student.new_zeros(len(masks)), planes(student)
+        for image in range(len(student)):
+            for start in range(0, student.shape[1], step):
+                part = image, slice(start, start + step)
+                slopes = [each[part] for each in gradients]
+                totals += block(student[part], teacher[part], [mask[image] for mask in masks], slopes)
+        ctx.save_for_backward(*gradients)
+        return totals
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
+        first, *others = ctx.saved_tensors
+        gradient = first * factors[0]
+        for factor, each in zip(factors[1:], others, strict=True):
+            gradient.addcmul_(each, factor)
+        return gradient, *(None for _ in range(3 + len(factors)))
+
+
+def by_autograd(error: Callable[[Tensor, Tensor], Tensor]) -> Block:
+    """A block of any error: maps (1, P, H, W) of both -> (1, H, W), summed over planes."""
+
+    def block(ours: Tensor, theirs: Tensor, masks: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+        with torch.enable_grad():
+            leaf = ours.detach().contiguous().requires_grad_(bool(slopes))
+            unlike = error(leaf[None], theirs.contiguous()[None])[0]
+            sums = [(mask * unlike).sum() for mask in masks]
+        for index, slope in enumerate(slopes):
+            slope.copy_(torch.autograd.grad(sums[index], leaf, retain_graph=index + 1 < len(slopes))[0])
+        return torch.stack(sums).detach()
+
+    return block
