@@ -64,6 +64,9 @@ def test_the_student_is_looked_at_anew_and_the_teacher_once() -> None:
     guest.view = lambda *given, **options: reads.append(1) or view(*given, **options)  # type: ignore[method-assign]
     loss.on_epoch_start(0, data, student, guest)
     assert reads
+    # What is kept, and sent to other processes, is each image's own: no view that takes along all of its batch.
+    assert all(each.untyped_storage().nbytes() == each.numel() * 4 for each in loss._kept.values())
+    assert max(len(each) for each in loss._kept.values()) > 1
     before, count = loss.ours.clone(), len(reads)
     with torch.no_grad():
         for parameter in student.parameters():

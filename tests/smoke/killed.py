@@ -138,7 +138,7 @@ def kill_after(seconds: float, child: int) -> tuple[int, int]:
         time.sleep(0.002)
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
-            deadline, loaders = math.inf, len(members(child)) - 1
+            deadline, loaders = math.inf, sum(each.pid != child for each in members(child))
     return os.waitstatus_to_exitcode(ended[1]), loaders
 
 

@@ -20,7 +20,7 @@ from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL, started, wait_until
 TWO = [*TINY_MODEL, *TINY_HEADS, "distill=none", "trainer=ddp_cpu", "schedule.epochs=500", "pictures=0"]
 TWO += ["trainer.save_every=1 steps", "trainer.log_every_n_steps=1", "hydra.run.dir=run"]
 DRAWN = [*TINY_DATA, "data.batch_size=2"]
-PATIENCE = 20.0
+PATIENCE = 45.0
 """Seconds that a process waits for another one; with imports that are made by the time they first meet, on a busy machine."""
 WAITING = f"trainer.strategy.timeout.minutes={PATIENCE / 60}"
 GONE = "rank 0: another process of this run is gone or does not answer"

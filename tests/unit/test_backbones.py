@@ -302,7 +302,7 @@ def test_what_was_left_open_is_told() -> None:
 
 def test_without_timm_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(DistillError, match=r"pip install 'distill\[timm\]'"):
+    with pytest.raises(DistillError, match=r"install 'distill\[timm\]'"):
         RetinaNet(["a"], backbone="timm/resnet18")
 
 

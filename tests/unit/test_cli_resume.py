@@ -99,6 +99,10 @@ def test_a_folder_of_any_name_is_looked_into(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     lines = ["seed=1", f"hydra.run.dir={config.quoted(str(run))}"]
     assert resume.resumed(lines) == [*lines, "ckpt_path=last"]
+    run.rename(tmp_path / "seed1")
+    lines = ["seed=1", f"hydra.run.dir={tmp_path}/seed${{seed}}"]
+    assert resume.resumed(lines) == [*lines, "ckpt_path=last"]
+    assert resume.resumed(["seed=2", lines[1]]) == ["seed=2", lines[1]]
 
 
 def test_a_run_that_was_killed_between_two_renamings_is_found(runs: Path) -> None:

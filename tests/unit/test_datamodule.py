@@ -1,4 +1,6 @@
+import multiprocessing
 import os
+import time
 import warnings
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 from distill.data.datamodule import DetectionData, subset
 from distill.data.records import Record
@@ -440,3 +443,32 @@ def test_a_resume_on_other_data_is_refused_by_name(tmp_path, change, words):
     assert len(other.differences(held)) == (2 if "images" in words and "as there" not in words else 1)
     with pytest.raises(DistillError, match=words):
         other.load_state_dict(held)
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_loader_that_cannot_be_talked_to_is_named_where_it_died(monkeypatch, alive):
+    """Torch says so itself only while none of its batches is on the way."""
+    children = []
+
+    def broken(self):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+        child.start()
+        children.append(child)
+
+        def batches():
+            yield 1
+            if not alive:
+                child.kill()
+                child.join()
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+        return batches()
+
+    monkeypatch.setattr(DataLoader, "__iter__", broken)
+    batches = iter(shapes().loader("val"))
+    next(batches)
+    with pytest.raises(
+        ConnectionResetError if alive else RuntimeError, match="" if alive else "a DataLoader worker died"
+    ):
+        next(batches)
+    children[0].kill()

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,14 @@ def open_loggers(trainer: L.Trainer, cfg: DictConfig) -> None:
     """
     for logger in trainer.loggers:
         try:
-            getattr(logger, "experiment", None)
+            if hasattr(type(logger), "experiment"):
+                getattr(logger, "experiment")  # noqa: B009 (made when it is first asked for)
+            logger.log_hyperparams(plain(cfg))
         except Exception as error:  # of TensorBoard, W&B, or any other
             raise DistillError(
                 f"{type(logger).__name__} cannot begin: {error}. Mend its keys under logger, or choose another one (CSV is always "
                 "written)"
             ) from error
-        logger.log_hyperparams(plain(cfg))
 
 
 def closing(
@@ -196,9 +198,11 @@ def _percent(value: float) -> str:
 def close_loggers(trainer: L.Trainer, failed: bool) -> None:
     """Let every logger write its last lines; W&B learns how the run ended."""
     for logger in trainer.loggers:
-        logger.finalize("failed" if failed else "success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=int(failed))
+        # One that could not begin cannot end either; the failure itself is what is told.
+        with suppress(Exception) if failed else nullcontext():
+            logger.finalize("failed" if failed else "success")
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish(exit_code=int(failed))
 
 
 def _versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill.cli import ANEW, config
@@ -18,6 +19,8 @@ from distill.types import DistillError
 if TYPE_CHECKING:
     from distill.data.datamodule import DetectionData
 
+HANDLING = ("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "eval_batch_size")
+"""Keys of ``data`` that say how images reach the model, not what they are."""
 PASSING = (
     "ckpt_path",
     "resume=",
@@ -27,13 +30,11 @@ PASSING = (
     "logger",
     "paths.",
     "pictures",
-    "data.workers",
+    *(f"data.{key}=" for key in HANDLING),
     "guard",
     "callbacks.terms",
 )
 """Beginnings of the overrides that do not say which run is meant."""
-HANDLING = ("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "eval_batch_size")
-"""Keys of ``data`` that say how images reach the model, not what they are."""
 FREE = (
     *("ckpt_path", "resume", "name", "test", "pictures", "paths.*", "logger.*", "guard.*", "callbacks.terms*"),
     # The machine and the screen.
@@ -85,12 +86,12 @@ def _requeued() -> bool:
 def _in_folder(lines: list[str], must: bool) -> list[str]:
     if "ckpt_path=last" not in lines:
         return lines
-    named = [str(each.value()) for each in config.parse(lines) if each.key_or_group == "hydra.run.dir"]
-    if named:
-        if must and not checkpoints(Path(named[-1])):
-            raise DistillError(f"no checkpoint in {named[-1]}")
-        return lines
     home = config.named(lines)
+    if any(each.key_or_group == "hydra.run.dir" for each in config.parse(lines)):
+        folder = Path(HydraConfig.get().run.dir)
+        if must and not checkpoints(folder):
+            raise DistillError(f"no checkpoint in {folder}")
+        return lines
     runs = sorted((run for run in home.glob("*") if checkpoints(run)), key=_newest, reverse=True)
     for run in runs:
         # A requeued job's own run: another job may have finished one of the same words.

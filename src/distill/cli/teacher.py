@@ -228,12 +228,12 @@ def summary(source: str) -> dict[str, Any]:
     Raises:
         DistillError: it does not hold what a run measures.
     """
-    run = Path(source).parent if Path(source).name == "student.pt" else Path(source)
+    run = Path(source).parent if Path(source).stem == "student" else Path(source)
     file = run / "summary.json"
     if not file.is_file():
         return {}
     found = read_json(file)
-    before = found.setdefault("measured", {"metrics": None, "data": {}})
+    before = found["measured"] = found.get("measured") or {"metrics": None, "data": {}}
     values, data = found.get("student"), before.get("data") if isinstance(before, dict) else None
     if not isinstance(data, dict) or not isinstance(values, dict):
         raise DistillError(f"{file}: expected what the run measured under 'student' and 'measured'")

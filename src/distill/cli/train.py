@@ -112,9 +112,9 @@ def _train(cfg: DictConfig, run: Path) -> float:
     report.keep_metrics(run)
     trainer.callbacks[:0] = [Unheard(), Agreement(lambda: agreed(cfg, data))]  # type: ignore[attr-defined]
     report.opening(module, data, run)
-    report.open_loggers(trainer, cfg)
     failed = True
     try:
+        report.open_loggers(trainer, cfg)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         summary = report.closing(cfg, trainer, module, data, run, started, tested)
         failed = False
@@ -141,7 +141,7 @@ def _explained(error: RuntimeError, rank: int) -> Exception:
             f"rank {rank}: another process of this run is gone or does not answer (it is waited for as long as "
             f"trainer.strategy.timeout says). Its own message says why: {text.splitlines()[0]}"
         )
-    if "DataLoader worker" in text:
+    if "DataLoader worker" in text or "Pin memory thread" in text:
         return DistillError(
             f"a loader process died: {text.splitlines()[0]} Most often memory ran out: lower data.workers, data.prefetch or "
             "data.batch_size, or set data.workers=0 to see the cause. ckpt_path=last goes on from the last checkpoint"

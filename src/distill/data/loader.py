@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from distill.data.images import Images
 from distill.data.transforms import Sample
 
-GRACE = 60
-"""Seconds that a loader's process lives on after SIGTERM."""
+GRACE = 600
+"""Seconds that a loader's process lives on after SIGTERM; a run that is gone ends it at once."""
 WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()
 """Processes of this process's loaders."""
 
@@ -34,16 +34,28 @@ class Loader(DataLoader[Sample]):
     def __init__(self, dataset: Images, position: Callable[[], tuple[int, int]] | None = None, **options: Any) -> None:
         super().__init__(dataset, **{"worker_init_fn": _go_on, **options})
         self.position = position
+        self._processes: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """The batches from there to the end of the epoch."""
+        """The batches from there to the end of the epoch.
+
+        Raises:
+            RuntimeError: a process of the loader died, also where torch only finds that it cannot be talked to.
+        """
         if self.position is not None:
             sampler: Any = self.batch_sampler
             sampler.set_epoch(*self.position())
         others = multiprocessing.active_children()
         batches = super().__iter__()
-        WORKERS.update(child for child in multiprocessing.active_children() if child not in others)
-        yield from batches
+        started = [child for child in multiprocessing.active_children() if child not in others]
+        WORKERS.update(started)
+        self._processes = started or self._processes  # those that persist
+        try:
+            yield from batches
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            if all(child.is_alive() for child in self._processes):
+                raise
+            raise RuntimeError(f"a DataLoader worker died: {error}.") from error
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning asks by this method whether a loader can go on inside an epoch; there is nothing to keep."""

@@ -246,7 +246,8 @@ class GlobalKnowledge(DistillLoss):
         """(n, L, C) for each image, on the host."""
         neck = {stride: view.neck[stride] for stride in self.levels}
         features = _all_levels(neck, boxes, masks.size(view.batch.images))
-        return list(torch.split(features.cpu(), [len(each) for each in boxes]))
+        # Each of its own memory: a view would be sent to the other processes with all that it is a view of.
+        return [part.clone() for part in torch.split(features.cpu(), [len(each) for each in boxes])]
 
 
 def _batches(chosen: Sequence[tuple[int, Tensor, Tensor]], data: Any) -> list[list[int]]:
