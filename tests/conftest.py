@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+# What a shell starts in the background ignores ctrl-C, and so would all that is started from here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 TINY_MODEL = [
     "model.depth=10",
     "model.width=0.25",
