@@ -78,7 +78,7 @@ class Mask:
         """Masks of backbone stages: every box on one map at the neck's finest stride, resized to each stage (nearest)."""
         finest = min(view.facts.neck)
         whole = self(view, {finest: size(view.neck[finest])}, seeds)[finest][:, None]
-        return {stage: F.interpolate(whole, size)[:, 0] for stage, size in sizes.items()}
+        return {stage: F.interpolate(whole, wanted)[:, 0] for stage, wanted in sizes.items()}
 
 
 def _anchors(view: View) -> Mapping[int, Tensor]:

@@ -157,7 +157,7 @@ class Distiller(L.LightningModule):
         DDP's own ``broadcast_buffers`` would do it in every forward pass, evaluation's too, where a rank that has fewer
         batches than the others makes them wait for ever.
         """
-        if ranks.place()[1] > 1:
+        if ranks.world_size() > 1:
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)
 

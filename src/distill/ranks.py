@@ -8,16 +8,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def place() -> tuple[int, int]:
-    """(rank, number of processes)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+def world_size() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which one this is, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def summed(values: Tensor) -> tuple[Tensor, int]:
     """Sum of `values` over all processes, and their number. All must come here."""
-    processes = place()[1]
+    processes = world_size()
     if processes > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -26,8 +29,7 @@ def summed(values: Tensor) -> tuple[Tensor, int]:
 
 def gather(own: Any) -> list[Any]:
     """What every process has to say, in the order of ranks. All must come here."""
-    processes = place()[1]
-    found: list[Any] = [own] * processes
-    if processes > 1:
+    found: list[Any] = [own] * world_size()
+    if len(found) > 1:
         dist.all_gather_object(found, own)
     return found

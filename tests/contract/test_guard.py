@@ -344,7 +344,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
                 "weights": {name: value.clone() for name, value in module.named_parameters()},
                 "skipped": module.guard.skipped,
             }
-    different = Agreement(lambda: {"seed": str(rank), "data": "equal"})
+    different = Agreement(lambda _: {"seed": str(rank), "data": "equal"})
     strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False, broadcast_buffers=False)
     try:
         fit(distiller(), Path(folder), callbacks=[different], devices=2, strategy=strategy, **ONE_EPOCH)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distill.callbacks import resume
 from distill.callbacks.averaging import Average
-from distill.callbacks.resume import Best, Last, Unheard, interval
+from distill.callbacks.resume import Best, KeepHandlers, Last, interval
 from distill.callbacks.storage import CheckpointFiles, read
 from distill.losses.defeat import DeFeat
 from distill.losses.global_knowledge import GlobalKnowledge
@@ -229,7 +229,7 @@ def test_lightning_hears_of_no_signal_before_the_first_step(tmp_path: Path) -> N
     try:
         mine = signal.getsignal(signal.SIGTERM)
         Ended(tmp_path / "without", callbacks=(Listeners,))
-        Ended(tmp_path / "with", callbacks=(Unheard, Listeners))
+        Ended(tmp_path / "with", callbacks=(KeepHandlers, Listeners))
         assert [each is mine for each in Listeners.found] == [False, True]
         assert signal.getsignal(signal.SIGTERM) is mine
     finally:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import Any
 
 import lightning as L
 
@@ -21,16 +22,17 @@ class Agreement(L.Callback):
     """Refuses to start where the processes of a run were given different configurations or data.
 
     Args:
-        facts: gives name -> value of all that must be equal; called only where there are several processes.
+        facts: of the run's data module, name -> value of all that must be equal; called only where there are several
+            processes.
     """
 
-    def __init__(self, facts: Callable[[], Mapping[str, str]]) -> None:
+    def __init__(self, facts: Callable[[Any], Mapping[str, str]]) -> None:
         self.facts = facts
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """As soon as the processes can talk."""
         if trainer.world_size > 1:
-            agree(self.facts())
+            agree(self.facts(trainer.datamodule))  # type: ignore[attr-defined]
 
 
 def agree(facts: Mapping[str, str]) -> None:

@@ -28,7 +28,7 @@ AGREE = 10
 """Steps from one exchange between several processes to the next, on whether it is time to save, or to leave."""
 
 
-class Unheard(L.Callback):
+class KeepHandlers(L.Callback):
     """Keeps Lightning from hearing of signals: whoever heard of them before `fit` does again. To be the first callback.
 
     Lightning's handler of SIGTERM waits for the other processes wherever this one is, in the teacher's evaluation too.
@@ -82,9 +82,8 @@ class Last(Checkpoint):
             if _evaluation_follows(trainer):
                 self._save(trainer)
                 self._leave_if_asked(trainer)
-        elif _stepped(
-            trainer
-        ):  # nothing keeps half an accumulated step: its gradients, or what the guard has seen of it
+        elif _stepped(trainer):
+            # Not amid an accumulated step, of which nothing keeps the gradients, or what the guard has seen of it.
             if self._is_time(trainer):
                 self._save(trainer)
             if _exchanges(trainer):

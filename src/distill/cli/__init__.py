@@ -27,6 +27,8 @@ class Terminated(BaseException):
     """A signal ended the run; its message says how to go on."""
 
 
+ENDS = {Terminated: ("stopped by a signal", signal.SIGTERM), KeyboardInterrupt: ("interrupted", signal.SIGINT)}
+"""What is said of a run that was asked to end, and the signal that its exit code tells."""
 ANEW = "start it again with the same words"
 """How a run goes on that has left nothing to go on from."""
 
@@ -63,11 +65,7 @@ def main(argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, Terminated) as stopped:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 0  # one process of a run speaks for all; Lightning kills the others where one fails
-        how, number = (
-            ("stopped by a signal", signal.SIGTERM)
-            if isinstance(stopped, Terminated)
-            else ("interrupted", signal.SIGINT)
-        )
+        how, number = ENDS[type(stopped)]
         print(f"\ndistill: {how}; {stopped or ANEW}", file=sys.stderr)
         return 128 + number
 

@@ -64,7 +64,7 @@ def bench(args: argparse.Namespace) -> Report:
     from distill.precision import autocast, chosen
     from distill.progress import track
 
-    cfg = values.composed(args.overrides)
+    cfg = values.checked(args.overrides)
     seed_everything(cfg.seed, workers=True, verbose=False)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     clock = Clock(device, args.clock)

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
     if args.epochs < 1 or args.size < 1 or not 0 < args.rate < math.inf:
         raise DistillError("classifier: --epochs and --size start at 1, --rate is a number above 0")
-    cfg = values.composed(args.overrides)
+    cfg = values.checked(args.overrides)
 
     import torch
 

@@ -153,7 +153,7 @@ def named(overrides: Sequence[str]) -> Path:
     return Path(cfg.paths.outputs) / str(cfg.name)
 
 
-def alone(overrides: Sequence[str]) -> DictConfig:
+def standalone(overrides: Sequence[str]) -> DictConfig:
     """The configuration of a verb that starts no run.
 
     Raises:

@@ -7,7 +7,7 @@ import json
 import shlex
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="write all that was found there as well")
     parser.add_argument("overrides", nargs="*", help="as for train: data=voc data.source.root=… distill=ssim")
     args = parser.parse_intermixed_args(list(argv))
-    report = examine(config.alone(args.overrides))
+    report = examine(config.standalone(args.overrides))
     diagnosis.show(report)
     if args.json:
         write_text(args.json, json.dumps(report, indent=1))
@@ -158,8 +158,12 @@ def _teacher(cfg: DictConfig, data: DetectionData, trainer: L.Trainer, report: R
                 )
             return teacher.guest(cfg, detector, "untrained")
     guest = teacher.find(cfg, data)
-    promised, known = _promise(guest), guest.values.get("val/AP", guest.values.get("val/mAP"))
-    found: Report = {"state": "ready", "source": guest.source, "promised": promised, "here": known}
+    found: Report = {
+        "state": "ready",
+        "source": guest.source,
+        "promised": _promise(guest),
+        "here": _ap(guest.values, "val/"),
+    }
     report["teacher"] = found
     try:
         device, metrics = trainer.strategy.root_device, train.build_metrics(cfg)
@@ -172,8 +176,7 @@ def _teacher(cfg: DictConfig, data: DetectionData, trainer: L.Trainer, report: R
 
 
 def _judge(cfg: DictConfig, found: Report, report: Report) -> None:
-    values = found["sample"]["values"]
-    ap = found["sample"]["AP"] = values.get("AP", values.get("mAP"))
+    ap = found["sample"]["AP"] = _ap(found["sample"]["values"])
     what = f"the teacher's AP on {found['sample']['images']} validation images is {ap:.3f}"
     check = "check its weights, its class list and the image size that it was trained with"
     expected = found["promised"] if found["here"] is None else found["here"]
@@ -185,13 +188,18 @@ def _judge(cfg: DictConfig, found: Report, report: Report) -> None:
         report["faults"].append(f"{what}, below teacher.min_ap={cfg.teacher.min_ap}: {check}")
 
 
+def _ap(values: Mapping[str, float], split: str = "") -> float | None:
+    """COCO's or VOC's number, whichever was measured."""
+    return values.get(f"{split}AP", values.get(f"{split}mAP"))
+
+
 def _promise(guest: Guest) -> float | None:
     """The AP that a run's summary or torchvision's enum states of these weights, on whatever images."""
     from distill.cli import teacher
 
     measured = teacher.summary(guest.source).get("student")
     if measured:
-        return measured.get("val/AP", measured.get("val/mAP"))  # type: ignore[no-any-return]
+        return _ap(measured, "val/")
     named = getattr(type(guest.detector).enum, "__members__", {}).get(guest.source)
     metrics = named.meta["_metrics"].get("COCO-val2017", {}) if named is not None else {}
     return metrics["box_map"] / 100 if "box_map" in metrics else None

@@ -54,7 +54,7 @@ def recompose(run: Path, overrides: Sequence[str]) -> DictConfig:
         for override in config.recorded(run)
         if override.key_or_group.split(".")[0] not in chosen  # data=voc does away with what was said of the run's data
     ]
-    return values.composed([*before, *overrides])
+    return values.checked([*before, *overrides])
 
 
 def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool) -> dict[str, float]:

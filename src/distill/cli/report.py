@@ -88,10 +88,11 @@ def open_loggers(trainer: L.Trainer, cfg: DictConfig) -> None:
     Raises:
         DistillError: what a logger says of its options, or of the service that it cannot reach.
     """
-    for logger in trainer.loggers:
+    loggers: list[Any] = trainer.loggers
+    for logger in loggers:
         try:
             if hasattr(type(logger), "experiment"):
-                getattr(logger, "experiment")  # noqa: B009 (made when it is first asked for)
+                _ = logger.experiment  # made when it is first asked for
             logger.log_hyperparams(plain(cfg))
         except Exception as error:  # of TensorBoard, W&B, or any other
             raise DistillError(

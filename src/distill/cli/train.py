@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +92,6 @@ def _train(cfg: DictConfig, run: Path) -> float:
     import lightning as L
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from distill.callbacks.processes import Agreement
-    from distill.callbacks.resume import Unheard
     from distill.cli import report
 
     started = time.monotonic()
@@ -110,7 +109,6 @@ def _train(cfg: DictConfig, run: Path) -> float:
     check_metric(cfg, data)  # before a teacher is trained for it
     module = assemble(cfg, data)
     report.keep_metrics(run)
-    trainer.callbacks[:0] = [Unheard(), Agreement(lambda: agreed(cfg, data))]  # type: ignore[attr-defined]
     report.opening(module, data, run)
     failed = True
     try:
@@ -304,13 +302,15 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.loggers import CSVLogger, Logger
 
+    from distill.callbacks.processes import Agreement
     from distill.callbacks.provenance import Provenance
+    from distill.callbacks.resume import KeepHandlers
     from distill.callbacks.storage import CheckpointFiles
     from distill.precision import chosen
 
     precision = chosen(cfg.trainer.precision, torch.cuda.is_available() and cfg.trainer.accelerator != "cpu")
-    callbacks = _built(cfg, "callbacks", L.Callback)
-    callbacks.append(Provenance(config.plain(cfg)))
+    first = [KeepHandlers(), Agreement(partial(agreed, cfg))]
+    callbacks = [*first, *_built(cfg, "callbacks", L.Callback), Provenance(config.plain(cfg))]
     settings = {name: value for name, value in config.plain(cfg.trainer).items() if name != "save_every"}
     loggers = _built(cfg, "logger", Logger)
     if "csv" not in cfg.logger:

@@ -83,13 +83,13 @@ RULES: dict[str, Rule] = {
 """Keys, of which ``*`` stands for any, and what their values must be."""
 
 
-def composed(overrides: Sequence[str]) -> DictConfig:
+def checked(overrides: Sequence[str]) -> DictConfig:
     """The configuration of a verb that starts no run, checked as a run's.
 
     Raises:
         DistillError: a name that is not known, or a value that nobody could use.
     """
-    cfg = config.alone(overrides)
+    cfg = config.standalone(overrides)
     check(cfg)
     return cfg
 

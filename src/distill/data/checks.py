@@ -141,7 +141,7 @@ def _look(record: Record, max_pixels: int) -> tuple[Size, int] | str:
             return (
                 f"{path}: no such image, but {record.where or 'a record'} names it; add it, or remove its annotations"
             )
-        record.bytes = path.stat().st_size
+        record.file_size = path.stat().st_size
         with opened(path, max_pixels) as image:
             size, form, turn = (image.height, image.width), image.format, orientation(image)
         if form in ENDS and _ends_with(path, ENDS[form]):
@@ -259,7 +259,7 @@ def _summary(split: str, records: Sequence[Record], counts: Counter[str]) -> str
 def _shared(later: Sequence[Record], earlier: Sequence[Record]) -> list[str]:
     sizes: dict[int | None, list[Path]] = {}
     for record in earlier:
-        sizes.setdefault(record.bytes, []).append(Path(record.file))
+        sizes.setdefault(record.file_size, []).append(Path(record.file))
     digests: dict[Path, bytes] = {}
 
     def digest(path: Path) -> bytes:
@@ -270,7 +270,7 @@ def _shared(later: Sequence[Record], earlier: Sequence[Record]) -> list[str]:
     found = []
     for record in later:
         path = Path(record.file)
-        rivals = sizes.get(record.bytes, ())
+        rivals = sizes.get(record.file_size, ())
         if any(path == rival or digest(path) == digest(rival) for rival in rivals):
             found.append(record.file)
     return found

@@ -43,7 +43,7 @@ def digest(records: Sequence[Record], masks: bool) -> dict[str, Any]:
     """How many images and boxes there are, and a hash of all that is known of them but where their files lie."""
     seen = hashlib.sha256()
     for record in records:
-        seen.update(json.dumps([record.id, record.size, record.bytes, len(record.labels)]).encode())
+        seen.update(json.dumps([record.id, record.size, record.file_size, len(record.labels)]).encode())
         for values in (record.boxes, record.labels, record.crowd, record.difficult, record.area):
             seen.update(np.ascontiguousarray(values).tobytes())
         if masks:

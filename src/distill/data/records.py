@@ -71,8 +71,8 @@ class Record:
     """What its source found wrong with it: annotations named here were left out."""
     broken: bool = False
     """Whether the image cannot be used at all."""
-    bytes: int | None = None
-    """Size of the image's file, once checked."""
+    file_size: int | None = None
+    """Bytes of the image's file, once checked."""
 
     def keep(self, rows: NDArray[np.bool_]) -> None:
         """Drop the annotations that are not in ``rows`` (N,)."""

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from distill import rle
-from distill.data.room import Posted, Room, images_in
+from distill.data.buffers import BufferPool, Posted, images_in
 from distill.types import Batch, DistillError, Size, Target
 
 MIN_SIDE = 1e-2
@@ -190,7 +190,7 @@ def padded_size(sizes: Sequence[Size], pad_to: int) -> Size:
     return height, width
 
 
-ROOM = Room()
+POOL = BufferPool()
 """Of this process."""
 
 
@@ -199,7 +199,7 @@ def collate(samples: Sequence[Sample], pad_to: int = 32) -> Batch:
     sizes = tuple((sample.image.shape[-2], sample.image.shape[-1]) for sample in samples)
     shape = (len(samples), *padded_size(sizes, pad_to), 3)
     worker = get_worker_info() is not None
-    piece = ROOM.take(math.prod(shape), shared=worker)
+    piece = POOL.take(math.prod(shape), shared=worker)
     images = piece[: math.prod(shape)].view(shape).permute(0, 3, 1, 2) if worker else images_in(piece, shape)
     for canvas, sample, (height, width) in zip(images, samples, sizes, strict=True):
         canvas[:, :height, :width] = sample.image

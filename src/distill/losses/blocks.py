@@ -22,7 +22,7 @@ Block = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 (P, H, W) into which the gradient of its sum is to be written, or no place at all; gives the sums (masks,)."""
 
 
-def planes(x: Tensor) -> int:
+def planes_in_block(x: Tensor) -> int:
     """How many planes of a map (B, C, H, W) are a block."""
     return min(x.shape[1], max(1, CELLS.get(x.device.type, MANY) // (x.shape[2] * x.shape[3])))
 
@@ -42,7 +42,7 @@ class _InBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, block: Block, grad: bool, *masks: Tensor) -> Tensor:
         gradients = [torch.empty_like(student) for _ in masks] if grad and ctx.needs_input_grad[0] else []
-        totals, step = student.new_zeros(len(masks)), planes(student)
+        totals, step = student.new_zeros(len(masks)), planes_in_block(student)
         for image in range(len(student)):
             for start in range(0, student.shape[1], step):
                 part = image, slice(start, start + step)

@@ -217,11 +217,10 @@ class GlobalKnowledge(DistillLoss):
         self, chosen: Sequence[tuple[int, Tensor, Tensor]], data: Any, student: Any, teacher: Any
     ) -> tuple[Tensor, Tensor]:
         """(N, L, C) of all candidates, in order, from the student and from the teacher; on the host, for they are many."""
-        rank, world = ranks.place()
         found: dict[int, tuple[Tensor, Tensor]] = {}
         training = student.training
         student.eval()  # live statistics must not see these images
-        for part in _batches(chosen, data)[rank::world]:
+        for part in _batches(chosen, data)[ranks.rank() :: ranks.world_size()]:
             images = [chosen[place][0] for place in part]
             batch = data.batch("train", images).to(self.ours.device)
             # The batch's own targets lack boxes that became too thin; these are counted here.

@@ -104,9 +104,8 @@ def similarity(
             factors.append(_power((2 * deviations + C2) / (variance_s + variance_t + C2), beta))
         if gamma:
             factors.append(_power((covariance + C3) / (deviations + C3), gamma))
-    return math.prod(factors[1:], start=factors[0]).clamp(
-        -1, 1
-    )  # as kornia; rounding on large raw maps leaves the range
+    # As kornia: rounding on large raw maps leaves the range.
+    return math.prod(factors[1:], start=factors[0]).clamp(-1, 1)
 
 
 def _usual(student: Tensor, teacher: Tensor, window: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.losses.blocks import Block, planes
+from distill.losses.blocks import Block, planes_in_block
 
 BUFFERS = 12
 BANDS = {"cpu": (20, 40)}
@@ -93,7 +93,7 @@ class Planes(NamedTuple):
 
 def ssim_block(frame: Frame, like: Tensor) -> Block:
     """A block of (1 - SSIM) / 2, whose steps share a few buffers; for maps of the size and dtype of `like` (B, C, H, W)."""
-    buffers = like.new_empty(BUFFERS, planes(like) * like.shape[2] * like.shape[3])
+    buffers = like.new_empty(BUFFERS, planes_in_block(like) * like.shape[2] * like.shape[3])
 
     def block(ours: Tensor, theirs: Tensor, masks: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
         return _block(Planes.of(ours, frame.flat), Planes.of(theirs, frame.flat), masks, slopes, frame, buffers)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from distill.data.room import Posted, Room, images_in
-from distill.data.transforms import ROOM, Sample, collate
+from distill.data.buffers import BufferPool, Posted, images_in
+from distill.data.transforms import POOL, Sample, collate
 from distill.types import Batch, Target
 
 SHAPE = (2, 4, 6, 3)
@@ -20,20 +20,20 @@ COUNT = 2 * 4 * 6 * 3
 NUMBERS = itertools.count(1)
 
 
-def lent(room: Room, shape: tuple[int, int, int, int] = SHAPE) -> torch.Tensor:
-    return images_in(room.take(torch.Size(shape).numel(), shared=False), shape)
+def lent(pool: BufferPool, shape: tuple[int, int, int, int] = SHAPE) -> torch.Tensor:
+    return images_in(pool.take(torch.Size(shape).numel(), shared=False), shape)
 
 
 def test_memory_comes_again_when_nobody_holds_it():
-    room = Room()
-    first = lent(room)
+    pool = BufferPool()
+    first = lent(pool)
     assert first.shape == (2, 3, 4, 6)
     assert first.is_contiguous(memory_format=torch.channels_last)
     address = first.data_ptr()
     del first
-    second = lent(room, (1, 4, 6, 3))
+    second = lent(pool, (1, 4, 6, 3))
     assert second.data_ptr() == address
-    assert lent(room).data_ptr() != address
+    assert lent(pool).data_ptr() != address
 
 
 @pytest.mark.parametrize(
@@ -50,39 +50,39 @@ def test_memory_comes_again_when_nobody_holds_it():
     ],
 )
 def test_memory_of_which_anything_is_held_is_not_filled(part):
-    room = Room()
-    images = lent(room)
+    pool = BufferPool()
+    images = lent(pool)
     address, held = images.data_ptr(), part(images)
     del images
     gc.collect()
-    others = [lent(room) for _ in range(3)]
+    others = [lent(pool) for _ in range(3)]
     assert address not in [each.data_ptr() for each in others]
     del held
     gc.collect()
-    assert lent(room).data_ptr() == address
+    assert lent(pool).data_ptr() == address
 
 
 def test_a_piece_is_lent_once_and_of_many_few_are_kept():
-    room = Room(most=3)
-    held = [lent(room).fill_(number) for number in range(8)]
+    pool = BufferPool(most=3)
+    held = [lent(pool).fill_(number) for number in range(8)]
     assert len({each.data_ptr() for each in held}) == 8
     assert all((each == number).all() for number, each in enumerate(held))
     del held
-    assert len(room._pieces) == 3
-    again = [lent(room) for _ in range(3)]
+    assert len(pool._pieces) == 3
+    again = [lent(pool) for _ in range(3)]
     assert len({each.data_ptr() for each in again}) == 3
 
 
 def test_a_larger_batch_gets_larger_memory_and_smaller_pieces_go():
-    room = Room()
-    lent(room)
-    large = lent(room, (9, 4, 6, 3)).fill_(1)
-    assert [len(piece) for piece in room._pieces] == [9 * 4 * 6 * 3 + 1]
+    pool = BufferPool()
+    lent(pool)
+    large = lent(pool, (9, 4, 6, 3)).fill_(1)
+    assert [len(piece) for piece in pool._pieces] == [9 * 4 * 6 * 3 + 1]
     assert (large == 1).all()
 
 
 def test_the_mark_of_a_piece_lies_behind_its_pixels():
-    piece = Room().take(COUNT, shared=False)
+    piece = BufferPool().take(COUNT, shared=False)
     images = images_in(piece, SHAPE).fill_(0)
     assert piece[-1] == 1
     del images
@@ -90,18 +90,18 @@ def test_the_mark_of_a_piece_lies_behind_its_pixels():
 
 
 def test_an_evaluations_batches_come_back_too():
-    room = Room()
+    pool = BufferPool()
     with torch.inference_mode():
-        images = lent(room)
+        images = lent(pool)
     address = images.data_ptr()
     del images
-    assert lent(room).data_ptr() == address
+    assert lent(pool).data_ptr() == address
 
 
 def test_a_fork_gives_nothing_back():
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system does not fork")
-    piece = Room().take(COUNT, shared=True)
+    piece = BufferPool().take(COUNT, shared=True)
     images = images_in(piece, SHAPE)
     child = os.fork()
     if not child:
@@ -113,15 +113,15 @@ def test_a_fork_gives_nothing_back():
 
 
 def test_a_worker_takes_no_memory_of_the_process_that_it_was_forked_from():
-    room = Room()
-    lent(room)
-    assert room.take(COUNT, shared=True).is_shared()
-    assert not room.take(COUNT, shared=False).is_shared()
+    pool = BufferPool()
+    lent(pool)
+    assert pool.take(COUNT, shared=True).is_shared()
+    assert not pool.take(COUNT, shared=False).is_shared()
 
 
 def test_a_posted_batch_arrives_as_a_batch():
     target = Target(torch.rand(1, 4), torch.ones(1, dtype=torch.int64))
-    piece = Room().take(COUNT, shared=False)
+    piece = BufferPool().take(COUNT, shared=False)
     piece[:-1] = torch.arange(COUNT).to(torch.uint8)
     images = piece[:-1].view(SHAPE).permute(0, 3, 1, 2)
     posted = Posted(images, ((4, 6), (3, 5)), ((8, 12), (6, 10)), (target, target), (1, 2**40), piece)
@@ -151,9 +151,9 @@ def right(batch: Batch) -> bool:
 def numbered(samples: list[Sample]) -> tuple[Batch, int]:
     """A batch, and how many pieces this worker has had."""
     batch = collate(samples, pad_to=8)
-    for piece in ROOM._pieces:
+    for piece in POOL._pieces:
         piece.number = getattr(piece, "number", None) or next(NUMBERS)
-    return batch, max(piece.number for piece in ROOM._pieces)
+    return batch, max(piece.number for piece in POOL._pieces)
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])

@@ -2,7 +2,7 @@
 
 The system clears fresh memory page by page when it is first written, shared memory most slowly of all: of a worker's time
 per image that was a quarter. So each process fills the same few pieces again. The last byte of a piece says that a batch
-lies in it: `Room.take` sets it, and the end of the last tensor on that batch's memory, in whichever process reads it, clears
+lies in it: `BufferPool.take` sets it, and the end of the last tensor on that batch's memory, in whichever process reads it, clears
 it. A batch that is held, or lost on its way, is a piece that never comes back.
 """
 
@@ -24,7 +24,7 @@ MOST = 4
 """Pieces that a process knows of: what a worker prepares ahead, and what the step and Lightning's look ahead hold."""
 
 
-class Room:
+class BufferPool:
     """The pieces of a process; those of a worker are shared with the process that it works for.
 
     Args:
