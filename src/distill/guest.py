@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -171,9 +171,16 @@ class Guest(Frozen):
         moved = tensor.detach().to(device, wanted, memory_format=layout)
         return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
 
-    def view(self, batch: Batch, *, training: bool = True, seed: int | None = None) -> View:
-        """A frozen View on the batch's device; ``training`` chooses the counts of proposals."""
-        return self.working(batch.images.device).view(batch, training=training, frozen=True, seed=seed)
+    def view(self, batch: Batch, *, training: bool = True, seed: int | None = None, ahead: Sequence[str] = ()) -> View:
+        """A frozen View on the batch's device.
+
+        `training` chooses the counts of proposals; the stages named in `ahead` are computed at once. What a pass leaves behind
+        is little against what it needs, so that before the student's own it costs no memory at the peak.
+        """
+        view = self.working(batch.images.device).view(batch, training=training, frozen=True, seed=seed)
+        for stage in ahead:
+            getattr(view, stage)
+        return view
 
 
 def guests(losses: nn.Module) -> list[Frozen]:

@@ -61,6 +61,8 @@ class Distiller(L.LightningModule):
         self.metrics = tuple(metrics)
         self.seed = seed
         self._evaluation: Evaluation | None = None
+        self._ahead: Sequence[str] = ()
+        """Stages of the teacher that the losses read in the last step."""
         self.guard = guard or Guard()
         self.observers: list[Callable[[View, dict[str, Tensor], dict[str, float]], None]] = []
         """Called in each step with the student's View, the unweighted terms, still attached, and their weights."""
@@ -76,6 +78,7 @@ class Distiller(L.LightningModule):
         self.guard.before(self.student)
         student, teacher = self.views(batch, draw)
         terms, weights = self.terms(student, teacher, self.progress)
+        self._ahead = teacher.stages if teacher else ()
         for observe in self.observers:
             observe(student, terms, weights)
         loss = weighted(terms, weights)
@@ -86,7 +89,9 @@ class Distiller(L.LightningModule):
 
     def views(self, batch: Batch, draw: int) -> tuple[View, View | None]:
         """The student's View of a training step, and the teacher's where any loss could read it; `draw` is their seed."""
-        teacher = self.teacher.view(batch, seed=draw + 1) if self.teacher and self.losses else None
+        teacher = None
+        if self.teacher and self.losses:
+            teacher = self.teacher.view(batch, seed=draw + 1, ahead=self._ahead)
         return self.student.view(batch, training=True, seed=draw), teacher
 
     def terms(self, student: View, teacher: View | None, progress: float) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -161,6 +161,10 @@ class View(Protocol):
     facts: Facts
 
     @property
+    def stages(self) -> Sequence[str]:
+        """Names of the stages that are computed and kept, in an order in which they may be read."""
+
+    @property
     def body(self) -> Pyramid: ...
 
     @property

@@ -244,6 +244,31 @@ def test_soft_labels_take_their_weight_from_the_hard_ones(tmp_path: Path) -> Non
     assert found["term/chen/rcn.soft"] > 0 == found["loss/chen/rcn.soft"]
 
 
+# -- the teacher first
+
+
+def test_from_the_second_step_on_the_teacher_runs_first_and_each_of_its_stages_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The body is asked for after the neck, which by then has left none behind."""
+    teacher, student, ran = guest(), detector(), []
+    for who, net in (("teacher", teacher.working(torch.device("cpu"))), ("student", student)):
+        maps = net.net.backbone.body.maps
+        noted = partial(lambda who, maps, images: ran.append(who) or maps(images), who, maps)
+        monkeypatch.setattr(net.net.backbone.body, "maps", noted)
+
+    def formula(ours: View, theirs: View) -> Tensor:
+        read = *ours.neck.values(), *theirs.neck.values(), *theirs.body.values()
+        fresh = teacher.view(ours.batch)
+        assert all(torch.equal(theirs.neck[at], x) for at, x in fresh.neck.items())
+        del ran[-1]  # that one
+        return torch.stack([x.mean() for x in read]).sum()
+
+    module = distiller(student, teacher, {"mine": partial(Custom, formula=formula)})
+    fit(module, tmp_path, max_steps=3)
+    assert ran == ["student", "teacher", "teacher"] + 2 * ["teacher", "student"]
+
+
 # -- the guest
 
 

@@ -289,6 +289,28 @@ def test_only_what_is_read_is_run_and_only_once(
     assert counts == expected
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_gradients_a_neck_leaves_nothing_behind_it_but_what_was_read_before(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector, data = build(family), batch()
+    expected = detector.view(data)
+    counts = count_calls(detector, monkeypatch)
+    for stages, left in (
+        (["neck"], ["neck"]),
+        (["body", "neck"], ["images", "body", "neck"]),
+        (["images", "neck"], ["images", "neck"]),
+    ):
+        view: Any = detector.view(data, frozen=True)
+        for stage in stages:
+            getattr(view, stage)
+        assert view.stages == left
+        for stage in ("body", "neck"):
+            assert_same(getattr(view, stage), getattr(expected, stage))
+    assert counts["body"] == 1 + 2 + 1 + 2  # of `expected`, whose maps have gradients, and of the three
+    assert expected.stages == ["images", "body", "neck"]
+
+
 def test_region_stages_are_kept_per_box_list(monkeypatch: pytest.MonkeyPatch) -> None:
     detector = build("faster_rcnn")
     counts, view = count_calls(detector, monkeypatch), detector.view(batch())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,6 +94,7 @@ class Step:
     ) -> None:
         self.student, self.teacher, self.batch, self.autocast = student, teacher, batch, autocast
         self.losses: Any = nn.ModuleDict(losses).to(batch.images.device)
+        self._ahead: Sequence[str] = ()
         self.optimizer, _ = schedule.build(student, self.losses, 1, len(batch))
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
@@ -102,9 +103,11 @@ class Step:
         """Forward, backward, optimiser; `between` is called between forward and backward."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
+            teacher = self.teacher_view(self._ahead)
             student = self.student.view(self.batch, seed=0)
-            total = self.supervised(student) + self.distilled(student, self.teacher_view())
-            del student
+            total = self.supervised(student) + self.distilled(student, teacher)
+            self._ahead = teacher.stages if teacher else ()
+            del student, teacher
         between()
         total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -122,9 +125,9 @@ class Step:
         ]
         return torch.stack(terms).sum() if terms else torch.zeros((), device=self.batch.images.device)
 
-    def teacher_view(self) -> View | None:
+    def teacher_view(self, ahead: Sequence[str] = ()) -> View | None:
         """A fresh View of the teacher."""
-        return None if self.teacher is None or not self.losses else self.teacher.view(self.batch, seed=1)
+        return None if self.teacher is None or not self.losses else self.teacher.view(self.batch, seed=1, ahead=ahead)
 
     def teach(self, mark: Callable[[], Any] = float) -> tuple[Read, Read]:
         """Let the losses read, for the marks alone, nothing is trained: what they read of all that teaches, and of the student."""

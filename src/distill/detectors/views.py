@@ -87,6 +87,15 @@ class LazyView:
         finally:
             generator.set_state(state)
 
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages that are computed and kept, in an order in which they may be read."""
+        kinds = reversed(type(self).__mro__)
+        named = {name: each for kind in kinds for name, each in vars(kind).items()}
+        return [
+            name for name, each in named.items() if name in vars(self) and isinstance(each, functools.cached_property)
+        ]
+
     @geometry
     def images(self) -> Tensor:
         """(B, 3, H, W), normalised for this detector, then zero in the padding, in the dtype of its weights."""
@@ -111,10 +120,13 @@ class LazyView:
 
     @network
     def neck(self) -> Pyramid:
-        """The feature pyramid by nominal stride."""
+        """The feature pyramid by nominal stride. Without gradients, what it alone was built on is not kept."""
+        read = self.stages
         fpn = self.net.backbone.fpn
-        stages = list(self.body.values())[-len(fpn.inner_blocks) :]
-        maps = fpn({str(index): x for index, x in enumerate(stages)})
+        maps = fpn({str(index): x for index, x in enumerate(list(self.body.values())[-len(fpn.inner_blocks) :])})
+        if not self._grad:
+            for name in {"images", "body"} - {*read}:
+                del vars(self)[name]
         return dict(zip(self.facts.neck, maps.values(), strict=True))
 
     @geometry
