@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.bench.step import Read, Step, Watched
+from distill.detectors.two_stage import FasterRCNN
+from distill.types import Batch, Target
 
 aten = torch.ops.aten
 WAITS = {
     *(aten._local_scalar_dense, aten.item, aten.equal, aten.nonzero, aten.masked_select, aten.is_nonzero),
-    *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount),
+    *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount, torch.ops.torchvision.nms),
 }
 """Operators whose result, or its size, the host has to know."""
 IMAGES = 4
@@ -108,3 +110,24 @@ def test_no_loss_waits_but_where_it_is_said(name: str) -> None:
         found[option] = dict(waits(step) - alone)
     assert len(found) > 10
     assert found == {option: dict(KNOWN.get(option, {})) for option in found}
+
+
+def test_a_two_stage_step_waits_less_often_than_torchvisions() -> None:
+    """Not for a random size, for a look at the boxes, or, in a first step, for the scales of pooling: strides say them."""
+    torch.manual_seed(0)
+    student = FasterRCNN(["a", "b"], depth=18, min_size=192, max_size=256)
+    boxes = torch.tensor([[10.0, 10.0, 100.0, 100.0], [50.0, 60.0, 150.0, 120.0]])
+    images, size = torch.randint(0, 256, (2, 3, 192, 256), dtype=torch.uint8), (192, 256)
+    batch = Batch(images, (size, size), (size, size), (Target(boxes, torch.tensor([1, 2])),) * 2, (0, 1))
+    ours, theirs, first = Waits(), Waits(), Waits()
+    with ours, Reads(ours.found):
+        sum(student.view(batch, seed=0).losses.values()).backward()  # type: ignore[union-attr]
+    targets = [{"boxes": target.boxes, "labels": target.labels} for target in batch.targets]
+    with theirs, Reads(theirs.found):
+        sum(student.net(list(images / 255), targets).values()).backward()
+    student.net.roi_heads.box_roi_pool.scales = None
+    with first, Reads(first.found):
+        student.net(list(images / 255), targets)
+    assert dict(theirs.found - ours.found) == {"aten._local_scalar_dense": 4}
+    assert not ours.found - theirs.found
+    assert (first.found.total(), theirs.found.total(), ours.found.total()) == (61, 51, 47)

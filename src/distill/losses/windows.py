@@ -96,7 +96,9 @@ def ssim_block(frame: Frame, like: Tensor) -> Block:
     buffers = like.new_empty(BUFFERS, planes_in_block(like) * like.shape[2] * like.shape[3])
 
     def block(ours: Tensor, theirs: Tensor, masks: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-        return _block(Planes.of(ours, frame.flat), Planes.of(theirs, frame.flat), masks, slopes, frame, buffers)
+        # Smallest and largest values of some channels of a map that has them last cost more than this copy.
+        pair = (Planes.of(each.contiguous(), frame.flat) for each in (ours, theirs))
+        return _block(*pair, masks, slopes, frame, buffers)
 
     return block
 
