@@ -66,7 +66,7 @@ def bench(args: argparse.Namespace) -> Report:
 
     cfg = values.checked(args.overrides)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+    device = config.device(cfg)
     clock = Clock(device, args.clock)
     data = config.build(cfg.data)
     data.setup("fit")

@@ -28,12 +28,9 @@ def main(argv: Sequence[str]) -> int:
         raise DistillError("classifier: --epochs and --size start at 1, --rate is a number above 0")
     cfg = values.checked(args.overrides)
 
-    import torch
-
     from distill.classifier import train
 
-    device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
-    data = config.build(cfg.data)
+    data, device = config.build(cfg.data), config.device(cfg)
     right = train(data, args.file, args.arch, args.start, args.epochs, args.rate, args.size, device, cfg.seed)
     print(f"{args.file}: names {100 * right:.1f} % of the validation objects rightly; distill=dicod takes it with")
     print(f"  distill.losses.dicod.classifier.arch={args.arch} distill.losses.dicod.classifier.weights={args.file}")

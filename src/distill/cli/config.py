@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -27,6 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.cli import bounds, gate
 from distill.kinds import misfits
 from distill.types import DistillError
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "config"
 UNFIT = (
@@ -348,6 +351,13 @@ def parts(node: Any) -> dict[str, Any]:
 
 def _key_of(node: Any) -> str:
     return str(node._get_full_key(None)) if OmegaConf.is_config(node) else ""
+
+
+def device(cfg: DictConfig) -> torch.device:
+    """Where the run's trainer would compute, as far as one device goes."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
 
 
 def plain(node: Any) -> Any:

@@ -59,7 +59,6 @@ def recompose(run: Path, overrides: Sequence[str]) -> DictConfig:
 
 def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool) -> dict[str, float]:
     """Numbers by name, as validation inside training measures them."""
-    import torch
 
     from distill.cli.train import build_metrics
     from distill.evaluation import evaluate as measure
@@ -71,8 +70,9 @@ def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool
     if trained != data.input_size:
         print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
     metrics = build_metrics(cfg)
-    device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
-    return measure(detector, data, split, metrics, device, f"{'teacher' if teacher else 'student'}, {split}")
+    return measure(
+        detector, data, split, metrics, config.device(cfg), f"{'teacher' if teacher else 'student'}, {split}"
+    )
 
 
 def load_student(source: Path) -> Any:

@@ -298,7 +298,6 @@ def build_metrics(cfg: DictConfig) -> list[Any]:
 def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     """Lightning's trainer with the run's callbacks and loggers; CSV is among them, whatever was chosen."""
     import lightning as L
-    import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -308,7 +307,7 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     from distill.callbacks.storage import CheckpointFiles
     from distill.precision import chosen
 
-    precision = chosen(cfg.trainer.precision, torch.cuda.is_available() and cfg.trainer.accelerator != "cpu")
+    precision = chosen(cfg.trainer.precision, config.device(cfg).type == "cuda")
     first = [KeepHandlers(), Agreement(partial(agreed, cfg))]
     callbacks = [*first, *_built(cfg, "callbacks", L.Callback), Provenance(config.plain(cfg))]
     settings = {name: value for name, value in config.plain(cfg.trainer).items() if name != "save_every"}

@@ -97,8 +97,8 @@ def ssim_block(frame: Frame, like: Tensor) -> Block:
 
     def block(ours: Tensor, theirs: Tensor, masks: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
         # Smallest and largest values of some channels of a map that has them last cost more than this copy.
-        pair = (Planes.of(each.contiguous(), frame.flat) for each in (ours, theirs))
-        return _block(*pair, masks, slopes, frame, buffers)
+        student, teacher = (Planes.of(each.contiguous(), frame.flat) for each in (ours, theirs))
+        return _block(student, teacher, masks, slopes, frame, buffers)
 
     return block
 
