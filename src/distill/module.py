@@ -61,14 +61,14 @@ class Distiller(L.LightningModule):
         self.metrics = tuple(metrics)
         self.seed = seed
         self._evaluation: Evaluation | None = None
-        self._ahead: Sequence[str] = ()
-        """Stages of the teacher that the losses read in the last step."""
         self.guard = guard or Guard()
         self.observers: list[Callable[[View, dict[str, Tensor], dict[str, float]], None]] = []
         """Called in each step with the student's View, the unweighted terms, still attached, and their weights."""
         needy = [name for name, loss in self.losses.items() if loss.needs_teacher]
         if needy and teacher is None:
             raise DistillError(f"losses {needy} need a teacher, but none was given; use distill=none")
+        self._ahead: Sequence[str] = ("neck",) if needy else ()
+        """Stages of the teacher that the losses read in the last step; before the first one, what most of them read."""
 
     # -- training
 

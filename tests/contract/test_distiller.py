@@ -247,7 +247,7 @@ def test_soft_labels_take_their_weight_from_the_hard_ones(tmp_path: Path) -> Non
 # -- the teacher first
 
 
-def test_from_the_second_step_on_the_teacher_runs_first_and_each_of_its_stages_once(
+def test_the_teacher_runs_first_and_from_the_second_step_on_each_of_its_stages_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The body is asked for after the neck, which by then has left none behind."""
@@ -266,7 +266,7 @@ def test_from_the_second_step_on_the_teacher_runs_first_and_each_of_its_stages_o
 
     module = distiller(student, teacher, {"mine": partial(Custom, formula=formula)})
     fit(module, tmp_path, max_steps=3)
-    assert ran == ["student", "teacher", "teacher"] + 2 * ["teacher", "student"]
+    assert ran == ["teacher", "student", "teacher"] + 2 * ["teacher", "student"]
 
 
 # -- the guest
