@@ -20,6 +20,8 @@ from distill.detectors.base import Detector
 from distill.folding import fold
 from distill.types import Batch, DistillError, Facts, Target, View
 
+READ = ("neck",)
+"""Stages of a teacher that most losses read: a first step's, of which nobody knows what its losses will."""
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -174,13 +176,10 @@ class Guest(Frozen):
     def view(self, batch: Batch, *, training: bool = True, seed: int | None = None, ahead: Sequence[str] = ()) -> View:
         """A frozen View on the batch's device.
 
-        `training` chooses the counts of proposals; the stages named in `ahead` are computed at once. What a pass leaves behind
-        is little against what it needs, so that before the student's own it costs no memory at the peak.
+        `training` chooses the counts of proposals. The stages named in `ahead` are computed at once: before the student's
+        own pass, what a teacher's needs on the way is gone when the student's activations come.
         """
-        view = self.working(batch.images.device).view(batch, training=training, frozen=True, seed=seed)
-        for stage in ahead:
-            getattr(view, stage)
-        return view
+        return self.working(batch.images.device).view(batch, training=training, frozen=True, seed=seed, ahead=ahead)
 
 
 def guests(losses: nn.Module) -> list[Frozen]:

@@ -17,7 +17,7 @@ from distill import ranks
 from distill.detectors.base import Detector
 from distill.evaluation import Evaluation, MakeMetric
 from distill.guard import Guard, Seen, flagged, fused, weighted
-from distill.guest import Guest, guests
+from distill.guest import READ, Guest, guests
 from distill.losses.base import DistillLoss
 from distill.optimization import Schedule
 from distill.types import Batch, DistillError, View
@@ -67,8 +67,8 @@ class Distiller(L.LightningModule):
         needy = [name for name, loss in self.losses.items() if loss.needs_teacher]
         if needy and teacher is None:
             raise DistillError(f"losses {needy} need a teacher, but none was given; use distill=none")
-        self._ahead: Sequence[str] = ("neck",) if needy else ()
-        """Stages of the teacher that the losses read in the last step; before the first one, what most of them read."""
+        self._ahead: Sequence[str] = READ if needy else ()
+        """Stages of the teacher that the losses read in the last step."""
 
     # -- training
 

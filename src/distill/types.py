@@ -162,7 +162,7 @@ class View(Protocol):
 
     @property
     def stages(self) -> Sequence[str]:
-        """Names of the stages that are computed and kept, in an order in which they may be read."""
+        """Names of the stages that were read, by others or by one another, in an order in which they may be read."""
 
     @property
     def body(self) -> Pyramid: ...

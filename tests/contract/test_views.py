@@ -290,25 +290,45 @@ def test_only_what_is_read_is_run_and_only_once(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_gradients_a_neck_leaves_nothing_behind_it_but_what_was_read_before(
+def test_what_is_computed_ahead_is_kept_alone_and_is_what_it_would_be(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector, data = build(family), batch()
-    expected = detector.view(data)
+    lazy: Any = detector.view(data, frozen=True, seed=1)
+    assert_same(lazy.neck, detector.view(data).neck)
+    assert lazy.stages == ["images", "body", "neck"]
     counts = count_calls(detector, monkeypatch)
-    for stages, left in (
-        (["neck"], ["neck"]),
-        (["body", "neck"], ["images", "body", "neck"]),
-        (["images", "neck"], ["images", "neck"]),
-    ):
-        view: Any = detector.view(data, frozen=True)
-        for stage in stages:
-            getattr(view, stage)
-        assert view.stages == left
-        for stage in ("body", "neck"):
-            assert_same(getattr(view, stage), getattr(expected, stage))
-    assert counts["body"] == 1 + 2 + 1 + 2  # of `expected`, whose maps have gradients, and of the three
-    assert expected.stages == ["images", "body", "neck"]
+    view: Any = detector.view(data, frozen=True, seed=1, ahead=["neck"])
+    assert (counts["body"], counts["fpn"]) == (1, 1)
+    assert (view.stages, list(view.ready)) == ([], ["neck"])
+    assert_same(view.neck, lazy.neck)
+    assert (view.stages, view.ready) == (["neck"], {})
+    assert_same(view.body, lazy.body)  # once more
+    assert (counts["body"], counts["fpn"]) == (2, 1)
+    both = detector.view(data, frozen=True, seed=1, ahead=view.stages)
+    assert_same(both.neck, lazy.neck)
+    assert_same(both.body, lazy.body)
+    assert (counts["body"], counts["fpn"]) == (3, 2)
+    assert both.stages == ["body", "neck"]
+    last: Any = detector.view(data, frozen=True, ahead=both.stages)
+    assert_same(last.body, lazy.body)
+    assert last.stages == ["body"]  # so that a neck that is no longer read is no longer computed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_ahead_of_all_that_is_read_computes_nothing_twice(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector, data, ahead = build(family), batch(), []
+    counts = count_calls(detector, monkeypatch)
+    for _ in range(3):
+        for name in counts:
+            counts[name] = 0
+        view: Any = detector.view(data, frozen=True, seed=1, ahead=ahead)
+        found = dict(view.losses)
+        ahead = view.stages
+    assert ahead == ["losses"]
+    monkeypatch.undo()
+    assert_same(found, detector.view(data, frozen=True, seed=1).losses)
+    assert counts["body"] == counts["fpn"] == 1
 
 
 def test_region_stages_are_kept_per_box_list(monkeypatch: pytest.MonkeyPatch) -> None:

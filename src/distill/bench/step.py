@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.detectors.base import Detector
-from distill.guest import Frozen, Guest, guests
+from distill.guest import READ, Frozen, Guest, guests
 from distill.losses.base import DistillLoss
 from distill.memory import Saved
 from distill.optimization import Schedule
@@ -94,7 +94,7 @@ class Step:
     ) -> None:
         self.student, self.teacher, self.batch, self.autocast = student, teacher, batch, autocast
         self.losses: Any = nn.ModuleDict(losses).to(batch.images.device)
-        self._ahead: Sequence[str] = ()
+        self._ahead: Sequence[str] = READ
         self.optimizer, _ = schedule.build(student, self.losses, 1, len(batch))
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, Terminated) as stopped:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 0  # one process of a run speaks for all; Lightning kills the others where one fails
-        how, number = ENDS[type(stopped)]
+        how, number = next(end for kind, end in ENDS.items() if isinstance(stopped, kind))
         print(f"\ndistill: {how}; {stopped or ANEW}", file=sys.stderr)
         return 128 + number
 

@@ -43,16 +43,27 @@ class Detector(nn.Module):
         self._pixels: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.train()
 
-    def view(self, batch: Batch, *, training: bool = True, frozen: bool = False, seed: int | None = None) -> View:
+    def view(
+        self,
+        batch: Batch,
+        *,
+        training: bool = True,
+        frozen: bool = False,
+        seed: int | None = None,
+        ahead: Sequence[str] = (),
+    ) -> View:
         """Open a View on `batch`, which must lie on the detector's device.
 
         `training` chooses between training and test counts of proposals, whatever `.training` says. `frozen` keeps
         every stage out of autograd. With a `seed` all draws come from it and the global stream is left alone; without
         one they come from the global stream in torchvision's order.
 
-        The View keeps the autocast and grad mode it was opened under, so it does not matter where a stage is read.
+        The View keeps the autocast and grad mode it was opened under, so it does not matter where a stage is read. The stages
+        named in `ahead` are computed at once, and nothing else that they are built on is kept.
         """
-        return self.opens(self, batch, training, frozen, seed)
+        view = self.opens(self, batch, training, frozen, seed)
+        view.prepare(ahead)
+        return view
 
     def describe(self) -> dict[str, Any]:
         """Everything that a state dict does not hold, as plain JSON: the family and the constructor's arguments."""

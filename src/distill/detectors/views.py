@@ -32,21 +32,20 @@ BODY = 2**62
 
 def network(compute: Callable[[V], T]) -> functools.cached_property[T]:
     """A stage that runs layers of the network."""
-
-    @functools.wraps(compute)
-    def run(view: V) -> T:
-        with view.scope(autocast=True):
-            return compute(view)
-
-    return functools.cached_property(run)
+    return _stage(compute, autocast=True)
 
 
 def geometry(compute: Callable[[V], T]) -> functools.cached_property[T]:
     """A stage that handles boxes or losses."""
+    return _stage(compute, autocast=False)
 
+
+def _stage(compute: Callable[[V], T], autocast: bool) -> functools.cached_property[T]:
     @functools.wraps(compute)
     def run(view: V) -> T:
-        with view.scope(autocast=False):
+        if compute.__name__ in view.ready:
+            return cast(T, view.ready.pop(compute.__name__))
+        with view.scope(autocast):
             return compute(view)
 
     return functools.cached_property(run)
@@ -62,6 +61,8 @@ class LazyView:
         self.training, self.seed, self.device = training, seed, batch.images.device
         self._grad = torch.is_grad_enabled() and not frozen
         self._autocast = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
+        self.ready: dict[str, Any] = {}
+        """Stages that were computed ahead and that nobody has read."""
         self._kept: dict[tuple[str, tuple[int, ...]], tuple[Sequence[Tensor], Any]] = {}
 
     @contextmanager
@@ -89,12 +90,18 @@ class LazyView:
 
     @property
     def stages(self) -> list[str]:
-        """Names of the stages that are computed and kept, in an order in which they may be read."""
+        """Names of the stages that were read, by others or by one another, in an order in which they may be read."""
         kinds = reversed(type(self).__mro__)
         named = {name: each for kind in kinds for name, each in vars(kind).items()}
         return [
             name for name, each in named.items() if name in vars(self) and isinstance(each, functools.cached_property)
         ]
+
+    def prepare(self, stages: Sequence[str]) -> None:
+        """Compute these now, and keep no other stage that they are built on: who reads one has it computed again."""
+        self.ready = {stage: getattr(self, stage) for stage in stages}
+        for stage in self.stages:
+            del vars(self)[stage]
 
     @geometry
     def images(self) -> Tensor:
@@ -120,13 +127,10 @@ class LazyView:
 
     @network
     def neck(self) -> Pyramid:
-        """The feature pyramid by nominal stride. Without gradients, what it alone was built on is not kept."""
-        read = self.stages
+        """The feature pyramid by nominal stride."""
         fpn = self.net.backbone.fpn
-        maps = fpn({str(index): x for index, x in enumerate(list(self.body.values())[-len(fpn.inner_blocks) :])})
-        if not self._grad:
-            for name in {"images", "body"} - {*read}:
-                del vars(self)[name]
+        stages = list(self.body.values())[-len(fpn.inner_blocks) :]
+        maps = fpn({str(index): x for index, x in enumerate(stages)})
         return dict(zip(self.facts.neck, maps.values(), strict=True))
 
     @geometry

@@ -68,6 +68,7 @@ class Planes(NamedTuple):
         if flat is None:
             zeros = torch.zeros_like(x[:, :1, 0])
             return cls(x, zeros, zeros + 1, zeros)
+        x = x.contiguous()  # of a map with its channels last, the extremes of some cost more than this copy
         low, high = x.amin((1, 2))[:, None], x.amax((1, 2))[:, None]
         span = high - low
         factor = (1 / (span + flat)).masked_fill(span < flat, 0.0)
@@ -96,9 +97,7 @@ def ssim_block(frame: Frame, like: Tensor) -> Block:
     buffers = like.new_empty(BUFFERS, planes_in_block(like) * like.shape[2] * like.shape[3])
 
     def block(ours: Tensor, theirs: Tensor, masks: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-        # Smallest and largest values of some channels of a map that has them last cost more than this copy.
-        student, teacher = (Planes.of(each.contiguous(), frame.flat) for each in (ours, theirs))
-        return _block(student, teacher, masks, slopes, frame, buffers)
+        return _block(Planes.of(ours, frame.flat), Planes.of(theirs, frame.flat), masks, slopes, frame, buffers)
 
     return block
 
