@@ -17,6 +17,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import config
+from distill.cli.train import build_trainer
 from distill.types import DistillError
 
 # `base` is what the other options of its group inherit; it is not complete.
@@ -35,6 +36,13 @@ GIVEN = {
 def test_every_option_composes(group: str, option: str) -> None:
     cfg = config.composed([f"{group}={option}", "paths.run=x"])
     assert cfg.data.source
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_bars_may_be_switched_off_as_lightning_does(wanted: bool, tmp_path: Path) -> None:
+    cfg = config.composed([f"trainer.enable_progress_bar={wanted}", f"paths.run={tmp_path}", "name=x"])
+    trainer = build_trainer(cfg, tmp_path)
+    assert (trainer.progress_bar_callback is not None) == wanted
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:

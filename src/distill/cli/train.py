@@ -299,6 +299,7 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     """Lightning's trainer with the run's callbacks and loggers; CSV is among them, whatever was chosen."""
     import lightning as L
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.loggers import CSVLogger, Logger
 
     from distill.callbacks.processes import Agreement
@@ -308,8 +309,9 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     from distill.precision import chosen
 
     precision = chosen(cfg.trainer.precision, config.device(cfg).type == "cuda")
-    first = [KeepHandlers(), Agreement(partial(agreed, cfg))]
-    callbacks = [*first, *_built(cfg, "callbacks", L.Callback), Provenance(config.plain(cfg))]
+    bars = cfg.trainer.enable_progress_bar
+    wanted = [each for each in _built(cfg, "callbacks", L.Callback) if bars or not isinstance(each, ProgressBar)]
+    callbacks = [KeepHandlers(), Agreement(partial(agreed, cfg)), *wanted, Provenance(config.plain(cfg))]
     settings = {name: value for name, value in config.plain(cfg.trainer).items() if name != "save_every"}
     loggers = _built(cfg, "logger", Logger)
     if "csv" not in cfg.logger:
@@ -321,7 +323,7 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
             callbacks=callbacks,
             plugins=[CheckpointFiles(forget=resume.IDENTITY if cfg.resume == "anyway" else ())],
             logger=loggers,
-            enable_progress_bar=cfg.trainer.enable_progress_bar and cfg.callbacks.get("progress") is not None,
+            enable_progress_bar=bars and cfg.callbacks.get("progress") is not None,
         )
     except MisconfigurationException as error:
         raise DistillError(f"trainer: {error}. Choose another one: trainer=auto takes what there is") from error
