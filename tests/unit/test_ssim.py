@@ -312,10 +312,13 @@ def test_blocks_give_what_whole_maps_give(name: str, scope: str, dtype: torch.dt
 
 @pytest.mark.usefixtures("planes")
 @pytest.mark.parametrize("scope", ["plane", "none"])
-def test_the_gradient_of_blocks_is_that_of_their_value(scope: str) -> None:
+@pytest.mark.parametrize(
+    "powers", [{}, {"luminance": 0.0, "contrast": 0.0}, {"contrast": 0.0, "structure": 0.0}, {"contrast": 2.0}]
+)
+def test_the_gradient_of_blocks_is_that_of_their_value(scope: str, powers: dict[str, float]) -> None:
     student, teacher = pair(2, 2, 4, 7, dtype=torch.float64)
     masks = [torch.rand(2, 4, 7).double(), torch.ones(2, 4, 7).double()]
-    compare = Dissimilarity("ssim", scope, 5, 1.0)
+    compare = Dissimilarity("ssim", scope, 5, 1.0, **powers)
     assert torch.autograd.gradcheck(lambda x: tuple(compare.sums(x, teacher, masks)), student.abs().requires_grad_())
 
 
@@ -328,6 +331,16 @@ def test_blocks_take_any_layout_and_leave_the_maps_alone() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
     assert torch.equal(student, before[0])
     assert torch.equal(teacher, before[1])
+
+
+@pytest.mark.parametrize("planes", [slice(0, 40), slice(3, 20), slice(39, 40)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_planes_are_laid_in_one_piece(planes: slice, layout: torch.memory_format) -> None:
+    part = torch.rand(2, 40, 9, 23).to(memory_format=layout)[1, planes]
+    before = part.clone()
+    found = blocks.contiguous(part)
+    assert found.is_contiguous()
+    assert torch.equal(found, before)
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from distill import masks
 from distill.losses import base
 from distill.losses.base import DistillLoss
-from distill.losses.blocks import by_autograd, in_blocks
+from distill.losses.blocks import Block, by_autograd, in_blocks
 from distill.losses.imitation import MapImitation, parts
 from distill.losses.windows import Frame, ssim_block
 from distill.precision import full
@@ -88,14 +89,30 @@ def similarity(
     # Apart, for the teacher's moments need no backward pass.
     mean_s, square_s, product = blurred(torch.stack([student, student**2, student * teacher]), window).unbind()
     mean_t, square_t = blurred(torch.stack([teacher, teacher**2]), window).unbind()
+    # As kornia: rounding on large raw maps leaves the range.
+    return likeness(mean_s, mean_t, square_s, square_t, product, exponents).clamp(-1, 1)
+
+
+def likeness(
+    mean_s: Tensor,
+    mean_t: Tensor,
+    square_s: Tensor,
+    square_t: Tensor,
+    product: Tensor,
+    exponents: tuple[float, float, float],
+) -> Tensor:
+    """l^alpha c^beta s^gamma of each cell, from its windowed means of s, t, s^2, t^2 and s t, all of one shape."""
     # Population moments. A variance may fall below 0 by rounding, and at 0 the slope of its root is infinite.
     least = torch.finfo(product.dtype).eps ** 2
-    variance_s, variance_t = (square_s - mean_s**2).clamp(min=least), (square_t - mean_t**2).clamp(min=least)
+    variance_s, variance_t = (
+        (square_s - mean_s.square()).clamp(min=least),
+        (square_t - mean_t.square()).clamp(min=least),
+    )
     covariance = product - mean_s * mean_t
     alpha, beta, gamma = exponents
     factors = []
     if alpha:
-        factors.append(_power((2 * mean_s * mean_t + C1) / (mean_s**2 + mean_t**2 + C1), alpha))
+        factors.append(_power((2 * mean_s * mean_t + C1) / (mean_s.square() + mean_t.square() + C1), alpha))
     if beta == gamma == 1:  # contrast times structure, for C3 is C2 / 2
         factors.append((2 * covariance + C2) / (variance_s + variance_t + C2))
     elif beta or gamma:
@@ -104,8 +121,7 @@ def similarity(
             factors.append(_power((2 * deviations + C2) / (variance_s + variance_t + C2), beta))
         if gamma:
             factors.append(_power((covariance + C3) / (deviations + C3), gamma))
-    # As kornia: rounding on large raw maps leaves the range.
-    return math.prod(factors[1:], start=factors[0]).clamp(-1, 1)
+    return math.prod(factors[1:], start=factors[0])
 
 
 def _usual(student: Tensor, teacher: Tensor, window: Tensor) -> Tensor:
@@ -187,13 +203,16 @@ class Dissimilarity:
             error = self(student, teacher)
             return [(mask * error).sum() for mask in masks]
         with torch.autocast(student.device.type, enabled=False):
-            ours, theirs, block = full(student), full(teacher.detach()), by_autograd(self)
-            if self.error == "ssim" and self.exponents == (1, 1, 1):
-                window = gaussian(self.size, self.sigma, ours)
-                height, width = (blur_matrix(cells, window) for cells in (ours.shape[-2], ours.shape[-1]))
-                flat = FLAT if self.normalize == "plane" else None
-                block = ssim_block(Frame((height, width), self.size // 2, (C1, C2), flat), ours)
+            ours, theirs = full(student), full(teacher.detach())
+            block = self._ssim_block(ours) if self.error == "ssim" else by_autograd(self)
             return in_blocks(block, ours, theirs, masks).unbind()
+
+    def _ssim_block(self, maps: Tensor) -> Block:
+        window = gaussian(self.size, self.sigma, maps)
+        height, width = (blur_matrix(cells, window) for cells in (maps.shape[-2], maps.shape[-1]))
+        flat = FLAT if self.normalize == "plane" else None
+        general = None if self.exponents == (1, 1, 1) else partial(likeness, exponents=self.exponents)
+        return ssim_block(Frame((height, width), self.size // 2, (C1, C2), flat, general), maps)
 
 
 class SSIM(DistillLoss):
