@@ -159,13 +159,30 @@ def test_adapters_run_on_what_they_see_in_a_step_and_leave_nothing(batch: Batch)
     assert all(p.grad is None for p in (*made.losses.parameters(), *made.student.parameters()))
 
 
+def test_layers_that_run_again_are_the_students_head_on_the_teachers_regions(batch: Batch) -> None:
+    """And nothing, for losses that read only what the student's own step has."""
+    made = step(batch, proposals={"positive": 1.0, "negative": 1.0})
+    seen: list[tuple[str, int]] = []
+    replay = made.again()
+    for name, layer in made.student.named_modules():
+        if any(True for _ in layer.parameters(recurse=False)):
+            layer.register_forward_hook(lambda _, inputs, output, name=name: seen.append((name, len(output))))
+    replay()
+    teacher: Any = made.teacher
+    regions = sum(map(len, teacher.view(batch, seed=1).rois.boxes))
+    layers = ("box_head.fc6", "box_head.fc7", "box_predictor.cls_score", "box_predictor.bbox_pred")
+    assert seen == [(f"net.roi_heads.{name}", regions) for name in layers]
+    assert all(p.grad is None for p in made.student.parameters())
+    assert step(batch, Mimic).again() is step(batch).again()
+
+
 def test_ratios_are_those_of_the_same_round(batch: Batch) -> None:
-    times = [2.0, 4.0, 2.0], [4.0, 10.0, 3.0], [1.0, 1.0, 0.5], [0.5, 1.0, 0.25]
+    times = [2.0, 4.0, 2.0], [4.0, 10.0, 3.0], [1.0, 1.0, 0.5], [0.25, 0.5, 0.125], [0.25, 0.5, 0.125]
     alone, made = step(batch, None), step(batch)
     cost = _option_cost(alone, made, (["neck"], []), *times)
     assert cost.ratio.median == 2.0
     assert cost.teacher_ratio == Spread(0.25, 0.25, 0.5)
-    assert cost.adapters_ratio.median == 0.25
+    assert cost.adapters_ratio.median == cost.again_ratio.median == 0.125
     assert cost.glue.median == pytest.approx(4 / 3.5 - 1)
     assert (cost.glue.low, cost.glue.high) == (pytest.approx(3 / 2.75 - 1), pytest.approx(10 / 6 - 1))
     assert cost.allowed == 0.03
@@ -174,7 +191,9 @@ def test_ratios_are_those_of_the_same_round(batch: Batch) -> None:
 
 
 def test_a_round_takes_every_part_once_and_the_first_ones_are_thrown_away(batch: Batch) -> None:
-    clock = SetClock(*(9, 9, 9), *(1, 4, 0.5), *(2, 4, 0.5))  # a warm-up; then student, step and adapters, twice
+    clock = SetClock(
+        *(9, 9, 9, 9), *(1, 4, 0.5, 0), *(2, 4, 0.5, 0)
+    )  # a warm-up; then student, step, adapters and again, twice
     plain = step(batch, None)
     cost = measure_option(plain, step(batch), clock, repeats=2, warmup=1)
     assert not clock.numbers
@@ -221,10 +240,12 @@ def spread(value: float) -> Spread:
     return Spread(value, value, value)
 
 
-def report(loader: float = 1000.0, glue: float = 0.01, teacher: float = 0.4, adapters: float = 0.1) -> Report:
+def report(
+    loader: float = 1000.0, glue: float = 0.01, teacher: float = 0.4, adapters: float = 0.1, again: float = 0.0
+) -> Report:
     option = OptionCost(
-        *(spread(0.2), 2.0, {}, spread(0.1), spread(0.1 * teacher), spread(0.1 * adapters)),
-        *(spread(2.0), spread(teacher), spread(adapters), spread(glue), 1.0, ["neck"], 0.03),
+        *(spread(0.2), 2.0, {}, spread(0.1), spread(0.1 * teacher), spread(0.1 * adapters), spread(0.1 * again)),
+        *(spread(2.0), spread(teacher), spread(adapters), spread(again), spread(glue), 1.0, ["neck"], 0.03),
         bytes=Memory(4.0, 3.0, 2.0, 1.0, 9.0, 0.0),
     )
     return Report({}, Cost(spread(0.1), 1.0, {}), {"x": option}, {}, {"images_per_second": loader}, {})
@@ -234,6 +255,7 @@ def test_the_verdict_names_the_bottleneck_and_a_remedy() -> None:
     assert "student's own step is the bottleneck, 50 %" in verdict(report(), 4)[0]
     assert "teacher's forward pass is the bottleneck, 70 %" in verdict(report(teacher=1.4), 4)[0]
     assert "of the adapters is the bottleneck, 60 %" in verdict(report(adapters=1.2), 4)[0]
+    assert "which the losses run again, is the bottleneck, 75 %" in verdict(report(again=1.5), 4)[0]
     assert len(verdict(report(), 4)) == 1
     slow = verdict(report(loader=30.0), 4)  # the student eats 40 a second, with x 20
     assert slow[0].startswith(

@@ -33,10 +33,12 @@ def measure_student(plain: Step, clock: Clock, repeats: int = 10, warmup: int = 
 
 
 def measure_option(plain: Step, step: Step, clock: Clock, repeats: int = 10, warmup: int = 2) -> OptionCost:
-    """A step with losses: each round takes the student-only step, this one, its teacher and its adapters."""
+    """A step with losses: each round takes the student-only step, this one, its teacher, its adapters, and what of the
+    student runs again."""
     theirs, ours = step.teach()
     parts = (partial(clock.time, plain.run), partial(clock.time, step.run), partial(_reading, step, clock))
-    times = _rounds([*parts, partial(clock.time, step.adapters())], repeats, warmup)
+    layers = (partial(clock.time, step.adapters()), partial(clock.time, step.again()))
+    times = _rounds([*parts, *layers], repeats, warmup)
     return _option_cost(plain, step, (theirs.stages, ours.stages), *times)
 
 
@@ -54,17 +56,23 @@ def _option_cost(
     whole: Sequence[float],
     teacher: Sequence[float],
     adapters: Sequence[float],
+    again: Sequence[float],
 ) -> OptionCost:
-    rounds = list(zip(student, whole, teacher, adapters, strict=True))
+    def by_student(seconds: Sequence[float]) -> Spread:
+        return Spread.of([each / own for each, own in zip(seconds, student, strict=True)])
+
+    rest = [each / sum(parts) - 1 for each, *parts in zip(whole, student, teacher, adapters, again, strict=True)]
     return OptionCost(
         *(Spread.of(whole), _flops(step.run), peak(step.run, step.batch.images.device)),
         student=Spread.of(student),
         teacher=Spread.of(teacher),
         adapters=Spread.of(adapters),
-        ratio=Spread.of([all_ / own for own, all_, _, _ in rounds]),
-        teacher_ratio=Spread.of([theirs / own for own, _, theirs, _ in rounds]),
-        adapters_ratio=Spread.of([layers / own for own, _, _, layers in rounds]),
-        glue=Spread.of([all_ / (own + theirs + layers) - 1 for own, all_, theirs, layers in rounds]),
+        again=Spread.of(again),
+        ratio=by_student(whole),
+        teacher_ratio=by_student(teacher),
+        adapters_ratio=by_student(adapters),
+        again_ratio=by_student(again),
+        glue=Spread.of(rest),
         teacher_flops=_teacher_flops(step),
         stages=stages[0],
         allowed=GLUE["regions" if REGIONS & {*stages[0], *stages[1]} else "neck"],

@@ -33,12 +33,15 @@ class OptionCost(Cost):
     """Forward, as deep as the losses read it."""
     adapters: Spread
     """Forward and backward of all that the losses train."""
+    again: Spread
+    """Forward and backward of the student's layers that run for the losses alone: its head on the teacher's regions."""
     ratio: Spread
     """To the student-only step."""
     teacher_ratio: Spread
     adapters_ratio: Spread
+    again_ratio: Spread
     glue: Spread
-    """step / (student + teacher + adapters) - 1: losses, masks, and the student's stages that only they read."""
+    """step / (student + teacher + adapters + again) - 1: losses, masks, and all that has no weights."""
     teacher_flops: float
     stages: list[str]
     """Of the teacher, as the losses read them."""
@@ -80,7 +83,7 @@ def verdict(report: Report, batch_size: int) -> list[str]:
     for name, cost in report.options.items():
         if cost.glue.median > cost.allowed:
             lines.append(
-                f"{name}: losses and masks take {100 * cost.glue.median:.1f} % beside student, teacher and adapters; up to "
+                f"{name}: losses and masks take {100 * cost.glue.median:.1f} % beside all layers; up to "
                 f"{100 * cost.allowed:.0f} % is expected"
             )
         if cost.bytes.peak > MOST * cost.bytes.sum:
@@ -107,6 +110,10 @@ def _largest(cost: OptionCost) -> str:
         "the forward and backward pass of the adapters": (
             cost.adapters_ratio.median,
             "fewer levels, or adapter.kernel=1",
+        ),
+        "the student's own layers, which the losses run again,": (
+            cost.again_ratio.median,
+            "a term less that reads the student on the teacher's regions",
         ),
     }
     part, (share, remedy) = max(parts.items(), key=lambda item: item[1][0])

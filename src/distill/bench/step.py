@@ -141,15 +141,24 @@ class Step:
 
     def adapters(self) -> Callable[[], None]:
         """Forward and backward of each layer that the losses train, on the inputs that it has in a step."""
+        return self._replay(self.losses)
+
+    def again(self) -> Callable[[], None]:
+        """Forward and backward of each of the student's layers that runs for the losses alone, as for the teacher's regions."""
+        return self._replay(self.student)
+
+    def _replay(self, within: nn.Module) -> Callable[[], None]:
         calls: list[tuple[nn.Module, tuple[Any, ...]]] = []
 
         def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             calls.append((module, tuple(_leaf(each) for each in inputs)))
 
-        layers = [layer for layer in self.losses.modules() if any(p.requires_grad for p in layer.parameters(False))]
-        hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+        layers = [layer for layer in within.modules() if any(p.requires_grad for p in layer.parameters(False))]
         with self.autocast():
-            self.distilled(self.student.view(self.batch, seed=0), self.teacher_view())
+            student = self.student.view(self.batch, seed=0)
+            self.supervised(student)
+            hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+            self.distilled(student, self.teacher_view())
         for hook in hooks:
             hook.remove()
 

@@ -178,14 +178,19 @@ def show(report: Report) -> None:
         "clock": f"{setting['clock']}; median of {setting['repeats']} rounds ± half the distance of the quartiles",
     }
     _say(console, lines.items())
-    title = "a training step; teacher, adapters and the rest beside them as shares of the student's own"
+    title = (
+        "a training step; teacher, adapters and layers of the student run again, as shares of its own step; the rest"
+    )
     table = Table(title=title, title_justify="left", box=SIMPLE)
-    for name in ("", "ms", "x student", "teacher", "adapters", "rest, %", "GFLOP", "peak MiB"):
+    for name in ("", "ms", "x student", "teacher", "adapters", "again", "rest, %", "GFLOP", "peak MiB"):
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
-    table.add_row("student alone", _spread(report.student.step, 1000, 1), "1", "", "", "", *_amounts(report.student))
+    table.add_row(
+        "student alone", _spread(report.student.step, 1000, 1), "1", "", "", "", "", *_amounts(report.student)
+    )
     for name, cost in report.options.items():
-        parts = (f"{cost.teacher_ratio.median:.3f}", f"{cost.adapters_ratio.median:.3f}", _spread(cost.glue, 100, 1))
-        table.add_row(name, _spread(cost.step, 1000, 1), _spread(cost.ratio, 1, 2), *parts, *_amounts(cost))
+        parts = [f"{each.median:.3f}" for each in (cost.teacher_ratio, cost.adapters_ratio, cost.again_ratio)]
+        whole = _spread(cost.step, 1000, 1), _spread(cost.ratio, 1, 2)
+        table.add_row(name, *whole, *parts, _spread(cost.glue, 100, 1), *_amounts(cost))
     console.print(table)
     _say(console, [(f"{name} reads", "teacher's " + ", ".join(cost.stages)) for name, cost in report.options.items()])
     _say(console, [(f"{name} in memory", _sum(cost.bytes)) for name, cost in report.options.items()])
