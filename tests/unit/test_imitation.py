@@ -12,6 +12,7 @@ from test_masks import slow
 from torch import Tensor
 
 from distill import masks
+from distill.losses import blocks
 from distill.losses.chen import Chen
 from distill.losses.dsig import DSIG
 from distill.losses.fgfi import FGFI
@@ -56,6 +57,24 @@ def test_counts_are_the_mean_its_half_and_half_the_norm_of_a_cell(count: str) ->
                     cell = {"mse": sum(squares) / 5, "half_mse": sum(squares) / 10, "half_l2": sum(squares) / 2}[count]
                     weighed, cells = weighed + m * cell, cells + m
         assert (total / number).item() == pytest.approx(weighed / cells)
+
+
+@pytest.mark.parametrize("cells", [1, 40, 1000])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 2), (0, 5, 4, 2)])
+def test_the_squared_error_holds_one_map_and_has_the_gradient_of_its_value(
+    shape: tuple[int, ...], cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "CELLS", {"cpu": cells})
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+        found = squared_error(student.requires_grad_(), teacher.requires_grad_())
+    torch.testing.assert_close(found, ((student - teacher) ** 2).sum(1))
+    assert [each.shape for each in kept] == [student.shape]
+    assert torch.autograd.gradcheck(lambda x: squared_error(x, teacher), student)
+    found.sum().backward()
+    assert teacher.grad is None
 
 
 def test_parts_add_up_to_the_whole() -> None:

@@ -23,9 +23,14 @@ Block = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 (P, H, W) into which the gradient of its sum is to be written, or no place at all; gives the sums (masks,)."""
 
 
+def cells(x: Tensor) -> int:
+    """How many values of a map are a block on its device."""
+    return CELLS.get(x.device.type, MANY)
+
+
 def planes_in_block(x: Tensor) -> int:
     """How many planes of a map (B, C, H, W) are a block: whole lines of a cache, of a map with its channels last."""
-    planes = max(1, CELLS.get(x.device.type, MANY) // (x.shape[2] * x.shape[3]))
+    planes = max(1, cells(x) // (x.shape[2] * x.shape[3]))
     return min(x.shape[1], planes // LINE * LINE or planes)
 
 
@@ -38,8 +43,8 @@ def contiguous(x: Tensor) -> Tensor:
     planes, height, width = x.shape
     if x.is_contiguous() or x.stride(0) != 1:
         return x.contiguous()
-    cells = x.permute(1, 2, 0).reshape(height * width, planes).contiguous()
-    return cells.T.contiguous().view(planes, height, width)
+    lines = x.permute(1, 2, 0).reshape(height * width, planes).contiguous()
+    return lines.T.contiguous().view(planes, height, width)
 
 
 def in_blocks(block: Block, student: Tensor, teacher: Tensor, masks: Sequence[Tensor]) -> Tensor:
