@@ -106,7 +106,7 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"norm": "live", "depth": 18}])
 def test_losses_and_gradients_equal_torchvision_bit_for_bit(options: dict[str, Any]) -> None:
-    detector, data = build(**options), batch()
+    detector, data = build(**options, box_roi_align="torchvision"), batch()
     theirs = reference(detector, 32).train()
     torch.manual_seed(7)
     ours = detector.view(data).losses
@@ -122,7 +122,7 @@ def test_losses_and_gradients_equal_torchvision_bit_for_bit(options: dict[str, A
 
 
 def test_detections_and_masks_equal_torchvision_bit_for_bit() -> None:
-    detector, data = build().eval(), batch()
+    detector, data = build(box_roi_align="torchvision").eval(), batch()
     theirs = reference(detector, 32).eval()
     data = Batch(data.images, data.sizes, data.sizes, data.targets, data.ids)
     view = detector.view(data, training=False, frozen=True)
@@ -165,7 +165,7 @@ def test_an_image_where_nothing_is_found_has_no_masks_but_their_size() -> None:
 def test_a_foreign_default_model_loads_the_state_dict_and_agrees() -> None:
     body = resnet.resnet18(weights=None, norm_layer=torch.nn.BatchNorm2d)
     theirs = detection.MaskRCNN(_resnet_fpn_extractor(body, 5), 4, rpn_post_nms_top_n_test=20)
-    ours = MaskRCNN(["a", "b", "c"], depth=18, rpn_post_nms_top_n_test=20)
+    ours = MaskRCNN(["a", "b", "c"], depth=18, rpn_post_nms_top_n_test=20, box_roi_align="torchvision")
     assert {n: p.shape for n, p in theirs.state_dict().items()} == {
         n: p.shape for n, p in ours.net.state_dict().items()
     }

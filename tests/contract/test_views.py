@@ -103,6 +103,27 @@ def test_losses_and_gradients_equal_torchvision_bit_for_bit(family: str, options
     assert len(our_gradients) > 30
 
 
+@pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn"])
+def test_regions_pooled_by_cells_give_the_same_but_for_rounding(family: str) -> None:
+    """Of both pools, in a step and in the gradients of every weight; masks of a Mask R-CNN are pooled to 14 x 14."""
+    found = []
+    for kernel in ("fast", "torchvision"):
+        detector, data = build(family, box_roi_align=kernel), batch()
+        view: Any = detector.view(data, seed=3)
+        boxes = view.rois.boxes
+        terms = [*view.roi_logits(boxes), view.roi_features(boxes)]
+        terms += [view.mask_logits(boxes)] if family == "mask_rcnn" else []
+        sum(each.square().mean() for each in terms).backward()  # type: ignore[union-attr]
+        found.append((terms, gradients(detector)))
+    (ours, our_gradients), (theirs, their_gradients) = found
+    assert our_gradients.keys() == their_gradients.keys()
+    for one, other in [
+        *zip(ours, theirs, strict=True),
+        *((our_gradients[k], their_gradients[k]) for k in our_gradients),
+    ]:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_detections_equal_torchvision_bit_for_bit(family: str) -> None:
     detector, data = build(family).eval(), batch()
@@ -125,7 +146,7 @@ def test_a_foreign_default_model_loads_the_state_dict_and_agrees(family: str) ->
     body = resnet.resnet18(weights=None, norm_layer=torch.nn.BatchNorm2d)
     if family == "faster_rcnn":
         theirs = detection.FasterRCNN(_resnet_fpn_extractor(body, 5), 4, rpn_post_nms_top_n_test=50)
-        ours: Any = FasterRCNN(["a", "b", "c"], depth=18, rpn_post_nms_top_n_test=50)
+        ours: Any = FasterRCNN(["a", "b", "c"], depth=18, rpn_post_nms_top_n_test=50, box_roi_align="torchvision")
     else:
         backbone = _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
         kind = detection.RetinaNet if family == "retinanet" else detection.FCOS
@@ -176,7 +197,7 @@ def foreign_detector(family: str, backbone: str) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backbone", list(BODIES))
 def test_every_backbone_equals_torchvisions_bit_for_bit(family: str, backbone: str) -> None:
-    options = {"head_channels": 1024} if family == "faster_rcnn" else {}
+    options = {"head_channels": 1024, "box_roi_align": "torchvision"} if family == "faster_rcnn" else {}
     ours = build(family, backbone=backbone, depth=None, width=1.0, norm="live", **options)
     theirs, data = foreign_detector(family, backbone), batch(((64, 64), (50, 60)))
     theirs.load_state_dict(ours.net.state_dict(), strict=True)

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
 
@@ -85,106 +83,6 @@ def test_anchors_lie_where_they_are_said_to(family: Any, offset: float, rounded:
         expected = torch.tensor(slow_anchors(stride, level, ratios, offset, rounded, order, step))
         assert anchors.shape == expected.shape
         assert torch.allclose(anchors, expected, atol=1e-4)
-
-
-# -- regions
-
-
-# Levels that Detectron2 and MMDetection gave to boxes of these widths and heights (FPN of strides 4 to 32);
-# torchvision's are floor(4 + log2(side / 224) + 1e-6).
-BOUNDS = [
-    (112.0, 112.0),
-    (112.0, 111.99995),
-    (111.9999, 111.9999),
-    (223.99995, 224.0),
-    (447.9999, 447.9999),
-    (20.0, 20.0),
-]
-LEVELS = {"detectron2": [3, 2, 2, 3, 5, 2], "mmdetection": [3, 3, 2, 4, 5, 2], "torchvision": [3, 3, 2, 4, 5, 2]}
-
-
-@pytest.mark.parametrize("rule", list(LEVELS))
-def test_a_side_at_a_bound_goes_where_the_other_framework_puts_it(rule: str) -> None:
-    boxes = torch.tensor([[0.0, 0.0, w, h] for w, h in BOUNDS])
-    pool = geometry.region_pool((4, 8, 16, 32), 7, 2, level_rule=rule)
-    assert (pool.map_levels([boxes]) + 2).tolist() == LEVELS[rule]
-
-
-@pytest.mark.parametrize("rule", list(geometry.LEVEL_RULES))
-def test_away_from_the_bounds_all_rules_are_the_papers(rule: str) -> None:
-    sides = [3.0, 50.0, 111.0, 113.0, 200.0, 225.0, 440.0, 450.0, 900.0, 3000.0]
-    boxes = [torch.tensor([[5.0, 7.0, 5 + 2 * s, 7 + s / 2]]) for s in sides]
-    pool = geometry.region_pool((8, 16, 32, 64, 128), 7, 2, level_rule=rule)
-    expected = [min(max(math.floor(4 + math.log2(side / 224)), 3), 7) - 3 for side in sides]
-    assert pool.map_levels(boxes).tolist() == expected
-
-
-def bilinear(features: Tensor, y: float, x: float) -> float:
-    """RoIAlign's sample: 0 a pixel or more outside, else the nearest edge, else between four pixels."""
-    height, width = features.shape
-    if not (-1 <= y <= height and -1 <= x <= width):
-        return 0.0
-    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
-    top, left = min(int(y), height - 1), min(int(x), width - 1)
-    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
-    v, u = y - top, x - left
-    upper = (1 - u) * features[top, left] + u * features[top, right]
-    lower = (1 - u) * features[bottom, left] + u * features[bottom, right]
-    return float((1 - v) * upper + v * lower)
-
-
-def slow_roi_align(features: Tensor, box: list[float], scale: float, sampling: int, aligned: bool) -> Tensor:
-    """He et al. 2017, section 3, 7 x 7 bins; `aligned` moves by half a pixel and lets a box be as small as it is."""
-    x1, y1, x2, y2 = (side * scale - (0.5 if aligned else 0.0) for side in box)
-    w, h = (x2 - x1, y2 - y1) if aligned else (max(x2 - x1, 1.0), max(y2 - y1, 1.0))
-    ny, nx = (sampling or math.ceil(h / 7)), (sampling or math.ceil(w / 7))
-    pooled = torch.zeros(7, 7)
-    for row, column in itertools.product(range(7), range(7)):
-        samples = [
-            bilinear(features, y1 + (row + (i + 0.5) / ny) * h / 7, x1 + (column + (j + 0.5) / nx) * w / 7)
-            for i in range(ny)
-            for j in range(nx)
-        ]
-        pooled[row, column] = sum(samples) / len(samples)
-    return pooled
-
-
-@pytest.mark.parametrize("sampling", [2, 0])
-@pytest.mark.parametrize("aligned", [False, True])
-def test_roi_align_takes_its_samples_where_it_says(aligned: bool, sampling: int) -> None:
-    detector = small(FasterRCNN, box_roi_aligned=aligned, box_sampling_ratio=sampling)
-    view = detector.view(batch())
-    view.__dict__["neck"] = {
-        stride: torch.rand(1, 1, math.ceil(HEIGHT / stride), math.ceil(WIDTH / stride))
-        for stride in detector.facts.neck
-    }
-    boxes = [[10.3, 20.1, 50.7, 41.2], [0.0, 0.0, 3.0, 2.0], [30.0, 5.0, 155.0, 90.0], [140.0, 80.0, 160.0, 96.0]]
-    pooled = view.roi_features([torch.tensor(boxes)])
-    for box, found in zip(boxes, pooled, strict=True):
-        side = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
-        stride = 2 ** min(max(math.floor(4 + math.log2(side / 224)), 2), 5)
-        expected = slow_roi_align(view.neck[stride][0, 0], box, 1 / stride, sampling, aligned)
-        assert torch.allclose(found[0], expected, atol=1e-4)
-
-
-def test_aligned_regions_of_all_images_and_levels_equal_the_op_and_carry_gradients() -> None:
-    torch.manual_seed(0)
-    strides = (4, 8, 16)
-    maps = {str(i): torch.rand(2, 3, 256 // s, 256 // s, requires_grad=True) for i, s in enumerate(strides)}
-    boxes = [torch.tensor([[0.0, 0.0, 40.0, 40.0], [3.0, 9.0, 250.0, 240.0]]), torch.tensor([[9.0, 8.0, 140.0, 150.0]])]
-    pooled = geometry.region_pool(strides, 7, 2, aligned=True)(maps, boxes, [(256, 256)] * 2)
-    for row, (level, image, box) in enumerate([(0, 0, boxes[0][0]), (2, 0, boxes[0][1]), (1, 1, boxes[1][0])]):
-        region = torch.cat([torch.tensor([float(image)]), box])[None]
-        (expected,) = roi_align(maps[str(level)], region, 7, 1 / strides[level], 2, aligned=True)
-        assert torch.equal(pooled[row], expected)
-    pooled.sum().backward()
-    assert all(x.grad is not None and x.grad.any() for x in maps.values())
-    assert geometry.region_pool(strides, 7, 2, aligned=True)(maps, [boxes[0][:0]] * 2, [(256, 256)] * 2).shape == (
-        0,
-        3,
-        7,
-        7,
-    )
 
 
 # -- deltas, proposals, P7
@@ -303,7 +201,6 @@ def test_defaults_are_torchvisions_own_parts() -> None:
     assert {type(net.transform) for net in (two.net, one.net)} == {GeneralizedRCNNTransform}
     assert {type(net) for net in (two.net.rpn.anchor_generator, one.net.anchor_generator)} == {AnchorGenerator}
     assert {type(part.box_coder) for part in (two.net.rpn, two.net.roi_heads, one.net)} == {BoxCoder}
-    assert {type(pool) for pool in (two.net.roi_heads.box_roi_pool, one.pool)} == {MultiScaleRoIAlign}
     assert type(one.pool.map_levels) is LevelMapper
     assert type(one.net.backbone.fpn.extra_blocks) is LastLevelP6P7
     for detector in (two, one):

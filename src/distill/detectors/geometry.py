@@ -14,10 +14,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign, roi_align
-from torchvision.ops.boxes import box_area
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-from torchvision.ops.poolers import LevelMapper
 
 from distill.types import DistillError
 
@@ -114,63 +111,6 @@ def anchor_generator(
     if rounded and not (by_size or nominal or offset):
         return AnchorGenerator(*levels)
     return Anchors(*levels, strides if nominal else None, offset, rounded, by_size)
-
-
-class Levels(LevelMapper):  # type: ignore[misc]
-    """The level of a region with the epsilon inside the logarithm: floor(base + log2(side / scale + eps)) + lift."""
-
-    def __init__(self, finest: int, coarsest: int, scale: int, base: int, lift: int, eps: float) -> None:
-        super().__init__(finest, coarsest, scale, base, eps)
-        self.lift = lift
-
-    def __call__(self, boxlists: list[Tensor]) -> Tensor:
-        """(R,) int64 indices of levels, 0 the finest."""
-        sides = torch.cat([box_area(boxes) for boxes in boxlists]).sqrt()
-        levels = torch.floor(self.lvl0 + torch.log2(sides / self.s0 + self.eps)) + self.lift
-        indices: Tensor = levels.clamp(self.k_min, self.k_max).long() - self.k_min
-        return indices
-
-
-LEVEL_RULES: dict[str, Any] = {
-    "torchvision": LevelMapper,
-    "detectron2": lambda finest, coarsest: Levels(finest, coarsest, 224, base=4, lift=0, eps=1e-8),
-    "mmdetection": lambda finest, coarsest: Levels(finest, coarsest, 56, base=0, lift=2, eps=1e-6),
-}
-"""FPN paper, eq. 1, a side of 224 to level 4, by float32 formulas that part where a side is a hair below a bound:
-floor(4 + log2(s / 224) + 1e-6), floor(4 + log2(s / 224 + 1e-8)), and floor(log2(s / 56 + 1e-6)) + 2."""
-
-
-class AlignedRoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
-    """torchvision's over several levels, with pixel centres at half coordinates (`aligned` of `roi_align`)."""
-
-    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Any) -> Tensor:
-        """(R, C, 7, 7) of the regions (r, 4) of each image in order."""
-        maps, levels = [x[name] for name in self.featmap_names], self.map_levels(boxes)
-        images = torch.cat([each.new_full((len(each), 1), index) for index, each in enumerate(boxes)])
-        regions = torch.cat([images, torch.cat(list(boxes))], dim=1)
-        pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *self.output_size)
-        for level, (features, scale) in enumerate(zip(maps, self.scales, strict=True)):
-            rows = torch.where(levels == level)[0]
-            pooled[rows] = roi_align(
-                features, regions[rows], self.output_size, scale, self.sampling_ratio, aligned=True
-            )
-        return pooled
-
-
-def region_pool(
-    strides: Sequence[int], output: int, sampling: int, aligned: bool = False, level_rule: str = "torchvision"
-) -> Any:
-    """torchvision's RoIAlign over the first levels of a neck, a region to its level by its size (`LEVEL_RULES`).
-
-    torchvision guesses the scales from the first batch it sees and keeps them, wrong ones for tiny images too. Here
-    they are the nominal strides from the start.
-    """
-    kind = AlignedRoIAlign if aligned else MultiScaleRoIAlign
-    pool = kind([str(level) for level in range(len(strides))], output, sampling)
-    pool.scales = [1.0 / stride for stride in strides]
-    rule = LEVEL_RULES[choose("box_level_rule", level_rule, tuple(LEVEL_RULES))]
-    pool.map_levels = rule(strides[0].bit_length() - 1, strides[-1].bit_length() - 1)
-    return pool
 
 
 class TwoSidedBoxCoder(BoxCoder):  # type: ignore[misc]

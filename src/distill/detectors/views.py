@@ -155,7 +155,7 @@ class LazyView:
 
     @property
     def pool(self) -> Any:
-        """torchvision's MultiScaleRoIAlign over this family's neck."""
+        """RoIAlign over this family's neck, a `pooling.RegionPool`."""
         raise NotImplementedError
 
     @functools.cached_property

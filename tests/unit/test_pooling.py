@@ -1,0 +1,224 @@
+"""Regions are pooled from the level and the places that He et al. 2017 say, by cells as by torchvision's kernel."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+from distill.detectors.pooling import KERNELS, LEVEL_RULES, RegionPool
+from distill.types import DistillError
+
+# Levels that Detectron2 and MMDetection gave to boxes of these widths and heights (FPN of strides 4 to 32);
+# torchvision's are floor(4 + log2(side / 224) + 1e-6).
+BOUNDS = [
+    (112.0, 112.0),
+    (112.0, 111.99995),
+    (111.9999, 111.9999),
+    (223.99995, 224.0),
+    (447.9999, 447.9999),
+    (20.0, 20.0),
+]
+LEVELS = {"detectron2": [3, 2, 2, 3, 5, 2], "mmdetection": [3, 3, 2, 4, 5, 2], "torchvision": [3, 3, 2, 4, 5, 2]}
+
+
+@pytest.mark.parametrize("rule", list(LEVELS))
+def test_a_side_at_a_bound_goes_where_the_other_framework_puts_it(rule: str) -> None:
+    boxes = torch.tensor([[0.0, 0.0, w, h] for w, h in BOUNDS])
+    pool = RegionPool((4, 8, 16, 32), 7, 2, level_rule=rule)
+    assert (pool.map_levels([boxes]) + 2).tolist() == LEVELS[rule]
+
+
+@pytest.mark.parametrize("rule", list(LEVEL_RULES))
+def test_away_from_the_bounds_all_rules_are_the_papers(rule: str) -> None:
+    sides = [3.0, 50.0, 111.0, 113.0, 200.0, 225.0, 440.0, 450.0, 900.0, 3000.0]
+    boxes = [torch.tensor([[5.0, 7.0, 5 + 2 * s, 7 + s / 2]]) for s in sides]
+    pool = RegionPool((8, 16, 32, 64, 128), 7, 2, level_rule=rule)
+    expected = [min(max(math.floor(4 + math.log2(side / 224)), 3), 7) - 3 for side in sides]
+    assert pool.map_levels(boxes).tolist() == expected
+
+
+def bilinear(features: Tensor, y: float, x: float) -> float:
+    """RoIAlign's sample: 0 a pixel or more outside, else the nearest edge, else between four pixels."""
+    height, width = features.shape
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return 0.0
+    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
+    top, left = min(int(y), height - 1), min(int(x), width - 1)
+    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    v, u = y - top, x - left
+    upper = (1 - u) * features[top, left] + u * features[top, right]
+    lower = (1 - u) * features[bottom, left] + u * features[bottom, right]
+    return float((1 - v) * upper + v * lower)
+
+
+def slow_roi_align(features: Tensor, box: list[float], scale: float, sampling: int, aligned: bool) -> Tensor:
+    """He et al. 2017, section 3, 7 x 7 bins; `aligned` moves by half a pixel and lets a box be as small as it is."""
+    x1, y1, x2, y2 = (side * scale - (0.5 if aligned else 0.0) for side in box)
+    w, h = (x2 - x1, y2 - y1) if aligned else (max(x2 - x1, 1.0), max(y2 - y1, 1.0))
+    ny, nx = (sampling or math.ceil(h / 7)), (sampling or math.ceil(w / 7))
+    pooled = torch.zeros(7, 7)
+    for row, column in itertools.product(range(7), range(7)):
+        samples = [
+            bilinear(features, y1 + (row + (i + 0.5) / ny) * h / 7, x1 + (column + (j + 0.5) / nx) * w / 7)
+            for i in range(ny)
+            for j in range(nx)
+        ]
+        pooled[row, column] = sum(samples) / len(samples)
+    return pooled
+
+
+@pytest.mark.parametrize("sampling", [3, 2, 0])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_samples_are_taken_where_it_says(aligned: bool, sampling: int, kernel: str) -> None:
+    strides, height, width = (4, 8, 16, 32), 96, 160
+    maps = {str(i): torch.rand(1, 1, height // s, width // s) for i, s in enumerate(strides)}
+    boxes = [[10.3, 20.1, 50.7, 41.2], [0.0, 0.0, 3.0, 2.0], [30.0, 5.0, 155.0, 90.0], [140.0, 80.0, 160.0, 96.0]]
+    pool = RegionPool(strides, 7, sampling, aligned, kernel=kernel)
+    for box, found in zip(boxes, pool(maps, [torch.tensor(boxes)], [(height, width)]), strict=True):
+        level = min(max(math.floor(4 + math.log2(math.sqrt((box[2] - box[0]) * (box[3] - box[1])) / 224)), 2), 5) - 2
+        expected = slow_roi_align(maps[str(level)][0, 0], box, 1 / strides[level], sampling, aligned)
+        assert torch.allclose(found[0], expected, atol=1e-4)
+
+
+STRIDES = (4, 8, 16)
+HEIGHT, WIDTH = 96, 128
+
+
+def regions(dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """Of three images, the second without any: of all sizes, across each border, far outside, on lines, points, inside out."""
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.tensor([WIDTH, HEIGHT])
+    corner = (torch.rand(60, 2, generator=generator) * 1.6 - 0.3) * ends
+    side = torch.exp(torch.rand(60, 2, generator=generator) * 6 - 1)
+    odd = torch.tensor(
+        [
+            *([0, 0, WIDTH, HEIGHT], [-400, -400, 900, 900], [-500, -500, -400, -400], [WIDTH, HEIGHT, WIDTH, HEIGHT]),
+            *([40, 8, 40, 60], [60, 50, 20, 10], [WIDTH - 4, HEIGHT - 4, WIDTH + 4, HEIGHT + 4], [-4, -4, 4, 4]),
+            *([-40, -40, 120, 110], [0, -30, 150, 140]),
+        ]
+    )
+    return [torch.cat([corner, corner + side], 1).to(dtype), torch.zeros(0, 4, dtype=dtype), odd.to(dtype)]
+
+
+def neck(dtype: torch.dtype, layout: torch.memory_format, channels: int = 5) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randn(3, channels, HEIGHT // s, WIDTH // s, generator=generator, dtype=dtype) for s in STRIDES]
+    return {str(i): x.to(memory_format=layout).requires_grad_() for i, x in enumerate(maps)}
+
+
+def op(maps: dict[str, Tensor], boxes: list[Tensor], levels: Tensor, output: int, **options: Any) -> Tensor:
+    """torchvision's kernel, one region at a time."""
+    images = [index for index, each in enumerate(boxes) for _ in each]
+    rows = []
+    for image, box, level in zip(images, torch.cat(boxes), levels.tolist(), strict=True):
+        region = torch.cat([box.new_tensor([image]), box])[None]
+        rows.append(roi_align(maps[str(level)], region, output, 1 / STRIDES[level], **options)[0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("output", "sampling", "aligned"), [(7, 2, False), (7, 2, True), (14, 1, False), (3, 4, True)])
+def test_cells_give_what_the_kernel_gives(
+    dtype: torch.dtype, tolerance: float, layout: torch.memory_format, output: int, sampling: int, aligned: bool
+) -> None:
+    maps, boxes = neck(dtype, layout), regions(dtype)
+    pool = RegionPool(STRIDES, output, sampling, aligned)
+    found = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3)
+    levels = pool.map_levels(boxes)
+    assert set(levels.tolist()) == {0, 1, 2}
+    expected = op(maps, boxes, levels, output, sampling_ratio=sampling, aligned=aligned)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5 * tolerance)
+    assert found.is_contiguous()
+    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    ours, theirs = (torch.autograd.grad(each, list(maps.values()), slope) for each in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * max(1.0, float(other.abs().max())))
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_torchvisions_kernel_is_torchvisions_to_the_bit(aligned: bool) -> None:
+    maps, boxes = neck(torch.float32, torch.contiguous_format), regions(torch.float32)
+    pool = RegionPool(STRIDES, 7, 2, aligned, kernel="torchvision")
+    found = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3)
+    if aligned:
+        expected = op(maps, boxes, pool.map_levels(boxes), 7, sampling_ratio=2, aligned=True)
+    else:
+        plain = MultiScaleRoIAlign(list(maps), 7, 2)
+        plain.scales, plain.map_levels = pool.scales, pool.map_levels
+        expected = plain(maps, boxes, [(HEIGHT, WIDTH)] * 3)
+    assert torch.equal(found, expected)
+    assert all(x.grad is None for x in maps.values())
+    found.sum().backward()
+    assert all(x.grad is not None and x.grad.any() for x in maps.values())
+
+
+def test_the_gradient_is_that_of_the_value() -> None:
+    boxes = [
+        torch.tensor([[1.0, 2.0, 21.0, 17.0], [-3.0, 4.0, 60.0, 70.0]]).double(),
+        torch.tensor([[5.0, 5.0, 6.0, 9.0]]).double(),
+    ]
+    pool = RegionPool((4, 8), 2, 2)
+    maps = [torch.rand(2, 2, 32 // s, 40 // s, dtype=torch.float64).requires_grad_() for s in (4, 8)]
+    assert torch.autograd.gradcheck(lambda a, b: pool({"0": a, "1": b}, boxes, [(32, 40)] * 2), maps)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_no_region_gives_none_and_an_empty_gradient(kernel: str, aligned: bool) -> None:
+    maps = neck(torch.float32, torch.channels_last)
+    found = RegionPool(STRIDES, 7, 2, aligned, kernel=kernel)(maps, [torch.zeros(0, 4)] * 3, [(HEIGHT, WIDTH)] * 3)
+    assert found.shape == (0, 5, 7, 7)
+    found.sum().backward()
+    assert all(x.grad is None or not x.grad.any() for x in maps.values())
+
+
+def test_nothing_but_the_regions_is_kept_for_the_backward_pass() -> None:
+    kept: list[Tensor] = []
+    boxes = regions(torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+        RegionPool(STRIDES, 7, 2)(neck(torch.float32, torch.channels_last), boxes, [(HEIGHT, WIDTH)] * 3)
+    assert sum(each.numel() for each in kept) == 6 * sum(map(len, boxes))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_box_without_a_place_has_no_level_and_gives_zeros(kernel: str) -> None:
+    """As a diverged student may propose; the guard of a run names it."""
+    boxes = [torch.tensor([[math.nan, 0.0, 9.0, 9.0], [4.0, 4.0, 20.0, 20.0]])]
+    maps = {name: x[:1] for name, x in neck(torch.float32, torch.channels_last).items()}
+    found = RegionPool(STRIDES, 7, 2, kernel=kernel)(maps, boxes, [(HEIGHT, WIDTH)])
+    assert not found[0].any()
+    assert found[1].all()
+    found.sum().backward()
+
+
+def test_a_box_without_an_end_asks_for_no_cell_outside() -> None:
+    boxes = [torch.tensor([[0.0, 0.0, math.inf, 9.0], [-math.inf, 0.0, 9.0, 9.0], [0.0, 0.0, 1e30, 1e30]])]
+    maps = {name: x[:1] for name, x in neck(torch.float32, torch.channels_last).items()}
+    found = RegionPool(STRIDES, 7, 2)(maps, boxes, [(HEIGHT, WIDTH)])
+    found.sum().backward()
+    assert found.shape == (3, 5, 7, 7)
+
+
+def test_the_same_bits_come_again_where_they_are_asked_for() -> None:
+    maps, boxes, found = neck(torch.float32, torch.channels_last), regions(torch.float32), []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            pooled = RegionPool(STRIDES, 7, 2)(maps, boxes, [(HEIGHT, WIDTH)] * 3)
+            found.append((pooled, *torch.autograd.grad(pooled.square().sum(), list(maps.values()))))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_an_unknown_kernel_is_refused_by_name() -> None:
+    with pytest.raises(DistillError, match=r"box_roi_align: expected .*fast.*torchvision.*'quick'"):
+        RegionPool(STRIDES, 7, 2, kernel="quick")
