@@ -4,6 +4,7 @@
     pip install torchdistill==1.1.5
     python tests/bench/step.py torchdistill                     # ResNet-101 teaches ResNet-18, the neck's maps imitated
     python tests/bench/step.py torchdistill --teacher-dtype bfloat16
+    python tests/bench/step.py torchdistill --proposals default # torchvision's numbers of proposals, not a tenth to a fifth
 
 Both train the same torchvision Faster R-CNN on the same images with the same counts of proposals, in one process and turn by
 turn, so that whatever else the machine does falls on both. Ours is the ``Distiller`` under Lightning's trainer; theirs is
@@ -32,13 +33,14 @@ from distill.losses.mimic import Mimic
 from distill.types import Batch
 
 STRIDES = (4, 8, 16, 32)
-FEW = {
+FEW: dict[str, int] = {
     "rpn_pre_nms_top_n_train": 1000,
     "rpn_post_nms_top_n_train": 200,
     "rpn_pre_nms_top_n_test": 1000,
     "rpn_post_nms_top_n_test": 200,
     "box_batch_size_per_image": 128,
 }
+COUNTS: dict[str, dict[str, int]] = {"few": FEW, "default": {}}
 RATE = {"lr": 1e-5, "momentum": 0.9, "weight_decay": 1e-4}
 
 
@@ -51,10 +53,10 @@ def calm(net: Any) -> Any:
     return net
 
 
-def model(name: str, size: int, classes: int, stages: int) -> Any:
+def model(name: str, size: int, classes: int, stages: int, counts: dict[str, int]) -> Any:
     """torchvision's own Faster R-CNN, with frozen norms."""
     body = resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=stages)
-    return calm(TorchvisionFasterRCNN(body, classes + 1, min_size=size, max_size=size, **FEW))
+    return calm(TorchvisionFasterRCNN(body, classes + 1, min_size=size, max_size=size, **counts))
 
 
 def asked(batch: Batch) -> tuple[list[Any], list[dict[str, Any]]]:
@@ -63,9 +65,9 @@ def asked(batch: Batch) -> tuple[list[Any], list[dict[str, Any]]]:
     return [image.float() / 255 for image in batch.images], targets
 
 
-def torchvision(size: int, classes: int, stages: int) -> Callable[[Batch], None]:
+def torchvision(*setting: Any) -> Callable[[Batch], None]:
     """torchvision's plain training step."""
-    student = model("resnet18", size, classes, stages).train()
+    student = model("resnet18", *setting).train()
     optimizer = torch.optim.SGD([each for each in student.parameters() if each.requires_grad], **RATE)
 
     def step(batch: Batch) -> None:
@@ -76,7 +78,7 @@ def torchvision(size: int, classes: int, stages: int) -> Callable[[Batch], None]
     return step
 
 
-def torchdistill(size: int, classes: int, stages: int) -> Callable[[Batch], None]:
+def torchdistill(*setting: Any) -> Callable[[Batch], None]:
     """torchdistill's box around two torchvision detectors: squared error of the four maps, and the student's own losses."""
     from torchdistill.core.distillation import DistillationBox
 
@@ -107,7 +109,7 @@ def torchdistill(size: int, classes: int, stages: int) -> Callable[[Batch], None
             "func2extract_model_loss": "extract_model_loss_dict",
         },
     }
-    pair = model("resnet101", size, classes, stages).eval(), model("resnet18", size, classes, stages)
+    pair = model("resnet101", *setting).eval(), model("resnet18", *setting)
     box = DistillationBox(*pair, {}, config, torch.device("cpu"), None, False, 1)
     box.pre_epoch_process(epoch=0)
 
@@ -139,7 +141,7 @@ class Turns(L.Callback):
 def distiller(args: argparse.Namespace, classes: tuple[str, ...]) -> distill.Distiller:
     """Our student, taught where the other's is."""
     sizes = {"min_size": args.size, "max_size": args.size}
-    settings = {"norm": "frozen", "trainable_stages": args.stages, **sizes, **FEW}
+    settings = {"norm": "frozen", "trainable_stages": args.stages, **sizes, **COUNTS[args.proposals]}
     student = distill.FasterRCNN(classes, depth=18, **settings)
     calm(student.net)
     schedule = distill.Schedule(epochs=1, optimizer=partial(torch.optim.SGD, **RATE))
@@ -160,6 +162,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=320)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--stages", type=int, default=5, help="of the body that are trained")
+    parser.add_argument(
+        "--proposals", choices=COUNTS, default="few", help="their numbers, in training and of the teacher"
+    )
     parser.add_argument("--teacher-dtype", default="auto", help="of ours: auto, float32, bfloat16")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
@@ -171,7 +176,7 @@ def main() -> None:
         batch_size=args.batch, workers=0, min_size=args.size, max_size=args.size,
     )  # fmt: skip
     data.setup("fit")
-    turns = Turns(OTHERS[args.other](args.size, len(data.classes), args.stages))
+    turns = Turns(OTHERS[args.other](args.size, len(data.classes), args.stages, COUNTS[args.proposals]))
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
