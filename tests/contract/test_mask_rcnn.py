@@ -83,7 +83,7 @@ def reference(detector: Any, width: int) -> Any:
     )
     theirs.load_state_dict(detector.net.state_dict(), strict=True)
     for module in (theirs.roi_heads.box_roi_pool, theirs.roi_heads.mask_roi_pool):
-        # its guess from the first, tiny batch would be wrong scales: see views.roi_align
+        # its guess from the first, tiny batch would be wrong scales: see pooling.region_pool
         module.scales, module.map_levels = (
             detector.net.roi_heads.box_roi_pool.scales,
             detector.net.roi_heads.box_roi_pool.map_levels,

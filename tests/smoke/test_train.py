@@ -218,6 +218,7 @@ def test_a_teacher_is_trained_once_and_serves_a_sweep(cli: Cli, tmp_path: Path) 
         ("logger=wandb", True),
         ("callbacks.terms.every=7", True),
         ("callbacks.terms=null", True),
+        ("model.box_roi_align=torchvision", True),
     ],
 )
 def test_a_cached_teacher_is_another_only_where_it_learns_otherwise(change: str, same: bool) -> None:

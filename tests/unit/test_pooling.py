@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from distill.detectors.pooling import KERNELS, LEVEL_RULES, RegionPool
+from distill.detectors.pooling import KERNELS, LEVEL_RULES, region_pool
 from distill.types import DistillError
 
 # Levels that Detectron2 and MMDetection gave to boxes of these widths and heights (FPN of strides 4 to 32);
@@ -30,7 +31,7 @@ LEVELS = {"detectron2": [3, 2, 2, 3, 5, 2], "mmdetection": [3, 3, 2, 4, 5, 2], "
 @pytest.mark.parametrize("rule", list(LEVELS))
 def test_a_side_at_a_bound_goes_where_the_other_framework_puts_it(rule: str) -> None:
     boxes = torch.tensor([[0.0, 0.0, w, h] for w, h in BOUNDS])
-    pool = RegionPool((4, 8, 16, 32), 7, 2, level_rule=rule)
+    pool = region_pool((4, 8, 16, 32), 7, 2, level_rule=rule)
     assert (pool.map_levels([boxes]) + 2).tolist() == LEVELS[rule]
 
 
@@ -38,7 +39,7 @@ def test_a_side_at_a_bound_goes_where_the_other_framework_puts_it(rule: str) -> 
 def test_away_from_the_bounds_all_rules_are_the_papers(rule: str) -> None:
     sides = [3.0, 50.0, 111.0, 113.0, 200.0, 225.0, 440.0, 450.0, 900.0, 3000.0]
     boxes = [torch.tensor([[5.0, 7.0, 5 + 2 * s, 7 + s / 2]]) for s in sides]
-    pool = RegionPool((8, 16, 32, 64, 128), 7, 2, level_rule=rule)
+    pool = region_pool((8, 16, 32, 64, 128), 7, 2, level_rule=rule)
     expected = [min(max(math.floor(4 + math.log2(side / 224)), 3), 7) - 3 for side in sides]
     assert pool.map_levels(boxes).tolist() == expected
 
@@ -80,7 +81,7 @@ def test_samples_are_taken_where_it_says(aligned: bool, sampling: int, kernel: s
     strides, height, width = (4, 8, 16, 32), 96, 160
     maps = {str(i): torch.rand(1, 1, height // s, width // s) for i, s in enumerate(strides)}
     boxes = [[10.3, 20.1, 50.7, 41.2], [0.0, 0.0, 3.0, 2.0], [30.0, 5.0, 155.0, 90.0], [140.0, 80.0, 160.0, 96.0]]
-    pool = RegionPool(strides, 7, sampling, aligned, kernel=kernel)
+    pool = region_pool(strides, 7, sampling, aligned, kernel=kernel)
     for box, found in zip(boxes, pool(maps, [torch.tensor(boxes)], [(height, width)]), strict=True):
         level = min(max(math.floor(4 + math.log2(math.sqrt((box[2] - box[0]) * (box[3] - box[1])) / 224)), 2), 5) - 2
         expected = slow_roi_align(maps[str(level)][0, 0], box, 1 / strides[level], sampling, aligned)
@@ -130,7 +131,7 @@ def test_cells_give_what_the_kernel_gives(
     dtype: torch.dtype, tolerance: float, layout: torch.memory_format, output: int, sampling: int, aligned: bool
 ) -> None:
     maps, boxes = neck(dtype, layout), regions(dtype)
-    pool = RegionPool(STRIDES, output, sampling, aligned)
+    pool = region_pool(STRIDES, output, sampling, aligned)
     found = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3)
     levels = pool.map_levels(boxes)
     assert set(levels.tolist()) == {0, 1, 2}
@@ -146,7 +147,7 @@ def test_cells_give_what_the_kernel_gives(
 @pytest.mark.parametrize("aligned", [False, True])
 def test_torchvisions_kernel_is_torchvisions_to_the_bit(aligned: bool) -> None:
     maps, boxes = neck(torch.float32, torch.contiguous_format), regions(torch.float32)
-    pool = RegionPool(STRIDES, 7, 2, aligned, kernel="torchvision")
+    pool = region_pool(STRIDES, 7, 2, aligned, kernel="torchvision")
     found = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3)
     if aligned:
         expected = op(maps, boxes, pool.map_levels(boxes), 7, sampling_ratio=2, aligned=True)
@@ -160,12 +161,85 @@ def test_torchvisions_kernel_is_torchvisions_to_the_bit(aligned: bool) -> None:
     assert all(x.grad is not None and x.grad.any() for x in maps.values())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_image_has_the_same_features_alone_as_in_a_batch(layout: torch.memory_format) -> None:
+    maps, boxes, pool = neck(torch.float32, layout, 24), regions(torch.float32), region_pool(STRIDES, 7, 2)
+    together = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3)
+    for image, found in zip((0, 2), torch.split(together, [len(boxes[0]), len(boxes[2])]), strict=True):
+        alone = pool({name: x[image : image + 1] for name, x in maps.items()}, [boxes[image]], [(HEIGHT, WIDTH)])
+        assert torch.equal(alone, found)
+
+
+def test_the_last_cells_of_a_map_are_all_it_has() -> None:
+    maps = {"0": torch.rand(1, 3, 1, 2), "1": torch.rand(1, 3, 1, 1)}
+    boxes = [torch.tensor([[0.0, 0.0, 8.0, 4.0], [-3.0, -3.0, 250.0, 260.0]])]
+    pool = region_pool((4, 8), 7, 2)
+    expected = op(maps, boxes, pool.map_levels(boxes), 7, sampling_ratio=2)
+    torch.testing.assert_close(pool(maps, boxes, [(4, 8)]), expected)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_half_precision_is_the_kernels(aligned: bool) -> None:
+    maps, boxes = neck(torch.float16, torch.contiguous_format), regions(torch.float16)
+    ours, theirs = (region_pool(STRIDES, 7, 2, aligned, kernel=kernel) for kernel in KERNELS)
+    assert torch.equal(ours(maps, boxes, [(HEIGHT, WIDTH)] * 3), theirs(maps, boxes, [(HEIGHT, WIDTH)] * 3))
+
+
+def test_boxes_of_another_precision_and_with_a_history_are_read_as_they_are() -> None:
+    maps, boxes = neck(torch.float32, torch.contiguous_format), [x.requires_grad_() for x in regions(torch.float64)]
+    pool, sizes = region_pool(STRIDES, 7, 2), [(HEIGHT, WIDTH)] * 3
+    found = pool(maps, boxes, sizes)
+    assert torch.equal(found, pool(maps, [x.detach().float() for x in boxes], sizes))
+    found.sum().backward()
+    assert all(x.grad is None for x in boxes)
+
+
+def test_a_level_that_needs_no_gradient_gets_none() -> None:
+    maps, boxes = neck(torch.float32, torch.channels_last), regions(torch.float32)
+    pool, sizes = region_pool(STRIDES, 7, 2), [(HEIGHT, WIDTH)] * 3
+    pool(maps, boxes, sizes).square().sum().backward()
+    frozen = {name: x.detach().requires_grad_(name == "1") for name, x in maps.items()}
+    pool(frozen, boxes, sizes).square().sum().backward()
+    assert [x.grad is None for x in frozen.values()] == [True, False, True]
+    assert torch.equal(frozen["1"].grad, maps["1"].grad)  # type: ignore[arg-type]
+
+
+def test_a_pool_of_another_shape_gives_it() -> None:
+    """As a Mask R-CNN's, which is a copy of the other one."""
+    maps, boxes, pool = neck(torch.float32, torch.contiguous_format), regions(torch.float32), region_pool(STRIDES, 7, 2)
+    pool.output_size = (4, 6)
+    found, levels = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3), pool.map_levels(boxes)
+    expected = op(maps, boxes, levels, (4, 6), sampling_ratio=2)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_traced_pool_knows_the_kernel_alone(aligned: bool, tmp_path: Path) -> None:
+    class Bare(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = region_pool(STRIDES, 7, 2, aligned)
+
+        def forward(self, a: Tensor, b: Tensor, c: Tensor, boxes: Tensor) -> Any:
+            return self.pool({"0": a, "1": b, "2": c}, [boxes], [(HEIGHT, WIDTH)])
+
+    maps = [x.detach()[:1] for x in neck(torch.float32, torch.contiguous_format).values()]
+    boxes = regions(torch.float32)[0]
+    torch.jit.trace(Bare(), (*maps, boxes)).save(tmp_path / "pool.pt")
+    found = torch.jit.load(tmp_path / "pool.pt")(*maps, boxes)
+    torch.testing.assert_close(found, Bare()(*maps, boxes), rtol=0, atol=1e-5)
+
+
+def test_torchvisions_kernel_can_be_scripted() -> None:
+    assert type(region_pool(STRIDES, 7, 2, kernel="torchvision")) is MultiScaleRoIAlign
+
+
 def test_the_gradient_is_that_of_the_value() -> None:
     boxes = [
         torch.tensor([[1.0, 2.0, 21.0, 17.0], [-3.0, 4.0, 60.0, 70.0]]).double(),
         torch.tensor([[5.0, 5.0, 6.0, 9.0]]).double(),
     ]
-    pool = RegionPool((4, 8), 2, 2)
+    pool = region_pool((4, 8), 2, 2)
     maps = [torch.rand(2, 2, 32 // s, 40 // s, dtype=torch.float64).requires_grad_() for s in (4, 8)]
     assert torch.autograd.gradcheck(lambda a, b: pool({"0": a, "1": b}, boxes, [(32, 40)] * 2), maps)
 
@@ -174,7 +248,7 @@ def test_the_gradient_is_that_of_the_value() -> None:
 @pytest.mark.parametrize("aligned", [False, True])
 def test_no_region_gives_none_and_an_empty_gradient(kernel: str, aligned: bool) -> None:
     maps = neck(torch.float32, torch.channels_last)
-    found = RegionPool(STRIDES, 7, 2, aligned, kernel=kernel)(maps, [torch.zeros(0, 4)] * 3, [(HEIGHT, WIDTH)] * 3)
+    found = region_pool(STRIDES, 7, 2, aligned, kernel=kernel)(maps, [torch.zeros(0, 4)] * 3, [(HEIGHT, WIDTH)] * 3)
     assert found.shape == (0, 5, 7, 7)
     found.sum().backward()
     assert all(x.grad is None or not x.grad.any() for x in maps.values())
@@ -184,7 +258,7 @@ def test_nothing_but_the_regions_is_kept_for_the_backward_pass() -> None:
     kept: list[Tensor] = []
     boxes = regions(torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
-        RegionPool(STRIDES, 7, 2)(neck(torch.float32, torch.channels_last), boxes, [(HEIGHT, WIDTH)] * 3)
+        region_pool(STRIDES, 7, 2)(neck(torch.float32, torch.channels_last), boxes, [(HEIGHT, WIDTH)] * 3)
     assert sum(each.numel() for each in kept) == 6 * sum(map(len, boxes))
 
 
@@ -193,7 +267,7 @@ def test_a_box_without_a_place_has_no_level_and_gives_zeros(kernel: str) -> None
     """As a diverged student may propose; the guard of a run names it."""
     boxes = [torch.tensor([[math.nan, 0.0, 9.0, 9.0], [4.0, 4.0, 20.0, 20.0]])]
     maps = {name: x[:1] for name, x in neck(torch.float32, torch.channels_last).items()}
-    found = RegionPool(STRIDES, 7, 2, kernel=kernel)(maps, boxes, [(HEIGHT, WIDTH)])
+    found = region_pool(STRIDES, 7, 2, kernel=kernel)(maps, boxes, [(HEIGHT, WIDTH)])
     assert not found[0].any()
     assert found[1].all()
     found.sum().backward()
@@ -202,7 +276,7 @@ def test_a_box_without_a_place_has_no_level_and_gives_zeros(kernel: str) -> None
 def test_a_box_without_an_end_asks_for_no_cell_outside() -> None:
     boxes = [torch.tensor([[0.0, 0.0, math.inf, 9.0], [-math.inf, 0.0, 9.0, 9.0], [0.0, 0.0, 1e30, 1e30]])]
     maps = {name: x[:1] for name, x in neck(torch.float32, torch.channels_last).items()}
-    found = RegionPool(STRIDES, 7, 2)(maps, boxes, [(HEIGHT, WIDTH)])
+    found = region_pool(STRIDES, 7, 2)(maps, boxes, [(HEIGHT, WIDTH)])
     found.sum().backward()
     assert found.shape == (3, 5, 7, 7)
 
@@ -212,7 +286,7 @@ def test_the_same_bits_come_again_where_they_are_asked_for() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(2):
-            pooled = RegionPool(STRIDES, 7, 2)(maps, boxes, [(HEIGHT, WIDTH)] * 3)
+            pooled = region_pool(STRIDES, 7, 2)(maps, boxes, [(HEIGHT, WIDTH)] * 3)
             found.append((pooled, *torch.autograd.grad(pooled.square().sum(), list(maps.values()))))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -221,4 +295,4 @@ def test_the_same_bits_come_again_where_they_are_asked_for() -> None:
 
 def test_an_unknown_kernel_is_refused_by_name() -> None:
     with pytest.raises(DistillError, match=r"box_roi_align: expected .*fast.*torchvision.*'quick'"):
-        RegionPool(STRIDES, 7, 2, kernel="quick")
+        region_pool(STRIDES, 7, 2, kernel="quick")

@@ -22,7 +22,7 @@ from distill.memory import Memory, live, peak, stored
 from distill.types import Batch
 
 GLUE = {"neck": 0.03, "regions": 0.10}
-"""What losses, masks and the rest may cost at most beside student, teacher and adapters: of maps, and of regions."""
+"""What losses, masks and the rest may cost at most beside all layers: of maps, and of regions."""
 REGIONS = {"roi_features", "roi_logits", "roi_boxes", "rois", "proposals", "predictions"}
 
 

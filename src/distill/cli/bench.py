@@ -178,18 +178,28 @@ def show(report: Report) -> None:
         "clock": f"{setting['clock']}; median of {setting['repeats']} rounds ± half the distance of the quartiles",
     }
     _say(console, lines.items())
-    title = (
-        "a training step; teacher, adapters and layers of the student run again, as shares of its own step; the rest"
+    again = any(cost.again_ratio.median for cost in report.options.values())
+    title = "a training step; beside it teacher, adapters" + (", layers of the student run again" if again else "")
+    table = Table(title=f"{title}, by the student's own step", title_justify="left", box=SIMPLE, collapse_padding=True)
+    names = (
+        "",
+        "ms",
+        "x student",
+        "teacher",
+        "adapters",
+        *(["again"] if again else []),
+        "rest, %",
+        "GFLOP",
+        "peak MiB",
     )
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    for name in ("", "ms", "x student", "teacher", "adapters", "again", "rest, %", "GFLOP", "peak MiB"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
-    table.add_row(
-        "student alone", _spread(report.student.step, 1000, 1), "1", "", "", "", "", *_amounts(report.student)
-    )
+    for name in names:
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    empty = [""] * (len(names) - 5)
+    table.add_row("student alone", _spread(report.student.step, 1000, 0), "1", *empty, *_amounts(report.student))
     for name, cost in report.options.items():
-        parts = [f"{each.median:.3f}" for each in (cost.teacher_ratio, cost.adapters_ratio, cost.again_ratio)]
-        whole = _spread(cost.step, 1000, 1), _spread(cost.ratio, 1, 2)
+        ratios = [cost.teacher_ratio, cost.adapters_ratio, *([cost.again_ratio] if again else [])]
+        parts = [f"{each.median:.3f}" for each in ratios]
+        whole = _spread(cost.step, 1000, 0), f"{cost.ratio.median:.2f}"
         table.add_row(name, *whole, *parts, _spread(cost.glue, 100, 1), *_amounts(cost))
     console.print(table)
     _say(console, [(f"{name} reads", "teacher's " + ", ".join(cost.stages)) for name, cost in report.options.items()])
@@ -231,4 +241,4 @@ def _mib(size: float) -> str:
 
 def _amounts(cost: Cost) -> tuple[str, str]:
     most = cost.memory.get("device", cost.memory.get("host"))
-    return f"{cost.flops / 1e9:.2f}", "–" if most is None else f"{most / 2**20:.0f}"
+    return f"{cost.flops / 1e9:.1f}", "–" if most is None else f"{most / 2**20:.0f}"

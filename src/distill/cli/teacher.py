@@ -38,6 +38,7 @@ KEPT_GROUPS = ("data", "trainer", "experiment", "paths", "trust")
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")
 # Keys that cannot change what a teacher learns, so two runs that differ only here share one teacher.
 IGNORED_DATA = (*HANDLING, "on_overlap")
+IGNORED_MODEL = ("box_roi_align",)  # the order of the same additions
 IGNORED_CALLBACKS = ("terms",)  # it looks at distillation terms, and a teacher's run has none
 # What of Lightning's trainer decides the weights: not the machine, not the logging.
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
@@ -203,7 +204,8 @@ def _option() -> str:
 def _key(overrides: Sequence[str]) -> str:
     made_by = composed([*overrides, "hydra.run.dir=."])
     data = {name: value for name, value in plain(made_by.data).items() if name not in IGNORED_DATA}
-    facts = {"data": data, "model": plain(made_by.model), "schedule": plain(made_by.schedule), "seed": made_by.seed}
+    model = {name: value for name, value in plain(made_by.model).items() if name not in IGNORED_MODEL}
+    facts = {"data": data, "model": model, "schedule": plain(made_by.schedule), "seed": made_by.seed}
     facts |= {"supervised": plain(made_by.supervised), "init": made_by.init}
     # Not resolved: what callbacks write goes into each run's own folder.
     callbacks: Any = OmegaConf.to_container(made_by.callbacks)

@@ -15,7 +15,7 @@ from distill.detectors.backbones import freeze, settled, trunk, with_fpn
 from distill.detectors.base import Detector, arguments
 from distill.detectors.geometry import anchor_generator, order_channels, p6_p7
 from distill.detectors.one_stage import STRIDES, OneStageView, flatten
-from distill.detectors.pooling import RegionPool
+from distill.detectors.pooling import region_pool
 from distill.detectors.views import geometry, network
 from distill.precision import full
 from distill.types import DistillError, Facts, Pyramid
@@ -162,6 +162,6 @@ class FCOS(Detector):
         )
         order_channels(net, channel_order)
         super().__init__(net, facts, options, freeze(net.backbone.body, trainable_stages))
-        self.pool = RegionPool(STRIDES, 7, 2)
+        self.pool = region_pool(STRIDES, 7, 2)
         """RoIAlign over P3..P7, for losses that look at regions; FCOS itself has none."""
         checkpoints.initialise(self, backbone_weights, weights, head)

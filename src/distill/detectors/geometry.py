@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "box_level_rule": "torchvision",
     "p7_relu": True,
 }
-"""The options that this file is about, at torchvision's values."""
+"""The options that this file and `pooling` are about, at torchvision's values."""
 
 
 def choose(option: str, value: str, allowed: Sequence[str]) -> str:

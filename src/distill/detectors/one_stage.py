@@ -17,7 +17,7 @@ from distill.detectors import checkpoints
 from distill.detectors.backbones import freeze, settled, trunk, with_fpn
 from distill.detectors.base import Detector, arguments
 from distill.detectors.geometry import anchor_generator, choose, clamp_deltas, order_channels, p6_p7
-from distill.detectors.pooling import RegionPool
+from distill.detectors.pooling import region_pool
 from distill.detectors.views import LazyView, geometry, network, temporarily
 from distill.precision import full
 from distill.types import AnchorTargets, Detections, DistillError, Facts, Pyramid
@@ -235,7 +235,7 @@ class RetinaNet(Detector):
         )
         order_channels(net, channel_order)
         super().__init__(net, facts, options, freeze(net.backbone.body, trainable_stages))
-        self.pool = RegionPool(STRIDES, 7, 2)
+        self.pool = region_pool(STRIDES, 7, 2)
         """RoIAlign over P3..P7, for losses that look at regions; RetinaNet itself has none."""
         checkpoints.initialise(self, backbone_weights, weights, head)
 

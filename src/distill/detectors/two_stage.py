@@ -17,7 +17,7 @@ from distill.detectors import checkpoints
 from distill.detectors.backbones import freeze, settled, trunk, with_fpn
 from distill.detectors.base import Detector, arguments
 from distill.detectors.geometry import anchor_generator, clamp_deltas, order_channels
-from distill.detectors.pooling import RegionPool
+from distill.detectors.pooling import region_pool
 from distill.detectors.views import LazyView, geometry, network, temporarily
 from distill.precision import full
 from distill.types import AnchorTargets, Detections, Facts, Pyramid, Regions
@@ -195,7 +195,7 @@ class FasterRCNN(Detector):
         box_sampling_ratio: RoIAlign's sample points a bin side; 0 adapts to the region's size.
         box_roi_aligned: whether RoIAlign takes pixel centres to lie at half coordinates.
         box_level_rule: which level a region is pooled from at the bounds, see `pooling.LEVEL_RULES`.
-        box_roi_align: ``fast``, on a CPU equal to torchvision's but for rounding, or ``torchvision``; see `pooling.RegionPool`.
+        box_roi_align: ``fast``, on a CPU equal to torchvision's but for rounding, or ``torchvision``; see `pooling.region_pool`.
         channel_order: what the weights expect, ``rgb`` or ``bgr``. Batches are RGB whatever it is.
         mean, std: pixel statistics in [0, 1], in that order.
         min_size, max_size: written into `net.transform` for those who use it without us; a View never resizes.
@@ -271,7 +271,9 @@ class FasterRCNN(Detector):
         net = faster_rcnn.FasterRCNN(
             with_fpn(body, 1, neck_channels, LastLevelMaxPool()),
             rpn_anchor_generator=generator,
-            box_roi_pool=RegionPool(STRIDES[:4], 7, box_sampling_ratio, box_roi_aligned, box_level_rule, box_roi_align),
+            box_roi_pool=region_pool(
+                STRIDES[:4], 7, box_sampling_ratio, box_roi_aligned, box_level_rule, box_roi_align
+            ),
             box_head=faster_rcnn.TwoMLPHead(neck_channels * 7 * 7, head_channels),
             box_predictor=faster_rcnn.FastRCNNPredictor(head_channels, len(names) + 1),
             box_score_thresh=score_thresh,

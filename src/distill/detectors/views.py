@@ -155,7 +155,7 @@ class LazyView:
 
     @property
     def pool(self) -> Any:
-        """RoIAlign over this family's neck, a `pooling.RegionPool`."""
+        """RoIAlign over this family's neck, made by `pooling.region_pool`."""
         raise NotImplementedError
 
     @functools.cached_property

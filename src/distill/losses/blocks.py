@@ -17,6 +17,7 @@ CELLS = {"cpu": 2**18}
 """Values of a block: few enough to stay near the core. On other devices as many as fill them."""
 MANY = 2**24
 LINE = 16
+"""Values of a line of a cache: of a map with its channels last, as many planes are read at once."""
 
 Block = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 """Called on some planes (P, H, W) of the student and the teacher, the image's masks (H, W), and for each mask the place
@@ -29,7 +30,7 @@ def cells(x: Tensor) -> int:
 
 
 def planes_in_block(x: Tensor) -> int:
-    """How many planes of a map (B, C, H, W) are a block: whole lines of a cache, of a map with its channels last."""
+    """How many planes of a map (B, C, H, W) are a block, by whole lines where they are many."""
     planes = max(1, cells(x) // (x.shape[2] * x.shape[3]))
     return min(x.shape[1], planes // LINE * LINE or planes)
 

@@ -39,13 +39,16 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class _SquaredError(torch.autograd.Function):
-    """As autograd's own, but no second map lies beside the difference, and its gradient is one product instead of three."""
+    """As autograd's own, but no second map lies beside the difference, and its gradient is one product instead of three.
+
+    That gradient has none of its own: no loss here is one of gradients.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         difference = student - teacher
         ctx.save_for_backward(difference)
-        images = max(1, cells(difference) // difference[0].numel()) if len(difference) else 1
+        images = max(1, cells(difference) * len(difference) // max(1, difference.numel()))
         return torch.cat([part.square().sum(1) for part in torch.split(difference, images)])
 
     @staticmethod

@@ -156,9 +156,11 @@ def _block(
     torch.clamp(like.value, -1, 1, out=on)
     unlike = (planes - on.sum(1)) / 2
     totals = torch.stack([(mask * unlike).sum() for mask in masks])
+    if not slopes:
+        return totals
     on.eq_(like.value)  # no slope where the clamp held a value
     falls, slope, back, a, between = room[:SCRATCH]
-    for mask, wanted in zip(masks, slopes, strict=False):
+    for mask, wanted in zip(masks, slopes, strict=True):
         torch.mul(on, mask[:, None], out=falls).neg_()
         frame.blur(torch.mul(like.mean, falls, out=a), slope, between, back=True)
         slope.addcmul_(s, frame.blur(torch.mul(like.square, falls, out=a), back, between, back=True), value=-1)
