@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL
 from distill.bench.measure import settle
 from distill.cli import config
