@@ -2,7 +2,7 @@
 
 import sys
 
-from distill.cli import main
+from distill.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

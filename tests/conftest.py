@@ -22,7 +22,7 @@ TINY_MODEL = [
     "model.depth=10",
     "model.width=0.25",
     "model.neck_channels=16",
-    "model.norm=live",
+    "model.norm=batch",
     "model.trainable_stages=5",
     "model.backbone_weights=null",
 ]
@@ -58,7 +58,7 @@ Cli = Callable[[Sequence[str]], int]
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     """The command line, working in a folder of its own."""
-    from distill.cli import main
+    from distill.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     return main
@@ -67,7 +67,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of ``distill=none`` on drawn shapes."""
-    from distill.cli import main
+    from distill.cli.main import main
 
     run = tmp_path_factory.mktemp("teacher") / "run"
     lines = ["train", "model=frcnn_r18_mini", "distill=none", *TINY, "model.width=0.5", f"hydra.run.dir={run}"]

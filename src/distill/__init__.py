@@ -1,6 +1,7 @@
 """distill: a large, accurate object detector trains a small, fast one.
 
-The names below are imported when they are first used, so that ``import distill`` costs nothing.
+Every public name is ``distill.<Name>``. A name is imported on first use, so ``import distill`` loads neither torchvision nor
+Lightning.
 """
 
 from __future__ import annotations
@@ -8,43 +9,59 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {
+_MODULES = {
     "Batch": "types",
-    "Best": "callbacks.resume",
-    "CheckpointFiles": "callbacks.storage",
-    "CocoMetric": "metrics.coco",
+    "BestCheckpoint": "training.callbacks.checkpoints",
+    "CheckpointFiles": "training.callbacks.checkpoint_files",
+    "Chen": "losses.chen",
+    "Classifier": "training.classifier",
     "Coco": "data.coco",
+    "CocoMetric": "evaluation.coco",
+    "DICOD": "losses.dicod",
+    "DSIG": "losses.dsig",
     "DeFeat": "losses.defeat",
     "DetectionData": "data.datamodule",
+    "Detector": "detectors.base",
+    "DetectorSpec": "types",
     "DistillError": "types",
-    "Distiller": "module",
-    "FCOS": "detectors.anchor_free",
+    "DistillLoss": "losses.base",
+    "Distiller": "training.distiller",
+    "FCOS": "detectors.fcos",
     "FGFI": "losses.fgfi",
-    "FasterRCNN": "detectors.two_stage",
-    "Guest": "guest",
-    "Last": "callbacks.resume",
+    "FasterRCNN": "detectors.faster_rcnn",
+    "GlobalKnowledge": "losses.global_knowledge",
+    "LastCheckpoint": "training.callbacks.checkpoints",
     "MaskRCNN": "detectors.mask_rcnn",
     "Mimic": "losses.mimic",
+    "NonFiniteGuard": "training.nonfinite",
     "PAD": "losses.pad",
-    "RetinaNet": "detectors.one_stage",
+    "PredictionImages": "training.callbacks.prediction_images",
+    "RetinaNet": "detectors.retinanet",
     "SSIM": "losses.ssim",
-    "Schedule": "optimization",
+    "Schedule": "training.schedule",
     "Shapes": "data.shapes",
+    "TADF": "losses.tadf",
+    "Teacher": "teacher",
+    "TeacherCheck": "training.callbacks.teacher_check",
+    "TermCheck": "training.callbacks.term_check",
     "Voc": "data.voc",
-    "VocMetric": "metrics.voc",
-    "evaluate": "evaluation",
-    "load_detector": "detectors.checkpoints",
-    "panel": "pictures",
-    "save_student": "detectors.checkpoints",
+    "VocMetric": "evaluation.voc",
+    "WeightAverage": "training.callbacks.averaging",
+    "evaluate": "evaluation.evaluate",
+    "load_detector": "detectors.registry",
+    "panel": "evaluation.pictures",
+    "save_student": "detectors.weights",
 }
-__all__ = sorted(_HOMES)
+"""Public name -> the module below ``distill`` that defines it."""
+
+__all__ = sorted(_MODULES)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'distill' has no attribute '{name}'; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"distill.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"distill.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -5,7 +5,7 @@ import sys
 
 def main() -> int:
     """Console entry point."""
-    from distill.cli import main as run
+    from distill.cli.main import main as run
 
     return run(sys.argv[1:])
 

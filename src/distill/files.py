@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from distill.types import DistillError
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> Path:
+def atomic_write(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> Path:
     """Hand a new file to ``write``, and put it in the place of ``path`` once it lies on the disk. Makes missing folders.
 
     Until then what stood there before stands there still; nothing is left beside it where ``write`` fails. With ``keep``
@@ -46,7 +46,7 @@ def _sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> Path:
     """The same for a text, in UTF-8."""
-    return write_whole(path, lambda file: file.write(text.encode()))
+    return atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,3 +62,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DistillError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
+
+
+def load_tensors(path: Path, lazily: bool = False) -> Any:
+    """What a file holds, if it holds nothing but tensors and plain containers; ``lazily`` without the tensors' bytes.
+
+    Raises:
+        DistillError: it cannot be read, or holds anything else, which is not looked at.
+    """
+    import torch  # takes seconds, and not every reader of files needs it
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+    except Exception as error:  # damaged bytes raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DistillError(f"{path}: not a file of tensors that torch.save wrote whole ({reason})") from error

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def full(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """At least float32: half precision is lifted, float32 and float64 stay the very same tensor."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 

@@ -126,7 +126,7 @@ class AnchorTargets(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Facts:
+class DetectorSpec:
     """What a detector is, known before any forward pass: enough to build adapters and to refuse a bad match."""
 
     family: str
@@ -142,12 +142,12 @@ class Facts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     norm: str
-    """Normalisation of the backbone: ``frozen``, ``fixed``, ``live`` or ``sync``."""
+    """Normalisation of the backbone: ``frozen``, ``batch_fixed_stats``, ``batch`` or ``sync``."""
     anchor_free: bool = False
     """Whether `View.anchors` are points: one square a cell, a nominal stride wide. Such a detector has `centerness`."""
 
     def plain(self) -> dict[str, Any]:
-        """The facts in plain containers, for JSON."""
+        """The spec in plain containers, for JSON."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -158,7 +158,7 @@ class View(Protocol):
     """
 
     batch: Batch
-    facts: Facts
+    spec: DetectorSpec
 
     @property
     def stages(self) -> Sequence[str]:

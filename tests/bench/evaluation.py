@@ -27,8 +27,8 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_convert
 
 import distill
-from distill.evaluation import Evaluation
-from distill.metrics.coco import CocoMetric
+from distill.evaluation.coco import CocoMetric
+from distill.evaluation.evaluate import Evaluation
 from distill.types import Detections
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 from distill.data.coco import Coco
 from distill.data.datamodule import DetectionData
 from distill.data.transforms import padded_size
-from distill.doctor import padding_share
+from distill.diagnostics.doctor import padding_share
 
 BATCH = 4
 

@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 from soak import LIMITS, growth, sample
 
-from distill.cli import main
-from distill.module import Distiller
+from distill.cli.main import main
+from distill.training.distiller import Distiller
 
 CLEAN, LEAKING = 24, 12
 """Epochs."""

@@ -149,9 +149,9 @@ def distiller(args: argparse.Namespace, classes: tuple[str, ...]) -> distill.Dis
         return distill.Distiller(student, schedule=schedule)
     large = distill.FasterRCNN(classes, depth=101, **settings)
     calm(large.net)
-    teacher = distill.Guest(large, source="untrained", dtype=args.teacher_dtype)
+    teacher = distill.Teacher(large, source="untrained", dtype=args.teacher_dtype)
     neck = {"all": 1.0, "levels": STRIDES, "normalization": "mse"}
-    mimic = Mimic(student.facts, teacher.facts, regions={"all": 0.0}, neck=neck, adapter={"kernel": None})
+    mimic = Mimic(student.spec, teacher.spec, regions={"all": 0.0}, neck=neck, adapter={"kernel": None})
     return distill.Distiller(student, teacher, {"mimic": mimic}, schedule)
 
 

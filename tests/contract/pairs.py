@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL
-from distill.bench.measure import settle
-from distill.cli import config
+from distill.cli import compose
 from distill.cli.bench import _losses, _teacher, untrained
+from distill.diagnostics.bench.measure import settle
 from distill.types import DistillError
 
 PAIRS = {
@@ -33,8 +33,8 @@ class Pair:
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
         self.name, self.lines = name, [*PAIRS[name], *TINY_DATA, *TINY_MODEL, "data.workers=0"]
-        self.cfg = config.composed(self.lines)
-        self.data = config.build(self.cfg.data)
+        self.cfg = compose.composed(self.lines)
+        self.data = compose.build(self.cfg.data)
         self.data.setup("fit")
         self.batch = next(iter(self.data.train_dataloader()))
         self.student = untrained(self.cfg.model, self.data, min_size=64, max_size=64)
@@ -43,14 +43,14 @@ class Pair:
         self.teacher = teacher
         settle(self.student, self.batch)
         self.student.train()
-        self.schedule = config.build(self.cfg.schedule)
+        self.schedule = compose.build(self.cfg.schedule)
 
     def losses(self) -> Iterator[tuple[str, Any]]:
         """Every option with its losses; that no other one is left out is seen to."""
         left = set()
-        for option in sorted(set(config.groups()["distill"]) - {"none"}):
+        for option in sorted(set(compose.groups()["distill"]) - {"none"}):
             adapter = ["distill.losses.dsig.adapter.kernel=1"] if option.startswith("dsig") else []  # for unequal necks
-            cfg = config.composed([*self.lines, f"distill={option}", *adapter])
+            cfg = compose.composed([*self.lines, f"distill={option}", *adapter])
             try:
                 losses = _losses(cfg, self.data, self.student, self.teacher)
             except DistillError:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 from pairs import PAIRS, Pair
 
-from distill.bench.step import Step
-from distill.cli import config
+from distill.cli import compose
 from distill.cli.teacher import guest
+from distill.diagnostics.bench.step import Step
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_method_gives_the_terms_of_the_plain_teacher(name: str) -> None:
     pair = Pair(name)
-    switched_off = config.composed([*pair.lines, "teacher.fold=false", "teacher.channels_last=false"])
+    switched_off = compose.composed([*pair.lines, "teacher.fold=false", "teacher.channels_last=false"])
     plain = guest(switched_off, pair.teacher.detector, "plain")
     for option, losses in pair.losses():
         steps = [Step(pair.student, teacher, losses, pair.batch, pair.schedule) for teacher in (plain, pair.teacher)]

@@ -16,12 +16,12 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import config
+from distill.cli import compose
 from distill.cli.train import build_trainer
 from distill.types import DistillError
 
 # `base` is what the other options of its group inherit; it is not complete.
-OPTIONS = [(group, option) for group, options in config.groups().items() for option in options if option != "base"]
+OPTIONS = [(group, option) for group, options in compose.groups().items() for option in options if option != "base"]
 GIVEN = {
     "classes",
     "student",
@@ -34,13 +34,13 @@ GIVEN = {
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
 def test_every_option_composes(group: str, option: str) -> None:
-    cfg = config.composed([f"{group}={option}", "paths.run=x"])
+    cfg = compose.composed([f"{group}={option}", "paths.run=x"])
     assert cfg.data.source
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_bars_may_be_switched_off_as_lightning_does(wanted: bool, tmp_path: Path) -> None:
-    cfg = config.composed([f"trainer.enable_progress_bar={wanted}", f"paths.run={tmp_path}", "name=x"])
+    cfg = compose.composed([f"trainer.enable_progress_bar={wanted}", f"paths.run={tmp_path}", "name=x"])
     trainer = build_trainer(cfg, tmp_path)
     assert (trainer.progress_bar_callback is not None) == wanted
 
@@ -63,7 +63,7 @@ OURS = [
 
 @pytest.mark.parametrize(("group", "option"), OURS, ids=lambda value: value)
 def test_yaml_names_every_parameter_of_our_constructors(group: str, option: str) -> None:
-    cfg = config.composed([f"{group}={option}", "paths.run=x"])
+    cfg = compose.composed([f"{group}={option}", "paths.run=x"])
     found = [(path, node) for path, node in targets(cfg[group]) if node._target_.startswith("distill.")]
     assert found or (group, option) == ("distill", "none")
     for path, node in found:
@@ -88,7 +88,7 @@ def plain(value: Any) -> Any:
 @pytest.mark.parametrize("option", DEFAULT)
 def test_the_base_option_of_a_loss_has_the_constructor_s_defaults(option: str) -> None:
     compared = 0
-    for path, node in targets(config.composed([f"distill={option}", "paths.run=x"]).distill):
+    for path, node in targets(compose.composed([f"distill={option}", "paths.run=x"]).distill):
         for name, parameter in inspect.signature(get_class(node._target_)).parameters.items():
             if name in node and name != "seed" and parameter.default is not parameter.empty:
                 given = OmegaConf.to_container(node, resolve=True)[name]
@@ -115,7 +115,7 @@ def test_the_base_option_of_a_loss_has_the_constructor_s_defaults(option: str) -
 )
 def test_a_mistyped_word_is_answered_with_the_nearest(line: str, message: str) -> None:
     with pytest.raises(DistillError) as caught:
-        config.check([line])
+        compose.check([line])
     assert message in str(caught.value)
 
 
@@ -131,23 +131,23 @@ def test_a_mistyped_word_is_answered_with_the_nearest(line: str, message: str) -
     ],
 )
 def test_what_hydra_allows_is_let_through(lines: list[str]) -> None:
-    config.check(lines)
+    compose.check(lines)
 
 
 def kept(option: str) -> dict[str, Any]:
     """The losses of an option alone."""
-    return dict(OmegaConf.to_container(config.composed([f"distill={option}"]).distill.losses))
+    return dict(OmegaConf.to_container(compose.composed([f"distill={option}"]).distill.losses))
 
 
 def test_any_two_distill_options_add_up_or_are_refused() -> None:
     """Those that write one loss are refused in pairs; of the others one from each method, all at once."""
-    alone = {option: kept(option) for option in config.groups()["distill"]}
+    alone = {option: kept(option) for option in compose.groups()["distill"]}
     alike = [pair for pair in itertools.combinations(alone, 2) if alone[pair[0]].keys() & alone[pair[1]].keys()]
     assert {("mimic", "mimic_neck"), ("ssim", "ssim_l1"), ("pad_fgfi", "pad_fgfi_voc")} <= set(alike)
     assert not any(set(pair) == {"pad_fgfi", "pad_mimic"} or "none" in pair for pair in alike)
     for one, other in alike:
         with pytest.raises(DistillError, match=f"{one} and {other} both write the loss"):
-            config._check_losses([f"distill=[{one},{other}]"])
+            compose._check_losses([f"distill=[{one},{other}]"])
     left = dict(alone)
     while left:
         together: dict[str, Any] = {}
@@ -156,37 +156,37 @@ def test_any_two_distill_options_add_up_or_are_refused() -> None:
                 together |= left.pop(option)
                 together["options"] = [*together.get("options", ()), option]
         line = f"distill=[{','.join(together.pop('options'))}]"
-        config.check([line])
-        assert OmegaConf.to_container(config.composed([line]).distill.losses) == together
+        compose.check([line])
+        assert OmegaConf.to_container(compose.composed([line]).distill.losses) == together
 
 
 def test_a_second_loss_of_one_method_takes_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    second = "+distill.losses.ssim_2={_target_: distill.losses.ssim.SSIM, error: l1}"
+    second = "+distill.losses.ssim_2={_target_: distill.SSIM, error: l1}"
     with pytest.raises(
         DistillError, match=r"ssim and ssim_l1 both write .* by '\+distill\.losses\.ssim_2=\{_target_: …\}'"
     ):
-        config.check(["distill=[ssim,ssim_l1]"])
-    config.check(["distill=ssim", second])
-    losses = config.composed(["distill=ssim", second]).distill.losses
+        compose.check(["distill=[ssim,ssim_l1]"])
+    compose.check(["distill=ssim", second])
+    losses = compose.composed(["distill=ssim", second]).distill.losses
     assert [losses[name].error for name in ("ssim", "ssim_2")] == ["ssim", "l1"]
     # as well where an experiment chooses
-    shutil.copytree(config.folder(), tmp_path / "conf")
+    shutil.copytree(compose.folder(), tmp_path / "conf")
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /distill: [defeat, defeat_voc]\n"
     )
-    monkeypatch.setattr(config, "folder", lambda: tmp_path / "conf")
+    monkeypatch.setattr(compose, "folder", lambda: tmp_path / "conf")
     with pytest.raises(DistillError, match="defeat and defeat_voc both write the loss 'defeat'"):
-        config.check(["experiment=mine"])
-    config.check(["experiment=mine", "distill=[defeat,dsig]"])
+        compose.check(["experiment=mine"])
+    compose.check(["experiment=mine", "distill=[defeat,dsig]"])
 
 
 def test_every_value_of_a_swept_group_is_checked() -> None:
     with pytest.raises(DistillError, match="no option 'defet'"):
-        config.check(["distill=none,defet"])
+        compose.check(["distill=none,defet"])
 
 
 def test_every_student_has_a_default_teacher_and_can_be_one() -> None:
-    known = config.groups()
+    known = compose.groups()
     students = set(known["model"])
     assert students == {name.removeprefix("of/") for name in known["teacher"] if name.startswith("of/")}
     assert students <= set(known["teacher"])
@@ -195,7 +195,7 @@ def test_every_student_has_a_default_teacher_and_can_be_one() -> None:
 @pytest.mark.parametrize("line", ["--help", "model=frcnn_r5"])
 def test_help_and_mistakes_come_before_anything_heavy(line: str) -> None:
     heavy = "{'torch', 'lightning', 'torchvision'} & set(sys.modules) or 'light'"
-    code = f"import atexit, sys; atexit.register(lambda: print({heavy})); from distill.cli import main; main(['train', sys.argv[1]])"
+    code = f"import atexit, sys; atexit.register(lambda: print({heavy})); from distill.cli.main import main; main(['train', sys.argv[1]])"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code, line], capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -216,25 +216,25 @@ def test_train_py_is_the_verb_train() -> None:
     assert "_target_: lightning.Trainer" in done.stdout
 
 
-EXPERIMENTS = config.groups()["experiment"]
-DATA = [option for option in config.groups()["data"] if option != "base"]
+EXPERIMENTS = compose.groups()["experiment"]
+DATA = [option for option in compose.groups()["data"] if option != "base"]
 
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_takes_any_data(experiment: str, data: str) -> None:
     """Nothing of the experiment's own data set is left, and every source builds."""
-    cfg = config.composed([f"experiment={experiment}", f"data={data}", "paths.run=x"])
-    alone = config.composed([f"data={data}", "paths.run=x"])
+    cfg = compose.composed([f"experiment={experiment}", f"data={data}", "paths.run=x"])
+    alone = compose.composed([f"data={data}", "paths.run=x"])
     assert cfg.data.source == alone.data.source
     assert set(cfg.data) == set(alone.data)
-    config.build(cfg.data)
+    compose.build(cfg.data)
     assert all("_target_" in metric for metric in cfg.metrics.values())
 
 
 def body(experiment: str) -> Any:
     """What an experiment's file says beside its options, on top of the experiment that it inherits."""
-    own = OmegaConf.load(config.folder() / "experiment" / f"{experiment}.yaml")
+    own = OmegaConf.load(compose.folder() / "experiment" / f"{experiment}.yaml")
     inherited = [body(str(line)) for line in own.pop("defaults") if isinstance(line, str) and line in EXPERIMENTS]
     return OmegaConf.merge(*inherited, own)
 
@@ -244,7 +244,7 @@ def test_an_experiment_says_of_its_teacher_what_it_says_of_its_student(experimen
     """What differs from the plain model option is said of ``teacher.model`` itself, so that it is seen and used."""
     lines = [f"experiment={experiment}", "paths.run=x"]
     said = body(experiment)
-    cfg = config.composed(lines)
+    cfg = compose.composed(lines)
     assert set(said.teacher.model) >= set(said.model)
     for key, value in said.teacher.model.items():
         assert cfg.teacher.model[key] == value

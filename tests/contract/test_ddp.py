@@ -18,17 +18,17 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from distill.cli import config
+from distill.cli import compose
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
-from distill.detectors.anchor_free import FCOS
-from distill.detectors.one_stage import RetinaNet
-from distill.detectors.two_stage import FasterRCNN
-from distill.guest import Guest
+from distill.detectors.faster_rcnn import FasterRCNN
+from distill.detectors.fcos import FCOS
+from distill.detectors.retinanet import RetinaNet
+from distill.evaluation.coco import CocoMetric
 from distill.losses.defeat import DeFeat
-from distill.metrics.coco import CocoMetric
-from distill.module import Distiller
-from distill.optimization import Schedule
+from distill.teacher import Teacher
+from distill.training.distiller import Distiller
+from distill.training.schedule import Schedule
 from distill.types import Batch, Target
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
@@ -62,8 +62,8 @@ def distiller(family: str, lr: float = 0.02, **options: Any) -> Distiller:
     extra = EXHAUSTIVE if family == "faster_rcnn" else {}
     channels = 96 if family == "fcos" else 24
     student = build(family, **{**extra, **options})
-    teacher = Guest(build(family, 1, **{**extra, "neck_channels": channels}))
-    losses = {"defeat": DeFeat(student.facts, teacher.facts, **(ALL if family == "faster_rcnn" else MAPS))}
+    teacher = Teacher(build(family, 1, **{**extra, "neck_channels": channels}))
+    losses = {"defeat": DeFeat(student.spec, teacher.spec, **(ALL if family == "faster_rcnn" else MAPS))}
     optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9)
     schedule = Schedule(optimizer=optimizer, shape="constant", warmup_steps=0)
     return Telling(student, teacher, losses, schedule=schedule, metrics=[Counting])
@@ -146,7 +146,7 @@ def fit(module: Distiller, source: DetectionData, processes: int, **options: Any
     torch.set_num_threads(1)
     strategy: Any = "auto"
     if processes > 1:
-        strategy = config.build(OmegaConf.load(CONF).strategy)
+        strategy = compose.build(OmegaConf.load(CONF).strategy)
         assert type(strategy) is L.pytorch.strategies.DDPStrategy
     look, Counting.given = Look(), []
     reduce = dist.all_reduce
@@ -190,11 +190,11 @@ RUNS: dict[str, Any] = {  # each a function of the number of processes
     "retinanet": lambda n: fit(distiller("retinanet", norm="frozen"), data(4 // n), n),
     "fcos": lambda n: fit(distiller("fcos", norm="frozen"), data(4 // n), n),
     "unmoved": lambda n: fit(distiller("retinanet", norm="frozen", lr=0.0), data(4 // n), n),
-    "live": lambda n: fit(distiller("faster_rcnn", norm="live"), data(2, train=8), n),
+    "live": lambda n: fit(distiller("faster_rcnn", norm="batch"), data(2, train=8), n),
     "logged": lambda n: fit(distiller("retinanet", norm="frozen", lr=1e-4), data(2, train=16), n, log_every_n_steps=2),
-    "bare": lambda n: fit(distiller("faster_rcnn", norm="live"), data(2, train=8, bare=(1,)), n),
-    "bare one-stage": lambda n: fit(distiller("retinanet", norm="live"), data(2, train=8, bare=(1,)), n),
-    "bare anchor-free": lambda n: fit(distiller("fcos", norm="live"), data(2, train=8, bare=(1,)), n),
+    "bare": lambda n: fit(distiller("faster_rcnn", norm="batch"), data(2, train=8, bare=(1,)), n),
+    "bare one-stage": lambda n: fit(distiller("retinanet", norm="batch"), data(2, train=8, bare=(1,)), n),
+    "bare anchor-free": lambda n: fit(distiller("fcos", norm="batch"), data(2, train=8, bare=(1,)), n),
 }
 
 

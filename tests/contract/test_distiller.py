@@ -24,18 +24,17 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
-from distill import optimization
-from distill.callbacks.teacher import TeacherCheck
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
-from distill.detectors.anchor_free import FCOS
 from distill.detectors.base import Detector
-from distill.detectors.checkpoints import load_detector, save_student
-from distill.detectors.one_stage import RetinaNet
-from distill.detectors.two_stage import FasterRCNN
-from distill.evaluation import evaluate
-from distill.guard import Guard
-from distill.guest import Frozen, Guest
+from distill.detectors.faster_rcnn import FasterRCNN
+from distill.detectors.fcos import FCOS
+from distill.detectors.registry import load_detector
+from distill.detectors.retinanet import RetinaNet
+from distill.detectors.weights import save_student
+from distill.evaluation.coco import CocoMetric
+from distill.evaluation.evaluate import evaluate
+from distill.frozen import FrozenModel
 from distill.losses.base import DistillLoss
 from distill.losses.chen import Chen
 from distill.losses.defeat import DeFeat
@@ -47,9 +46,12 @@ from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD
 from distill.losses.ssim import SSIM
 from distill.losses.tadf import TADF
-from distill.metrics.coco import CocoMetric
-from distill.module import Distiller
-from distill.optimization import Schedule
+from distill.teacher import Teacher
+from distill.training import schedule
+from distill.training.callbacks.teacher_check import TeacherCheck
+from distill.training.distiller import Distiller
+from distill.training.nonfinite import NonFiniteGuard
+from distill.training.schedule import Schedule
 from distill.types import Batch, Detections, DistillError, Target, View
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
@@ -101,8 +103,8 @@ def shapes(train: int = 8, source: Any = None, **options: Any) -> DetectionData:
     return DetectionData(source, **{"batch_size": 4, "workers": 0, "min_size": 64, "max_size": 64, **options})
 
 
-def guest(seed: int = 1, **options: Any) -> Guest:
-    return Guest(detector(seed=seed, **{"width": 0.5, "neck_channels": 24, **options}))
+def guest(seed: int = 1, **options: Any) -> Teacher:
+    return Teacher(detector(seed=seed, **{"width": 0.5, "neck_channels": 24, **options}))
 
 
 def sgd(lr: float = 0.02, **options: Any) -> Schedule:
@@ -112,14 +114,14 @@ def sgd(lr: float = 0.02, **options: Any) -> Schedule:
 
 def distiller(
     student: Any = None,
-    teacher: Guest | None = None,
+    teacher: Teacher | None = None,
     losses: Mapping[str, Callable[..., DistillLoss]] | None = None,
     **options: Any,
 ) -> Distiller:
-    """Losses are given as constructors that take the facts of both detectors."""
+    """Losses are given as constructors that take the specs of both detectors."""
     student = student or detector()
     teacher = teacher or (guest() if losses else None)
-    built = {name: make(student.facts, teacher.facts) for name, make in (losses or {}).items()} if teacher else {}
+    built = {name: make(student.spec, teacher.spec) for name, make in (losses or {}).items()} if teacher else {}
     settings: dict[str, Any] = {"schedule": sgd(), "metrics": [CocoMetric], **options}
     return Distiller(student, teacher, built, **settings)
 
@@ -252,7 +254,7 @@ def test_the_teacher_runs_first_and_from_the_second_step_on_each_of_its_stages_o
 ) -> None:
     """The body is asked for after the neck, which by then has left none behind."""
     teacher, student, ran = guest(), detector(), []
-    for who, net in (("teacher", teacher.working(torch.device("cpu"))), ("student", student)):
+    for who, net in (("teacher", teacher.optimized(torch.device("cpu"))), ("student", student)):
         maps = net.net.backbone.body.maps
         noted = partial(lambda who, maps, images: ran.append(who) or maps(images), who, maps)
         monkeypatch.setattr(net.net.backbone.body, "maps", noted)
@@ -297,7 +299,7 @@ def test_the_teacher_is_nowhere_in_what_is_trained_averaged_or_saved(tmp_path: P
 class Watcher(L.Callback):
     """Fails when the teacher wakes up."""
 
-    def __init__(self, teacher: Guest) -> None:
+    def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -306,7 +308,7 @@ class Watcher(L.Callback):
 
 
 def test_a_teacher_with_live_norms_stays_bit_identical_and_asleep(tmp_path: Path) -> None:
-    teacher = guest(norm="live")
+    teacher = guest(norm="batch")
     before = weights(teacher.detector)
     module = distiller(teacher=teacher, losses={"defeat": partial(DeFeat, **EVERYTHING)})
     fit(module, tmp_path, callbacks=[Watcher(teacher), TeacherCheck()], limit_val_batches=1.0, max_epochs=1)
@@ -342,7 +344,7 @@ def poison(model: Detector, level: int) -> None:
 
 
 def stopped(module: Distiller, folder: Path, **options: Any) -> str:
-    module.guard = Guard(limit=0, folder=str(folder))
+    module.guard = NonFiniteGuard(limit=0, folder=str(folder))
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     with pytest.raises(DistillError) as caught:
         fit(module, folder, **options)
@@ -400,7 +402,7 @@ def test_a_formula_that_is_not_finite_is_named_with_its_images(tmp_path: Path) -
             for name, parameter in module.named_parameters():
                 assert torch.equal(parameter, self.before[name]), name
 
-    module = distiller(losses={"mine": partial(Custom, formula=second_step_inf)}, guard=Guard(limit=0))
+    module = distiller(losses={"mine": partial(Custom, formula=second_step_inf)}, guard=NonFiniteGuard(limit=0))
     with pytest.raises(DistillError, match=r"step 1: the loss is not finite in mine/term \(images") as caught:
         fit(module, tmp_path, callbacks=[SecondStep()])
     assert str(list(batches[1].ids)) in str(caught.value)
@@ -533,7 +535,7 @@ class Bare(DetectionData):
 @pytest.mark.parametrize("kind", [DetectionData, Bare])
 def test_a_gradient_reaches_every_trained_parameter(family: str, kind: Any, tmp_path: Path) -> None:
     options = EVERYTHING if family == "faster_rcnn" else {"backbone": EVERYTHING["backbone"]}
-    gradients, teacher = Gradients(), Guest(detector(family, 1, width=0.5))
+    gradients, teacher = Gradients(), Teacher(detector(family, 1, width=0.5))
     module = distiller(detector(family), teacher, {"defeat": partial(DeFeat, **options)})
     data = kind(Shapes(train=4, val=2, test=0, size=64), batch_size=4, workers=0, min_size=64, max_size=64)
     trainer = fit(module, tmp_path, data, max_steps=1, callbacks=[gradients])
@@ -553,9 +555,9 @@ def test_any_family_teaches_any_other_on_the_strides_they_share(
     student: str, teacher: str, mask: str, tmp_path: Path
 ) -> None:
     losses = {"defeat": partial(DeFeat, backbone=EVERYTHING["backbone"], mask={"kind": mask})}
-    module, gradients = distiller(detector(student), Guest(detector(teacher, 1, width=0.5)), losses), Gradients()
+    module, gradients = distiller(detector(student), Teacher(detector(teacher, 1, width=0.5)), losses), Gradients()
     trainer = fit(module, tmp_path, max_steps=1, callbacks=[gradients])
-    shared = set(module.student.facts.neck) & set(module.teacher.detector.facts.neck)  # type: ignore[union-attr]
+    shared = set(module.student.spec.neck) & set(module.teacher.detector.spec.neck)  # type: ignore[union-attr]
     assert shared == ({8, 16, 32, 64} if "faster_rcnn" in (student, teacher) else {8, 16, 32, 64, 128})
     for term in ("neck.foreground", "neck.background", "backbone.foreground", "backbone.background"):
         assert trainer.callback_metrics[f"term/defeat/{term}"] > 0
@@ -578,7 +580,7 @@ def test_the_configuration_names_the_loss_terms_of_every_family() -> None:
 
 def plain_torchvision(model: dict[str, Any]) -> nn.Module:
     """The torchvision model that a `student.json` describes, by torchvision alone."""
-    norms = {"frozen": FrozenBatchNorm2d, "live": nn.BatchNorm2d}
+    norms = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
     body = getattr(resnet, f"resnet{model['depth']}")(norm_layer=partial(norms[model["norm"]], eps=model["norm_eps"]))
     shared = {
         "num_classes": len(model["classes"]) + 1,
@@ -612,7 +614,7 @@ def plain_torchvision(model: dict[str, Any]) -> nn.Module:
     )
 
 
-@pytest.mark.parametrize(("family", "norm"), [("faster_rcnn", "live"), ("retinanet", "frozen"), ("fcos", "live")])
+@pytest.mark.parametrize(("family", "norm"), [("faster_rcnn", "batch"), ("retinanet", "frozen"), ("fcos", "batch")])
 def test_the_student_left_behind_is_torchvisions_own_model(family: str, norm: str, tmp_path: Path) -> None:
     kernel = {"box_roi_align": "torchvision"} if family == "faster_rcnn" else {}  # else equal but for rounding
     size = {"min_size": 96, "max_size": 120}
@@ -714,7 +716,7 @@ def test_a_detector_of_another_class_list_is_measured_on_the_shared_names() -> N
     assert found["AR100"] > 0
 
 
-class Eye(Frozen):
+class Eye(FrozenModel):
     """A small image classifier with random weights, as DICOD wants one."""
 
     def __init__(self, classes: Sequence[str] = CLASSES) -> None:
@@ -742,7 +744,7 @@ def test_a_classifier_teaches_without_a_teacher_and_stays_a_guest(family: str, t
     student = detector(family, **({"anchor_sizes": ANCHORS} if family == "retinanet" else {}))
     eye = Eye()
     before = {name: value.clone() for name, value in eye.net.state_dict().items()}
-    module = Distiller(student, None, {"dicod": DICOD(student.facts, None, eye, size=16)}, schedule=sgd())
+    module = Distiller(student, None, {"dicod": DICOD(student.spec, None, eye, size=16)}, schedule=sgd())
     average, keep = EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
     trainer = fit(module, tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[average, keep])
     assert all(trainer.callback_metrics[f"term/dicod/{term}"] > 0 for term in ("classes", "pixels", "features"))
@@ -764,7 +766,7 @@ def test_a_resume_with_another_classifier_is_refused(same: bool, tmp_path: Path)
     student, eye = detector(), Eye()
 
     def module(known: Eye) -> Distiller:
-        return Distiller(detector(), None, {"dicod": DICOD(student.facts, None, known, size=16)}, schedule=sgd())
+        return Distiller(detector(), None, {"dicod": DICOD(student.spec, None, known, size=16)}, schedule=sgd())
 
     fit(module(eye), tmp_path, max_epochs=1).save_checkpoint(tmp_path / "last.ckpt")
     if same:
@@ -785,16 +787,16 @@ def test_a_classifier_s_terms_reach_the_heads_that_they_are_of(family: str) -> N
         class_layer, box_layer = "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"
     layers = [student.net.get_submodule(name).weight for name in (class_layer, box_layer)]
     data = shapes()
-    values = DICOD(student.facts, None, Eye(), size=16)(student.view(next(iter(data.train_dataloader())), seed=1), None)
+    values = DICOD(student.spec, None, Eye(), size=16)(student.view(next(iter(data.train_dataloader())), seed=1), None)
     for term, reached in (("classes", [True, False]), ("pixels", [False, True]), ("features", [False, True])):
         found = torch.autograd.grad(values[term], layers, allow_unused=True, retain_graph=True)
         assert [x is not None and bool(x.abs().sum() > 0) for x in found] == reached, term
 
 
 def test_a_loss_without_a_teacher_is_refused() -> None:
-    facts = detector().facts
+    spec = detector().spec
     with pytest.raises(DistillError, match="need a teacher, but none was given; use distill=none"):
-        Distiller(detector(), None, {"defeat": DeFeat(facts, facts)})
+        Distiller(detector(), None, {"defeat": DeFeat(spec, spec)})
 
 
 # -- layout
@@ -808,7 +810,7 @@ def channels_last(module: nn.Module) -> bool:
 
 def test_the_layout_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
     plain, laid = (distiller(detector(), losses={"defeat": DeFeat}) for _ in range(2))
-    optimization.channels_last(laid)
+    schedule.channels_last(laid)
     trainers = [fit(module, tmp_path, max_steps=1) for module in (plain, laid)]
     assert not channels_last(plain)
     assert channels_last(laid.student)
@@ -823,7 +825,7 @@ def test_the_layout_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_command_line_lays_out_the_student(wanted: bool) -> None:
-    from distill.cli import config
+    from distill.cli import compose
     from distill.cli.train import assemble
 
     lines = [
@@ -833,5 +835,5 @@ def test_the_command_line_lays_out_the_student(wanted: bool) -> None:
         "data.source.val=2",
         "data.source.test=0",
     ]
-    cfg = config.composed([*lines, "paths.run=x"])
-    assert channels_last(assemble(cfg, config.build(cfg.data)).student) == wanted
+    cfg = compose.composed([*lines, "paths.run=x"])
+    assert channels_last(assemble(cfg, compose.build(cfg.data)).student) == wanted

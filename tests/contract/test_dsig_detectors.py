@@ -13,7 +13,7 @@ from test_views import FAMILIES, TAUGHT, batch, build, count_calls
 from torch import Tensor
 
 from conftest import TINY, Cli, summary
-from distill.cli import config
+from distill.cli import compose
 from distill.losses.dsig import DSIG
 from distill.types import DistillError
 
@@ -22,7 +22,7 @@ OPTION = {"faster_rcnn": "dsig", "mask_rcnn": "dsig", "retinanet": "dsig_retinan
 
 def settings(option: str) -> dict[str, Any]:
     """The constructor's parameters as the option has them."""
-    node: Any = OmegaConf.to_container(config.composed([f"distill={option}"]).distill.losses.dsig, resolve=True)
+    node: Any = OmegaConf.to_container(compose.composed([f"distill={option}"]).distill.losses.dsig, resolve=True)
     return {name: value for name, value in node.items() if name != "_target_"}
 
 
@@ -37,7 +37,7 @@ def total(loss: DSIG, values: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("family", TAUGHT)
 def test_gradient_reaches_the_student_alone(family: str) -> None:
     student, teacher = pair(family)
-    loss, data = DSIG(student.facts, teacher.facts, **settings(OPTION[family])), batch()
+    loss, data = DSIG(student.spec, teacher.spec, **settings(OPTION[family])), batch()
     values = loss(student.view(data, seed=3), teacher.view(data, frozen=True, seed=4))
     assert values.keys() == loss.weights.keys()
     assert all(value.isfinite() and value > 0 for value in values.values())
@@ -53,7 +53,7 @@ def test_gradient_reaches_the_student_alone(family: str) -> None:
 def test_a_twin_teacher_asks_for_nothing(family: str) -> None:
     student, twin = build(family), build(family)
     data = batch()
-    values = DSIG(student.facts, twin.facts, **settings(OPTION[family]))(
+    values = DSIG(student.spec, twin.spec, **settings(OPTION[family]))(
         student.view(data, seed=3), twin.view(data, frozen=True, seed=4)
     )
     for name, value in values.items():
@@ -64,7 +64,7 @@ def test_a_twin_teacher_asks_for_nothing(family: str) -> None:
 def test_each_model_pools_once_in_a_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = pair(family)
     counts = [count_calls(each, monkeypatch) for each in (student, teacher)]
-    loss, data = DSIG(student.facts, teacher.facts, **settings(OPTION[family])), batch()
+    loss, data = DSIG(student.spec, teacher.spec, **settings(OPTION[family])), batch()
     view = student.view(data, seed=3)
     assert view.losses
     loss(view, teacher.view(data, frozen=True, seed=4))
@@ -82,7 +82,7 @@ def by_index(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_the_two_stage_graph_is_that_of_the_student_s_sample() -> None:
     student, teacher = pair("faster_rcnn")
-    data, loss = batch(), DSIG(student.facts, teacher.facts)
+    data, loss = batch(), DSIG(student.spec, teacher.spec)
     ours, theirs = student.view(data, seed=3), teacher.view(data, frozen=True, seed=4)
     values = {name: value.item() for name, value in loss(ours, theirs).items()}
     regions, expected = ours.rois, dict.fromkeys(("nodes.foreground", "nodes.background", "edges.all"), 0.0)
@@ -109,7 +109,7 @@ def test_the_two_stage_graph_is_that_of_the_student_s_sample() -> None:
 
 def test_the_one_stage_graph_is_that_of_the_student_s_predictions() -> None:
     student, teacher = pair("retinanet")
-    data, loss = batch(), DSIG(student.facts, teacher.facts, **settings("dsig_retinanet"))
+    data, loss = batch(), DSIG(student.spec, teacher.spec, **settings("dsig_retinanet"))
     ours, theirs = student.view(data, seed=3), teacher.view(data, frozen=True, seed=4)
     values = loss(ours, theirs)
     boxes = [found.boxes for found in ours.predictions(score=0.0, nms=0.5, top=100)]
@@ -124,7 +124,7 @@ def test_the_one_stage_graph_is_that_of_the_student_s_predictions() -> None:
 @pytest.mark.parametrize("family", TAUGHT)
 def test_a_wider_teacher_is_met_by_adapters_under_autocast(family: str) -> None:
     student, teacher = pair(family, neck_channels=96)
-    loss = DSIG(student.facts, teacher.facts, **{**settings(OPTION[family]), "adapter": {"kernel": 1}})
+    loss = DSIG(student.spec, teacher.spec, **{**settings(OPTION[family]), "adapter": {"kernel": 1}})
     data = batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         values = loss(student.view(data, seed=3), teacher.view(data, frozen=True, seed=4))
@@ -137,9 +137,9 @@ def test_a_wider_teacher_is_met_by_adapters_under_autocast(family: str) -> None:
     ("family", "option"), [("retinanet", "dsig_r50_r101"), ("faster_rcnn", "dsig_retinanet_small")]
 )
 def test_an_option_of_the_other_family_says_which_to_choose(family: str, option: str) -> None:
-    facts = build(family).facts
+    spec = build(family).spec
     with pytest.raises(DistillError, match=f"the student is a {family}.*Choose distill={OPTION[family]}"):
-        DSIG(facts, facts, **settings(option))
+        DSIG(spec, spec, **settings(option))
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_an_option_of_the_other_family_says_which_to_choose(family: str, option:
     ],
 )  # fmt: skip
 def test_options_have_the_released_weights(option: str, weights: dict[str, float]) -> None:
-    facts = build("retinanet" if "retinanet" in option else "faster_rcnn").facts
-    loss = DSIG(facts, facts, **settings(option))
+    spec = build("retinanet" if "retinanet" in option else "faster_rcnn").spec
+    loss = DSIG(spec, spec, **settings(option))
     assert loss.weights == weights
     assert (loss.alpha, loss.mining) == (7.5, None if "retinanet" in option else 0.6)
 
@@ -170,6 +170,6 @@ def test_dsig_adds_to_defeat(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> No
 def test_boxes_of_other_anchors_are_not_compared() -> None:
     sizes = [[2 * side for side in level] for level in build("retinanet").options["anchor_sizes"]]
     student, teacher = pair("retinanet", anchor_sizes=sizes)
-    loss, data = DSIG(student.facts, teacher.facts, **settings("dsig_retinanet")), batch()
+    loss, data = DSIG(student.spec, teacher.spec, **settings("dsig_retinanet")), batch()
     with pytest.raises(DistillError, match="logits: expected equal anchors, but those at stride 8 differ"):
         loss(student.view(data, seed=3), teacher.view(data, frozen=True))

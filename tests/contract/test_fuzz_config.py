@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import config, gate
+from distill.cli import compose, target_policy
 from distill.cli import teacher as teachers
 from distill.cli.train import build_losses, build_metrics, needs_teacher
-from distill.types import DistillError, Facts
+from distill.types import DetectorSpec, DistillError
 
 EXAMPLES = int(os.environ.get("DISTILL_FUZZ", "500"))
 
@@ -40,7 +40,7 @@ def fuzz(examples: int) -> settings:
 
 @cache
 def base(distill: str) -> DictConfig:
-    return config.composed([f"distill={distill}", "paths.run=x", "name=x"])
+    return compose.composed([f"distill={distill}", "paths.run=x", "name=x"])
 
 
 LOSSES = ("defeat_full", "dsig", "ssim", "fgfi", "mimic", "tadf", "pad_mimic", "chen", "global_knowledge", "dicod")
@@ -125,37 +125,37 @@ def changed(distill: str, words: list[str]) -> DictConfig:
         if any(each.is_sweep_override() or each.is_hydra_override() for each in parsed):
             raise DistillError("a sweep")
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
-    except (HydraException, OmegaConfBaseException) as error:  # config.check makes a message of it
+    except (HydraException, OmegaConfBaseException) as error:  # compose.check makes a message of it
         raise DistillError(str(error)) from error
-    gate.judge_frame(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
+    target_policy.judge_frame(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
     return cfg
 
 
 @cache
-def facts(group: str) -> Facts:
+def spec(group: str) -> DetectorSpec:
     with torch.device("meta"):
         node = base("mimic").model if group == "model" else base("mimic").teacher.model
-        found: Facts = config.build(node, classes=["a", "b"], weights=None, backbone_weights=None).facts
+        found: DetectorSpec = compose.build(node, classes=["a", "b"], weights=None, backbone_weights=None).spec
     return found
 
 
 def build(cfg: DictConfig, groups: set[str]) -> None:
     """What a run builds of these groups before it reads data."""
     if "data" in groups:
-        config.build(cfg.data)
+        compose.build(cfg.data)
     if "schedule" in groups:
-        config.build(cfg.schedule)
+        compose.build(cfg.schedule)
     if "metrics" in groups:
         for make in build_metrics(cfg):
             make({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}, ("a",))
     with torch.device("meta"):
         if "model" in groups:
-            config.build(cfg.model, classes=["a", "b"], min_size=64, max_size=64)
+            compose.build(cfg.model, classes=["a", "b"], min_size=64, max_size=64)
         if "teacher" in groups:
             teachers.check(cfg)
-            config.build(cfg.teacher.model, classes=["a", "b"], weights=None, backbone_weights=None)
+            compose.build(cfg.teacher.model, classes=["a", "b"], weights=None, backbone_weights=None)
     if "distill" in groups:
-        build_losses(cfg, facts("model"), facts("teacher") if needs_teacher(cfg) else None)
+        build_losses(cfg, spec("model"), spec("teacher") if needs_teacher(cfg) else None)
 
 
 def judged(error: DistillError) -> None:
@@ -193,7 +193,7 @@ def test_what_the_fuzz_found_once(words: list[str], message: str) -> None:
         build(changed("defeat_full", words), {word.lstrip("+~").split(".")[0].split("=")[0] for word in words})
 
 
-GROUPS = config.groups()
+GROUPS = compose.groups()
 CHOICES = st.sampled_from(sorted(GROUPS)).flatmap(
     lambda group: st.one_of(st.sampled_from(GROUPS[group]), VALUES).map(lambda option: f"{group}={option}")
 )
@@ -212,9 +212,9 @@ WORD = st.one_of(
 @given(words=st.lists(WORD, min_size=1, max_size=3))
 def test_any_command_line(words: list[str]) -> None:
     try:
-        gate.listen(words)
-        config.check(words)
+        target_policy.listen(words)
+        compose.check(words)
     except DistillError as error:
         judged(error)
     finally:
-        gate.listen([])
+        target_policy.listen([])

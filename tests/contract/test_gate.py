@@ -10,11 +10,12 @@ from pathlib import Path
 
 import hydra.utils
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from conftest import TINY, Cli
-from distill.cli import config, gate
+from distill.cli import compose, target_policy
 from distill.types import DistillError
 
 CALL = "{_target_: os.mkdir, path: mark}"
@@ -23,15 +24,15 @@ CALL = "{_target_: os.mkdir, path: mark}"
 
 @pytest.fixture(autouse=True)
 def _forget() -> None:
-    gate.listen([])
+    target_policy.listen([])
 
 
 @pytest.fixture
 def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of our configuration, into which files from outside are put."""
     folder = tmp_path / "conf"
-    shutil.copytree(config.folder(), folder)
-    monkeypatch.setattr(config, "folder", lambda: folder)
+    shutil.copytree(compose.folder(), folder)
+    monkeypatch.setattr(compose, "folder", lambda: folder)
     return folder
 
 
@@ -87,7 +88,7 @@ def test_an_option_of_hydras_own_groups_from_outside_is_refused(conf: Path) -> N
     (conf / "hydra" / "env").mkdir(parents=True)
     (conf / "hydra" / "env" / "evil.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
     with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
-        config.check([outside(conf, "defaults: [{override /hydra/env: evil}]")])
+        compose.check([outside(conf, "defaults: [{override /hydra/env: evil}]")])
 
 
 @pytest.mark.parametrize("line", ["hydra.callbacks.x", "+hydra.callbacks.x", "hydra.sweeper", "hydra.launcher"])
@@ -101,15 +102,15 @@ def test_the_command_line_too_needs_trust(
 
 def test_a_file_may_name_folders_and_sweeps(conf: Path) -> None:
     body = "hydra: {run: {dir: here}, sweep: {dir: there}, mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}"
-    with gate.gated(), initialize_config_dir(str(conf), version_base="1.3"):
-        cfg = compose("config", [outside(conf, body)], return_hydra_config=True)
+    with target_policy.gated(), initialize_config_dir(str(conf), version_base="1.3"):
+        cfg = hydra_compose("config", [outside(conf, body)], return_hydra_config=True)
     assert (cfg.hydra.run.dir, cfg.hydra.sweep.dir, cfg.hydra.sweeper.params.seed) == ("here", "there", "1,2")
 
 
 def test_the_command_line_may_say_of_hydra_what_it_likes(conf: Path) -> None:
     words = ["hydra/job_logging=default", "hydra.job.chdir=true", "hydra.verbose=true"]
-    with gate.gated(), initialize_config_dir(str(conf), version_base="1.3"):
-        cfg = compose("config", words, return_hydra_config=True)
+    with target_policy.gated(), initialize_config_dir(str(conf), version_base="1.3"):
+        cfg = hydra_compose("config", words, return_hydra_config=True)
     assert cfg.hydra.job.chdir
     assert cfg.hydra.job_logging.handlers
 
@@ -120,7 +121,7 @@ def test_the_command_line_may_say_of_hydra_what_it_likes(conf: Path) -> None:
         f"data: {{source: {CALL}}}",
         f"model: {CALL}",
         f"callbacks: {{x: {CALL}}}",
-        f"distill: {{losses: {{x: {{_target_: distill.losses.mimic.Mimic, parts: [{{deep: [{CALL}]}}]}}}}}}",
+        f"distill: {{losses: {{x: {{_target_: distill.Mimic, parts: [{{deep: [{CALL}]}}]}}}}}}",
         f"teacher: {{model: {CALL}}}",
         f"trainer: {{strategy: {CALL}}}",
         f"anything: {{at: [{{all: {CALL}}}]}}",
@@ -131,7 +132,7 @@ def test_the_command_line_may_say_of_hydra_what_it_likes(conf: Path) -> None:
 )
 def test_no_target_outside_of_the_known_packages_composes(body: str, conf: Path) -> None:
     with pytest.raises(DistillError, match="trust"):
-        config.check([outside(conf, body)])
+        compose.check([outside(conf, body)])
 
 
 @pytest.mark.parametrize(
@@ -140,8 +141,8 @@ def test_no_target_outside_of_the_known_packages_composes(body: str, conf: Path)
         "${oc.create:'{_target_: os.mkdir, path: mark}'}",
         "${oc.decode:'{_target_: os.mkdir, path: mark}'}",
         "${other}",
-        "{_target_: distill.data.shapes.Shapes, classes: \"${oc.create:'{_target_: os.mkdir, path: mark}'}\"}",
-        "{_target_: distill.data.shapes.Shapes, classes: '\\${oc.create:''{_target_: os.mkdir, path: mark}''}'}",
+        "{_target_: distill.Shapes, classes: \"${oc.create:'{_target_: os.mkdir, path: mark}'}\"}",
+        "{_target_: distill.Shapes, classes: '\\${oc.create:''{_target_: os.mkdir, path: mark}''}'}",
     ],
 )
 def test_no_text_becomes_a_call(source: str, conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +150,7 @@ def test_no_text_becomes_a_call(source: str, conf: Path, tmp_path: Path, monkeyp
     quoted = source if source.startswith("{") else '"' + source + '"'
     line = outside(conf, f"other: \"${{oc.create:'{CALL}'}}\"\ndata: {{source: {quoted}}}")
     with pytest.raises(DistillError):
-        config.build(config.composed([line]).data)
+        compose.build(compose.composed([line]).data)
     assert not (tmp_path / "mark").exists()
 
 
@@ -161,10 +162,10 @@ def test_no_text_becomes_a_call(source: str, conf: Path, tmp_path: Path, monkeyp
         "torch.nn.modules.module.os.mkdir",
         "lightning.pytorch.trainer.trainer.os.mkdir",
         "distill.files.os.mkdir",
-        "distill.detectors.checkpoints.Path",
+        "distill.detectors.weights.Path",
         "distill.data.records.Image.open",
         "distill.files.write_text",
-        "distill.detectors.checkpoints.save_student",
+        "distill.detectors.weights.save_student",
         "distill.cli.main",
         "distill.cli.sweep.SweepTable",
         "distill.cli.teacher.subprocess.Popen",
@@ -200,32 +201,32 @@ def test_no_text_becomes_a_call(source: str, conf: Path, tmp_path: Path, monkeyp
 def test_no_name_leads_out_of_the_packages(name: str) -> None:
     node = OmegaConf.create({"_target_": name})
     with pytest.raises(DistillError):
-        config.build(node)
+        compose.build(node)
     with pytest.raises(DistillError):
-        config.target(node)
+        compose.target(node)
 
 
 @pytest.mark.parametrize("name", [7, ["os.system"], {"a": 1}, None])
 def test_a_target_that_is_no_text_is_refused(name: object) -> None:
     with pytest.raises(DistillError, match=r"dotted name|names a class"):
-        config.build(OmegaConf.create({"_target_": name}))
+        compose.build(OmegaConf.create({"_target_": name}))
 
 
 @pytest.mark.parametrize("name", ["lightning.Trainer", "torch.optim.SGD", "distill.Shapes", "torchmetrics.Accuracy"])
 def test_classes_of_the_packages_are_let_in(name: str) -> None:
-    assert isinstance(config.target(OmegaConf.create({"_target_": name})), type)
+    assert isinstance(compose.target(OmegaConf.create({"_target_": name})), type)
 
 
 def test_trust_is_the_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conf: Path) -> None:
     monkeypatch.chdir(tmp_path)
     line = outside(conf, f"anything: {CALL}")
-    gate.listen([line, "trust=[os.mkdir]"])
-    config.check([line, "trust=[os.mkdir]"])
-    config.build(config.composed([line]).anything)
+    target_policy.listen([line, "trust=[os.mkdir]"])
+    compose.check([line, "trust=[os.mkdir]"])
+    compose.build(compose.composed([line]).anything)
     assert (tmp_path / "mark").is_dir()
-    gate.listen([line])
+    target_policy.listen([line])
     with pytest.raises(DistillError, match="trust"):
-        config.check([line])
+        compose.check([line])
 
 
 def test_trust_of_a_package_covers_what_it_defines_and_not_what_it_imports(
@@ -233,11 +234,11 @@ def test_trust_of_a_package_covers_what_it_defines_and_not_what_it_imports(
 ) -> None:
     (tmp_path / "my_package.py").write_text("import os\nfrom os import mkdir\n\n\ndef make(path):\n    return path\n")
     monkeypatch.syspath_prepend(tmp_path)
-    gate.listen(["trust=[my_package]"])
-    assert config.build(OmegaConf.create({"_target_": "my_package.make", "path": "x"})) == "x"
+    target_policy.listen(["trust=[my_package]"])
+    assert compose.build(OmegaConf.create({"_target_": "my_package.make", "path": "x"})) == "x"
     for name in ("my_package.mkdir", "my_package.os.mkdir"):
         with pytest.raises(DistillError):
-            config.build(OmegaConf.create({"_target_": name, "path": str(tmp_path / "mark")}))
+            compose.build(OmegaConf.create({"_target_": name, "path": str(tmp_path / "mark")}))
     assert not (tmp_path / "mark").exists()
 
 
@@ -332,8 +333,8 @@ GROWING = {
 
 
 def resolved(line: str) -> dict[str, object]:
-    config.check([line])
-    found: dict[str, object] = config.plain(config.composed([line, "name=n", "paths.run=x"]))
+    compose.check([line])
+    found: dict[str, object] = compose.plain(compose.composed([line, "name=n", "paths.run=x"]))
     return found
 
 
@@ -390,7 +391,7 @@ def test_what_is_large_but_harmless_is_let_in(conf: Path) -> None:
 
 
 def test_only_known_words_are_computed() -> None:
-    config.composed([])
+    compose.composed([])
     known = {"now", "hydra", "python_version", "names", "sweep"}
     theirs = {"env", "create", "decode", "deprecated", "select", "dict.keys", "dict.values"}
     assert set(type(OmegaConf.create())._resolvers) == known | {f"oc.{name}" for name in theirs}

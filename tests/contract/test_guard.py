@@ -20,10 +20,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from test_distiller import Custom, detector, distiller, fit, guest, shapes, weights
 from torch import Tensor
 
-from distill.callbacks.averaging import Average
-from distill.callbacks.processes import Agreement
-from distill.guard import Guard, flagged, read_step, replay
+from distill.diagnostics.replay import read_step, replay
 from distill.losses.defeat import DeFeat
+from distill.training.callbacks.averaging import WeightAverage
+from distill.training.callbacks.consistency import ConsistencyCheck
+from distill.training.nonfinite import NonFiniteGuard, poison_gradient
 from distill.types import DistillError, View
 
 ONE_EPOCH: dict[str, Any] = {"max_epochs": 1}
@@ -79,13 +80,13 @@ def changed(states: States, step: int) -> list[str]:
 def test_a_flagged_loss_is_the_same_loss() -> None:
     for value in (0.1, -3.7e-30, 1.5e38, 0.0):
         x = torch.tensor(value, requires_grad=True)
-        loss = flagged(x * 1.7)
+        loss = poison_gradient(x * 1.7)
         loss.backward()
         assert loss.item() == (x * 1.7).item()
         assert x.grad is not None
         assert x.grad.item() == torch.tensor(1.7).item()
     x = torch.ones(3, requires_grad=True)
-    flagged(x.sum() + torch.tensor(math.inf)).backward()
+    poison_gradient(x.sum() + torch.tensor(math.inf)).backward()
     assert x.grad is not None
     assert x.grad.isnan().all()
 
@@ -93,7 +94,7 @@ def test_a_flagged_loss_is_the_same_loss() -> None:
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.01, momentum=0.9), torch.optim.AdamW])
 @pytest.mark.parametrize("case", WRONG)
 def test_a_bad_step_changes_nothing_and_the_next_one_goes_on(case: str, optimizer: Any, tmp_path: Path) -> None:
-    module = distiller(detector(norm="live"), losses={"mine": partial(Custom, formula=at({1}, WRONG[case]))})
+    module = distiller(detector(norm="batch"), losses={"mine": partial(Custom, formula=at({1}, WRONG[case]))})
     module.schedule = type(module.schedule)(optimizer=optimizer, shape="constant", warmup_steps=0)
     states = States()
     with pytest.warns(UserWarning, match=r"step 1: .*it is skipped \(1 skipped in a row, guard.limit=3\)"):
@@ -108,7 +109,7 @@ def test_a_bad_step_changes_nothing_and_the_next_one_goes_on(case: str, optimize
 
 
 def test_statistics_that_a_bad_forward_pass_moved_are_put_back(tmp_path: Path) -> None:
-    module, states = distiller(detector(norm="live")), States()
+    module, states = distiller(detector(norm="batch")), States()
 
     def overflow(layer: Any, inputs: Any, output: Tensor) -> Tensor:
         return output * (math.inf if module.global_step == 1 else 1.0)
@@ -132,7 +133,7 @@ def test_one_bad_batch_of_several_takes_the_whole_step(tmp_path: Path) -> None:
 class Averages(L.Callback):
     """The average, how often it was moved, and the weights, after each batch."""
 
-    def __init__(self, average: Average) -> None:
+    def __init__(self, average: WeightAverage) -> None:
         self.average = average
         self.found: list[tuple[dict[str, Tensor], int, dict[str, Tensor]]] = []
 
@@ -145,8 +146,8 @@ class Averages(L.Callback):
 def test_a_skipped_step_is_no_part_of_an_average(accumulate: int, tmp_path: Path) -> None:
     """Not of its value, nor of its count: steps 0 and 2 of four are bad, and the first good one is copied."""
     bad = {0, 2 * accumulate}
-    module = distiller(detector(norm="live"), losses={"mine": partial(Custom, formula=at(bad, WRONG["infinite"]))})
-    average = Average(decay=0.75)
+    module = distiller(detector(norm="batch"), losses={"mine": partial(Custom, formula=at(bad, WRONG["infinite"]))})
+    average = WeightAverage(decay=0.75)
     seen = Averages(average)
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "callbacks": [average, seen], **ONE_EPOCH}
     with pytest.warns(UserWarning, match="it is skipped"):
@@ -166,7 +167,7 @@ def test_a_skipped_step_is_no_part_of_an_average(accumulate: int, tmp_path: Path
 @pytest.mark.parametrize(("limit", "bad", "stops_at"), [(0, {2}, 2), (2, {1, 2, 3}, 3), (2, {0, 1, 3, 4}, None)])
 def test_the_run_stops_after_so_many_in_a_row(limit: int, bad: set[int], stops_at: int | None, tmp_path: Path) -> None:
     module = distiller(losses={"mine": partial(Custom, formula=at(bad, WRONG["nan"]))})
-    module.guard = Guard(limit=limit, folder=str(tmp_path))
+    module.guard = NonFiniteGuard(limit=limit, folder=str(tmp_path))
     if stops_at is None:
         with pytest.warns(UserWarning, match="skipped"):
             fit(module, tmp_path, shapes(train=24), **ONE_EPOCH)
@@ -178,7 +179,9 @@ def test_the_run_stops_after_so_many_in_a_row(limit: int, bad: set[int], stops_a
 
 
 def test_a_gradient_that_is_not_finite_names_its_parameters(tmp_path: Path) -> None:
-    module = distiller(losses={"mine": partial(Custom, formula=at({0}, WRONG["a finite loss"]))}, guard=Guard(limit=0))
+    module = distiller(
+        losses={"mine": partial(Custom, formula=at({0}, WRONG["a finite loss"]))}, guard=NonFiniteGuard(limit=0)
+    )
     with pytest.raises(DistillError, match=r"the loss is finite, but its gradient is not, in student\.net") as caught:
         fit(module, tmp_path, **ONE_EPOCH)
     assert "box_predictor" not in str(caught.value)  # the term reads the neck alone
@@ -187,12 +190,12 @@ def test_a_gradient_that_is_not_finite_names_its_parameters(tmp_path: Path) -> N
 def test_the_file_does_the_step_again_to_the_bit(tmp_path: Path) -> None:
     losses: dict[str, Any] = {"defeat": partial(DeFeat, mask={"kind": "random"}, ramp={"shape": "linear"})}
     losses["mine"] = partial(Custom, formula=at({3, 5}, WRONG["nan"]))
-    module = distiller(detector("retinanet", norm="live"), losses=losses, teacher=guest())
-    module.guard = Guard(limit=0, folder=str(tmp_path))
+    module = distiller(detector("retinanet", norm="batch"), losses=losses, teacher=guest())
+    module.guard = NonFiniteGuard(limit=0, folder=str(tmp_path))
     with pytest.raises(DistillError):
         fit(module, tmp_path, shapes(train=16), accumulate_grad_batches=2, **ONE_EPOCH)
     step = read_step(tmp_path / "non_finite" / "step1-rank0.pt")
-    other = distiller(detector("retinanet", seed=5, norm="live"), losses=losses, teacher=guest())
+    other = distiller(detector("retinanet", seed=5, norm="batch"), losses=losses, teacher=guest())
     other.losses.mine.formula = module.losses.mine.formula
     untouched = weights(module.student)
     found = replay(other, step)
@@ -238,7 +241,7 @@ def test_a_gradient_whose_square_overflows_is_no_reason_to_skip(tmp_path: Path) 
 @pytest.mark.parametrize("options", [{"limit": -1}, {"scale_floor": -1.0}])
 def test_limits_below_zero_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(DistillError, match="0 or more"):
-        Guard(**options)
+        NonFiniteGuard(**options)
 
 
 # -- fp16
@@ -256,7 +259,7 @@ def steep(slope: float) -> Callable[[View, View], Tensor]:
 
 def test_a_scaler_that_collapses_is_called_by_name(tmp_path: Path) -> None:
     module = distiller(detector("retinanet"), losses={"mine": partial(Custom, formula=steep(math.inf))})
-    module.guard = Guard(scale_floor=64.0)
+    module.guard = NonFiniteGuard(scale_floor=64.0)
     module.losses.mine.formula = steep(1e38)  # finite; times any scale above 3 it is not
     states = States()
     with pytest.raises(
@@ -305,7 +308,9 @@ def test_clipping_what_a_fused_optimiser_unscales_is_refused_at_the_start(tmp_pa
 
 def test_a_loss_that_is_not_finite_is_no_matter_of_scale(tmp_path: Path) -> None:
     formula = at({0, 1}, WRONG["infinite"])
-    module = distiller(detector("retinanet"), losses={"mine": partial(Custom, formula=formula)}, guard=Guard(limit=1))
+    module = distiller(
+        detector("retinanet"), losses={"mine": partial(Custom, formula=formula)}, guard=NonFiniteGuard(limit=1)
+    )
     with (
         pytest.warns(UserWarning, match="step 0"),
         pytest.raises(DistillError, match="step 1: the loss is not finite in mine/term"),
@@ -323,8 +328,8 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     found: dict[str, Any] = {}
     for case in ("infinite", "without a way back", "a finite loss"):
         bad = {1, 3, 4} if rank == 1 else set()
-        module = distiller(detector(norm="live"), losses={"mine": partial(Custom, formula=at(bad, WRONG[case]))})
-        module.guard = Guard(limit=1, folder=f"{folder}/{case}")
+        module = distiller(detector(norm="batch"), losses={"mine": partial(Custom, formula=at(bad, WRONG[case]))})
+        module.guard = NonFiniteGuard(limit=1, folder=f"{folder}/{case}")
         states = States()
         strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False, broadcast_buffers=False)
         try:
@@ -344,7 +349,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
                 "weights": {name: value.clone() for name, value in module.named_parameters()},
                 "skipped": module.guard.skipped,
             }
-    different = Agreement(lambda _: {"seed": str(rank), "data": "equal"})
+    different = ConsistencyCheck(lambda _: {"seed": str(rank), "data": "equal"})
     strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False, broadcast_buffers=False)
     try:
         fit(distiller(), Path(folder), callbacks=[different], devices=2, strategy=strategy, **ONE_EPOCH)

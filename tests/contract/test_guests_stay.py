@@ -12,8 +12,9 @@ import pytest
 import torch
 from test_distiller import detector, distiller, fit, guest, shapes, weights
 
-from distill.guest import Frozen, Guest, bits
+from distill.frozen import FrozenModel, bits
 from distill.losses.defeat import DeFeat
+from distill.teacher import Teacher
 from distill.types import DistillError
 
 
@@ -53,7 +54,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_teacher_that_changes_stops_the_run(change: Callable[[Any], None], tmp_path: Path) -> None:
-    plain = Guest(guest(norm="live").detector, fold=False, channels_last=False)
+    plain = Teacher(guest(norm="batch").detector, fold=False, channels_last=False)
     module = distiller(teacher=plain, losses={"defeat": DeFeat})
     with pytest.raises(DistillError, match=r"the teacher \(memory\) must stay as it is") as caught:
         fit(module, tmp_path, callbacks=[Meddler(change, epoch=1)], max_epochs=3)
@@ -65,9 +66,9 @@ def test_the_network_that_teaches_in_the_detectors_place_is_watched_too(tmp_path
     class Nudge(L.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             if trainer.current_epoch == 1 and index == 0:
-                nudge(module.teacher.working(torch.device("cpu")).net)
+                nudge(module.teacher.optimized(torch.device("cpu")).net)
 
-    module = distiller(teacher=guest(norm="live"), losses={"defeat": DeFeat})
+    module = distiller(teacher=guest(norm="batch"), losses={"defeat": DeFeat})
     with pytest.raises(DistillError, match=r"layer_blocks.1.0.weight as it teaches on"):
         fit(module, tmp_path, callbacks=[Nudge()], max_epochs=3)
 
@@ -76,7 +77,7 @@ def test_a_guest_of_a_loss_is_watched_too(tmp_path: Path) -> None:
     class Own(DeFeat):
         def __init__(self, student: Any, teacher: Any) -> None:
             super().__init__(student, teacher)
-            self.classifier = Frozen(torch.nn.Linear(2, 3), "a file")
+            self.classifier = FrozenModel(torch.nn.Linear(2, 3), "a file")
 
     module = distiller(losses={"own": Own})
 
@@ -89,7 +90,7 @@ def test_a_guest_of_a_loss_is_watched_too(tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_is_left_alone_goes_on(tmp_path: Path) -> None:
-    module = distiller(teacher=guest(norm="live"), losses={"defeat": partial(DeFeat)})
+    module = distiller(teacher=guest(norm="batch"), losses={"defeat": partial(DeFeat)})
     before = weights(module.teacher.detector) if module.teacher else {}
     fit(module, tmp_path, max_epochs=3, limit_val_batches=1.0)
     assert module.teacher is not None
@@ -108,7 +109,7 @@ def test_any_kind_of_tensor_has_bits(dtype: torch.dtype) -> None:
 
 def test_a_teacher_may_be_asked_first_while_lightning_evaluates(tmp_path: Path) -> None:
     """Inference mode must not leave its mark on what a later step reads."""
-    teacher = guest(norm="live")
+    teacher = guest(norm="batch")
     data = shapes()
     data.setup("fit")
     batch = next(iter(data.loader("val")))
@@ -119,9 +120,9 @@ def test_a_teacher_may_be_asked_first_while_lightning_evaluates(tmp_path: Path) 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_teacher_on_two_devices_is_watched() -> None:
-    teacher = guest(norm="live")
+    teacher = guest(norm="batch")
     teacher.check()
-    teacher.working(torch.device("cuda"))
+    teacher.optimized(torch.device("cuda"))
     teacher.check()
     teacher.check()
 

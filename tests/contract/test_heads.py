@@ -42,7 +42,7 @@ def test_soft_labels_of_a_knowing_teacher_are_torchvision_s_own_losses() -> None
     """So mu + (1 - mu) keeps the loss where the teacher says no more than the labels do."""
     student = build("faster_rcnn")
     view = student.view(batch(), seed=3)
-    loss = Chen(student.facts, student.facts, **{**OFF, "rpn": {"soft": 1, "box": 0}, "rcn": {"soft": 1}}, background=1)
+    loss = Chen(student.spec, student.spec, **{**OFF, "rpn": {"soft": 1, "box": 0}, "rcn": {"soft": 1}}, background=1)
     values = loss(view, Knowing(view))  # type: ignore[arg-type]
     assert values["rpn.soft"].item() == pytest.approx(view.losses["loss_objectness"].item(), rel=1e-5)
     assert values["rcn.soft"].item() == pytest.approx(view.losses["loss_classifier"].item(), rel=1e-5)
@@ -59,7 +59,7 @@ MAPS_ONLY: dict[type[DistillLoss], dict[str, Any]] = {
 @pytest.mark.parametrize("family", TAUGHT)
 def test_a_real_pair_is_taught_down_to_the_body(method: type[Any], family: str) -> None:
     student, teacher = build(family), build(family, seed=1, neck_channels=64, width=0.5)
-    loss = method(student.facts, teacher.facts, **({} if student.facts.two_stage else MAPS_ONLY[method]))
+    loss = method(student.spec, teacher.spec, **({} if student.spec.two_stage else MAPS_ONLY[method]))
     values = loss(student.view(batch(), seed=3), teacher.view(batch(), frozen=True, seed=4))
     assert values.keys() == loss.weights.keys()
     assert all(value.isfinite() for value in values.values())
@@ -68,13 +68,13 @@ def test_a_real_pair_is_taught_down_to_the_body(method: type[Any], family: str) 
     found = gradients(student)
     assert all(each.isfinite().all() for each in found.values())
     assert any(name.startswith("backbone.body") and each.any() for name, each in found.items())
-    if student.facts.two_stage:
+    if student.spec.two_stage:
         assert found["roi_heads.box_predictor.cls_score.weight"].any()
         assert ("rpn.head.cls_logits.weight" in found) == (method is Chen)
 
 
 @pytest.mark.parametrize("method", MAPS_ONLY)
 def test_a_dense_head_is_refused(method: type[Any]) -> None:
-    facts = build("retinanet").facts
+    spec = build("retinanet").spec
     with pytest.raises(DistillError, match=r"must be two-stage, but the student is a retinanet"):
-        method(facts, facts)
+        method(spec, spec)

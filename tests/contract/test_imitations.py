@@ -42,7 +42,7 @@ PAIRS = [
 @pytest.mark.parametrize(("student", "teacher", "method"), PAIRS, ids=lambda value: value)
 def test_a_step_reaches_the_student_and_the_loss_but_not_the_teacher(student: str, teacher: str, method: str) -> None:
     ours, theirs = build(student), build(teacher, seed=1, neck_channels=48).eval()
-    loss, data = METHODS[method](student=ours.facts, teacher=theirs.facts), batch()
+    loss, data = METHODS[method](student=ours.spec, teacher=theirs.spec), batch()
     values = loss(ours.view(data), theirs.view(data, frozen=True, seed=0))
     assert values.keys() == loss.weights.keys()
     assert all(value.isfinite() and value > 0 for value in values.values())
@@ -73,7 +73,7 @@ UNLIKE: dict[str, Any] = {
 def test_a_teacher_of_another_kind_teaches_down_to_the_body(pair: str, method: str) -> None:
     (family, options), teacher = UNLIKE[pair]
     ours, theirs = build(family, **options), build(teacher, seed=1, neck_channels=64).eval()
-    loss, data = ALIKE[method](student=ours.facts, teacher=theirs.facts), batch()
+    loss, data = ALIKE[method](student=ours.spec, teacher=theirs.spec), batch()
     optimizer = torch.optim.SGD([*ours.parameters(), *loss.parameters()], lr=1e-3)
     for step in range(2):
         values = loss(ours.view(data, seed=step), theirs.view(data, frozen=True, seed=0))
@@ -96,6 +96,6 @@ def test_the_student_pools_its_regions_once(monkeypatch: pytest.MonkeyPatch) -> 
     data = batch()
     view = ours.view(data)
     _ = view.losses
-    loss = Mimic(ours.facts, theirs.facts)
+    loss = Mimic(ours.spec, theirs.spec)
     torch.stack(list(loss(view, theirs.view(data, frozen=True, seed=0)).values())).sum().backward()
     assert calls == [1]

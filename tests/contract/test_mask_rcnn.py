@@ -12,10 +12,11 @@ from torchvision.models import detection, resnet
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.roi_heads import maskrcnn_inference, paste_masks_in_image
 
-from distill.detectors.checkpoints import load_detector, save_student
+from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.mask_rcnn import MaskRCNN
-from distill.detectors.one_stage import RetinaNet
-from distill.detectors.two_stage import FasterRCNN
+from distill.detectors.registry import load_detector
+from distill.detectors.retinanet import RetinaNet
+from distill.detectors.weights import save_student
 from distill.types import Batch, DistillError, Target
 
 SIZES = ((96, 64), (70, 100), (128, 90))
@@ -104,7 +105,7 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         assert torch.equal(value, right[name]), name
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "live", "depth": 18}])
+@pytest.mark.parametrize("options", [{}, {"norm": "batch", "depth": 18}])
 def test_losses_and_gradients_equal_torchvision_bit_for_bit(options: dict[str, Any]) -> None:
     detector, data = build(**options, box_roi_align="torchvision"), batch()
     theirs = reference(detector, 32).train()
@@ -270,8 +271,8 @@ def test_it_describes_itself_and_is_saved_and_loaded(tmp_path: Any) -> None:
     save_student(detector, tmp_path)
     again = load_detector(tmp_path).eval()
     assert type(again) is MaskRCNN
-    assert again.facts == detector.facts
-    assert again.facts.family == "mask_rcnn"
+    assert again.spec == detector.spec
+    assert again.spec.family == "mask_rcnn"
     pairs = zip(*(each.view(data, training=False, frozen=True).detections for each in (detector, again)), strict=True)
     for one, other in pairs:
         assert all(map(torch.equal, one, other))

@@ -12,9 +12,9 @@ from pairs import PAIRS, Pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.bench.step import Read, Step, Watched
-from distill.detectors import pooling
-from distill.detectors.two_stage import FasterRCNN
+from distill.detectors import roi_align
+from distill.detectors.faster_rcnn import FasterRCNN
+from distill.diagnostics.bench.step import Read, Step, Watched
 from distill.types import Batch, Target
 
 aten = torch.ops.aten
@@ -88,7 +88,7 @@ def waits(step: Step) -> Counter[str]:
 @pytest.fixture(autouse=True)
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regions are pooled by torchvision's kernel, as where a wait costs something."""
-    monkeypatch.setattr(pooling, "BY_CELLS", ())
+    monkeypatch.setattr(roi_align, "BY_CELLS", ())
 
 
 def test_waits_are_counted() -> None:

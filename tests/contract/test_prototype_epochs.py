@@ -14,20 +14,20 @@ from test_views import build
 
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
-from distill.guest import Guest
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.prototypes import box_means, choose
+from distill.teacher import Teacher
 
 
-def setting(**prototypes: Any) -> tuple[GlobalKnowledge, DetectionData, Any, Guest]:
+def setting(**prototypes: Any) -> tuple[GlobalKnowledge, DetectionData, Any, Teacher]:
     data = DetectionData(Shapes(train=10, val=2, test=0, size=64), batch_size=4, workers=0, min_size=64, max_size=64)
-    student, teacher = build("faster_rcnn", seed=1, norm="live"), build("faster_rcnn", seed=2, depth=18)
+    student, teacher = build("faster_rcnn", seed=1, norm="batch"), build("faster_rcnn", seed=2, depth=18)
     student, teacher = (
         type(each)(data.classes, **{k: v for k, v in each.options.items() if k != "classes"})
         for each in (student, teacher)
     )
-    loss = GlobalKnowledge(student.facts, teacher.facts, prototypes={"count": 2, "min_side": 6.0, **prototypes})
-    return loss, data, student, Guest(teacher)
+    loss = GlobalKnowledge(student.spec, teacher.spec, prototypes={"count": 2, "min_side": 6.0, **prototypes})
+    return loss, data, student, Teacher(teacher)
 
 
 def test_prototypes_are_features_of_boxes_of_their_class() -> None:
@@ -132,7 +132,7 @@ def test_prototypes_do_not_depend_on_the_batch() -> None:
     for size in (1, 4):
         data = DetectionData(Uneven(), batch_size=size, workers=0, min_size=64, max_size=64)
         _, _, student, guest = setting()
-        loss = GlobalKnowledge(student.facts, guest.facts, prototypes={"count": 2, "min_side": 0.0})
+        loss = GlobalKnowledge(student.spec, guest.spec, prototypes={"count": 2, "min_side": 0.0})
         loss.on_epoch_start(0, data, student, guest)
         found.append((loss.ours, loss.theirs))
     for one, four in zip(*found, strict=True):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.cli import config
+from distill.cli import compose
 from distill.losses.base import DistillLoss
 from distill.losses.imitation import squared_error
 from distill.types import View
@@ -30,14 +30,14 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("words", [*COMMANDS, *INSIDE])
 def test_every_command_composes(words: str) -> None:
     overrides = [word for word in shlex.split(words) if word != "-m"]
-    config.check([word for word in overrides if not word.startswith("hydra/sweeper=")])  # an extra
+    compose.check([word for word in overrides if not word.startswith("hydra/sweeper=")])  # an extra
 
 
-@pytest.mark.parametrize("option", sorted(set(config.groups()["model"])))
+@pytest.mark.parametrize("option", sorted(set(compose.groups()["model"])))
 def test_every_model_may_start_from_imagenet(option: str) -> None:
-    cfg = config.composed([f"model={option}", "start=imagenet", "paths.run=x", "name=x"])
+    cfg = compose.composed([f"model={option}", "start=imagenet", "paths.run=x", "name=x"])
     for node in (cfg.model, cfg.teacher.model):
-        assert (node.backbone_weights, node.trainable_stages, node.norm) == ("IMAGENET1K_V1", 3, "fixed")
+        assert (node.backbone_weights, node.trainable_stages, node.norm) == ("IMAGENET1K_V1", 3, "batch_fixed_stats")
 
 
 def test_the_method_that_is_shown_teaches() -> None:

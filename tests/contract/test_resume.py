@@ -25,14 +25,14 @@ from test_distiller import EVERYTHING, Custom, assert_same, detector, distiller,
 from test_guard import half
 from torch import Tensor
 
-from distill.callbacks import resume
-from distill.callbacks.averaging import Average
-from distill.callbacks.resume import Best, KeepHandlers, Last, interval
-from distill.callbacks.storage import CheckpointFiles, read
 from distill.losses.defeat import DeFeat
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD
+from distill.training.callbacks import checkpoints
+from distill.training.callbacks.averaging import WeightAverage
+from distill.training.callbacks.checkpoint_files import CheckpointFiles, read
+from distill.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint, RestoreSignalHandlers, interval
 from distill.types import DistillError, View
 
 
@@ -110,8 +110,12 @@ class Ended:
         student = detector(norm=norm) if norm else None
         self.module = distiller(student, losses={loss: LOSSES[loss]} if loss else {}, schedule=schedule)
         journal, files = Journal(), Archive(folder / "history")
-        self.best = Best(folder, "val/AP")
-        keep = [Last(folder, every)] if options.get("limit_val_batches") == 0 else [self.best, Last(folder, every)]
+        self.best = BestCheckpoint(folder, "val/AP")
+        keep = (
+            [LastCheckpoint(folder, every)]
+            if options.get("limit_val_batches") == 0
+            else [self.best, LastCheckpoint(folder, every)]
+        )
         settings: dict[str, Any] = {
             "max_epochs": 2,
             "accelerator": "cpu",
@@ -143,7 +147,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prototypes": {"loss": "global_knowledge"},
     "global generators": {"loss": "drawn"},
     "warm-up of variances": {"loss": "pad"},
-    "average": {"callbacks": (partial(Average, decay=0.5),)},
+    "average": {"callbacks": (partial(WeightAverage, decay=0.5),)},
     "accumulated": {"accumulate": 2},
     "every second epoch": {"check_val_every_n_epoch": 2},
     "no evaluation": {"limit_val_batches": 0},
@@ -229,7 +233,7 @@ def test_lightning_hears_of_no_signal_before_the_first_step(tmp_path: Path) -> N
     try:
         mine = signal.getsignal(signal.SIGTERM)
         Ended(tmp_path / "without", callbacks=(Listeners,))
-        Ended(tmp_path / "with", callbacks=(KeepHandlers, Listeners))
+        Ended(tmp_path / "with", callbacks=(RestoreSignalHandlers, Listeners))
         assert [each is mine for each in Listeners.found] == [False, True]
         assert signal.getsignal(signal.SIGTERM) is mine
     finally:
@@ -274,7 +278,7 @@ def test_a_step_of_several_batches_is_begun_anew_wherever_it_was_left(tmp_path: 
 
     Half a step would be gradients, running statistics from before it, and what the guard has seen of it.
     """
-    setting: dict[str, Any] = {"loss": "poisoned", "accumulate": 3, "images": 20, "norm": "live"}
+    setting: dict[str, Any] = {"loss": "poisoned", "accumulate": 3, "images": 20, "norm": "batch"}
     whole = Ended(tmp_path / "whole", **setting)
     assert whole.module.guard.skipped == 2  # of four, one an epoch
     for number, at in enumerate([(0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 3), (1, 4)]):
@@ -338,13 +342,13 @@ def test_the_best_score_goes_along(moved: bool, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     if moved:
         (tmp_path / "run").rename(folder)
-    best = Best(folder, "val/AP")
+    best = BestCheckpoint(folder, "val/AP")
     best.load_state_dict(state)
     assert Path(best.best_model_path) == (folder if moved else tmp_path / "run").resolve() / "best.ckpt"
     assert best.best_model_score == state["best_model_score"]
     assert list(best.best_k_models) == [best.best_model_path]
     Path(best.best_model_path).unlink()
-    lost = Best(folder, "val/AP")
+    lost = BestCheckpoint(folder, "val/AP")
     with pytest.warns(UserWarning, match="is gone"):
         lost.load_state_dict(state)
     assert (lost.best_model_path, lost.best_k_models) == ("", {})
@@ -360,13 +364,13 @@ def test_how_often_is_said_in_words(every: str | None, expected: Any) -> None:
 @pytest.mark.parametrize("every", ["500", 500, "0 steps", "1.5 steps", "ten minutes", "2 hours", "-3 steps"])
 def test_other_words_are_refused(every: Any, tmp_path: Path) -> None:
     with pytest.raises(DistillError, match=rf"'500 steps', '10 minutes' or null, got '{every}'"):
-        Last(tmp_path, every)
+        LastCheckpoint(tmp_path, every)
 
 
 def test_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look at the clock is 35 seconds later: every second batch is due, an epoch's end is saved in any case."""
     now = iter(range(0, 10**6, 35))
-    monkeypatch.setattr("distill.callbacks.resume.time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr("distill.training.callbacks.checkpoints.time", SimpleNamespace(monotonic=lambda: next(now)))
     ended = Ended(tmp_path, every="1 minutes", limit_val_batches=0)
     steps = [torch.load(file, weights_only=True)["global_step"] for file in ended.files]
     assert steps == [2, 3, 5, 6]
@@ -390,9 +394,9 @@ def one_rank(rank: int, port: int, folder: Path, killed: bool) -> None:
 
     def run(name: str, ckpt: str | None = None, *callbacks: Any) -> Ended:
         strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False, broadcast_buffers=False)
-        setting: dict[str, Any] = {"loss": "poisoned", "accumulate": 3, "images": 40, "norm": "live"}
+        setting: dict[str, Any] = {"loss": "poisoned", "accumulate": 3, "images": 40, "norm": "batch"}
         setting |= {"devices": 2, "strategy": strategy, "every": None if "asked" in name else "1 steps"}
-        setting["callbacks"] = (partial(Average, decay=0.5), *callbacks)
+        setting["callbacks"] = (partial(WeightAverage, decay=0.5), *callbacks)
         return Ended(folder / name, ckpt=folder / ckpt / "last.ckpt" if ckpt else None, **setting)
 
     if killed:
@@ -400,8 +404,8 @@ def one_rank(rank: int, port: int, folder: Path, killed: bool) -> None:
         return
     asked = [partial(SignalAt, 0, 0)] if rank == 1 else []  # the other one hears of it when they talk
     runs = {"whole": run("whole"), "after the kill": run("again", "killed")}
-    for name, steps in {"asked": 1, "asked late": resume.AGREE}.items():
-        resume.AGREE = steps
+    for name, steps in {"asked": 1, "asked late": checkpoints.AGREE}.items():
+        checkpoints.AGREE = steps
         assert run(name, None, *asked).stopped
         runs[f"after it was {name}"] = run(f"{name}, again", name)
     found = {name: {"journal": each.journal, "weights": each.weights} for name, each in runs.items()}

@@ -13,11 +13,11 @@ from distill.losses.ssim import SSIM
 @pytest.mark.parametrize(("ours", "theirs"), itertools.product(TAUGHT, TAUGHT))
 def test_teaches_every_pair_of_families(ours: str, theirs: str) -> None:
     student, teacher = build(ours, seed=1), build(theirs, seed=2, neck_channels=96)
-    loss = SSIM(student.facts, teacher.facts)
+    loss = SSIM(student.spec, teacher.spec)
     data = batch()
     view = student.view(data, training=True, seed=3)
     value = loss(view, teacher.view(data, frozen=True))["neck.foreground"]
-    shared = len(set(student.facts.neck) & set(teacher.facts.neck))
+    shared = len(set(student.spec.neck) & set(teacher.spec.neck))
     assert 0.01 * shared < value.item() < shared  # each level adds up to 1
     value.backward()
     body = [parameter for name, parameter in student.net.named_parameters() if name.startswith("backbone.fpn")]

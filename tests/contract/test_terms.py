@@ -13,9 +13,9 @@ import torch
 from test_distiller import Custom, assert_same, detector, distiller, fit, guest, sgd, shapes, weights
 from torch import Tensor
 
-from distill.callbacks.terms import Measure, TermCheck, faults
 from distill.losses.defeat import DeFeat
-from distill.module import Distiller
+from distill.training.callbacks.term_check import Measure, TermCheck, faults
+from distill.training.distiller import Distiller
 from distill.types import DistillError, View
 
 Formula = Callable[[View, View], Tensor]
@@ -87,7 +87,7 @@ def test_looking_changes_nothing_and_is_rare(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.autograd, "grad", counted)
     ends = []
     for callbacks in ([], [TermCheck(every=4, steps=4)]):
-        module = distiller(detector(norm="live"), guest(), {"defeat": DeFeat})
+        module = distiller(detector(norm="batch"), guest(), {"defeat": DeFeat})
         fit(module, tmp_path, shapes(train=24), max_epochs=1, callbacks=callbacks, accumulate_grad_batches=1)
         ends.append(weights(module))
     assert_same(*ends)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.detectors.anchor_free import FCOS
 from distill.detectors.base import Detector
+from distill.detectors.faster_rcnn import FasterRCNN
+from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
-from distill.detectors.one_stage import RetinaNet
-from distill.detectors.two_stage import FasterRCNN
+from distill.detectors.retinanet import RetinaNet
 from distill.types import Batch, DistillError, Target
 
 SIZES = ((96, 64), (70, 100), (128, 90))
@@ -88,7 +88,7 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{"norm": "frozen"}, {"norm": "live", "depth": 18, "trainable_stages": 5}])
+@pytest.mark.parametrize("options", [{"norm": "frozen"}, {"norm": "batch", "depth": 18, "trainable_stages": 5}])
 def test_losses_and_gradients_equal_torchvision_bit_for_bit(family: str, options: dict[str, Any]) -> None:
     detector, data = build(family, **options, **KERNEL.get(family, {})), batch()
     torch.manual_seed(7)
@@ -199,11 +199,11 @@ def foreign_detector(family: str, backbone: str) -> Any:
 @pytest.mark.parametrize("backbone", list(BODIES))
 def test_every_backbone_equals_torchvisions_bit_for_bit(family: str, backbone: str) -> None:
     options = {"head_channels": 1024, **KERNEL[family]} if family == "faster_rcnn" else {}
-    ours = build(family, backbone=backbone, depth=None, width=1.0, norm="live", **options)
+    ours = build(family, backbone=backbone, depth=None, width=1.0, norm="batch", **options)
     theirs, data = foreign_detector(family, backbone), batch(((64, 64), (50, 60)))
     theirs.load_state_dict(ours.net.state_dict(), strict=True)
     theirs.transform.resize = lambda image, target: (image, target)
-    assert list(ours.facts.body.values()) == BODIES[backbone][1]
+    assert list(ours.spec.body.values()) == BODIES[backbone][1]
     torch.manual_seed(7)
     losses = ours.view(data).losses
     sum(losses.values()).backward()
@@ -223,7 +223,7 @@ def test_every_backbone_equals_torchvisions_bit_for_bit(family: str, backbone: s
 
 @pytest.mark.parametrize("backbone", list(BODIES))
 def test_a_body_gives_the_last_map_at_each_stride(backbone: str) -> None:
-    detector = build("retinanet", backbone=backbone, depth=None, width=1.0, norm="live").eval()
+    detector = build("retinanet", backbone=backbone, depth=None, width=1.0, norm="batch").eval()
     view, found = detector.view(batch(((64, 64), (50, 60)))), {}
     x = view.images
     for part in detector.net.backbone.body.values():
@@ -232,13 +232,16 @@ def test_a_body_gives_the_last_map_at_each_stride(backbone: str) -> None:
     assert list(view.body) == [4, 8, 16, 32]
     for stride, each in view.body.items():
         assert torch.equal(each, found[stride])
-        assert each.shape[1] == detector.facts.body[stride]
-        assert detector.facts.body[stride] in BODIES[backbone][1]
+        assert each.shape[1] == detector.spec.body[stride]
+        assert detector.spec.body[stride] in BODIES[backbone][1]
 
 
 def test_paths_dropped_by_chance_come_from_the_views_seed() -> None:
     """EfficientNet drops residual paths in training; a seeded View's draws leave the global stream alone."""
-    detector, data = build("retinanet", backbone="efficientnet_b0", depth=None, width=1.0, norm="fixed"), batch()
+    detector, data = (
+        build("retinanet", backbone="efficientnet_b0", depth=None, width=1.0, norm="batch_fixed_stats"),
+        batch(),
+    )
     before = torch.get_rng_state()
     maps = [detector.view(data, seed=seed).body[32] for seed in (1, 1, 2)]
     assert torch.equal(before, torch.get_rng_state())
@@ -251,12 +254,12 @@ def test_paths_dropped_by_chance_come_from_the_views_seed() -> None:
 def count_calls(detector: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     net = detector.net
     parts = {"body": net.backbone.body["conv1"], "fpn": net.backbone.fpn}
-    if detector.facts.two_stage:
+    if detector.spec.two_stage:
         parts |= {"rpn": net.rpn.head, "pool": net.roi_heads.box_roi_pool, "box": net.roi_heads.box_head}
     else:
         parts |= {"class": net.head.classification_head.cls_logits, "box": net.head.regression_head.bbox_reg}
         parts |= {"trunk": net.head.regression_head.conv, "pool": detector.pool}
-        parts |= {"centerness": net.head.regression_head.bbox_ctrness} if detector.facts.anchor_free else {}
+        parts |= {"centerness": net.head.regression_head.bbox_ctrness} if detector.spec.anchor_free else {}
     counts = dict.fromkeys(parts, 0)
 
     def counting(name: str, forward: Any) -> Any:
@@ -320,19 +323,19 @@ def test_what_is_computed_ahead_is_kept_alone_and_is_what_it_would_be(
     assert_same(lazy.neck, detector.view(data).neck)
     assert lazy.stages == ["images", "body", "neck"]
     counts = count_calls(detector, monkeypatch)
-    view: Any = detector.view(data, frozen=True, seed=1, ahead=["neck"])
+    view: Any = detector.view(data, frozen=True, seed=1, prefetch=["neck"])
     assert (counts["body"], counts["fpn"]) == (1, 1)
-    assert (view.stages, list(view.ready)) == ([], ["neck"])
+    assert (view.stages, list(view.prefetched)) == ([], ["neck"])
     assert_same(view.neck, lazy.neck)
-    assert (view.stages, view.ready) == (["neck"], {})
+    assert (view.stages, view.prefetched) == (["neck"], {})
     assert_same(view.body, lazy.body)  # once more
     assert (counts["body"], counts["fpn"]) == (2, 1)
-    both = detector.view(data, frozen=True, seed=1, ahead=view.stages)
+    both = detector.view(data, frozen=True, seed=1, prefetch=view.stages)
     assert_same(both.neck, lazy.neck)
     assert_same(both.body, lazy.body)
     assert (counts["body"], counts["fpn"]) == (3, 2)
     assert both.stages == ["body", "neck"]
-    last: Any = detector.view(data, frozen=True, ahead=both.stages)
+    last: Any = detector.view(data, frozen=True, prefetch=both.stages)
     assert_same(last.body, lazy.body)
     assert last.stages == ["body"]  # so that a neck that is no longer read is no longer computed
 
@@ -344,7 +347,7 @@ def test_a_step_ahead_of_all_that_is_read_computes_nothing_twice(family: str, mo
     for _ in range(3):
         for name in counts:
             counts[name] = 0
-        view: Any = detector.view(data, frozen=True, seed=1, ahead=ahead)
+        view: Any = detector.view(data, frozen=True, seed=1, prefetch=ahead)
         found = dict(view.losses)
         ahead = view.stages
     assert ahead == ["losses"]
@@ -376,7 +379,7 @@ def everything(view: Any, order: tuple[str, ...]) -> dict[str, Tensor]:
         else:
             getattr(view, stage)
     found = dict(view.losses)
-    if view.facts.two_stage:
+    if view.spec.two_stage:
         found |= {f"proposals{i}": boxes for i, boxes in enumerate(view.proposals)}
         found |= {f"rois{i}": boxes for i, boxes in enumerate(view.rois.boxes)}
         found |= {f"labels{i}": labels for i, labels in enumerate(view.rois.labels)}
@@ -432,7 +435,7 @@ def test_anchors_are_float32_under_autocast(family: str) -> None:
         assert mixed[stride].dtype == torch.float32
         assert torch.equal(mixed[stride], anchors)
     columns, first = 1216 // 8, plain[8]
-    count = detector.facts.anchors[8]
+    count = detector.spec.anchors[8]
     centre = (first[:, :2] + first[:, 2:]) / 2
     assert torch.allclose(centre[count * (columns * 3 + 5)], torch.tensor([5.0 * 8, 3.0 * 8]), atol=0.51)
 
@@ -605,7 +608,7 @@ def test_anchors_move_to_the_objects_by_their_targets(family: str) -> None:
         (index,) = [
             index for index, box in enumerate(own.boxes) if torch.allclose(box, boxes[image, row], rtol=0, atol=1e-3)
         ]
-        assert view.facts.two_stage or int(own.labels[index]) == label
+        assert view.spec.two_stage or int(own.labels[index]) == label
         count += 1
     assert count > 5
     assert boxes.shape == (3, sum(map(len, view.anchors.values())), 4)
@@ -628,8 +631,8 @@ def test_dense_outputs_are_float32_under_autocast(family: str) -> None:
     detector = build(family)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         view = detector.view(batch())
-        dense = [view.deltas, view.objectness if view.facts.two_stage else view.class_logits]
-        dense += [view.centerness] if view.facts.anchor_free else []
+        dense = [view.deltas, view.objectness if view.spec.two_stage else view.class_logits]
+        dense += [view.centerness] if view.spec.anchor_free else []
         boxes = view.predictions()[0].boxes
     assert {x.dtype for maps in dense for x in maps.values()} == {torch.float32}
     assert boxes.dtype == torch.float32
@@ -728,11 +731,11 @@ def test_a_region_is_pooled_from_the_level_of_its_size(family: str) -> None:
     view = detector.view(data)
     view.__dict__["neck"] = {
         stride: torch.full((2, 2, math.ceil(2048 / stride), math.ceil(2048 / stride)), float(stride))
-        for stride in detector.facts.neck
+        for stride in detector.spec.neck
     }
     sides = [16.0, 111.0, 113.0, 223.0, 225.0, 447.0, 449.0, 895.0, 897.0, 1791.0, 1793.0]
     boxes = [torch.zeros(0, 4), torch.tensor([[0.0, 0.0, side, side] for side in sides])]
-    finest, coarsest = min(detector.facts.neck), 32 if family == "faster_rcnn" else 128
+    finest, coarsest = min(detector.spec.neck), 32 if family == "faster_rcnn" else 128
     expected = [min(max(2 ** math.floor(4 + math.log2(side / 224)), finest), coarsest) for side in sides]
     assert max(expected) == coarsest
     pooled = view.roi_features(boxes)
@@ -747,7 +750,7 @@ def test_dense_logits_follow_torchvisions_order_without_the_unused_label(family:
     flat = detector.net.head.classification_head(list(view.neck.values()))  # (B, HWA, K+1)
     offset = 0
     for stride, logits in view.class_logits.items():
-        count, (height, width) = detector.facts.anchors[stride], logits.shape[-2:]
+        count, (height, width) = detector.spec.anchors[stride], logits.shape[-2:]
         assert logits.shape[1] == count * 3
         for y, x, anchor, k in ((0, 0, 0, 0), (height - 1, width - 1, count - 1, 2), (0, width - 1, count // 2, 1)):
             row = offset + (y * width + x) * count + anchor

@@ -20,12 +20,11 @@ from typing import Any
 import psutil
 
 # Whatever is imported here need not be imported by each attempt.
-import distill.callbacks.provenance
-import distill.callbacks.resume  # noqa: F401
-from distill.callbacks import storage
-from distill.cli import main, train  # noqa: F401
 from distill.cli import report as reports
-from distill.module import Distiller
+from distill.cli import train  # noqa: F401
+from distill.cli.main import main
+from distill.training.callbacks import checkpoint_files
+from distill.training.distiller import Distiller
 
 EVENTS: dict[str, tuple[Any, str, int]] = {
     "in a step": (Distiller, "on_before_optimizer_step", 8),
@@ -53,7 +52,7 @@ def arm(event: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if event == "in the writing of a checkpoint":
-        whole = storage.write_whole
+        whole = checkpoint_files.atomic_write
 
         def half(path: Path, write: Callable[[Any], object], keep: Path | None = None) -> Path:
             def written(file: Any) -> None:
@@ -65,7 +64,7 @@ def arm(event: str, call: int) -> None:
 
             return whole(path, written, keep)
 
-        storage.write_whole = half
+        checkpoint_files.atomic_write = half
         return
     owner, name, _ = EVENTS[event]
     original = getattr(owner, name)

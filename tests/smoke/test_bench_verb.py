@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli
-from distill.cli import config
+from distill.cli import compose
 
 LINES = [
     *(
@@ -63,8 +63,8 @@ def test_the_report_is_complete_and_its_ratios_fit(
 def test_all_options_that_fit_and_why_the_others_do_not(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = config.groups()
-    monkeypatch.setattr(config, "groups", lambda: {**known, "distill": ["none", "mimic", "dicod", "dsig_retinanet"]})
+    known = compose.groups()
+    monkeypatch.setattr(compose, "groups", lambda: {**known, "distill": ["none", "mimic", "dicod", "dsig_retinanet"]})
     monkeypatch.setenv("COLUMNS", "80")
     file = tmp_path / "bench.json"
     assert cli([*LINES, "--all", "--json", str(file), "distill=defeat", "distill.losses.defeat.neck.foreground=2"]) == 0

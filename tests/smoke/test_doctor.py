@@ -17,10 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from conftest import TINY, TINY_DATA, Cli, summary
 from distill import load_detector
-from distill.cli import config
+from distill.cli import compose
 from distill.data.shapes import CLASSES, Shapes
-from distill.evaluation import evaluate
-from distill.module import Distiller
+from distill.evaluation.evaluate import evaluate
+from distill.training.distiller import Distiller
 
 OWN_DATA = [line for line in TINY if not line.startswith("data.source")]
 SIZES = {"small": (0, 1024), "medium": (1024, 9216), "large": (9216, 10**9)}
@@ -87,7 +87,7 @@ def test_terms_are_those_of_the_run_s_first_step(cli: Cli, ready: dict[str, Any]
 
 def test_the_teacher_is_measured_against_its_promise(ready: dict[str, Any], tiny_teacher: Path) -> None:
     known = summary(tiny_teacher)["student"]["val/AP"]
-    data = config.build(config.composed([*TINY_DATA, "paths.run=x"]).data)
+    data = compose.build(compose.composed([*TINY_DATA, "paths.run=x"]).data)
     found = ready["teacher"]
     assert found["promised"] == found["here"] == known
     assert found["sample"]["images"] == 4
@@ -100,12 +100,12 @@ def test_shapes_adapters_and_classes_are_those_of_the_models(ready: dict[str, An
     assert list(rows) == [4, 8, 16, 32, 64]
     for stride in (4, 8, 16, 32):
         assert rows[stride]["student neck"] == [16, 64 // stride, 64 // stride]
-        assert rows[stride]["teacher neck"] == [teacher.facts.neck[stride], 64 // stride, 64 // stride]
-        assert rows[stride]["teacher body"] == [teacher.facts.body[stride], 64 // stride, 64 // stride]
+        assert rows[stride]["teacher neck"] == [teacher.spec.neck[stride], 64 // stride, 64 // stride]
+        assert rows[stride]["teacher body"] == [teacher.spec.body[stride], 64 // stride, 64 // stride]
     assert [row["data"] for row in ready["classes"]] == list(CLASSES)
     assert all(row["data"] == row["student"] == row["teacher"] and row["taught"] for row in ready["classes"])
     assert [row["name"] for row in ready["adapters"]] == [f"defeat.maps.neck.adapters.{s}" for s in (4, 8, 16, 32, 64)]
-    each = 16 * teacher.facts.neck[4] * 9 + teacher.facts.neck[4]
+    each = 16 * teacher.spec.neck[4] * 9 + teacher.spec.neck[4]
     assert all(row["parameters"] == each for row in ready["adapters"])
 
 
@@ -133,7 +133,7 @@ def test_time_and_memory_are_estimated(ready: dict[str, Any]) -> None:
 def test_a_schedule_is_counted_in_batches(lines: list[str], batches: int, expected: tuple[int, int]) -> None:
     from distill.cli.doctor import planned
 
-    assert planned(config.composed([*lines, "paths.run=x"]).trainer, batches) == expected
+    assert planned(compose.composed([*lines, "paths.run=x"]).trainer, batches) == expected
 
 
 def test_a_missing_teacher_is_planned_and_not_trained(

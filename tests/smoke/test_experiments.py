@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from standins import write_coco, write_voc
 
 from conftest import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
-from distill.cli import config, teacher, train
+from distill.cli import compose, teacher, train
 from distill.types import DistillError
 
-EXPERIMENTS = config.groups()["experiment"]
+EXPERIMENTS = compose.groups()["experiment"]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def test_recipe_trains_and_its_baseline_is_clean(
 
     assert cli(["train", *lines, "teacher.weights=teacher", "hydra.run.dir=run"]) == 0
     report = summary(tmp_path / "run")
-    losses = config.composed([f"experiment={experiment}"]).distill.losses
+    losses = compose.composed([f"experiment={experiment}"]).distill.losses
     assert all(any(name.startswith(f"term/{loss}/") for name in report["terms"]) for loss in losses)
     assert ("val/mAP" in report["student"]) == ("_voc_" in experiment)
 
@@ -56,7 +56,7 @@ def test_recipe_trains_and_its_baseline_is_clean(
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_header_says_command_and_expected_number(experiment: str) -> None:
     """And where the number is from: the method's paper, and its table or the text that stands in for it."""
-    text = (config.folder() / "experiment" / f"{experiment}.yaml").read_text()
+    text = (compose.folder() / "experiment" / f"{experiment}.yaml").read_text()
     header = " ".join(text.split("\ndefaults:")[0].replace("\n#", " ").split())
     assert f"experiment={experiment} " in header
     if experiment == "bccd":  # no paper's
@@ -71,7 +71,7 @@ def test_header_says_command_and_expected_number(experiment: str) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_recipe_without_losses_leaves_none_behind(experiment: str) -> None:
-    cfg = config.composed([f"experiment={experiment}", "distill=none"])
+    cfg = compose.composed([f"experiment={experiment}", "distill=none"])
     assert not cfg.distill.losses
 
 
@@ -86,7 +86,7 @@ def test_the_teachers_own_run_has_the_model_that_is_printed(
     made: list[tuple[Any, Any]] = []
 
     def look(cfg: Any, data: Any) -> None:
-        made.append((cfg.teacher.model, config.composed([*teacher.run_overrides(cfg), "hydra.run.dir=."]).model))
+        made.append((cfg.teacher.model, compose.composed([*teacher.run_overrides(cfg), "hydra.run.dir=."]).model))
         raise DistillError("seen")
 
     monkeypatch.setattr(teacher, "find", look)

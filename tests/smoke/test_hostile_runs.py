@@ -140,9 +140,9 @@ def test_a_checkpoint_that_is_none_is_named(
 def test_what_a_student_says_of_itself_is_checked(
     change: dict[str, Any], run: Path, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    facts = json.loads((run / "student.json").read_text())
-    facts["model"] |= change
-    (run / "student.json").write_text(json.dumps(facts))
+    spec = json.loads((run / "student.json").read_text())
+    spec["model"] |= change
+    (run / "student.json").write_text(json.dumps(spec))
     drawn("val", 1)[1][0][1].save(tmp_path / "a.png")
     assert cli(["predict", "run", "a.png"]) == 1
     said = capsys.readouterr().err

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli, started, wait_until
-from distill.callbacks.teacher import TeacherCheck
 from distill.cli import report, teacher
 from distill.data.datamodule import DetectionData
 from distill.data.images import Images
 from distill.data.loader import GRACE
-from distill.module import Distiller
+from distill.training.callbacks.teacher_check import TeacherCheck
+from distill.training.distiller import Distiller
 
 SMALL = [*TINY_MODEL, *TINY_HEADS, *TINY_DATA, "data.batch_size=2", "trainer.accelerator=cpu", "pictures=0"]
 RUN = [*SMALL, "distill=none", "schedule.epochs=2", "hydra.run.dir=run"]

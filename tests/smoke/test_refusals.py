@@ -131,7 +131,12 @@ def test_a_wrong_value_is_named_before_an_image_is_read(
         (["bench", "data.batch_size=0"], "data.batch_size=0: expected a whole number from 1"),
         (["train", "-m", "--cfg", "job", "seed=1,2"], "--cfg shows the configuration of one run"),
         (
-            ["train", *TINY, "distill=none", "+metrics.more={_target_:distill.metrics.coco.CocoMetric,_partial_:true}"],
+            [
+                "train",
+                *TINY,
+                "distill=none",
+                "+metrics.more={_target_:distill.CocoMetric,_partial_:true}",
+            ],
             "metrics: ['coco', 'more'] give val/AP twice: set one of them to null",
         ),
     ],

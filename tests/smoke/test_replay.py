@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY, Cli
-from distill.cli import config
-from distill.guard import Guard
+from distill.cli import compose
+from distill.training.nonfinite import NonFiniteGuard
 
 
 def test_the_guard_s_keys_are_its_parameters_at_their_defaults() -> None:
-    node = config.composed(["paths.run=x"]).guard
-    parameters = inspect.signature(Guard).parameters
+    node = compose.composed(["paths.run=x"]).guard
+    parameters = inspect.signature(NonFiniteGuard).parameters
     assert {str(key) for key in node} - {"_target_"} == set(parameters)
     assert {name: parameters[name].default for name in ("limit", "scale_floor")} == {
         name: node[name] for name in ("limit", "scale_floor")

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from conftest import TINY, Cli, started, summary, wait_until
-from distill.cli import Terminated
-from distill.cli.signals import stoppable
+from distill.cli.signals import Terminated, stoppable
 from distill.cli.sweep import execute, place
 
 NONE = ["distill=none", *TINY, "pictures=0", "test=false"]

@@ -17,13 +17,13 @@ from PIL import Image
 
 from conftest import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 from distill import load_detector
-from distill.cli import config
+from distill.cli import compose
 from distill.cli import teacher as teachers
 from distill.data.shapes import CLASSES
-from distill.module import Distiller
+from distill.training.distiller import Distiller
 
 WIDE = "model.neck_channels=64"  # group norm
-OPTIONS = [option for option in config.groups()["distill"] if option != "none"]
+OPTIONS = [option for option in compose.groups()["distill"] if option != "none"]
 ONE_STAGE = [option for option in OPTIONS if "retinanet" in option]
 DISTILL = [option for option in OPTIONS if option not in ONE_STAGE]
 MADE = {"dicod": "made_classifier"}
@@ -46,7 +46,7 @@ def test_every_distill_option_trains(
     lines = [f"distill={option}", f"teacher.weights={tiny_teacher}", *TINY, *made, "hydra.run.dir=run"]
     assert cli(["train", *lines]) == 0
     report = summary(tmp_path / "run")
-    for loss in config.composed([f"distill={option}"]).distill.losses:
+    for loss in compose.composed([f"distill={option}"]).distill.losses:
         assert any(name.startswith(f"term/{loss}/") for name in report["terms"]), loss
     assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
     assert option in WITHOUT_TEACHER or report["teacher"]["source"] == str(tiny_teacher)
@@ -120,7 +120,7 @@ def test_every_one_stage_option_trains(option: str, cli: Cli, tmp_path: Path) ->
     assert cli(["train", *lines, "distill=none", "hydra.run.dir=teacher"]) == 0
     assert cli(["train", *lines, f"distill={option}", "teacher.weights=teacher", "hydra.run.dir=run"]) == 0
     report = summary(tmp_path / "run")
-    for loss in config.composed([f"distill={option}"]).distill.losses:
+    for loss in compose.composed([f"distill={option}"]).distill.losses:
         assert any(name.startswith(f"term/{loss}/") for name in report["terms"]), loss
     assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
 
@@ -331,7 +331,7 @@ def test_a_named_teacher_is_measured_once_for_all_jobs_on_its_data(
         measured.append("again")
         return {"AP": 0.5}
 
-    monkeypatch.setattr("distill.callbacks.teacher.evaluate", count)
+    monkeypatch.setattr("distill.training.callbacks.teacher_check.evaluate", count)
     lines = ["train", f"teacher.weights={tiny_teacher}", *TINY, "pictures=0"]
     assert cli([*lines, "seed=3", "data.source.train=12", "data.eval_batch_size=1", "hydra.run.dir=same"]) == 0
     assert not measured

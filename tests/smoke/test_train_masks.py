@@ -35,7 +35,7 @@ def test_trains_distils_evaluates_and_predicts(cli: Cli, tmp_path: Path) -> None
     assert any(name.startswith("term/defeat") for name in found)
     assert 0 <= report["student"]["val/mask_AP"] <= 1
     assert 0 <= report["teacher"]["values"]["val/mask_AP"] <= 1
-    assert load_detector(tmp_path / "run").facts.family == "mask_rcnn"
+    assert load_detector(tmp_path / "run").spec.family == "mask_rcnn"
     assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 1
     for source in ("run", "run/checkpoints/best.ckpt"):
         assert cli(["evaluate", source, "--json", "found.json"]) == 0

@@ -70,7 +70,7 @@ def test_declares_its_command_and_licence(installed: Installed) -> None:
 
 
 def test_finds_its_own_configuration(installed: Installed) -> None:
-    script = "import distill; from distill.cli.config import folder; print(distill.__file__); print(folder())"
+    script = "import distill; from distill.cli.compose import folder; print(distill.__file__); print(folder())"
     package, conf = installed.python("-c", script).split()
     assert Path(package) == installed.site / "distill" / "__init__.py"
     assert Path(conf) == installed.site / "distill" / "conf"
@@ -88,8 +88,8 @@ def test_help(installed: Installed) -> None:
 
 def test_prints_its_configuration(installed: Installed) -> None:
     text = installed.python("-m", "distill", "train", "--cfg", "job", "model=frcnn_r50")
-    assert "_target_: distill.detectors.two_stage.FasterRCNN" in text
-    assert "_target_: distill.losses.defeat.DeFeat" in text
+    assert "_target_: distill.FasterRCNN" in text
+    assert "_target_: distill.DeFeat" in text
     assert not any(installed.elsewhere.iterdir()), "printing leaves no run folder behind"
 
 

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.types import AnchorTargets, Batch, Detections, Facts, Regions, Target
+from distill.types import AnchorTargets, Batch, Detections, DetectorSpec, Regions, Target
 
 STRIDES = (4, 8, 16, 32, 64)
 PYRAMIDS = {"body", "neck", "class_logits", "objectness", "deltas"}
 
 
-def facts(
+def spec(
     classes: Sequence[str] = ("cat", "dog", "cow", "hen"),
     neck: int = 6,
     body: Sequence[int] = (3, 4, 5, 6),
     strides: Sequence[int] = STRIDES,
     two_stage: bool = True,
     anchors: int = 3,
-) -> Facts:
-    return Facts(
+) -> DetectorSpec:
+    return DetectorSpec(
         family="faster_rcnn" if two_stage else "retinanet",
         two_stage=two_stage,
         classes=tuple(classes),
@@ -48,8 +48,8 @@ class FakeView:
     """`stages` holds any of body, neck, anchors, class_logits, objectness, deltas, anchor_targets, proposals, rois, losses,
     and the results of roi_features, roi_logits, roi_boxes and predictions, each in the shape that `distill.types.View` promises."""
 
-    def __init__(self, batch: Batch, facts: Facts, **stages: Any) -> None:
-        self.batch, self.facts, self.stages = batch, facts, stages
+    def __init__(self, batch: Batch, spec: DetectorSpec, **stages: Any) -> None:
+        self.batch, self.spec, self.stages = batch, spec, stages
         self.reads: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
@@ -83,7 +83,7 @@ class FakeView:
             stages["roi_logits"] = tuple(change(x) for x in stages["roi_logits"])
         if "roi_features" in stages:
             stages["roi_features"] = change(stages["roi_features"])
-        return type(self)(self.batch, self.facts, **stages)
+        return type(self)(self.batch, self.spec, **stages)
 
     def leaves(self) -> list[Tensor]:
         """The tensors that a gradient could reach."""
@@ -93,7 +93,7 @@ class FakeView:
 
 
 def random_view(
-    batch: Batch, facts: Facts, seed: int, regions: int = 6, dtype: torch.dtype = torch.float64
+    batch: Batch, spec: DetectorSpec, seed: int, regions: int = 6, dtype: torch.dtype = torch.float64
 ) -> FakeView:
     """Every stage drawn at random, image by image, so that a longer batch only adds images. A third of the regions, or
     none where the image has no boxes, is positive."""
@@ -106,31 +106,31 @@ def random_view(
     def size(stride: int) -> tuple[int, int]:
         return -(-height // stride), -(-width // stride)
 
-    body = {stride: draw(channels, *size(stride)) for stride, channels in facts.body.items()}
-    neck = {stride: draw(channels, *size(stride)) for stride, channels in facts.neck.items()}
-    classes = len(facts.classes) + 1
+    body = {stride: draw(channels, *size(stride)) for stride, channels in spec.body.items()}
+    neck = {stride: draw(channels, *size(stride)) for stride, channels in spec.neck.items()}
+    classes = len(spec.classes) + 1
     logits = draw(regions, classes).flatten(0, 1), draw(regions, classes * 4).flatten(0, 1)
     boxes = [corners(regions, height, width, each) for each in generators]
     labels = [(torch.arange(regions) % 3 == 0).long() * bool(len(target.boxes)) for target in batch.targets]
-    grid = {stride: anchors(*size(stride), stride, count) for stride, count in facts.anchors.items()}
-    dense = {stride: draw(count * 4, *size(stride)) for stride, count in facts.anchors.items()}
-    outputs = 1 if facts.two_stage else classes - 1
-    scores = {stride: draw(count * outputs, *size(stride)) for stride, count in facts.anchors.items()}
+    grid = {stride: anchors(*size(stride), stride, count) for stride, count in spec.anchors.items()}
+    dense = {stride: draw(count * 4, *size(stride)) for stride, count in spec.anchors.items()}
+    outputs = 1 if spec.two_stage else classes - 1
+    scores = {stride: draw(count * outputs, *size(stride)) for stride, count in spec.anchors.items()}
     deltas = draw(regions, 4).float()
     moves = draw(regions, classes, 4).float()
     return FakeView(
         batch,
-        facts,
+        spec,
         body=body,
         neck=neck,
         anchors=grid,
         deltas=dense,
-        **{"objectness" if facts.two_stage else "class_logits": scores},
+        **{"objectness" if spec.two_stage else "class_logits": scores},
         anchor_targets=_anchor_targets(batch, sum(map(len, grid.values())), outputs, draw),
         proposals=boxes,
         predictions=[Detections(each, torch.ones(regions), torch.ones(regions).long()) for each in boxes],
         rois=Regions(boxes, labels, [box + 1 for box in boxes], list(deltas)),
-        roi_features=draw(regions, next(iter(facts.neck.values())), 7, 7).flatten(0, 1),
+        roi_features=draw(regions, next(iter(spec.neck.values())), 7, 7).flatten(0, 1),
         roi_logits=logits,
         roi_boxes=(torch.stack(boxes)[:, :, None] + moves).flatten(0, 1),
     )
@@ -167,4 +167,4 @@ def anchors(height: int, width: int, stride: int, count: int) -> Tensor:
 
 def equal_views(view: FakeView) -> FakeView:
     """A teacher that is its student's twin."""
-    return type(view)(view.batch, replace(view.facts), **view.mapped(torch.clone).stages)
+    return type(view)(view.batch, replace(view.spec), **view.mapped(torch.clone).stages)

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, equal_views, facts, random_view
+from fake_view import FakeView, batch, equal_views, random_view, spec
 from torch import Tensor
 
 from distill.losses.base import DistillLoss
-from distill.types import Batch, DistillError, Facts
+from distill.types import Batch, DetectorSpec, DistillError
 
 OBJECTS = [[[3.0, 5.0, 40.0, 30.0], [20.0, 20.0, 63.0, 63.0], [1.0, 50.0, 2.5, 60.0]], [[10.0, 8.0, 30.0, 60.0]]]
 NOTHING: list[list[float]] = []
@@ -26,8 +26,8 @@ NOTHING: list[list[float]] = []
 class LossGrid:
     """64 x 64 pixels, so the coarsest level is a single cell."""
 
-    student = facts()
-    teacher = facts()
+    student = spec()
+    teacher = spec()
     minimum = 0.0
     """Of each term, when student equals teacher."""
     twice = 1.0
@@ -35,11 +35,11 @@ class LossGrid:
     relative = 1e-10
     """Tolerance against the oracle, in float64."""
 
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         """Every term on. Without adapters, so that it takes float64 and vanishes when student equals teacher."""
         raise NotImplementedError
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         """The same with adapters, or as it is, where the method has none."""
         return self.loss(student, teacher)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.adapters import adapter, adapters
+from distill.losses.adapters import adapter, adapters
 from distill.types import DistillError
 
 

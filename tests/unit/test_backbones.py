@@ -18,11 +18,11 @@ from torchvision.models.detection import (
     retinanet_resnet50_fpn_v2,
 )
 
-from distill.detectors.anchor_free import FCOS
-from distill.detectors.backbones import ENDS, ResNet, trunk
+from distill.detectors.backbones import ENDS, ResNet, build_backbone
+from distill.detectors.faster_rcnn import FasterRCNN
+from distill.detectors.fcos import FCOS
 from distill.detectors.norms import NORMS, FixedBatchNorm2d, SyncBatchNorm2d, set_eps
-from distill.detectors.one_stage import RetinaNet
-from distill.detectors.two_stage import FasterRCNN
+from distill.detectors.retinanet import RetinaNet
 from distill.types import DistillError
 
 
@@ -197,7 +197,7 @@ def test_defaults_are_torchvisions_builders(which: str) -> None:
 def test_a_body_has_torchvisions_keys_and_shapes_at_strides_4_to_32(backbone: str) -> None:
     with torch.device("meta"):
         network = models.get_model(backbone, weights=None)
-        body: Any = trunk(backbone)
+        body: Any = build_backbone(backbone)
         x, strides = torch.rand(1, 3, 64, 64), {}
         for name, part in body.named_children():
             x = part(x)
@@ -241,11 +241,11 @@ def norms_of(body: nn.Module) -> dict[str, nn.Module]:
 @pytest.mark.parametrize("norm", list(NORMS))
 def test_every_norm_suits_every_body(backbone: str, eps: float, norm: str) -> None:
     torch.manual_seed(0)
-    x, live = torch.rand(2, 3, 64, 64), trunk(backbone)
+    x, live = torch.rand(2, 3, 64, 64), build_backbone(backbone)
     for each in norms_of(live).values():
         each.running_mean.uniform_(-0.1, 0.1)  # type: ignore[operator, union-attr]
         each.running_var.uniform_(0.5, 2)  # type: ignore[operator, union-attr]
-    body = trunk(backbone, norm=norm)
+    body = build_backbone(backbone, norm=norm)
     body.load_state_dict(live.state_dict(), strict=norm != "frozen")
     assert norms_of(body).keys() == norms_of(live).keys()
     assert {type(each) for each in norms_of(body).values()} == {NORMS[norm]}
@@ -255,14 +255,14 @@ def test_every_norm_suits_every_body(backbone: str, eps: float, norm: str) -> No
     before = {name: each.running_var.clone() for name, each in norms_of(body).items()}  # type: ignore[operator]
     body.train()(x)
     moved = {name for name, each in norms_of(body).items() if not torch.equal(each.running_var, before[name])}  # type: ignore[arg-type]
-    assert (trained, moved) == (norm != "frozen", before.keys() if norm in ("live", "sync") else set())
-    assert {each.eps for each in norms_of(trunk(backbone, norm=norm, norm_eps=0.02)).values()} == {0.02}
+    assert (trained, moved) == (norm != "frozen", before.keys() if norm in ("batch", "sync") else set())
+    assert {each.eps for each in norms_of(build_backbone(backbone, norm=norm, norm_eps=0.02)).values()} == {0.02}
 
 
 def test_mobilenets_come_in_torchvisions_widths() -> None:
     for backbone in ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"):
         theirs = models.get_model(backbone, weights=None, width_mult=0.5).features.state_dict()
-        ours = trunk(backbone, width=0.5).state_dict()
+        ours = build_backbone(backbone, width=0.5).state_dict()
         assert len(ours) > 100
         assert {name: value.shape for name, value in ours.items()} == {name: theirs[name].shape for name in ours}
 
@@ -322,7 +322,7 @@ def test_a_timm_body_keeps_the_protocol(name: str, channels: tuple[int, ...], no
     theirs = timm.create_model(name, features_only=True)
     state = {key.removeprefix("net."): value for key, value in body.state_dict().items()}
     theirs.load_state_dict(state, strict=norm != "frozen")
-    assert tuple(detector.facts.body.values()) == channels
+    assert tuple(detector.spec.body.values()) == channels
     for mine, other in zip(body.eval().maps(x), theirs.eval()(x)[-4:], strict=True):
         assert torch.allclose(mine, other, atol=1e-4)
     norms = norms_of(body).values()

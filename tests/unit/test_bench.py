@@ -10,8 +10,11 @@ import torch
 from test_dicod import Tiny
 from torch import Tensor, nn
 
-from distill.bench.clock import Clock, Spread
-from distill.bench.measure import (
+from distill.data.datamodule import DetectionData
+from distill.data.shapes import CLASSES, Shapes
+from distill.detectors.faster_rcnn import FasterRCNN
+from distill.diagnostics.bench.clock import Clock, Spread
+from distill.diagnostics.bench.measure import (
     _flops,
     _option_cost,
     _teacher_flops,
@@ -21,18 +24,15 @@ from distill.bench.measure import (
     measure_student,
     settle,
 )
-from distill.bench.report import Cost, OptionCost, Report, verdict
-from distill.bench.step import Read, Step, Watched
-from distill.data.datamodule import DetectionData
-from distill.data.shapes import CLASSES, Shapes
-from distill.detectors.two_stage import FasterRCNN
-from distill.guest import Guest
+from distill.diagnostics.bench.report import Cost, OptionCost, Report, verdict
+from distill.diagnostics.bench.step import Read, Step, Watched
+from distill.diagnostics.memory import Memory
+from distill.evaluation.coco import CocoMetric
 from distill.losses.defeat import DeFeat
 from distill.losses.dicod import DICOD
 from distill.losses.mimic import Mimic
-from distill.memory import Memory
-from distill.metrics.coco import CocoMetric
-from distill.optimization import Schedule
+from distill.teacher import Teacher
+from distill.training.schedule import Schedule
 from distill.types import Batch, DistillError
 
 CPU = torch.device("cpu")
@@ -66,8 +66,8 @@ def detector(seed: int = 0, **options: Any) -> FasterRCNN:
 
 
 def step(batch: Batch, kind: Any = DeFeat, **options: Any) -> Step:
-    student, teacher = detector(), Guest(detector(1, neck_channels=24))
-    losses = {"loss": kind(student.facts, teacher.facts, **options)} if kind else {}
+    student, teacher = detector(), Teacher(detector(1, neck_channels=24))
+    losses = {"loss": kind(student.spec, teacher.spec, **options)} if kind else {}
     return Step(student, teacher, losses, batch, Schedule())
 
 
@@ -182,9 +182,9 @@ def test_ratios_are_those_of_the_same_round(batch: Batch) -> None:
     cost = _option_cost(alone, made, (["neck"], []), *times)
     assert cost.ratio.median == 2.0
     assert cost.teacher_ratio == Spread(0.25, 0.25, 0.5)
-    assert cost.adapters_ratio.median == cost.again_ratio.median == 0.125
-    assert cost.glue.median == pytest.approx(4 / 3.5 - 1)
-    assert (cost.glue.low, cost.glue.high) == (pytest.approx(3 / 2.75 - 1), pytest.approx(10 / 6 - 1))
+    assert cost.adapters_ratio.median == cost.student_recompute_ratio.median == 0.125
+    assert cost.loss_overhead.median == pytest.approx(4 / 3.5 - 1)
+    assert (cost.loss_overhead.low, cost.loss_overhead.high) == (pytest.approx(3 / 2.75 - 1), pytest.approx(10 / 6 - 1))
     assert cost.allowed == 0.03
     assert _option_cost(alone, made, (["neck", "roi_features"], []), *times).allowed == 0.10
     assert _option_cost(alone, made, ([], ["neck", "rois"]), *times).allowed == 0.10
@@ -241,11 +241,11 @@ def spread(value: float) -> Spread:
 
 
 def report(
-    loader: float = 1000.0, glue: float = 0.01, teacher: float = 0.4, adapters: float = 0.1, again: float = 0.0
+    loader: float = 1000.0, loss_overhead: float = 0.01, teacher: float = 0.4, adapters: float = 0.1, again: float = 0.0
 ) -> Report:
     option = OptionCost(
         *(spread(0.2), 2.0, {}, spread(0.1), spread(0.1 * teacher), spread(0.1 * adapters), spread(0.1 * again)),
-        *(spread(2.0), spread(teacher), spread(adapters), spread(again), spread(glue), 1.0, ["neck"], 0.03),
+        *(spread(2.0), spread(teacher), spread(adapters), spread(again), spread(loss_overhead), 1.0, ["neck"], 0.03),
         bytes=Memory(4.0, 3.0, 2.0, 1.0, 9.0, 0.0),
     )
     return Report({}, Cost(spread(0.1), 1.0, {}), {"x": option}, {}, {"images_per_second": loader}, {})
@@ -262,7 +262,7 @@ def test_the_verdict_names_the_bottleneck_and_a_remedy() -> None:
         "student alone: the loader is the bottleneck, with 30.0 images/s where the step could take 40"
     )
     assert slow[1].startswith("x: the student's own step")
-    assert "x: losses and masks take 8.0 %" in verdict(report(glue=0.08), 4)[1]
+    assert "x: losses and masks take 8.0 %" in verdict(report(loss_overhead=0.08), 4)[1]
 
 
 def test_the_verdict_tells_a_teachers_maps_from_what_a_loss_keeps() -> None:
@@ -277,7 +277,7 @@ def test_the_verdict_tells_a_teachers_maps_from_what_a_loss_keeps() -> None:
 
 def test_a_guest_of_a_loss_is_clocked_as_a_teacher(batch: Batch) -> None:
     student, classifier = detector(), Tiny(("background", *CLASSES))
-    loss = DICOD(student.facts, None, classifier, size=12)
+    loss = DICOD(student.spec, None, classifier, size=12)
     made = Step(student, None, {"dicod": loss}, batch, Schedule())
     theirs, ours = made.teach()
     assert {"images", "logits"} <= set(theirs.stages)
@@ -293,7 +293,7 @@ def test_a_guest_of_a_loss_is_clocked_as_a_teacher(batch: Batch) -> None:
 
 def test_guests_are_put_back_when_a_loss_fails(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     student, classifier = detector(), Tiny()  # knows none of the classes
-    loss = DICOD(student.facts, None, classifier, {"classes": 0}, size=12)
+    loss = DICOD(student.spec, None, classifier, {"classes": 0}, size=12)
     made, met = Step(student, None, {"dicod": loss}, batch, Schedule()), []
 
     def broken(self: DICOD, *_: Any) -> Any:

@@ -19,11 +19,11 @@ from torchvision.models import _api, resnet18
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn, fcos_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
-from distill.classes import match_classes
-from distill.detectors import checkpoints
-from distill.detectors.anchor_free import FCOS
-from distill.detectors.one_stage import RetinaNet
-from distill.detectors.two_stage import FasterRCNN
+from distill.detectors import registry, weights
+from distill.detectors.faster_rcnn import FasterRCNN
+from distill.detectors.fcos import FCOS
+from distill.detectors.retinanet import RetinaNet
+from distill.labels import match_classes
 from distill.types import Batch, DistillError, Target
 
 FAMILIES = [FasterRCNN, RetinaNet, FCOS]
@@ -64,19 +64,19 @@ def assert_same_detections(left: Any, right: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("norm", ["frozen", "fixed", "live", "sync"])
+@pytest.mark.parametrize("norm", ["frozen", "batch_fixed_stats", "batch", "sync"])
 def test_a_student_comes_back_as_it_was(family: Any, norm: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     student = small(family, norm=norm, norm_eps=1e-3, mean=(0.1, 0.2, 0.3), nms_thresh=0.4, **OTHER[family])
-    path = checkpoints.save_student(student, tmp_path / "run", {"AP": 0.5})
+    path = weights.save_student(student, tmp_path / "run", {"AP": 0.5})
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["student.json", "student.pt"]
     student.net.load_state_dict(torch.load(path, weights_only=True), strict=True)
-    facts = json.loads((tmp_path / "run" / "student.json").read_text())
-    assert facts["extra"] == {"AP": 0.5}
-    assert facts["model"] == student.describe() == json.loads(json.dumps(student.describe()))
+    spec = json.loads((tmp_path / "run" / "student.json").read_text())
+    assert spec["extra"] == {"AP": 0.5}
+    assert spec["model"] == student.describe() == json.loads(json.dumps(student.describe()))
     for source in (tmp_path / "run", path, path.with_suffix(".json")):
-        again = checkpoints.load_detector(source)
-        assert again.facts == student.facts
+        again = registry.load_detector(source)
+        assert again.spec == student.spec
         assert again.describe() == student.describe()
         assert type(again.net.backbone.body["bn1"]) is type(student.net.backbone.body["bn1"])
         assert again.net.backbone.body["bn1"].eps == 1e-3
@@ -85,9 +85,9 @@ def test_a_student_comes_back_as_it_was(family: Any, norm: str, tmp_path: Path) 
 
 
 def test_loading_a_teacher_draws_nothing_from_the_global_stream(tmp_path: Path) -> None:
-    checkpoints.save_student(small(RetinaNet), tmp_path)
+    weights.save_student(small(RetinaNet), tmp_path)
     before = torch.get_rng_state()
-    checkpoints.load_detector(tmp_path)
+    registry.load_detector(tmp_path)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -101,7 +101,7 @@ def test_every_constructor_argument_is_described() -> None:
 
 def test_a_broken_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = small(RetinaNet)
-    before = checkpoints.save_student(student, tmp_path).read_bytes()
+    before = weights.save_student(student, tmp_path).read_bytes()
 
     def broken(state: Any, file: Any) -> None:
         file.write(b"half")
@@ -109,7 +109,7 @@ def test_a_broken_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.save_student(student, tmp_path)
+        weights.save_student(student, tmp_path)
     assert (tmp_path / "student.pt").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -194,7 +194,7 @@ def rows(detector: Any, name: str) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keep_takes_the_rows_of_the_same_names(family: Any, tmp_path: Path) -> None:
     source = randomised(small(family))
-    checkpoints.save_student(source, tmp_path)
+    weights.save_student(source, tmp_path)
     target = small(family, ["owl", "cat"], weights=str(tmp_path))
     for layer in family.class_layers:
         for part in ("weight", "bias"):
@@ -204,7 +204,7 @@ def test_keep_takes_the_rows_of_the_same_names(family: Any, tmp_path: Path) -> N
                 assert len(values) == len(theirs[name]) > 0
                 assert all(torch.equal(a, b) for a, b in zip(values, theirs[name], strict=True))
     assert "owl, cat, out of 3 classes" in "\n".join(target.report)
-    assert checkpoints.load_detector(tmp_path).classes == ("cat", "dog", "owl")
+    assert registry.load_detector(tmp_path).classes == ("cat", "dog", "owl")
     with pytest.raises(DistillError, match=r"\['Cat'\].*'cat', 'dog', 'owl'"):
         small(family, ["Cat", "dog"], weights=str(tmp_path))
 
@@ -213,12 +213,12 @@ def test_keep_takes_the_rows_of_the_same_names(family: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize("named", [True, False])
 def test_new_leaves_the_head_fresh_and_fits_the_rest(family: Any, named: bool, tmp_path: Path) -> None:
     source = randomised(small(family))
-    checkpoints.save_student(source, tmp_path)
+    weights.save_student(source, tmp_path)
     if not named:
         (tmp_path / "student.json").unlink()
     fresh_head = small(family, ["x", "y"])
     before = {name: value.clone() for name, value in fresh_head.net.state_dict().items()}
-    checkpoints.load_weights(fresh_head, tmp_path / "student.pt", head="new")
+    weights.load_weights(fresh_head, tmp_path / "student.pt", head="new")
     for name, value in fresh_head.net.state_dict().items():
         fresh = name.startswith(tuple(family.class_layers))
         assert torch.equal(value, before[name] if fresh else source.net.state_dict()[name]), name
@@ -228,7 +228,7 @@ def test_new_leaves_the_head_fresh_and_fits_the_rest(family: Any, named: bool, t
 
 
 def test_classes_may_come_with_the_weights(tmp_path: Path) -> None:
-    checkpoints.save_student(small(RetinaNet), tmp_path)
+    weights.save_student(small(RetinaNet), tmp_path)
     assert small(RetinaNet, None, weights=str(tmp_path)).classes == ("cat", "dog", "owl")
     with pytest.raises(DistillError, match="classes"):
         small(RetinaNet, None)
@@ -238,22 +238,22 @@ def test_classes_may_come_with_the_weights(tmp_path: Path) -> None:
 
 
 def test_facts_that_weights_depend_on_must_agree(tmp_path: Path) -> None:
-    checkpoints.save_student(small(RetinaNet, mean=(0.5, 0.5, 0.5), norm="frozen", norm_eps=1e-3), tmp_path)
+    weights.save_student(small(RetinaNet, mean=(0.5, 0.5, 0.5), norm="frozen", norm_eps=1e-3), tmp_path)
     with pytest.raises(DistillError, match=r"mean=\[0.5, 0.5, 0.5\] \(here \[0.485"):
         small(RetinaNet, weights=str(tmp_path))
-    fixed = small(RetinaNet, weights=str(tmp_path), mean=(0.5, 0.5, 0.5), norm="fixed")
+    fixed = small(RetinaNet, weights=str(tmp_path), mean=(0.5, 0.5, 0.5), norm="batch_fixed_stats")
     assert fixed.net.backbone.body["bn1"].eps == fixed.describe()["norm_eps"] == 1e-3
     report = "\n".join(fixed.report)
-    assert "norm: fixed here; the weights were made with frozen" in report
+    assert "norm: batch_fixed_stats here; the weights were made with frozen" in report
     assert "norm_eps: 0.001" in report
-    live = small(RetinaNet, weights=str(tmp_path), mean=(0.5, 0.5, 0.5), norm="live")
+    live = small(RetinaNet, weights=str(tmp_path), mean=(0.5, 0.5, 0.5), norm="batch")
     assert live.net.backbone.body["bn1"].eps == live.describe()["norm_eps"] == 1e-5
 
 
 def test_a_json_that_is_no_detector_is_refused(tmp_path: Path) -> None:
-    path = checkpoints.save_student(small(RetinaNet), tmp_path)
-    facts = path.with_suffix(".json")
-    good = json.loads(facts.read_text())
+    path = weights.save_student(small(RetinaNet), tmp_path)
+    spec = path.with_suffix(".json")
+    good = json.loads(spec.read_text())
     for text, words in (
         ("{", "not JSON"),
         ("[]", "object"),
@@ -261,9 +261,9 @@ def test_a_json_that_is_no_detector_is_refused(tmp_path: Path) -> None:
         (json.dumps({"model": {**good["model"], "family": "yolo"}}), "faster_rcnn, mask_rcnn, retinanet, fcos"),
         (json.dumps({"model": {**good["model"], "new_option": 1}}), "new_option"),
     ):
-        facts.write_text(text)
+        spec.write_text(text)
         with pytest.raises(DistillError, match=words):
-            checkpoints.load_detector(tmp_path)
+            registry.load_detector(tmp_path)
 
 
 def offline(monkeypatch: pytest.MonkeyPatch, state: Any = None) -> list[str]:
@@ -324,7 +324,7 @@ def test_imagenet_weights_from_torchvision_or_a_file(tmp_path: Path, monkeypatch
         ("resnext50_32x4d", "fc"),
     ],
 )
-@pytest.mark.parametrize("norm", ["live", "frozen"])
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
 def test_a_classifiers_weights_fill_every_body(
     backbone: str, head: str, norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,9 +369,9 @@ def test_imagenet_weights_are_for_one_width(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_mobilenet_student_comes_back_as_it_was(family: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     student = small(family, backbone="mobilenet_v3_small", depth=None, width=0.5, norm="frozen")
-    checkpoints.save_student(student, tmp_path)
-    again = checkpoints.load_detector(tmp_path)
-    assert (again.facts, again.describe()) == (student.facts, student.describe())
+    weights.save_student(student, tmp_path)
+    again = registry.load_detector(tmp_path)
+    assert (again.spec, again.describe()) == (student.spec, student.describe())
     assert_same_detections(student, again)
 
 
@@ -391,8 +391,8 @@ def test_a_timm_classifiers_file_fills_its_body(name: str, tmp_path: Path) -> No
     body = {key.removeprefix("net."): v for key, v in detector.net.backbone.body.state_dict().items()}
     assert len(body) > 90
     assert all(torch.equal(value, state[key]) for key, value in body.items())
-    checkpoints.save_student(detector, tmp_path)
-    assert checkpoints.load_detector(tmp_path).describe() == detector.describe()
+    weights.save_student(detector, tmp_path)
+    assert registry.load_detector(tmp_path).describe() == detector.describe()
     first = next(iter(state))
     for changed, words in (
         ({key: value for key, value in state.items() if key != first}, f"1 missing: {first}"),
@@ -421,7 +421,7 @@ def test_torchvisions_coco_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {m.eps for m in ours.modules() if isinstance(m, FrozenBatchNorm2d)} == {0.0}
     assert ours.describe()["norm_eps"] == 0.0
     assert torch.equal(ours.net.rpn.head.conv[0][0].weight, theirs.rpn.head.conv[0][0].weight)
-    own = FasterRCNN(["dog", "cat"], weights="FasterRCNN_ResNet50_FPN_Weights.COCO_V1", norm="fixed")
+    own = FasterRCNN(["dog", "cat"], weights="FasterRCNN_ResNet50_FPN_Weights.COCO_V1", norm="batch_fixed_stats")
     score = "roi_heads.box_predictor.cls_score.weight"
     labels = [0, ours.classes.index("dog") + 1, ours.classes.index("cat") + 1]
     assert torch.equal(own.net.state_dict()[score], state[score][labels])
@@ -444,7 +444,7 @@ def test_torchvisions_coco_weights_of_fcos_keep_their_epsilon(monkeypatch: pytes
     assert ours.parameters_count == FCOS_ResNet50_FPN_Weights.COCO_V1.meta["num_params"]
     assert ours.net.state_dict().keys() == reference.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in ours.net.state_dict().items())
-    own = FCOS(["dog", "cat"], weights="FCOS_ResNet50_FPN_Weights.COCO_V1", norm="fixed", norm_eps=1e-3)
+    own = FCOS(["dog", "cat"], weights="FCOS_ResNet50_FPN_Weights.COCO_V1", norm="batch_fixed_stats", norm_eps=1e-3)
     labels = [0, ours.classes.index("dog") + 1, ours.classes.index("cat") + 1]
     score = "head.classification_head.cls_logits.weight"
     assert torch.equal(own.net.state_dict()[score], state[score][labels])

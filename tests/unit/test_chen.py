@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, equal_views, facts, random_view
+from fake_view import FakeView, batch, equal_views, random_view, spec
 from loss_grid import NOTHING, OBJECTS, LossGrid
 from torch import Tensor
 from two_processes import assert_two_equal_one
@@ -18,7 +18,7 @@ from two_processes import assert_two_equal_one
 from distill.losses import base
 from distill.losses.base import DistillLoss, per_anchor
 from distill.losses.chen import Chen, bounded, soft_labels
-from distill.types import AnchorTargets, DistillError, Facts
+from distill.types import AnchorTargets, DetectorSpec, DistillError
 
 OFF: dict[str, Mapping[str, Any]] = {
     "rpn": {"soft": 0, "box": 0},
@@ -92,16 +92,16 @@ def nonsense_elsewhere(view: FakeView) -> FakeView:
     pairs = zip(regions.deltas, regions.labels, strict=True)
     deltas = [each.masked_fill(labels[:, None] == 0, -math.inf) for each, labels in pairs]
     stages = {**view.stages, "anchor_targets": targets._replace(deltas=dense), "rois": regions._replace(deltas=deltas)}
-    return FakeView(view.batch, view.facts, **stages)
+    return FakeView(view.batch, view.spec, **stages)
 
 
 class TestChen(LossGrid):
     options: Mapping[str, Any] = {"margin": 4.0}
 
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return Chen(student, teacher, adapter={"kernel": None}, **self.options)
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return Chen(student, teacher, **self.options)
 
     def views(self, boxes: list[list[list[float]]], dtype: torch.dtype = torch.float64) -> tuple[FakeView, FakeView]:
@@ -151,7 +151,7 @@ def perfect_boxes(view: FakeView) -> FakeView:
     targets = view.anchor_targets._replace(deltas=per_anchor(view.deltas, 4))
     per_image = list(moves.split([len(labels) for labels in regions.labels]))
     return FakeView(
-        view.batch, view.facts, **{**view.stages, "anchor_targets": targets, "rois": regions._replace(deltas=per_image)}
+        view.batch, view.spec, **{**view.stages, "anchor_targets": targets, "rois": regions._replace(deltas=per_image)}
     )
 
 
@@ -213,7 +213,7 @@ def test_anchors_come_in_the_order_of_the_view() -> None:
     ],
 )
 def test_hard_and_soft_labels_share_one_weight(options: dict[str, Any], factors: dict[str, float]) -> None:
-    loss = Chen(facts(), facts(), **options)
+    loss = Chen(spec(), spec(), **options)
     assert loss.supervised == factors
     for head, own in (("rpn", "loss_objectness"), ("rcn", "loss_classifier")):
         assert loss.weights.get(f"{head}.soft", 0) + loss.supervised.get(own, 1) == 1
@@ -233,8 +233,8 @@ def test_hard_and_soft_labels_share_one_weight(options: dict[str, Any], factors:
     ],
 )
 def test_a_term_without_weight_is_neither_built_nor_computed(options: dict[str, Any], reads: set[str]) -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed, dtype=torch.float32) for seed in (1, 2))
-    loss = Chen(facts(), facts(), **only(**options))
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed, dtype=torch.float32) for seed in (1, 2))
+    loss = Chen(spec(), spec(), **only(**options))
     assert loss(student, teacher).keys() == loss.weights.keys()
     assert student.reads == reads
     assert teacher.reads == reads - {"anchor_targets", "rois"}  # the regions, and the sample, are the student's
@@ -242,7 +242,7 @@ def test_a_term_without_weight_is_neither_built_nor_computed(options: dict[str, 
 
 
 def test_both_models_judge_the_student_s_regions() -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
     seen: list[Any] = []
 
     class Watched(FakeView):
@@ -250,14 +250,14 @@ def test_both_models_judge_the_student_s_regions() -> None:
             seen.append(boxes)
             return super().roi_logits(boxes)
 
-    Chen(facts(), facts(), **only(rcn={}))(
-        *(Watched(view.batch, view.facts, **view.stages) for view in (student, teacher))
+    Chen(spec(), spec(), **only(rcn={}))(
+        *(Watched(view.batch, view.spec, **view.stages) for view in (student, teacher))
     )
     assert seen[0] is seen[1] is student.rois.boxes  # equal tensors, or the View would compute them again
 
 
 def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
-    ours, theirs = facts(classes=("dog", "cat")), facts(classes=("cat", "cow", "dog", "hen"))
+    ours, theirs = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
     student, teacher = random_view(batch(OBJECTS), ours, 1), random_view(batch(OBJECTS), theirs, 2)
     student.stages["rois"] = student.rois._replace(labels=[torch.tensor([1, 2, 0, 1, 2, 0])] * 2)
     values = Chen(ours, theirs, **only(rcn={}))(student, teacher)
@@ -288,8 +288,8 @@ def test_boxes_are_pulled_until_they_beat_the_teacher(head: str) -> None:
 
 def descend(rate: float, **options: Any) -> tuple[float, float]:
     """First and last value of 100 steps of gradient descent on the student's leaves and the adapters."""
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
-    loss = Chen(facts(), facts(), **options).double()
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
+    loss = Chen(spec(), spec(), **options).double()
     leaves = [leaf.requires_grad_() for leaf in student.leaves()]
     optimizer = torch.optim.SGD([*leaves, *loss.parameters()], lr=rate)
     values = []
@@ -323,40 +323,40 @@ def descend(rate: float, **options: Any) -> tuple[float, float]:
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        Chen(facts(), facts(), **options)
+        Chen(spec(), spec(), **options)
 
 
 def test_detectors_that_do_not_match_are_refused() -> None:
-    one_stage = facts(two_stage=False)
+    one_stage = spec(two_stage=False)
     with pytest.raises(DistillError, match=r"rpn: both .* the teacher is a retinanet\. Set the weights of rpn to 0"):
-        Chen(facts(), one_stage)
+        Chen(spec(), one_stage)
     with pytest.raises(DistillError, match=r"rcn: both .* the student is a retinanet"):
-        Chen(one_stage, facts(), **only(rcn={}))
+        Chen(one_stage, spec(), **only(rcn={}))
     with pytest.raises(DistillError, match=r"anchors per cell .*{4: 3.* of the student and {4: 9.* of the teacher"):
-        Chen(facts(), facts(anchors=9))
+        Chen(spec(), spec(anchors=9))
     with pytest.raises(DistillError, match="same strides"):
-        Chen(facts(strides=(4, 8)), facts())
+        Chen(spec(strides=(4, 8)), spec())
     with pytest.raises(DistillError, match=r"\['cow'\] of"):
-        Chen(facts(classes=("cow", "cat")), facts(classes=("cat", "Cow")))
-    Chen(facts(classes=("cow",)), facts(anchors=9), **only(hint={}))  # the neck does not care
-    Chen(facts(classes=("cow",)), facts(), **only(rpn={}))  # nor does the RPN, of classes
-    Chen(facts(), facts(anchors=9), **only(rcn={}))  # nor the box head, of anchors
+        Chen(spec(classes=("cow", "cat")), spec(classes=("cat", "Cow")))
+    Chen(spec(classes=("cow",)), spec(anchors=9), **only(hint={}))  # the neck does not care
+    Chen(spec(classes=("cow",)), spec(), **only(rpn={}))  # nor does the RPN, of classes
+    Chen(spec(), spec(anchors=9), **only(rcn={}))  # nor the box head, of anchors
 
 
 def test_hints_serve_every_pair_that_shares_strides() -> None:
-    one_stage = facts(strides=(8, 16, 32, 64, 128), two_stage=False, anchors=9)
-    student, teacher = random_view(batch(OBJECTS), one_stage, 1), random_view(batch(OBJECTS), facts(neck=8), 2)
-    loss = Chen(one_stage, facts(neck=8), **only(hint={})).double()
+    one_stage = spec(strides=(8, 16, 32, 64, 128), two_stage=False, anchors=9)
+    student, teacher = random_view(batch(OBJECTS), one_stage, 1), random_view(batch(OBJECTS), spec(neck=8), 2)
+    loss = Chen(one_stage, spec(neck=8), **only(hint={})).double()
     assert loss.get_submodule("hint").levels == [8, 16, 32, 64]
     assert {type(each) for each in loss.get_submodule("hint.adapters").children()} == {torch.nn.Conv2d}
     assert loss(student, teacher)["hint.neck"] > 0
 
 
 def test_anchors_of_other_sizes_are_refused_in_the_first_step() -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
     teacher.stages["anchors"] = {stride: 2 * each for stride, each in teacher.anchors.items()}
     with pytest.raises(DistillError, match="rpn: expected equal anchors, but those at stride 4 differ"):
-        Chen(facts(), facts(), **only(rpn={}))(student, teacher)
+        Chen(spec(), spec(), **only(rpn={}))(student, teacher)
 
 
 @pytest.mark.parametrize(
@@ -368,9 +368,9 @@ def test_anchors_of_other_sizes_are_refused_in_the_first_step() -> None:
     ],
 )
 def test_a_head_s_wrong_shape_is_refused(options: dict[str, Any], message: str) -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
     with pytest.raises(DistillError, match=f"{message}: expected student and teacher of equal shape"):
-        Chen(facts(), facts(), **only(**options))(student.mapped(lambda x: x[..., :-1]), teacher)
+        Chen(spec(), spec(), **only(**options))(student.mapped(lambda x: x[..., :-1]), teacher)
 
 
 # -- several processes
@@ -379,7 +379,7 @@ def test_a_head_s_wrong_shape_is_refused(options: dict[str, Any], message: str) 
 def scene() -> tuple[FakeView, FakeView]:
     """The first process has all boxes, and more sampled anchors for it."""
     images = batch([OBJECTS[0], OBJECTS[1], NOTHING, NOTHING])
-    student, teacher = random_view(images, facts(), 1), random_view(images, facts(), 2)
+    student, teacher = random_view(images, spec(), 1), random_view(images, spec(), 2)
     targets = student.anchor_targets
     sampled = targets.sampled.clone()
     sampled[2:, ::2] = False
@@ -388,7 +388,7 @@ def scene() -> tuple[FakeView, FakeView]:
 
 
 def make(normalizer: str) -> DistillLoss:
-    return Chen(facts(), facts(), normalizer=normalizer).double()
+    return Chen(spec(), spec(), normalizer=normalizer).double()
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
@@ -396,8 +396,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 def test_an_image_without_boxes_has_soft_labels_but_no_box_to_learn() -> None:
-    student, teacher = (random_view(batch([NOTHING]), replace(facts()), seed) for seed in (1, 2))
-    values = Chen(facts(), facts()).double()(student, teacher)
+    student, teacher = (random_view(batch([NOTHING]), replace(spec()), seed) for seed in (1, 2))
+    values = Chen(spec(), spec()).double()(student, teacher)
     assert values.keys() == TERMS
     assert values["rpn.box"] == values["rcn.box"] == 0
     assert values["rpn.soft"] > 0

@@ -12,10 +12,10 @@ import torch
 import torchvision
 from torch import Tensor
 
-from distill.classifier import Classifier, objects, train
-from distill.crops import crops
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import CLASSES, Shapes
+from distill.losses.crops import crops
+from distill.training.classifier import Classifier, objects, train
 from distill.types import Batch, DistillError, Target
 
 NAMES = ("cat", "dog", "owl")
@@ -89,7 +89,7 @@ def test_class_names_come_with_the_weights_or_are_given(file: Path, tmp_path: Pa
 
 def test_torchvision_s_names_bring_their_classes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = torchvision.models.resnet18().state_dict()
-    monkeypatch.setattr("distill.classifier.download", lambda entry, option: state)
+    monkeypatch.setattr("distill.training.classifier.download", lambda entry, option: state)
     made = Classifier("resnet18", "IMAGENET1K_V1")
     assert len(made.classes) == 1000
     assert made.classes[:2] == ("tench", "goldfish")

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from distill.cli import config, resume
+from distill.cli import compose, resume
 from distill.types import DistillError
 
 
 def composed(*lines: str) -> Any:
-    return config.plain(config.composed(["paths.run=x", "name=x", *lines]))
+    return compose.plain(compose.composed(["paths.run=x", "name=x", *lines]))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_folder_of_any_name_is_looked_into(tmp_path: Path, monkeypatch: pytest
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "last.ckpt").touch()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    lines = ["seed=1", f"hydra.run.dir={config.quoted(str(run))}"]
+    lines = ["seed=1", f"hydra.run.dir={compose.quoted(str(run))}"]
     assert resume.resumed(lines) == [*lines, "ckpt_path=last"]
     run.rename(tmp_path / "seed1")
     lines = ["seed=1", f"hydra.run.dir={tmp_path}/seed${{seed}}"]
@@ -154,6 +154,6 @@ def test_a_sweep_that_slurm_started_again_goes_on_in_its_folder(
 
 @pytest.mark.parametrize("text", ["a b", "it's", "\\", "a\\'b\\", "ü(1)=2,3", "[x]{y}", "''", "#:$"])
 def test_any_path_can_be_said_in_an_override(text: str) -> None:
-    (word,) = config.parse([f"hydra.run.dir={config.quoted(text)}"])
+    (word,) = compose.parse([f"hydra.run.dir={compose.quoted(text)}"])
     assert word.value() == text or str(word.value()) == text
-    assert config.parse([f"teacher.weights={config.quoted(text)}"])[0].value() == text
+    assert compose.parse([f"teacher.weights={compose.quoted(text)}"])[0].value() == text

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from distill.evaluation import relabel
-from distill.metrics.coco import CocoMetric
+from distill.evaluation.coco import CocoMetric
+from distill.evaluation.evaluate import relabel
 from distill.types import Detections
 
 CLASSES = ("cat", "dog")

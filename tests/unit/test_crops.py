@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.crops import crops
+from distill.losses.crops import crops
 
 SIZES = ((20, 30), (24, 17), (9, 32))
 BOXES = [

@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from distill import rle
+from distill.data import rle
 from distill.data.coco import Coco
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes

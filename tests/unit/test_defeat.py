@@ -12,16 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fake_view import STRIDES, FakeView, batch, equal_views, facts, random_view
+from fake_view import STRIDES, FakeView, batch, equal_views, random_view, spec
 from loss_grid import NOTHING, OBJECTS, LossGrid
 from test_masks import slow
 from torch import Tensor
 
-from distill import masks
-from distill.losses import base, defeat, imitation
+from distill.losses import base, defeat, imitation, masks
 from distill.losses.base import DistillLoss
 from distill.losses.defeat import DeFeat
-from distill.types import DistillError, Facts, Target
+from distill.types import DetectorSpec, DistillError, Target
 
 NO_ADAPTER = {"kernel": None, "backbone_relu": False}
 ALL_ON: dict[str, Mapping[str, Any]] = {
@@ -46,14 +45,14 @@ def level_zero_mask() -> Tensor:
     return mask
 
 
-def mean_over(shares: list[base.Share]) -> float:
+def mean_over(shares: list[base.SumAndCount]) -> float:
     return sum((total / count.clamp(min=1)).item() for total, count in shares) / len(shares)
 
 
 def test_golden_neck() -> None:
     middle = torch.zeros(2, 4, 4)
     middle[1, 1:3] = 1
-    shares: list[tuple[base.Share, base.Share]] = []
+    shares: list[tuple[base.SumAndCount, base.SumAndCount]] = []
     for level, (size, mask) in enumerate(
         zip((8, 4, 2), (level_zero_mask(), middle, torch.zeros(2, 2, 2)), strict=True)
     ):
@@ -72,7 +71,7 @@ def golden_stages(scale: float, offset: float) -> dict[int, Tensor]:
 def test_golden_backbone_through_the_whole_loss() -> None:
     # Boxes at stride 4 whose cells are the reference mask's: rows 2..4, columns 1..3, and the cell (0, 7).
     images = batch([[[4.0, 8.0, 16.0, 20.0]], [[28.0, 0.0, 32.0, 4.0]]], 32, 32)
-    known = facts(body=(2, 3, 4, 5), strides=(4, 8))
+    known = spec(body=(2, 3, 4, 5), strides=(4, 8))
     neck = {4: torch.zeros(2, 6, 8, 8), 8: torch.zeros(2, 6, 4, 4)}
     student = FakeView(images, known, body=golden_stages(0.05, 0), neck=neck)
     teacher = FakeView(images, known, body=golden_stages(0.09, 0.3), neck=neck)
@@ -129,10 +128,10 @@ def nearest(mask: Tensor, height: int, width: int) -> Tensor:
 
 
 class TestDeFeat(LossGrid):
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return DeFeat(student, teacher, **ALL_ON, adapter=NO_ADAPTER)
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return DeFeat(student, teacher, **ALL_ON)
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
@@ -161,10 +160,10 @@ class TestDeFeat(LossGrid):
 class TestDeFeatFullyRandom(TestDeFeat):
     """The other kinds of masks and of regions pass the grid too; their numbers are tested where they are made."""
 
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return DeFeat(student, teacher, mask={"kind": "random"}, **self.subsampled(), adapter=NO_ADAPTER)
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return DeFeat(
             student,
             teacher,
@@ -184,24 +183,24 @@ class TestDeFeatFullyRandom(TestDeFeat):
 
 
 def test_a_term_without_weight_is_neither_built_nor_computed() -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed, dtype=torch.float32) for seed in (1, 2))
-    loss = DeFeat(facts(), facts())
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed, dtype=torch.float32) for seed in (1, 2))
+    loss = DeFeat(spec(), spec())
     assert loss.weights == {"neck.foreground": 4, "neck.background": 16}
     assert list(loss.maps) == ["neck"]
     assert loss(student, teacher).keys() == loss.weights.keys()
     assert teacher.reads == {"neck"}
     assert student.reads == {"neck"}
 
-    only = DeFeat(facts(), facts(), neck={"background": 0})
+    only = DeFeat(spec(), spec(), neck={"background": 0})
     assert list(only(student, teacher)) == ["neck.foreground"]
-    nothing = DeFeat(facts(), facts(), **OFF)
+    nothing = DeFeat(spec(), spec(), **OFF)
     assert nothing(student, teacher) == {}
     assert not list(nothing.parameters())
 
 
 def test_backbone_alone_reads_no_neck_of_the_teacher() -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed, dtype=torch.float32) for seed in (1, 2))
-    loss = DeFeat(facts(), facts(), **OFF, backbone={"foreground": 1, "levels": [32]})
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed, dtype=torch.float32) for seed in (1, 2))
+    loss = DeFeat(spec(), spec(), **OFF, backbone={"foreground": 1, "levels": [32]})
     loss(student, teacher)
     assert teacher.reads == {"body"}
     assert [name for name, _ in loss.named_parameters()] == [
@@ -211,22 +210,22 @@ def test_backbone_alone_reads_no_neck_of_the_teacher() -> None:
 
 
 def test_adapters_are_followed_by_relu_in_the_backbone_only() -> None:
-    loss = DeFeat(facts(), facts(body=(3, 8, 9, 10), neck=12), backbone={"foreground": 1})
+    loss = DeFeat(spec(), spec(body=(3, 8, 9, 10), neck=12), backbone={"foreground": 1})
     assert isinstance(loss.get_submodule("maps.neck.adapters.64"), torch.nn.Conv2d)
     assert [type(part).__name__ for part in loss.get_submodule("maps.backbone.adapters.16").children()] == [
         "Conv2d",
         "ReLU",
     ]
-    student = random_view(batch(OBJECTS), facts(), 1, dtype=torch.float32)
-    teacher = random_view(batch(OBJECTS), facts(body=(3, 8, 9, 10), neck=12), 2, dtype=torch.float32)
+    student = random_view(batch(OBJECTS), spec(), 1, dtype=torch.float32)
+    teacher = random_view(batch(OBJECTS), spec(body=(3, 8, 9, 10), neck=12), 2, dtype=torch.float32)
     LossGrid.finite(loss(student, teacher))
 
 
 def test_detectors_of_different_families_meet_at_shared_strides() -> None:
-    one_stage = facts(strides=(8, 16, 32, 64, 128), two_stage=False)
+    one_stage = spec(strides=(8, 16, 32, 64, 128), two_stage=False)
     student = random_view(batch(OBJECTS), one_stage, 1)
-    teacher = random_view(batch(OBJECTS), facts(), 2)
-    loss = DeFeat(one_stage, facts(), adapter=NO_ADAPTER)
+    teacher = random_view(batch(OBJECTS), spec(), 2)
+    loss = DeFeat(one_stage, spec(), adapter=NO_ADAPTER)
     assert loss.get_submodule("maps.neck").levels == [8, 16, 32, 64]
     grid = {s: (64 // s, 64 // s) for s in (8, 16, 32, 64)}
     expected = slow([target.boxes for target in student.batch.targets], grid)
@@ -240,8 +239,8 @@ def grad(view: FakeView) -> FakeView:
 
 @pytest.mark.parametrize("kind", ["fine_grained", "gaussian", "ground_truth"])
 def test_mask_kind_is_the_one_that_was_asked_for(kind: str) -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
-    value = DeFeat(facts(), facts(), mask={"kind": kind, "scale": 8.0, "threshold": 0.7}, adapter=NO_ADAPTER)(
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
+    value = DeFeat(spec(), spec(), mask={"kind": kind, "scale": 8.0, "threshold": 0.7}, adapter=NO_ADAPTER)(
         student, teacher
     )
     grid = {s: (64 // s, 64 // s) for s in STRIDES}
@@ -252,37 +251,37 @@ def test_mask_kind_is_the_one_that_was_asked_for(kind: str) -> None:
 
 
 def test_without_a_mask_all_cells_are_one_region() -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
-    values = DeFeat(facts(), facts(), mask={"kind": "none"}, adapter=NO_ADAPTER)(student, teacher)
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
+    values = DeFeat(spec(), spec(), mask={"kind": "none"}, adapter=NO_ADAPTER)(student, teacher)
     expected = sum((student.neck[s] - teacher.neck[s]).square().mean().item() / 2 for s in STRIDES) / 5
     assert {name: value.item() for name, value in values.items()} == pytest.approx({"neck.foreground": expected})
 
 
 def test_random_draws_change_with_epoch_and_seed_but_not_with_the_batch() -> None:
-    student, teacher = (random_view(batch([OBJECTS[0]]), facts(), seed) for seed in (1, 2))
+    student, teacher = (random_view(batch([OBJECTS[0]]), spec(), seed) for seed in (1, 2))
 
     def value(seed: int, epoch: int) -> float:
-        loss = DeFeat(facts(), facts(), mask={"kind": "random"}, adapter=NO_ADAPTER, seed=seed)
+        loss = DeFeat(spec(), spec(), mask={"kind": "random"}, adapter=NO_ADAPTER, seed=seed)
         loss.on_epoch_start(epoch, None, None, None)
         return loss(student, teacher)["neck.foreground"].item()
 
     assert value(0, 0) == value(0, 0)
     assert len({value(0, 0), value(0, 1), value(1, 0)}) == 3
     images = batch([OBJECTS[0], NOTHING])
-    pair = (random_view(images, facts(), seed) for seed in (1, 2))
-    loss = DeFeat(facts(), facts(), mask={"kind": "random"}, adapter=NO_ADAPTER)
+    pair = (random_view(images, spec(), seed) for seed in (1, 2))
+    loss = DeFeat(spec(), spec(), mask={"kind": "random"}, adapter=NO_ADAPTER)
     assert loss(*pair)["neck.foreground"].item() == pytest.approx(value(0, 0))  # the second image has no object cell
 
 
 # -- regions
 
 
-def proposals_loss(student: Facts | None = None, teacher: Facts | None = None, **options: Any) -> DeFeat:
-    return DeFeat(student or facts(), teacher or facts(), **OFF, proposals=options)
+def proposals_loss(student: DetectorSpec | None = None, teacher: DetectorSpec | None = None, **options: Any) -> DeFeat:
+    return DeFeat(student or spec(), teacher or spec(), **OFF, proposals=options)
 
 
 def test_regions_come_with_their_own_labels() -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
     teacher.stages["rois"] = teacher.rois._replace(labels=[1 - (each > 0).long() for each in teacher.rois.labels])
     values = {}
     for source in ("teacher", "student"):
@@ -296,7 +295,7 @@ def test_regions_come_with_their_own_labels() -> None:
 
 
 def test_both_models_score_the_same_boxes() -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
     seen: list[Any] = []
 
     class Watched(FakeView):
@@ -304,7 +303,7 @@ def test_both_models_score_the_same_boxes() -> None:
             seen.append(boxes)
             return super().roi_logits(boxes)
 
-    watched = [Watched(view.batch, view.facts, **view.stages) for view in (student, teacher)]
+    watched = [Watched(view.batch, view.spec, **view.stages) for view in (student, teacher)]
     proposals_loss(all=1)(*watched)
     assert seen[0] is seen[1] is teacher.rois.boxes  # equal tensors, or the View would compute them again
     assert "rois" not in watched[0].reads
@@ -326,7 +325,7 @@ def test_negatives_are_thinned_to_the_positives_of_their_image() -> None:
 
 
 def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
-    ours, theirs = facts(classes=("dog", "cat")), facts(classes=("cat", "cow", "dog", "hen"))
+    ours, theirs = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
     student, teacher = random_view(batch(OBJECTS), ours, 1), random_view(batch(OBJECTS), theirs, 2)
     value = proposals_loss(ours, theirs, all=1, temperature_all=2)(student, teacher)["proposals.all"].item()
     pairs = zip(student.roi_logits([])[0].tolist(), teacher.roi_logits([])[0].tolist(), strict=True)
@@ -362,25 +361,25 @@ def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        DeFeat(facts(), facts(), **options)
+        DeFeat(spec(), spec(), **options)
 
 
 def test_detectors_that_do_not_match_are_refused() -> None:
-    one_stage = facts(two_stage=False)
+    one_stage = spec(two_stage=False)
     with pytest.raises(DistillError, match=r"the teacher is a retinanet\. Set the weights of proposals to 0"):
-        proposals_loss(facts(), one_stage, positive=1)
+        proposals_loss(spec(), one_stage, positive=1)
     with pytest.raises(DistillError, match=r"\['cow'\] of"):
-        proposals_loss(facts(classes=("cow", "cat")), facts(classes=("cat", "Cow")), negative=1)
+        proposals_loss(spec(classes=("cow", "cat")), spec(classes=("cat", "Cow")), negative=1)
     with pytest.raises(DistillError, match=r"shared are \[\]"):
-        DeFeat(facts(strides=(4, 8)), facts(strides=(16, 32)))
+        DeFeat(spec(strides=(4, 8)), spec(strides=(16, 32)))
     with pytest.raises(DistillError, match="the student has 6 channels and the teacher 8"):
-        DeFeat(facts(neck=6), facts(neck=8), adapter=NO_ADAPTER)
-    DeFeat(facts(classes=("cow",)), one_stage)  # the neck does not care
+        DeFeat(spec(neck=6), spec(neck=8), adapter=NO_ADAPTER)
+    DeFeat(spec(classes=("cow",)), one_stage)  # the neck does not care
 
 
 def test_a_ramp_moves_the_terms_that_it_names() -> None:
     def factors(**ramp: Any) -> dict[str, float]:
-        loss = DeFeat(facts(), facts(), **ALL_ON, ramp={"shape": "linear", **ramp})
+        loss = DeFeat(spec(), spec(), **ALL_ON, ramp={"shape": "linear", **ramp})
         return {term: loss.factor(term, 0.75, 12) for term in loss.weights}
 
     assert set(factors().values()) == {0.25}
@@ -402,16 +401,16 @@ def part_of(view: FakeView, rows: slice, regions: int = 6) -> FakeView:
     stages["rois"] = stages["rois"]._replace(boxes=stages["rois"].boxes[rows], labels=stages["rois"].labels[rows])
     images = view.batch
     part = replace(images, targets=images.targets[rows], ids=images.ids[rows], sizes=images.sizes[rows])
-    return FakeView(part, view.facts, **stages)
+    return FakeView(part, view.spec, **stages)
 
 
 def scene() -> tuple[FakeView, FakeView]:
     images = batch([OBJECTS[0], OBJECTS[1], NOTHING, NOTHING])
-    return random_view(images, facts(), 1), random_view(images, facts(), 2)
+    return random_view(images, spec(), 1), random_view(images, spec(), 2)
 
 
 def gradients(rows: slice, normalizer: str) -> list[Tensor]:
-    loss = DeFeat(facts(), facts(), **ALL_ON, normalizer=normalizer).double()
+    loss = DeFeat(spec(), spec(), **ALL_ON, normalizer=normalizer).double()
     values = loss(*(part_of(view, rows) for view in scene()))
     sum(loss.weights[name] * value for name, value in values.items()).backward()  # type: ignore[union-attr]
     return [parameter.grad for parameter in loss.parameters() if parameter.grad is not None]
@@ -444,6 +443,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 def test_boxes_of_any_dtype_and_equal_views() -> None:
     images = batch(OBJECTS)
     images = replace(images, targets=tuple(Target(each.boxes.double(), each.labels) for each in images.targets))
-    student = grad(random_view(images, facts(), 1))
-    values = DeFeat(facts(), facts(), adapter=NO_ADAPTER)(student, equal_views(student))
+    student = grad(random_view(images, spec(), 1))
+    values = DeFeat(spec(), spec(), adapter=NO_ADAPTER)(student, equal_views(student))
     assert all(value.item() == 0 for value in values.values())

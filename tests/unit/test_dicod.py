@@ -12,24 +12,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fake_view import FakeView, batch, facts, random_view
+from fake_view import FakeView, batch, random_view, spec
 from loss_grid import NOTHING, OBJECTS, LossGrid
 from test_crops import slow_crop
 from torch import Tensor, nn
 
-from distill.guest import Frozen
+from distill.frozen import FrozenModel
 from distill.losses import dicod
 from distill.losses.base import DistillLoss
 from distill.losses.dicod import DICOD
-from distill.optimization import Schedule
-from distill.types import AnchorTargets, Batch, DistillError, Facts
+from distill.training.schedule import Schedule
+from distill.types import AnchorTargets, Batch, DetectorSpec, DistillError
 
 KNOWN = ("hen", "owl", "cat", "dog", "cow")
 """The classifier's classes: more than the student's, in another order."""
 SIDE = 12
 
 
-class Tiny(Frozen):
+class Tiny(FrozenModel):
     """A classifier with random weights, that remembers how many crops it has named."""
 
     def __init__(self, classes: tuple[str, ...] = KNOWN) -> None:
@@ -60,13 +60,13 @@ class Scene(FakeView):
 
     def roi_boxes(self, boxes: Any) -> Tensor:
         deltas = self.stages["roi_logits"][1]
-        return torch.cat(list(boxes))[:, None] + 4 * deltas.float().reshape(len(deltas), len(self.facts.classes) + 1, 4)
+        return torch.cat(list(boxes))[:, None] + 4 * deltas.float().reshape(len(deltas), len(self.spec.classes) + 1, 4)
 
     def anchor_boxes(self, deltas: Tensor) -> Tensor:
         return torch.cat(list(self.stages["anchors"].values())) + 4 * deltas.float()
 
 
-def scene(images: Batch, known: Facts, seed: int, **options: Any) -> Scene:
+def scene(images: Batch, known: DetectorSpec, seed: int, **options: Any) -> Scene:
     """Clouds in the images; positives of several classes, matched to the objects of their image in turn."""
     noise = torch.stack([torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(i)) for i in images.ids])
     clouds = nn.functional.interpolate(255 * noise, size=(64, 64), mode="bilinear")
@@ -126,7 +126,7 @@ class Grid(LossGrid):
     def pair(self, images: Batch, **options: Any) -> tuple[FakeView, FakeView]:
         return scene(images, self.student, 1, **options), random_view(images, self.teacher, 2, **options)
 
-    def loss(self, student: Facts, teacher: Facts | None) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec | None) -> DistillLoss:
         return DICOD(student, teacher, Tiny(), size=SIDE, sigmoid=self.sigmoid)
 
     def positives(self, student: FakeView) -> list[tuple[int, list[float], Tensor, Tensor]]:
@@ -139,7 +139,7 @@ class Grid(LossGrid):
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
         tiny = Tiny()
         images, found = tiny.images(student.batch), self.positives(student)
-        columns = [KNOWN.index(name) for name in student.facts.classes]
+        columns = [KNOWN.index(name) for name in student.spec.classes]
         totals = dict.fromkeys(loss.weights, 0.0)
         for image, logits, box, truth in found:
             ours, theirs = (
@@ -214,10 +214,10 @@ class TestTwoStage(Grid):
         for row, (image, label) in enumerate(zip([0] * 6 + [1] * 6, torch.cat(rois.labels).tolist(), strict=True)):
             truth = rois.truth[image][row % 6]
             crop = slow_crop(tiny.images(student.batch)[image], (64, 64), truth.tolist(), SIDE).float()
-            z[row, 1:] = tiny.logits(crop[None])[0, [KNOWN.index(name) for name in student.facts.classes]]
+            z[row, 1:] = tiny.logits(crop[None])[0, [KNOWN.index(name) for name in student.spec.classes]]
             rois.boxes[image][row % 6] = truth - 1
             deltas[row, label] = 1 / 4
-        return Scene(student.batch, student.facts, **{**student.stages, "roi_logits": (z, deltas.flatten(1))})
+        return Scene(student.batch, student.spec, **{**student.stages, "roi_logits": (z, deltas.flatten(1))})
 
     def test_a_wrong_shape_is_refused(self) -> None:
         student, teacher = self.views(OBJECTS)
@@ -230,7 +230,7 @@ class TestTwoStage(Grid):
 
 
 class TestOneStage(Grid):
-    student = facts(two_stage=False, strides=(8, 16, 32))
+    student = spec(two_stage=False, strides=(8, 16, 32))
 
     def positives(self, student: FakeView) -> list[tuple[int, list[float], Tensor, Tensor]]:
         found, start = [], 0
@@ -259,7 +259,7 @@ class TestOneStage(Grid):
         anchors, targets = torch.cat(list(student.anchors.values())), student.anchor_targets
         stages["class_logits"] = {stride: x.clone() for stride, x in student.class_logits.items()}
         stages["deltas"] = {stride: x.clone() for stride, x in student.deltas.items()}
-        columns = [KNOWN.index(name) for name in student.facts.classes]
+        columns = [KNOWN.index(name) for name in student.spec.classes]
         for stride, logits in stages["class_logits"].items():
             count, width = logits[0, 0].numel() * 3, logits.shape[-1]
             for image, row in (targets.labels[:, start : start + count] > 0).nonzero().tolist():
@@ -271,11 +271,11 @@ class TestOneStage(Grid):
                 logits[image, anchor * 4 : anchor * 4 + 4, i, j] = tiny.logits(crop[None])[0, columns].double()
                 stages["deltas"][stride][image, anchor * 4 : anchor * 4 + 4, i, j] = move.double()
             start += count
-        return Scene(student.batch, student.facts, **stages)
+        return Scene(student.batch, student.spec, **stages)
 
     def test_a_wrong_shape_is_refused(self) -> None:
-        """A View's dense maps have the shapes of its own facts: here of another student than the loss was built for."""
-        other = scene(batch(OBJECTS), facts(("cat", "dog"), two_stage=False, strides=(8, 16, 32)), 1)
+        """A View's dense maps have the shapes of its own spec: here of another student than the loss was built for."""
+        other = scene(batch(OBJECTS), spec(("cat", "dog"), two_stage=False, strides=(8, 16, 32)), 1)
         with pytest.raises(
             DistillError, match=r"classes.* expected student and teacher of equal shape, got the student's \("
         ):
@@ -314,9 +314,9 @@ def test_an_object_is_found_in_its_own_image() -> None:
 
 
 def test_terms_without_weight_cost_no_crop_of_predictions_and_no_naming() -> None:
-    student = scene(batch(OBJECTS), facts(), 1)
+    student = scene(batch(OBJECTS), spec(), 1)
     tiny = Tiny()
-    loss = DICOD(facts(), None, tiny, {"classes": 0, "features": 0}, size=SIDE)
+    loss = DICOD(spec(), None, tiny, {"classes": 0, "features": 0}, size=SIDE)
     assert list(loss(student, None)) == ["pixels"]
     assert tiny.named == 0
 
@@ -326,7 +326,7 @@ def test_terms_without_weight_cost_no_crop_of_predictions_and_no_naming() -> Non
 
 def test_the_classifier_is_nowhere_in_what_is_trained_averaged_or_saved() -> None:
     tiny = Tiny()
-    loss = DICOD(facts(), None, tiny, size=SIDE)
+    loss = DICOD(spec(), None, tiny, size=SIDE)
     assert not list(loss.parameters())
     assert not loss.state_dict()
     assert [type(each) for each in loss.modules()] == [DICOD]
@@ -341,11 +341,11 @@ def test_the_classifier_is_nowhere_in_what_is_trained_averaged_or_saved() -> Non
 
 
 def test_the_classifier_keeps_its_weights_and_gets_no_gradient() -> None:
-    tiny, student = Tiny(), scene(batch(OBJECTS), facts(), 1)
+    tiny, student = Tiny(), scene(batch(OBJECTS), spec(), 1)
     before = tiny.fingerprint
     for leaf in student.leaves():
         leaf.requires_grad_()
-    sum(DICOD(facts(), None, tiny, size=SIDE)(student, None).values()).backward()
+    sum(DICOD(spec(), None, tiny, size=SIDE)(student, None).values()).backward()
     assert all(each.grad is None for each in tiny.net.parameters())
     tiny._fingerprint = None
     assert tiny.fingerprint == before
@@ -369,20 +369,20 @@ def test_the_classifier_keeps_its_weights_and_gets_no_gradient() -> None:
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        DICOD(facts(), None, **{"classifier": Tiny(), **options})
+        DICOD(spec(), None, **{"classifier": Tiny(), **options})
 
 
 def test_one_class_alone_needs_the_divergence_of_yes_and_no() -> None:
     """The others say nothing: a row of one sigmoid, divided by its sum, is 1 whatever it was."""
     for sigmoid, two_stage in (("kl-ce", True), ("kl-bce", False)):
-        DICOD(facts(two_stage=two_stage, classes=("cat",)), None, Tiny(("cat",)), sigmoid=sigmoid)
+        DICOD(spec(two_stage=two_stage, classes=("cat",)), None, Tiny(("cat",)), sigmoid=sigmoid)
     with pytest.raises(DistillError, match=r"only one class, \['cat'\]\. Set sigmoid=kl-bce"):
-        DICOD(facts(two_stage=False, classes=("cat",)), None, Tiny(("cat",)))
+        DICOD(spec(two_stage=False, classes=("cat",)), None, Tiny(("cat",)))
 
 
 def test_localisation_alone_takes_a_classifier_of_other_classes() -> None:
-    loss = DICOD(facts(), None, Tiny(("owl",)), {"classes": 0}, size=SIDE)
-    assert loss(scene(batch(OBJECTS), facts(), 1), None).keys() == {"pixels", "features"}
+    loss = DICOD(spec(), None, Tiny(("owl",)), {"classes": 0}, size=SIDE)
+    assert loss(scene(batch(OBJECTS), spec(), 1), None).keys() == {"pixels", "features"}
 
 
 # -- several processes
@@ -393,9 +393,9 @@ def gradient(rows: slice, normalizer: str) -> Tensor:
     boxes = [OBJECTS[0], OBJECTS[1], NOTHING, OBJECTS[1][:1]]
     factor = torch.ones((), requires_grad=True)
     part = batch(boxes[rows], first_id=7 + rows.start)
-    view = scene(part, facts(), 1, dtype=torch.float32, regions=6)
+    view = scene(part, spec(), 1, dtype=torch.float32, regions=6)
     view.stages["roi_logits"] = tuple(factor * x for x in view.stages["roi_logits"])
-    loss = DICOD(facts(), None, Tiny(), size=SIDE, normalizer=normalizer)
+    loss = DICOD(spec(), None, Tiny(), size=SIDE, normalizer=normalizer)
     sum(loss(view, None).values()).backward()
     assert factor.grad is not None
     return factor.grad

@@ -12,16 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fake_view import FakeView, batch, facts, random_view
+from fake_view import FakeView, batch, random_view, spec
 from loss_grid import NOTHING, OBJECTS, LossGrid
 from torch import Tensor
 
 from distill.losses import base, dsig
 from distill.losses.base import DistillLoss
 from distill.losses.dsig import DSIG
-from distill.types import AnchorTargets, Detections, DistillError, Facts, Regions
+from distill.types import AnchorTargets, Detections, DetectorSpec, DistillError, Regions
 
-ONE_STAGE = facts(two_stage=False)
+ONE_STAGE = spec(two_stage=False)
 PREDICTED: dict[str, Mapping[str, Any]] = {
     "nodes": {"foreground": 0, "background": 0, "predicted": 0.5},
     "edges": {"all": 1, "mining": None},
@@ -64,7 +64,7 @@ def interleaved(foreground: Tensor, background: Tensor) -> Tensor:
 
 
 def golden_views() -> tuple[FakeView, FakeView]:
-    known, images = facts(classes=("a", "b", "c"), neck=4), batch([NOTHING, NOTHING])
+    known, images = spec(classes=("a", "b", "c"), neck=4), batch([NOTHING, NOTHING])
     labels = [torch.tensor([1] * f + [0] * b) for f, b in zip(FOREGROUND, BACKGROUND, strict=True)]
     boxes = [torch.zeros(len(each), 4) for each in labels]
     students = ramp((5, 4, 7, 7), 0.011, 0), ramp((9, 4, 7, 7), 0.017, 0.4)
@@ -78,7 +78,7 @@ def golden_views() -> tuple[FakeView, FakeView]:
 
 def golden(**options: Mapping[str, Any]) -> dict[str, float]:
     student, teacher = golden_views()
-    loss = DSIG(student.facts, teacher.facts, **only(**options))
+    loss = DSIG(student.spec, teacher.spec, **only(**options))
     return {name: value.item() for name, value in loss(student, teacher).items()}
 
 
@@ -234,7 +234,7 @@ def slow_regions(student: FakeView, teacher: FakeView, temperature: float) -> di
 
 def slow_anchors(student: FakeView, teacher: FakeView, temperature: float) -> dict[str, float]:
     """Anchor by anchor in the order (level, row, column, anchor)."""
-    labels, classes = student.anchor_targets.labels, len(student.facts.classes)
+    labels, classes = student.anchor_targets.labels, len(student.spec.classes)
     kl = l1 = 0.0
     valid = foreground = 0
     for image in range(len(student.batch)):
@@ -242,7 +242,7 @@ def slow_anchors(student: FakeView, teacher: FakeView, temperature: float) -> di
         for stride, logits in student.class_logits.items():
             for row in range(logits.shape[2]):
                 for column in range(logits.shape[3]):
-                    for anchor in range(student.facts.anchors[stride]):
+                    for anchor in range(student.spec.anchors[stride]):
                         label, number = labels[image, number].item(), number + 1
                         at = image, slice(anchor * classes, (anchor + 1) * classes), row, column
                         box = image, slice(anchor * 4, (anchor + 1) * 4), row, column
@@ -259,10 +259,10 @@ class TestDSIG(LossGrid):
     def options(self) -> dict[str, Mapping[str, Any]]:
         return {"logits": {"temperature": 2.0}}
 
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return DSIG(student, teacher, **self.options())
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return DSIG(student, teacher, **self.options(), adapter={"kernel": 3})
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
@@ -277,7 +277,7 @@ class TestDSIGOneStage(TestDSIG):
     def options(self) -> dict[str, Mapping[str, Any]]:
         return {**PREDICTED, "logits": {"classes": 1, "boxes": 1, "temperature": 2.0}}
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return DSIG(student, teacher, **self.options(), adapter={"kernel": 1, "start": "defeat"})
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
@@ -296,8 +296,8 @@ class TestDSIGOneStage(TestDSIG):
 # -- the graph
 
 
-def pair(known: Facts | None = None, dtype: torch.dtype = torch.float64) -> tuple[FakeView, FakeView]:
-    known = known or facts()
+def pair(known: DetectorSpec | None = None, dtype: torch.dtype = torch.float64) -> tuple[FakeView, FakeView]:
+    known = known or spec()
     return random_view(batch(OBJECTS), known, 1, dtype=dtype), random_view(batch(OBJECTS), known, 2, dtype=dtype)
 
 
@@ -312,7 +312,7 @@ def test_an_image_of_one_kind_of_region_adds_nothing_but_stays_attached(label: i
         student, teacher = map(grad, pair())
         labels = [torch.full((6,), label), torch.tensor([1, 0, 0, 1, 0, 0]) * other + label * (1 - other)]
         student.stages["rois"] = student.rois._replace(labels=labels)
-        values = DSIG(facts(), facts())(student, teacher)
+        values = DSIG(spec(), spec())(student, teacher)
         LossGrid.finite(values)
         expected = slow_graph(student, teacher)
         assert {name: values[name].item() for name in expected} == pytest.approx(expected)
@@ -328,7 +328,7 @@ def test_edges_run_over_the_foreground_and_what_was_mined_be_it_one_or_none(kept
     logits[:, 0] = 20  # the teacher is sure of background
     logits[1 : 1 + kept, 0] = -20
     teacher.stages["roi_logits"] = logits, teacher.roi_logits([])[1]
-    found = DSIG(facts(), facts(), **only(edges={"all": 1}))(student, teacher)["edges.all"].item()
+    found = DSIG(spec(), spec(), **only(edges={"all": 1}))(student, teacher)["edges.all"].item()
     ours, theirs = student.roi_features([]), teacher.roi_features([])
     nodes = [[0, 3, *range(1, 1 + kept)], [6, 9]]
     assert found == pytest.approx(sum(slow_edges(ours, theirs, each) for each in nodes))
@@ -337,9 +337,9 @@ def test_edges_run_over_the_foreground_and_what_was_mined_be_it_one_or_none(kept
 def test_edges_do_not_care_for_the_size_of_features_and_nodes_do() -> None:
     student, teacher = pair()
     terms = only(nodes={"foreground": 1}, edges={"all": 1})
-    before = DSIG(facts(), facts(), **terms)(student, teacher)
+    before = DSIG(spec(), spec(), **terms)(student, teacher)
     student.stages["roi_features"] = 3 * student.stages["roi_features"]
-    after = DSIG(facts(), facts(), **terms)(student, teacher)
+    after = DSIG(spec(), spec(), **terms)(student, teacher)
     assert after["edges.all"].item() == pytest.approx(before["edges.all"].item())
     assert after["nodes.foreground"].item() > 2 * before["nodes.foreground"].item()
 
@@ -347,7 +347,7 @@ def test_edges_do_not_care_for_the_size_of_features_and_nodes_do() -> None:
 def test_nothing_links_images() -> None:
     """Regions of one image that look like those of the other change no edge."""
     student, teacher = map(grad, pair())
-    value = DSIG(facts(), facts(), **only(edges={"all": 1}))(student, teacher)["edges.all"]
+    value = DSIG(spec(), spec(), **only(edges={"all": 1}))(student, teacher)["edges.all"]
     ours, theirs = student.roi_features([]), teacher.roi_features([])
     first = replace(student.batch, targets=student.batch.targets[:1], ids=student.batch.ids[:1])
     parts = []
@@ -355,9 +355,9 @@ def test_nothing_links_images() -> None:
         labels = student.rois.labels[rows.start // 6]
         regions = Regions([torch.zeros(6, 4)], [labels], [], [])
         logits = tuple(x[rows] for x in teacher.roi_logits([]))
-        alone = FakeView(first, facts(), rois=regions, roi_features=ours[rows])
-        theirs_alone = FakeView(first, facts(), roi_features=theirs[rows], roi_logits=logits)
-        parts.append(DSIG(facts(), facts(), **only(edges={"all": 1}))(alone, theirs_alone)["edges.all"])
+        alone = FakeView(first, spec(), rois=regions, roi_features=ours[rows])
+        theirs_alone = FakeView(first, spec(), roi_features=theirs[rows], roi_logits=logits)
+        parts.append(DSIG(spec(), spec(), **only(edges={"all": 1}))(alone, theirs_alone)["edges.all"])
     assert value.item() == pytest.approx((parts[0] + parts[1]).item() / 2)
 
 
@@ -374,12 +374,12 @@ class Counting(FakeView):
 
 
 def counting(view: FakeView) -> Counting:
-    return Counting(view.batch, view.facts, **view.stages)
+    return Counting(view.batch, view.spec, **view.stages)
 
 
 def test_both_models_pool_the_student_s_regions_once() -> None:
     student, teacher = map(counting, pair())
-    DSIG(facts(), facts())(student, teacher)
+    DSIG(spec(), spec())(student, teacher)
     assert len(student.__dict__["pooled"]) == len(teacher.__dict__["pooled"]) == 1
     assert student.__dict__["pooled"][0] is teacher.__dict__["pooled"][0] is student.stages["rois"].boxes
     assert "rois" not in teacher.reads
@@ -406,11 +406,11 @@ def test_a_one_stage_student_s_predictions_are_pooled_once_without_gradient() ->
 @pytest.mark.parametrize(
     ("known", "options", "ours", "theirs"),
     [
-        (facts(), only(neck={"all": 1}), {"neck"}, {"neck"}),
-        (facts(), only(nodes={"background": 1}), {"rois", "roi_features"}, {"roi_features"}),
-        (facts(), only(edges={"all": 1}), {"rois", "roi_features"}, {"roi_features", "roi_logits"}),
-        (facts(), only(edges={"all": 1, "mining": None}), {"rois", "roi_features"}, {"roi_features"}),
-        (facts(), only(logits={"boxes": 1}), {"rois", "roi_logits"}, {"roi_logits"}),
+        (spec(), only(neck={"all": 1}), {"neck"}, {"neck"}),
+        (spec(), only(nodes={"background": 1}), {"rois", "roi_features"}, {"roi_features"}),
+        (spec(), only(edges={"all": 1}), {"rois", "roi_features"}, {"roi_features", "roi_logits"}),
+        (spec(), only(edges={"all": 1, "mining": None}), {"rois", "roi_features"}, {"roi_features"}),
+        (spec(), only(logits={"boxes": 1}), {"rois", "roi_logits"}, {"roi_logits"}),
         (ONE_STAGE, only(nodes={"predicted": 1}), {"predictions", "roi_features"}, {"roi_features"}),
         (
             ONE_STAGE,
@@ -422,7 +422,7 @@ def test_a_one_stage_student_s_predictions_are_pooled_once_without_gradient() ->
     ],
 )
 def test_only_what_a_term_needs_is_read(
-    known: Facts, options: dict[str, Mapping[str, Any]], ours: set[str], theirs: set[str]
+    known: DetectorSpec, options: dict[str, Mapping[str, Any]], ours: set[str], theirs: set[str]
 ) -> None:
     student, teacher = pair(known)
     loss = DSIG(known, known, **options)
@@ -433,7 +433,7 @@ def test_only_what_a_term_needs_is_read(
 
 
 def test_without_weights_there_is_nothing() -> None:
-    loss = DSIG(facts(), facts(), **only(), adapter={"kernel": 3})
+    loss = DSIG(spec(), spec(), **only(), adapter={"kernel": 3})
     assert loss(*pair()) == {}
     assert not list(loss.parameters())
 
@@ -441,7 +441,7 @@ def test_without_weights_there_is_nothing() -> None:
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("two_stage", [True, False])
 def test_unequal_channels_meet_by_adapters_of_neck_and_nodes(kernel: int, two_stage: bool) -> None:
-    thin, wide = facts(neck=6, two_stage=two_stage), facts(neck=9, two_stage=two_stage)
+    thin, wide = spec(neck=6, two_stage=two_stage), spec(neck=9, two_stage=two_stage)
     student = grad(random_view(batch(OBJECTS), thin, 1, dtype=torch.float32))
     teacher = random_view(batch(OBJECTS), wide, 2, dtype=torch.float32)
     options = {} if two_stage else PREDICTED
@@ -457,7 +457,7 @@ def test_unequal_channels_meet_by_adapters_of_neck_and_nodes(kernel: int, two_st
 
 
 def test_the_loss_falls_when_only_it_is_minimised() -> None:
-    for known, options in ((facts(), {}), (ONE_STAGE, PREDICTED)):
+    for known, options in ((spec(), {}), (ONE_STAGE, PREDICTED)):
         student, teacher = pair(known, torch.float32)
         student = grad(student)
         loss = DSIG(known, known, **options, adapter={"kernel": 1})
@@ -477,7 +477,7 @@ def test_the_loss_falls_when_only_it_is_minimised() -> None:
 
 
 def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
-    ours, theirs = facts(classes=("dog", "cat")), facts(classes=("cat", "cow", "dog", "hen"))
+    ours, theirs = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
     student, teacher = random_view(batch(OBJECTS), ours, 1), random_view(batch(OBJECTS), theirs, 2)
     student.stages["rois"] = student.rois._replace(labels=[torch.tensor([1, 2, 0, 2, 0, 0])] * 2)
     columns = torch.tensor([0, 3, 1])
@@ -492,8 +492,8 @@ def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
 
 
 def test_a_one_stage_teacher_with_more_classes_likewise() -> None:
-    ours = facts(classes=("dog", "cat"), two_stage=False)
-    theirs = facts(classes=("cat", "cow", "dog", "hen"), two_stage=False)
+    ours = spec(classes=("dog", "cat"), two_stage=False)
+    theirs = spec(classes=("cat", "cow", "dog", "hen"), two_stage=False)
     student, teacher = random_view(batch(OBJECTS), ours, 1), random_view(batch(OBJECTS), theirs, 2)
     narrow = {s: x.unflatten(1, (3, 4))[:, :, [2, 0]].flatten(1, 2) for s, x in teacher.class_logits.items()}
     same = FakeView(teacher.batch, ours, **{**teacher.stages, "class_logits": narrow})
@@ -527,7 +527,7 @@ def test_a_one_stage_teacher_with_more_classes_likewise() -> None:
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        DSIG(facts(), facts(), **options)
+        DSIG(spec(), spec(), **options)
 
 
 def test_settings_of_the_other_family_name_the_option_to_choose() -> None:
@@ -540,23 +540,23 @@ def test_settings_of_the_other_family_name_the_option_to_choose() -> None:
         DSIG(ONE_STAGE, ONE_STAGE, **{**PREDICTED, "edges": {"all": 1}})
     choose = "Choose distill=dsig, dsig_r50_r101 or dsig_r101_r152, or set nodes.predicted=0"
     with pytest.raises(DistillError, match=choose):
-        DSIG(facts(), facts(), **PREDICTED)
+        DSIG(spec(), spec(), **PREDICTED)
     DSIG(ONE_STAGE, ONE_STAGE, **only(neck={"all": 1}))  # without edges nothing is mined
 
 
 def test_heads_that_do_not_match_are_refused() -> None:
-    for student, teacher, options in ((facts(), ONE_STAGE, {}), (ONE_STAGE, facts(), PREDICTED)):
+    for student, teacher, options in ((spec(), ONE_STAGE, {}), (ONE_STAGE, spec(), PREDICTED)):
         with pytest.raises(DistillError, match=r"DSIG: to compare their heads.*logits.classes=0, logits.boxes=0"):
             DSIG(student, teacher, **options)
     with pytest.raises(DistillError, match=r"or set edges.mining=null$"):
-        DSIG(facts(), ONE_STAGE, **only(edges={"all": 1}))
+        DSIG(spec(), ONE_STAGE, **only(edges={"all": 1}))
     with pytest.raises(DistillError, match=r"\{4: 3.*\{4: 2"):
-        DSIG(ONE_STAGE, facts(two_stage=False, anchors=2), **PREDICTED)
+        DSIG(ONE_STAGE, spec(two_stage=False, anchors=2), **PREDICTED)
     with pytest.raises(DistillError, match=r"a fcos with"):
         DSIG(ONE_STAGE, replace(ONE_STAGE, family="fcos"), **PREDICTED)
     with pytest.raises(DistillError, match=r"\['cow'\] of"):
-        DSIG(facts(classes=("cow", "cat")), facts(classes=("cat", "Cow")))
-    single = facts(classes=("cow",), two_stage=False)
+        DSIG(spec(classes=("cow", "cat")), spec(classes=("cat", "Cow")))
+    single = spec(classes=("cow",), two_stage=False)
     with pytest.raises(DistillError, match=r"says nothing when there is only one.*Set logits.classes=0"):
         DSIG(single, single, **PREDICTED)
 
@@ -564,12 +564,12 @@ def test_heads_that_do_not_match_are_refused() -> None:
 def test_a_graph_alone_may_cross_families() -> None:
     """The teacher needs no regions of its own for it, and no classes."""
     graph = {**PREDICTED, "logits": {"classes": 0, "boxes": 0}}
-    strangers = facts(classes=("bus",))
+    strangers = spec(classes=("bus",))
     for student, teacher, options in (
         (ONE_STAGE, strangers, graph),
         (
-            facts(),
-            facts(classes=("bus",), two_stage=False),
+            spec(),
+            spec(classes=("bus",), two_stage=False),
             only(nodes={"background": 1}, edges={"all": 1, "mining": None}),
         ),
     ):
@@ -580,14 +580,16 @@ def test_a_graph_alone_may_cross_families() -> None:
 @pytest.mark.parametrize(
     ("known", "options", "stage"),
     [
-        (facts(), only(nodes={"foreground": 1}), "roi_features"),
-        (facts(), only(edges={"all": 1}), "roi_features"),
-        (facts(), only(logits={"classes": 1}), "roi_logits"),
+        (spec(), only(nodes={"foreground": 1}), "roi_features"),
+        (spec(), only(edges={"all": 1}), "roi_features"),
+        (spec(), only(logits={"classes": 1}), "roi_logits"),
         (ONE_STAGE, only(logits={"classes": 1}), "class_logits"),
         (ONE_STAGE, only(logits={"boxes": 1}), "deltas"),
     ],
 )
-def test_each_place_refuses_a_wrong_shape(known: Facts, options: dict[str, Mapping[str, Any]], stage: str) -> None:
+def test_each_place_refuses_a_wrong_shape(
+    known: DetectorSpec, options: dict[str, Mapping[str, Any]], stage: str
+) -> None:
     student, teacher = pair(known)
     wrong = student.mapped(lambda x: x[:-1])
     student.stages[stage] = wrong.stages[stage]
@@ -620,13 +622,13 @@ def part_of(view: FakeView, rows: slice) -> FakeView:
     for name in {"neck", "deltas", "class_logits"} & view.stages.keys():
         stages[name] = {stride: x[rows] for stride, x in view.stages[name].items()}
     part = replace(images, targets=images.targets[rows], ids=images.ids[rows], sizes=images.sizes[rows])
-    return FakeView(part, view.facts, **stages)
+    return FakeView(part, view.spec, **stages)
 
 
-CASES: list[tuple[Facts, dict[str, Mapping[str, Any]]]] = [(facts(), {}), (ONE_STAGE, PREDICTED)]
+CASES: list[tuple[DetectorSpec, dict[str, Mapping[str, Any]]]] = [(spec(), {}), (ONE_STAGE, PREDICTED)]
 
 
-def gradients(rows: slice, normalizer: str, known: Facts, options: dict[str, Mapping[str, Any]]) -> list[Tensor]:
+def gradients(rows: slice, normalizer: str, known: DetectorSpec, options: dict[str, Mapping[str, Any]]) -> list[Tensor]:
     """Of each term, by the adapters and by one factor on all that the student says, for no adapter follows its heads."""
     images = batch([OBJECTS[0], OBJECTS[1], NOTHING, NOTHING])
     student, teacher = (part_of(random_view(images, known, seed), rows) for seed in (1, 2))

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import STRIDES, FakeView, anchors, batch, facts, random_view
+from fake_view import STRIDES, FakeView, anchors, batch, random_view, spec
 from loss_grid import OBJECTS, LossGrid
 from test_masks import slow_fine_grained
 from torch import Tensor
 
-from distill.cli import config
+from distill.cli import compose
 from distill.losses.base import DistillLoss
 from distill.losses.fgfi import FGFI
-from distill.types import DistillError, Facts
+from distill.types import DetectorSpec, DistillError
 
 NONE = {"kernel": None}
 
@@ -49,10 +49,10 @@ class AnchorsFollowMaps(LossGrid):
 
 
 class TestFGFI(AnchorsFollowMaps):
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return FGFI(student, teacher, adapter=NONE)
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return FGFI(student, teacher)
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
@@ -60,12 +60,12 @@ class TestFGFI(AnchorsFollowMaps):
 
 
 class TestFGFIOriginal(TestFGFI):
-    student = teacher = facts(two_stage=False, strides=(8, 16, 32, 64, 128), anchors=2)
+    student = teacher = spec(two_stage=False, strides=(8, 16, 32, 64, 128), anchors=2)
 
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return FGFI(student, teacher, normalization="half_l2", adapter=NONE)
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         # From the released start values a few cells in a hundred have a gradient through the ReLU: none needs to.
         return FGFI(student, teacher, normalization="half_l2", adapter={"start": "default", "relu": True})
 
@@ -75,12 +75,12 @@ class TestFGFIOriginal(TestFGFI):
 
 def pair(**options: Any) -> tuple[FakeView, FakeView]:
     options = {"dtype": torch.float64, **options}
-    return random_view(batch(OBJECTS), facts(), 1, **options), random_view(batch(OBJECTS), facts(), 2, **options)
+    return random_view(batch(OBJECTS), spec(), 1, **options), random_view(batch(OBJECTS), spec(), 2, **options)
 
 
 def test_the_original_is_half_the_squared_distance_of_the_cells_that_are_on() -> None:
     """One map, one box, one anchor a cell: which cells are on is told by hand."""
-    known = facts(strides=(16,), neck=2, anchors=1)
+    known = spec(strides=(16,), neck=2, anchors=1)
     images = batch([[[0.0, 0.0, 32.0, 16.0]]], 32, 64)
     cells = torch.tensor(
         [[16.0 * x, 16.0 * y, 16.0 * x + 16, 16.0 * y + 16] for y in range(2) for x in range(4)]
@@ -95,7 +95,7 @@ def test_the_original_is_half_the_squared_distance_of_the_cells_that_are_on() ->
 
 
 def test_weights_of_both_forms_agree_up_to_the_channels() -> None:
-    original, rerun = (FGFI(facts(), facts(), normalization=each, adapter=NONE) for each in ("half_l2", "half_mse"))
+    original, rerun = (FGFI(spec(), spec(), normalization=each, adapter=NONE) for each in ("half_l2", "half_mse"))
     student, teacher = pair()
     single = [loss(student, teacher)["neck.foreground"].item() for loss in (original, rerun)]
     assert single[0] == pytest.approx(6 * single[1])
@@ -104,14 +104,14 @@ def test_weights_of_both_forms_agree_up_to_the_channels() -> None:
 @pytest.mark.parametrize("psi", [0.0, 0.8])
 def test_psi_is_the_threshold(psi: float) -> None:
     student, teacher = pair()
-    loss = FGFI(facts(), facts(), mask={"threshold": psi}, adapter=NONE)
+    loss = FGFI(spec(), spec(), mask={"threshold": psi}, adapter=NONE)
     assert loss(student, teacher)["neck.foreground"].item() == pytest.approx(slow(student, teacher, 12, psi))
 
 
 @pytest.mark.parametrize("kind", ["ground_truth", "gaussian", "random", "none", "fine_grained_all_levels"])
 def test_any_mask_will_do(kind: str) -> None:
     student, teacher = pair()
-    loss = FGFI(facts(), facts(), mask={"kind": kind}, adapter=NONE)
+    loss = FGFI(spec(), spec(), mask={"kind": kind}, adapter=NONE)
     value = loss(student, teacher)["neck.foreground"].item()
     sizes = {s: (64 // s, 64 // s) for s in STRIDES}
     masks = loss.mask(student, sizes, loss.seeds(student.batch.ids))
@@ -125,17 +125,17 @@ def test_any_mask_will_do(kind: str) -> None:
 
 def test_nothing_but_the_neck_and_anchors_is_read() -> None:
     student, teacher = pair(dtype=torch.float32)
-    FGFI(facts(), facts())(student, teacher)
+    FGFI(spec(), spec())(student, teacher)
     assert teacher.reads == {"neck"}
     assert student.reads == {"neck", "anchors"}
-    nothing = FGFI(facts(), facts(), neck={"foreground": 0})
+    nothing = FGFI(spec(), spec(), neck={"foreground": 0})
     assert nothing(student, teacher) == {}
     assert not list(nothing.parameters())
 
 
 def test_falls_when_it_alone_is_minimised() -> None:
     student, teacher = pair(dtype=torch.float32)
-    loss = FGFI(facts(), facts(), adapter={"start": "default"})
+    loss = FGFI(spec(), spec(), adapter={"start": "default"})
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.5)
     values = []
     for _ in range(30):
@@ -163,12 +163,12 @@ def test_falls_when_it_alone_is_minimised() -> None:
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        FGFI(facts(), facts(), **options)
+        FGFI(spec(), spec(), **options)
 
 
 def built(*options: str) -> dict[str, Any]:
-    losses = config.composed([f"distill=[{','.join(options)}]"]).distill.losses
-    return {str(name): config.build(node, student=facts(), teacher=facts()) for name, node in losses.items()}
+    losses = compose.composed([f"distill=[{','.join(options)}]"]).distill.losses
+    return {str(name): compose.build(node, student=spec(), teacher=spec()) for name, node in losses.items()}
 
 
 def test_options_say_the_weights_and_forms_of_their_sources() -> None:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import pytest
 
-from distill.files import write_text, write_whole
+from distill.files import atomic_write, write_text
 
 
 def test_a_failure_half_way_leaves_what_stood_there_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_a_failure_half_way_leaves_what_stood_there_and_nothing_beside_it(tmp_pa
         raise RuntimeError("the disk is full")
 
     with pytest.raises(RuntimeError, match="full"):
-        write_whole(path, fail)
+        atomic_write(path, fail)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("table.csv", "before")]
 
 
@@ -33,7 +33,7 @@ def test_nobody_sees_half_a_file(tmp_path: Path) -> None:
         assert not path.exists()
         file.write(b" and half")
 
-    assert write_whole(path, look) == path
+    assert atomic_write(path, look) == path
     assert path.read_bytes() == b"half and half"
 
 

@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from distill.cli import config
+from distill.cli import compose
 from distill.cli.teacher import guest
-from distill.detectors.anchor_free import FCOS
+from distill.detectors.faster_rcnn import FasterRCNN
+from distill.detectors.fcos import FCOS
+from distill.detectors.folding import fold
 from distill.detectors.inherit import inherit
 from distill.detectors.norms import FixedBatchNorm2d, FrozenBatchNormAct2d, SyncBatchNorm2d
-from distill.detectors.one_stage import RetinaNet
-from distill.detectors.two_stage import FasterRCNN
-from distill.folding import fold
-from distill.guest import Guest, fingerprint
+from distill.detectors.retinanet import RetinaNet
+from distill.frozen import fingerprint
+from distill.teacher import Teacher
 from distill.types import Batch, DistillError, Target
 
 CPU = torch.device("cpu")
@@ -198,9 +199,11 @@ DETECTORS: dict[str, Callable[[], Any]] = {
     "resnet, eps 0": lambda: FasterRCNN(
         ["a"], depth=18, width=0.25, norm="frozen", norm_eps=0.0, neck_channels=32, head_channels=16
     ),
-    "resnet, live": lambda: RetinaNet(["a"], depth=18, width=0.25, norm="live", neck_channels=32),
+    "resnet, live": lambda: RetinaNet(["a"], depth=18, width=0.25, norm="batch", neck_channels=32),
     "mobilenet, live": lambda: FCOS(["a"], backbone="mobilenet_v2", width=0.5, neck_channels=64),
-    "efficientnet, fixed": lambda: RetinaNet(["a"], backbone="efficientnet_b0", norm="fixed", neck_channels=32),
+    "efficientnet, fixed": lambda: RetinaNet(
+        ["a"], backbone="efficientnet_b0", norm="batch_fixed_stats", neck_channels=32
+    ),
 }
 
 
@@ -208,8 +211,8 @@ def norms(detector: nn.Module) -> int:
     return sum(getattr(layer, "running_var", None) is not None for layer in detector.modules())
 
 
-def off(detector: Any, **options: Any) -> Guest:
-    return Guest(detector, **{"fold": False, "channels_last": False} | options)
+def off(detector: Any, **options: Any) -> Teacher:
+    return Teacher(detector, **{"fold": False, "channels_last": False} | options)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -219,8 +222,8 @@ def test_a_cheap_teacher_gives_the_maps_of_the_plain_one(name: str, double: bool
     torch.manual_seed(0)
     detector = lived(DETECTORS[name]())
     detector = detector.double() if double else detector
-    teacher = Guest(detector, channels_last=channels_last)
-    assert norms(teacher.working(CPU)) == 0 < norms(detector)
+    teacher = Teacher(detector, channels_last=channels_last)
+    assert norms(teacher.optimized(CPU)) == 0 < norms(detector)
     plain, cheap = detector.view(batch(), training=False, frozen=True), teacher.view(batch(), training=False)
     for stage in ("body", "neck", "deltas"):
         for stride, maps in getattr(plain, stage).items():
@@ -230,11 +233,11 @@ def test_a_cheap_teacher_gives_the_maps_of_the_plain_one(name: str, double: bool
 
 def test_a_guest_without_options_is_the_detector_itself() -> None:
     detector = lived(DETECTORS["resnet, live"]())
-    assert off(detector).working(CPU) is detector
+    assert off(detector).optimized(CPU) is detector
 
 
 def test_group_norm_in_the_heads_is_untouched() -> None:
-    working = Guest(lived(DETECTORS["mobilenet, live"]())).working(CPU)
+    working = Teacher(lived(DETECTORS["mobilenet, live"]())).optimized(CPU)
     assert any(isinstance(layer, nn.GroupNorm) for layer in working.modules())
 
 
@@ -243,7 +246,7 @@ def test_the_detector_stays_what_it_was(options: dict[str, Any]) -> None:
     detector = lived(DETECTORS["resnet, frozen"]())
     before = {name: (value.clone(), value.stride()) for name, value in detector.state_dict().items()}
     digest, described = fingerprint(detector.state_dict), detector.describe()
-    teacher = Guest(detector, **options)
+    teacher = Teacher(detector, **options)
     found = teacher.view(batch(), training=False).detections
     assert len(found) == 2
     assert teacher.fingerprint == digest == teacher.identity()["sha256"]
@@ -262,7 +265,7 @@ def test_the_detector_stays_what_it_was(options: dict[str, Any]) -> None:
 
 def test_unchanged_weights_are_shared_and_nothing_is_trained() -> None:
     detector = lived(DETECTORS["resnet, frozen"]())
-    working = Guest(detector).working(CPU)
+    working = Teacher(detector).optimized(CPU)
     assert not any(parameter.requires_grad for parameter in working.parameters())
     assert not any(module.training for module in working.modules())
     theirs = {parameter.data_ptr() for parameter in detector.parameters()}
@@ -271,9 +274,9 @@ def test_unchanged_weights_are_shared_and_nothing_is_trained() -> None:
 
 
 def test_the_cheap_network_is_made_once_and_copied_never() -> None:
-    teacher = Guest(lived(DETECTORS["resnet, live"]()))
-    first = teacher.working(CPU)
-    assert teacher.working(CPU) is first
+    teacher = Teacher(lived(DETECTORS["resnet, live"]()))
+    first = teacher.optimized(CPU)
+    assert teacher.optimized(CPU) is first
     assert copy.deepcopy(teacher) is teacher
 
 
@@ -282,13 +285,13 @@ def test_making_it_draws_nothing() -> None:
     torch.manual_seed(4)
     expected = torch.rand(3)
     torch.manual_seed(4)
-    _ = Guest(detector).view(batch()).neck
+    _ = Teacher(detector).view(batch()).neck
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_bfloat16_is_what_was_asked_for() -> None:
     detector = lived(DETECTORS["resnet, frozen"]())
-    view = Guest(detector, dtype="bfloat16").view(batch(), training=False)
+    view = Teacher(detector, dtype="bfloat16").view(batch(), training=False)
     plain = off(detector).view(batch(), training=False)
     for stride, maps in plain.neck.items():
         assert view.neck[stride].dtype == torch.bfloat16
@@ -299,21 +302,21 @@ def test_bfloat16_is_what_was_asked_for() -> None:
 def test_auto_leaves_a_teacher_on_the_cpu_as_it_is_under_autocast() -> None:
     detector = lived(DETECTORS["resnet, frozen"]())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert Guest(detector).working(CPU).net.backbone.body.conv1.weight.dtype == torch.float32
+        assert Teacher(detector).optimized(CPU).net.backbone.body.conv1.weight.dtype == torch.float32
 
 
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(DistillError, match="expected one of auto, float32, bfloat16, got 'half'"):
-        Guest(lived(DETECTORS["resnet, frozen"]()), dtype="half")
+        Teacher(lived(DETECTORS["resnet, frozen"]()), dtype="half")
 
 
 def test_the_command_line_passes_its_keys_on_and_has_the_same_defaults() -> None:
     detector = lived(DETECTORS["resnet, frozen"]())
-    plain = config.composed(["teacher=frcnn_r18", "paths.run=x"])
-    defaults = {name: each.default for name, each in inspect.signature(Guest).parameters.items()}
+    plain = compose.composed(["teacher=frcnn_r18", "paths.run=x"])
+    defaults = {name: each.default for name, each in inspect.signature(Teacher).parameters.items()}
     for name in ("fold", "channels_last", "dtype"):
         assert plain.teacher[name] == defaults[name] == getattr(guest(plain, detector, "x"), name)
     lines = ["teacher=frcnn_r18", "teacher.fold=false", "teacher.channels_last=false", "teacher.dtype=bfloat16"]
-    made = guest(config.composed([*lines, "paths.run=x"]), detector, "x", {"val/AP": 0.5})
+    made = guest(compose.composed([*lines, "paths.run=x"]), detector, "x", {"val/AP": 0.5})
     assert (made.fold, made.channels_last, made.dtype) == (False, False, "bfloat16")
     assert (made.source, made.values) == ("x", {"val/AP": 0.5})

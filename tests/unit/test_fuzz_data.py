@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distill import masks
 from distill.data.checks import check_records
 from distill.data.coco import Coco
 from distill.data.datamodule import DetectionData
@@ -25,6 +24,7 @@ from distill.data.images import Images
 from distill.data.records import Note, ground_truth, record
 from distill.data.transforms import Transform, collate
 from distill.data.voc import Voc
+from distill.losses import masks
 from distill.types import DistillError
 
 fuzz = settings(

@@ -15,9 +15,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
 
-from distill.detectors import checkpoints, geometry
-from distill.detectors.one_stage import RetinaNet
-from distill.detectors.two_stage import FasterRCNN
+from distill.detectors import anchors as anchor_parts
+from distill.detectors import registry, weights
+from distill.detectors.faster_rcnn import FasterRCNN
+from distill.detectors.retinanet import RetinaNet
 from distill.types import Batch, DistillError, Target
 
 HEIGHT, WIDTH = 96, 160  # no multiples of 64 or 128, so that nominal and fitted steps differ on the coarse levels
@@ -78,7 +79,7 @@ def test_anchors_lie_where_they_are_said_to(family: Any, offset: float, rounded:
     options = {"anchor_offset": offset, "anchor_rounded": rounded, "anchor_order": order, "anchor_step": step}
     detector = small(family, anchor_sizes=sizes, anchor_ratios=ratios, **options)
     found = detector.view(batch()).anchors
-    assert list(found) == list(detector.facts.neck)
+    assert list(found) == list(detector.spec.neck)
     for (stride, anchors), level in zip(found.items(), sizes, strict=True):
         expected = torch.tensor(slow_anchors(stride, level, ratios, offset, rounded, order, step))
         assert anchors.shape == expected.shape
@@ -187,10 +188,10 @@ def test_the_bare_network_does_the_same_as_the_view(family: Any) -> None:
 @pytest.mark.parametrize("family", [FasterRCNN, RetinaNet])
 def test_every_geometry_travels_with_the_weights_and_is_held(family: Any, tmp_path: Any) -> None:
     student = small(family, **FOREIGN, **OF[family])
-    checkpoints.save_student(student, tmp_path)
-    assert checkpoints.load_detector(tmp_path).describe() == student.describe()
+    weights.save_student(student, tmp_path)
+    assert registry.load_detector(tmp_path).describe() == student.describe()
     options = {**FOREIGN, **OF[family]}
-    for name in geometry.DEFAULTS.keys() & options.keys():
+    for name in anchor_parts.DEFAULTS.keys() & options.keys():
         others = {key: value for key, value in options.items() if key != name}
         with pytest.raises(DistillError, match=f"made for .*{name}="):
             small(family, **others, weights=str(tmp_path))
@@ -205,7 +206,9 @@ def test_defaults_are_torchvisions_own_parts() -> None:
     assert type(one.net.backbone.fpn.extra_blocks) is LastLevelP6P7
     for detector in (two, one):
         described = detector.describe()
-        assert {k: described[k] for k in geometry.DEFAULTS if k in described}.items() <= geometry.DEFAULTS.items()
+        assert {
+            k: described[k] for k in anchor_parts.DEFAULTS if k in described
+        }.items() <= anchor_parts.DEFAULTS.items()
 
 
 WORDS = ("channel_order", "anchor_order", "anchor_step", "delta_clamp")
@@ -216,7 +219,7 @@ WORDS = ("channel_order", "anchor_order", "anchor_step", "delta_clamp")
     [(family, name) for family in (FasterRCNN, RetinaNet) for name in WORDS] + [(FasterRCNN, "box_level_rule")],
 )
 def test_an_unknown_word_is_refused_by_name(family: Any, name: str) -> None:
-    with pytest.raises(DistillError, match=f"{name}: expected .*{geometry.DEFAULTS[name]}.*'middle'"):
+    with pytest.raises(DistillError, match=f"{name}: expected .*{anchor_parts.DEFAULTS[name]}.*'middle'"):
         small(family, **{name: "middle"})
 
 

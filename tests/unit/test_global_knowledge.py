@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, facts, random_view
+from fake_view import FakeView, batch, random_view, spec
 from loss_grid import OBJECTS, LossGrid
 from test_masks import slow_cells, slow_level
 from torch import Tensor
 
-from distill import masks
+from distill.losses import masks
 from distill.losses.base import DistillLoss
 from distill.losses.global_knowledge import GlobalKnowledge, agreement
-from distill.types import Batch, DistillError, Facts
+from distill.types import Batch, DetectorSpec, DistillError
 
 NO_ADAPTER = {"kernel": None}
 ALL_ON: dict[str, Mapping[str, Any]] = {"relation": {"weight": 5.0}, "prototypes": {"count": 3}}
 
 
-def with_prototypes(loss: GlobalKnowledge, student: Facts, teacher: Facts) -> GlobalKnowledge:
+def with_prototypes(loss: GlobalKnowledge, student: DetectorSpec, teacher: DetectorSpec) -> GlobalKnowledge:
     """Prototypes of the classes 1 to 3; the fourth class has no instance."""
     generator = torch.Generator().manual_seed(5)
     for buffer in (loss.ours, loss.theirs):
@@ -61,12 +61,12 @@ class TestGlobalKnowledge(LossGrid):
     mask: Mapping[str, Any] = {}
     levels: list[int] | None = None
 
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         neck = {"levels": self.levels}
         loss = GlobalKnowledge(student, teacher, **ALL_ON, neck=neck, mask=self.mask, adapter=NO_ADAPTER)
         return with_prototypes(loss, student, teacher)
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return with_prototypes(GlobalKnowledge(student, teacher, **ALL_ON, mask=self.mask), student, teacher)
 
     def pair(self, images: Batch, **options: Any) -> tuple[FakeView, FakeView]:
@@ -125,7 +125,7 @@ class TestGlobalKnowledge(LossGrid):
         loss.ours.normal_(generator=torch.Generator().manual_seed(5))
         loss.theirs.copy_(loss.ours)
         for name, value in self.run(
-            loss, student, FakeView(student.batch, student.facts, **student.mapped(torch.clone).stages)
+            loss, student, FakeView(student.batch, student.spec, **student.mapped(torch.clone).stages)
         ).items():
             assert value.item() == pytest.approx(0, abs=1e-12), name
 
@@ -139,15 +139,15 @@ def test_prototypes_and_proposals_keep_to_the_chosen_levels(levels: list[int]) -
     grid = TestGlobalKnowledge()
     grid.levels = sorted(levels)
     grid.test_equals_its_oracle(OBJECTS)
-    loss = GlobalKnowledge(facts(), facts(), neck={"levels": levels})
+    loss = GlobalKnowledge(spec(), spec(), neck={"levels": levels})
     assert (loss.levels, loss.ours.shape[1]) == (sorted(levels), len(levels))
 
 
 @pytest.mark.parametrize("kind", masks.KINDS)
 def test_the_neck_takes_any_mask_and_the_other_terms_none(kind: str) -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
     loss, plain = (
-        with_prototypes(GlobalKnowledge(facts(), facts(), **ALL_ON, mask=mask, adapter=NO_ADAPTER), facts(), facts())
+        with_prototypes(GlobalKnowledge(spec(), spec(), **ALL_ON, mask=mask, adapter=NO_ADAPTER), spec(), spec())
         for mask in ({"kind": kind}, {})
     )
     values, usual = loss(student, teacher), plain(student, teacher)
@@ -160,16 +160,16 @@ def test_the_neck_takes_any_mask_and_the_other_terms_none(kind: str) -> None:
 
 
 def test_logits_of_a_wrong_shape_are_refused() -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
     scores, deltas = teacher.stages["roi_logits"]
     teacher.stages["roi_logits"] = scores[:, :-1], deltas
     with pytest.raises(DistillError, match=r"labels, logits \(R, K\+1\): expected student and teacher of equal shape"):
-        GlobalKnowledge(facts(), facts(), adapter=NO_ADAPTER)(student, teacher)
+        GlobalKnowledge(spec(), spec(), adapter=NO_ADAPTER)(student, teacher)
 
 
 def test_without_prototypes_every_region_counts_in_full() -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
-    loss = GlobalKnowledge(facts(), facts(), adapter=NO_ADAPTER)
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
+    loss = GlobalKnowledge(spec(), spec(), adapter=NO_ADAPTER)
     positive = [boxes[names > 0] for boxes, names in zip(student.rois.boxes, student.rois.labels, strict=True)]
     grid = {s: (x.shape[2], x.shape[3]) for s, x in student.neck.items()}
     inside = masks.ground_truth(positive, grid)
@@ -182,7 +182,7 @@ def test_without_prototypes_every_region_counts_in_full() -> None:
 
 
 def test_only_neck_and_relation_fade() -> None:
-    loss = GlobalKnowledge(facts(), facts(), **ALL_ON)
+    loss = GlobalKnowledge(spec(), spec(), **ALL_ON)
     assert {term: loss.factor(term, 0.75, 24) for term in loss.weights} == {
         "neck.foreground": 0.25,
         "neck.background": 0.25,
@@ -211,16 +211,16 @@ def test_only_neck_and_relation_fade() -> None:
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        GlobalKnowledge(facts(), facts(), **options)
+        GlobalKnowledge(spec(), spec(), **options)
 
 
 def test_without_weights_it_is_nothing_for_any_pair() -> None:
     nothing = {"neck": {"foreground": 0, "background": 0}, "labels": {"weight": 0}}
-    loss = GlobalKnowledge(facts(), facts(two_stage=False), **nothing)
+    loss = GlobalKnowledge(spec(), spec(two_stage=False), **nothing)
     loss.on_epoch_start(1, None, None, None)
     assert not list(loss.parameters())
     assert not loss.state_dict()
-    assert loss(random_view(batch(OBJECTS), facts(), 1), random_view(batch(OBJECTS), facts(), 2)) == {}
+    assert loss(random_view(batch(OBJECTS), spec(), 1), random_view(batch(OBJECTS), spec(), 2)) == {}
 
 
 def test_opposite_places_are_not_trusted_at_all() -> None:
@@ -229,4 +229,4 @@ def test_opposite_places_are_not_trusted_at_all() -> None:
 
 def test_it_needs_regions() -> None:
     with pytest.raises(DistillError, match="both detectors must be two-stage"):
-        GlobalKnowledge(facts(), facts(two_stage=False))
+        GlobalKnowledge(spec(), spec(two_stage=False))

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import batch, facts, random_view
+from fake_view import batch, random_view, spec
 from loss_grid import OBJECTS
 from test_masks import slow
 from torch import Tensor
 
-from distill import masks
-from distill.losses import blocks
+from distill.losses import masks
 from distill.losses.chen import Chen
 from distill.losses.dsig import DSIG
 from distill.losses.fgfi import FGFI
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.imitation import COUNTS, MapImitation, RegionImitation, masked, parts, squared_error
+from distill.losses.kernels import blocks
 from distill.losses.mimic import Mimic
 from distill.losses.tadf import TADF
 from distill.types import DistillError
@@ -199,7 +199,7 @@ def test_any_squared_error_of_maps_takes_any_mask(
     kind: str, method: Any, options: dict[str, Any], term: str, per_cell: int, levels: int
 ) -> None:
     """`per_cell` is what a level's sum is divided by for each cell of the mask, `levels` what the levels' sum is."""
-    known = facts()
+    known = spec()
     student, teacher = (random_view(batch(OBJECTS), known, seed) for seed in (1, 2))
     loss = method(known, known, **options, mask={"kind": kind}, adapter={"kernel": None})
     sizes = {stride: (x.shape[2], x.shape[3]) for stride, x in student.neck.items()}
@@ -234,7 +234,7 @@ def test_a_subset_of_levels_is_what_they_are_alone(
     levels: list[int], method: Any, options: dict[str, Any], place: str, part: str, per_cell: int, cells: Any
 ) -> None:
     """The mean over them, of DSIG the sum; each box lies on one of the chosen levels."""
-    known = facts()
+    known = spec()
     student, teacher = (random_view(batch(OBJECTS), known, seed) for seed in (1, 2))
 
     def value(chosen: list[int] | None) -> float:
@@ -255,7 +255,7 @@ def test_a_subset_of_levels_is_what_they_are_alone(
      (GlobalKnowledge, POINTS, "neck")],
 )  # fmt: skip
 def test_a_relu_follows_any_adapter(method: Any, options: dict[str, Any], place: str) -> None:
-    known = facts()
+    known = spec()
     student, teacher = (random_view(batch(OBJECTS), known, seed, dtype=torch.float32) for seed in (1, 2))
     with_relu, without = (
         method(known, known, **options, adapter={"kernel": 1, "start": "default", "relu": relu})
@@ -280,5 +280,5 @@ def test_a_relu_follows_any_adapter(method: Any, options: dict[str, Any], place:
 )
 def test_a_mask_that_nothing_reads_is_refused(method: Any, options: dict[str, Any]) -> None:
     with pytest.raises(DistillError, match=r"mask: it is for (neck|hint), but no term of"):
-        method(facts(), facts(), **options, mask={"kind": "ground_truth"})
-    method(facts(), facts(), **options)
+        method(spec(), spec(), **options, mask={"kind": "ground_truth"})
+    method(spec(), spec(), **options)

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from fake_view import FakeView, anchors, batch, corners, facts
+from fake_view import FakeView, anchors, batch, corners, spec
 from torch import Tensor
 
-from distill import masks
-from distill.detectors.anchor_free import FCOS
+from distill.detectors.fcos import FCOS
+from distill.losses import masks
 from distill.types import Batch, DistillError, Target
 
 # DeFeat's reference values: padded input 800 x 1344, two images.
@@ -243,7 +243,7 @@ def test_random_is_uniform_over_cells() -> None:
 def test_values_multiply_each_box_and_the_largest_counts(kind: str) -> None:
     boxes, grid = drawn(7, 6), sizes((8, 16, 32), 96, 160)
     values = [torch.rand(len(each), generator=torch.Generator().manual_seed(index)) for index, each in enumerate(boxes)]
-    view = FakeView(batch([[]] * 3, 96, 160), facts(), anchors={s: anchors(*size, s, 2) for s, size in grid.items()})
+    view = FakeView(batch([[]] * 3, 96, 160), spec(), anchors={s: anchors(*size, s, 2) for s, size in grid.items()})
     mask = masks.Mask(kind, scale=20.0)
     found = mask.around(boxes, values, view, grid)  # type: ignore[arg-type]
     expected = {stride: torch.zeros(3, *size) for stride, size in grid.items()}
@@ -276,7 +276,7 @@ def test_the_batch_does_not_matter() -> None:
 def test_build(kind: str) -> None:
     images = batch([[[3.0, 5.0, 40.0, 30.0]], []])
     grid = sizes((4, 8), 64, 64)
-    view = FakeView(images, facts(), anchors={stride: anchors(*size, stride, 3) for stride, size in grid.items()})
+    view = FakeView(images, spec(), anchors={stride: anchors(*size, stride, 3) for stride, size in grid.items()})
     found = masks.Mask(kind)(view, grid, seeds=[1, 2])
     for stride, size in grid.items():
         assert found[stride].shape == (2, *size)

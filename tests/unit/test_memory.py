@@ -9,18 +9,18 @@ import torch
 from test_bench import CPU, batch, data, detector  # noqa: F401
 from torch import Tensor, nn
 
-from distill.bench.measure import measure_memory
-from distill.bench.step import Step
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
-from distill.guest import Guest
+from distill.diagnostics.bench.measure import measure_memory
+from distill.diagnostics.bench.step import Step
+from distill.diagnostics.memory import Live, Saved, peak, stored
 from distill.losses.base import DistillLoss
 from distill.losses.defeat import DeFeat
 from distill.losses.dsig import DSIG
 from distill.losses.fgfi import FGFI
 from distill.losses.ssim import SSIM
-from distill.memory import Live, Saved, peak, stored
-from distill.optimization import Schedule
+from distill.teacher import Teacher
+from distill.training.schedule import Schedule
 from distill.types import Batch, View
 
 FLOATS = 4
@@ -82,8 +82,8 @@ def test_the_peak_sees_what_was_allocated_during_the_call_alone() -> None:
 
 def stepped(images: Batch, kind: Any, **options: Any) -> tuple[Step, Step]:
     """A step of the student alone, and one with a loss, both run before."""
-    student, teacher = detector(), Guest(detector(1, **options))
-    losses = {"loss": kind(student.facts, teacher.facts)}
+    student, teacher = detector(), Teacher(detector(1, **options))
+    losses = {"loss": kind(student.spec, teacher.spec)}
     steps = Step(student, None, {}, images, Schedule()), Step(student, teacher, losses, images, Schedule())
     for step in steps:
         step.run()
@@ -106,7 +106,7 @@ def test_a_teachers_pass_is_no_part_of_the_peak_once_it_is_known_what_is_read(ki
     found = measure_memory(plain, step)
     assert found.peak < 1.03 * found.sum
     view = step.teacher_view
-    step.teacher_view = lambda ahead=(): view()  # type: ignore[method-assign]
+    step.teacher_view = lambda prefetch=(): view()  # type: ignore[method-assign]
     later = measure_memory(plain, step)
     assert later.peak > 1.09 * later.sum
 
@@ -166,14 +166,14 @@ def test_what_a_loss_should_not_hold_is_found_to_the_byte(kind: Any, kept: str, 
 
 
 def test_a_folded_twin_shares_with_the_detector_what_it_does_not_change() -> None:
-    teacher = Guest(detector(1), channels_last=False)
+    teacher = Teacher(detector(1), channels_last=False)
     alone = stored(teacher.tensors().values(), CPU)
     assert alone == stored([*teacher.detector.parameters(), *teacher.detector.buffers()], CPU)
-    twin = teacher.working(CPU)
+    twin = teacher.optimized(CPU)
     body: Any = twin.net.backbone
     folded = [layer for layer in body.modules() if isinstance(layer, nn.Conv2d)]
     changed = stored([each for layer in folded for each in layer.parameters()], CPU)
     assert alone < stored(teacher.tensors().values(), CPU) <= alone + changed
-    plain = Guest(detector(1), fold=False, channels_last=False)
-    plain.working(CPU)
+    plain = Teacher(detector(1), fold=False, channels_last=False)
+    plain.optimized(CPU)
     assert stored(plain.tensors().values(), CPU) == alone

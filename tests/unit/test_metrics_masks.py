@@ -18,8 +18,8 @@ from pycocotools import mask as coco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from distill import rle
-from distill.metrics.coco import CocoMetric
+from distill.data import rle
+from distill.evaluation.coco import CocoMetric
 from distill.types import Detections, DistillError
 
 BACKENDS = ["faster_coco_eval", "pycocotools"]

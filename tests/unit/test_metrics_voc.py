@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.metrics.voc import VocMetric, average_precision
+from distill.evaluation.voc import VocMetric, average_precision
 from distill.types import Detections, DistillError
 
 CLASSES = ("cat", "dog", "never")

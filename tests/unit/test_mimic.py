@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, facts, random_view
+from fake_view import FakeView, batch, random_view, spec
 from loss_grid import OBJECTS, LossGrid
 from torch import Tensor
 
-from distill.cli import config
+from distill.cli import compose
 from distill.losses.base import DistillLoss
 from distill.losses.mimic import Mimic
-from distill.types import DistillError, Facts
+from distill.types import DetectorSpec, DistillError
 
 NONE = {"kernel": None}
 NECK_ONLY: dict[str, Any] = {"regions": {"all": 0}, "neck": {"all": 1}}
@@ -26,10 +26,10 @@ def half_mean(student: Tensor, teacher: Tensor) -> float:
 
 
 class TestMimic(LossGrid):
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return Mimic(student, teacher, neck={"all": 2}, adapter=NONE)
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return Mimic(student, teacher, neck={"all": 2})
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
@@ -42,13 +42,13 @@ class TestMimic(LossGrid):
 class TestMimicOfPredictions(TestMimic):
     """For detectors without regions of their own."""
 
-    student = facts(two_stage=False, strides=(8, 16, 32, 64, 128))
-    teacher = facts(two_stage=False, strides=(8, 16, 32, 64, 128))
+    student = spec(two_stage=False, strides=(8, 16, 32, 64, 128))
+    teacher = spec(two_stage=False, strides=(8, 16, 32, 64, 128))
 
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return Mimic(student, teacher, regions={"kind": "predictions"}, neck={"all": 2}, adapter=NONE)
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return Mimic(student, teacher, regions={"kind": "predictions"}, neck={"all": 2}, adapter={"kernel": 3})
 
 
@@ -63,8 +63,8 @@ class Watched(FakeView):
 
 
 def watched(dtype: torch.dtype = torch.float64) -> tuple[Watched, Watched]:
-    views = (random_view(batch(OBJECTS), facts(), seed, dtype=dtype) for seed in (1, 2))
-    student, teacher = (Watched(view.batch, view.facts, **view.stages) for view in views)
+    views = (random_view(batch(OBJECTS), spec(), seed, dtype=dtype) for seed in (1, 2))
+    student, teacher = (Watched(view.batch, view.spec, **view.stages) for view in views)
     return student, teacher
 
 
@@ -72,7 +72,7 @@ def watched(dtype: torch.dtype = torch.float64) -> tuple[Watched, Watched]:
 @pytest.mark.parametrize("kind", ["rois", "proposals", "predictions"])
 def test_both_pool_the_same_regions_of_the_one_that_was_asked_for(source: str, kind: str) -> None:
     student, teacher = watched()
-    Mimic(facts(), facts(), regions={"source": source, "kind": kind, "top": 2}, adapter=NONE)(student, teacher)
+    Mimic(spec(), spec(), regions={"source": source, "kind": kind, "top": 2}, adapter=NONE)(student, teacher)
     owner, other = (student, teacher) if source == "student" else (teacher, student)
     ours, theirs = (view.stages["asked"][0] for view in (student, teacher))
     assert all(a is b for a, b in zip(ours, theirs, strict=True))
@@ -90,14 +90,14 @@ def test_both_pool_the_same_regions_of_the_one_that_was_asked_for(source: str, k
 def test_boxes_are_no_way_for_the_gradient() -> None:
     student, teacher = watched()
     boxes = [found.boxes.requires_grad_() for found in student.stages["predictions"]]
-    Mimic(facts(), facts(), regions={"kind": "predictions"}, adapter=NONE)(student, teacher)
+    Mimic(spec(), spec(), regions={"kind": "predictions"}, adapter=NONE)(student, teacher)
     assert boxes
     assert not any(each.requires_grad for each in student.stages["asked"][0])
 
 
 def test_a_term_without_weight_is_neither_built_nor_computed() -> None:
     student, teacher = watched(torch.float32)
-    regions, neck = Mimic(facts(), facts()), Mimic(facts(), facts(), **NECK_ONLY)
+    regions, neck = Mimic(spec(), spec()), Mimic(spec(), spec(), **NECK_ONLY)
     assert list(regions(student, teacher)) == ["regions.all"]
     assert teacher.reads == {"roi_features"}
     assert [tuple(each.shape) for each in regions.parameters()] == [(6, 6, 1, 1), (6,)]
@@ -105,7 +105,7 @@ def test_a_term_without_weight_is_neither_built_nor_computed() -> None:
     assert list(neck(student, teacher)) == ["neck.all"]
     assert student.reads == teacher.reads == {"neck"}
     assert len(list(neck.parameters())) == 2 * 5
-    nothing = Mimic(facts(), facts(), regions={"all": 0})
+    nothing = Mimic(spec(), spec(), regions={"all": 0})
     assert nothing(student, teacher) == {}
 
 
@@ -115,7 +115,7 @@ def test_regions_count_over_images_and_not_image_by_image() -> None:
     for view, fill in ((student, 0.0), (teacher, 1.0)):
         view.stages["roi_features"] = torch.full((4, 6, 7, 7), fill, dtype=torch.float64)
     teacher.stages["roi_features"][3] = 5.0
-    value = Mimic(facts(), facts(), adapter=NONE)(student, teacher)["regions.all"]
+    value = Mimic(spec(), spec(), adapter=NONE)(student, teacher)["regions.all"]
     assert value.item() == pytest.approx((3 * 0.5 + 25 / 2) / 4)
 
 
@@ -123,8 +123,8 @@ def test_regions_count_over_images_and_not_image_by_image() -> None:
 def test_normalization_of_the_neck(normalization: str, factor: float) -> None:
     student, teacher = watched()
     loss = Mimic(
-        facts(),
-        facts(),
+        spec(),
+        spec(),
         regions={"all": 0},
         neck={"all": 1, "levels": [8], "normalization": normalization},
         adapter=NONE,
@@ -135,7 +135,7 @@ def test_normalization_of_the_neck(normalization: str, factor: float) -> None:
 
 def test_falls_when_it_alone_is_minimised() -> None:
     student, teacher = watched(torch.float32)
-    loss = Mimic(facts(), facts(), neck={"all": 1})
+    loss = Mimic(spec(), spec(), neck={"all": 1})
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.5)
     values = []
     for _ in range(30):
@@ -162,32 +162,32 @@ def test_falls_when_it_alone_is_minimised() -> None:
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        Mimic(facts(), facts(), **options)
+        Mimic(spec(), spec(), **options)
 
 
 def test_detectors_that_do_not_match_are_refused() -> None:
-    one_stage = facts(two_stage=False)
+    one_stage = spec(two_stage=False)
     with pytest.raises(DistillError, match=r"two-stage student, but it is a retinanet\. Set regions.kind=predictions"):
-        Mimic(one_stage, facts())
+        Mimic(one_stage, spec())
     with pytest.raises(DistillError, match="two-stage teacher"):
-        Mimic(facts(), one_stage, regions={"source": "teacher"})
-    Mimic(facts(), one_stage)
-    Mimic(one_stage, facts(), regions={"source": "teacher"})
+        Mimic(spec(), one_stage, regions={"source": "teacher"})
+    Mimic(spec(), one_stage)
+    Mimic(one_stage, spec(), regions={"source": "teacher"})
     Mimic(one_stage, one_stage, **NECK_ONLY)
     with pytest.raises(DistillError, match="equally many channels on all levels of the teacher's neck"):
-        Mimic(facts(), replace(facts(), neck={4: 6, 8: 7}))
+        Mimic(spec(), replace(spec(), neck={4: 6, 8: 7}))
     with pytest.raises(DistillError, match="the student has 6 channels and the teacher 8"):
-        Mimic(facts(), facts(neck=8), adapter=NONE)
+        Mimic(spec(), spec(neck=8), adapter=NONE)
 
 
 def test_options_say_which_mimic_is_meant_and_add_up_with_defeat() -> None:
-    losses = config.composed(["distill=[defeat,mimic]"]).distill.losses
-    built = {str(name): config.build(node, student=facts(), teacher=facts()) for name, node in losses.items()}
+    losses = compose.composed(["distill=[defeat,mimic]"]).distill.losses
+    built = {str(name): compose.build(node, student=spec(), teacher=spec()) for name, node in losses.items()}
     assert built["mimic"].weights == {"regions.all": 1}
     student, teacher = watched(torch.float32)
     assert [list(loss(student, teacher)) for loss in built.values()] == [
         ["neck.foreground", "neck.background"],
         ["regions.all"],
     ]
-    node = config.composed(["distill=mimic_neck"]).distill.losses.mimic
-    assert config.build(node, student=facts(), teacher=facts()).weights == {"neck.all": 3}
+    node = compose.composed(["distill=mimic_neck"]).distill.losses.mimic
+    assert compose.build(node, student=spec(), teacher=spec()).weights == {"neck.all": 3}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.optimization import Schedule
+from distill.training.schedule import Schedule
 from distill.types import DistillError
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, equal_views, facts, random_view
+from fake_view import FakeView, batch, equal_views, random_view, spec
 from loss_grid import OBJECTS, LossGrid
 from test_fgfi import AnchorsFollowMaps
 from test_masks import slow_fine_grained
 from torch import Tensor, nn
 
-from distill.cli import config
+from distill.cli import compose
 from distill.losses.base import DistillLoss
 from distill.losses.chen import Chen
 from distill.losses.defeat import DeFeat
@@ -26,7 +26,7 @@ from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD, Variance, reweighed
 from distill.losses.ssim import SSIM
 from distill.losses.tadf import TADF
-from distill.types import DistillError, Facts
+from distill.types import DetectorSpec, DistillError
 
 NONE = {"kernel": None}
 BOTH: dict[str, Any] = {"neck": {"all": 2}}
@@ -76,10 +76,10 @@ def slow_region(part: Variance, student: Tensor, teacher: Tensor) -> float:
 class TestPADOfMimic(LossGrid):
     """At its start, where its minimum is the wrapped loss's."""
 
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return PAD(student, teacher, partial(Mimic, **BOTH, adapter=NONE))
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return PAD(student, teacher, partial(Mimic, **BOTH))
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
@@ -96,10 +96,10 @@ class TestPADOfMimic(LossGrid):
 class TestPADOfMimicOnItsWay(TestPADOfMimic):
     """With variances that are not 0: equal features leave the mean of v / 2, which the features decide."""
 
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return drawn(super().loss(student, teacher))
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return drawn(super().adapted(student, teacher))
 
     def test_is_at_its_minimum_when_student_equals_teacher(self) -> None:
@@ -112,12 +112,12 @@ class TestPADOfMimicOnItsWay(TestPADOfMimic):
 
 
 class TestPADOfFGFI(AnchorsFollowMaps):
-    student = teacher = facts(two_stage=False, strides=(8, 16, 32, 64, 128), anchors=2)
+    student = teacher = spec(two_stage=False, strides=(8, 16, 32, 64, 128), anchors=2)
 
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return PAD(student, teacher, partial(FGFI, adapter=NONE))
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return drawn(PAD(student, teacher, FGFI))
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
@@ -130,7 +130,7 @@ class TestPADOfFGFI(AnchorsFollowMaps):
 
 
 def pair(dtype: torch.dtype = torch.float32) -> tuple[FakeView, FakeView]:
-    return random_view(batch(OBJECTS), facts(), 1, dtype=dtype), random_view(batch(OBJECTS), facts(), 2, dtype=dtype)
+    return random_view(batch(OBJECTS), spec(), 1, dtype=dtype), random_view(batch(OBJECTS), spec(), 2, dtype=dtype)
 
 
 WRAPPED = {
@@ -152,7 +152,7 @@ PLACES = {"mimic": 5 + 1, "defeat": 5 + 3, "dsig": 5 + 1, "graph": 1}
 @pytest.mark.parametrize("name", WRAPPED)
 def test_starts_as_the_wrapped_loss_and_keeps_its_terms(name: str) -> None:
     of: Any = WRAPPED[name]
-    plain, padded = of(student=facts(), teacher=facts(), seed=3), PAD(facts(), facts(), partial(of, seed=3))
+    plain, padded = of(student=spec(), teacher=spec(), seed=3), PAD(spec(), spec(), partial(of, seed=3))
     assert padded.weights == plain.weights
     assert padded.ramp == plain.ramp
     expected = plain(*pair())
@@ -174,8 +174,8 @@ def uneven_pair() -> tuple[FakeView, FakeView]:
 
 def test_nodes_of_a_graph_are_weighed_region_by_region_and_its_edges_left_alone() -> None:
     student, teacher = uneven_pair()
-    plain = DSIG(facts(), facts())(student, teacher)
-    loss = drawn(PAD(facts(), facts(), DSIG))
+    plain = DSIG(spec(), spec())(student, teacher)
+    loss = drawn(PAD(spec(), spec(), DSIG))
     part, values = variances(loss)["of.nodes.reweigh"], loss(student, teacher)
     features = list(zip(student.roi_features([]), teacher.roi_features([]), strict=True))
     expected = {"foreground": 0.0, "background": 0.0}
@@ -196,7 +196,7 @@ def test_nodes_of_a_graph_are_weighed_region_by_region_and_its_edges_left_alone(
 
 def test_squares_of_rescaled_maps_are_weighed_by_the_feature_as_it_is() -> None:
     student, teacher = pair(torch.float64)
-    loss = drawn(PAD(facts(), facts(), partial(SSIM, error="l2", adapter=NONE)))
+    loss = drawn(PAD(spec(), spec(), partial(SSIM, error="l2", adapter=NONE)))
     expected = 0.0
     for stride, x in student.neck.items():
         part = variances(loss)[f"of.maps.reweigh.{stride}"]
@@ -212,10 +212,10 @@ def test_squares_of_rescaled_maps_are_weighed_by_the_feature_as_it_is() -> None:
 
 
 def test_variances_are_trained_with_the_loss_and_forgotten_by_no_checkpoint() -> None:
-    loss = drawn(PAD(facts(), facts(), FGFI))
+    loss = drawn(PAD(spec(), spec(), FGFI))
     state = loss.state_dict()
     assert sum("reweigh" in name for name in state) == 2 * 5
-    again = PAD(facts(), facts(), FGFI)
+    again = PAD(spec(), spec(), FGFI)
     again.load_state_dict(state)
     assert again(*pair())["neck.foreground"].item() == loss(*pair())["neck.foreground"].item()
 
@@ -244,8 +244,8 @@ def test_extreme_variances_stay_finite_with_their_gradients(v: float) -> None:
 
 
 def test_during_the_warmup_it_is_the_plain_loss_and_still_attached() -> None:
-    plain = FGFI(facts(), facts())(*pair())["neck.foreground"].item()
-    loss = drawn(PAD(facts(), facts(), FGFI, warmup=2))
+    plain = FGFI(spec(), spec())(*pair())["neck.foreground"].item()
+    loss = drawn(PAD(spec(), spec(), FGFI, warmup=2))
     found = {}
     for epoch in (0, 1, 2, 0):
         loss.on_epoch_start(epoch, None, None, None)
@@ -262,7 +262,7 @@ def test_during_the_warmup_it_is_the_plain_loss_and_still_attached() -> None:
 @pytest.mark.parametrize(("warmup", "epoch", "on"), [(0.5, 0, False), (0.5, 1, True), (0, 0, True), (2, 1, False)])
 def test_the_epoch_alone_says_whether_the_warmup_goes_on(warmup: float, epoch: int, on: bool) -> None:
     """As of a loss that was just made, or just loaded inside an epoch, whose start it is never told."""
-    loss = drawn(PAD(facts(), facts(), FGFI, warmup))
+    loss = drawn(PAD(spec(), spec(), FGFI, warmup))
     loss.epoch = epoch
     loss(*pair())["neck.foreground"].backward()
     weighed = [bool(parameter.grad.any()) for part in variances(loss).values() for parameter in part.parameters()]  # type: ignore[union-attr]
@@ -281,7 +281,7 @@ def test_the_wrapped_loss_hears_of_epochs_and_keeps_its_factors() -> None:
             super().on_epoch_start(epoch, data, student, teacher)
             self.heard = epoch, data, student, teacher
 
-    loss = PAD(facts(), facts(), Factored)
+    loss = PAD(spec(), spec(), Factored)
     assert loss.of.heard is None
     loss.on_epoch_start(4, "data", "student", "teacher")
     assert loss.of.heard == (4, "data", "student", "teacher")
@@ -294,7 +294,7 @@ def test_falls_when_it_alone_is_minimised_and_below_what_the_plain_loss_can_reac
     student, teacher = pair()
     small = teacher.mapped(lambda x: 0.1 * x)  # errors well below 1, so their logarithms are negative
     student = student.mapped(lambda x: 0.1 * x)
-    loss = PAD(facts(), facts(), partial(Mimic, **BOTH))
+    loss = PAD(spec(), spec(), partial(Mimic, **BOTH))
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.02)
     values = []
     for _ in range(100):
@@ -312,7 +312,7 @@ def test_falls_when_it_alone_is_minimised_and_below_what_the_plain_loss_can_reac
 class Angles(DistillLoss):
     """Compares maps, but not by their squared error."""
 
-    def __init__(self, student: Facts, teacher: Facts) -> None:
+    def __init__(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__({"neck.all": 1.0})
         self.maps = MapImitation("neck", student.neck, teacher.neck, error=lambda s, t: 1 - (s * t).sum(1))
 
@@ -332,23 +332,23 @@ class Angles(DistillLoss):
             r"compares feature maps or pooled regions, got DeFeat with \['proposals.all'\]",
         ),
         (partial(PAD, of=FGFI), "PAD's neck is weighed already"),
-        ({"_target_": "distill.losses.fgfi.FGFI"}, "got a dict. In YAML give `of` a _target_ and _partial_"),
+        ({"_target_": "distill.FGFI"}, "got a dict. In YAML give `of` a _target_ and _partial_"),
         (partial(FGFI, neck={"levels": [2]}), "neck.levels"),
     ],
 )
 def test_what_cannot_be_wrapped_is_refused(of: Any, message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        PAD(facts(), facts(), of)
+        PAD(spec(), spec(), of)
 
 
 @pytest.mark.parametrize("warmup", [-1, math.inf, math.nan, "long"])
 def test_a_warmup_is_a_number_of_epochs(warmup: Any) -> None:
     with pytest.raises(DistillError, match=r"PAD.warmup: expected a number of epochs, 0 or more"):
-        PAD(facts(), facts(), FGFI, warmup)
+        PAD(spec(), spec(), FGFI, warmup)
 
 
 def test_a_wrapped_loss_without_weights_is_nothing() -> None:
-    loss = PAD(facts(), facts(), partial(FGFI, neck={"foreground": 0}))
+    loss = PAD(spec(), spec(), partial(FGFI, neck={"foreground": 0}))
     assert loss(*pair()) == {}
     assert not list(loss.parameters())
 
@@ -361,31 +361,31 @@ def test_a_wrapped_loss_without_weights_is_nothing() -> None:
     [("pad_mimic", "mimic_neck", "mimic"), ("pad_fgfi", "fgfi", "fgfi"), ("pad_fgfi_voc", "fgfi_voc", "fgfi")],
 )
 def test_options_wrap_just_what_the_plain_option_says(wrapper: str, plain: str, name: str) -> None:
-    ours = config.plain(config.composed([f"distill={wrapper}"]).distill)["losses"][f"pad_{name}"]["of"]
+    ours = compose.plain(compose.composed([f"distill={wrapper}"]).distill)["losses"][f"pad_{name}"]["of"]
     assert ours.pop("_partial_") is True
-    assert ours == config.plain(config.composed([f"distill={plain}"]).distill)["losses"][name]
+    assert ours == compose.plain(compose.composed([f"distill={plain}"]).distill)["losses"][name]
 
 
 def test_builds_from_its_option_takes_overrides_and_adds_up_with_defeat() -> None:
     place = "distill.losses.pad_fgfi"
     lines = ["distill=[defeat,pad_fgfi]", f"{place}.of.neck.foreground=2", f"{place}.warmup=1"]
-    losses = config.composed(lines).distill.losses
-    built = {str(name): config.build(node, student=facts(), teacher=facts()) for name, node in losses.items()}
+    losses = compose.composed(lines).distill.losses
+    built = {str(name): compose.build(node, student=spec(), teacher=spec()) for name, node in losses.items()}
     assert built["pad_fgfi"].weights == {"neck.foreground": 2}
     assert built["pad_fgfi"].warmup == 1
     assert [list(loss(*pair())) for loss in built.values()] == [
         ["neck.foreground", "neck.background"],
         ["neck.foreground"],
     ]
-    node = config.composed(["distill=pad_fgfi", f"{place}.of.mask.kind=nothing"]).distill.losses.pad_fgfi
+    node = compose.composed(["distill=pad_fgfi", f"{place}.of.mask.kind=nothing"]).distill.losses.pad_fgfi
     with pytest.raises(DistillError, match=r"mask.kind: expected one of"):
-        config.build(node, student=facts(), teacher=facts())
+        compose.build(node, student=spec(), teacher=spec())
 
 
 def test_the_wrapped_loss_keeps_its_own_ramp_of_some_terms() -> None:
     ramp = {"shape": "linear", "terms": ["neck"]}
     make = partial(DeFeat, proposals={"positive": 1}, ramp=ramp)
-    plain, wrapped = make(facts(), facts()), PAD(facts(), facts(), make)
+    plain, wrapped = make(spec(), spec()), PAD(spec(), spec(), make)
     found = {term: wrapped.factor(term, 0.5, 10) for term in wrapped.weights}
     assert found == {term: plain.factor(term, 0.5, 10) for term in plain.weights}
     assert set(found.values()) == {0.5, 1.0}

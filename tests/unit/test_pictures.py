@@ -1,4 +1,4 @@
-"""Panels: what is drawn where, that nothing strange stops them, and that files are whole or absent."""
+"""PredictionImages: what is drawn where, that nothing strange stops them, and that files are whole or absent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.pictures import colour, panel, save_panel
+from distill.evaluation.pictures import colour, panel, save_panel
 from distill.types import Detections, DistillError, Target
 
 CLASSES = [f"class name {k}" for k in range(1, 4)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from distill.detectors.pooling import KERNELS, LEVEL_RULES, region_pool
+from distill.detectors.roi_align import KERNELS, LEVEL_RULES, region_pool
 from distill.types import DistillError
 
 # Levels that Detectron2 and MMDetection gave to boxes of these widths and heights (FPN of strides 4 to 32);

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from distill.callbacks.processes import Agreement, agree, lost, patience
-from distill.cli import config
+from distill.cli import compose
 from distill.cli.train import agreed
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
+from distill.training.callbacks.consistency import ConsistencyCheck, agree, lost, patience
 from distill.types import DistillError
 
 CASES: dict[str, list[dict[str, str]]] = {  # what each of two processes was given
@@ -33,9 +33,9 @@ def one_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     impatient = dist.new_group(timeout=patience(0.05), backend="gloo")
     found: dict[str, Any] = {}
-    for case, facts in CASES.items():
+    for case, spec in CASES.items():
         try:
-            agree(facts[rank])
+            agree(spec[rank])
             found[case] = None
         except DistillError as error:
             found[case] = str(error)
@@ -83,9 +83,9 @@ def data(**options: Any) -> DetectionData:
     return DetectionData(Shapes(train=4, val=2, test=0, size=64, **options), workers=0, min_size=64, max_size=64)
 
 
-def facts(*lines: str, run: str = "a", source: DetectionData | None = None) -> dict[str, str]:
+def spec(*lines: str, run: str = "a", source: DetectionData | None = None) -> dict[str, str]:
     fixed = [f"paths.run={run}", "name=n", "logger.csv.name=n"]
-    return agreed(config.composed([*lines, *fixed]), source or data())
+    return agreed(compose.composed([*lines, *fixed]), source or data())
 
 
 @pytest.mark.parametrize(
@@ -99,17 +99,17 @@ def facts(*lines: str, run: str = "a", source: DetectionData | None = None) -> d
     ],
 )
 def test_what_decides_a_run_is_among_the_facts(line: str, key: str) -> None:
-    before, after = facts(), facts(line)
+    before, after = spec(), spec(line)
     assert key in {name for name in after if before.get(name) != after[name]}
 
 
 def test_paths_and_times_are_not_among_the_facts() -> None:
-    assert facts(run="outputs/x/2026-01-01") == facts(run="outputs/x/2026-01-02", source=data())
+    assert spec(run="outputs/x/2026-01-01") == spec(run="outputs/x/2026-01-02", source=data())
 
 
 def test_other_data_is_another_fact() -> None:
     def different(other: DetectionData) -> set[str]:
-        before, after = facts(), facts(source=other)
+        before, after = spec(), spec(source=other)
         return {name.rpartition(".")[0] for name in after if before[name] != after[name]}
 
     assert different(data(seed=5)) == {"data seen.train", "data seen.val"}
@@ -136,7 +136,7 @@ def test_one_process_has_nobody_to_agree_with() -> None:
     class Alone:
         world_size = 1
 
-    Agreement(lambda: pytest.fail("asked")).setup(Alone(), None, "fit")  # type: ignore[arg-type]
+    ConsistencyCheck(lambda: pytest.fail("asked")).setup(Alone(), None, "fit")  # type: ignore[arg-type]
 
 
 def test_patience_is_a_time_above_zero() -> None:
@@ -147,8 +147,8 @@ def test_patience_is_a_time_above_zero() -> None:
 
 @pytest.mark.parametrize("option", ["ddp", "ddp_cpu"])
 def test_the_strategies_have_a_timeout(option: str) -> None:
-    node = config.composed([f"trainer={option}", "trainer.strategy.timeout.minutes=2", "paths.run=x"]).trainer.strategy
-    assert config.build(node)._timeout == timedelta(minutes=2)
+    node = compose.composed([f"trainer={option}", "trainer.strategy.timeout.minutes=2", "paths.run=x"]).trainer.strategy
+    assert compose.build(node)._timeout == timedelta(minutes=2)
 
 
 def test_other_errors_are_not_taken_for_a_lost_process() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pycocotools import mask as coco
 
-from distill import rle
+from distill.data import rle
 
 SIZE = (11, 7)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, MultiStepLR
 
-from distill.schedules import Ramp, cosine, drops, warmup
+from distill.losses.ramps import Ramp
+from distill.training.schedule import cosine, drops, warmup
 from distill.types import DistillError
 
 

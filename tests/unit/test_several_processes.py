@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fake_view import FakeView, batch, facts, random_view
+from fake_view import FakeView, batch, random_view, spec
 from loss_grid import NOTHING, OBJECTS
 from test_global_knowledge import ALL_ON, of_classes, with_prototypes
 from test_pad import drawn
@@ -36,7 +36,7 @@ class Together(DistillLoss):
 
 
 def make(normalizer: str) -> DistillLoss:
-    known, how = (facts(), facts()), {"normalizer": normalizer}
+    known, how = (spec(), spec()), {"normalizer": normalizer}
     mask = {"kind": "ground_truth"}
     mimic = partial(Mimic, neck={"all": 1}, mask=mask, **how)
     typed = with_prototypes(GlobalKnowledge(*known, **ALL_ON, **how), *known)
@@ -54,7 +54,7 @@ def make(normalizer: str) -> DistillLoss:
 def scene() -> tuple[FakeView, FakeView]:
     """The second process has a box in one image only."""
     images = batch([OBJECTS[0], OBJECTS[1], NOTHING, OBJECTS[1]])
-    student, teacher = (of_classes(random_view(images, facts(), seed)) for seed in (1, 2))
+    student, teacher = (of_classes(random_view(images, spec(), seed)) for seed in (1, 2))
     return student, teacher
 
 

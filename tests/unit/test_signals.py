@@ -7,8 +7,9 @@ import signal
 
 import pytest
 
-from distill.cli import Terminated, main, signals
-from distill.cli.signals import stoppable
+from distill.cli import signals
+from distill.cli.main import main
+from distill.cli.signals import Terminated, stoppable
 
 
 def ask() -> None:
@@ -50,7 +51,7 @@ def test_one_process_of_a_run_speaks_for_all(
     def run(verb: str, words: list[str]) -> int:
         raise stopped("so it goes on")
 
-    monkeypatch.setattr("distill.cli._run", run)
+    monkeypatch.setattr("distill.cli.main._run", run)
     monkeypatch.setenv("LOCAL_RANK", rank)
     assert main(["train"]) == (code if rank == "0" else 0)
     assert ("so it goes on" in capsys.readouterr().err) == (rank == "0")

@@ -10,15 +10,16 @@ import kornia
 import numpy as np
 import pytest
 import torch
-from fake_view import FakeView, batch, equal_views, facts, random_view
+from fake_view import FakeView, batch, equal_views, random_view, spec
 from loss_grid import OBJECTS, LossGrid
 from test_masks import slow
 from torch import Tensor
 
-from distill.losses import blocks, ssim, windows
+from distill.losses import ssim
 from distill.losses.base import DistillLoss
+from distill.losses.kernels import blocks, windows
 from distill.losses.ssim import SSIM, Dissimilarity
-from distill.types import DistillError, Facts
+from distill.types import DetectorSpec, DistillError
 
 NO_ADAPTER = {"kernel": None}
 AXES = {"plane": (2, 3), "image": (1, 2, 3), "tensor": (0, 1, 2, 3)}
@@ -79,10 +80,10 @@ class TestSSIM(LossGrid):
     options: Mapping[str, Any] = {}
     compare = Dissimilarity()
 
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return SSIM(student, teacher, **self.options, adapter=NO_ADAPTER)
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return SSIM(student, teacher, **self.options)
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
@@ -422,10 +423,10 @@ def test_maps_smaller_than_the_window(size: tuple[int, int]) -> None:
 
 
 def test_levels_are_summed_and_can_be_chosen() -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
 
     def value(levels: list[int] | None) -> float:
-        found = SSIM(facts(), facts(), {"levels": levels}, adapter=NO_ADAPTER)(student, teacher)
+        found = SSIM(spec(), spec(), {"levels": levels}, adapter=NO_ADAPTER)(student, teacher)
         return found["neck.foreground"].item()
 
     assert value(None) == pytest.approx(sum(value([level]) for level in (4, 8, 16, 32, 64)))
@@ -434,7 +435,7 @@ def test_levels_are_summed_and_can_be_chosen() -> None:
 
 
 def test_channels_are_adapted_by_one_convolution_a_level() -> None:
-    ours, theirs = facts(neck=6), facts(neck=10)
+    ours, theirs = spec(neck=6), spec(neck=10)
     loss = SSIM(ours, theirs)
     assert {tuple(each.shape) for each in loss.parameters()} == {(10, 6, 1, 1), (10,)}
     pair = (random_view(batch(OBJECTS), each, 1, dtype=torch.float32) for each in (ours, theirs))
@@ -443,16 +444,16 @@ def test_channels_are_adapted_by_one_convolution_a_level() -> None:
 
 def test_the_background_counts_with_a_mask_only() -> None:
     both = {"foreground": 2, "background": 3}
-    assert SSIM(facts(), facts(), {"foreground": 2}).weights == {"neck.foreground": 2}
-    assert SSIM(facts(), facts(), both, mask={"kind": "gaussian"}).weights == {
+    assert SSIM(spec(), spec(), {"foreground": 2}).weights == {"neck.foreground": 2}
+    assert SSIM(spec(), spec(), both, mask={"kind": "gaussian"}).weights == {
         "neck.foreground": 2,
         "neck.background": 3,
     }
 
 
 def test_without_weight_nothing_is_built_or_read() -> None:
-    loss = SSIM(facts(), facts(neck=9), {"foreground": 0}, adapter=NO_ADAPTER)
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed) for seed in (1, 2))
+    loss = SSIM(spec(), spec(neck=9), {"foreground": 0}, adapter=NO_ADAPTER)
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
     assert loss(student, teacher) == {}
     assert not student.reads
     assert not list(loss.parameters())
@@ -479,14 +480,14 @@ def test_without_weight_nothing_is_built_or_read() -> None:
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        SSIM(facts(), facts(), **options)
+        SSIM(spec(), spec(), **options)
 
 
 def test_detectors_that_do_not_match_are_refused() -> None:
     with pytest.raises(DistillError, match=r"the student has 6 channels and the teacher 8\. Set adapter.kernel=1"):
-        SSIM(facts(neck=6), facts(neck=8), adapter=NO_ADAPTER)
+        SSIM(spec(neck=6), spec(neck=8), adapter=NO_ADAPTER)
     with pytest.raises(DistillError, match=r"shared are \[\]"):
-        SSIM(facts(strides=(4, 8)), facts(strides=(16, 32)))
+        SSIM(spec(strides=(4, 8)), spec(strides=(16, 32)))
 
 
 # -- equal views
@@ -494,12 +495,12 @@ def test_detectors_that_do_not_match_are_refused() -> None:
 
 @pytest.mark.parametrize("change", [lambda x: x, lambda x: 5 * x + 3], ids=["equal", "scaled and moved"])
 def test_nothing_is_left_to_learn_when_the_maps_look_alike(change: Callable[[Tensor], Tensor]) -> None:
-    student = random_view(batch(OBJECTS), facts(), 1)
+    student = random_view(batch(OBJECTS), spec(), 1)
     teacher = equal_views(student).mapped(change)
-    value = SSIM(facts(), facts(), adapter=NO_ADAPTER)(student, teacher)["neck.foreground"]
+    value = SSIM(spec(), spec(), adapter=NO_ADAPTER)(student, teacher)["neck.foreground"]
     assert value.item() == pytest.approx(0, abs=1e-8)
 
 
 def test_a_background_without_a_mask_is_refused() -> None:
     with pytest.raises(DistillError, match=r"neck\.background=5: without a mask the whole map is foreground"):
-        SSIM(facts(), facts(), neck={"background": 5})
+        SSIM(spec(), spec(), neck={"background": 5})

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from distill.callbacks import storage
-from distill.callbacks.storage import CheckpointFiles, read, sound
+from distill.training.callbacks import checkpoint_files
+from distill.training.callbacks.checkpoint_files import CheckpointFiles, read, sound
 from distill.types import DistillError
 
 FILES = CheckpointFiles()
@@ -95,8 +95,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         if call == "fsync":
             patch.setattr(os, "fsync", full)
         else:
-            whole = storage.write_whole
-            patch.setattr(storage, "write_whole", lambda path, write, keep: whole(path, full, keep))
+            whole = checkpoint_files.atomic_write
+            patch.setattr(checkpoint_files, "atomic_write", lambda path, write, keep: whole(path, full, keep))
         with pytest.raises(DistillError) as caught:
             save(tmp_path, 3)
     said = str(caught.value)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, equal_views, facts, random_view
+from fake_view import FakeView, batch, equal_views, random_view, spec
 from loss_grid import NOTHING, OBJECTS, LossGrid
 from torch import Tensor
 from torchvision.ops import box_iou
@@ -18,7 +18,7 @@ from two_processes import assert_two_equal_one
 from distill.losses import tadf
 from distill.losses.base import DistillLoss
 from distill.losses.tadf import TADF
-from distill.types import DistillError, Facts, Regions
+from distill.types import DetectorSpec, DistillError, Regions
 
 OFF: dict[str, Mapping[str, Any]] = {
     "neck": {"foreground": 0},
@@ -113,7 +113,7 @@ def slow_heads(student: FakeView, teacher: FakeView) -> tuple[float, float, int]
 
 
 def pair_of(
-    images: Any, student: Facts, teacher: Facts, dtype: torch.dtype = torch.float64
+    images: Any, student: DetectorSpec, teacher: DetectorSpec, dtype: torch.dtype = torch.float64
 ) -> tuple[FakeView, FakeView]:
     """Every other positive is mended by the teacher, all the way to its truth, the others are not."""
     ours, theirs = random_view(images, student, 1, dtype=dtype), random_view(images, teacher, 2, dtype=dtype)
@@ -125,10 +125,10 @@ def pair_of(
 
 
 class TestTADF(LossGrid):
-    def loss(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return TADF(student, teacher, adapter={"kernel": None})
 
-    def adapted(self, student: Facts, teacher: Facts) -> DistillLoss:
+    def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         return TADF(student, teacher)
 
     def views(self, boxes: list[list[list[float]]], dtype: torch.dtype = torch.float64) -> tuple[FakeView, FakeView]:
@@ -204,7 +204,7 @@ def test_iou_is_torchvision_s_row_by_row_and_survives_empty_boxes() -> None:
 
 def test_only_positives_that_the_teacher_mends_are_taught_their_box() -> None:
     """Regions: mended, left alone, made worse, mended in the column of another class only, and a mended negative."""
-    known = facts(classes=("cat", "dog"))
+    known = spec(classes=("cat", "dog"))
     student, teacher = (random_view(batch(OBJECTS[:1]), known, seed, regions=5) for seed in (1, 2))
     truth = torch.tensor([[10.0, 10.0, 30.0, 30.0]]).repeat(5, 1)
     boxes, labels = truth + 2, torch.tensor([2, 2, 2, 2, 0])
@@ -218,7 +218,7 @@ def test_only_positives_that_the_teacher_mends_are_taught_their_box() -> None:
 
 
 def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
-    ours, theirs = facts(classes=("dog", "cat")), facts(classes=("cat", "cow", "dog", "hen"))
+    ours, theirs = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
     student, teacher = pair_of(batch(OBJECTS), ours, theirs)
     student.stages["rois"] = student.rois._replace(labels=[torch.tensor([1, 2, 0, 1, 2, 0])] * 2)
     values = TADF(ours, theirs, neck={"foreground": 0})(student, teacher)
@@ -235,7 +235,7 @@ def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
 
 def test_the_columns_of_boxes_follow_the_teacher_s_list() -> None:
     """Only the teacher's dog, its third label, mends the student's dog, its first."""
-    ours, theirs = facts(classes=("dog", "cat")), facts(classes=("cat", "cow", "dog", "hen"))
+    ours, theirs = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
     values = []
     for column in (1, 3):
         student, teacher = pair_of(batch(OBJECTS), ours, theirs)
@@ -262,25 +262,25 @@ def test_the_columns_of_boxes_follow_the_teacher_s_list() -> None:
 def test_a_term_without_weight_is_neither_built_nor_computed(
     options: dict[str, Any], student_reads: set[str], teacher_reads: set[str]
 ) -> None:
-    student, teacher = (random_view(batch(OBJECTS), facts(), seed, dtype=torch.float32) for seed in (1, 2))
-    loss = TADF(facts(), facts(), **options)
+    student, teacher = (random_view(batch(OBJECTS), spec(), seed, dtype=torch.float32) for seed in (1, 2))
+    loss = TADF(spec(), spec(), **options)
     assert loss(student, teacher).keys() == loss.weights.keys()
     assert (student.reads, teacher.reads) == (student_reads, teacher_reads)
     assert bool(list(loss.parameters())) == ("neck.foreground" in loss.weights)
 
 
 def test_the_weight_falls_to_nothing_unless_told_otherwise() -> None:
-    factors = [TADF(facts(), facts()).factor("neck.foreground", (t - 1) / 12, 12) for t in range(1, 13)]
+    factors = [TADF(spec(), spec()).factor("neck.foreground", (t - 1) / 12, 12) for t in range(1, 13)]
     assert factors == pytest.approx([1 - (t - 1) / 12 for t in range(1, 13)])
-    late = TADF(facts(), facts(), ramp={"warmup": 6}).factor("neck.foreground", 0.75, 12)
+    late = TADF(spec(), spec(), ramp={"warmup": 6}).factor("neck.foreground", 0.75, 12)
     assert late == 0.25  # another option of the ramp leaves its shape
-    assert TADF(facts(), facts(), ramp={"shape": "constant"}).factor("neck.foreground", 0.75, 12) == 1
+    assert TADF(spec(), spec(), ramp={"shape": "constant"}).factor("neck.foreground", 0.75, 12) == 1
 
 
 @pytest.mark.parametrize("term", TERMS)
 def test_the_loss_falls_when_only_it_is_minimised(term: str) -> None:
-    student, teacher = pair_of(batch(OBJECTS), facts(), facts())
-    loss = TADF(facts(), facts(), **only(term)).double()
+    student, teacher = pair_of(batch(OBJECTS), spec(), spec())
+    loss = TADF(spec(), spec(), **only(term)).double()
     leaves = [leaf.requires_grad_() for leaf in student.leaves()]
     optimizer = torch.optim.SGD([*leaves, *loss.parameters()], lr=0.2)
     values = []
@@ -311,23 +311,23 @@ def test_the_loss_falls_when_only_it_is_minimised(term: str) -> None:
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        TADF(facts(), facts(), **options)
+        TADF(spec(), spec(), **options)
 
 
 def test_detectors_that_do_not_match_are_refused() -> None:
-    one_stage = facts(strides=(8, 16, 32, 64, 128), two_stage=False)
+    one_stage = spec(strides=(8, 16, 32, 64, 128), two_stage=False)
     with pytest.raises(DistillError, match=r"head: both .* the teacher is a retinanet\. Set the weights of head to 0"):
-        TADF(facts(), one_stage)
+        TADF(spec(), one_stage)
     with pytest.raises(DistillError, match=r"\['cow'\] of"):
-        TADF(facts(classes=("cow", "cat")), facts(classes=("cat", "Cow")))
-    neck_alone = TADF(one_stage, facts(classes=("cow",)), **only("neck.foreground"))
+        TADF(spec(classes=("cow", "cat")), spec(classes=("cat", "Cow")))
+    neck_alone = TADF(one_stage, spec(classes=("cow",)), **only("neck.foreground"))
     assert neck_alone.get_submodule("neck").levels == [8, 16, 32, 64]
 
 
 def test_a_head_s_wrong_shape_is_refused() -> None:
-    student, teacher = pair_of(batch(OBJECTS), facts(), facts())
+    student, teacher = pair_of(batch(OBJECTS), spec(), spec())
     with pytest.raises(DistillError, match=r"head, logits \(R, K\+1\): expected student and teacher of equal shape"):
-        TADF(facts(), facts(), **only("head.classification"))(student.mapped(lambda x: x[..., :-1]), teacher)
+        TADF(spec(), spec(), **only("head.classification"))(student.mapped(lambda x: x[..., :-1]), teacher)
 
 
 # -- several processes
@@ -335,11 +335,11 @@ def test_a_head_s_wrong_shape_is_refused() -> None:
 
 def scene() -> tuple[FakeView, FakeView]:
     """The second process has a box in one image only."""
-    return pair_of(batch([OBJECTS[0], OBJECTS[1], NOTHING, OBJECTS[1]]), facts(), facts())
+    return pair_of(batch([OBJECTS[0], OBJECTS[1], NOTHING, OBJECTS[1]]), spec(), spec())
 
 
 def make(normalizer: str) -> DistillLoss:
-    return TADF(facts(), facts(), normalizer=normalizer).double()
+    return TADF(spec(), spec(), normalizer=normalizer).double()
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def part_of(view: FakeView, rows: slice, regions: int = 6) -> FakeView:
     stages["anchor_targets"] = AnchorTargets(*(each[rows] for each in stages["anchor_targets"]))
     images = view.batch
     images = replace(images, targets=images.targets[rows], ids=images.ids[rows], sizes=images.sizes[rows])
-    return FakeView(images, view.facts, **stages).mapped(lambda x: x.clone().requires_grad_())
+    return FakeView(images, view.spec, **stages).mapped(lambda x: x.clone().requires_grad_())
 
 
 def found(make: Make, scene: Scene, normalizer: str, rows: slice) -> Found:

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from distill.cli import config, values
+from distill.cli import compose, validate
 from distill.types import DistillError
 
 if TYPE_CHECKING:
-    from distill.bench.clock import Spread
-    from distill.bench.report import Cost, OptionCost, Report
     from distill.data.datamodule import DetectionData
     from distill.detectors.base import Detector
-    from distill.guest import Guest
+    from distill.diagnostics.bench.clock import Spread
+    from distill.diagnostics.bench.report import Cost, OptionCost, Report
+    from distill.diagnostics.memory import Memory
     from distill.losses.base import DistillLoss
-    from distill.memory import Memory
+    from distill.teacher import Teacher
     from distill.types import Batch
 
 
@@ -55,20 +55,20 @@ def bench(args: argparse.Namespace) -> Report:
     import torch
     from lightning import seed_everything
 
-    from distill.bench import measure
-    from distill.bench.clock import Clock
-    from distill.bench.report import Report, verdict
-    from distill.bench.step import Step
     from distill.cli.train import build_metrics, check_masks
-    from distill.optimization import channels_last
+    from distill.diagnostics.bench import measure
+    from distill.diagnostics.bench.clock import Clock
+    from distill.diagnostics.bench.report import Report, verdict
+    from distill.diagnostics.bench.step import Step
     from distill.precision import autocast, chosen
     from distill.progress import track
+    from distill.training.schedule import channels_last
 
-    cfg = values.checked(args.overrides)
+    cfg = validate.checked(args.overrides)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    device = config.device(cfg)
+    device = compose.device(cfg)
     clock = Clock(device, args.clock)
-    data = config.build(cfg.data)
+    data = compose.build(cfg.data)
     data.setup("fit")
     batch = next(iter(data.train_dataloader())).to(device)
     min_size, max_size = data.input_size
@@ -80,7 +80,7 @@ def bench(args: argparse.Namespace) -> Report:
         channels_last(student)
     precision = chosen(str(cfg.trainer.precision), device.type == "cuda")
     make = partial(
-        Step, batch=batch, schedule=config.build(cfg.schedule), autocast=partial(autocast, precision, device)
+        Step, batch=batch, schedule=compose.build(cfg.schedule), autocast=partial(autocast, precision, device)
     )
     plain, nodes = make(student, None, {}), _nodes(cfg, args)
     teacher = _teacher(cfg, data, batch) if nodes else None
@@ -124,15 +124,15 @@ def bench(args: argparse.Namespace) -> Report:
 
 def untrained(node: Any, data: DetectionData, **given: Any) -> Detector:
     """A detector with random weights, which are as fast as any others."""
-    detector: Detector = config.build(node, classes=list(data.classes), weights=None, backbone_weights=None, **given)
+    detector: Detector = compose.build(node, classes=list(data.classes), weights=None, backbone_weights=None, **given)
     return detector
 
 
-def _losses(cfg: DictConfig, data: DetectionData, student: Detector, teacher: Guest | None) -> dict[str, DistillLoss]:
+def _losses(cfg: DictConfig, data: DetectionData, student: Detector, teacher: Teacher | None) -> dict[str, DistillLoss]:
     """The losses of a configuration, ready for their first epoch."""
     from distill.cli.train import build_losses
 
-    losses = build_losses(cfg, student.facts, teacher.facts if teacher else None)
+    losses = build_losses(cfg, student.spec, teacher.spec if teacher else None)
     for loss in losses.values():
         loss.on_epoch_start(0, data, student, teacher)
     return losses
@@ -143,16 +143,16 @@ def _nodes(cfg: DictConfig, args: argparse.Namespace) -> dict[str, DictConfig]:
     if not args.all:
         return {"+".join(cfg.distill.losses): cfg} if cfg.distill.losses else {}
     kept = [
-        str(line.input_line) for line in config.parse(args.overrides) if line.key_or_group.split(".")[0] != "distill"
+        str(line.input_line) for line in compose.parse(args.overrides) if line.key_or_group.split(".")[0] != "distill"
     ]
-    options = [option for option in config.groups()["distill"] if option != "none"]
-    return {option: config.composed([*kept, f"distill={option}"]) for option in options}
+    options = [option for option in compose.groups()["distill"] if option != "none"]
+    return {option: compose.composed([*kept, f"distill={option}"]) for option in options}
 
 
-def _teacher(cfg: DictConfig, data: DetectionData, batch: Batch) -> Guest | None:
+def _teacher(cfg: DictConfig, data: DetectionData, batch: Batch) -> Teacher | None:
     """The named teacher, or an untrained one as it is planned; None where the configuration has none."""
-    from distill.bench.measure import settle
     from distill.cli import teacher
+    from distill.diagnostics.bench.measure import settle
 
     if not teacher.described(cfg):
         return None
@@ -178,7 +178,7 @@ def show(report: Report) -> None:
         "clock": f"{setting['clock']}; median of {setting['repeats']} rounds ± half the distance of the quartiles",
     }
     _say(console, lines.items())
-    again = any(cost.again_ratio.median for cost in report.options.values())
+    again = any(cost.student_recompute_ratio.median for cost in report.options.values())
     title = "a training step; beside it teacher, adapters" + (", layers of the student run again" if again else "")
     table = Table(title=f"{title}, by the student's own step", title_justify="left", box=SIMPLE, collapse_padding=True)
     names = (
@@ -197,10 +197,10 @@ def show(report: Report) -> None:
     empty = [""] * (len(names) - 5)
     table.add_row("student alone", _spread(report.student.step, 1000, 0), "1", *empty, *_amounts(report.student))
     for name, cost in report.options.items():
-        ratios = [cost.teacher_ratio, cost.adapters_ratio, *([cost.again_ratio] if again else [])]
+        ratios = [cost.teacher_ratio, cost.adapters_ratio, *([cost.student_recompute_ratio] if again else [])]
         parts = [f"{each.median:.3f}" for each in ratios]
         whole = _spread(cost.step, 1000, 0), f"{cost.ratio.median:.2f}"
-        table.add_row(name, *whole, *parts, _spread(cost.glue, 100, 1), *_amounts(cost))
+        table.add_row(name, *whole, *parts, _spread(cost.loss_overhead, 100, 1), *_amounts(cost))
     console.print(table)
     _say(console, [(f"{name} reads", "teacher's " + ", ".join(cost.stages)) for name, cost in report.options.items()])
     _say(console, [(f"{name} in memory", _sum(cost.bytes)) for name, cost in report.options.items()])

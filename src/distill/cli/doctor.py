@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import config, values
+from distill.cli import compose, validate
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from distill.data.datamodule import DetectionData
     from distill.detectors.base import Detector
-    from distill.guest import Guest
-    from distill.module import Distiller
+    from distill.teacher import Teacher
+    from distill.training.distiller import Distiller
 
 LOOKED_AT = 100
 """Validation images that the teacher is measured on, at most."""
@@ -37,15 +37,15 @@ Report = dict[str, Any]
 
 def main(argv: Sequence[str]) -> int:
     """``distill doctor [--json FILE] [overrides as for train]``; 0 where the run is ready, 1 where something is to be mended."""
-    from distill.cli import diagnosis
+    from distill.cli import doctor_tables
     from distill.files import write_text
 
     parser = argparse.ArgumentParser(prog="distill doctor", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all that was found there as well")
     parser.add_argument("overrides", nargs="*", help="as for train: data=voc data.source.root=… distill=ssim")
     args = parser.parse_intermixed_args(list(argv))
-    report = examine(config.standalone(args.overrides))
-    diagnosis.show(report)
+    report = examine(compose.standalone(args.overrides))
+    doctor_tables.show(report)
     if args.json:
         write_text(args.json, json.dumps(report, indent=1))
     return int(report["verdict"] != "ready")
@@ -61,7 +61,7 @@ def examine(cfg: DictConfig) -> Report:
     start = time.monotonic()
     report: Report = {"faults": [], "notes": []}
     try:
-        values.check(cfg)
+        validate.check(cfg)
         seed_everything(cfg.seed, workers=True, verbose=False)
         _visit(cfg, report)
     except DistillError as error:
@@ -74,27 +74,27 @@ def examine(cfg: DictConfig) -> Report:
 def _visit(cfg: DictConfig, report: Report) -> None:
     from distill.cli import train
     from distill.detectors.inherit import inherit
-    from distill.module import Distiller
-    from distill.optimization import channels_last
+    from distill.training.distiller import Distiller
+    from distill.training.schedule import channels_last
 
     train.check_parts(cfg, Path(cfg.paths.run))  # with the run's own callbacks and loggers, of which none is used here
     data = _data(cfg, report)
     train.check_metric(cfg, data)
     trainer = _trainer(cfg)
     min_size, max_size = data.input_size
-    student = config.build(cfg.model, classes=list(data.classes), min_size=min_size, max_size=max_size)
+    student = compose.build(cfg.model, classes=list(data.classes), min_size=min_size, max_size=max_size)
     train.check_masks(cfg, student, data)
     guest = _teacher(cfg, data, trainer, report)
     if guest is not None and cfg.init == "inherit":
         inherit(student, guest.detector)
     _classes(report, data, student, guest)
-    losses = train.build_losses(cfg, student.facts, guest.facts if guest else None)
-    schedule, metrics = config.build(cfg.schedule), train.build_metrics(cfg)
-    module = Distiller(student, guest, losses, schedule, config.plain(cfg.supervised), metrics, cfg.seed)
+    losses = train.build_losses(cfg, student.spec, guest.spec if guest else None)
+    schedule, metrics = compose.build(cfg.schedule), train.build_metrics(cfg)
+    module = Distiller(student, guest, losses, schedule, compose.plain(cfg.supervised), metrics, cfg.seed)
     module.to(trainer.strategy.root_device)
     if cfg.channels_last:
         channels_last(module)
-    check = config.parts(cfg.callbacks).get("terms", {})
+    check = compose.parts(cfg.callbacks).get("terms", {})
     _terms(report, module, data, trainer, check.get("times", float("inf")))
     _estimate(cfg, report, module, data, trainer)
 
@@ -103,10 +103,10 @@ def _visit(cfg: DictConfig, report: Report) -> None:
 
 
 def _data(cfg: DictConfig, report: Report) -> DetectionData:
-    from distill import doctor
+    from distill.diagnostics import doctor
 
     with _warned() as said:
-        data: DetectionData = config.build(cfg.data)
+        data: DetectionData = compose.build(cfg.data)
         data.setup("fit")
         splits = ["train", "val"]
         if cfg.test and data.has("test"):
@@ -136,10 +136,10 @@ def _trainer(cfg: DictConfig) -> L.Trainer:
     return build_trainer(bare, Path())
 
 
-def _teacher(cfg: DictConfig, data: DetectionData, trainer: L.Trainer, report: Report) -> Guest | None:
+def _teacher(cfg: DictConfig, data: DetectionData, trainer: L.Trainer, report: Report) -> Teacher | None:
     """The teacher, measured; an untrained one of its shape where it is not there yet; None where nobody needs one."""
-    from distill import doctor
     from distill.cli import teacher, train
+    from distill.diagnostics import doctor
 
     if not (train.needs_teacher(cfg) or cfg.init == "inherit"):
         report["teacher"] = {"state": "not needed"}
@@ -148,7 +148,7 @@ def _teacher(cfg: DictConfig, data: DetectionData, trainer: L.Trainer, report: R
     if cfg.teacher.weights is None:
         folder, overrides = teacher.place(cfg)
         if not teacher.finished(folder):
-            detector = config.build(cfg.teacher.model, classes=list(data.classes), weights=None, backbone_weights=None)
+            detector = compose.build(cfg.teacher.model, classes=list(data.classes), weights=None, backbone_weights=None)
             report["teacher"] = _missing(detector, data, trainer, folder, overrides)
             if cfg.teacher.train == "never":
                 report["faults"].append(f"there is no trained teacher at {folder} and teacher.train=never")
@@ -193,7 +193,7 @@ def _ap(values: Mapping[str, float], split: str = "") -> float | None:
     return values.get(f"{split}AP", values.get(f"{split}mAP"))
 
 
-def _promise(guest: Guest) -> float | None:
+def _promise(guest: Teacher) -> float | None:
     """The AP that a run's summary or torchvision's enum states of these weights, on whatever images."""
     from distill.cli import teacher
 
@@ -209,20 +209,20 @@ def _missing(
     detector: Detector, data: DetectionData, trainer: L.Trainer, folder: Path, overrides: Sequence[str]
 ) -> Report:
     """What would be trained, and for how long: the teacher's own run, whose passes are timed here as a student's."""
-    from distill.module import Distiller
+    from distill.training.distiller import Distiller
 
-    made_by = config.composed(overrides)
-    module = Distiller(detector, schedule=config.build(made_by.schedule)).to(trainer.strategy.root_device)
+    made_by = compose.composed(overrides)
+    module = Distiller(detector, schedule=compose.build(made_by.schedule)).to(trainer.strategy.root_device)
     estimate = _pace(made_by.trainer, module, data, trainer)
     command = shlex.join(["python", "-m", "distill", "train", *overrides])
     return {"state": "not trained yet", "folder": str(folder), "command": command, "estimate": estimate}
 
 
-def _classes(report: Report, data: DetectionData, student: Detector, guest: Guest | None) -> None:
-    from distill import doctor
+def _classes(report: Report, data: DetectionData, student: Detector, guest: Teacher | None) -> None:
+    from distill.diagnostics import doctor
 
-    theirs = guest.facts.classes if guest else None
-    report["classes"] = doctor.class_lists(data.classes, student.facts.classes, theirs)
+    theirs = guest.spec.classes if guest else None
+    report["classes"] = doctor.class_lists(data.classes, student.spec.classes, theirs)
     untaught = [row["data"] for row in report["classes"] if row["taught"] is False]
     if untaught:
         report["notes"].append(
@@ -234,7 +234,7 @@ def _terms(report: Report, module: Distiller, data: DetectionData, trainer: L.Tr
     """The terms at step 0; one above `times` the detection loss is pointed out, as the run's own check of terms would do."""
     import torch
 
-    from distill import doctor
+    from distill.diagnostics import doctor
     from distill.precision import autocast
 
     device, precision = trainer.strategy.root_device, str(trainer.precision)
@@ -244,7 +244,7 @@ def _terms(report: Report, module: Distiller, data: DetectionData, trainer: L.Tr
     with torch.no_grad(), autocast(precision, device):
         student, teacher = module.views(batch, 0)
         untrained = module.teacher is not None and module.teacher.source == "untrained"
-        report["shapes"] = doctor.shapes(student, module.teacher.facts if untrained and module.teacher else teacher)
+        report["shapes"] = doctor.shapes(student, module.teacher.spec if untrained and module.teacher else teacher)
     report["adapters"] = doctor.adapters(module.losses)
     report["terms"] = terms = doctor.measure_terms(module, batch, precision)
     report["batch"] = {"images": list(batch.ids), "shape": list(batch.images.shape)}
@@ -267,8 +267,8 @@ def _terms(report: Report, module: Distiller, data: DetectionData, trainer: L.Tr
 
 
 def _estimate(cfg: DictConfig, report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer) -> None:
-    from distill import doctor
-    from distill.cli.diagnosis import gib
+    from distill.cli.doctor_tables import gib
+    from distill.diagnostics import doctor
 
     report["estimate"] = found = _pace(cfg.trainer, module, data, trainer)
     optimizer = str(cfg.schedule.optimizer.get("_target_", ""))
@@ -282,7 +282,7 @@ def _estimate(cfg: DictConfig, report: Report, module: Distiller, data: Detectio
 
 def _pace(limits: DictConfig, module: Distiller, data: DetectionData, trainer: L.Trainer) -> Report:
     """Time and memory of a schedule on this machine, from the passes of a few batches; `limits` is a ``trainer`` node."""
-    from distill import doctor
+    from distill.diagnostics import doctor
 
     device: torch.device = trainer.strategy.root_device
     processes = trainer.num_devices * trainer.num_nodes

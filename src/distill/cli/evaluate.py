@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill.cli import config, values
+from distill.cli import compose, validate
 from distill.types import DistillError
 
 
@@ -48,22 +48,22 @@ def run_folder(source: Path) -> Path:
 
 def recompose(run: Path, overrides: Sequence[str]) -> DictConfig:
     """The run's configuration, composed again with further overrides."""
-    chosen = {override.key_or_group for override in config.parse(overrides)} & set(config.groups())
+    chosen = {override.key_or_group for override in compose.parse(overrides)} & set(compose.groups())
     before = [
         str(override.input_line)
-        for override in config.recorded(run)
+        for override in compose.recorded(run)
         if override.key_or_group.split(".")[0] not in chosen  # data=voc does away with what was said of the run's data
     ]
-    return values.checked([*before, *overrides])
+    return validate.checked([*before, *overrides])
 
 
 def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool) -> dict[str, float]:
     """Numbers by name, as validation inside training measures them."""
 
     from distill.cli.train import build_metrics
-    from distill.evaluation import evaluate as measure
+    from distill.evaluation.evaluate import evaluate as measure
 
-    data = config.build(cfg.data)
+    data = compose.build(cfg.data)
     data.setup("test" if split == "test" else "fit")
     detector = _teacher(run, cfg) if teacher else load_student(source)
     trained = (detector.options["min_size"], detector.options["max_size"])
@@ -71,7 +71,7 @@ def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool
         print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
     metrics = build_metrics(cfg)
     return measure(
-        detector, data, split, metrics, config.device(cfg), f"{'teacher' if teacher else 'student'}, {split}"
+        detector, data, split, metrics, compose.device(cfg), f"{'teacher' if teacher else 'student'}, {split}"
     )
 
 
@@ -79,7 +79,9 @@ def load_student(source: Path) -> Any:
     """The exported student of a run folder, or the student inside a checkpoint."""
     import torch
 
-    from distill.detectors.checkpoints import described, fit, fit_sizes, load_detector, unpickled
+    from distill.detectors.registry import described, load_detector
+    from distill.detectors.weights import fit, fit_sizes
+    from distill.files import load_tensors
 
     if source.suffix != ".ckpt":
         if source.is_dir() and not (source / "student.pt").is_file():
@@ -89,7 +91,7 @@ def load_student(source: Path) -> Any:
         return load_detector(source)
     if not source.is_file():
         raise DistillError(f"{source}: no such checkpoint")
-    content = unpickled(source)
+    content = load_tensors(source)
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict):
         raise DistillError(f"{source}: expected a checkpoint of a run, with the student's weights in it")

@@ -46,12 +46,13 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     """Write pictures and ``detections.json``; the number of detections."""
     import torch
 
-    from distill import rle
+    from distill.data import rle
     from distill.data.records import read_image
     from distill.data.transforms import Sample, Transform, collate
-    from distill.detectors.checkpoints import load_detector, read_extra
+    from distill.detectors.registry import load_detector
+    from distill.detectors.weights import read_extra
+    from distill.evaluation.pictures import panel, save_panel
     from distill.files import write_text
-    from distill.pictures import panel, save_panel
     from distill.progress import track
     from distill.types import Detections, Target
 

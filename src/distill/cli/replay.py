@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.cli import config
+from distill.cli import compose
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,12 +24,13 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
 
     from distill.cli.evaluate import recompose, run_folder
-    from distill.guard import bad_gradients, read_step, replay
+    from distill.diagnostics.replay import read_step, replay
+    from distill.training.nonfinite import bad_gradients
 
     step = read_step(args.file)
     run = run_folder(args.file)
-    named = [f"teacher.weights={config.quoted(str(step['teacher']['source']))}"] if step["teacher"] else []
-    module = build(recompose(run, [*named, *args.overrides, f"paths.run={config.quoted(str(run))}"]))
+    named = [f"teacher.weights={compose.quoted(str(step['teacher']['source']))}"] if step["teacher"] else []
+    module = build(recompose(run, [*named, *args.overrides, f"paths.run={compose.quoted(str(run))}"]))
     found = replay(module, step, args.device)
     bad = bad_gradients(module)
     show(step, found, bad)
@@ -40,7 +41,7 @@ def build(cfg: Any) -> Any:
     """The run's Distiller, for its data's classes."""
     from distill.cli.train import assemble
 
-    data = config.build(cfg.data)
+    data = compose.build(cfg.data)
     return assemble(cfg, data)
 
 

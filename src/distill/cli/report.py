@@ -21,16 +21,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distill.callbacks.panels import crop, look
-from distill.cli.config import plain
+from distill.cli.compose import plain
 from distill.cli.resume import note_job
 from distill.cli.teacher import measure
 from distill.data.datamodule import DetectionData
-from distill.detectors.checkpoints import save_student, unpickled
-from distill.evaluation import evaluate
-from distill.files import write_text
-from distill.module import Distiller
-from distill.pictures import panel, save_panel
+from distill.detectors.weights import save_student
+from distill.evaluation.evaluate import evaluate
+from distill.evaluation.pictures import panel, save_panel
+from distill.files import load_tensors, write_text
+from distill.training.callbacks.prediction_images import crop, look
+from distill.training.distiller import Distiller
 from distill.types import DistillError
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP", "mask_AP")
@@ -77,9 +77,9 @@ def opening(module: Distiller, data: DetectionData, run: Path) -> None:
 
 
 def _name(detector: Any) -> str:
-    facts = detector.facts
+    spec = detector.spec
     size = f"{detector.parameters_count / 1e6:.2f} M parameters"
-    return f"{facts.family}, {size}, norm {facts.norm}, {len(facts.classes)} classes"
+    return f"{spec.family}, {size}, norm {spec.norm}, {len(spec.classes)} classes"
 
 
 def open_loggers(trainer: L.Trainer, cfg: DictConfig) -> None:
@@ -151,7 +151,7 @@ def _load_best(trainer: L.Trainer, module: Distiller) -> str | None:
     path = getattr(callback, "best_model_path", "")
     if not path:
         return None
-    state = unpickled(Path(path))["state_dict"]
+    state = load_tensors(Path(path))["state_dict"]
     own = {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
     module.student.load_state_dict(own, strict=True)
     return str(path)

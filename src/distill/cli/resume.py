@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from distill.cli import ANEW, config
+from distill.cli import compose
+from distill.cli.signals import RESTART_ADVICE
 from distill.files import write_text
 from distill.types import DistillError
 
@@ -74,9 +75,9 @@ def swept(overrides: Sequence[str]) -> list[str]:
     lines = list(overrides)
     if not _requeued() or any(line.startswith("hydra.sweep.dir=") for line in lines):
         return lines
-    paths = config.composed([line for line in lines if line.startswith("paths.outputs=")]).paths
+    paths = compose.composed([line for line in lines if line.startswith("paths.outputs=")]).paths
     mine = [folder for folder in Path(paths.outputs).glob("sweeps/*") if _made_by_this_job(folder)]
-    return [*lines, *(f"hydra.sweep.dir={config.quoted(str(folder))}" for folder in mine[:1])]
+    return [*lines, *(f"hydra.sweep.dir={compose.quoted(str(folder))}" for folder in mine[:1])]
 
 
 def _requeued() -> bool:
@@ -86,8 +87,8 @@ def _requeued() -> bool:
 def _in_folder(lines: list[str], must: bool) -> list[str]:
     if "ckpt_path=last" not in lines:
         return lines
-    home = config.named(lines)
-    if any(each.key_or_group == "hydra.run.dir" for each in config.parse(lines)):
+    home = compose.named(lines)
+    if any(each.key_or_group == "hydra.run.dir" for each in compose.parse(lines)):
         folder = Path(HydraConfig.get().run.dir)
         if must and not checkpoints(folder):
             raise DistillError(f"no checkpoint in {folder}")
@@ -96,7 +97,7 @@ def _in_folder(lines: list[str], must: bool) -> list[str]:
     for run in runs:
         # A requeued job's own run: another job may have finished one of the same words.
         if _meant(_words(run)) == _meant(lines) and (not must or _made_by_this_job(run)):
-            return [*lines, f"hydra.run.dir={config.quoted(str(run))}"]
+            return [*lines, f"hydra.run.dir={compose.quoted(str(run))}"]
     newest = f"the newest, {runs[0]}, was made by: {' '.join(_words(runs[0]))}" if runs else "none has a checkpoint"
     raise DistillError(
         f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. Repeat the overrides of the run "
@@ -122,7 +123,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def going_on(run: Path) -> str:
     """What to say to let a stopped run go on."""
-    return "ckpt_path=last goes on from the last checkpoint" if checkpoints(run) else ANEW
+    return "ckpt_path=last goes on from the last checkpoint" if checkpoints(run) else RESTART_ADVICE
 
 
 def _newest(run: Path) -> float:
@@ -131,7 +132,7 @@ def _newest(run: Path) -> float:
 
 def _words(run: Path) -> list[str]:
     file = run / "overrides.yaml"
-    return config.noted(run) if file.is_file() else []
+    return compose.noted(run) if file.is_file() else []
 
 
 def _meant(overrides: Sequence[str]) -> set[str]:
@@ -149,7 +150,7 @@ def checkpoint(cfg: DictConfig, run: Path) -> Path | None:
         raise DistillError(f"resume: expected same or anyway, got '{cfg.resume}'")
     if cfg.ckpt_path is None:
         return None
-    from distill.callbacks.storage import before, sound
+    from distill.training.callbacks.checkpoint_files import before, sound
 
     file = run / "checkpoints" / "last.ckpt" if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
     if not file.is_file() and not before(file).is_file():
@@ -164,7 +165,7 @@ def check_config(cfg: DictConfig, file: Path | None) -> None:
     """Refuse a checkpoint of another configuration, naming what differs; warn with ``resume=anyway``."""
     made_by = _part(file, "made_by")
     if made_by:
-        _refuse(cfg, file, differences(made_by["config"], config.plain(cfg)))
+        _refuse(cfg, file, differences(made_by["config"], compose.plain(cfg)))
 
 
 def check_data(cfg: DictConfig, file: Path | None, data: DetectionData) -> None:
@@ -175,7 +176,7 @@ def check_data(cfg: DictConfig, file: Path | None, data: DetectionData) -> None:
 
 
 def _part(file: Path | None, key: str) -> Any:
-    from distill.callbacks.storage import read
+    from distill.training.callbacks.checkpoint_files import read
 
     return None if file is None else read(file, lazily=True).get(key)
 

@@ -1,6 +1,6 @@
 """A run that is asked to stop, at any moment: it says how to go on, and where SLURM asked has itself started again.
 
-SIGTERM ends the run at once, from its first line to its last. Only while steps are made `callbacks.resume.Last` stands in: it
+SIGTERM ends the run at once, from its first line to its last. Only while steps are made `callbacks.checkpoints.LastCheckpoint` stands in: it
 lets a step come to its end, and saves.
 """
 
@@ -16,7 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from distill.cli import Terminated
+
+class Terminated(BaseException):
+    """A signal ended the run. The message says how to resume it."""
+
+
+EXIT_REASONS = {
+    Terminated: ("stopped by a signal", signal.SIGTERM),
+    KeyboardInterrupt: ("interrupted", signal.SIGINT),
+}
+"""Exception -> what is printed, and the signal that the exit code reports (128 + signal)."""
+RESTART_ADVICE = "start it again with the same arguments"
+"""Printed for a run that left nothing to resume from."""
 
 CLEANING = 10.0
 """Seconds after a SIGTERM in which another one is the same wish: it does not break off what the first one set going."""

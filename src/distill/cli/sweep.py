@@ -21,7 +21,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import config, resume
+from distill.cli import compose, resume
 from distill.cli.signals import ended
 from distill.cli.teacher import RANK_VARIABLES, finished
 from distill.files import write_text
@@ -76,7 +76,7 @@ class Jobs:
             "train",
             *overrides,
             *going_on,
-            f"hydra.run.dir={config.quoted(str(run))}",
+            f"hydra.run.dir={compose.quoted(str(run))}",
         ]
         code, error = execute(command, Path(HydraConfig.get().sweep.dir).name)
         if code == 130:
@@ -136,7 +136,7 @@ def place(folder: Path, given: Path, overrides: Sequence[str]) -> Path:
 
 def said(job: Path) -> set[str]:
     """The overrides that made a job, less those of its resume."""
-    lines = set(config.noted(job))
+    lines = set(compose.noted(job))
     return {line for line in lines if not line.startswith("ckpt_path=")}
 
 
@@ -180,7 +180,7 @@ def _number(job: Path) -> tuple[bool, int, str]:
 
 def _row(job: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"job": job.name}
-    row |= dict(line.partition("=")[::2] for line in config.noted(job))
+    row |= dict(line.partition("=")[::2] for line in compose.noted(job))
     if finished(job):
         report = json.loads((job / "summary.json").read_text())
         return row | {"state": "done"} | {name: round(value, 4) for name, value in report["student"].items()}

@@ -20,17 +20,16 @@ from filelock import BaseFileLock, FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import Terminated
-from distill.cli.config import build, composed, parse, parts, plain, quoted
+from distill.cli.compose import build, composed, parse, parts, plain, quoted
 from distill.cli.resume import HANDLING
-from distill.cli.signals import ended
+from distill.cli.signals import Terminated, ended
 from distill.files import read_json
-from distill.types import DistillError, Facts
+from distill.types import DetectorSpec, DistillError
 
 if TYPE_CHECKING:
     from distill.data.datamodule import DetectionData
     from distill.detectors.base import Detector
-    from distill.guest import Guest
+    from distill.teacher import Teacher
 
 # What a teacher's run takes over from the student's run: the data, the machine and the recipe, not the student.
 KEPT_GROUPS = ("data", "trainer", "experiment", "paths", "trust")
@@ -57,8 +56,8 @@ RANK_VARIABLES = (
 )
 
 
-def planned(cfg: DictConfig, classes: Sequence[str]) -> Facts:
-    """Facts of the teacher that ``teacher.model`` describes, which may yet have to be trained. No weight takes memory.
+def planned(cfg: DictConfig, classes: Sequence[str]) -> DetectorSpec:
+    """DetectorSpec of the teacher that ``teacher.model`` describes, which may yet have to be trained. No weight takes memory.
 
     Raises:
         DistillError: there is no teacher, or its options do not fit together.
@@ -68,7 +67,7 @@ def planned(cfg: DictConfig, classes: Sequence[str]) -> Facts:
     check(cfg)
     with torch.device("meta"):
         detector = build(cfg.teacher.model, classes=list(classes), weights=None, backbone_weights=None)
-    facts: Facts = detector.facts
+    facts: DetectorSpec = detector.spec
     return facts
 
 
@@ -89,7 +88,7 @@ def check(cfg: DictConfig) -> None:
         raise DistillError(f"{who} cannot do without a teacher: choose teacher=…, not none")
 
 
-def find(cfg: DictConfig, data: DetectionData) -> Guest:
+def find(cfg: DictConfig, data: DetectionData) -> Teacher:
     """The guest that ``teacher=`` names: a run folder, a file, an enum, or the cached teacher, trained if need be.
 
     Args:
@@ -100,7 +99,7 @@ def find(cfg: DictConfig, data: DetectionData) -> Guest:
     Raises:
         DistillError: nothing is named and nothing is cached under ``teacher.train=never``, or the weights do not fit.
     """
-    from distill.detectors.checkpoints import load_detector
+    from distill.detectors.registry import load_detector
 
     check(cfg)
     if cfg.teacher.weights is None:
@@ -118,17 +117,17 @@ def find(cfg: DictConfig, data: DetectionData) -> Guest:
     return guest(cfg, load(cfg, source, data.classes), source, _measured(source, cfg, data))
 
 
-def guest(cfg: DictConfig, detector: Detector, source: str, values: Mapping[str, float] | None = None) -> Guest:
+def guest(cfg: DictConfig, detector: Detector, source: str, values: Mapping[str, float] | None = None) -> Teacher:
     """A detector as this run's teacher, made as cheap as ``teacher.fold``, ``channels_last`` and ``dtype`` say."""
-    from distill.guest import Guest
+    from distill.teacher import Teacher
 
     cheap = {name: cfg.teacher[name] for name in ("fold", "channels_last", "dtype")}
-    return Guest(detector, source, values, **cheap)
+    return Teacher(detector, source, values, **cheap)
 
 
 def load(cfg: DictConfig, source: str, classes: Sequence[str]) -> Any:
     """A teacher from a run folder or exported student, which describe themselves, from plain weights or an enum."""
-    from distill.detectors.checkpoints import load_detector
+    from distill.detectors.registry import load_detector
 
     path = Path(source).expanduser()
     if path.is_dir() or path.with_suffix(".json").is_file():

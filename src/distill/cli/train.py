@@ -18,7 +18,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import Terminated, config, gate, resume, sweep, values
+from distill.cli import compose, resume, sweep, target_policy, validate
+from distill.cli.signals import Terminated
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -27,20 +28,20 @@ if TYPE_CHECKING:
     from distill.data.datamodule import DetectionData
     from distill.detectors.base import Detector
     from distill.losses.base import DistillLoss
-    from distill.module import Distiller
-    from distill.types import Facts
+    from distill.training.distiller import Distiller
+    from distill.types import DetectorSpec
 
 
 def main(argv: Sequence[str]) -> int:
     """Hydra's own flags work too: ``--help``, ``--cfg job --resolve``, ``-m``, ``-sc install=bash``."""
     from hydra._internal.utils import _run_hydra, get_args_parser
 
-    config.register_resolvers()
+    compose.register_resolvers()
     parser = get_args_parser()
     args = parser.parse_args(list(argv))
-    config.check_flags(args)
+    compose.check_flags(args)
     if not (args.help or args.hydra_help or args.shell_completion):
-        config.check(args.overrides)
+        compose.check(args.overrides)
     if not args.multirun:
         args.overrides = resume.resumed(args.overrides)
     elif any(word.startswith("ckpt_path=") for word in args.overrides):
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         args.overrides = resume.swept(args.overrides)
     # Hydra prints and exits by itself unless this is set; the messages are ours, one level up.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    home, jobs = str(config.folder()), sweep.Jobs()
+    home, jobs = str(compose.folder()), sweep.Jobs()
     refused: list[DistillError] = []
 
     def task(cfg: DictConfig) -> float:
@@ -62,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
             return float("nan")
 
     try:
-        with gate.gated():
-            _run_hydra(args, parser, task_function=task, config_path=home, config_name=config.NAME)
+        with target_policy.gated():
+            _run_hydra(args, parser, task_function=task, config_path=home, config_name=compose.NAME)
     except (HydraException, OmegaConfBaseException) as error:
         missing = '; its sweeper is an extra: install "distill[optuna]"' if "sweeper/optuna" in str(error) else ""
         told = str(error).partition("Config search path")[0].strip()
@@ -96,12 +97,12 @@ def _train(cfg: DictConfig, run: Path) -> float:
 
     started = time.monotonic()
     quieten()
-    values.check(cfg)
+    validate.check(cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = resume.checkpoint(cfg, run)
     resume.check_config(cfg, checkpoint)
     trainer = check_parts(cfg, run)  # and whether this machine has what it asks for
-    data = config.build(cfg.data)
+    data = compose.build(cfg.data)
     data.setup("fit")
     resume.check_data(cfg, checkpoint, data)
     report.write_config(run, cfg, HydraConfig.get().overrides.task)
@@ -131,10 +132,10 @@ def _train(cfg: DictConfig, run: Path) -> float:
 
 def _explained(error: RuntimeError, rank: int) -> Exception:
     """A failure that its own words do not explain."""
-    from distill.callbacks import processes
+    from distill.training.callbacks import consistency
 
     text = str(error)
-    if processes.lost(error):
+    if consistency.lost(error):
         return DistillError(
             f"rank {rank}: another process of this run is gone or does not answer (it is waited for as long as "
             f"trainer.strategy.timeout says). Its own message says why: {text.splitlines()[0]}"
@@ -154,7 +155,7 @@ def agreed(cfg: DictConfig, data: DetectionData) -> dict[str, str]:
     same = cfg.copy()
     for name in same.paths:
         same.paths[name] = str(name)
-    return {name: str(value) for name, value in resume.leaves({**config.plain(same), "data seen": data.state_dict()})}
+    return {name: str(value) for name, value in resume.leaves({**compose.plain(same), "data seen": data.state_dict()})}
 
 
 def quieten() -> None:
@@ -177,8 +178,8 @@ def check_parts(cfg: DictConfig, run: Path) -> L.Trainer:
     """Build all that knows neither data nor models, so that a mistake there is named before an image is read or a teacher
     trained. The trainer is the run's.
     """
-    config.build(cfg.schedule)
-    config.build(cfg.guard)
+    compose.build(cfg.schedule)
+    compose.build(cfg.guard)
     build_metrics(cfg)
     return build_trainer(cfg, run)
 
@@ -189,11 +190,11 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
 
     from distill.cli import teacher
     from distill.detectors.inherit import inherit
-    from distill.module import Distiller
-    from distill.optimization import channels_last
+    from distill.training.distiller import Distiller
+    from distill.training.schedule import channels_last
 
     min_size, max_size = data.input_size
-    student = config.build(cfg.model, classes=list(data.classes), min_size=min_size, max_size=max_size)
+    student = compose.build(cfg.model, classes=list(data.classes), min_size=min_size, max_size=max_size)
     check_masks(cfg, student, data)
     guest: Any = None
     losses: dict[str, DistillLoss] = {}
@@ -205,20 +206,20 @@ def assemble(cfg: DictConfig, data: DetectionData) -> Distiller:
                 teacher.check(cfg)
             if needed and cfg.teacher.weights is None:
                 # A pair that cannot be is named before a teacher is trained for it.
-                build_losses(cfg, student.facts, teacher.planned(cfg, data.classes))
+                build_losses(cfg, student.spec, teacher.planned(cfg, data.classes))
             guest = teacher.find(cfg, data) if needed else None
-            losses = build_losses(cfg, student.facts, guest.facts if guest else None)
+            losses = build_losses(cfg, student.spec, guest.spec if guest else None)
             if cfg.init == "inherit":
                 student.report += inherit(student, guest.detector)
     module = Distiller(
         student,
         guest,
         losses,
-        schedule=config.build(cfg.schedule),
-        supervised=config.plain(cfg.supervised),
+        schedule=compose.build(cfg.schedule),
+        supervised=compose.plain(cfg.supervised),
         metrics=build_metrics(cfg),
         seed=cfg.seed,
-        guard=config.build(cfg.guard),
+        guard=compose.build(cfg.guard),
     )
     if cfg.channels_last:
         channels_last(module)  # adapters too: what one layout hands the other would be laid out anew in every step
@@ -230,16 +231,16 @@ def needs_teacher(cfg: DictConfig) -> bool:
     return any(kind.needs_teacher for kind, _ in _losses(cfg).values())
 
 
-def build_losses(cfg: DictConfig, student: Facts, teacher: Facts | None) -> dict[str, DistillLoss]:
+def build_losses(cfg: DictConfig, student: DetectorSpec, teacher: DetectorSpec | None) -> dict[str, DistillLoss]:
     """The distillation losses by name, for this pair."""
-    return {name: config.build(node, student=student, teacher=teacher) for name, (_, node) in _losses(cfg).items()}
+    return {name: compose.build(node, student=student, teacher=teacher) for name, (_, node) in _losses(cfg).items()}
 
 
 def _losses(cfg: DictConfig) -> dict[str, tuple[type[DistillLoss], Any]]:
     """Class and node of each loss by name."""
     from distill.losses.base import DistillLoss
 
-    found = {name: (config.target(node), node) for name, node in config.parts(cfg.distill.losses).items()}
+    found = {name: (compose.target(node), node) for name, node in compose.parts(cfg.distill.losses).items()}
     for name, (kind, node) in found.items():
         if not (isinstance(kind, type) and issubclass(kind, DistillLoss)):
             raise DistillError(f"distill.losses.{name}: expected a DistillLoss, got {node.get('_target_')}")
@@ -250,12 +251,12 @@ def check_masks(cfg: DictConfig, student: Detector, data: DetectionData) -> None
     """Refuse a student that learns from masks where the data gives none, and to choose the best of one without by them."""
     if student.masks and not data.masks:
         raise DistillError(
-            f"the student is a {student.facts.family}, which learns from instance masks, but data.masks=false: add "
+            f"the student is a {student.spec.family}, which learns from instance masks, but data.masks=false: add "
             "data.masks=true (data=coco and data=shapes have masks), or choose a model without masks"
         )
     if "/mask_" in cfg.metric and not student.masks:
         raise DistillError(
-            f"metric={cfg.metric} measures masks, but the student, a {student.facts.family}, finds none: set metric=val/AP, "
+            f"metric={cfg.metric} measures masks, but the student, a {student.spec.family}, finds none: set metric=val/AP, "
             "or choose a model with masks (model=mask_rcnn_r50)"
         )
 
@@ -283,16 +284,16 @@ def check_metric(cfg: DictConfig, data: DetectionData) -> None:
         if twice:
             raise DistillError(f"metrics: {list(cfg.metrics)} give {twice[0]} twice: set one of them to null")
         known += names
-    watched = {f"callbacks.{name}.monitor": node.get("monitor") for name, node in config.parts(cfg.callbacks).items()}
+    watched = {f"callbacks.{name}.monitor": node.get("monitor") for name, node in compose.parts(cfg.callbacks).items()}
     for key, name in {"metric": cfg.metric, **watched}.items():
         measured = key == "metric" or str(name).startswith("val/")  # a callback may watch a loss term
         if measured and name not in known:
-            raise DistillError(f"{key}={name} is not among the measured values{config.nearest(str(name), known)}")
+            raise DistillError(f"{key}={name} is not among the measured values{compose.nearest(str(name), known)}")
 
 
 def build_metrics(cfg: DictConfig) -> list[Any]:
     """The metrics' constructors; a metric set to null is left out."""
-    return [config.build(node) for node in config.parts(cfg.metrics).values()]
+    return [compose.build(node) for node in compose.parts(cfg.metrics).values()]
 
 
 def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
@@ -302,22 +303,27 @@ def build_trainer(cfg: DictConfig, run: Path) -> L.Trainer:
     from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.loggers import CSVLogger, Logger
 
-    from distill.callbacks.processes import Agreement
-    from distill.callbacks.provenance import Provenance
-    from distill.callbacks.resume import KeepHandlers
-    from distill.callbacks.storage import CheckpointFiles
     from distill.precision import chosen
+    from distill.training.callbacks.checkpoint_files import CheckpointFiles
+    from distill.training.callbacks.checkpoints import RestoreSignalHandlers
+    from distill.training.callbacks.consistency import ConsistencyCheck
+    from distill.training.callbacks.provenance import Provenance
 
-    precision = chosen(cfg.trainer.precision, config.device(cfg).type == "cuda")
+    precision = chosen(cfg.trainer.precision, compose.device(cfg).type == "cuda")
     bars = cfg.trainer.enable_progress_bar
     wanted = [each for each in _built(cfg, "callbacks", L.Callback) if bars or not isinstance(each, ProgressBar)]
-    callbacks = [KeepHandlers(), Agreement(partial(agreed, cfg)), *wanted, Provenance(config.plain(cfg))]
-    settings = {name: value for name, value in config.plain(cfg.trainer).items() if name != "save_every"}
+    callbacks = [
+        RestoreSignalHandlers(),
+        ConsistencyCheck(partial(agreed, cfg)),
+        *wanted,
+        Provenance(compose.plain(cfg)),
+    ]
+    settings = {name: value for name, value in compose.plain(cfg.trainer).items() if name != "save_every"}
     loggers = _built(cfg, "logger", Logger)
     if "csv" not in cfg.logger:
         loggers.append(CSVLogger(run, name="", version="", flush_logs_every_n_steps=100))
     try:
-        trainer: L.Trainer = config.build(
+        trainer: L.Trainer = compose.build(
             settings,
             precision=precision,
             callbacks=callbacks,
@@ -342,9 +348,9 @@ def _built(cfg: DictConfig, group: str, kind: type) -> list[Any]:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     made = []
-    for name, node in config.parts(cfg[group]).items():
+    for name, node in compose.parts(cfg[group]).items():
         try:
-            made.append(config.build(node))
+            made.append(compose.build(node))
         except MisconfigurationException as error:
             raise DistillError(f"{group}.{name}: {error}") from error
         if not isinstance(made[-1], kind):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill import rle
+from distill.data import rle
 from distill.data.records import MAX_PIXELS, Record, opened, orientation, read_image
 from distill.types import DistillError, Size
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from distill import rle
+from distill.data import rle
 from distill.data.records import Record
 from distill.types import DistillError
 

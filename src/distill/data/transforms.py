@@ -23,7 +23,7 @@ from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from distill import rle
+from distill.data import rle
 from distill.data.buffers import BufferPool, Posted, images_in
 from distill.types import Batch, DistillError, Size, Target
 

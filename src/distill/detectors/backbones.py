@@ -17,7 +17,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
 from distill.detectors.norms import check_norm, convert_norms, norm_layer
-from distill.detectors.timm_body import TIMM, TimmBody
+from distill.detectors.timm import TIMM, TimmBody
 from distill.types import DistillError
 
 DEPTHS: dict[int, tuple[Any, tuple[int, int, int, int]]] = {
@@ -68,7 +68,7 @@ class ResNet(nn.Module):
         self,
         depth: int = 50,
         width: float = 1.0,
-        norm: str = "live",
+        norm: str = "batch",
         norm_eps: float = 1e-5,
         stride_in_1x1: bool = False,
     ) -> None:
@@ -131,11 +131,11 @@ def _out_channels(part: Any) -> int:
     return int(last.conv3.out_channels if isinstance(last, Bottleneck) else last.out_channels)
 
 
-def trunk(
+def build_backbone(
     backbone: str = "resnet",
     depth: int | None = None,
     width: float = 1.0,
-    norm: str = "live",
+    norm: str = "batch",
     norm_eps: float | None = None,
     stride_in_1x1: bool = False,
 ) -> Any:
@@ -175,7 +175,7 @@ def _torchvisions(backbone: str, width: float) -> Layers:
     return Layers(getattr(network, "features", network), ENDS[backbone])
 
 
-def settled(body: nn.Module) -> dict[str, Any]:
+def resolved_options(body: nn.Module) -> dict[str, Any]:
     """What `trunk` chose where it was given None: the ResNet's depth, and the epsilon if all norms share one."""
     kinds = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
     found = {layer.eps for layer in body.modules() if isinstance(layer, kinds)}

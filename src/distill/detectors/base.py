@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distill.detectors.views import LazyView
-from distill.types import Batch, DistillError, Facts, View
+from distill.detectors.view import LazyView
+from distill.types import Batch, DetectorSpec, DistillError, View
 
 
 class Detector(nn.Module):
@@ -27,16 +27,16 @@ class Detector(nn.Module):
     """Epsilon of the norms under the enum's COCO_V1: 0 by torchvision's builders, but not by FCOS's."""
     class_layers: ClassVar[Mapping[str, int]]
     """Layers whose rows belong to classes -> neighbouring rows a class (background first; per anchor, if dense)."""
-    opens: ClassVar[type[LazyView]]
+    view_class: ClassVar[type[LazyView]]
     masks: ClassVar[bool] = False
     """Whether it finds a mask for every box, and needs targets with masks to learn from."""
 
     net: Any
 
-    def __init__(self, net: nn.Module, facts: Facts, options: dict[str, Any], frozen: Sequence[str]) -> None:
+    def __init__(self, net: nn.Module, spec: DetectorSpec, options: dict[str, Any], frozen: Sequence[str]) -> None:
         super().__init__()
         self.net = net
-        self.facts = facts
+        self.spec = spec
         self.options = options
         self.report: list[str] = []
         self._frozen = tuple(frozen)
@@ -50,7 +50,7 @@ class Detector(nn.Module):
         training: bool = True,
         frozen: bool = False,
         seed: int | None = None,
-        ahead: Sequence[str] = (),
+        prefetch: Sequence[str] = (),
     ) -> View:
         """Open a View on `batch`, which must lie on the detector's device.
 
@@ -59,10 +59,10 @@ class Detector(nn.Module):
         one they come from the global stream in torchvision's order.
 
         The View keeps the autocast and grad mode it was opened under, so it does not matter where a stage is read. The stages
-        named in `ahead` are computed at once, and nothing else that they are built on is kept.
+        named in `prefetch` are computed at once, and nothing else that they are built on is kept.
         """
-        view = self.opens(self, batch, training, frozen, seed)
-        view.prepare(ahead)
+        view = self.view_class(self, batch, training, frozen, seed)
+        view.prefetch(prefetch)
         return view
 
     def describe(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Detector(nn.Module):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in label order; label 0 is background."""
-        return self.facts.classes
+        return self.spec.classes
 
     @property
     def parameters_count(self) -> int:
@@ -89,7 +89,7 @@ class Detector(nn.Module):
     def pixels(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and std as (3, 1, 1) float32. Not buffers: a teacher cast to bfloat16 must not round them."""
         if device not in self._pixels:
-            mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (self.facts.mean, self.facts.std))
+            mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (self.spec.mean, self.spec.std))
             self._pixels[device] = mean, std
         return self._pixels[device]
 

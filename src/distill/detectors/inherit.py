@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill.detectors.base import Detector
-from distill.detectors.checkpoints import class_rows
+from distill.detectors.weights import class_rows
 from distill.types import DistillError
 
 BODY = "backbone.body."
@@ -20,7 +20,7 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
     Raises:
         DistillError: the pyramids have other strides, so that equal names mean other levels; or nothing fits.
     """
-    ours, theirs = list(student.facts.neck), list(teacher.facts.neck)
+    ours, theirs = list(student.spec.neck), list(teacher.spec.neck)
     if ours != theirs:
         raise DistillError(
             f"init=inherit: expected pyramids of equal strides, got the student's {ours} and the teacher's {theirs}. Choose a "
@@ -37,7 +37,7 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
     if not taken:
         raise DistillError(
             "init=inherit: no layer of neck and heads has the same name and shapes in both models; the student's neck has "
-            f"{sorted(set(student.facts.neck.values()))} channels, the teacher's {sorted(set(teacher.facts.neck.values()))}. "
+            f"{sorted(set(student.spec.neck.values()))} channels, the teacher's {sorted(set(teacher.spec.neck.values()))}. "
             "Set model.neck_channels and the head's sizes as the teacher has them, or set init=scratch"
         )
     student.net.load_state_dict(taken, strict=False)

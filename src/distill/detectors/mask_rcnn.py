@@ -13,9 +13,9 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference, maskrcnn_loss, paste_masks_in_image
 
-from distill.detectors.two_stage import FasterRCNN, TwoStageView
-from distill.detectors.views import geometry
-from distill.precision import full
+from distill.detectors.faster_rcnn import FasterRCNN, TwoStageView
+from distill.detectors.view import geometry
+from distill.precision import upcast
 from distill.types import Detections, DistillError, Size
 
 LAYERS = 4
@@ -41,7 +41,7 @@ class MaskView(TwoStageView):
         heads = self.net.roi_heads
         features = self.pooled(heads.mask_roi_pool, boxes)
         with self.scope(autocast=True):
-            return full(heads.mask_predictor(heads.mask_head(features)))
+            return upcast(heads.mask_predictor(heads.mask_head(features)))
 
     @geometry
     def _mask_loss(self) -> Tensor:
@@ -100,7 +100,7 @@ class MaskRCNN(FasterRCNN):
         **FasterRCNN.class_layers,
         "roi_heads.mask_predictor.mask_fcn_logits": 1,
     }
-    opens = MaskView
+    view_class = MaskView
 
     @staticmethod
     def extend(heads: Any, channels: int, classes: int) -> None:

@@ -42,8 +42,8 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "frozen": FrozenBatchNorm2d,
-    "fixed": FixedBatchNorm2d,
-    "live": nn.BatchNorm2d,
+    "batch_fixed_stats": FixedBatchNorm2d,
+    "batch": nn.BatchNorm2d,
     "sync": SyncBatchNorm2d,
 }
 
@@ -74,13 +74,13 @@ class SyncBatchNormAct2d(_Activated, SyncBatchNorm2d):
 
 ACTIVATED: dict[str, Callable[..., Any]] = {
     "frozen": FrozenBatchNormAct2d,
-    "fixed": FixedBatchNormAct2d,
+    "batch_fixed_stats": FixedBatchNormAct2d,
     "sync": SyncBatchNormAct2d,
 }
 
 
 def norm_layer(norm: str, eps: float) -> Callable[..., nn.Module]:
-    """The constructor behind a norm's name: frozen, fixed, live or sync."""
+    """The constructor behind a norm's name: frozen, batch_fixed_stats, batch or sync."""
     return partial(NORMS[check_norm(norm)], eps=eps)
 
 
@@ -95,17 +95,17 @@ def convert_norms(body: nn.Module, norm: str, eps: float | None) -> None:
     """Turn every batch norm below `body`, timm's with an activation too, into `norm`; values stay, and `eps` if None.
 
     Raises:
-        DistillError: there is no batch norm, so that nothing but ``live`` with its own epsilon can be had.
+        DistillError: there is no batch norm, so that nothing but ``batch`` with its own epsilon can be had.
     """
     found = {name: layer for name, layer in body.named_modules() if isinstance(layer, nn.BatchNorm2d)}
-    if not found and (norm != "live" or eps is not None):
-        raise DistillError(f"norm: this backbone has no batch norm to make {norm}; set norm=live and norm_eps=null")
+    if not found and (norm != "batch" or eps is not None):
+        raise DistillError(f"norm: this backbone has no batch norm to make {norm}; set norm=batch and norm_eps=null")
     for name, layer in found.items():
         body.set_submodule(name, _converted(layer, check_norm(norm), layer.eps if eps is None else eps))
 
 
 def _converted(layer: nn.BatchNorm2d, norm: str, eps: float) -> nn.Module:
-    if norm == "live":
+    if norm == "batch":
         layer.eps = eps
         return layer
     activated = hasattr(layer, "act")

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill import masks, ranks
-from distill.classes import match_classes
-from distill.precision import full
-from distill.schedules import Ramp
-from distill.types import DistillError, Facts, Pyramid, View
+from distill import distributed
+from distill.labels import match_classes
+from distill.losses import masks
+from distill.losses.ramps import Ramp
+from distill.precision import upcast
+from distill.types import DetectorSpec, DistillError, Pyramid, View
 
-Share = tuple[Tensor, Tensor]
+SumAndCount = tuple[Tensor, Tensor]
 """A sum over this process's batch, attached to the student, and the count that it is to be divided by. Both scalars."""
 
 RAMP = {"shape": "constant", "warmup": 0.0, "stop": 0.0, "terms": None}
@@ -37,7 +38,7 @@ class DistillLoss(nn.Module):
     Args:
         weights: flat term name (``neck.foreground``) -> weight. Terms of weight 0 are left out: a subclass builds and
             computes what is in ``self.weights`` only.
-        ramp: options of :class:`distill.schedules.Ramp`, and ``terms``: the terms that it moves, by name or place
+        ramp: options of :class:`distill.losses.ramps.Ramp`, and ``terms``: the terms that it moves, by name or place
             (``neck`` means all of ``neck.*``), None for all; the others are constant.
         normalizer: what counts of :meth:`average` run over: ``global``, the batches of all processes, or ``process``.
         seed: of the loss's own draws and its adapters' start values.
@@ -111,7 +112,7 @@ class DistillLoss(nn.Module):
         """One seed per image, from the loss's seed, the epoch and the image's id: no matter in which batch or process."""
         return [derive(self.seed, self.epoch, image) for image in ids]
 
-    def average(self, shares: Mapping[str, Sequence[Share]]) -> dict[str, Tensor]:
+    def average(self, shares: Mapping[str, Sequence[SumAndCount]]) -> dict[str, Tensor]:
         """Term -> mean over its shares (levels, say) of total / max(1, count).
 
         With ``normalizer="global"`` the counts are summed over all processes, in one all-reduce for all terms, and the
@@ -123,7 +124,7 @@ class DistillLoss(nn.Module):
             return {}
         summed, processes = torch.stack(counts), 1
         if self.normalizer == "global":
-            summed, processes = ranks.summed(summed)
+            summed, processes = distributed.summed(summed)
         factors = iter((processes / summed.clamp(min=1)).unbind())
         return {term: torch.stack([total * next(factors) for total, _ in each]).mean() for term, each in shares.items()}
 
@@ -182,7 +183,7 @@ def check_shapes(where: str, student: Tensor, teacher: Tensor, remedy: str) -> N
         )
 
 
-def class_columns(name: str, student: Facts, teacher: Facts) -> Tensor | None:
+def class_columns(name: str, student: DetectorSpec, teacher: DetectorSpec) -> Tensor | None:
     """Labels of the teacher, background first, that have the names of the student's labels; None where lists are equal.
 
     ``teacher_logits[:, columns]`` has the student's K+1 columns.
@@ -197,8 +198,8 @@ def class_columns(name: str, student: Facts, teacher: Facts) -> Tensor | None:
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """tau^2 KL(softmax(T / tau) || softmax(S / tau)) over the last axis: (..., K) -> (...)."""
-    log_p = F.log_softmax(full(student) / temperature, dim=-1)
-    log_q = F.log_softmax(full(teacher.detach()) / temperature, dim=-1)
+    log_p = F.log_softmax(upcast(student) / temperature, dim=-1)
+    log_q = F.log_softmax(upcast(teacher.detach()) / temperature, dim=-1)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
@@ -234,11 +235,11 @@ def check_anchors(name: str, student: View, teacher: View) -> None:
             )
 
 
-def check_two_stage(name: str, student: Facts, teacher: Facts) -> None:
+def check_two_stage(name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
     """Refuse a detector without regions."""
-    for who, facts in (("student", student), ("teacher", teacher)):
-        if not facts.two_stage:
+    for who, spec in (("student", student), ("teacher", teacher)):
+        if not spec.two_stage:
             raise DistillError(
-                f"{name}: both detectors must be two-stage, but the {who} is a {facts.family}. Set the weights of {name} "
+                f"{name}: both detectors must be two-stage, but the {who} is a {spec.family}. Set the weights of {name} "
                 f"to 0, or choose a Faster R-CNN as the {who}"
             )

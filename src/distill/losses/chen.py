@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.losses import base
-from distill.losses.base import DistillLoss, Share
+from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.imitation import Error, MapImitation, squared_error
-from distill.precision import full
-from distill.types import DistillError, Facts, View
+from distill.precision import upcast
+from distill.types import DetectorSpec, DistillError, View
 
 HEAD = {"soft": 0.5, "box": 0.5}
 HINT = {"neck": 0.5, "levels": None, "distance": "l2"}
@@ -26,8 +26,8 @@ OWN_TERMS = {"rpn": "loss_objectness", "rcn": "loss_classifier"}
 
 def soft_labels(student: Tensor, teacher: Tensor, background: float) -> Tensor:
     """-sum_c w_c p_t,c log p_s,c, with w_0 = `background` and 1 else; logits (..., K+1), background first -> (...)."""
-    log_p = F.log_softmax(full(student), dim=-1)
-    cost = -F.softmax(full(teacher.detach()), dim=-1) * log_p
+    log_p = F.log_softmax(upcast(student), dim=-1)
+    cost = -F.softmax(upcast(teacher.detach()), dim=-1) * log_p
     return background * cost[..., 0] + cost[..., 1:].sum(-1)
 
 
@@ -37,14 +37,14 @@ def bounded(student: Tensor, teacher: Tensor, truth: Tensor, positive: Tensor, m
     Only where `positive`: elsewhere Y means nothing, and may even be infinite.
     """
     truth = truth.masked_fill(~positive[..., None], 0.0)
-    ours = (full(student) - truth).square().sum(-1)
-    theirs = (full(teacher.detach()) - truth).square().sum(-1)
+    ours = (upcast(student) - truth).square().sum(-1)
+    theirs = (upcast(teacher.detach()) - truth).square().sum(-1)
     return ours * (positive & (ours + margin > theirs))
 
 
 def absolute_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum over channels of |S - T|; maps (B, C, H, W), the student's after its adapter -> (B, H, W)."""
-    return (full(student) - full(teacher.detach())).abs().sum(1)
+    return (upcast(student) - upcast(teacher.detach())).abs().sum(1)
 
 
 DISTANCES: dict[str, Error] = {"l2": squared_error, "l1": absolute_error}
@@ -74,14 +74,14 @@ class Chen(DistillLoss):
     Shapes: maps (B, C, H, W), logits (R, K+1), deltas (R, (K+1)*4) and (B, A*4, H, W).
 
     Args:
-        student, teacher: facts of both detectors.
+        student, teacher: specs of both detectors.
         rpn, rcn: ``soft``: 1 - mu, from 0 to 1; the student's own classification loss of that head counts mu, which a
             `ramp` does not move. ``box``: nu. The RPN's terms need equal anchors.
         hint: ``neck``: gamma; ``levels``: strides, None for all that both have; ``distance``: ``l2`` or ``l1``.
         background: w_0.
         margin: m.
-        mask: options of :class:`distill.masks.Mask`, for ``hint``; kind ``none``, the original, is the whole neck.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`), ``relu`` after it. The paper adapts
+        mask: options of :class:`distill.losses.masks.Mask`, for ``hint``; kind ``none``, the original, is the whole neck.
+        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it. The paper adapts
             equal channels too.
         ramp, normalizer, seed: see :class:`DistillLoss`.
     """
@@ -90,8 +90,8 @@ class Chen(DistillLoss):
 
     def __init__(
         self,
-        student: Facts,
-        teacher: Facts,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
         rpn: Mapping[str, float] = HEAD,
         rcn: Mapping[str, float] = HEAD,
         hint: Mapping[str, Any] = HINT,
@@ -133,7 +133,7 @@ class Chen(DistillLoss):
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. A stage that no term needs is not read."""
-        shares: dict[str, list[Share]] = {}
+        shares: dict[str, list[SumAndCount]] = {}
         if self.hint is not None:
             inside = self.mask(student, self.hint.sizes(student.neck), self.seeds(student.batch.ids))
             shares |= self.hint(student.neck, teacher.neck, {"neck": inside})
@@ -143,7 +143,7 @@ class Chen(DistillLoss):
             shares |= self._rcn(student, teacher)
         return self.average(shares)
 
-    def _rpn(self, student: View, teacher: View) -> dict[str, list[Share]]:
+    def _rpn(self, student: View, teacher: View) -> dict[str, list[SumAndCount]]:
         """On the anchors that the student's own losses see."""
         if not self._anchors_are_equal:
             base.check_anchors("rpn", student, teacher)
@@ -159,13 +159,13 @@ class Chen(DistillLoss):
             shares["rpn.box"] = _mean(cost, targets.sampled)
         return shares
 
-    def _rcn(self, student: View, teacher: View) -> dict[str, list[Share]]:
+    def _rcn(self, student: View, teacher: View) -> dict[str, list[SumAndCount]]:
         """On the student's regions."""
         regions, shares = student.rois, {}
         (ours, our_deltas), (theirs, their_deltas) = (view.roi_logits(regions.boxes) for view in (student, teacher))
         labels = torch.cat(list(regions.labels))
         known, theirs = (labels, theirs) if self.columns is None else (self.columns[labels], theirs[:, self.columns])
-        base.check_shapes("rcn, logits (R, K+1)", ours, theirs, "Build the loss with the facts of both detectors")
+        base.check_shapes("rcn, logits (R, K+1)", ours, theirs, "Build the loss with the specs of both detectors")
         every = torch.ones_like(labels, dtype=torch.bool)
         if "rcn.soft" in self.weights:
             shares["rcn.soft"] = _mean(soft_labels(ours, theirs, self.background), every)
@@ -181,7 +181,7 @@ def _number(name: str, value: float) -> float:
     return float(value)
 
 
-def _check_rpn(student: Facts, teacher: Facts) -> None:
+def _check_rpn(student: DetectorSpec, teacher: DetectorSpec) -> None:
     base.check_two_stage("rpn", student, teacher)
     if student.anchors != teacher.anchors:
         raise DistillError(
@@ -199,6 +199,6 @@ def _anchors_of(stage: str, student: View, teacher: View, columns: int) -> tuple
     return base.per_anchor(ours, columns), base.per_anchor(theirs, columns)
 
 
-def _mean(cost: Tensor, counted: Tensor) -> list[Share]:
+def _mean(cost: Tensor, counted: Tensor) -> list[SumAndCount]:
     """Over the regions or anchors that are `counted`."""
     return [((counted * cost).sum(), counted.sum())]

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill import masks
-from distill.losses import base
-from distill.losses.base import DistillLoss, Share
+from distill.losses import base, masks
+from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.imitation import MapImitation, parts
-from distill.types import DistillError, Facts, View
+from distill.types import DetectorSpec, DistillError, View
 
 NECK = {"foreground": 4.0, "background": 16.0, "levels": None}
 BACKBONE = {"foreground": 0.0, "background": 0.0, "levels": (8, 16, 32)}
@@ -73,14 +72,14 @@ class DeFeat(DistillLoss):
     proposals 0.05 at temperature 3 and 2 at temperature 1. It gives no weights for the backbone.
 
     Args:
-        student, teacher: facts of both detectors.
+        student, teacher: specs of both detectors.
         neck: weights of its terms; ``levels``: strides, None for all that both have. The level rule runs over these.
         backbone: weights of its terms; ``levels``: strides of its stages, C3 to C5 by default.
         proposals: weights and temperatures of its terms, for two-stage detectors; ``source``: whose sampled regions,
             ``teacher`` or ``student``; ``subsample_negatives``: per image, as many as it has positives.
-        mask: options of :class:`distill.masks.Mask`. With kind ``none`` every cell is foreground, so the background
+        mask: options of :class:`distill.losses.masks.Mask`. With kind ``none`` every cell is foreground, so the background
             terms vanish: the baseline that does not decouple.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`), ReLU after it per place.
+        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ReLU after it per place.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of ``random`` and of the subsampling.
     """
 
@@ -88,8 +87,8 @@ class DeFeat(DistillLoss):
 
     def __init__(
         self,
-        student: Facts,
-        teacher: Facts,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
         neck: Mapping[str, Any] = NECK,
         backbone: Mapping[str, Any] = BACKBONE,
         proposals: Mapping[str, Any] = PROPOSALS,
@@ -120,7 +119,7 @@ class DeFeat(DistillLoss):
         columns = self._check_proposals(student, teacher) if self.temperatures else None
         self.register_buffer("columns", columns, persistent=False)
 
-    def _check_proposals(self, student: Facts, teacher: Facts) -> Tensor | None:
+    def _check_proposals(self, student: DetectorSpec, teacher: DetectorSpec) -> Tensor | None:
         """The teacher's columns of the student's classes; None where the lists are equal."""
         base.check_two_stage("proposals", student, teacher)
         if self.source not in ("teacher", "student"):
@@ -131,7 +130,7 @@ class DeFeat(DistillLoss):
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. A stage that no term needs is not read."""
-        shares: dict[str, list[Share]] = {}
+        shares: dict[str, list[SumAndCount]] = {}
         seeds = self.seeds(student.batch.ids)
         for place, imitation in self.maps.items():
             assert isinstance(imitation, MapImitation)
@@ -142,14 +141,14 @@ class DeFeat(DistillLoss):
             shares |= self._compare(student, teacher)
         return self.average(shares)
 
-    def _compare(self, student: View, teacher: View) -> dict[str, list[Share]]:
+    def _compare(self, student: View, teacher: View) -> dict[str, list[SumAndCount]]:
         """One share for each term on proposals."""
         regions = (teacher if self.source == "teacher" else student).rois
         ours, theirs = student.roi_logits(regions.boxes)[0], teacher.roi_logits(regions.boxes)[0]
         theirs = theirs if self.columns is None else theirs[:, self.columns]
-        base.check_shapes("proposals, logits (R, K+1)", ours, theirs, "Build the loss with the facts of both detectors")
+        base.check_shapes("proposals, logits (R, K+1)", ours, theirs, "Build the loss with the specs of both detectors")
         members = groups(regions.labels, self.seeds(student.batch.ids) if self.subsample else None)
-        shares: dict[str, list[Share]] = {}
+        shares: dict[str, list[SumAndCount]] = {}
         for group, temperature in self.temperatures.items():
             total = (members[group] * base.divergence(ours, theirs, temperature)).sum()
             shares[f"proposals.{group}"] = [(total, members[group].sum())]

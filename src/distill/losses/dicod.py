@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.classes import match_classes
-from distill.crops import crops
+from distill.labels import match_classes
 from distill.losses import base
 from distill.losses.base import DistillLoss
-from distill.precision import full
-from distill.types import Batch, DistillError, Facts, View
+from distill.losses.crops import crops
+from distill.precision import upcast
+from distill.types import Batch, DetectorSpec, DistillError, View
 
 WEIGHTS = {"classes": 0.4, "pixels": 0.15, "features": 0.15}
 SIGMOID = ("kl-ce", "kl-bce")
@@ -24,7 +24,7 @@ EPSILON = 1e-10
 
 
 class ImageClassifier(Protocol):
-    """What is read of a classifier; `distill.classifier.Classifier` is one. A plain object, so that it is no part of the loss."""
+    """What is read of a classifier; `distill.training.classifier.Classifier` is one. A plain object, so that it is no part of the loss."""
 
     classes: tuple[str, ...]
 
@@ -48,19 +48,19 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Softmax heads: the student's logits (P, K+1), background first, the classifier's (P, K) -> (P,)."""
-    p = F.pad((full(teacher) / temperature).softmax(1), (1, 0))  # no classifier sees background
-    return temperature**2 * divergence(p, (full(student) / temperature).softmax(1))
+    p = F.pad((upcast(teacher) / temperature).softmax(1), (1, 0))  # no classifier sees background
+    return temperature**2 * divergence(p, (upcast(student) / temperature).softmax(1))
 
 
 def sigmoid_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """``kl-ce``: the sigmoids of each row, divided by their sum; logits (P, K) of both -> (P,)."""
-    p, q = (F.logsigmoid(full(each) / temperature).softmax(1) for each in (teacher, student))
+    p, q = (F.logsigmoid(upcast(each) / temperature).softmax(1) for each in (teacher, student))
     return temperature**2 * divergence(p, q)
 
 
 def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """``kl-bce``: mean over the classes of the divergence of yes and no; logits (P, K) of both -> (P,)."""
-    scaled = [(full(each) / temperature).reshape(-1, 1) for each in (teacher, student)]
+    scaled = [(upcast(each) / temperature).reshape(-1, 1) for each in (teacher, student)]
     p, q = (torch.cat([each.sigmoid(), (-each).sigmoid()], dim=1) for each in scaled)
     return temperature**2 * divergence(p, q).view(teacher.shape).mean(1)
 
@@ -103,7 +103,7 @@ def positive_anchors(view: View) -> Positives:
     """Anchors or points that are an object, of all levels."""
     targets = view.anchor_targets
     image, rows = (targets.labels > 0).nonzero(as_tuple=True)
-    logits, deltas = base.per_anchor(view.class_logits, len(view.facts.classes)), base.per_anchor(view.deltas, 4)
+    logits, deltas = base.per_anchor(view.class_logits, len(view.spec.classes)), base.per_anchor(view.deltas, 4)
     boxes, truth = view.anchor_boxes(deltas), view.anchor_boxes(targets.deltas)
     return Positives(image, logits[image, rows], boxes[image, rows], truth[image, rows])
 
@@ -137,8 +137,8 @@ class DICOD(DistillLoss):
     one wait for the device a step.
 
     Args:
-        student: facts of the student.
-        classifier: the teacher, see :class:`distill.classifier.Classifier`; it is frozen and no part of this module. One is
+        student: specs of the student.
+        classifier: the teacher, see :class:`distill.training.classifier.Classifier`; it is frozen and no part of this module. One is
             made by ``distill classifier FILE.pt data=…``.
         teacher: not read.
         weights: of the terms.
@@ -153,8 +153,8 @@ class DICOD(DistillLoss):
 
     def __init__(
         self,
-        student: Facts,
-        teacher: Facts | None,
+        student: DetectorSpec,
+        teacher: DetectorSpec | None,
         classifier: ImageClassifier,
         weights: Mapping[str, float] = WEIGHTS,
         temperature: float = 2.0,
@@ -192,8 +192,8 @@ class DICOD(DistillLoss):
     def forward(self, student: View, teacher: View | None = None) -> dict[str, Tensor]:
         """The terms of `weights`, scalars; the teacher is not read."""
         with torch.autocast(student.batch.images.device.type, enabled=False):
-            found = (positive_regions if student.facts.two_stage else positive_anchors)(student)
-            nothing = full(found.logits).sum() + full(found.boxes).sum()
+            found = (positive_regions if student.spec.two_stage else positive_anchors)(student)
+            nothing = upcast(found.logits).sum() + upcast(found.boxes).sum()
             totals = self._compare(student.batch, found) if len(found.image) else dict.fromkeys(self.weights, nothing)
         count = nothing.new_tensor(float(len(found.image)))
         return self.average({term: [(totals[term], count)] for term in self.weights})
@@ -228,5 +228,5 @@ def check_columns(student: Tensor, teacher: Tensor, softmax: bool) -> None:
     """Refuse logits of another number of classes than the loss was built for."""
     theirs = F.pad(teacher, (1, 0)) if softmax else teacher
     base.check_shapes(
-        "classes, logits of positive regions", student, theirs, "Build the loss with the student's own facts"
+        "classes, logits of positive regions", student, theirs, "Build the loss with the student's own spec"
     )

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from distill.adapters import adapter as one_adapter
 from distill.losses import base
-from distill.losses.base import DistillLoss, Share
+from distill.losses.adapters import adapter as one_adapter
+from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.imitation import MapImitation, RegionErrors
-from distill.precision import full
-from distill.types import DistillError, Facts, View
+from distill.precision import upcast
+from distill.types import DetectorSpec, DistillError, View
 
 NODES = {"foreground": 0.5, "background": 0.5, "alpha": 7.5, "predicted": 0.0}
 EDGES = {"all": 2.0, "mining": 0.6}
@@ -32,7 +32,7 @@ IMAGES = 2
 OPTIONS = {True: "dsig, dsig_r50_r101 or dsig_r101_r152", False: "dsig_retinanet or dsig_retinanet_small"}
 """Options of the group distill, by whether the student is two-stage, for messages."""
 
-REMEDY = "Build the loss with the facts of both detectors"
+REMEDY = "Build the loss with the specs of both detectors"
 
 
 def mean(error: Tensor, member: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def graph(student: Tensor, teacher: Tensor, member: Tensor | None = None) -> tup
     nodes (B, R), the diagonal included; 0 without members, and where `member` is None.
     """
     with torch.autocast(student.device.type, enabled=False):
-        nodes, edges = _Graph.apply(full(student), full(teacher.detach()), member)
+        nodes, edges = _Graph.apply(upcast(student), upcast(teacher.detach()), member)
     return nodes, edges
 
 
@@ -114,12 +114,12 @@ def _cosines(x: Tensor, blocks: int = 4) -> tuple[Tensor, Tensor]:
 
 def mined(logits: Tensor, threshold: float) -> Tensor:
     """Regions whose cross-entropy with background reaches the threshold, by the teacher; logits (R, K+1) -> (R,)."""
-    return -F.log_softmax(full(logits), dim=1)[:, 0] >= threshold
+    return -F.log_softmax(upcast(logits), dim=1)[:, 0] >= threshold
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
     """L1 distance of box deltas: (..., 4) -> (...)."""
-    return (full(student) - full(teacher.detach())).abs().sum(-1)
+    return (upcast(student) - upcast(teacher.detach())).abs().sum(-1)
 
 
 def by_image(x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -134,7 +134,7 @@ def by_image(x: Tensor, counts: Sequence[int]) -> Tensor:
     return padded if padded.shape[1] else torch.cat([padded, x.new_zeros(len(counts), 1, *x.shape[1:])], dim=1)
 
 
-def over_images(values: Tensor) -> Share:
+def over_images(values: Tensor) -> SumAndCount:
     """`IMAGES` times the mean over images (B,)."""
     total = IMAGES * values.sum()
     return total, torch.full_like(total, len(values))
@@ -181,15 +181,15 @@ class DSIG(DistillLoss):
     lambda of 1 on the mean error. alpha is no settled constant: 0.025 and no adaptive factor came before.
 
     Args:
-        student, teacher: facts of both detectors. The student's family says what the regions are; weights of the other
+        student, teacher: specs of both detectors. The student's family says what the regions are; weights of the other
             family's nodes are refused.
         nodes: weights of its terms; ``alpha`` of the background's factor, None for a factor of 1.
         edges: weight; ``mining``: threshold for background regions, None for foreground alone. None for one-stage.
         neck: weight; ``levels``: strides, None for all that both have.
         logits: weights of its terms; ``temperature`` of classes.
         predictions: thresholds of a one-stage student's regions: ``score``, ``nms``, and the ``top`` ones per image.
-        mask: options of :class:`distill.masks.Mask`, for ``neck``; kind ``none``, the original, is the whole neck.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`), ``relu`` after it.
+        mask: options of :class:`distill.losses.masks.Mask`, for ``neck``; kind ``none``, the original, is the whole neck.
+        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of the mask ``random``.
     """
 
@@ -197,8 +197,8 @@ class DSIG(DistillLoss):
 
     def __init__(
         self,
-        student: Facts,
-        teacher: Facts,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
         nodes: Mapping[str, Any] = NODES,
         edges: Mapping[str, Any] = EDGES,
         neck: Mapping[str, Any] = NECK,
@@ -233,7 +233,7 @@ class DSIG(DistillLoss):
                 "neck", student.neck, teacher.neck, neck["levels"], how, count="mse", over_levels="sum", seed=seed
             )
         if self.terms("nodes") or self.terms("edges"):
-            ours, theirs = (next(iter(facts.neck.values())) for facts in (student, teacher))
+            ours, theirs = (next(iter(spec.neck.values())) for spec in (student, teacher))
             self.regions = one_adapter(ours, theirs, seed=base.derive(seed, "regions"), **how)
             self.nodes = RegionErrors("nodes", ours) if self.terms("nodes") else None
 
@@ -249,7 +249,7 @@ class DSIG(DistillLoss):
                 f"predictions: expected score and nms from 0 to below 1 and top 1 or more, got {self.predictions}"
             )
 
-    def _check_regions(self, student: Facts) -> None:
+    def _check_regions(self, student: DetectorSpec) -> None:
         """Refuse what is set for regions that this student does not have."""
         foreign = ["predicted"] if self.two_stage else ["foreground", "background"]
         wrong = [f"nodes.{kind}=0" for kind in foreign if f"nodes.{kind}" in self.weights]
@@ -262,7 +262,7 @@ class DSIG(DistillLoss):
                 f"kind. Choose distill={OPTIONS[self.two_stage]}, or set {', '.join(wrong)}"
             )
 
-    def _check_heads(self, student: Facts, teacher: Facts) -> Tensor | None:
+    def _check_heads(self, student: DetectorSpec, teacher: DetectorSpec) -> Tensor | None:
         """The teacher's columns of the student's classes, where its head is read; None where the lists are equal."""
         reading = [f"logits.{kind}=0" for kind in self.terms("logits")]
         alike = student.two_stage == teacher.two_stage
@@ -285,7 +285,7 @@ class DSIG(DistillLoss):
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. A stage that no term needs is not read."""
-        shares: dict[str, list[Share]] = {}
+        shares: dict[str, list[SumAndCount]] = {}
         if self.maps is not None:
             inside = self.mask(student, self.maps.sizes(student.neck), self.seeds(student.batch.ids))
             shares |= self.maps(student.neck, teacher.neck, {"all": inside})
@@ -333,7 +333,7 @@ class DSIG(DistillLoss):
         hard = mined(logits if self.columns is None else logits[:, self.columns], threshold)
         return by_image(hard, [len(each) for each in boxes])
 
-    def _compare_regions(self, student: View, teacher: View) -> dict[str, Share]:
+    def _compare_regions(self, student: View, teacher: View) -> dict[str, SumAndCount]:
         """The box heads' outputs for the student's regions."""
         regions, columns = student.rois, self.columns
         (ours, our_deltas), (theirs, their_deltas) = (view.roi_logits(regions.boxes) for view in (student, teacher))
@@ -349,14 +349,14 @@ class DSIG(DistillLoss):
             shares["logits.boxes"] = total, torch.full_like(total, len(labels))
         return shares
 
-    def _compare_anchors(self, student: View, teacher: View) -> dict[str, Share]:
+    def _compare_anchors(self, student: View, teacher: View) -> dict[str, SumAndCount]:
         """The dense heads' outputs; one that no term needs is not read."""
         if not self._anchors_are_equal:
             base.check_anchors("logits", student, teacher)
             self._anchors_are_equal = True
         labels, shares = student.anchor_targets.labels, {}
         if "logits.classes" in self.weights:
-            ours, theirs = (base.per_anchor(view.class_logits, len(view.facts.classes)) for view in (student, teacher))
+            ours, theirs = (base.per_anchor(view.class_logits, len(view.spec.classes)) for view in (student, teacher))
             theirs = theirs if self.columns is None else theirs[..., self.columns[1:] - 1]  # no column of background
             base.check_shapes("logits.classes (B, anchors, K)", ours, theirs, REMEDY)
             valid = labels >= 0

@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distill import masks
-from distill.losses import base
-from distill.losses.base import DistillLoss, Share
+from distill.losses import base, masks
+from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.imitation import ADAPTER, MapImitation, parts
-from distill.types import Facts, View
+from distill.types import DetectorSpec, View
 
 NECK = {"foreground": 4.0, "levels": None}
 MASK = {"kind": "fine_grained", "scale": 56.0, "threshold": 0.5}
@@ -42,18 +41,18 @@ class FGFI(DistillLoss):
     reruns of DeFeat, whose adapter has no ReLU.
 
     Args:
-        student, teacher: facts of both detectors.
+        student, teacher: specs of both detectors.
         neck: weight of its term; ``levels``: strides, None for all that both have. The level rule runs over these.
-        mask: options of :class:`distill.masks.Mask`, of any kind.
+        mask: options of :class:`distill.losses.masks.Mask`, of any kind.
         normalization: ``half_mse``, ``half_l2`` or ``mse``.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`), ``relu`` after it.
+        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of the mask ``random``.
     """
 
     def __init__(
         self,
-        student: Facts,
-        teacher: Facts,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
         neck: Mapping[str, Any] = NECK,
         mask: Mapping[str, Any] = MASK,
         normalization: str = "half_mse",
@@ -73,7 +72,7 @@ class FGFI(DistillLoss):
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """``neck.foreground``, a scalar."""
-        shares: dict[str, list[Share]] = {}
+        shares: dict[str, list[SumAndCount]] = {}
         for imitation in self.maps.values():
             assert isinstance(imitation, MapImitation)
             inside = self.mask(student, imitation.sizes(student.neck), self.seeds(student.batch.ids))

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.transform import resize_boxes
 
-from distill import masks, ranks
-from distill.losses import base
-from distill.losses.base import DistillLoss, Share
+from distill import distributed
+from distill.losses import base, masks
+from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.imitation import ADAPTER as MAP_ADAPTER
 from distill.losses.imitation import MapImitation
 from distill.losses.prototypes import box_means, choose
-from distill.precision import full
-from distill.types import DistillError, Facts, Pyramid, Size, View
+from distill.precision import upcast
+from distill.types import DetectorSpec, DistillError, Pyramid, Size, View
 
 NECK = {"foreground": 1.0, "background": 4.0, "levels": None}
 LABELS = {"weight": 1.0, "temperature": 2.0}
@@ -31,7 +31,7 @@ RAMP = {**base.RAMP, "shape": "linear", "terms": ["neck", "relation"]}
 
 def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
     """(R, C) and (R, P, C) or (P, C) -> (R, P)."""
-    ours, theirs = F.normalize(full(features), dim=-1), F.normalize(full(prototypes), dim=-1)
+    ours, theirs = F.normalize(upcast(features), dim=-1), F.normalize(upcast(prototypes), dim=-1)
     return (ours[:, None] * theirs).sum(-1)
 
 
@@ -68,12 +68,12 @@ class GlobalKnowledge(DistillLoss):
     rectangles have no deterministic form on CUDA (``deterministic=true`` refuses them there).
 
     Args:
-        student, teacher: facts of both detectors; for ``labels`` the teacher knows all of the student's classes.
+        student, teacher: specs of both detectors; for ``labels`` the teacher knows all of the student's classes.
         neck: weights of its terms; ``levels``: strides, None for all that both have.
         labels, relation: ``weight``; ``temperature``.
         prototypes: ``count`` per class and level; ``alpha``, ``bandwidth``, ``quantile`` of their choice; ``images``, at most,
             per class; ``min_side`` of a box in pixels of the stored image.
-        mask: options of :class:`distill.masks.Mask`, around positive proposals in the place of ground truth; ``ground_truth``
+        mask: options of :class:`distill.losses.masks.Mask`, around positive proposals in the place of ground truth; ``ground_truth``
             is all of their cells, and with ``none`` the whole neck is foreground, without rho. ``scale`` is also that of
             the level on which a proposal is pooled.
         adapter: see :class:`distill.losses.imitation.MapImitation`.
@@ -86,8 +86,8 @@ class GlobalKnowledge(DistillLoss):
 
     def __init__(
         self,
-        student: Facts,
-        teacher: Facts,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
         neck: Mapping[str, Any] = NECK,
         labels: Mapping[str, Any] = LABELS,
         relation: Mapping[str, Any] = RELATION,
@@ -137,7 +137,7 @@ class GlobalKnowledge(DistillLoss):
         level = masks.assign(torch.cat(boxes), len(self.levels), self.mask.scale)
         ours, theirs = self._pooled(student, boxes, level), self._pooled(teacher, boxes, level).detach()
         rho = agreement(cosines(ours, self.ours[names - 1, level]), cosines(theirs, self.theirs[names - 1, level]))
-        shares: dict[str, list[Share]] = {}
+        shares: dict[str, list[SumAndCount]] = {}
         if self.terms("neck"):
             sizes, seeds = self.neck.sizes(student.neck), self.seeds(student.batch.ids)
             inside = self.mask.around(boxes, torch.split(rho, [len(each) for each in boxes]), student, sizes, seeds)
@@ -157,14 +157,14 @@ class GlobalKnowledge(DistillLoss):
         )
         return levels[torch.arange(len(level), device=level.device), level]
 
-    def _soft_labels(self, student: View, teacher: View, rho: Tensor, positive: Tensor) -> Share:
+    def _soft_labels(self, student: View, teacher: View, rho: Tensor, positive: Tensor) -> SumAndCount:
         ours, theirs = (view.roi_logits(student.rois.boxes)[0] for view in (student, teacher))
         theirs = theirs if self.columns is None else theirs[:, self.columns]
-        base.check_shapes("labels, logits (R, K+1)", ours, theirs, "Build the loss with the facts of both detectors")
+        base.check_shapes("labels, logits (R, K+1)", ours, theirs, "Build the loss with the specs of both detectors")
         each = base.divergence(ours, theirs, self.temperature)[positive] / ours.shape[1]
         return (rho * each).sum(), torch.tensor(float(len(rho)), device=rho.device)
 
-    def _relate(self, ours: Tensor, theirs: Tensor, rho: Tensor, level: Tensor) -> Share:
+    def _relate(self, ours: Tensor, theirs: Tensor, rho: Tensor, level: Tensor) -> SumAndCount:
         known = (self.theirs != 0).flatten(1).any(1)  # (K,): classes that have prototypes
         places = []
         for features, prototypes in ((ours, self.ours), (theirs, self.theirs)):
@@ -220,7 +220,7 @@ class GlobalKnowledge(DistillLoss):
         found: dict[int, tuple[Tensor, Tensor]] = {}
         training = student.training
         student.eval()  # live statistics must not see these images
-        for part in _batches(chosen, data)[ranks.rank() :: ranks.world_size()]:
+        for part in _batches(chosen, data)[distributed.rank() :: distributed.world_size()]:
             images = [chosen[place][0] for place in part]
             batch = data.batch("train", images).to(self.ours.device)
             # The batch's own targets lack boxes that became too thin; these are counted here.
@@ -235,7 +235,7 @@ class GlobalKnowledge(DistillLoss):
                 self._kept |= dict(zip(images, theirs, strict=True))
             found |= {place: (each, self._kept[index]) for place, each, index in zip(part, ours, images, strict=True)}
         student.train(training)
-        found = {place: pair for each in ranks.gather(found) for place, pair in each.items()}
+        found = {place: pair for each in distributed.gather(found) for place, pair in each.items()}
         pairs = [found[place] for place in range(len(chosen))]
         if not pairs:
             return torch.zeros(0, *self.ours.shape[1::2]), torch.zeros(0, *self.theirs.shape[1::2])
@@ -275,4 +275,4 @@ def _check_numbers(temperature: float, prototypes: Mapping[str, Any]) -> None:
 
 def _all_levels(neck: Pyramid, boxes: Sequence[Tensor], image: Size) -> Tensor:
     """(R, L, C): every box pooled on every level."""
-    return torch.stack([box_means(full(x), boxes, image) for x in neck.values()], dim=1)
+    return torch.stack([box_means(upcast(x), boxes, image) for x in neck.values()], dim=1)

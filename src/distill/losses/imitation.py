@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distill import masks
-from distill.adapters import adapter as one_adapter
-from distill.adapters import adapters
-from distill.losses import base
-from distill.losses.base import Share
-from distill.losses.blocks import cells
-from distill.precision import full
+from distill.losses import base, masks
+from distill.losses.adapters import adapter as one_adapter
+from distill.losses.adapters import adapters
+from distill.losses.base import SumAndCount
+from distill.losses.kernels.blocks import cells
+from distill.precision import upcast
 from distill.types import DistillError, Pyramid, Size
 
 Error = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +34,7 @@ or half the squared L2 norm of a cell (FGFI)."""
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum over channels of (S - T)^2; maps (B, C, H, W), the student's after its adapter -> (B, H, W)."""
-    return _SquaredError.apply(full(student), full(teacher.detach()))  # type: ignore[no-any-return]
+    return _SquaredError.apply(upcast(student), upcast(teacher.detach()))  # type: ignore[no-any-return]
 
 
 class _SquaredError(torch.autograd.Function):
@@ -58,7 +57,7 @@ class _SquaredError(torch.autograd.Function):
         return difference * (2 * slope)[:, None], None
 
 
-def masked(error: Tensor, mask: Tensor, count: float) -> Share:
+def masked(error: Tensor, mask: Tensor, count: float) -> SumAndCount:
     """Sum of M * error over images and cells, and `count` * sum(M); both (B, H, W)."""
     return (mask * error).sum(), count * mask.sum()
 
@@ -78,7 +77,7 @@ class MapImitation(nn.Module):
         place: for messages, and the start of the terms' names.
         student, teacher: channels by stride of that place.
         levels: strides; None for all that both have.
-        adapter: ``kernel``, ``start``, ``relu``, as `distill.adapters` has them.
+        adapter: ``kernel``, ``start``, ``relu``, as `distill.losses.adapters` has them.
         error: what is compared.
         count: a key of `COUNTS`: the normalisation.
         over_levels: ``mean`` or ``sum``.
@@ -121,9 +120,11 @@ class MapImitation(nn.Module):
         """Stride -> (height, width) of the levels that are compared."""
         return {level: masks.size(maps[level]) for level in self.levels}
 
-    def forward(self, student: Pyramid, teacher: Pyramid, parts: Mapping[str, masks.Masks]) -> dict[str, list[Share]]:
+    def forward(
+        self, student: Pyramid, teacher: Pyramid, parts: Mapping[str, masks.Masks]
+    ) -> dict[str, list[SumAndCount]]:
         """A share per level for each part: ``{"foreground": masks}`` gives ``{"neck.foreground": shares}``."""
-        shares: dict[str, list[Share]] = {f"{self.place}.{part}": [] for part in parts}
+        shares: dict[str, list[SumAndCount]] = {f"{self.place}.{part}": [] for part in parts}
         for level in self.levels:
             ours, theirs = self.adapters[str(level)](student[level]), teacher[level]
             remedy = f"Leave this stride out with {self.place}.levels"
@@ -135,7 +136,7 @@ class MapImitation(nn.Module):
 
     def _compare(
         self, feature: Tensor, ours: Tensor, theirs: Tensor, level: int, inside: Sequence[Tensor]
-    ) -> list[Share]:
+    ) -> list[SumAndCount]:
         """One share for each mask (B, H, W)."""
         channels = ours.shape[1]
         if isinstance(self.error, Summed) and self.reweigh is None:
@@ -179,7 +180,7 @@ class RegionImitation(RegionErrors):
         how = base.options("adapter", adapter, ADAPTER)
         self.adapter = one_adapter(student, teacher, seed=base.derive(seed, place), **how)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Share:
+    def forward(self, student: Tensor, teacher: Tensor) -> SumAndCount:
         """(R, C, h, w) of both -> half the mean over elements, summed over regions, and their number."""
         ours = self.adapter(student)
         base.check_shapes(f"{self.place} (R, C, h, w)", ours, teacher, "Give both models the same regions")

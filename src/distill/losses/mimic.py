@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from distill.losses import base
-from distill.losses.base import DistillLoss, Share
+from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.imitation import MapImitation, RegionImitation
-from distill.types import DistillError, Facts, View
+from distill.types import DetectorSpec, DistillError, View
 
 REGIONS = {"all": 1.0, "source": "student", "kind": "rois", "top": 256}
 NECK = {"all": 0.0, "levels": None, "normalization": "half_mse"}
@@ -40,13 +40,13 @@ class Mimic(DistillLoss):
     Shapes: pooled features (R, C, 7, 7), maps (B, C, H, W). The paper's weight is not known to us; 1 is a choice.
 
     Args:
-        student, teacher: facts of both detectors.
+        student, teacher: specs of both detectors.
         regions: weight of its term; ``source``: whose regions, ``student`` or ``teacher``; ``kind``: ``rois``, sampled
             with the ground truth added, ``proposals`` or ``predictions``, the best ``top`` of an image.
         neck: weight of its term; ``levels``: strides, None for all that both have; ``normalization``: ``half_mse``,
             ``mse`` or ``half_l2`` (see `distill.losses.imitation`).
-        mask: options of :class:`distill.masks.Mask`, for ``neck``; kind ``none`` is the whole neck.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`), ``relu`` after it.
+        mask: options of :class:`distill.losses.masks.Mask`, for ``neck``; kind ``none`` is the whole neck.
+        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of the mask ``random``.
     """
 
@@ -55,8 +55,8 @@ class Mimic(DistillLoss):
 
     def __init__(
         self,
-        student: Facts,
-        teacher: Facts,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
         regions: Mapping[str, Any] = REGIONS,
         neck: Mapping[str, Any] = NECK,
         mask: Mapping[str, Any] = MASK,
@@ -80,7 +80,7 @@ class Mimic(DistillLoss):
                 "neck", student.neck, teacher.neck, maps["levels"], how, count=maps["normalization"], seed=seed
             )
 
-    def _check_regions(self, student: Facts, teacher: Facts) -> None:
+    def _check_regions(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         if self.source not in ("student", "teacher") or self.kind not in KINDS:
             raise DistillError(
                 f"regions: expected the source student or teacher, and a kind of {', '.join(KINDS)}, got "
@@ -88,16 +88,16 @@ class Mimic(DistillLoss):
             )
         if not (isinstance(self.top, int) and self.top > 0):
             raise DistillError(f"regions.top: expected a number of regions an image, 1 or more, got {self.top}")
-        facts = student if self.source == "student" else teacher
-        if self.kind != "predictions" and not facts.two_stage:
+        spec = student if self.source == "student" else teacher
+        if self.kind != "predictions" and not spec.two_stage:
             raise DistillError(
-                f"regions.kind={self.kind}: expected a two-stage {self.source}, but it is a {facts.family}. Set "
+                f"regions.kind={self.kind}: expected a two-stage {self.source}, but it is a {spec.family}. Set "
                 "regions.kind=predictions, or take the whole neck (distill=mimic_neck)"
             )
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. A stage that no term needs is not read."""
-        shares: dict[str, list[Share]] = {}
+        shares: dict[str, list[SumAndCount]] = {}
         if self.regions is not None:
             boxes = self._boxes(student if self.source == "student" else teacher)
             shares["regions.all"] = [self.regions(student.roi_features(boxes), teacher.roi_features(boxes))]
@@ -114,11 +114,11 @@ class Mimic(DistillLoss):
         return [found.boxes.detach() for found in view.predictions(score=0.0, top=self.top)]
 
 
-def _channels(who: str, facts: Facts) -> int:
-    channels = set(facts.neck.values())
+def _channels(who: str, spec: DetectorSpec) -> int:
+    channels = set(spec.neck.values())
     if len(channels) > 1:
         raise DistillError(
-            f"regions: expected equally many channels on all levels of the {who}'s neck, got {facts.neck}. Set "
+            f"regions: expected equally many channels on all levels of the {who}'s neck, got {spec.neck}. Set "
             "regions.all to 0, or choose another detector"
         )
     return channels.pop()

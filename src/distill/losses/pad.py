@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from distill.losses.base import DistillLoss
 from distill.losses.imitation import MapImitation, RegionErrors
-from distill.precision import full
-from distill.types import DistillError, Facts, View
+from distill.precision import upcast
+from distill.types import DetectorSpec, DistillError, View
 
 EPSILON = 1e-6
 WRAP = (
@@ -42,7 +42,7 @@ class Variance(nn.Module):
         """Feature (B, C, H, W) and error (B, H, W), or (R, C, h, w) and (R,) -> the error that counts."""
         # In float32: an exponential of this follows.
         with torch.autocast(feature.device.type, enabled=False):
-            x = full(feature)
+            x = upcast(feature)
             v = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype))[:, 0]
             return reweighed(error, self.on * (v if error.ndim == 3 else v.mean((1, 2))))
 
@@ -69,7 +69,7 @@ class PAD(DistillLoss):
     Shapes: as the wrapped loss has them. The paper's weight is that of the plain loss.
 
     Args:
-        student, teacher: facts of both detectors.
+        student, teacher: specs of both detectors.
         of: makes the wrapped loss: ``of(student=..., teacher=...)``, such as ``partial(FGFI, neck=...)``.
         warmup: epochs at the start with v = 0: the plain loss, which the paper trains first in a stage of its own. An
             epoch that has begun ends so.
@@ -78,7 +78,9 @@ class PAD(DistillLoss):
         DistillError: the wrapped loss's own; or it compares no maps or regions, or maps by other than the squared error.
     """
 
-    def __init__(self, student: Facts, teacher: Facts, of: Callable[..., DistillLoss], warmup: float = 0.0) -> None:
+    def __init__(
+        self, student: DetectorSpec, teacher: DetectorSpec, of: Callable[..., DistillLoss], warmup: float = 0.0
+    ) -> None:
         if not callable(of):
             raise DistillError(
                 f"PAD.of: expected what makes a loss, got a {type(of).__name__}. In YAML give `of` a _target_ and "

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill import masks
-from distill.losses import base
+from distill.losses import base, masks
 from distill.losses.base import DistillLoss
-from distill.losses.blocks import Block, by_autograd, in_blocks
 from distill.losses.imitation import MapImitation, parts
-from distill.losses.windows import Frame, ssim_block
-from distill.precision import full
-from distill.types import DistillError, Facts, View
+from distill.losses.kernels.blocks import Block, by_autograd, in_blocks
+from distill.losses.kernels.windows import Frame, ssim_block
+from distill.precision import upcast
+from distill.types import DetectorSpec, DistillError, View
 
 ERRORS = ("ssim", "l1", "l2")
 SCOPES: dict[str, tuple[int, ...]] = {"plane": (2, 3), "image": (1, 2, 3), "tensor": (0, 1, 2, 3), "none": ()}
@@ -188,8 +187,8 @@ class Dissimilarity:
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(B, C, H, W) twice -> (B, H, W), in float32 at least, under autocast too: half a precision hides flat maps."""
         with torch.autocast(student.device.type, enabled=False):
-            ours = rescaled(full(student), self.normalize)
-            theirs = rescaled(full(teacher.detach()), self.normalize)
+            ours = rescaled(upcast(student), self.normalize)
+            theirs = rescaled(upcast(teacher.detach()), self.normalize)
             if self.error == "l1":
                 return (ours - theirs).abs().sum(1)
             if self.error == "l2":
@@ -203,7 +202,7 @@ class Dissimilarity:
             error = self(student, teacher)
             return [(mask * error).sum() for mask in masks]
         with torch.autocast(student.device.type, enabled=False):
-            ours, theirs = full(student), full(teacher.detach())
+            ours, theirs = upcast(student), upcast(teacher.detach())
             block = self._ssim_block(ours) if self.error == "ssim" else by_autograd(self)
             return in_blocks(block, ours, theirs, masks).unbind()
 
@@ -242,23 +241,23 @@ class SSIM(DistillLoss):
     detectors, best at 2 or 4; 4 is our default. None is told for a mask.
 
     Args:
-        student, teacher: facts of both detectors.
+        student, teacher: specs of both detectors.
         neck: weights of its terms; ``levels``: strides, None for all that both have.
         error: ``ssim``, or the paper's rivals in the same frame: ``l1``, ``l2``.
         window: its ``size``, odd, and ``sigma``, in cells.
         exponents: of ``luminance`` (alpha), ``contrast`` (beta) and ``structure`` (gamma); 0 leaves a factor out.
         normalize: what one minimum and maximum serve: ``plane``, ``image``, ``tensor`` (of this process), ``none``.
-        mask: options of :class:`distill.masks.Mask`. With kind ``none``, the paper's, the whole map is foreground, and
+        mask: options of :class:`distill.losses.masks.Mask`. With kind ``none``, the paper's, the whole map is foreground, and
             there is no background term.
-        adapter: see `distill.adapters`. Kernel None needs equal channels; the paper then lost 1.1 AP between
+        adapter: see `distill.losses.adapters`. Kernel None needs equal channels; the paper then lost 1.1 AP between
             different architectures and nothing between depths of one.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of ``random`` masks.
     """
 
     def __init__(
         self,
-        student: Facts,
-        teacher: Facts,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
         neck: Mapping[str, Any] = NECK,
         error: str = "ssim",
         window: Mapping[str, Any] = WINDOW,

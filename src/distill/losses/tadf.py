@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.losses import base
-from distill.losses.base import DistillLoss, Share
+from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.imitation import MapImitation
-from distill.precision import full
-from distill.types import Facts, View
+from distill.precision import upcast
+from distill.types import DetectorSpec, View
 
 NECK = {"foreground": 0.01, "levels": None}
 MASK = {"kind": "gaussian", "scale": 56.0, "threshold": 0.5}
@@ -29,14 +29,14 @@ def binary_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
 
     1 - s is kept above the dtype's epsilon, which bounds the loss of a student that is wrong and sure.
     """
-    log_s, t = F.log_softmax(full(student), dim=1), F.softmax(full(teacher.detach()), dim=1)
+    log_s, t = F.log_softmax(upcast(student), dim=1), F.softmax(upcast(teacher.detach()), dim=1)
     log_rest = torch.log(-torch.expm1(log_s.clamp(max=-torch.finfo(log_s.dtype).eps)))
     return -(t * log_s + (1 - t) * log_rest).mean(1)
 
 
 def smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum over the four deltas (R, 4) -> (R,)."""
-    pair = full(student), full(teacher.detach())
+    pair = upcast(student), upcast(teacher.detach())
     return F.smooth_l1_loss(*pair, beta=BETA, reduction="none").sum(1)
 
 
@@ -69,11 +69,11 @@ class TADF(DistillLoss):
     Shapes: maps (B, C, H, W), logits (R, K+1), deltas (R, (K+1)*4), boxes (R, K+1, 4).
 
     Args:
-        student, teacher: facts of both detectors.
+        student, teacher: specs of both detectors.
         neck: ``foreground``: weight; ``levels``: strides, None for all that both have.
-        mask: options of :class:`distill.masks.Mask`.
+        mask: options of :class:`distill.losses.masks.Mask`.
         head: weights of ``classification`` and ``regression``, for two-stage detectors.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.adapters`), ``relu`` after it.
+        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
         ramp: the decay. ramp, normalizer, seed: see :class:`DistillLoss`.
     """
 
@@ -81,8 +81,8 @@ class TADF(DistillLoss):
 
     def __init__(
         self,
-        student: Facts,
-        teacher: Facts,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
         neck: Mapping[str, Any] = NECK,
         head: Mapping[str, float] = HEAD,
         mask: Mapping[str, Any] = MASK,
@@ -110,7 +110,7 @@ class TADF(DistillLoss):
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. A stage that no term needs is not read."""
-        shares: dict[str, list[Share]] = {}
+        shares: dict[str, list[SumAndCount]] = {}
         if self.neck is not None:
             mask = self.mask(student, self.neck.sizes(student.neck), self.seeds(student.batch.ids))
             shares |= self.neck(student.neck, teacher.neck, {"foreground": mask})
@@ -118,13 +118,13 @@ class TADF(DistillLoss):
             shares |= self._heads(student, teacher)
         return self.average(shares)
 
-    def _heads(self, student: View, teacher: View) -> dict[str, list[Share]]:
+    def _heads(self, student: View, teacher: View) -> dict[str, list[SumAndCount]]:
         """On the student's regions."""
         regions, shares = student.rois, {}
         (ours, our_deltas), (theirs, their_deltas) = (view.roi_logits(regions.boxes) for view in (student, teacher))
         labels = torch.cat(list(regions.labels))
         known, theirs = (labels, theirs) if self.columns is None else (self.columns[labels], theirs[:, self.columns])
-        base.check_shapes("head, logits (R, K+1)", ours, theirs, "Build the loss with the facts of both detectors")
+        base.check_shapes("head, logits (R, K+1)", ours, theirs, "Build the loss with the specs of both detectors")
         positive = labels > 0
         if "head.classification" in self.weights:
             total = (positive * binary_cross_entropy(ours, theirs)).sum()

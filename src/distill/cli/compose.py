@@ -1,0 +1,374 @@
+"""Where the configuration lives, how it is checked, and the one place that builds objects from it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.cli import compose_limits, target_policy
+from distill.type_checks import type_errors
+from distill.types import DistillError
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "config"
+UNFIT = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    ArithmeticError,
+    ImportError,
+    OSError,
+)
+"""What constructors raise at arguments of a kind that they do not foresee."""
+
+SAID = 600
+"""Characters that are repeated of a library's message."""
+
+
+def folder() -> Path:
+    """The ``conf`` folder: inside the installed package, or at the top of the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for place in (package / "conf", package.parents[1] / "conf"):
+        if (place / f"{NAME}.yaml").is_file():
+            return place
+    raise DistillError(f"no conf/{NAME}.yaml beside {package}: reinstall distill")
+
+
+def register_resolvers() -> None:
+    """Words that the configuration can compute, within the bounds of what it may grow to.
+
+    ``${names:node}`` joins a mapping's keys, for the names of run folders; ``${sweep:mode,folder}`` is the name of a
+    sweep's folder inside a sweep, and in the processes of its jobs, and null elsewhere.
+    """
+    compose_limits.install()
+    OmegaConf.register_new_resolver("names", lambda node: "+".join(node) or "none", replace=True)
+    OmegaConf.register_new_resolver(
+        "sweep",
+        lambda mode, path: Path(path).name if "MULTIRUN" in str(mode) else os.environ.get("DISTILL_SWEEP"),
+        replace=True,
+    )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean …?' with the closest names, or all names where none is close."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(names)}"
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their options."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(folder().rglob("*.yaml")):
+        option = file.relative_to(folder()).with_suffix("")
+        if len(option.parts) > 1:
+            found.setdefault(option.parts[0], []).append("/".join(option.parts[1:]))
+    return found
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra reads them."""
+    try:
+        return list(OverridesParser.create().parse_overrides(list(overrides)))
+    except (HydraException, RecursionError) as error:
+        raise DistillError(f"cannot read the command line: {error}") from None
+
+
+def quoted(text: str) -> str:
+    """A value for an override, whatever characters it has: paths may have spaces, commas and letters of any alphabet."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+
+
+def noted(run: Path) -> list[str]:
+    """The words of the command line that a run noted; they are not to be trusted.
+
+    Raises:
+        DistillError: its ``overrides.yaml`` is no list of overrides.
+    """
+    file = run / "overrides.yaml"
+    try:
+        with file.open(encoding="utf-8") as stream:
+            lines = yaml.safe_load(compose_limits.whole(stream))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DistillError(f"{file}: cannot be read ({str(error).splitlines()[0]}); is it a run's folder?") from error
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise DistillError(f"{file}: expected a list of overrides, as train writes it")
+    return lines
+
+
+def recorded(run: Path) -> list[Override]:
+    """The overrides that a run noted, less those that no file may say: of Hydra's node and of what is trusted.
+
+    Raises:
+        DistillError: its ``overrides.yaml`` is no list of overrides.
+    """
+    return [each for each in parse(noted(run)) if not each.is_hydra_override() and each.key_or_group != "trust"]
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra at our configuration: that of a running job, or one of its own."""
+    register_resolvers()
+    if GlobalHydra.instance().is_initialized():
+        yield
+    else:
+        with target_policy.gated(), initialize_config_dir(str(folder()), version_base="1.3"):
+            yield
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of these overrides, outside a run. Interpolations into ``hydra`` are not resolved."""
+    with _hydra():
+        return compose(NAME, list(overrides))
+
+
+def named(overrides: Sequence[str]) -> Path:
+    """The folder of all runs that have the name which these overrides give."""
+    from hydra.core.hydra_config import HydraConfig
+
+    with _hydra():
+        cfg = compose(NAME, list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return Path(cfg.paths.outputs) / str(cfg.name)
+
+
+def standalone(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a verb that starts no run.
+
+    Raises:
+        DistillError: a mistake in the overrides, as `check` finds it.
+    """
+    check(overrides)
+    named(overrides)  # leaves what a run knows of its own command line
+    cfg = composed(overrides)
+    cfg.paths.run = "run"  # a run would know; nothing is written there
+    return cfg
+
+
+def check_flags(args: Namespace) -> None:
+    """Refuse Hydra's flags that would put another configuration in the place of ours, and two that it cannot do at once."""
+    if args.cfg and args.multirun:
+        raise DistillError("--cfg shows the configuration of one run: leave out -m, and give each key one value")
+    for flag in ("config_path", "config_name", "config_dir", "experimental_rerun"):
+        if getattr(args, flag) is not None:
+            raise DistillError(
+                f"--{flag.replace('_', '-')}: the configuration is {folder()}; put a file of yours there, experiment/mine.yaml "
+                "say, and choose it by experiment=mine"
+            )
+
+
+def check(overrides: Sequence[str]) -> None:
+    """Compose once without running anything, so that a mistake is named within a second, with the nearest names.
+
+    A sweep is checked by the first value of each axis and by every value of a group.
+    """
+    fixed, axes = [], []
+    for override in parse(overrides):
+        if override.is_hydra_override() or override.is_interval_sweep() or isinstance(override.value(), Glob):
+            continue
+        if override.is_sweep_override():
+            axes.append([f"{_key(override)}={value}" for value in override.sweep_string_iterator()])
+        else:
+            assert override.input_line is not None
+            fixed.append(override.input_line)
+    firsts = [axis[0] for axis in axes]
+    settings = [firsts] + [[*firsts[:i], line, *firsts[i + 1 :]] for i, axis in enumerate(axes) for line in axis[1:]]
+    for setting in settings:
+        try:
+            composed([*fixed, *setting])
+        except (HydraException, OmegaConfBaseException, *UNFIT) as error:
+            raise DistillError(_explain(error, [*fixed, *setting])) from None
+        _check_losses([*fixed, *setting])
+
+
+def _check_losses(overrides: Sequence[str]) -> None:
+    """Refuse two options of ``distill`` that write one loss: the second would turn the first into itself, silently."""
+    if not any(re.match(r"\+*(distill=.*\[|experiment=)", line) for line in overrides):
+        return  # one option alone
+    writers: dict[str, str] = {}
+    for option, losses in _chosen_losses(overrides).items():
+        for name in losses:
+            if (first := writers.setdefault(name, option)) != option:
+                raise DistillError(
+                    f"distill: {first} and {option} both write the loss '{name}', so that only the settings of the last one "
+                    f"would be left. Choose one of them, or give the second a name of its own: in an option of yours, "
+                    f"{folder() / 'distill' / 'mine.yaml'}, or by '+distill.losses.{name}_2={{_target_: …}}'"
+                )
+
+
+def _chosen_losses(overrides: Sequence[str]) -> dict[str, set[str]]:
+    """Option of ``distill`` that was chosen -> the losses that it writes, with what it inherits; as Hydra reads them."""
+    with _hydra():
+        loader = GlobalHydra.instance().config_loader()
+        files = loader.compute_defaults_list(NAME, list(overrides), RunMode.RUN).defaults
+    found = [(str(file.config_path), str(file.parent)) for file in files]
+
+    def written(path: str) -> set[str]:
+        file = folder() / f"{path}.yaml"
+        said: Any = OmegaConf.load(file) if file.is_file() else {}
+        return set(parts(said.get("losses"))).union(*(written(below) for below, parent in found if parent == path))
+
+    chosen = [path for path, parent in found if path.startswith("distill/") and not parent.startswith("distill/")]
+    return {path.removeprefix("distill/"): written(path) for path in chosen}
+
+
+def _key(override: Override) -> str:
+    key = override.get_key_element()
+    return ("+" * override.is_add() if not override.is_force_add() else "++") + key.lstrip("+~")
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    known = groups()
+    for line in overrides:
+        key, _, value = line.lstrip("+~").partition("=")
+        key = key.split("@")[0]
+        if "." not in key and key not in known and key not in _root_keys():
+            return f"'{line}': there is no group or key '{key}'{nearest(key, [*known, *_root_keys()])}"
+        for option in value.strip("[]").split(",") if key in known else ():
+            if option not in ("", "null") and option not in known[key] and f"{key}={option}" not in str(error):
+                return f"'{line}': group '{key}' has no option '{option}'{nearest(option, known[key])}"
+    message = str(error.__cause__ or error).splitlines()[0]
+    match = re.search(r"Key '([^']+)' is not in struct", message)
+    full = re.search(r"full_key: (\S+)", str(error.__cause__ or error))
+    if match:
+        path = full.group(1) if full else match.group(1)
+        return f"there is no key '{path}'{nearest(path, _leaf_keys(overrides))}"
+    return f"the configuration does not compose: {shorten(str(error), SAID, placeholder='…')}"
+
+
+def _root_keys() -> list[str]:
+    return [str(key) for key in OmegaConf.load(folder() / f"{NAME}.yaml") if key not in ("defaults", "hydra")]
+
+
+def _leaf_keys(overrides: Sequence[str]) -> list[str]:
+    chosen = [line for line in overrides if "." not in line.partition("=")[0]]
+    try:
+        config = composed(chosen)
+    except (HydraException, OmegaConfBaseException):
+        return []
+    return list(_walk(OmegaConf.to_container(config), ""))
+
+
+def _walk(node: Any, prefix: str) -> Iterable[str]:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _walk(value, f"{prefix}{key}.")
+
+
+def build(node: Any, **given: Any) -> Any:
+    """Call the constructor that a node names. Every object of a run is built here; ``given`` are run-time arguments.
+
+    Raises:
+        DistillError: the constructor's own, or one that names the target where the arguments do not fit it.
+    """
+    _check_node(node)
+    options = plain(node)
+    partial = options.get("_partial_") is True
+    target_policy.admit(options, _key_of(node))
+    _check_kinds(options, _key_of(node))
+    try:
+        # Run-time arguments are handed over by the call itself: Hydra would turn a dataclass among them into a dict.
+        make = instantiate(node, _partial_=True, _convert_="all")
+        if not partial:
+            return make(**given)
+        with suppress(ValueError):  # some functions of C tell nothing of their parameters
+            inspect.signature(make.func).bind_partial(*make.args, **make.keywords)
+        return make
+    except DistillError:
+        raise
+    except InstantiationException as error:
+        if isinstance(error.__cause__, DistillError):
+            raise error.__cause__ from None
+        raise DistillError(f"{node.get('_target_')} could not be built: {error.__cause__ or error}") from error
+    except UNFIT as error:
+        raise DistillError(f"{node.get('_target_')} could not be built: {error or type(error).__name__}") from error
+
+
+def _check_kinds(options: Any, where: str) -> None:
+    """Refuse options of a kind that a constructor of ours or of Lightning's does not take, before it falls over them."""
+    nodes = [(where, options), *((below, value) for below, _, value in target_policy.entries(options, where))]
+    for below, node in nodes:
+        if isinstance(node, dict) and str(node.get("_target_")).startswith(("distill.", "lightning.")):
+            # What is built in turn is not judged by the mapping that describes it.
+            given = {key: value for key, value in node.items() if not (value == "???" or "_target_" in str(value))}
+            if wrong := type_errors(target_policy.constructor(node["_target_"], f"{below}._target_"), given):
+                raise DistillError(f"{below}: {'; '.join(wrong)}")
+
+
+def target(node: Any) -> Any:
+    """The constructor that a node names.
+
+    Raises:
+        DistillError: there is none of that name, or none that a configuration may call.
+    """
+    _check_node(node)
+    where = f"{_key_of(node)}._target_".lstrip(".")
+    target_policy.judge_name(node.get("_target_"), where)
+    return target_policy.constructor(node.get("_target_"), where)
+
+
+def _check_node(node: Any) -> None:
+    if not (isinstance(node, dict) or OmegaConf.is_dict(node)) or node.get("_target_") is None:
+        raise DistillError(
+            f"{_key_of(node) or 'a part of the configuration'}: expected a mapping whose _target_ names a class, got {node}"
+        )
+
+
+def parts(node: Any) -> dict[str, Any]:
+    """The nodes of a mapping by name, without those that are null or empty.
+
+    Raises:
+        DistillError: it is no mapping.
+    """
+    if node is not None and not OmegaConf.is_dict(node):
+        raise DistillError(f"expected a mapping of names to parts, as in the files of {folder()}, got {node}")
+    return {str(name): each for name, each in (node or {}).items() if each is not None and each != {}}
+
+
+def _key_of(node: Any) -> str:
+    return str(node._get_full_key(None)) if OmegaConf.is_config(node) else ""
+
+
+def device(cfg: DictConfig) -> torch.device:
+    """Where the run's trainer would compute, as far as one device goes."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+
+
+def plain(node: Any) -> Any:
+    """Plain containers with all interpolations resolved.
+
+    Raises:
+        DistillError: one of them leads nowhere.
+    """
+    try:
+        with compose_limits.counted():
+            return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    except OmegaConfBaseException as error:
+        where = _key_of(node) or "the configuration"
+        raise DistillError(f"{where}: cannot be resolved: {str(error).splitlines()[0]}") from error

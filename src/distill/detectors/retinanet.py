@@ -1,0 +1,250 @@
+"""RetinaNet on a backbone with FPN: torchvision's own model, and its View."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights, retinanet
+from torchvision.models.detection.rpn import permute_and_flatten
+from torchvision.ops import box_iou
+
+from distill.detectors.anchors import anchor_generator, choose, clamp_deltas, order_channels, p6_p7
+from distill.detectors.backbones import build_backbone, freeze, resolved_options, with_fpn
+from distill.detectors.base import Detector, arguments
+from distill.detectors.roi_align import region_pool
+from distill.detectors.view import LazyView, geometry, network, temporarily
+from distill.detectors.weights import class_names, initialise
+from distill.precision import upcast
+from distill.types import AnchorTargets, Detections, DetectorSpec, DistillError, Pyramid
+
+STRIDES = (8, 16, 32, 64, 128)
+PASSED_ON = ("fg_iou", "bg_iou", "topk", "score_thresh", "nms_thresh", "detections_per_img", "min_size", "max_size")
+"""Beginnings of the arguments that torchvision's constructor takes under the same names."""
+
+
+class OneStageView(LazyView):
+    """A RetinaNet looking at a batch. Its class and box branches run apart: reading one does not pay for the other."""
+
+    @property
+    def generator(self) -> Any:
+        """torchvision's AnchorGenerator."""
+        return self.net.anchor_generator
+
+    @property
+    def pool(self) -> Any:
+        """RoIAlign over P3..P7."""
+        return self.detector.pool
+
+    @network
+    def _logits(self) -> Pyramid:
+        """(B, A*(K+1), H, W): torchvision's labels begin at 1, so the first logit of each anchor is never a class."""
+        branch = self.net.head.classification_head
+        return {stride: upcast(branch.cls_logits(branch.conv(x))) for stride, x in self.neck.items()}
+
+    @geometry
+    def class_logits(self) -> Pyramid:
+        """Stride -> (B, A*K, H, W); channel a*K + i belongs to anchor a and class i, label i + 1."""
+        outputs = len(self.spec.classes) + 1
+        return {stride: _classes_only(x, outputs) for stride, x in self._logits.items()}
+
+    @network
+    def deltas(self) -> Pyramid:
+        """Stride -> (B, A*4, H, W)."""
+        branch = self.net.head.regression_head
+        return {stride: upcast(branch.bbox_reg(branch.conv(x))) for stride, x in self.neck.items()}
+
+    def _flat(self) -> dict[str, list[Tensor]]:
+        """Logits (B, HWA, K+1) and deltas (B, HWA, 4) of each level, by torchvision's names."""
+        return {
+            "cls_logits": [flatten(x, len(self.spec.classes) + 1) for x in self._logits.values()],
+            "bbox_regression": [flatten(x, 4) for x in self.deltas.values()],
+        }
+
+    @property
+    def _image_anchors(self) -> list[Tensor]:
+        return [torch.cat(list(self.anchors.values()))] * len(self.batch)
+
+    @geometry
+    def anchor_targets(self) -> AnchorTargets:
+        """All anchors but the ignored ones are sampled."""
+        labels, deltas = [], []
+        for target, match, anchors in zip(self.targets, self._matches, self._image_anchors, strict=True):
+            # The row of zeros stands for "no box", of an image without any too.
+            boxes, names = F.pad(target["boxes"], (0, 0, 0, 1)), F.pad(target["labels"], (0, 1))
+            labels.append(torch.where(match >= 0, names[match.clamp(min=-1)], 1 + match.clamp(max=-1)))
+            deltas.append(self._encode(boxes[match.clamp(min=-1)], anchors))
+        stacked = torch.stack(labels)
+        return AnchorTargets(stacked, torch.stack(deltas), stacked >= 0)
+
+    @geometry
+    def _matches(self) -> list[Tensor]:
+        """Index of each anchor's box (N,) in each image; -1 background, -2 neither, as torchvision matches them."""
+        found, matcher = [], self.net.proposal_matcher
+        for target, anchors in zip(self.targets, self._image_anchors, strict=True):
+            boxes = target["boxes"]
+            nothing = torch.full((len(anchors),), -1, device=self.device)
+            found.append(matcher(box_iou(boxes, anchors)) if len(boxes) else nothing)
+        return found
+
+    def _encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """Deltas (N, 4) that lead from anchors to boxes."""
+        return cast(Tensor, self.net.box_coder.encode_single(boxes, anchors))
+
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        return cast(Tensor, self.net.box_coder.decode_single(deltas, anchors))
+
+    @geometry
+    def losses(self) -> dict[str, Tensor]:
+        """classification and bbox_regression."""
+        outputs = {name: torch.cat(levels, dim=1) for name, levels in self._flat().items()}
+        return dict(self.net.compute_loss(self.targets, outputs, self._image_anchors))
+
+    def predictions(
+        self, score: float | None = None, nms: float | None = None, top: int | None = None
+    ) -> list[Detections]:
+        """Detections in resized pixels; the thresholds default to the detector's own."""
+        anchors = [list(self.anchors.values())] * len(self.batch)
+        thresholds = {"score_thresh": score, "nms_thresh": nms, "detections_per_img": top}
+        with self.scope(autocast=False), temporarily(self.net, **thresholds):
+            outputs = self._flat()
+            if (score, nms, top) != (None, None, None):
+                # torchvision's own detections are left as they are: there the label that no class has takes places.
+                outputs["cls_logits"] = list(map(_without_first, outputs["cls_logits"]))
+            found = self.net.postprocess_detections(outputs, anchors, self.sizes)
+        return [_without_background(Detections(one["boxes"], one["scores"], one["labels"])) for one in found]
+
+
+def flatten(x: Tensor, columns: int) -> Tensor:
+    """(B, A*columns, H, W) -> (B, H*W*A, columns), as torchvision flattens it."""
+    batch, channels, height, width = x.shape
+    flat: Tensor = permute_and_flatten(x, batch, channels // columns, columns, height, width)
+    return flat
+
+
+def _classes_only(x: Tensor, outputs: int) -> Tensor:
+    batch, channels, height, width = x.shape
+    return x.reshape(batch, channels // outputs, outputs, height, width)[:, :, 1:].flatten(1, 2)
+
+
+def _without_first(logits: Tensor) -> Tensor:
+    """(B, N, K+1), the first column never found."""
+    return torch.cat([torch.full_like(logits[..., :1], -torch.inf), logits[..., 1:]], dim=-1)
+
+
+def _without_background(found: Detections) -> Detections:
+    keep = found.labels > 0
+    return Detections(found.boxes[keep], found.scores[keep], found.labels[keep])
+
+
+class RetinaNet(Detector):
+    """RetinaNet with a backbone and a feature pyramid of strides 8 to 128 (Lin et al. 2017).
+
+    The defaults are torchvision's first version; ``p6_from="c5", head_norm="group", box_loss="giou"`` is its second.
+    Arguments that are not listed here are those of `two_stage.FasterRCNN` or torchvision's.
+
+    Args:
+        classes: names in label order, background left out; None takes those of `weights`.
+        anchor_sizes: sides in pixels, a list for each of the strides 8, 16, 32, 64, 128.
+        p6_from: the map that stride 64 is convolved from: ``p5`` or ``c5`` (the paper's, Detectron2's).
+        p7_relu: whether stride 128 is convolved from the ReLU of stride 64, or from itself (MMDetection).
+        head_norm: normalisation in the heads: ``none`` or ``group`` (32 groups).
+        box_loss: ``l1``, ``smooth_l1``, ``giou``, ``diou`` or ``ciou``.
+    """
+
+    family = "retinanet"
+    enum = RetinaNet_ResNet50_FPN_Weights
+    class_layers: ClassVar[Mapping[str, int]] = {"head.classification_head.cls_logits": 1}
+    view_class = OneStageView
+
+    def __init__(
+        self,
+        classes: Sequence[str] | None = None,
+        backbone: str = "resnet",
+        depth: int | None = None,
+        width: float = 1.0,
+        norm: str = "batch",
+        norm_eps: float | None = None,
+        stride_in_1x1: bool = False,
+        trainable_stages: int = 5,
+        neck_channels: int = 256,
+        p6_from: str = "p5",
+        p7_relu: bool = True,
+        anchor_sizes: Sequence[Sequence[float]] = (
+            (32, 40, 50),
+            (64, 80, 101),
+            (128, 161, 203),
+            (256, 322, 406),
+            (512, 645, 812),
+        ),
+        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        anchor_offset: float = 0.0,
+        anchor_rounded: bool = True,
+        anchor_order: str = "ratio",
+        anchor_step: str = "fitted",
+        delta_clamp: str = "upper",
+        fg_iou_thresh: float = 0.5,
+        bg_iou_thresh: float = 0.4,
+        head_norm: str = "none",
+        box_loss: str = "l1",
+        topk_candidates: int = 1000,
+        score_thresh: float = 0.05,
+        nms_thresh: float = 0.5,
+        detections_per_img: int = 300,
+        channel_order: str = "rgb",
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        min_size: int = 800,
+        max_size: int = 1333,
+        backbone_weights: str | None = None,
+        weights: str | None = None,
+        head: str = "keep",
+    ) -> None:
+        options = arguments(locals())
+        names = class_names(classes, weights, self.enum)
+        body = build_backbone(backbone, depth, width, norm, norm_eps, stride_in_1x1)
+        options |= resolved_options(body)
+        generator = anchor_generator(
+            anchor_sizes, anchor_ratios, STRIDES, anchor_offset, anchor_rounded, anchor_order, anchor_step
+        )
+        anchors = dict(zip(STRIDES, generator.num_anchors_per_location(), strict=True))
+        net = retinanet.RetinaNet(
+            with_fpn(body, 2, neck_channels, p6_p7(body.channels[-1], neck_channels, p6_from, p7_relu)),
+            len(names) + 1,
+            anchor_generator=generator,
+            head=_head(neck_channels, anchors[STRIDES[0]], len(names) + 1, head_norm, box_loss),
+            image_mean=list(mean),
+            image_std=list(std),
+            **{name: value for name, value in options.items() if name.startswith(PASSED_ON)},
+        )
+        clamp_deltas((net, net.head.regression_head), delta_clamp)
+        spec = DetectorSpec(
+            family=self.family,
+            two_stage=False,
+            classes=names,
+            body=dict(zip((4, 8, 16, 32), body.channels, strict=True)),
+            neck=dict.fromkeys(STRIDES, neck_channels),
+            anchors=anchors,
+            mean=tuple(mean),
+            std=tuple(std),
+            norm=norm,
+        )
+        order_channels(net, channel_order)
+        super().__init__(net, spec, options, freeze(net.backbone.body, trainable_stages))
+        self.pool = region_pool(STRIDES, 7, 2)
+        """RoIAlign over P3..P7, for losses that look at regions; RetinaNet itself has none."""
+        initialise(self, backbone_weights, weights, head)
+
+
+def _head(channels: int, anchors: int, outputs: int, norm: str, box_loss: str) -> Any:
+    if norm not in ("none", "group") or (norm == "group" and channels % 32):
+        raise DistillError(f"head_norm: expected none, or group with neck_channels a multiple of 32, got {norm!r}")
+    choose("box_loss", box_loss, ("l1", "smooth_l1", "giou", "diou", "ciou"))
+    layer = partial(nn.GroupNorm, 32) if norm == "group" else None
+    head = retinanet.RetinaNetHead(channels, anchors, outputs, norm_layer=layer)
+    head.regression_head._loss_type = box_loss
+    return head

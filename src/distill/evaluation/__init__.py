@@ -1,0 +1,1 @@
+"""Evaluation: :class:`distill.evaluation.coco.CocoMetric` and :class:`distill.evaluation.voc.VocMetric`."""

@@ -1,0 +1,172 @@
+"""COCO's twelve numbers for boxes, and for masks, by faster-coco-eval or pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from distill.data import rle
+from distill.evaluation.metric import Codes, DetectionMetric, Found, Truth
+from distill.types import DistillError
+
+# Where each number lies: table, IoU thresholds (0.5:0.05:0.95), area range (all, small, medium, large) and limit of
+# detections (1, 10, 100).
+_ALL = slice(None)
+_NUMBERS: dict[str, tuple[str, slice, int, int]] = {
+    "AP": ("precision", _ALL, 0, 2),
+    "AP50": ("precision", slice(0, 1), 0, 2),
+    "AP75": ("precision", slice(5, 6), 0, 2),
+    "APs": ("precision", _ALL, 1, 2),
+    "APm": ("precision", _ALL, 2, 2),
+    "APl": ("precision", _ALL, 3, 2),
+    "AR1": ("recall", _ALL, 0, 0),
+    "AR10": ("recall", _ALL, 0, 1),
+    "AR100": ("recall", _ALL, 0, 2),
+    "ARs": ("recall", _ALL, 1, 2),
+    "ARm": ("recall", _ALL, 2, 2),
+    "ARl": ("recall", _ALL, 3, 2),
+}
+_BACKENDS = {
+    "faster_coco_eval": ("faster_coco_eval", "COCOeval_faster"),
+    "pycocotools": ("pycocotools.cocoeval", "COCOeval"),
+}
+
+
+class CocoMetric(DetectionMetric):
+    """AP and AR of COCO boxes, and of masks if asked for, on original annotations: their areas, their crowds.
+
+    Keys: ``AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl`` in [0, 1], and with ``per_class`` one
+    ``AP/<name>`` a class. A number without ground truth is -1, as in pycocotools. Equal scores rank by image id, then
+    by the detector's order. With ``masks`` the same again for masks, as ``mask_AP``, ..., ``mask_AP/<name>``: the overlap is
+    that of pixels. They are -1 if a detection has no mask.
+
+    A crowd (``iscrowd``) is ignored as COCO ignores it: it absorbs any number of detections, by intersection over the
+    detection's own area. An object marked ``difficult`` (VOC) is ignored too, but as a single object: one detection may
+    match it by ordinary IoU and then counts neither way. pycocotools by itself would count it.
+
+    Source: cocodataset.org/#detection-eval; Lin et al. 2014, arXiv 1405.0312.
+
+    Args:
+        ground_truth, classes, seen_only: see :class:`DetectionMetric`.
+        backend: ``faster_coco_eval``, ``pycocotools`` (the reference; same numbers, slower) or ``auto``: the first
+            that is installed.
+        per_class: add ``AP/<name>`` for every class.
+        masks: measure masks too.
+    """
+
+    def __init__(
+        self,
+        ground_truth: Mapping[str, Any],
+        classes: Sequence[str],
+        backend: str = "auto",
+        per_class: bool = False,
+        seen_only: bool = False,
+        masks: bool = False,
+    ) -> None:
+        super().__init__(ground_truth, classes, seen_only, masks)
+        self.backend = _choose(backend)
+        self.per_class = per_class
+
+    def evaluate(self, truth: Truth, found: Found) -> dict[str, float]:
+        """The numbers on arrays."""
+        numbers = self._numbers(truth, found, "bbox")
+        if self.masks:
+            numbers |= {f"mask_{name}": value for name, value in self._numbers(truth, found, "segm").items()}
+        return numbers
+
+    def _numbers(self, truth: Truth, found: Found, kind: str) -> dict[str, float]:
+        if not truth.images.size or (kind == "segm" and any(code is None for code in found.code)):
+            tables = {"precision": np.full((10, 101, len(self.classes), 4, 3), -1.0)}
+            tables["recall"] = tables["precision"][:, 0]
+        else:
+            tables = self._tables(truth, found, kind)
+        numbers = {
+            key: _mean(tables[table][ious, ..., area, limit]) for key, (table, ious, area, limit) in _NUMBERS.items()
+        }
+        if self.per_class:
+            numbers |= {f"AP/{name}": _mean(tables["precision"][:, :, k, 0, 2]) for k, name in enumerate(self.classes)}
+        return numbers
+
+    def _tables(self, truth: Truth, found: Found, kind: str) -> dict[str, Any]:
+        """The backend's ``precision`` (10, 101, K, 4, 3) and ``recall`` (10, K, 4, 3)."""
+        api, evaluator = _load(self.backend)
+        frame = {
+            "images": [{"id": image, **self._frame(image)} for image in truth.images.tolist()],
+            "categories": [{"id": label, "name": name} for label, name in enumerate(self.classes, start=1)],
+        }
+        rows = _truth_rows(truth), _found_rows(found)
+        if kind == "segm":
+            self._add_masks(rows[0], truth.code)
+            self._add_masks(rows[1], found.code)
+            for row, code in zip(rows[1], found.code, strict=True):
+                row["area"] = rle.area(code, self.sizes[row["image_id"]])
+        # Both backends print, or may print, their progress.
+        with contextlib.redirect_stdout(io.StringIO()):
+            tools = []
+            for annotations in rows:
+                tool = api()
+                tool.dataset = {**frame, "annotations": annotations}
+                tool.createIndex()
+                tools.append(tool)
+            evaluation = evaluator(*tools, iouType=kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+        tables: dict[str, Any] = evaluation.eval
+        return tables
+
+    def _frame(self, image: int) -> dict[str, int]:
+        return dict(zip(("height", "width"), self.sizes.get(image, ()), strict=False))
+
+    def _add_masks(self, rows: Sequence[dict[str, Any]], codes: Codes) -> None:
+        for row, code in zip(rows, codes, strict=True):
+            row["segmentation"] = rle.plain(code, self.sizes[row["image_id"]])
+
+
+def _truth_rows(truth: Truth) -> list[dict[str, Any]]:
+    """New annotations: ids from 1, for 0 would mean "unmatched"; the backends write into them."""
+    # Outside every area range: ignored with ordinary IoU. There is no flag for that; both backends overwrite "ignore".
+    area = np.where(truth.difficult & ~truth.crowd, np.inf, truth.area)
+    columns = (truth.image, truth.label, truth.box, area, truth.crowd.astype(int))
+    return [
+        {"id": index, "image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
+        for index, (image, label, box, area, crowd) in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True), 1)
+    ]
+
+
+def _found_rows(found: Found) -> list[dict[str, Any]]:
+    box = np.concatenate([found.box[:, :2], found.box[:, 2:] - found.box[:, :2]], axis=1)
+    columns = (found.image, found.label, box, box[:, 2] * box[:, 3], found.score)
+    return [
+        {"id": index, "image_id": image, "category_id": label, "bbox": box, "area": area, "score": score, "iscrowd": 0}
+        for index, (image, label, box, area, score) in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True), 1)
+    ]
+
+
+def _mean(values: Any) -> float:
+    """Mean over what could be measured, else -1."""
+    measured = values[values > -1]
+    return float(measured.mean()) if measured.size else -1.0
+
+
+def _choose(backend: str) -> str:
+    if backend != "auto" and backend not in _BACKENDS:
+        raise DistillError(f"Expected a COCO backend among auto, {', '.join(_BACKENDS)}, got '{backend}'.")
+    for name in _BACKENDS if backend == "auto" else (backend,):
+        with contextlib.suppress(ImportError):
+            _load(name)
+            return name
+    raise DistillError(
+        f"The COCO backend '{backend}' cannot be imported. Install it (pip install faster-coco-eval pycocotools) "
+        "or choose backend=auto."
+    )
+
+
+def _load(backend: str) -> tuple[Any, Any]:
+    module, evaluator = _BACKENDS[backend]
+    coco = importlib.import_module("pycocotools.coco" if backend == "pycocotools" else module)
+    return coco.COCO, getattr(importlib.import_module(module), evaluator)

@@ -1,0 +1,311 @@
+"""What every detection metric shares: collecting detections over ranks, and ground truth as arrays.
+
+A metric is fed batch by batch and answers once::
+
+    metric = CocoMetric(ground_truth, classes)
+    metric.update(batch.ids, view.detections)
+    numbers = metric.compute()
+
+The detections live in torchmetrics list states: torchmetrics gathers them, and every rank computes the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from distill.data import rle
+from distill.types import Detections, DistillError, Size
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Codes = npt.NDArray[np.object_]
+"""Run-length codes (bytes) of masks; None where there is no mask."""
+
+
+class Truth(NamedTuple):
+    """Ground truth in original pixels: one row an object, in the order given."""
+
+    images: Ints
+    """Ids of the images to evaluate, sorted."""
+    image: Ints
+    label: Ints
+    box: Floats
+    """(N, 4) xywh, as annotated."""
+    area: Floats
+    crowd: Bools
+    difficult: Bools
+    code: Codes
+
+    def of(self, images: Ints) -> Truth:
+        """The ground truth of these images alone."""
+        rows = np.isin(self.image, images)
+        return Truth._make((images, *(column[rows] for column in self[1:])))
+
+
+class Found(NamedTuple):
+    """Detections in original pixels: one row a box, by ascending image id, within an image in the detector's order."""
+
+    image: Ints
+    label: Ints
+    box: Floats
+    """(N, 4) xyxy."""
+    score: Floats
+    code: Codes
+
+
+class DetectionMetric(Metric):
+    """Collects detections and hands them, with the ground truth, to ``evaluate``, which a subclass writes.
+
+    Args:
+        ground_truth: a COCO-form dict: ``images`` (``id``), ``annotations`` (``image_id``, ``category_id``, ``bbox``
+            xywh in original pixels; optional ``area``, else w*h, ``iscrowd`` and ``difficult``, else 0), ``categories``
+            (``id`` equal to the label, ``name``). It is read once and never changed.
+        classes: the K class names; class ``i`` has label ``i + 1``.
+        seen_only: evaluate only the images that ``update`` has seen. By default every image of the ground truth counts,
+            as benchmarks have it: an image that was never given counts as one where nothing was found.
+        masks: collect masks too, as run-length codes; every annotation then needs its ``segmentation``, and every image
+            ``height`` and ``width``.
+
+    An image that is given twice (a sampler's padding, say) counts once: the first time, ranks in order.
+    """
+
+    is_differentiable: bool | None = False
+    higher_is_better: bool | None = True
+    full_state_update: bool | None = False
+
+    ids: list[Tensor]
+    counts: list[Tensor]
+    boxes: list[Tensor]
+    scores: list[Tensor]
+    labels: list[Tensor]
+    codes: list[Tensor]
+    """The bytes of all codes, one after the other."""
+    lengths: list[Tensor]
+    """How many of them belong to each detection; -1 for one without a mask."""
+
+    def __init__(
+        self, ground_truth: Mapping[str, Any], classes: Sequence[str], seen_only: bool = False, masks: bool = False
+    ) -> None:
+        super().__init__()
+        self.classes = tuple(classes)
+        self.seen_only = seen_only
+        self.masks = masks
+        self.truth = read_truth(ground_truth, self.classes)
+        self.sizes: dict[int, Size] = {}
+        if masks:
+            self.sizes = _sizes(ground_truth)
+            self.truth = self.truth._replace(code=_codes(ground_truth, self.sizes))
+        for state in ("ids", "counts", "boxes", "scores", "labels", *(("codes", "lengths") if masks else ())):
+            self.add_state(state, default=[], dist_reduce_fx="cat")
+
+    def update(self, ids: Sequence[int], detections: Sequence[Detections]) -> None:
+        """Remember what was found in some images.
+
+        Args:
+            ids: image ids of the ground truth.
+            detections: one entry an image, boxes xyxy in original pixels, labels from 1 to K, on any device. Masks, of
+                the original image's size, are coded at once where they are to be collected, and ignored elsewhere.
+        """
+        if len(ids) != len(detections):
+            raise DistillError(f"Expected detections for each of {len(ids)} image ids, got {len(detections)} entries.")
+        for image, found in zip(ids, detections, strict=True):
+            _check_shapes(image, found)
+        # float64 holds every number that a detector can give exactly; MPS has no such type.
+        real = torch.float32 if self.device.type == "mps" else torch.float64
+        counts = [len(found.scores) for found in detections]
+        self.ids.append(torch.tensor(ids, dtype=torch.int64, device=self.device))
+        self.counts.append(torch.tensor(counts, dtype=torch.int64, device=self.device))
+        self.boxes.append(self._joined([found.boxes for found in detections], real, (0, 4)))
+        self.scores.append(self._joined([found.scores for found in detections], real, (0,)))
+        self.labels.append(self._joined([found.labels for found in detections], torch.int64, (0,)))
+        if self.masks:
+            coded = [code for image, found in zip(ids, detections, strict=True) for code in self._coded(image, found)]
+            lengths = [-1 if code is None else len(code) for code in coded]
+            content = np.frombuffer(b"".join(code or b"" for code in coded), np.uint8).copy()
+            self.codes.append(torch.from_numpy(content).to(self.device))
+            self.lengths.append(torch.tensor(lengths, dtype=torch.int64, device=self.device))
+
+    def _coded(self, image: int, found: Detections) -> Sequence[bytes | None]:
+        if found.masks is None:
+            return [None] * len(found.scores)
+        expected = (len(found.scores), *self.sizes.get(image, found.masks.shape[1:]))
+        if tuple(found.masks.shape) != expected:
+            raise DistillError(
+                f"Expected masks (N, H, W) {expected} for image {image}, in its original pixels, got "
+                f"{tuple(found.masks.shape)}."
+            )
+        return rle.encode(found.masks)
+
+    def _joined(self, parts: Sequence[Tensor], dtype: torch.dtype, empty: tuple[int, ...]) -> Tensor:
+        moved = [part.detach().to(self.device, dtype) for part in parts]
+        return torch.cat([torch.empty(empty, dtype=dtype, device=self.device), *moved])
+
+    def sync(
+        self,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any | None = None,
+        should_sync: bool = True,
+        distributed_available: Callable[..., Any] | None = None,
+    ) -> None:
+        """Gather the states. A rank without images joins with empty tensors of the right type and rank.
+
+        torchmetrics would send a one-dimensional float in their place, and the gather of the others would hang.
+        """
+        if isinstance(self.ids, list) and not self.ids:
+            self.update((), ())
+        super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
+
+    def compute(self) -> dict[str, float]:
+        """The numbers by name; -1 where there is nothing to measure."""
+        found, seen = self._collect()
+        return self.evaluate(self.truth.of(seen) if self.seen_only else self.truth, found)
+
+    def evaluate(self, truth: Truth, found: Found) -> dict[str, float]:
+        """The metric itself, on arrays: called once, with the detections of all ranks."""
+        raise NotImplementedError
+
+    def _collect(self) -> tuple[Found, Ints]:
+        """All detections on the host, each image once, and the ids of the images seen."""
+        states = (self.ids, self.counts, self.boxes, self.scores, self.labels)
+        ids, counts, boxes, scores, labels = (dim_zero_cat(state).cpu().numpy() for state in states)
+        seen, first = np.unique(ids, return_index=True)
+        rows = ranges((np.cumsum(counts) - counts)[first], counts[first])
+        found = Found(
+            image=np.repeat(seen, counts[first]),
+            label=labels[rows],
+            box=boxes[rows].astype(np.float64),
+            score=scores[rows].astype(np.float64),
+            code=self._gathered()[rows] if self.masks else np.full(len(rows), None, dtype=object),
+        )
+        self._check(found, seen)
+        return found, seen
+
+    def _gathered(self) -> Codes:
+        """The codes of all detections, in the order in which they were given."""
+        content = dim_zero_cat(self.codes).cpu().numpy().tobytes()
+        lengths = dim_zero_cat(self.lengths).tolist()
+        codes, end = np.full(len(lengths), None, dtype=object), 0
+        for index, length in enumerate(lengths):
+            if length >= 0:
+                codes[index], end = content[end : end + length], end + length
+        return codes
+
+    def _check(self, found: Found, seen: Ints) -> None:
+        unknown = np.setdiff1d(seen, self.truth.images)
+        if unknown.size:
+            raise DistillError(
+                f"Expected detections of the {len(self.truth.images)} images of the ground truth, got {unknown.size} "
+                f"other image ids: {_some(unknown)}. Evaluate on the data set and split that the metric was built for."
+            )
+        strange = (found.label < 1) | (found.label > len(self.classes))
+        if strange.any():
+            raise DistillError(
+                f"Expected detection labels from 1 to {len(self.classes)}, got {_some(found.label[strange])} in images "
+                f"{_some(found.image[strange])}. Map the detector's class list to the data's by name first."
+            )
+        broken = ~(np.isfinite(found.box).all(1) & np.isfinite(found.score)) | (
+            found.box[:, 2:] < found.box[:, :2]
+        ).any(1)
+        if broken.any():
+            raise DistillError(
+                f"Expected finite xyxy boxes and scores, got {int(broken.sum())} NaN, infinite or inverted ones in "
+                f"images {_some(found.image[broken])}. Look for NaN in the weights, or evaluate in float32."
+            )
+
+
+def read_truth(ground_truth: Mapping[str, Any], classes: Sequence[str]) -> Truth:
+    """Ground truth as arrays, after checking that its ids and names fit together."""
+    for key in ("images", "annotations", "categories"):
+        if key not in ground_truth:
+            raise DistillError(f"Expected ground truth in COCO form with '{key}', got the keys {sorted(ground_truth)}.")
+    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
+    expected = dict(enumerate(classes, start=1))
+    if names != expected or len(set(classes)) != len(classes):
+        raise DistillError(
+            f"Expected categories with the ids and the different names {expected}, got {names}. "
+            "Number the categories as the classes are ordered, from 1."
+        )
+    notes = ground_truth["annotations"]
+    ids = [image["id"] for image in ground_truth["images"]]
+    truth = Truth(
+        images=np.unique(np.array(ids, dtype=np.int64)),
+        image=np.array([note["image_id"] for note in notes], dtype=np.int64),
+        label=np.array([note["category_id"] for note in notes], dtype=np.int64),
+        box=np.array([note["bbox"] for note in notes], dtype=np.float64).reshape(-1, 4),
+        area=np.array([_area(note) for note in notes], dtype=np.float64),
+        crowd=np.array([bool(note.get("iscrowd", 0)) for note in notes], dtype=np.bool_),
+        difficult=np.array([bool(note.get("difficult", 0)) for note in notes], dtype=np.bool_),
+        code=np.full(len(notes), None, dtype=object),
+    )
+    _check_truth(truth, ids, len(classes))
+    return truth
+
+
+def ranges(starts: Ints, counts: Ints) -> Ints:
+    """``start, start + 1, ...``, ``count`` of them, for each pair, one after the other."""
+    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
+def _sizes(ground_truth: Mapping[str, Any]) -> dict[int, Size]:
+    """Image id -> (height, width)."""
+    try:
+        return {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
+    except KeyError as error:
+        raise DistillError(
+            f"Expected images with 'height' and 'width' to measure masks, got some without {error}."
+        ) from None
+
+
+def _codes(ground_truth: Mapping[str, Any], sizes: Mapping[int, Size]) -> Codes:
+    """The code of each annotation's mask."""
+    codes = np.full(len(ground_truth["annotations"]), None, dtype=object)
+    for index, note in enumerate(ground_truth["annotations"]):
+        try:
+            codes[index] = rle.read(note.get("segmentation"), sizes[note["image_id"]])
+        except ValueError as error:
+            raise DistillError(
+                f"Expected a segmentation for every annotation to measure masks, but that of annotation {index} (image "
+                f"{note['image_id']}) {error}. Load the data with data.masks=true, or set metrics.coco.masks=false."
+            ) from error
+    return codes
+
+
+def _area(note: Mapping[str, Any]) -> float:
+    area = note.get("area")
+    return float(note["bbox"][2] * note["bbox"][3] if area is None else area)
+
+
+def _check_truth(truth: Truth, ids: Sequence[int], classes: int) -> None:
+    if len(truth.images) != len(ids):
+        raise DistillError(
+            f"Expected different image ids in the ground truth, got {len(ids) - len(truth.images)} twice."
+        )
+    orphans = np.setdiff1d(truth.image, truth.images)
+    if orphans.size:
+        raise DistillError(f"Expected annotations of the listed images, got some of other images: {_some(orphans)}.")
+    strange = truth.label[(truth.label < 1) | (truth.label > classes)]
+    if strange.size:
+        raise DistillError(f"Expected annotations with category ids from 1 to {classes}, got {_some(strange)}.")
+
+
+def _check_shapes(image: int, found: Detections) -> None:
+    boxes, scores, labels = (tuple(part.shape) for part in (found.boxes, found.scores, found.labels))
+    if boxes != (*scores, 4) or scores != labels or len(scores) != 1:
+        raise DistillError(
+            f"Expected boxes (N, 4), scores (N,) and labels (N,) for image {image}, got {boxes}, {scores} and {labels}."
+        )
+
+
+def _some(values: Ints, most: int = 5) -> str:
+    """The first few different values, for a message."""
+    distinct = np.unique(values)
+    return ", ".join(map(str, distinct[:most].tolist())) + (", ..." if len(distinct) > most else "")

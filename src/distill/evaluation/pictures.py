@@ -1,0 +1,153 @@
+"""Pictures to look at: ground truth, teacher and student side by side."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from distill.files import atomic_write
+from distill.types import Detections, DistillError, Target
+
+_SIDES = (480, 800)
+"""Shortest and longest a picture's longer side is drawn, in pixels: small images are enlarged, large ones reduced."""
+_GAP, _BAR = 6, 26
+_VEIL = 110
+"""How much of a mask's colour lies over the image, of 255."""
+_PAPER, _INK = (24, 24, 27), (244, 244, 245)
+
+Colour = tuple[int, int, int]
+_Box = tuple[float, float, float, float]
+
+
+class _Mark(NamedTuple):
+    """One box to draw, in pixels of the drawn picture, and its mask, in pixels of the image."""
+
+    box: _Box
+    text: str
+    colour: Colour
+    mask: Tensor | None
+
+
+def panel(
+    image: Tensor, columns: Mapping[str, Detections | Target], classes: Sequence[str], min_score: float = 0.5
+) -> Image.Image:
+    """The image once per column, each with its boxes, masks (if any), class names and scores, under a caption.
+
+    Args:
+        image: (3, H, W) uint8 RGB.
+        columns: caption -> boxes, in pixels **of this image**, and labels from 1 to K; detections also have scores. Masks
+            are of this image's size.
+        classes: names of the K classes; each has its own colour, the same in every column.
+        min_score: detections below are left out.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8 or not columns:
+        raise DistillError(
+            f"Expected a uint8 image (3, H, W) and at least one column to draw, got {image.dtype} "
+            f"{tuple(image.shape)} and {len(columns)} columns. Draw Batch.images before normalisation."
+        )
+    height, width = image.shape[1:]
+    scale = min(max(1.0, _SIDES[0] / max(height, width)), _SIDES[1] / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    plain = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(size, Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", ((size[0] + _GAP) * len(columns) + _GAP, size[1] + _BAR + _GAP), _PAPER)
+    for index, (caption, things) in enumerate(columns.items()):
+        left = _GAP + index * (size[0] + _GAP)
+        marks = _marks(things, classes, min_score, (width, height), size)
+        sheet.paste(_drawn(plain, marks), (left, _BAR))
+        _caption(sheet, f"{caption}  ({len(marks)})", left, size[0])
+    return sheet
+
+
+def save_panel(path: str | os.PathLike[str], picture: Image.Image) -> Path:
+    """Write a picture, whole or not at all; its format follows the suffix. Missing folders are made."""
+    path = Path(path)
+    formats = Image.registered_extensions()
+    if path.suffix.lower() not in formats:
+        raise DistillError(f"Expected a picture file such as name.png or name.jpg, got '{path}'.")
+    return atomic_write(path, lambda file: picture.save(file, format=formats[path.suffix.lower()]))
+
+
+def colour(label: int) -> Colour:
+    """A bright colour for a label, far from its neighbours': hues a golden ratio of the circle apart."""
+    hue, value = (label * 0.618034) % 1.0, (1.0, 0.8)[label // 8 % 2]
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _marks(
+    things: Detections | Target,
+    classes: Sequence[str],
+    min_score: float,
+    source: tuple[int, int],
+    drawn: tuple[int, int],
+) -> list[_Mark]:
+    """What is drawn, worst first, so that the best lies on top. ``source`` and ``drawn`` are (width, height).
+
+    Boxes that are not finite cannot be drawn; corners outside the picture are moved to its edge.
+    """
+    scored = isinstance(things, Detections)
+    scores = things.scores.detach().float().cpu() if isinstance(things, Detections) else torch.ones(len(things.labels))
+    boxes = things.boxes.detach().float().cpu() * (torch.tensor(drawn * 2) / torch.tensor(source * 2))
+    keep = boxes.isfinite().all(1) & ((scores >= min_score) | (not scored))
+    boxes = boxes.clamp(torch.zeros(4), torch.tensor(drawn * 2) - 1.0)
+    order = scores.argsort(stable=True)
+    marks = []
+    for index in order[keep[order]].tolist():
+        label = int(things.labels[index])
+        name = classes[label - 1] if 1 <= label <= len(classes) else f"class {label}"
+        x1, y1, x2, y2 = boxes[index].tolist()
+        box = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        mask = None if things.masks is None else things.masks[index].detach().cpu()
+        marks.append(_Mark(box, f"{name} {scores[index]:.2f}" if scored else name, colour(label), mask))
+    return marks
+
+
+def _drawn(plain: Image.Image, marks: Sequence[_Mark]) -> Image.Image:
+    picture = plain.copy()
+    for mark in marks:
+        if mark.mask is not None:
+            veil = Image.fromarray(mark.mask.to(torch.uint8).numpy() * _VEIL).resize(picture.size)
+            picture.paste(mark.colour, mask=veil)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
+    for mark in marks:
+        pen.rectangle(mark.box, outline=mark.colour, width=2)
+    taken: list[_Box] = []
+    for mark in reversed(marks):
+        left, top, right, bottom = pen.textbbox((0, 0), mark.text, font=font)
+        place = _place(mark.box, (right - left + 5, bottom - top + 5), picture.size, taken)
+        if place is not None:
+            taken.append(place)
+            pen.rectangle(place, fill=mark.colour)
+            pen.text((place[0] + 3 - left, place[1] + 3 - top), mark.text, fill=_readable(mark.colour), font=font)
+    return picture
+
+
+def _place(box: _Box, size: tuple[float, float], picture: tuple[int, int], taken: Sequence[_Box]) -> _Box | None:
+    """A free place for a label: above its box, below or inside it; None where all are taken."""
+    x = max(0.0, min(box[0], picture[0] - 1 - size[0]))
+    for y in (box[1] - size[1], box[3] + 1, box[1], box[3] - size[1]):
+        place = (x, y, x + size[0], y + size[1])
+        inside = y >= 0 and place[3] < picture[1]
+        if inside and all(place[0] > o[2] or o[0] > place[2] or place[1] > o[3] or o[1] > place[3] for o in taken):
+            return place
+    return None
+
+
+def _caption(sheet: Image.Image, text: str, left: int, width: int) -> None:
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+    while len(text) > 1 and pen.textlength(text, font=font) > width:
+        text = text[:-2] + "…"
+    pen.text((left + width / 2, _BAR / 2), text, fill=_INK, font=font, anchor="mm")
+
+
+def _readable(background: Colour) -> Colour:
+    """Black on bright, white on dark, by luma (ITU-R BT.601)."""
+    red, green, blue = background
+    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)

@@ -1,0 +1,281 @@
+"""Masks: which cells of a feature map count, from boxes and the maps' sizes. Pure functions, vectorised over boxes.
+
+Every mask is a dict stride -> weights (B, H, W) in [0, 1], float32, 1 for "object". Boxes come as one (N, 4) tensor per
+image, xyxy in pixels of the resized image: ground truth, proposals or predictions alike. The maps cover the padded
+batch, so padding is background. Nothing here waits for the device.
+
+A box lies on exactly one of the given levels (:func:`assign`). For a mask with every box on a map, ask for that map alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_iou
+
+from distill.types import DistillError, Size, View
+
+KINDS = ("ground_truth", "fine_grained", "fine_grained_all_levels", "gaussian", "random", "none")
+Masks = dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A kind of mask with its options, called on a View for the ground truth of its batch.
+
+    Args:
+        kind: ``ground_truth``, ``fine_grained``, ``fine_grained_all_levels``, ``gaussian``, ``random`` or ``none``: the
+            functions below.
+        scale: of the level rule, in pixels.
+        threshold: of the fine-grained ones.
+    """
+
+    kind: str = "ground_truth"
+    scale: float = 56.0
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise DistillError(f"mask.kind: expected one of {', '.join(KINDS)}, got '{self.kind}'")
+        if not self.scale > 0:
+            raise DistillError(f"mask.scale: expected pixels, above 0, got {self.scale}")
+        if not 0 <= self.threshold < 1:
+            raise DistillError(f"mask.threshold: expected a part of the best IoU, 0 to below 1, got {self.threshold}")
+
+    def __call__(self, view: View, sizes: Mapping[int, Size], seeds: Sequence[int] = ()) -> Masks:
+        """The masks of maps of these sizes (stride -> cells, finest first); `seeds`, one an image, for ``random``."""
+        return self.around([target.boxes for target in view.batch.targets], None, view, sizes, seeds)
+
+    def around(
+        self,
+        boxes: Sequence[Tensor],
+        values: Sequence[Tensor] | None,
+        view: View,
+        sizes: Mapping[int, Size],
+        seeds: Sequence[int] = (),
+    ) -> Masks:
+        """The same of other boxes than the ground truth, each (N, 4) with its values (N,), which multiply its cells.
+
+        The largest counts where boxes overlap; None for values of 1. ``none`` is 1 everywhere, whatever the values.
+        """
+        if self.kind == "fine_grained":
+            return fine_grained(boxes, _anchors(view), sizes, self.threshold, self.scale, values)
+        if self.kind == "fine_grained_all_levels":
+            return fine_grained_all_levels(boxes, _anchors(view), sizes, self.threshold, values)
+        if self.kind == "gaussian":
+            return gaussian(boxes, sizes, self.scale, values)
+        if self.kind == "none":
+            return none(len(boxes), sizes, view.batch.images.device)
+        exact = ground_truth(boxes, sizes, self.scale) if values is None else weighted(boxes, values, sizes, self.scale)
+        return random(exact, seeds) if self.kind == "random" else exact
+
+    def on_stages(self, view: View, sizes: Mapping[int, Size], seeds: Sequence[int] = ()) -> Masks:
+        """Masks of backbone stages: every box on one map at the neck's finest stride, resized to each stage (nearest)."""
+        finest = min(view.spec.neck)
+        whole = self(view, {finest: size(view.neck[finest])}, seeds)[finest][:, None]
+        return {stage: F.interpolate(whole, wanted)[:, 0] for stage, wanted in sizes.items()}
+
+
+def _anchors(view: View) -> Mapping[int, Tensor]:
+    return pseudo_anchors(view.anchors) if view.spec.anchor_free else view.anchors
+
+
+def size(x: Tensor) -> Size:
+    """(height, width) of a map."""
+    return x.shape[-2], x.shape[-1]
+
+
+def assign(boxes: Tensor, levels: int, scale: float = 56.0) -> Tensor:
+    """Level, from 0 to `levels` - 1, of boxes (..., 4): clamp(floor(log2(s / scale + 1e-6)), 0, levels - 1).
+
+    s = sqrt((x2 - x1 + 1)(y2 - y1 + 1)), the "+1" as DeFeat's and FGFI's code has it.
+    """
+    width, height = (boxes[..., 2:] - boxes[..., :2] + 1).unbind(-1)
+    ratio = (width * height).sqrt() / scale + 1e-6
+    # Counting the powers of two that fit is the floored logarithm, without the logarithm's rounding.
+    return sum(((ratio >= 2.0**level).long() for level in range(1, levels)), start=torch.zeros_like(ratio).long())
+
+
+def ground_truth(boxes: Sequence[Tensor], sizes: Mapping[int, Size], scale: float = 56.0) -> Masks:
+    """1 on the cells that boxes cover, edges truncated, right and bottom exclusive (DeFeat, released code).
+
+    A box thinner than a cell in any direction sets one single cell.
+    """
+    masks = {}
+    for stride, (rows, columns) in _spans(boxes, sizes, scale).items():
+        # The union of boxes is where the sum over boxes (b, n) of row (h) x column (w) indicators is positive.
+        count = torch.einsum("bnh,bnw->bhw", rows.inside.float(), columns.inside.float())
+        masks[stride] = (count > 0).float()
+    return masks
+
+
+def weighted(
+    boxes: Sequence[Tensor], values: Sequence[Tensor], sizes: Mapping[int, Size], scale: float = 56.0
+) -> Masks:
+    """The value of each box (N,) on the cells that it covers, the largest where boxes overlap; cells as `ground_truth`."""
+    padded = _pad_values(values)
+    masks = {}
+    for stride, (rows, columns) in _spans(boxes, sizes, scale).items():
+        images = zip(rows.inside * padded[..., None], columns.inside, strict=True)
+        masks[stride] = torch.stack([(row[:, :, None] * column[:, None]).amax(0) for row, column in images])
+    return masks
+
+
+def gaussian(
+    boxes: Sequence[Tensor],
+    sizes: Mapping[int, Size],
+    scale: float = 56.0,
+    values: Sequence[Tensor] | None = None,
+) -> Masks:
+    """A bump per box, the largest where boxes overlap (TADF, Sun et al. 2020, as DeFeat's repository holds it).
+
+    On the truncated cells of the box, x = 0..w-1 and y = 0..h-1:
+    exp(-((x - w/2) / (w/2))^2 / 2) exp(-((y - h/2) / (h/2))^2 / 2), so it leans half a cell to the right and bottom.
+    A box thinner than a cell in any direction sets one single cell to 1. `values` (N,) per image multiply the bumps.
+    """
+    masks = {}
+    for stride, (rows, columns) in _spans(boxes, sizes, scale).items():
+        heights = rows.bump if values is None else rows.bump * _pad_values(values)[..., None]
+        images = zip(heights, columns.bump, strict=True)
+        # Image by image, for (N, H, W) is large.
+        masks[stride] = torch.stack([(row[:, :, None] * column[:, None]).amax(0) for row, column in images])
+    return masks
+
+
+def fine_grained(
+    boxes: Sequence[Tensor],
+    anchors: Mapping[int, Tensor],
+    sizes: Mapping[int, Size],
+    threshold: float = 0.5,
+    scale: float = 56.0,
+    values: Sequence[Tensor] | None = None,
+) -> Masks:
+    """1 where any anchor of the cell has an IoU above `threshold` times the best IoU that the box has on its level.
+
+    Source: FGFI, Wang et al., CVPR 2019; the level of a box as DeFeat's rerun has it. IoU is torchvision's, without
+    the "+1" of the original, so masks can differ from it by border cells.
+
+    Args:
+        boxes: (N, 4) per image.
+        anchors: stride -> (H*W*A, 4), rows in the order (row, column, anchor).
+        sizes: stride -> (H, W).
+        threshold: the paper's psi. At 1 nothing is on, for the comparison is strict.
+        scale: of the level rule, in pixels.
+        values: (N,) per image, what a box sets its cells to, the largest where cells are on for several; None for 1.
+    """
+    padded, valid = _pad(boxes)
+    level, worth = assign(padded, len(sizes), scale), valid if values is None else _pad_values(values)
+    masks = {}
+    for index, (stride, (height, width)) in enumerate(sizes.items()):
+        images = zip(padded, valid & (level == index), worth, strict=True)
+        on = [_above(box_iou(anchors[stride], image) * real, threshold, value) for image, real, value in images]
+        masks[stride] = torch.stack([each.view(height, width, -1).amax(-1).float() for each in on])
+    return masks
+
+
+def pseudo_anchors(points: Mapping[int, Tensor], side: float = 8.0) -> dict[int, Tensor]:
+    """Stride -> squares `side` strides wide around the same centres, for a detector whose anchors are one stride wide.
+
+    FGFI knows no detector without anchors; 8 strides is the choice of LD's rerun of it (Zheng et al., CVPR 2022).
+    """
+    grown = {}
+    for stride, boxes in points.items():
+        centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) * (side / 2)
+        grown[stride] = torch.cat([centre - half, centre + half], dim=1)
+    return grown
+
+
+def _above(iou: Tensor, threshold: float, values: Tensor) -> Tensor:
+    """(anchors, N), (N,) -> (anchors,): the largest value of the boxes whose best anchor it comes near enough, or 0."""
+    return ((iou > threshold * iou.amax(0)) * values).amax(-1)
+
+
+def fine_grained_all_levels(
+    boxes: Sequence[Tensor],
+    anchors: Mapping[int, Tensor],
+    sizes: Mapping[int, Size],
+    threshold: float = 0.5,
+    values: Sequence[Tensor] | None = None,
+) -> Masks:
+    """:func:`fine_grained` without a level rule: the best IoU of a box is over the anchors of all levels of `sizes`.
+
+    Source: the rerun of FGFI in Zheng et al., "Localization Distillation", CVPR 2022 (there with one anchor per cell).
+    """
+    padded, valid = _pad(boxes)
+    flat = torch.cat([anchors[stride] for stride in sizes])
+    images = zip(padded, valid, valid if values is None else _pad_values(values), strict=True)
+    on = torch.stack([_above(box_iou(flat, image) * real, threshold, value) for image, real, value in images])
+    levels = torch.split(on, [len(anchors[stride]) for stride in sizes], dim=1)
+    return {
+        stride: level.view(len(level), height, width, -1).amax(-1).float()
+        for (stride, (height, width)), level in zip(sizes.items(), levels, strict=True)
+    }
+
+
+def random(like: Masks, seeds: Sequence[int]) -> Masks:
+    """As many cells as each image sets on each level of `like`, at places drawn from the image's own seed.
+
+    So only the place differs from `like`, not the amount. Weights between 0 and 1 are moved as they are.
+    """
+    first = next(iter(like.values()))
+    generators = [torch.Generator(first.device).manual_seed(seed) for seed in seeds]
+    return {stride: torch.stack([*map(_shuffled, mask, generators)]) for stride, mask in like.items()}
+
+
+def _shuffled(mask: Tensor, generator: torch.Generator) -> Tensor:
+    draw = torch.rand(mask.numel(), generator=generator, device=mask.device)
+    return mask.flatten().sort(descending=True).values[draw.argsort()].view_as(mask)
+
+
+def none(batch: int, sizes: Mapping[int, Size], device: torch.device | None = None) -> Masks:
+    """1 everywhere: all regions alike."""
+    return {stride: torch.ones(batch, *size, device=device) for stride, size in sizes.items()}
+
+
+class _Span:
+    """The cells (B, N, cells) that boxes cover along one axis of a map, from `start` to `end`, exclusive."""
+
+    def __init__(self, start: Tensor, end: Tensor, single: Tensor, on: Tensor, cells: int) -> None:
+        self._single = single[..., None]
+        # A box at the far border may truncate to a cell behind the last one.
+        self._start = start.clamp(max=cells - 1)[..., None]
+        self._end = torch.where(self._single, self._start + 1, end[..., None])
+        self._cell = torch.arange(cells, device=start.device)
+        self.inside = (self._cell >= self._start) & (self._cell < self._end) & on[..., None]
+
+    @property
+    def bump(self) -> Tensor:
+        half = (self._end - self._start).clamp(min=1) / 2
+        bump = torch.exp(-0.5 * ((self._cell - self._start - half) / half) ** 2)
+        return torch.where(self._single, 1.0, bump) * self.inside
+
+
+def _spans(boxes: Sequence[Tensor], sizes: Mapping[int, Size], scale: float) -> dict[int, tuple[_Span, _Span]]:
+    """Stride -> rows and columns of the boxes that lie on that level."""
+    padded, valid = _pad(boxes)
+    level = assign(padded, len(sizes), scale)
+    spans = {}
+    for index, (stride, (height, width)) in enumerate(sizes.items()):
+        left, top, right, bottom = (padded / stride).trunc().clamp(min=0).unbind(-1)
+        right, bottom = right.clamp(max=width), bottom.clamp(max=height)
+        single, on = (left >= right) | (top >= bottom), valid & (level == index)
+        spans[stride] = _Span(top, bottom, single, on, height), _Span(left, right, single, on, width)
+    return spans
+
+
+def _pad_values(values: Sequence[Tensor]) -> Tensor:
+    """(B, N), with N as of `_pad`."""
+    return pad_sequence([F.pad(each, (0, 1)) for each in values], batch_first=True)
+
+
+def _pad(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, N, 4) float32 and which of them are real (B, N); N is at least 1, so that maxima over boxes exist."""
+    # Real boxes are marked in a fifth column: counts from the host would have to be sent to the device.
+    marked = [F.pad(F.pad(each.float(), (0, 1), value=1.0), (0, 0, 0, 1)) for each in boxes]
+    padded = pad_sequence(marked, batch_first=True)
+    return padded[..., :4], padded[..., 4] > 0

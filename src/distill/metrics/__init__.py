@@ -1,1 +1,0 @@
-"""Evaluation: :class:`distill.metrics.coco.CocoMetric` and :class:`distill.metrics.voc.VocMetric`."""

@@ -1,0 +1,299 @@
+"""What a run needs to go on, to the same bits, as if it had never been stopped."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from distill.distributed import gather
+from distill.training.callbacks.checkpoint_files import NEWEST
+from distill.types import DistillError
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+AGREE = 10
+"""Steps from one exchange between several processes to the next, on whether it is time to save, or to leave."""
+
+
+class RestoreSignalHandlers(L.Callback):
+    """Keeps Lightning from hearing of signals: whoever heard of them before `fit` does again. To be the first callback.
+
+    Lightning's handler of SIGTERM waits for the other processes wherever this one is, in the teacher's evaluation too.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Before Lightning begins to listen."""
+        self._before = _handlers()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Just after it did."""
+        _handle(self._before)
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes ``last.ckpt``: after each epoch, before each evaluation, and every so often inside an epoch.
+
+    An evaluation that fails thus costs no training. SIGTERM and ctrl-C wait for the end of an optimiser step, where all
+    processes save and leave together; a second ctrl-C does not wait. Lightning's own way would leave between two batches, which
+    may be the middle of an accumulated step, and lets processes wait for one another in a handler, wherever each of them is.
+    Beside what Lightning keeps, a checkpoint holds the random states of all processes, and whether the run was to stop.
+
+    Args:
+        dirpath: folder of the checkpoints.
+        every: also inside an epoch: ``"500 steps"``, ``"10 minutes"`` or None.
+
+    Raises:
+        DistillError: ``every`` is none of these.
+    """
+
+    def __init__(self, dirpath: str | Path, every: str | None = "10 minutes") -> None:
+        self.file = Path(dirpath) / f"{NEWEST}.ckpt"
+        self.steps, self.seconds = interval(every)
+        self._clock = time.monotonic()
+        self._saved = -1
+        self._found: dict[str, Any] = {}
+        self._asked: int | None = None
+        self._outside: dict[signal.Signals, Any] = {}
+
+    # -- when
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Inside an epoch where it is time, at its end where an evaluation follows."""
+        if _batches(trainer).is_last_batch:
+            # An epoch without an evaluation is not at its end here, and cannot be left.
+            if _evaluation_follows(trainer):
+                self._save(trainer)
+                self._leave_if_asked(trainer)
+        elif _stepped(trainer):
+            # Not amid an accumulated step, of which nothing keeps the gradients, or what the guard has seen of it.
+            if self._is_time(trainer):
+                self._save(trainer)
+            if _exchanges(trainer):
+                self._leave_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After the evaluation, with its best score."""
+        self._save(trainer)
+        self._leave_if_asked(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """What was trained lies on the disk: an evaluation need not keep anyone waiting who wants to stop.
+
+        Several processes, which need not have as many batches each, leave after it.
+        """
+        if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING:
+            self._leave_if_asked(trainer)
+
+    def _is_time(self, trainer: L.Trainer) -> bool:
+        if self.steps:
+            return trainer.global_step % self.steps == 0
+        if not self.seconds or not _exchanges(trainer):
+            return False
+        return bool(trainer.strategy.broadcast(time.monotonic() - self._clock >= self.seconds))
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.file)
+        self._clock = time.monotonic()
+        self._saved = _batches(trainer).total.processed
+
+    # -- when asked to stop
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hand the signals back; after a failure Lightning does."""
+        _handle(self._outside)
+        if self._asked is not None:  # since the last look
+            raise self._way_out()
+
+    def _note(self, number: int, frame: Any) -> None:
+        if number == self._asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = number
+
+    def _leave_if_asked(self, trainer: L.Trainer) -> None:
+        """Save and leave, on all processes or on none, if any of them was asked."""
+        if not trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False):
+            return
+        if self._saved != _batches(trainer).total.processed:
+            self._save(trainer)
+        raise self._way_out()
+
+    def _way_out(self) -> BaseException:
+        return KeyboardInterrupt() if self._asked == signal.SIGINT else SIGTERMException()
+
+    # -- what
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning leaves out, to any checkpoint of the run."""
+        checkpoint["resume"] = {
+            "random": gather(random_states()),
+            "stop": trainer.should_stop,
+        }
+        progress, loops = _batches(trainer), checkpoint["loops"]["fit_loop"]
+        unfinished = progress.current.completed < progress.current.processed
+        if unfinished and progress.is_last_batch and _evaluation_follows(trainer):
+            _evaluate_first(loops)
+        if _between_epochs(trainer):
+            _complete(loops["epoch_progress"])
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep it until the first step."""
+        self._found = checkpoint.get("resume", {})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put it back, after all that may have drawn: callbacks that write checkpoints are called last."""
+        self._clock, self._asked = time.monotonic(), None
+        self._outside = _handlers()
+        _handle(dict.fromkeys(STOPS, self._note))
+        found, self._found = self._found, {}
+        if not found:
+            return
+        trainer.should_stop = found["stop"]
+        if _between_epochs(trainer):
+            # Else, with max_steps, Lightning ends the next epoch at once.
+            trainer.fit_loop.epoch_loop.restarting = False
+        if trainer.global_rank < len(found["random"]):
+            set_random_states(found["random"][trainer.global_rank])
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Where nothing was left to train, nobody has said that the training ended: averages wait for it."""
+        if self._found:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.on_train_end(trainer, pl_module)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Writes ``best.ckpt``. Its score survives a resume in another folder, or of a folder that was moved.
+
+    Args:
+        dirpath: folder of the checkpoints.
+        monitor: name of the value that decides.
+        mode: ``max`` or ``min``.
+    """
+
+    def __init__(self, dirpath: str | Path, monitor: str, mode: str = "max") -> None:
+        super().__init__(dirpath, "best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the score with the file that has it, wherever that lies now."""
+        if not state_dict["best_model_path"]:
+            return
+        there = Path(state_dict["best_model_path"])
+        here = Path(str(self.dirpath)) / there.name
+        file = next((str(each) for each in (here, there) if each.is_file()), None)
+        if file is None:
+            warnings.warn(
+                f"the best checkpoint so far, {there}, is gone: the best of what follows counts", stacklevel=2
+            )
+            return
+        known = {file: state_dict["best_model_score"]}
+        super().load_state_dict(
+            state_dict
+            | {"dirpath": self.dirpath, "best_model_path": file, "kth_best_model_path": file, "best_k_models": known}
+        )
+
+
+def interval(every: str | None) -> tuple[int, float]:
+    """(steps, seconds) of ``"500 steps"``, ``"10 minutes"`` or None; 0 means never.
+
+    Raises:
+        DistillError: it is none of these.
+    """
+    if every is None:
+        return 0, 0.0
+    match = re.fullmatch(r"(\d+) steps?|(\d+(?:\.\d+)?) minutes?", str(every).strip())
+    steps, seconds = (int(match[1] or 0), 60 * float(match[2] or 0)) if match else (0, 0.0)
+    if not steps and not seconds:
+        raise DistillError(f"save_every: expected '500 steps', '10 minutes' or null, got '{every}'")
+    return steps, seconds
+
+
+def random_states() -> dict[str, Any]:
+    """States of all global generators of this process, in plain containers and tensors."""
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)
+    numpy = {**numpy, "state": {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64))}}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """The reverse of `random_states`; generators of devices that are not there are left out."""
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    numpy = states["numpy"]
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype(np.uint32)}})
+    random.setstate(states["python"])
+
+
+def _handlers() -> dict[signal.Signals, Any]:
+    """Who hears of the signals that stop a run."""
+    return {number: signal.getsignal(number) for number in STOPS}
+
+
+def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Only the main thread may say who hears of signals."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _batches(trainer: L.Trainer) -> Any:
+    """Lightning's counts of training batches, of this epoch and of all."""
+    return trainer.fit_loop.epoch_loop.batch_progress
+
+
+def _exchanges(trainer: L.Trainer) -> bool:
+    """Whether the processes talk after this step; one alone has nobody to wait for."""
+    return trainer.world_size == 1 or trainer.global_step % AGREE == 0
+
+
+def _stepped(trainer: L.Trainer) -> bool:
+    """Whether the batch that was seen last was the last one of an optimiser step."""
+    progress = _batches(trainer)
+    return bool(progress.is_last_batch or progress.current.processed % trainer.accumulate_grad_batches == 0)
+
+
+def _evaluation_follows(trainer: L.Trainer) -> bool:
+    every = trainer.check_val_every_n_epoch
+    return trainer.enable_validation and every is not None and (trainer.current_epoch + 1) % every == 0
+
+
+def _between_epochs(trainer: L.Trainer) -> bool:
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    return bool(epoch.started == epoch.processed)
+
+
+def _complete(progress: dict[str, Any]) -> None:
+    """Count what was processed as completed: Lightning does so after the hooks that save."""
+    for count in (progress["total"], progress["current"]):
+        count["completed"] = count["processed"]
+
+
+def _evaluate_first(loops: dict[str, Any]) -> None:
+    """Make a resume begin with the evaluation: Lightning, at an epoch's last batch, would take it for done.
+
+    It goes back only to an evaluation that was interrupted in a batch, after a batch of training that was not.
+    """
+    _complete(loops["epoch_loop.batch_progress"])
+    evaluated = loops["epoch_loop.val_loop.batch_progress"]
+    for count in (evaluated["total"], evaluated["current"]):
+        count |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}

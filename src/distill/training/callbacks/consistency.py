@@ -1,0 +1,79 @@
+"""What the processes of one run must agree on before the first step, and how long they wait for one another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+
+from distill.distributed import gather
+from distill.types import DistillError
+
+SHOWN = 5
+"""Differences that one message lists."""
+LOST = ("Timed out", "timed out", "timeout", "Connection closed by peer", "Connection reset by peer", "peer closed")
+
+
+class ConsistencyCheck(L.Callback):
+    """Refuses to start where the processes of a run were given different configurations or data.
+
+    Args:
+        facts: of the run's data module, name -> value of all that must be equal; called only where there are several
+            processes.
+    """
+
+    def __init__(self, facts: Callable[[Any], Mapping[str, str]]) -> None:
+        self.spec = facts
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """As soon as the processes can talk."""
+        if trainer.world_size > 1:
+            agree(self.spec(trainer.datamodule))  # type: ignore[attr-defined]
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Compare the facts of all processes: one hash each, and the facts themselves only where the hashes differ.
+
+    Raises:
+        DistillError: on every process, naming what differs.
+    """
+    if len(set(gather(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()))) == 1:
+        return
+    everywhere = gather(dict(facts))
+    names = sorted({name for each in everywhere for name in each})
+    different = [name for name in names if len({each.get(name) for each in everywhere}) > 1]
+    lines = "\n".join(f"  {name}: {_values([each.get(name) for each in everywhere])}" for name in different[:SHOWN])
+    more = f"\n  … and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
+    raise DistillError(
+        f"the processes of this run were not given the same:\n{lines}{more}\nStart all of them with the same words, "
+        "configuration files and data; a sweep or tuner must be started once, not in every process"
+    )
+
+
+def _values(values: list[str | None]) -> str:
+    """Each value, shortened, with the ranks that have it."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault("missing" if value is None else value[:80], []).append(rank)
+    return ", ".join(f"{value} on rank {', '.join(map(str, on))}" for value, on in ranks.items())
+
+
+def patience(minutes: float = 10.0) -> timedelta:
+    """How long a process waits for the others in one exchange before it gives up.
+
+    Raises:
+        DistillError: not above 0.
+    """
+    if not minutes > 0:
+        raise DistillError(f"trainer.strategy.timeout.minutes: expected a number above 0, got {minutes}")
+    return timedelta(minutes=minutes)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of an exchange says that another process is gone, or does not answer."""
+    words = str(error)
+    return isinstance(error, RuntimeError) and any(each in words for each in LOST)

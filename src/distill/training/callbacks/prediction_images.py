@@ -1,0 +1,126 @@
+"""Pictures for the loggers that show them: ground truth, teacher and student on the same images, epoch by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from distill.evaluation.pictures import panel
+from distill.training.distiller import Distiller
+from distill.types import Batch, Detections, DistillError, Target
+
+
+class PredictionImages(L.Callback):
+    """After each evaluation, W&B gets images with box overlays to switch on and off, TensorBoard gets panels.
+
+    Args:
+        images: how many, the first of the validation split.
+        every: evaluations between two sets.
+        score: lowest score that is shown.
+
+    Raises:
+        DistillError: ``images`` below 0 or ``every`` below 1.
+    """
+
+    def __init__(self, images: int = 8, every: int = 1, score: float = 0.3) -> None:
+        if images < 0 or every < 1:
+            raise DistillError(
+                f"callbacks.panels: expected images from 0 and every from 1, got images={images} and every={every}; "
+                "callbacks.panels=null switches it off"
+            )
+        self.images = images
+        self.every = every
+        self.score = score
+        self._seen = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Evaluations so far, so that a resume shows the same ones."""
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take it over."""
+        self._seen = state_dict["seen"]
+
+    @rank_zero_only
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw with the weights that were just evaluated."""
+        assert isinstance(pl_module, Distiller)
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, WandbLogger))]
+        self._seen += 1
+        if not loggers or self.images == 0 or self._seen % self.every:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        shown = min(self.images, len(data.ground_truth("val")["images"]))
+        batch = data.batch("val", range(shown)).to(pl_module.device)
+        columns = look(pl_module, batch)
+        for number, image in enumerate(crop(batch)):
+            found = {name: column[number] for name, column in columns.items()}
+            for logger in loggers:
+                show(logger, f"val/{number}", image, found, data.classes, self.score, trainer.global_step)
+
+
+def look(module: Distiller, batch: Batch) -> dict[str, Sequence[Target | Detections]]:
+    """Column name -> what it shows in each image: ground truth, teacher (if any) and student, in resized pixels."""
+    columns: dict[str, Sequence[Target | Detections]] = {"ground truth": batch.targets}
+    seen = replace(batch, original_sizes=batch.sizes)  # so that detections, and their masks, are in resized pixels
+    training = module.student.training
+    module.student.eval()
+    if module.teacher is not None:
+        columns["teacher"] = module.teacher.view(seen, training=False).detections
+    columns["student"] = module.student.view(seen, training=False, frozen=True).detections
+    module.student.train(training)
+    return columns
+
+
+def crop(batch: Batch) -> list[Tensor]:
+    """The images without their padding, on the host."""
+    return [image[:, :height, :width].cpu() for image, (height, width) in zip(batch.images, batch.sizes, strict=True)]
+
+
+def show(
+    logger: Any,
+    key: str,
+    image: Tensor,
+    found: Mapping[str, Target | Detections],
+    classes: Sequence[str],
+    score: float,
+    step: int,
+) -> None:
+    """Send one image to one logger."""
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        boxes = {name.replace(" ", "_"): overlay(column, classes, score) for name, column in found.items()}
+        picture = wandb.Image(image.permute(1, 2, 0).numpy(), boxes=boxes)
+        logger.experiment.log({key: picture, "trainer/global_step": step})
+    else:
+        import numpy as np
+
+        drawn = np.asarray(panel(image, dict(found), classes, min_score=score))
+        logger.experiment.add_image(key, drawn, step, dataformats="HWC")
+
+
+def overlay(column: Target | Detections, classes: Sequence[str], score: float) -> dict[str, Any]:
+    """One column in W&B's form of box overlays; ground truth has score 1."""
+    scores = column.scores if isinstance(column, Detections) else torch.ones(len(column.labels))
+    data = [
+        {
+            "position": {"minX": x1, "minY": y1, "maxX": x2, "maxY": y2},
+            "domain": "pixel",
+            "class_id": label,
+            "box_caption": f"{classes[label - 1] if label <= len(classes) else label} {value:.2f}",
+            "scores": {"score": value},
+        }
+        for (x1, y1, x2, y2), label, value in zip(
+            column.boxes.tolist(), column.labels.tolist(), scores.tolist(), strict=True
+        )
+        if value >= score
+    ]
+    return {"box_data": data, "class_labels": dict(enumerate(classes, start=1))}

@@ -1,0 +1,46 @@
+"""Measures the teacher before the first step: a teacher that did not load teaches nothing."""
+
+from __future__ import annotations
+
+import warnings
+
+import lightning as L
+
+from distill.evaluation.evaluate import evaluate
+from distill.training.distiller import Distiller
+from distill.types import DistillError
+
+
+class TeacherCheck(L.Callback):
+    """Measures the teacher on the validation split where its values are not known yet, and warns when it is weak.
+
+    Args:
+        evaluate: measure it; ``False`` trusts it.
+        min_ap: warn below this AP, 0 to 1.
+    """
+
+    def __init__(self, evaluate: bool = True, min_ap: float | None = None) -> None:
+        self.evaluate = evaluate
+        self.min_ap = min_ap
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before step 1, after a resume as well."""
+        assert isinstance(pl_module, Distiller)
+        guest = pl_module.teacher
+        if guest is None:
+            return
+        if self.evaluate and not guest.values:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            try:
+                found = evaluate(guest.detector, data, "val", pl_module.metrics, pl_module.device, "teacher, val")
+            except DistillError as error:
+                warnings.warn(f"the teacher's AP is not known: {error}", stacklevel=2)
+                return
+            guest.values = {f"val/{name}": value for name, value in found.items()}
+        ap = guest.values.get("val/AP", guest.values.get("val/mAP"))
+        if ap is not None and self.min_ap is not None and ap < self.min_ap:
+            warnings.warn(
+                f"the teacher's AP is {ap:.3f}, below teacher.min_ap={self.min_ap}: check its weights, its class list "
+                f"and the image size (data.min_size) that it was trained with ({guest.source})",
+                stacklevel=2,
+            )

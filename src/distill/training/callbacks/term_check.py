@@ -1,0 +1,142 @@
+"""Calls out, by name, a distillation term that cannot teach: constant, without a gradient, or drowning the detection loss."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from distill.training.distiller import Distiller
+from distill.types import DistillError, View
+
+UPSCALED = 2.0**16
+"""Factor on a gradient that is only compared with 0, so that it does not vanish in half precision."""
+
+
+class Measure(NamedTuple):
+    """One term at one step."""
+
+    value: float
+    """Unweighted."""
+    loss: float
+    """As it enters the sum."""
+    gradient: float
+    """Largest entry of its gradient on the student's maps, times `UPSCALED`."""
+    detection: float
+    """The student's own weighted terms together."""
+
+
+class TermCheck(L.Callback):
+    """Looks at every distillation term in a few steps, and warns once of each trouble that lasts.
+
+    * constant: its values differ by less than a millionth;
+    * without a gradient: it reaches no map of the student's body or neck;
+    * too large: its weighted value is more than ``times`` the student's own loss.
+
+    A look costs a backward pass per term down to the maps. Weights, draws and the training's own gradients are left alone.
+    A term whose ramp is at 0 is passed over. With several processes the first one's batches are looked at.
+
+    Args:
+        every: steps between two looks.
+        steps: steps that a trouble must last.
+        times: how often the detection loss a term may be.
+
+    Raises:
+        DistillError: ``every`` or ``steps`` below 1, ``times`` not above 0.
+    """
+
+    def __init__(self, every: int = 50, steps: int = 500, times: float = 100.0) -> None:
+        if every < 1 or steps < 1 or not times > 0:
+            raise DistillError(
+                f"callbacks.terms: expected every and steps of at least 1 and times above 0, got every={every}, "
+                f"steps={steps}, times={times}; callbacks.terms=null switches it off"
+            )
+        self.every, self.steps, self.times = every, steps, times
+        room = max(2, math.ceil(steps / every))
+        self._history: dict[str, deque[Measure]] = defaultdict(lambda: deque(maxlen=room))
+        self._said: set[tuple[str, str]] = set()
+        self._looked = -1
+        self._now: tuple[list[str], Tensor] | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ask to be shown the terms while they still have their graph."""
+        assert isinstance(pl_module, Distiller)
+
+        def observe(student: View, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
+            step = trainer.global_step
+            if step % self.every == 0 and step != self._looked:
+                self._looked = step
+                self._now = look(student, terms, weights)
+
+        self._observe = observe
+        pl_module.observers.append(observe)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Read what the last look measured, and judge."""
+        if self._now is None:
+            return
+        (names, rows), self._now = self._now, None
+        for gone in self._history.keys() - set(names):
+            del self._history[gone]
+        for name, row in zip(names, rows.tolist(), strict=True):
+            self._history[name].append(Measure(*row))
+            if len(self._history[name]) == self._history[name].maxlen:
+                self._warn(name, faults(self._history[name], self.times))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ask no more."""
+        assert isinstance(pl_module, Distiller)
+        pl_module.observers.remove(self._observe)
+
+    def _warn(self, name: str, found: Mapping[str, str]) -> None:
+        for kind, words in found.items():
+            if (name, kind) not in self._said:
+                self._said.add((name, kind))
+                rank_zero_warn(f"the term {name} {words}, over the last {self.steps} steps")
+
+
+def look(student: View, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> tuple[list[str], Tensor]:
+    """Names of the distillation terms that count at this step, and a row of `Measure` for each, on the device."""
+    maps = [x for x in (*student.body.values(), *student.neck.values()) if x.requires_grad]
+    own = [weights[name] * terms[name].detach() for name in terms if name.startswith("student/")]
+    detection = torch.stack(own).sum()
+    names = [name for name in terms if not name.startswith("student/") and weights[name]]
+    rows = [
+        torch.stack([terms[name].detach(), weights[name] * terms[name].detach(), slope(terms[name], maps), detection])
+        for name in names
+    ]
+    return names, torch.stack([row.double() for row in rows]) if rows else torch.zeros(0, len(Measure._fields))
+
+
+def slope(term: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """Largest entry of a term's gradient on the maps, times `UPSCALED`."""
+    if not term.requires_grad:
+        return term.detach().new_zeros(())
+    found = torch.autograd.grad(term, list(maps), torch.full_like(term, UPSCALED), retain_graph=True, allow_unused=True)
+    sizes = [each.abs().amax().to(term.dtype) for each in found if each is not None]
+    return torch.stack(sizes).amax() if sizes else term.detach().new_zeros(())
+
+
+def faults(measured: Sequence[Measure], times: float) -> dict[str, str]:
+    """Kind of trouble -> words for it, of what lasts through all of a term's measures."""
+    values = [each.value for each in measured]
+    found = {}
+    if max(values) - min(values) <= 1e-6 * max(map(abs, values)):
+        found["constant"] = f"stays at {values[-1]:.6g}: it does not depend on the images, or has nothing to compare"
+    if all(each.gradient == 0 for each in measured):
+        found["gradient"] = (
+            "has no gradient on the student's maps: it is cut off from the student, or its mask is always empty"
+        )
+    if all(abs(each.loss) > times * abs(each.detection) for each in measured):
+        ratio = abs(measured[-1].loss) / max(abs(measured[-1].detection), 1e-30)
+        found["size"] = (
+            f"is {ratio:.3g} times the detection loss (callbacks.terms.times={times:g}): lower its weight, or compare "
+            "with the paper's weights for this detector"
+        )
+    return found

@@ -1,0 +1,275 @@
+"""Finite numbers: a step whose loss or gradient is not finite changes nothing, and can be done again from a file.
+
+One flag tells all: a loss that is not finite makes its own gradient NaN (`poison_gradient`), and the exchange of gradients, which
+several processes make anyway, carries that to all of them. So the largest entry of the gradient is finite on every process
+or on none, all skip together, and nothing more is sent. It is read just before the weights would change, which is the
+one time in a step that this project waits for the device. On CUDA the host cannot queue the next step while this one's
+backward pass runs: the device idles from there until the optimiser's first kernels arrive, and wherever the host is the slower
+one in the forward pass that follows (reasoned, not measured). To read the flag a step later would need a copy of all weights
+and states to go back to; a loss scaler reads one of its own at the same place.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.distributed import gather
+from distill.files import atomic_write
+from distill.types import Batch, DistillError, View
+
+KIND = "distill step"
+SHOWN = 3
+"""Parameters that one message names."""
+REMEDY = "Lower the learning rate or the term's weight, lengthen the warm-up, or set schedule.clip"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One batch of a step, with what decided its numbers."""
+
+    batch: Batch
+    draw: int
+    """The seed of the step's draws."""
+    progress: float
+    terms: dict[str, Tensor]
+    """Unweighted terms, detached, on their device."""
+    weights: dict[str, float]
+
+
+def poison_gradient(loss: Tensor) -> Tensor:
+    """The same number, to the bit, with the same gradient; where it is not finite its gradient is NaN everywhere."""
+    return loss * (1 + 0 * loss.detach())
+
+
+class NonFiniteGuard:
+    """Skips the steps whose loss or gradient is not finite, and stops the run when there are too many in a row.
+
+    A skipped step leaves weights, optimiser state and running statistics as they are; it counts as a step of the schedule.
+    With a loss scaler (fp16) a gradient that overflows under a finite loss is the scaler's to skip, until its scale falls
+    below a floor.
+
+    Args:
+        limit: steps in a row that may be skipped; the next one stops the run. 0 stops at the first.
+        scale_floor: fp16: lowest scale of the loss; the run stops below. 0 for no floor.
+        folder: where the step that stops the run is written, below ``non_finite/``; None: Lightning's default folder.
+
+    Raises:
+        DistillError: a limit or floor below 0.
+    """
+
+    def __init__(self, limit: int = 3, scale_floor: float = 1.0, folder: str | None = None) -> None:
+        if limit < 0 or scale_floor < 0:
+            raise DistillError(
+                f"guard: expected limit and scale_floor of 0 or more, got {limit} and {scale_floor}; limit=0 stops at the "
+                "first step that is not finite"
+            )
+        self.limit, self.scale_floor, self.folder = limit, scale_floor, folder
+        self.skipped = 0
+        """Steps that were skipped so far."""
+        self.row = 0
+        """The last of them that followed on one another."""
+        self.skipping = False
+        """Whether the last step was skipped, by the scaler too: averages of weights pass it over."""
+        self._seen: list[StepRecord] = []
+        self._live: list[Tensor] = []
+        self._kept: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps: the counts."""
+        return {"skipped": self.skipped, "row": self.row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Count on from there."""
+        self.skipped, self.row = state["skipped"], state["row"]
+
+    def before(self, student: nn.Module) -> None:
+        """Remember the running statistics, which a forward pass moves, at the first batch of a step."""
+        if self._seen:
+            return
+        norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
+        self._live = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        if [(b.shape, b.device) for b in self._kept] != [(b.shape, b.device) for b in self._live]:
+            self._kept = [torch.empty_like(buffer) for buffer in self._live]
+        _copy(self._live, self._kept)
+
+    def record(self, seen: StepRecord) -> None:
+        """A batch of the step, to be looked at where the step turns out bad. Nothing is read yet."""
+        self._seen.append(seen)
+
+    def check(self, module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Skip a bad step of a `Distiller` by taking its gradients away, now that they are reduced over all processes.
+
+        A fused optimiser would unscale fp16's gradients itself, in its step, so that the scaler has not looked at them yet;
+        without any it has nothing to look at, and raises. It is shown them before they go.
+
+        Raises:
+            DistillError: too many bad steps in a row, or a loss scale below the floor.
+        """
+        seen, self._seen = self._seen, []
+        parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters]
+        self.skipping = bool(gradients) and not _finite(gradients)
+        if not self.skipping:
+            self.row = 0
+            return
+        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+        bad = {number: terms for number, each in enumerate(seen) if (terms := _bad_terms(each))}
+        guilty = gather(bool(bad))
+        try:
+            if scaler is not None and not any(guilty):
+                self._check_scale(scaler, module.global_step)
+            else:
+                self._count(module, seen, bad, guilty)
+        finally:
+            if scaler is not None and fused(optimizer):
+                scaler.unscale_(optimizer)
+            for parameter in parameters:
+                parameter.grad = None  # an optimiser passes over these: no momentum, no decay
+            _copy(self._kept, self._live)
+
+    def _check_scale(self, scaler: Any, step: int) -> None:
+        scale = scaler.get_scale() * scaler.get_backoff_factor()
+        if scale < self.scale_floor:
+            raise DistillError(
+                f"step {step}: the fp16 scaler collapsed: the gradient overflows at every scale, down to {scale:g}, below "
+                f"guard.scale_floor={self.scale_floor:g}, and each such step is skipped. Set trainer.precision=bf16-mixed or "
+                "32-true, or lower the learning rate"
+            )
+
+    def _count(
+        self, module: Any, seen: Sequence[StepRecord], bad: Mapping[int, Sequence[str]], guilty: Sequence[bool]
+    ) -> None:
+        self.row, self.skipped = self.row + 1, self.skipped + 1
+        blamed = guilty if any(guilty) else [True] * len(guilty)
+        terms = list(dict.fromkeys(term for terms in bad.values() for term in terms))
+        shown = [image for number, each in enumerate(seen) if number in bad or not bad for image in each.batch.ids]
+        said = gather((_describe(module, seen, terms), shown))
+        ids: dict[tuple[str, str], list[int]] = {}
+        for (words, images), to_blame in zip(said, blamed, strict=True):
+            if to_blame:
+                ids[words] = [*ids.get(words, []), *images]
+        found = "; ".join(f"{what} (images {images}){where}" for (what, where), images in ids.items())
+        message = f"step {module.global_step}: {found}. No weight was changed by this step"
+        if self.row <= self.limit:
+            how = f"{self.row} skipped in a row, guard.limit={self.limit}"
+            warnings.warn(f"{message}: it is skipped ({how})", stacklevel=2)
+            return
+        _copy(self._kept, self._live)
+        files = gather(str(self._save(module, seen, message)) if blamed[module.global_rank] else None)
+        again = "; ".join(f"python -m distill replay '{file}'" for file in files if file)
+        before = f", nor by the {self.row - 1} before it" if self.row > 1 else ""
+        raise DistillError(f"{message}{before}. {REMEDY}. Do the step again: {again}")
+
+    def _save(self, module: Any, seen: Sequence[StepRecord], message: str) -> Path:
+        folder = Path(self.folder or module.trainer.default_root_dir) / "non_finite"
+        kept = {
+            "kind": KIND,
+            "found": message,
+            "step": module.global_step,
+            "epoch": module.current_epoch,
+            "rank": module.global_rank,
+            "seed": module.seed,
+            "precision": str(module.trainer.precision),
+            "student": module.student.describe(),
+            "teacher": module.teacher.identity() if module.teacher else None,
+            "state_dict": {name: value.detach().cpu() for name, value in module.state_dict().items()},
+            "batches": [_plain(each) for each in seen],
+        }
+        name = f"step{module.global_step}-rank{module.global_rank}.pt"
+        return atomic_write(folder / name, lambda file: torch.save(kept, file))
+
+
+def fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it unscales the gradients of fp16 in its own step; torch and Lightning ask in the same way."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+# -- what was bad
+
+
+def _bad_terms(seen: StepRecord) -> list[str]:
+    finite = torch.stack([value.isfinite() for value in seen.terms.values()]).tolist()
+    return [name for name, fine in zip(seen.terms, finite, strict=True) if not fine]
+
+
+def _describe(module: Any, seen: Sequence[StepRecord], terms: Sequence[str]) -> tuple[str, str]:
+    """What is bad and where, by looking again with weights that are still untouched; else the gradient's parameters."""
+    # All batches, and on all processes: norms that talk to one another would wait for ever.
+    places = [place for each in seen for place in _places(module, each.batch)]
+    if terms:
+        where = "; ".join(places) or "all maps are finite, so the box head or the term's own formula produced it"
+        return f"the loss is not finite in {', '.join(terms)}", f". Levels: {where}"
+    names = bad_gradients(module)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    what = f"the loss is finite, but its gradient is not, in {', '.join(names[:SHOWN])}{more}"
+    return what, ": a term's formula has no finite derivative there, or overflows"
+
+
+def _places(module: Any, batch: Batch) -> list[str]:
+    with module.trainer.precision_plugin.forward_context():
+        views = {"student": module.student.view(batch, frozen=True)}
+        if module.teacher is not None and module.losses:
+            views["teacher"] = module.teacher.view(batch)
+        return [place for who, view in views.items() for place in not_finite(who, view)]
+
+
+def not_finite(who: str, view: View) -> list[str]:
+    """The first stage of a detector that has infinite or NaN values: each of its levels, with the images there."""
+    heads: tuple[str, ...] = ("objectness", "deltas") if view.spec.two_stage else ("class_logits", "deltas")
+    heads += ("centerness",) if view.spec.anchor_free else ()
+    for stage in ("body", "neck", *heads):
+        places = []
+        for stride, values in getattr(view, stage).items():
+            finite = torch.isfinite(values).flatten(1).all(1).tolist()
+            images = [image for image, good in zip(view.batch.ids, finite, strict=True) if not good]
+            if images:
+                places.append(f"{who}'s {stage} at stride {stride}, images {images}")
+        if places:
+            return places
+    return []
+
+
+def bad_gradients(module: nn.Module) -> list[str]:
+    """Names of the parameters whose gradient is not finite."""
+    named = [(name, p.grad) for name, p in module.named_parameters() if p.grad is not None]
+    return [name for name, gradient in named if not gradient.isfinite().all()]
+
+
+def _finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether no value is infinite or NaN. Squares are quickly summed; only where they overflow, the largest value counts."""
+    return any(math.isfinite(nn.utils.get_total_norm(gradients, norm).item()) for norm in (2.0, math.inf))
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Few launches for many small tensors: those of one kind go together."""
+    for floating in (True, False):
+        chosen = [pair for pair in zip(sources, targets, strict=True) if pair[0].is_floating_point() == floating]
+        if chosen:
+            torch._foreach_copy_([target for _, target in chosen], [source for source, _ in chosen])
+
+
+# -- the step in a file
+
+
+def _plain(seen: StepRecord) -> dict[str, Any]:
+    """A batch and what decided its numbers, in tensors and plain containers."""
+    batch = seen.batch.to("cpu")
+    return {
+        "images": batch.images,
+        "sizes": batch.sizes,
+        "original_sizes": batch.original_sizes,
+        "targets": [{"boxes": t.boxes, "labels": t.labels, "masks": t.masks} for t in batch.targets],
+        "ids": batch.ids,
+        "draw": seen.draw,
+        "progress": seen.progress,
+        "terms": {name: float(value) for name, value in seen.terms.items()},
+        "weights": seen.weights,
+    }

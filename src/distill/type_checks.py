@@ -1,0 +1,56 @@
+"""Whether options are of the kinds that a constructor says it takes: a file may hold anything."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from reprlib import repr as shown
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+PLAIN: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "bool": bool,
+    "None": type(None),
+}
+LISTS = re.compile(r"(?:Sequence|list)\[(\w+)\]")
+
+
+def type_errors(constructor: Callable[..., Any], options: Mapping[str, Any]) -> list[str]:
+    """One line for each option of another kind than its parameter's annotation names. Only plain ones and lists are judged."""
+    found = inspect.signature(constructor).parameters
+    return [
+        f"{name}: expected {' | '.join(_kinds(found[name].annotation))}, got {shown(value)}"
+        for name, value in options.items()
+        if name in found and not fits(value, found[name].annotation)
+    ]
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a plain value is what an annotation, as written in the source or as a type, asks for; so where that cannot
+    be told.
+    """
+    return any(_is(value, kind) for kind in _kinds(annotation))
+
+
+def _kinds(annotation: Any) -> list[str]:
+    if isinstance(annotation, str):
+        return annotation.split(" | ")
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for part in get_args(annotation) for kind in _kinds(part)]
+    if annotation is type(None):
+        return ["None"]
+    return [annotation.__name__ if inspect.isclass(annotation) and not get_args(annotation) else str(annotation)]
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind in PLAIN:
+        right = isinstance(value, PLAIN[kind]) and isinstance(value, bool) == (kind == "bool")
+        return right and (kind != "float" or value == value)  # NaN is no number
+    each = LISTS.fullmatch(kind)
+    if each is None or each[1] not in PLAIN:
+        return True
+    return isinstance(value, (list, tuple)) and all(_is(one, each[1]) for one in value)
