@@ -15,6 +15,7 @@ import sys, time
 from pathlib import Path
 from omegaconf import OmegaConf
 from distill.cli import teacher
+from distill.run_folder import RunFolder
 
 folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
 
@@ -35,7 +36,7 @@ else:
 print("ready", flush=True)
 sys.stdin.readline()
 found = teacher.cached(OmegaConf.create({"teacher": {"train": "auto"}}))
-assert teacher.finished(found), "used before it was finished"
+assert RunFolder(found).finished, "used before it was finished"
 print("used", flush=True)
 """
 

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import compose_limits, target_policy
+from distill.run_folder import RunFolder
 from distill.type_checks import type_errors
 from distill.types import DistillError
 
@@ -109,7 +110,7 @@ def noted(run: Path) -> list[str]:
     Raises:
         DistillError: its ``overrides.yaml`` is no list of overrides.
     """
-    file = run / "overrides.yaml"
+    file = RunFolder(run).overrides
     try:
         with file.open(encoding="utf-8") as stream:
             lines = yaml.safe_load(compose_limits.whole(stream))

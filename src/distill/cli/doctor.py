@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import compose, validate
+from distill.run_folder import RunFolder
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _teacher(cfg: DictConfig, data: DetectionData, trainer: L.Trainer, report: R
     teacher.planned(cfg, data.classes)  # refuses what cannot be, before anything is made
     if cfg.teacher.weights is None:
         folder, overrides = teacher.place(cfg)
-        if not teacher.finished(folder):
+        if not RunFolder(folder).finished:
             detector = compose.build(cfg.teacher.model, classes=list(data.classes), weights=None, backbone_weights=None)
             report["teacher"] = _missing(detector, data, trainer, folder, overrides)
             if cfg.teacher.train == "never":

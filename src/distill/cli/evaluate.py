@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distill.cli import compose, validate
+from distill.run_folder import OVERRIDES, STUDENT, SUMMARY, RunFolder
 from distill.types import DistillError
 
 
@@ -39,10 +40,10 @@ def main(argv: Sequence[str]) -> int:
 def run_folder(source: Path) -> Path:
     """The run that a folder or a checkpoint belongs to."""
     for folder in (source, *source.absolute().parents):
-        if (folder / "overrides.yaml").is_file():
+        if RunFolder(folder).overrides.is_file():
             return folder.absolute()
     raise DistillError(
-        f"{source} is not a run, nor a file inside one: expected a folder with overrides.yaml, as train leaves it"
+        f"{source} is not a run, nor a file inside one: expected a folder with {OVERRIDES}, as train leaves it"
     )
 
 
@@ -84,10 +85,9 @@ def load_student(source: Path) -> Any:
     from distill.files import load_tensors
 
     if source.suffix != ".ckpt":
-        if source.is_dir() and not (source / "student.pt").is_file():
-            raise DistillError(
-                f"{source} has no student.pt: the run did not finish; try {source}/checkpoints/last.ckpt"
-            )
+        run = RunFolder(source)
+        if source.is_dir() and not run.student.is_file():
+            raise DistillError(f"{source} has no {STUDENT}: the run did not finish; try {run.last}")
         return load_detector(source)
     if not source.is_file():
         raise DistillError(f"{source}: no such checkpoint")
@@ -111,12 +111,10 @@ def _teacher(run: Path, cfg: DictConfig) -> Any:
     from distill.cli.teacher import load
     from distill.files import read_json
 
-    summary = run / "summary.json"
+    summary = RunFolder(run).summary
     identity = read_json(summary).get("teacher") if summary.is_file() else None
     if not identity:
-        raise DistillError(
-            f"{run} has no teacher: its summary.json names none (distill=none, or the run did not finish)"
-        )
+        raise DistillError(f"{run} has no teacher: its {SUMMARY} names none (distill=none, or the run did not finish)")
     source, classes = (identity.get(key) if isinstance(identity, dict) else None for key in ("source", "classes"))
     if not isinstance(source, str) or not isinstance(classes, list):
         raise DistillError(f"{summary}: expected the teacher's 'source' and 'classes', got {identity}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.run_folder import DESCRIPTION, STUDENT
 from distill.types import DistillError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -16,7 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 def main(argv: Sequence[str]) -> int:
     """``distill predict RUN IMAGES… [--out DIR] [--score 0.5]``."""
     parser = argparse.ArgumentParser(prog="distill predict", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder, or its student.pt")
+    parser.add_argument("run", type=Path, help=f"a run folder, or its {STUDENT}")
     parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
     parser.add_argument("--out", type=Path, default=Path("outputs/predictions"))
     parser.add_argument("--score", type=float, default=0.5, help="lowest score that is drawn; the JSON holds all")
@@ -95,5 +96,5 @@ def _noted(extra: Mapping[str, Any], run: Path) -> tuple[dict[str, Any], dict[in
         if not (isinstance(resize["antialias"], bool) and isinstance(resize["pad_to"], int) and resize["pad_to"] > 0):
             raise ValueError("antialias is true or false, pad_to a number of pixels")
     except (AttributeError, TypeError, ValueError) as error:
-        raise DistillError(f"{run}: its student.json holds no good 'resize' and 'category_ids' ({error})") from error
+        raise DistillError(f"{run}: its {DESCRIPTION} holds no good 'resize' and 'category_ids' ({error})") from error
     return resize, labels

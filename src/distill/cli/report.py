@@ -29,6 +29,7 @@ from distill.detectors.weights import save_student
 from distill.evaluation.evaluate import evaluate
 from distill.evaluation.pictures import panel, save_panel
 from distill.files import load_tensors, write_text
+from distill.run_folder import RunFolder
 from distill.training.callbacks.prediction_images import crop, look
 from distill.training.distiller import Distiller
 from distill.types import DistillError
@@ -39,18 +40,18 @@ COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP", "mask_AP")
 @rank_zero_only
 def write_config(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
     """``config.yaml`` resolved, and ``overrides.yaml`` from which it can be composed again."""
-    write_text(run / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_text(run / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
+    write_text(RunFolder(run).config, OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(RunFolder(run).overrides, OmegaConf.to_yaml(list(overrides)))
     note_job(run)
 
 
 @rank_zero_only
 def keep_metrics(run: Path) -> None:
     """Set the ``metrics.csv`` of what was trained before a resume aside, as ``metrics.1.csv`` and so on: the logger begins anew."""
-    file = run / "metrics.csv"
+    file = RunFolder(run).metrics
     if file.is_file():
-        number = 1 + len(list(run.glob("metrics.*.csv")))
-        file.rename(run / f"metrics.{number}.csv")
+        number = 1 + len(list(run.glob(f"{file.stem}.*{file.suffix}")))
+        file.rename(run / f"{file.stem}.{number}{file.suffix}")
 
 
 @rank_zero_only
@@ -130,8 +131,8 @@ def closing(
     }
     if trainer.is_global_zero:
         if cfg.pictures:
-            _pictures(module, data, cfg.pictures, run / "pictures", device)
-        write_text(run / "summary.json", json.dumps(summary, indent=1))
+            _pictures(module, data, cfg.pictures, RunFolder(run).pictures, device)
+        write_text(RunFolder(run).summary, json.dumps(summary, indent=1))
         _table(summary, run)
         _to_wandb(trainer, values)
     return summary
@@ -187,8 +188,9 @@ def _table(summary: dict[str, Any], run: Path) -> None:
                 table.add_row(who, split, *cells, f"{summary['parameters'][who] / 1e6:.2f} M")
     console = Console()
     console.print(table)
-    for what, where in (("student", "student.pt"), ("pictures", "pictures/"), ("all numbers", "summary.json")):
-        console.print(f"{what:12} {run / where}", markup=False, highlight=False, soft_wrap=True)
+    files = RunFolder(run)
+    for what, where in (("student", files.student), ("pictures", files.pictures), ("all numbers", files.summary)):
+        console.print(f"{what:12} {where}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _percent(value: float) -> str:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from distill.cli import compose
 from distill.cli.signals import RESTART_ADVICE
 from distill.files import write_text
+from distill.run_folder import OVERRIDES, RunFolder, previous_checkpoint
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -50,8 +51,6 @@ FREE = (
     *("init", "model.weights", "model.backbone_weights"),
 )
 """Keys that may differ when a run goes on: they cannot change what it learns, or are compared otherwise."""
-JOB = "slurm_job"
-"""The file in which a run, or a sweep, notes the SLURM job that made it."""
 IDENTITY = ("made_by", "teacher", "guests", "DetectionData")
 """Parts of a checkpoint by which a resume is refused."""
 
@@ -90,10 +89,10 @@ def _in_folder(lines: list[str], must: bool) -> list[str]:
     home = compose.named(lines)
     if any(each.key_or_group == "hydra.run.dir" for each in compose.parse(lines)):
         folder = Path(HydraConfig.get().run.dir)
-        if must and not checkpoints(folder):
+        if must and not RunFolder(folder).resumable:
             raise DistillError(f"no checkpoint in {folder}")
         return lines
-    runs = sorted((run for run in home.glob("*") if checkpoints(run)), key=_newest, reverse=True)
+    runs = sorted((run for run in home.glob("*") if RunFolder(run).resumable), key=_newest, reverse=True)
     for run in runs:
         # A requeued job's own run: another job may have finished one of the same words.
         if _meant(_words(run)) == _meant(lines) and (not must or _made_by_this_job(run)):
@@ -108,31 +107,25 @@ def _in_folder(lines: list[str], must: bool) -> list[str]:
 def note_job(run: Path) -> None:
     """Write down the SLURM job that makes a run or sweep."""
     if "SLURM_JOB_ID" in os.environ:
-        write_text(run / JOB, os.environ["SLURM_JOB_ID"])
+        write_text(RunFolder(run).slurm_job, os.environ["SLURM_JOB_ID"])
 
 
 def _made_by_this_job(run: Path) -> bool:
-    file = run / JOB
+    file = RunFolder(run).slurm_job
     return file.is_file() and file.read_text() == os.environ.get("SLURM_JOB_ID")
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """``last.ckpt`` and the one before it, which alone is there if the run was killed between two renamings."""
-    return [file for name in ("last.ckpt", "last-1.ckpt") if (file := run / "checkpoints" / name).is_file()]
 
 
 def going_on(run: Path) -> str:
     """What to say to let a stopped run go on."""
-    return "ckpt_path=last goes on from the last checkpoint" if checkpoints(run) else RESTART_ADVICE
+    return "ckpt_path=last goes on from the last checkpoint" if RunFolder(run).resumable else RESTART_ADVICE
 
 
 def _newest(run: Path) -> float:
-    return max(file.stat().st_mtime for file in checkpoints(run))
+    return max(file.stat().st_mtime for file in RunFolder(run).resumable)
 
 
 def _words(run: Path) -> list[str]:
-    file = run / "overrides.yaml"
-    return compose.noted(run) if file.is_file() else []
+    return compose.noted(run) if RunFolder(run).overrides.is_file() else []
 
 
 def _meant(overrides: Sequence[str]) -> set[str]:
@@ -150,10 +143,10 @@ def checkpoint(cfg: DictConfig, run: Path) -> Path | None:
         raise DistillError(f"resume: expected same or anyway, got '{cfg.resume}'")
     if cfg.ckpt_path is None:
         return None
-    from distill.training.callbacks.checkpoint_files import before, sound
+    from distill.training.callbacks.checkpoint_files import sound
 
-    file = run / "checkpoints" / "last.ckpt" if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
-    if not file.is_file() and not before(file).is_file():
+    file = RunFolder(run).last if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
+    if not file.is_file() and not previous_checkpoint(file).is_file():
         raise DistillError(
             f"ckpt_path={cfg.ckpt_path}: there is no file {file}. Give ckpt_path=FILE, or hydra.run.dir=RUN ckpt_path=last with "
             "the folder of a run that has checkpoints"
@@ -190,7 +183,7 @@ def _refuse(cfg: DictConfig, file: Path | None, found: Sequence[str]) -> None:
         warnings.warn(f"resume=anyway: this is not the run that made {file}: {listed}", stacklevel=3)
         return
     raise DistillError(
-        f"resume: {file} was made by another run: {listed}. Set them as they were (overrides.yaml in that run's folder), or "
+        f"resume: {file} was made by another run: {listed}. Set them as they were ({OVERRIDES} in that run's folder), or "
         "go on nevertheless with resume=anyway"
     )
 

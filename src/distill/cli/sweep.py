@@ -23,13 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import compose, resume
 from distill.cli.signals import ended
-from distill.cli.teacher import RANK_VARIABLES, finished
+from distill.cli.teacher import RANK_VARIABLES
 from distill.files import write_text
+from distill.run_folder import RunFolder
 from distill.types import DistillError
 
 SHOWN = ("val/AP", "val/AP50", "val/mAP", "test/AP", "test/mAP")
-ERROR = "error.txt"
-"""Why a job failed, in one line, in its folder."""
 
 
 class JobFailed(DistillError):
@@ -60,15 +59,17 @@ class Jobs:
         self.folder = Path(hydra.sweep.dir)
         resume.note_job(self.folder)
         run = place(self.folder, Path(hydra.runtime.output_dir), overrides)
-        if not finished(run):
+        if not RunFolder(run).finished:
             self._start(run, overrides)
         self.table()
-        return float(json.loads((run / "summary.json").read_text())["student"][cfg.metric])
+        return float(json.loads(RunFolder(run).summary.read_text())["student"][cfg.metric])
 
     def _start(self, run: Path, overrides: Sequence[str]) -> None:
-        (run / ERROR).unlink(missing_ok=True)
-        write_text(run / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))  # so that a job that dies early is known
-        going_on = ["ckpt_path=last"] if resume.checkpoints(run) else []
+        RunFolder(run).error.unlink(missing_ok=True)
+        write_text(
+            RunFolder(run).overrides, OmegaConf.to_yaml(list(overrides))
+        )  # so that a job that dies early is known
+        going_on = ["ckpt_path=last"] if RunFolder(run).resumable else []
         command = [
             sys.executable,
             "-m",
@@ -81,8 +82,8 @@ class Jobs:
         code, error = execute(command, Path(HydraConfig.get().sweep.dir).name)
         if code == 130:
             raise KeyboardInterrupt
-        if code or not finished(run):
-            write_text(run / ERROR, error)
+        if code or not RunFolder(run).finished:
+            write_text(RunFolder(run).error, error)
             self.failed.append(run.name)
             self.table()
             raise JobFailed(f"job {run.name}: {error}")
@@ -128,7 +129,7 @@ def place(folder: Path, given: Path, overrides: Sequence[str]) -> Path:
             if job != given and given.is_dir() and not any(given.iterdir()):
                 given.rmdir()  # Hydra made it
             return job.absolute()
-    if not (given / "overrides.yaml").is_file():
+    if not RunFolder(given).overrides.is_file():
         return given.absolute()
     numbers = [int(job.name) for job in folder.iterdir() if job.name.isdigit()]
     return (folder / str(max(numbers) + 1)).absolute()
@@ -170,7 +171,7 @@ def _last_word(code: int, lines: Sequence[str]) -> str:
 
 
 def _jobs(folder: Path) -> list[Path]:
-    found = [job for job in folder.iterdir() if (job / "overrides.yaml").is_file()] if folder.is_dir() else []
+    found = [job for job in folder.iterdir() if RunFolder(job).overrides.is_file()] if folder.is_dir() else []
     return sorted(found, key=_number)
 
 
@@ -181,11 +182,11 @@ def _number(job: Path) -> tuple[bool, int, str]:
 def _row(job: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"job": job.name}
     row |= dict(line.partition("=")[::2] for line in compose.noted(job))
-    if finished(job):
-        report = json.loads((job / "summary.json").read_text())
+    if RunFolder(job).finished:
+        report = json.loads(RunFolder(job).summary.read_text())
         return row | {"state": "done"} | {name: round(value, 4) for name, value in report["student"].items()}
-    if (job / ERROR).is_file():
-        return row | {"state": "failed", "error": (job / ERROR).read_text()}
+    if RunFolder(job).error.is_file():
+        return row | {"state": "failed", "error": RunFolder(job).error.read_text()}
     return row | {"state": "unfinished"}
 
 

@@ -24,6 +24,7 @@ from distill.cli.compose import build, composed, parse, parts, plain, quoted
 from distill.cli.resume import HANDLING
 from distill.cli.signals import Terminated, ended
 from distill.files import read_json
+from distill.run_folder import STUDENT, RunFolder
 from distill.types import DetectorSpec, DistillError
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def load(cfg: DictConfig, source: str, classes: Sequence[str]) -> Any:
 def cached(cfg: DictConfig) -> Path:
     """The folder of the finished teacher run that fits this run; rank 0 trains it where it is missing."""
     folder, overrides = place(cfg)
-    if finished(folder):
+    if RunFolder(folder).finished:
         return folder
     command = [sys.executable, "-m", "distill", "train", *overrides, f"hydra.run.dir={quoted(str(folder))}"]
     if cfg.teacher.train == "never":
@@ -152,7 +153,7 @@ def cached(cfg: DictConfig) -> Path:
         return _wait(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock") as lock:
-        if not finished(folder):
+        if not RunFolder(folder).finished:
             _train(command, folder, lock)
     return folder
 
@@ -213,11 +214,6 @@ def _key(overrides: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
-def finished(folder: Path) -> bool:
-    """Whether a run has come to its end there."""
-    return (folder / "summary.json").is_file() and (folder / "student.json").is_file()
-
-
 def measure(cfg: DictConfig, data: DetectionData, splits: Sequence[str]) -> dict[str, Any]:
     """By what a run's numbers were measured: fingerprints of its splits, and its metrics. Kept in ``summary.json``."""
     return {"metrics": plain(cfg.metrics), "data": {split: data.fingerprint(split) for split in splits}}
@@ -229,8 +225,8 @@ def summary(source: str) -> dict[str, Any]:
     Raises:
         DistillError: it does not hold what a run measures.
     """
-    run = Path(source).parent if Path(source).stem == "student" else Path(source)
-    file = run / "summary.json"
+    path = Path(source)
+    file = RunFolder(path.parent if path.stem == Path(STUDENT).stem else path).summary
     if not file.is_file():
         return {}
     found = read_json(file)
@@ -261,7 +257,7 @@ def _rank() -> int:
 
 
 def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
-    if any((folder / "checkpoints").glob("last*.ckpt")):
+    if RunFolder(folder).resumable:
         command = [*command, "ckpt_path=last"]
     print(f"distill: no teacher is cached; training one first:\n  {shlex.join(command[1:])}", flush=True)
     # Its own process, so that neither its random state nor its memory reaches this run.
@@ -272,7 +268,7 @@ def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
         code = ended(process)
     if code in STOPPED:
         raise Terminated
-    if code or not finished(folder):
+    if code or not RunFolder(folder).finished:
         raise DistillError(
             f"the teacher's run failed with exit code {code}; its files are in {folder}. Run it by hand:\n"
             f"  {shlex.join(command)}"
@@ -281,7 +277,7 @@ def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
 
 def _wait(folder: Path, patience: float = 24 * 3600) -> Path:
     start = time.monotonic()
-    while not finished(folder):
+    while not RunFolder(folder).finished:
         if time.monotonic() - start > patience:
             raise DistillError(
                 f"rank {_rank()} waited {patience / 3600:.0f} h for rank 0 to train the teacher in {folder}"

@@ -12,7 +12,8 @@ from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.retinanet import RetinaNet
-from distill.detectors.weights import FACTS, fit, fit_sizes, read_description, read_state, weights_file
+from distill.detectors.weights import fit, fit_sizes, read_description, read_state, weights_file
+from distill.run_folder import DESCRIPTION
 from distill.type_checks import type_errors
 from distill.types import DistillError
 
@@ -35,17 +36,17 @@ def described(model: Any, where: str) -> Detector:
     """The detector that a description, as `describe` gives it, speaks of; its weights are yet to be loaded."""
     if not isinstance(model, dict) or not isinstance(model.get("family"), str) or model["family"] not in FAMILIES:
         raise DistillError(
-            f"{where}: expected {FACTS} beside it, naming one of {', '.join(FAMILIES)} as its model; for bare weights"
+            f"{where}: expected {DESCRIPTION} beside it, naming one of {', '.join(FAMILIES)} as its model; for bare weights"
             " build the detector and give it weights=FILE"
         )
     options = {name: value for name, value in model.items() if name != "family"}
     if wrong := type_errors(FAMILIES[model["family"]], options):
-        raise DistillError(f"{FACTS} of {where}: {'; '.join(wrong)}")
+        raise DistillError(f"{DESCRIPTION} of {where}: {'; '.join(wrong)}")
     try:
         with torch.random.fork_rng(devices=[]):  # its start values are thrown away: they must not cost a draw
             detector: Detector = FAMILIES[model["family"]](**options)
     except DistillError:
         raise
     except Exception as error:  # a file may say anything
-        raise DistillError(f"{FACTS} of {where}: not written by this version of distill: {error}") from error
+        raise DistillError(f"{DESCRIPTION} of {where}: not written by this version of distill: {error}") from error
     return detector

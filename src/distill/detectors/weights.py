@@ -23,10 +23,10 @@ from distill.detectors.norms import set_eps
 from distill.detectors.timm import TIMM, timm_network
 from distill.files import atomic_write, load_tensors, read_json, write_text
 from distill.labels import match_classes
+from distill.run_folder import DESCRIPTION, STUDENT, RunFolder
 from distill.types import DistillError
 
 State = Mapping[str, Tensor]
-WEIGHTS, FACTS = "student.pt", "student.json"
 
 MEANING = (
     *("mean", "std", "stride_in_1x1", "anchor_sizes", "anchor_ratios", "box_sampling_ratio", "p6_from"),
@@ -52,12 +52,11 @@ def save_student(detector: Detector, folder: str | Path, extra: Mapping[str, Any
 
     Each file appears whole or not at all. Returns the path of `student.pt`.
     """
-    folder = Path(folder)
+    run = RunFolder(folder)
     text = json.dumps({"format": 1, "model": detector.describe(), "extra": dict(extra or {})}, indent=2) + "\n"
     state = {name: value.detach().cpu().contiguous() for name, value in detector.net.state_dict().items()}
-    write_text(folder / FACTS, text)
-    atomic_write(folder / WEIGHTS, lambda file: torch.save(state, file))
-    return folder / WEIGHTS
+    write_text(run.description, text)
+    return atomic_write(run.student, lambda file: torch.save(state, file))
 
 
 def fit_sizes(module: nn.Module, state: State, where: str) -> None:
@@ -68,7 +67,9 @@ def fit_sizes(module: nn.Module, state: State, where: str) -> None:
     """
     wanted, held = (sum(each.numel() for each in of.values()) for of in (module.state_dict(), state))
     if wanted > 2 * held + 1000:
-        raise DistillError(f"{where}: its {FACTS} describes {wanted} numbers, and the file holds {held}. {ADVICE}")
+        raise DistillError(
+            f"{where}: its {DESCRIPTION} describes {wanted} numbers, and the file holds {held}. {ADVICE}"
+        )
 
 
 def read_extra(path: str | Path) -> dict[str, Any]:
@@ -256,13 +257,13 @@ def download(entry: Any, option: str) -> State:
 
 def weights_file(path: Path) -> Path:
     """The file of weights that is meant by a run's folder, by its JSON, or by itself."""
-    path = path / WEIGHTS if path.is_dir() else path.with_suffix(".pt") if path.suffix == ".json" else path
+    path = RunFolder(path).student if path.is_dir() else path.with_suffix(".pt") if path.suffix == ".json" else path
     return _file(path, "weights")
 
 
 def _file(path: Path, option: str) -> Path:
     if not path.is_file():
-        raise DistillError(f"{option}: {path} is neither a file, nor a run's folder with {WEIGHTS}, nor a known name")
+        raise DistillError(f"{option}: {path} is neither a file, nor a run's folder with {STUDENT}, nor a known name")
     return path
 
 

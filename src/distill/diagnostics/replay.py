@@ -10,6 +10,7 @@ import torch
 
 from distill.files import load_tensors
 from distill.precision import autocast
+from distill.run_folder import RunFolder
 from distill.training.distiller import weighted
 from distill.training.nonfinite import KIND, poison_gradient
 from distill.types import Batch, DistillError, Target
@@ -23,11 +24,13 @@ def read_step(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         raise DistillError(
-            f"{file}: there is no such file; a run that was stopped names its own, RUN/non_finite/step….pt"
+            f"{file}: there is no such file; a run that was stopped names its own, {RunFolder('RUN').non_finite}/step….pt"
         )
     step = load_tensors(file)
     if not isinstance(step, Mapping) or step.get("kind") != KIND:
-        raise DistillError(f"{file} holds no step: expected a file that a stopped run left below non_finite/")
+        raise DistillError(
+            f"{file} holds no step: expected a file that a stopped run left below {RunFolder('RUN').non_finite}"
+        )
     return dict(step)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from distill.distributed import gather
 from distill.files import atomic_write
+from distill.run_folder import RunFolder
 from distill.types import Batch, DistillError, View
 
 KIND = "distill step"
@@ -169,7 +170,7 @@ class NonFiniteGuard:
         raise DistillError(f"{message}{before}. {REMEDY}. Do the step again: {again}")
 
     def _save(self, module: Any, seen: Sequence[StepRecord], message: str) -> Path:
-        folder = Path(self.folder or module.trainer.default_root_dir) / "non_finite"
+        run = RunFolder(self.folder or module.trainer.default_root_dir)
         kept = {
             "kind": KIND,
             "found": message,
@@ -184,7 +185,7 @@ class NonFiniteGuard:
             "batches": [_plain(each) for each in seen],
         }
         name = f"step{module.global_step}-rank{module.global_rank}.pt"
-        return atomic_write(folder / name, lambda file: torch.save(kept, file))
+        return atomic_write(run.non_finite / name, lambda file: torch.save(kept, file))
 
 
 def fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -16,10 +16,9 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from distill.files import atomic_write, load_tensors
+from distill.run_folder import LAST, previous_checkpoint
 from distill.types import DistillError
 
-NEWEST = "last"
-"""Stem of the checkpoint of which the one before is kept as well."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -48,7 +47,7 @@ class CheckpointFiles(CheckpointIO):
         content = io.BytesIO()  # torch's own writer would lose the reason of a failure
         torch.save(checkpoint, content)
         try:
-            keep = before(path) if path.stem == NEWEST else None
+            keep = previous_checkpoint(path) if path.name == LAST else None
             atomic_write(path, lambda file: file.write(content.getbuffer()), keep)
         except OSError as error:
             raise DistillError(_unwritten(path, len(content.getbuffer()), error)) from error
@@ -69,11 +68,6 @@ class CheckpointFiles(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def before(path: Path) -> Path:
-    """Where the checkpoint that ``path`` replaced is kept: ``last.ckpt`` -> ``last-1.ckpt``."""
-    return path.with_name(f"{path.stem}-1{path.suffix}")
-
-
 def sound(path: Path) -> Path:
     """The checkpoint itself, or the one before it where it is damaged or was lost in the writing; says so.
 
@@ -82,7 +76,7 @@ def sound(path: Path) -> Path:
     Raises:
         DistillError: neither is whole.
     """
-    other = before(path)
+    other = previous_checkpoint(path)
     fault = "it is missing" if not path.is_file() else _fault(path)
     if fault is None:
         return path
@@ -124,7 +118,7 @@ def _unwritten(path: Path, size: int, error: OSError) -> str:
     if error.errno in FULL:
         with suppress(OSError):
             why += f", {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free"
-    kept = [str(each) for each in (path, before(path)) if each.is_file()]
+    kept = [str(each) for each in (path, previous_checkpoint(path)) if each.is_file()]
     rest = f"{kept[0]} is whole, ckpt_path=last goes on from it" if kept else "there is none from before"
     return (
         f"the checkpoint {path} of {size / 2**20:.0f} MiB could not be written: {why}. Make room, or choose another disk with "

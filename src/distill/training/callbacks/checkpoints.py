@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from distill.distributed import gather
-from distill.training.callbacks.checkpoint_files import NEWEST
+from distill.run_folder import BEST, LAST
 from distill.types import DistillError
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -63,7 +63,7 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, dirpath: str | Path, every: str | None = "10 minutes") -> None:
-        self.file = Path(dirpath) / f"{NEWEST}.ckpt"
+        self.file = Path(dirpath) / LAST
         self.steps, self.seconds = interval(every)
         self._clock = time.monotonic()
         self._saved = -1
@@ -190,7 +190,9 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str | Path, monitor: str, mode: str = "max") -> None:
-        super().__init__(dirpath, "best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
+        super().__init__(
+            dirpath, Path(BEST).stem, monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the score with the file that has it, wherever that lies now."""

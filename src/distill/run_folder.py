@@ -1,0 +1,61 @@
+"""The file names of a run folder. Every module takes them from here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG = "config.yaml"
+OVERRIDES = "overrides.yaml"
+SUMMARY = "summary.json"
+STUDENT = "student.pt"
+DESCRIPTION = "student.json"
+LAST = "last.ckpt"
+BEST = "best.ckpt"
+
+
+class RunFolder:
+    """Paths inside a run folder. No file has to exist."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / CONFIG
+        """The resolved configuration."""
+        self.overrides = self.path / OVERRIDES
+        """The overrides from which the configuration can be composed again."""
+        self.summary = self.path / SUMMARY
+        """Results, versions and the teacher's identity; written at the end of the run."""
+        self.student = self.path / STUDENT
+        """Weights of the best student."""
+        self.description = self.path / DESCRIPTION
+        """Constructor arguments of the student, and how its data was resized."""
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / LAST
+        self.previous = previous_checkpoint(self.last)
+        self.best = self.checkpoints / BEST
+        self.metrics = self.path / "metrics.csv"
+        """Logged values of the steps and evaluations."""
+        self.pictures = self.path / "pictures"
+        self.non_finite = self.path / "non_finite"
+        """Steps that stopped the run because their loss or gradient was not finite."""
+        self.error = self.path / "error.txt"
+        """Why a sweep's job failed, in one line."""
+        self.slurm_job = self.path / "slurm_job"
+        """Id of the SLURM job that made the run, or the sweep."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.summary.is_file() and self.description.is_file()
+
+    @property
+    def resumable(self) -> list[Path]:
+        """The last checkpoint and the one before, as far as they exist.
+
+        Only the previous one exists if the process was killed between the two renames.
+        """
+        return [file for file in (self.last, self.previous) if file.is_file()]
+
+
+def previous_checkpoint(path: Path) -> Path:
+    """Where the checkpoint that `path` replaced is kept: ``last.ckpt`` -> ``last-1.ckpt``."""
+    return path.with_name(f"{path.stem}-1{path.suffix}")
