@@ -49,8 +49,7 @@ class Pair:
         """Every option with its losses; that no other one is left out is seen to."""
         left = set()
         for option in sorted(set(compose.groups()["distill"]) - {"none"}):
-            adapter = ["distill.losses.dsig.adapter.kernel=1"] if option.startswith("dsig") else []  # for unequal necks
-            cfg = compose.composed([*self.lines, f"distill={option}", *adapter])
+            cfg = compose.composed([*self.lines, f"distill={option}"])
             try:
                 losses = _losses(cfg, self.data, self.student, self.teacher)
             except DistillError:

@@ -17,7 +17,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import compose
-from distill.cli.train import build_trainer
+from distill.cli.train import build_losses, build_trainer
 from distill.types import DistillError
 
 # `base` is what the other options of its group inherit; it is not complete.
@@ -95,6 +95,29 @@ def test_the_base_option_of_a_loss_has_the_constructor_s_defaults(option: str) -
                 assert given == plain(parameter.default), f"{option}{path}.{name}"
                 compared += 1
     assert compared >= 5
+
+
+@pytest.mark.parametrize("option", ["none", "defeat", "dsig"])
+def test_options_of_one_sweep_build_on_a_pair_of_unequal_necks(option: str) -> None:
+    from distill.types import DetectorSpec
+
+    student, teacher = (
+        DetectorSpec(
+            family="faster_rcnn",
+            two_stage=True,
+            classes=("cat", "dog"),
+            body=dict.fromkeys((4, 8, 16, 32), channels),
+            neck=dict.fromkeys((4, 8, 16, 32, 64), channels),
+            anchors=dict.fromkeys((4, 8, 16, 32, 64), 3),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            norm="frozen",
+        )
+        for channels in (64, 256)
+    )
+    losses = build_losses(compose.composed([f"distill={option}"]), student, teacher)
+    assert list(losses) == [name for name in ("defeat", "dsig") if name == option]
+    assert all(loss.weights and list(loss.parameters()) for loss in losses.values())
 
 
 @pytest.mark.parametrize(

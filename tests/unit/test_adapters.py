@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ def weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, bias
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("kernel", [1, 3, "auto"])
 @pytest.mark.parametrize("relu", [False, True])
-def test_maps_keep_their_size_and_change_channels(kernel: int, relu: bool) -> None:
+def test_maps_keep_their_size_and_change_channels(kernel: Any, relu: bool) -> None:
     built = adapter(5, 7, kernel, relu, "default")
     for size in ((9, 4), (1, 1)):
         out = built(torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0)))
@@ -76,14 +77,26 @@ def test_none_is_the_identity_for_equal_channels() -> None:
         adapter(4, 8, None)
 
 
-def test_a_relu_without_a_convolution_is_refused() -> None:
+def test_auto_is_the_identity_for_equal_channels_and_a_1x1_convolution_otherwise() -> None:
+    x = torch.randn(1, 4, 2, 2)
+    assert torch.equal(adapter(4, 4, "auto")(x), x)
+    for start in ("defeat", "default"):
+        chosen, expected = (adapter(4, 8, kernel, relu=True, start=start, seed=5) for kernel in ("auto", 1))
+        assert [name for name, _ in chosen.named_parameters()] == ["0.weight", "0.bias"]
+        assert torch.equal(chosen(x), expected(x))
+    levels = adapters({4: 8, 8: 4}, {4: 8, 8: 8}, [4, 8], "auto")
+    assert [len(list(level.parameters())) for level in levels.values()] == [0, 2]
+
+
+@pytest.mark.parametrize("kernel", [None, "auto"])
+def test_a_relu_without_a_convolution_is_refused(kernel: Any) -> None:
     with pytest.raises(DistillError, match=r"a ReLU follows a convolution.*adapter\.relu=false"):
-        adapter(4, 4, None, relu=True)
+        adapter(4, 4, kernel, relu=True)
 
 
 @pytest.mark.parametrize("options", [{"kernel": 2}, {"kernel": 5}, {"start": "zero"}])
 def test_refusals(options: dict[str, object]) -> None:
-    with pytest.raises(DistillError, match=r"expected a kernel of \(1, 3, None\)"):
+    with pytest.raises(DistillError, match=r"expected a kernel of \('auto', 1, 3, None\)"):
         adapter(4, 4, **options)  # type: ignore[arg-type]
 
 

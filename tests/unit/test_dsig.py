@@ -438,9 +438,9 @@ def test_without_weights_there_is_nothing() -> None:
     assert not list(loss.parameters())
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("kernel", [1, 3, "auto"])
 @pytest.mark.parametrize("two_stage", [True, False])
-def test_unequal_channels_meet_by_adapters_of_neck_and_nodes(kernel: int, two_stage: bool) -> None:
+def test_unequal_channels_meet_by_adapters_of_neck_and_nodes(kernel: int | str, two_stage: bool) -> None:
     thin, wide = spec(neck=6, two_stage=two_stage), spec(neck=9, two_stage=two_stage)
     student = grad(random_view(batch(OBJECTS), thin, 1, dtype=torch.float32))
     teacher = random_view(batch(OBJECTS), wide, 2, dtype=torch.float32)
@@ -451,9 +451,23 @@ def test_unequal_channels_meet_by_adapters_of_neck_and_nodes(kernel: int, two_st
         *sorted(f"maps.adapters.{stride}.weight" for stride in (4, 8, 16, 32, 64)),
         "regions.weight",
     ]
-    assert loss.get_parameter("regions.weight").shape == (9, 6, kernel, kernel)
+    side = 1 if kernel == "auto" else kernel
+    assert loss.get_parameter("regions.weight").shape == (9, 6, side, side)
     with pytest.raises(DistillError, match="the student has 6 channels and the teacher 9"):
-        DSIG(thin, wide, **options)
+        DSIG(thin, wide, **options, adapter={"kernel": None})
+
+
+@pytest.mark.parametrize("neck", [6, 9])
+def test_the_default_adapter_is_none_for_equal_channels_and_of_kernel_1_otherwise(neck: int) -> None:
+    thin, other = spec(neck=6), spec(neck=neck)
+    student = random_view(batch(OBJECTS), thin, 1, dtype=torch.float32)
+    teacher = random_view(batch(OBJECTS), other, 2, dtype=torch.float32)
+    losses = DSIG(thin, other), DSIG(thin, other, adapter={"kernel": None if neck == 6 else 1})
+    default, explicit = (dict(loss.named_parameters()) for loss in losses)
+    assert bool(default) == (neck != 6)
+    assert default.keys() == explicit.keys()
+    values, expected = (loss(student, teacher) for loss in losses)
+    assert all(torch.equal(values[term], expected[term]) for term in losses[1].weights)
 
 
 def test_the_loss_falls_when_only_it_is_minimised() -> None:

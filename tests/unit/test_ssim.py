@@ -484,7 +484,9 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
 
 
 def test_detectors_that_do_not_match_are_refused() -> None:
-    with pytest.raises(DistillError, match=r"the student has 6 channels and the teacher 8\. Set adapter.kernel=1"):
+    with pytest.raises(
+        DistillError, match=r"the student has 6 channels and the teacher 8\. Set adapter.kernel=auto, 1 or 3"
+    ):
         SSIM(spec(neck=6), spec(neck=8), adapter=NO_ADAPTER)
     with pytest.raises(DistillError, match=r"shared are \[\]"):
         SSIM(spec(strides=(4, 8)), spec(strides=(16, 32)))

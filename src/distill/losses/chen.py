@@ -81,7 +81,7 @@ class Chen(DistillLoss):
         background: w_0.
         margin: m.
         mask: options of :class:`distill.losses.masks.Mask`, for ``hint``; kind ``none``, the original, is the whole neck.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it. The paper adapts
+        adapter: ``kernel`` 1, 3, ``auto`` or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it. The paper adapts
             equal channels too.
         ramp, normalizer, seed: see :class:`DistillLoss`.
     """

@@ -79,7 +79,7 @@ class DeFeat(DistillLoss):
             ``teacher`` or ``student``; ``subsample_negatives``: per image, as many as it has positives.
         mask: options of :class:`distill.losses.masks.Mask`. With kind ``none`` every cell is foreground, so the background
             terms vanish: the baseline that does not decouple.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ReLU after it per place.
+        adapter: ``kernel`` 1, 3, ``auto`` or None, ``start`` values (see `distill.losses.adapters`), ReLU after it per place.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of ``random`` and of the subsampling.
     """
 

@@ -25,7 +25,7 @@ NECK = {"all": 0.5, "levels": None}
 LOGITS = {"classes": 3.0, "boxes": 1.0, "temperature": 1.0}
 PREDICTIONS = {"score": 0.0, "nms": 0.5, "top": 100}
 MASK = {"kind": "none", "scale": 56.0, "threshold": 0.5}
-ADAPTER = {"kernel": None, "start": "default", "relu": False}
+ADAPTER = {"kernel": "auto", "start": "default", "relu": False}
 
 IMAGES = 2
 """The released code sums over the images of a GPU, and had two on each: so many times the mean over images."""
@@ -172,8 +172,9 @@ class DSIG(DistillLoss):
     images, so released weights hold at any batch size. An image without foreground or background adds 0 (there NaN or a
     division by zero). Counts run over all processes (``normalizer="process"`` for the original). Predictions are clipped
     to the image and pooled from the levels that the View pools from. Adapters, for necks of unequal channels, are ours:
-    one per level of the neck and one for nodes; the paper has none. Where the teacher knows more classes, its softmax is
-    over the student's classes and background.
+    one per level of the neck and one for nodes, 1x1 convolutions by default. The paper has none, and here there is none
+    where the channels are equal. Where the teacher knows more classes, its softmax is over the student's classes and
+    background.
 
     Shapes: maps (B, C, H, W), regions (R, C, 7, 7), logits (R, K+1) or (B, A*K, H, W). The released weights, for a
     ResNet-18, MobileNetV2 or EfficientNet-B0: the defaults; others are options of their own. "classes" is a mean over
@@ -189,7 +190,7 @@ class DSIG(DistillLoss):
         logits: weights of its terms; ``temperature`` of classes.
         predictions: thresholds of a one-stage student's regions: ``score``, ``nms``, and the ``top`` ones per image.
         mask: options of :class:`distill.losses.masks.Mask`, for ``neck``; kind ``none``, the original, is the whole neck.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
+        adapter: ``kernel`` 1, 3, ``auto`` or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of the mask ``random``.
     """
 

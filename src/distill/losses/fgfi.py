@@ -45,7 +45,7 @@ class FGFI(DistillLoss):
         neck: weight of its term; ``levels``: strides, None for all that both have. The level rule runs over these.
         mask: options of :class:`distill.losses.masks.Mask`, of any kind.
         normalization: ``half_mse``, ``half_l2`` or ``mse``.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
+        adapter: ``kernel`` 1, 3, ``auto`` or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of the mask ``random``.
     """
 

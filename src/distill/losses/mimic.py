@@ -46,7 +46,7 @@ class Mimic(DistillLoss):
         neck: weight of its term; ``levels``: strides, None for all that both have; ``normalization``: ``half_mse``,
             ``mse`` or ``half_l2`` (see `distill.losses.imitation`).
         mask: options of :class:`distill.losses.masks.Mask`, for ``neck``; kind ``none`` is the whole neck.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
+        adapter: ``kernel`` 1, 3, ``auto`` or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of the mask ``random``.
     """
 

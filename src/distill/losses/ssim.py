@@ -249,7 +249,7 @@ class SSIM(DistillLoss):
         normalize: what one minimum and maximum serve: ``plane``, ``image``, ``tensor`` (of this process), ``none``.
         mask: options of :class:`distill.losses.masks.Mask`. With kind ``none``, the paper's, the whole map is foreground, and
             there is no background term.
-        adapter: see `distill.losses.adapters`. Kernel None needs equal channels; the paper then lost 1.1 AP between
+        adapter: see `distill.losses.adapters`. Without one, which needs equal channels, the paper lost 1.1 AP between
             different architectures and nothing between depths of one.
         ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of ``random`` masks.
     """

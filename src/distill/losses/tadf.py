@@ -73,7 +73,7 @@ class TADF(DistillLoss):
         neck: ``foreground``: weight; ``levels``: strides, None for all that both have.
         mask: options of :class:`distill.losses.masks.Mask`.
         head: weights of ``classification`` and ``regression``, for two-stage detectors.
-        adapter: ``kernel`` 1, 3 or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
+        adapter: ``kernel`` 1, 3, ``auto`` or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
         ramp: the decay. ramp, normalizer, seed: see :class:`DistillLoss`.
     """
 
