@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from pairs import PAIRS, Pair
 
 from distill.cli import compose
 from distill.cli.teacher import guest
 from distill.diagnostics.bench.step import Step
+from helpers.detector_pairs import PAIRS, Pair
 
 
 @pytest.mark.parametrize("name", PAIRS)

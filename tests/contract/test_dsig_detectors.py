@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from test_views import FAMILIES, TAUGHT, batch, build, count_calls
 from torch import Tensor
 
-from conftest import TINY, Cli, summary
+from contract.test_views import FAMILIES, TAUGHT, batch, build, count_calls
 from distill.cli import compose
 from distill.losses.dsig import DSIG
 from distill.types import DistillError
+from helpers.runs import TINY, Cli, summary
 
 OPTION = {"faster_rcnn": "dsig", "mask_rcnn": "dsig", "retinanet": "dsig_retinanet", "fcos": "dsig_retinanet"}
 

@@ -14,9 +14,9 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from conftest import TINY, Cli
 from distill.cli import compose, target_policy
 from distill.types import DistillError
+from helpers.runs import TINY, Cli
 
 CALL = "{_target_: os.mkdir, path: mark}"
 """A deed that Hydra's own list of bad names lets pass, and that leaves a mark."""

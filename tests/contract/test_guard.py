@@ -17,9 +17,9 @@ import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
-from test_distiller import Custom, detector, distiller, fit, guest, shapes, weights
 from torch import Tensor
 
+from contract.test_distiller import Custom, detector, distiller, fit, guest, shapes, weights
 from distill.diagnostics.replay import read_step, replay
 from distill.losses.defeat import DeFeat
 from distill.training.callbacks.averaging import WeightAverage

@@ -10,8 +10,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from test_distiller import detector, distiller, fit, guest, shapes, weights
 
+from contract.test_distiller import detector, distiller, fit, guest, shapes, weights
 from distill.frozen import FrozenModel, bits
 from distill.losses.defeat import DeFeat
 from distill.teacher import Teacher

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_views import TAUGHT, batch, build, gradients
 from torch import Tensor
 
+from contract.test_views import TAUGHT, batch, build, gradients
 from distill.losses.base import DistillLoss
 from distill.losses.chen import Chen
 from distill.losses.tadf import TADF

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_views import batch, build
 
+from contract.test_views import batch, build
 from distill.losses.defeat import DeFeat
 from distill.losses.fgfi import FGFI
 from distill.losses.mimic import Mimic

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_views import FAMILIES, build
 
+from contract.test_views import FAMILIES, build
 from distill.detectors.inherit import inherit
 from distill.types import DistillError
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import PAIRS, Pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +15,7 @@ from distill.detectors import roi_align
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.diagnostics.bench.step import Read, Step, Watched
 from distill.types import Batch, Target
+from helpers.detector_pairs import PAIRS, Pair
 
 aten = torch.ops.aten
 WAITS = {

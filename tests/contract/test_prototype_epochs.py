@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_views import build
 
+from contract.test_views import build
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.losses.global_knowledge import GlobalKnowledge

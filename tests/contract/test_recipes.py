@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from omegaconf import DictConfig
-from test_views import build
 
+from contract.test_views import build
 from distill.cli import compose
 
 

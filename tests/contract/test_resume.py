@@ -21,10 +21,10 @@ import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
-from test_distiller import EVERYTHING, Custom, assert_same, detector, distiller, sgd, shapes, weights
-from test_guard import half
 from torch import Tensor
 
+from contract.test_distiller import EVERYTHING, Custom, assert_same, detector, distiller, sgd, shapes, weights
+from contract.test_guard import half
 from distill.losses.defeat import DeFeat
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.mimic import Mimic

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from test_views import TAUGHT, batch, build
 
+from contract.test_views import TAUGHT, batch, build
 from distill.losses.ssim import SSIM
 
 

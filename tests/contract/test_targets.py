@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_views import batch, build
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from contract.test_views import batch, build
 from distill.losses.base import deltas_of
 from distill.types import Pyramid
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_distiller import Custom, assert_same, detector, distiller, fit, guest, sgd, shapes, weights
 from torch import Tensor
 
+from contract.test_distiller import Custom, assert_same, detector, distiller, fit, guest, sgd, shapes, weights
 from distill.losses.defeat import DeFeat
 from distill.training.callbacks.term_check import Measure, TermCheck, faults
 from distill.training.distiller import Distiller

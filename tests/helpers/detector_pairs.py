@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL
 from distill.cli import compose
 from distill.cli.bench import _losses, _teacher, untrained
 from distill.diagnostics.bench.measure import settle
 from distill.types import DistillError
+from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL
 
 PAIRS = {
     "two-stage": ["model=frcnn_r10_mini", "teacher=frcnn_r18_mini", *TINY_HEADS],

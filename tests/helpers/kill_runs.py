@@ -1,4 +1,4 @@
-"""Kills runs again and again, and lets them go on each time: ``python killed.py events|moments FOLDER SEED OVERRIDES...``.
+"""Kills runs again and again, and lets them go on each time: ``python kill_runs.py events|moments FOLDER SEED OVERRIDES...``.
 
 Every attempt is a process of its own, forked from this one before it has computed anything, and killed by SIGKILL: at an
 event that the seed chose, or at a moment, whatever it is doing then. Prints one line an attempt.

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, equal_views, random_view, spec
 from torch import Tensor
 
 from distill.losses.base import DistillLoss
 from distill.types import Batch, DetectorSpec, DistillError
+from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
 
 OBJECTS = [[[3.0, 5.0, 40.0, 30.0], [20.0, 20.0, 63.0, 63.0], [1.0, 50.0, 2.5, 60.0]], [[10.0, 8.0, 30.0, 60.0]]]
 NOTHING: list[list[float]] = []

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fake_view import PYRAMIDS, FakeView
 
 from distill.losses.base import DistillLoss
 from distill.types import AnchorTargets, Regions
+from helpers.fake_view import PYRAMIDS, FakeView
 
 Make = Callable[[str], DistillLoss]
 """Normalizer -> the loss, in float64. It and `Scene` are functions of a test module, so that a new process finds them."""

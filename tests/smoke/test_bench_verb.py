@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli
 from distill.cli import compose
+from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli
 
 LINES = [
     *(

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from standins import write_coco, write_voc
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from conftest import TINY, TINY_DATA, Cli, summary
 from distill import load_detector
 from distill.cli import compose
 from distill.data.shapes import CLASSES, Shapes
 from distill.evaluation.evaluate import evaluate
 from distill.training.distiller import Distiller
+from helpers.image_folders import write_coco, write_voc
+from helpers.runs import TINY, TINY_DATA, Cli, summary
 
 OWN_DATA = [line for line in TINY if not line.startswith("data.source")]
 SIZES = {"small": (0, 1024), "medium": (1024, 9216), "large": (9216, 10**9)}

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from standins import drawn, write_voc
 
-from conftest import TINY, Cli, summary
 from distill.data.shapes import CLASSES
 from distill.detectors.base import Detector
 from distill.types import Batch, View
+from helpers.image_folders import drawn, write_voc
+from helpers.runs import TINY, Cli, summary
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from standins import write_coco, write_voc
 
-from conftest import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 from distill.cli import compose, teacher, train
 from distill.types import DistillError
+from helpers.image_folders import write_coco, write_voc
+from helpers.runs import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 
 EXPERIMENTS = compose.groups()["experiment"]
 

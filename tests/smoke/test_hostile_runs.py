@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from standins import drawn, write_voc
 
-from conftest import TINY, Cli, summary
+from helpers.image_folders import drawn, write_voc
+from helpers.runs import TINY, Cli, summary
 
 
 class Evil:

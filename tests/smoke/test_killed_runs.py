@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli, started, wait_until
 from distill.cli import report, teacher
 from distill.data.datamodule import DetectionData
 from distill.data.images import Images
 from distill.data.loader import GRACE
 from distill.training.callbacks.teacher_check import TeacherCheck
 from distill.training.distiller import Distiller
+from helpers import kill_runs, leave_loader_open
+from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli, started, wait_until
 
 SMALL = [*TINY_MODEL, *TINY_HEADS, *TINY_DATA, "data.batch_size=2", "trainer.accelerator=cpu", "pictures=0"]
 RUN = [*SMALL, "distill=none", "schedule.epochs=2", "hydra.run.dir=run"]
@@ -39,11 +40,11 @@ def assert_same_student(left: Path, right: Path) -> None:
 
 
 def killed(how: str, seed: int, lines: list[str], teacher: Path, folder: Path) -> list[str]:
-    """What killed.py tells of a run with prototypes, adapters, a ramp and an average, which all have to come back."""
+    """What kill_runs.py tells of a run with prototypes, adapters, a ramp and an average, which all have to come back."""
     method = ["distill=global_knowledge", "distill.losses.global_knowledge.prototypes.min_side=6.0"]
     lines = [*SMALL, *method, f"teacher.weights={teacher}", "callbacks=ema", "callbacks.ema.decay=0.8", *lines]
     lines += ["data.photometric=true", "data.eval_batch_size=2", "metric=val/AP50"]
-    command = [sys.executable, str(Path(__file__).with_name("killed.py")), how, str(folder), str(seed), *lines]
+    command = [sys.executable, str(Path(kill_runs.__file__)), how, str(folder), str(seed), *lines]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     log = (folder / "log.txt").read_text()[-3000:]
     assert done.returncode == 0, done.stdout + done.stderr + log
@@ -356,7 +357,7 @@ def test_stopping_the_student_s_run_stops_its_teacher_s(tmp_path: Path) -> None:
 
 def test_a_script_that_lets_no_loader_go_ends_all_the_same_and_leaves_others_alone() -> None:
     """Its loaders outlive one SIGTERM, but not their script: it would wait for them for ever."""
-    script = Path(__file__).with_name("loader_left_open.py")
+    script = Path(leave_loader_open.__file__)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=GRACE)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "took one\nasked to end\n"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from standins import write_coco
 
-from conftest import TINY_DATA, TINY_HEADS, TINY_MODEL, started, wait_until
+from helpers.image_folders import write_coco
+from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, started, wait_until
 
 TWO = [*TINY_MODEL, *TINY_HEADS, "distill=none", "trainer=ddp_cpu", "schedule.epochs=500", "pictures=0"]
 TWO += ["trainer.save_every=1 steps", "trainer.log_every_n_steps=1", "hydra.run.dir=run"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
+from helpers.runs import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 
 FOLDERS = {"bccd": "bccd/BCCD", "coco": "tiny_coco"}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from standins import write_voc
 
-from conftest import TINY, Cli, summary
+from helpers.image_folders import write_voc
+from helpers.runs import TINY, Cli, summary
 
 
 @pytest.mark.parametrize(

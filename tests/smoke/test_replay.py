@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY, Cli
 from distill.cli import compose
 from distill.training.nonfinite import NonFiniteGuard
+from helpers.runs import TINY, Cli
 
 
 def test_the_guard_s_keys_are_its_parameters_at_their_defaults() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY_HEADS, TINY_MODEL
+from helpers.runs import TINY_HEADS, TINY_MODEL
 
 SOAKED = Path(__file__).parents[1] / "bench" / "soaked.py"
 LINES = ["distill=none", "trainer.accelerator=cpu", "pictures=0", "trainer.save_every=2 steps", "data.workers=1"]

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TINY, Cli, started, summary, wait_until
 from distill.cli.signals import Terminated, stoppable
 from distill.cli.sweep import execute, place
+from helpers.runs import TINY, Cli, started, summary, wait_until
 
 NONE = ["distill=none", *TINY, "pictures=0", "test=false"]
 

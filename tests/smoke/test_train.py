@@ -15,12 +15,12 @@ import torch
 import yaml
 from PIL import Image
 
-from conftest import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 from distill import load_detector
 from distill.cli import compose
 from distill.cli import teacher as teachers
 from distill.data.shapes import CLASSES
 from distill.training.distiller import Distiller
+from helpers.runs import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 
 WIDE = "model.neck_channels=64"  # group norm
 OPTIONS = [option for option in compose.groups()["distill"] if option != "none"]

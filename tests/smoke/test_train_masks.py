@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from pycocotools import mask as coco
-from standins import drawn
 
-from conftest import TINY, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 from distill import load_detector
+from helpers.image_folders import drawn
+from helpers.runs import TINY, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 
 MASKS = ["model=mask_rcnn_r10_mini", "data.masks=true", *TINY]
 

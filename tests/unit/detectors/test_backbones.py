@@ -174,7 +174,7 @@ def attributes(net: nn.Module) -> dict[str, str]:
 def test_defaults_are_torchvisions_builders(which: str) -> None:
     options = {"weights": None, "weights_backbone": None, "num_classes": 4}
     if which == "faster_rcnn":
-        # The default's pool is our own, which has attributes more: see test_pooling.py.
+        # The default's pool is our own, which has attributes more: see test_roi_align.py.
         ours, other = FasterRCNN("abc", box_roi_align="torchvision").net, fasterrcnn_resnet50_fpn(**options)
     elif which == "retinanet":
         ours, other = RetinaNet("abc").net, retinanet_resnet50_fpn(**options)

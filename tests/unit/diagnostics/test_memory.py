@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench import CPU, batch, data, detector  # noqa: F401
 from torch import Tensor, nn
 
 from distill.data.datamodule import DetectionData
@@ -22,6 +21,7 @@ from distill.losses.ssim import SSIM
 from distill.teacher import Teacher
 from distill.training.schedule import Schedule
 from distill.types import Batch, View
+from unit.diagnostics.bench.test_measure import CPU, batch, data, detector  # noqa: F401
 
 FLOATS = 4
 

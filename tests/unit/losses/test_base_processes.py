@@ -6,12 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fake_view import FakeView, batch, random_view, spec
-from loss_grid import NOTHING, OBJECTS
-from test_global_knowledge import ALL_ON, of_classes, with_prototypes
-from test_pad import drawn
 from torch import Tensor
-from two_processes import assert_two_equal_one
 
 from distill.losses.base import DistillLoss
 from distill.losses.dsig import DSIG
@@ -21,6 +16,11 @@ from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD
 from distill.losses.ssim import SSIM
 from distill.types import View
+from helpers.fake_view import FakeView, batch, random_view, spec
+from helpers.loss_grid import NOTHING, OBJECTS
+from helpers.two_processes import assert_two_equal_one
+from unit.losses.test_global_knowledge import ALL_ON, of_classes, with_prototypes
+from unit.losses.test_pad import drawn
 
 
 class Together(DistillLoss):

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, equal_views, random_view, spec
-from loss_grid import NOTHING, OBJECTS, LossGrid
 from torch import Tensor
-from two_processes import assert_two_equal_one
 
 from distill.losses import base
 from distill.losses.base import DistillLoss, per_anchor
 from distill.losses.chen import Chen, bounded, soft_labels
 from distill.types import AnchorTargets, DetectorSpec, DistillError
+from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
+from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
+from helpers.two_processes import assert_two_equal_one
 
 OFF: dict[str, Mapping[str, Any]] = {
     "rpn": {"soft": 0, "box": 0},

@@ -12,15 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fake_view import STRIDES, FakeView, batch, equal_views, random_view, spec
-from loss_grid import NOTHING, OBJECTS, LossGrid
-from test_masks import slow
 from torch import Tensor
 
 from distill.losses import base, defeat, imitation, masks
 from distill.losses.base import DistillLoss
 from distill.losses.defeat import DeFeat
 from distill.types import DetectorSpec, DistillError, Target
+from helpers.fake_view import STRIDES, FakeView, batch, equal_views, random_view, spec
+from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
+from unit.losses.test_masks import slow
 
 NO_ADAPTER = {"kernel": None, "backbone_relu": False}
 ALL_ON: dict[str, Mapping[str, Any]] = {

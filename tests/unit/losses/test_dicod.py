@@ -12,9 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fake_view import FakeView, batch, random_view, spec
-from loss_grid import NOTHING, OBJECTS, LossGrid
-from test_crops import slow_crop
 from torch import Tensor, nn
 
 from distill.frozen import FrozenModel
@@ -23,6 +20,9 @@ from distill.losses.base import DistillLoss
 from distill.losses.dicod import DICOD
 from distill.training.schedule import Schedule
 from distill.types import AnchorTargets, Batch, DetectorSpec, DistillError
+from helpers.fake_view import FakeView, batch, random_view, spec
+from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
+from unit.losses.test_crops import slow_crop
 
 KNOWN = ("hen", "owl", "cat", "dog", "cow")
 """The classifier's classes: more than the student's, in another order."""

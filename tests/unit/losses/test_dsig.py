@@ -12,14 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fake_view import FakeView, batch, random_view, spec
-from loss_grid import NOTHING, OBJECTS, LossGrid
 from torch import Tensor
 
 from distill.losses import base, dsig
 from distill.losses.base import DistillLoss
 from distill.losses.dsig import DSIG
 from distill.types import AnchorTargets, Detections, DetectorSpec, DistillError, Regions
+from helpers.fake_view import FakeView, batch, random_view, spec
+from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
 
 ONE_STAGE = spec(two_stage=False)
 PREDICTED: dict[str, Mapping[str, Any]] = {

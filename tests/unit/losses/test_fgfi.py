@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import STRIDES, FakeView, anchors, batch, random_view, spec
-from loss_grid import OBJECTS, LossGrid
-from test_masks import slow_fine_grained
 from torch import Tensor
 
 from distill.cli import compose
 from distill.losses.base import DistillLoss
 from distill.losses.fgfi import FGFI
 from distill.types import DetectorSpec, DistillError
+from helpers.fake_view import STRIDES, FakeView, anchors, batch, random_view, spec
+from helpers.loss_grid import OBJECTS, LossGrid
+from unit.losses.test_masks import slow_fine_grained
 
 NONE = {"kernel": None}
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, random_view, spec
-from loss_grid import OBJECTS, LossGrid
-from test_masks import slow_cells, slow_level
 from torch import Tensor
 
 from distill.losses import masks
 from distill.losses.base import DistillLoss
 from distill.losses.global_knowledge import GlobalKnowledge, agreement
 from distill.types import Batch, DetectorSpec, DistillError
+from helpers.fake_view import FakeView, batch, random_view, spec
+from helpers.loss_grid import OBJECTS, LossGrid
+from unit.losses.test_masks import slow_cells, slow_level
 
 NO_ADAPTER = {"kernel": None}
 ALL_ON: dict[str, Mapping[str, Any]] = {"relation": {"weight": 5.0}, "prototypes": {"count": 3}}

@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import batch, random_view, spec
-from loss_grid import OBJECTS
-from test_masks import slow
 from torch import Tensor
 
 from distill.losses import masks
@@ -21,6 +18,9 @@ from distill.losses.kernels import blocks
 from distill.losses.mimic import Mimic
 from distill.losses.tadf import TADF
 from distill.types import DistillError
+from helpers.fake_view import batch, random_view, spec
+from helpers.loss_grid import OBJECTS
+from unit.losses.test_masks import slow
 
 NONE = {"kernel": None}
 CHANNELS = {8: 5, 16: 5}

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from fake_view import FakeView, anchors, batch, corners, spec
 from torch import Tensor
 
 from distill.detectors.fcos import FCOS
 from distill.losses import masks
 from distill.types import Batch, DistillError, Target
+from helpers.fake_view import FakeView, anchors, batch, corners, spec
 
 # DeFeat's reference values: padded input 800 x 1344, two images.
 BOXES = [

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, random_view, spec
-from loss_grid import OBJECTS, LossGrid
 from torch import Tensor
 
 from distill.cli import compose
 from distill.losses.base import DistillLoss
 from distill.losses.mimic import Mimic
 from distill.types import DetectorSpec, DistillError
+from helpers.fake_view import FakeView, batch, random_view, spec
+from helpers.loss_grid import OBJECTS, LossGrid
 
 NONE = {"kernel": None}
 NECK_ONLY: dict[str, Any] = {"regions": {"all": 0}, "neck": {"all": 1}}

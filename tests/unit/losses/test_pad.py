@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, equal_views, random_view, spec
-from loss_grid import OBJECTS, LossGrid
-from test_fgfi import AnchorsFollowMaps
-from test_masks import slow_fine_grained
 from torch import Tensor, nn
 
 from distill.cli import compose
@@ -27,6 +23,10 @@ from distill.losses.pad import PAD, Variance, reweighed
 from distill.losses.ssim import SSIM
 from distill.losses.tadf import TADF
 from distill.types import DetectorSpec, DistillError
+from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
+from helpers.loss_grid import OBJECTS, LossGrid
+from unit.losses.test_fgfi import AnchorsFollowMaps
+from unit.losses.test_masks import slow_fine_grained
 
 NONE = {"kernel": None}
 BOTH: dict[str, Any] = {"neck": {"all": 2}}

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from fake_view import corners
 from torch import Tensor
 
 from distill.losses.prototypes import box_means, choose, dense, matching_pursuit
+from helpers.fake_view import corners
 
 
 def drawn(count: int, width: int, seed: int) -> Tensor:

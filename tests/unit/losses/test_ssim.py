@@ -10,9 +10,6 @@ import kornia
 import numpy as np
 import pytest
 import torch
-from fake_view import FakeView, batch, equal_views, random_view, spec
-from loss_grid import OBJECTS, LossGrid
-from test_masks import slow
 from torch import Tensor
 
 from distill.losses import ssim
@@ -20,6 +17,9 @@ from distill.losses.base import DistillLoss
 from distill.losses.kernels import blocks, windows
 from distill.losses.ssim import SSIM, Dissimilarity
 from distill.types import DetectorSpec, DistillError
+from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
+from helpers.loss_grid import OBJECTS, LossGrid
+from unit.losses.test_masks import slow
 
 NO_ADAPTER = {"kernel": None}
 AXES = {"plane": (2, 3), "image": (1, 2, 3), "tensor": (0, 1, 2, 3)}

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from fake_view import FakeView, batch, equal_views, random_view, spec
-from loss_grid import NOTHING, OBJECTS, LossGrid
 from torch import Tensor
 from torchvision.ops import box_iou
-from two_processes import assert_two_equal_one
 
 from distill.losses import tadf
 from distill.losses.base import DistillLoss
 from distill.losses.tadf import TADF
 from distill.types import DetectorSpec, DistillError, Regions
+from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
+from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
+from helpers.two_processes import assert_two_equal_one
 
 OFF: dict[str, Mapping[str, Any]] = {
     "neck": {"foreground": 0},

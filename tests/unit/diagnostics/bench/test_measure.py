@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_dicod import Tiny
 from torch import Tensor, nn
 
 from distill.data.datamodule import DetectionData
@@ -34,6 +33,7 @@ from distill.losses.mimic import Mimic
 from distill.teacher import Teacher
 from distill.training.schedule import Schedule
 from distill.types import Batch, DistillError
+from unit.losses.test_dicod import Tiny
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
