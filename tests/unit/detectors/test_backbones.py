@@ -126,7 +126,7 @@ def test_set_eps_reaches_norms_on_running_statistics_only() -> None:
     assert [layer.eps for layer in module] == [0.0, 1e-5, 0.0]
 
 
-BAD = [{"depth": 20}, {"width": 0}, {"width": -1}, {"norm": "batch"}, {"trainable_stages": 6}, {"trainable_stages": -1}]
+BAD = [{"depth": 20}, {"width": 0}, {"width": -1}, {"norm": "layer"}, {"trainable_stages": 6}, {"trainable_stages": -1}]
 
 
 @pytest.mark.parametrize("options", BAD)
@@ -279,7 +279,7 @@ def test_mobilenets_come_in_torchvisions_widths() -> None:
         ({"backbone": "efficientnet_b0", "width": 0.5}, "width: expected 1 for efficientnet_b0"),
         ({"backbone": "resnext50_32x4d", "width": 0.5}, "width: expected 1 for resnext50_32x4d"),
         ({"backbone": "mobilenet_v2", "width": 0}, "width"),
-        ({"backbone": "mobilenet_v2", "norm": "batch"}, "norm"),
+        ({"backbone": "mobilenet_v2", "norm": "layer"}, "norm"),
     ],
 )
 def test_an_option_that_a_backbone_lacks_is_refused(options: dict[str, Any], words: str) -> None:
