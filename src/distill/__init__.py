@@ -55,7 +55,7 @@ _MODULES = {
 """Public name -> the module below ``distill`` that defines it."""
 
 __all__ = sorted(_MODULES)
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import compose_limits, target_policy
+from distill.cli.renamed_keys import refuse_renamed, translated
 from distill.run_folder import RunFolder
 from distill.type_checks import type_errors
 from distill.types import DistillError
@@ -105,7 +106,7 @@ def quoted(text: str) -> str:
 
 
 def noted(run: Path) -> list[str]:
-    """The words of the command line that a run noted; they are not to be trusted.
+    """The overrides of a run's command line, with the keys of today; they are not to be trusted.
 
     Raises:
         DistillError: its ``overrides.yaml`` is no list of overrides.
@@ -118,7 +119,7 @@ def noted(run: Path) -> list[str]:
         raise DistillError(f"{file}: cannot be read ({str(error).splitlines()[0]}); is it a run's folder?") from error
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise DistillError(f"{file}: expected a list of overrides, as train writes it")
-    return lines
+    return [translated(line) for line in lines]
 
 
 def recorded(run: Path) -> list[Override]:
@@ -187,6 +188,7 @@ def check(overrides: Sequence[str]) -> None:
 
     A sweep is checked by the first value of each axis and by every value of a group.
     """
+    refuse_renamed(overrides)
     fixed, axes = [], []
     for override in parse(overrides):
         if override.is_hydra_override() or override.is_interval_sweep() or isinstance(override.value(), Glob):

@@ -80,6 +80,7 @@ def load_student(source: Path) -> Any:
     """The exported student of a run folder, or the student inside a checkpoint."""
     import torch
 
+    from distill.detectors.description import checkpoint_model
     from distill.detectors.registry import described, load_detector
     from distill.detectors.weights import fit, fit_sizes
     from distill.files import load_tensors
@@ -100,9 +101,10 @@ def load_student(source: Path) -> Any:
         for name, value in weights.items()
         if str(name).startswith("student.net.") and isinstance(value, torch.Tensor)
     }
+    model = checkpoint_model(content, str(source))
     with torch.device("meta"):
-        fit_sizes(described(content.get("student"), str(source)).net, state, str(source))
-    student = described(content.get("student"), str(source))
+        fit_sizes(described(model, str(source)).net, state, str(source))
+    student = described(model, str(source))
     fit(student.net, state, str(source))
     return student
 

@@ -156,9 +156,19 @@ def checkpoint(cfg: DictConfig, run: Path) -> Path | None:
 
 def check_config(cfg: DictConfig, file: Path | None) -> None:
     """Refuse a checkpoint of another configuration, naming what differs; warn with ``resume=anyway``."""
+    _refuse_older(file)
     made_by = _part(file, "made_by")
     if made_by:
         _refuse(cfg, file, differences(made_by["config"], compose.plain(cfg)))
+
+
+def _refuse_older(file: Path | None) -> None:
+    """Refuse a checkpoint of version 0.1.0, which did not record its version: its configuration has other keys."""
+    if file is not None and _part(file, "distill_version") is None:
+        raise DistillError(
+            f"resume: {file} was written by distill 0.1.0, which alone can resume that run: install distill 0.1.0, or start "
+            "a new run without ckpt_path"
+        )
 
 
 def check_data(cfg: DictConfig, file: Path | None, data: DetectionData) -> None:

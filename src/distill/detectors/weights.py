@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distill.detectors import anchors
 from distill.detectors.backbones import body_state, imagenet_weights
 from distill.detectors.base import Detector, check_classes
+from distill.detectors.description import FORMAT, to_current_format
 from distill.detectors.norms import set_eps
 from distill.detectors.timm import TIMM, timm_network
 from distill.files import atomic_write, load_tensors, read_json, write_text
@@ -48,12 +49,12 @@ class Source:
 
 
 def save_student(detector: Detector, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-    """Write `student.pt`, torchvision's state dict, and `student.json`: ``{"model": describe(), "extra": extra}``.
+    """Write `student.pt`, torchvision's state dict, and `student.json`: ``{"format": 2, "model": describe(), "extra": extra}``.
 
     Each file appears whole or not at all. Returns the path of `student.pt`.
     """
     run = RunFolder(folder)
-    text = json.dumps({"format": 1, "model": detector.describe(), "extra": dict(extra or {})}, indent=2) + "\n"
+    text = json.dumps({"format": FORMAT, "model": detector.describe(), "extra": dict(extra or {})}, indent=2) + "\n"
     state = {name: value.detach().cpu().contiguous() for name, value in detector.net.state_dict().items()}
     write_text(run.description, text)
     return atomic_write(run.student, lambda file: torch.save(state, file))
@@ -268,10 +269,14 @@ def _file(path: Path, option: str) -> Path:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The facts beside a file of weights; empty where there are none."""
+    """The description beside a file of weights, in today's format; empty where there is none.
+
+    Raises:
+        DistillError: unreadable, or written by a newer version.
+    """
     if not path.is_file():
         return {}
-    facts = read_json(path)
+    facts = to_current_format(read_json(path), str(path))
     if not all(isinstance(facts.get(key, {}), dict) for key in ("model", "extra")):
         raise DistillError(f"{path}: expected an object with the detector's facts under 'model'")
     classes = facts.get("model", {}).get("classes", [])

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from distill import distributed
+from distill import __version__, distributed
 from distill.detectors.base import Detector
+from distill.detectors.description import FORMAT
 from distill.evaluation.evaluate import Evaluation, MakeMetric
 from distill.frozen import frozen_models
 from distill.losses.base import DistillLoss
@@ -205,7 +206,9 @@ class Distiller(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the student is, and the guests' identities, never their weights."""
+        """The version, the student's description, and the identities of teacher and frozen models, never their weights."""
+        checkpoint["distill_version"] = __version__
+        checkpoint["student_format"] = FORMAT
         checkpoint["student"] = self.student.describe()
         checkpoint["teacher"] = self.teacher.identity() if self.teacher else None
         checkpoint["guests"] = {name: loss.identity() for name, loss in self.losses.items()}

@@ -1,0 +1,59 @@
+"""The description of a detector in `student.json` and in checkpoints, and its older formats.
+
+A description is ``{"format": 2, "model": {"family": ..., option: value, ...}, "extra": {...}}``. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from distill.types import DistillError
+
+FORMAT = 2
+"""The format that this version writes. Version 0.1.0 wrote format 1."""
+
+RENAMED_OPTIONS: dict[str, str] = {}
+"""Option of a detector in format 1 -> its dotted path today."""
+
+RENAMED_VALUES: dict[str, dict[str, str]] = {"norm": {"live": "batch", "fixed": "batch_fixed_stats"}}
+"""Dotted path of an option -> old value -> value today."""
+
+
+def renamed_option(name: str, value: Any) -> tuple[str, Any]:
+    """An option of format 1 as its dotted path and value of today. Options that did not change are returned as given."""
+    path = RENAMED_OPTIONS.get(name, name)
+    new_value = RENAMED_VALUES.get(path, {}).get(value, value) if isinstance(value, str) else value
+    return path, new_value
+
+
+def to_current_format(description: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A description of any format, in today's format.
+
+    Raises:
+        DistillError: a newer version of distill wrote it.
+    """
+    written = description.get("format", 1)
+    if isinstance(written, bool) or written not in range(1, FORMAT + 1):
+        raise DistillError(
+            f"{where}: the detector's description has format {written!r}, and this version of distill reads formats 1 to "
+            f"{FORMAT}: install the version that wrote it, or a newer one"
+        )
+    model = description.get("model")
+    if written == FORMAT or not isinstance(model, Mapping):
+        return dict(description)
+    converted: dict[str, Any] = {}
+    for name, value in model.items():
+        path, new_value = renamed_option(name, value)
+        *parents, leaf = path.split(".")
+        node = converted
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = new_value
+    return {**description, "format": FORMAT, "model": converted}
+
+
+def checkpoint_model(checkpoint: Mapping[str, Any], where: str) -> Any:
+    """The student's description in a checkpoint of any format, in today's format; None where the checkpoint has none."""
+    description = {"format": checkpoint.get("student_format", 1), "model": checkpoint.get("student")}
+    return to_current_format(description, where)["model"]
