@@ -74,10 +74,6 @@ def test_yaml_names_every_parameter_of_our_constructors(group: str, option: str)
         assert set(parameters) - keys <= GIVEN, f"{group}/{option}{path}"
 
 
-DEFAULT = ("chen", "defeat", "dicod", "dsig", "fgfi", "global_knowledge", "mimic", "pad_fgfi", "ssim", "tadf")
-"""The option of each loss that is the loss as its constructor has it; the others of a loss say how they differ."""
-
-
 def plain(value: Any) -> Any:
     """As YAML has it: mappings as dictionaries, sequences as lists."""
     if isinstance(value, Mapping):
@@ -85,16 +81,55 @@ def plain(value: Any) -> Any:
     return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize("option", DEFAULT)
+def inherited(option: str) -> list[str]:
+    """The options whose keys this option of ``distill`` takes and changes."""
+    defaults = OmegaConf.load(compose.folder() / "distill" / f"{option}.yaml").get("defaults", [])
+    return [line.removesuffix("@_here_") for line in defaults if line.endswith("@_here_")]
+
+
+LOSSES = [option for group, option in OPTIONS if group == "distill" and option != "none"]
+BASES = [option for option in LOSSES if not inherited(option)]
+
+
+@pytest.mark.parametrize("option", BASES)
 def test_the_base_option_of_a_loss_has_the_constructor_s_defaults(option: str) -> None:
-    compared = 0
-    for path, node in targets(compose.composed([f"distill={option}", "paths.run=x"]).distill):
-        for name, parameter in inspect.signature(get_class(node._target_)).parameters.items():
-            if name in node and name != "seed" and parameter.default is not parameter.empty:
-                given = OmegaConf.to_container(node, resolve=True)[name]
-                assert given == plain(parameter.default), f"{option}{path}.{name}"
-                compared += 1
-    assert compared >= 5
+    """At every depth; `of`, what PAD wraps, has another option's keys."""
+    cfg = compose.composed([f"distill={option}", "paths.run=x"]).distill
+    assert list(cfg.losses) == [option]
+    for path, node in targets(cfg):
+        if path.endswith(".of"):
+            continue
+        given = OmegaConf.to_container(node, resolve=True)
+        parameters = inspect.signature(get_class(node._target_)).parameters
+        defaults = {
+            name: plain(parameter.default)
+            for name, parameter in parameters.items()
+            if parameter.default is not parameter.empty and name not in {"seed", *GIVEN}
+        }
+        assert {name: given.get(name, "not a key") for name in defaults} == defaults, f"{option}{path}"
+        assert OmegaConf.to_container(node).get("seed") == ("${seed}" if "seed" in parameters else None)
+
+
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full key and value of everything in a nested mapping that is no mapping."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@pytest.mark.parametrize("option", [option for option in LOSSES if option not in BASES])
+def test_an_option_that_inherits_says_only_what_it_changes(option: str) -> None:
+    own = OmegaConf.to_container(OmegaConf.load(compose.folder() / "distill" / f"{option}.yaml"))
+    own.pop("defaults")
+    (base,) = inherited(option)
+    ((_, node),) = compose.composed([f"distill={base}"]).distill.losses.items()
+    before = dict(leaves(OmegaConf.to_container(node)))
+    assert own
+    for key, value in leaves(own):
+        assert key in before
+        assert value != before[key], key
 
 
 @pytest.mark.parametrize("option", ["none", "defeat", "dsig"])

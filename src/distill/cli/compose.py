@@ -224,19 +224,16 @@ def _check_losses(overrides: Sequence[str]) -> None:
 
 
 def _chosen_losses(overrides: Sequence[str]) -> dict[str, set[str]]:
-    """Option of ``distill`` that was chosen -> the losses that it writes, with what it inherits; as Hydra reads them."""
+    """Option of ``distill`` that was chosen -> the losses that it writes, with those that it inherits."""
     with _hydra():
         loader = GlobalHydra.instance().config_loader()
         files = loader.compute_defaults_list(NAME, list(overrides), RunMode.RUN).defaults
-    found = [(str(file.config_path), str(file.parent)) for file in files]
-
-    def written(path: str) -> set[str]:
-        file = folder() / f"{path}.yaml"
-        said: Any = OmegaConf.load(file) if file.is_file() else {}
-        return set(parts(said.get("losses"))).union(*(written(below) for below, parent in found if parent == path))
-
-    chosen = [path for path, parent in found if path.startswith("distill/") and not parent.startswith("distill/")]
-    return {path.removeprefix("distill/"): written(path) for path in chosen}
+    chosen = [
+        str(file.config_path).removeprefix("distill/")
+        for file in files
+        if str(file.config_path).startswith("distill/") and not str(file.parent).startswith("distill/")
+    ]
+    return {option: set(parts(composed([f"distill={option}"]).distill.get("losses"))) for option in chosen}
 
 
 def _key(override: Override) -> str:
