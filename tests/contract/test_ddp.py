@@ -21,22 +21,23 @@ from torch import Tensor, nn
 from distill.cli import compose
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
-from distill.detectors.faster_rcnn import FasterRCNN
-from distill.detectors.fcos import FCOS
-from distill.detectors.retinanet import RetinaNet
 from distill.evaluation.coco import CocoMetric
 from distill.losses.defeat import DeFeat
 from distill.teacher import Teacher
 from distill.training.distiller import Distiller
 from distill.training.schedule import Schedule
 from distill.types import Batch, Target
+from helpers.detectors import BOX_FAMILIES, FAMILIES, small_options
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
 CONF = Path(__file__).parents[2] / "conf" / "trainer" / "ddp_cpu.yaml"
 BOXES = torch.tensor([[4.0, 4.0, 30.0, 30.0], [20.0, 26.0, 60.0, 62.0], [40.0, 2.0, 54.0, 14.0]])
-SMALL = {"depth": 10, "width": 0.25, "neck_channels": 16, "score_thresh": 0.0}
-FAMILIES: dict[str, Any] = {"faster_rcnn": FasterRCNN, "retinanet": RetinaNet, "fcos": FCOS}
-FEW = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 100, "head_channels": 32}
+FEW = {
+    "anchor_sizes": [[8], [16], [32], [64], [128]],
+    "rpn_post_nms_top_n_train": 20,
+    "rpn_post_nms_top_n_test": 100,
+    "head_channels": 32,
+}
 EXHAUSTIVE = {  # every anchor and every region is sampled, and each image has as many of them
     "rpn_batch_size_per_image": 10**5,
     "rpn_bg_iou_thresh": 0.7,
@@ -47,22 +48,20 @@ MAPS = {"backbone": {"foreground": 1.0, "background": 1.0}}
 ALL = {**MAPS, "proposals": {"positive": 1.0, "negative": 1.0, "all": 1.0}}
 
 
-def build(family: str, seed: int = 0, **options: Any) -> Any:
+def small_detector(family: str, seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
-    kind = FAMILIES[family]
-    sizes = {"anchor_sizes": [[8], [16], [32], [64], [128]], **FEW} if kind is FasterRCNN else {}
-    sizes |= {"neck_channels": 64} if kind is FCOS else {}  # group norm
-    made = kind(CLASSES, **{**SMALL, **sizes, **options})
-    for layer in made.class_layers:
-        nn.init.normal_(made.net.get_submodule(layer).weight, std=0.01)
-    return made
+    settings = small_options(family, FEW, score_thresh=0.0, **options)
+    detector: Any = FAMILIES[family].detector(CLASSES, **settings)
+    for layer in detector.class_layers:
+        nn.init.normal_(detector.net.get_submodule(layer).weight, std=0.01)
+    return detector
 
 
 def distiller(family: str, lr: float = 0.02, **options: Any) -> Distiller:
     extra = EXHAUSTIVE if family == "faster_rcnn" else {}
     channels = 96 if family == "fcos" else 24
-    student = build(family, **{**extra, **options})
-    teacher = Teacher(build(family, 1, **{**extra, "neck_channels": channels}))
+    student = small_detector(family, **{**extra, **options})
+    teacher = Teacher(small_detector(family, 1, **{**extra, "neck_channels": channels}))
     losses = {"defeat": DeFeat(student.spec, teacher.spec, **(ALL if family == "faster_rcnn" else MAPS))}
     optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9)
     schedule = Schedule(optimizer=optimizer, shape="constant", warmup_steps=0)
@@ -222,7 +221,7 @@ def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_two_processes_with_half_the_batch_give_the_gradients_of_one(family: str, both: dict[str, list[Any]]) -> None:
     """To 1e-5 of each gradient's largest entry: sums in float32 are taken in another order, nothing else differs."""
     alone = RUNS[family](1)

@@ -7,7 +7,7 @@ import gc
 import json
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.detectors.base import Detector
-from distill.detectors.faster_rcnn import FasterRCNN
-from distill.detectors.fcos import FCOS
 from distill.detectors.registry import load_detector
-from distill.detectors.retinanet import RetinaNet
 from distill.detectors.weights import save_student
 from distill.evaluation.coco import CocoMetric
 from distill.evaluation.evaluate import evaluate
@@ -51,25 +48,23 @@ from distill.training import schedule
 from distill.training.callbacks.teacher_check import TeacherCheck
 from distill.training.distiller import Distiller
 from distill.training.nonfinite import NonFiniteGuard
-from distill.training.schedule import Schedule
 from distill.types import Batch, Detections, DistillError, Target, View
+from helpers.detectors import BOX_FAMILIES
+from helpers.training import (
+    ANCHORS,
+    CLASSES,
+    EVERYTHING,
+    FormulaLoss,
+    assert_same,
+    copy_weights,
+    distiller,
+    fit,
+    sgd,
+    shapes_data,
+    small_detector,
+    small_teacher,
+)
 
-CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
-FAMILIES: dict[str, Any] = {"faster_rcnn": FasterRCNN, "retinanet": RetinaNet, "fcos": FCOS}
-ANCHORS = [[8], [16], [32], [64], [128]]
-FEW = {
-    "rpn_pre_nms_top_n_train": 40,
-    "rpn_post_nms_top_n_train": 20,
-    "rpn_pre_nms_top_n_test": 300,
-    "rpn_post_nms_top_n_test": 100,
-    "box_batch_size_per_image": 16,
-    "head_channels": 32,
-    "anchor_sizes": ANCHORS,
-}
-EVERYTHING = {
-    "backbone": {"foreground": 1.0, "background": 1.0},
-    "proposals": {"positive": 1.0, "negative": 1.0, "all": 1.0, "subsample_negatives": True},
-}
 NOTHING = {place: {"foreground": 0.0, "background": 0.0} for place in ("neck", "backbone")}
 OFF = {"stop": 99, "terms": None}
 FEW_TYPES = {"count": 2, "images": 4, "min_side": 4.0}
@@ -84,80 +79,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def detector(family: str = "faster_rcnn", seed: int = 0, classes: Sequence[str] = CLASSES, **options: Any) -> Any:
-    """A small detector whose heads are not silent."""
-    torch.manual_seed(seed)
-    kind = FAMILIES[family]
-    settings = {"depth": 10, "width": 0.25, "neck_channels": 16, "score_thresh": 0.0, "min_size": 64, "max_size": 64}
-    settings |= {"neck_channels": 64} if kind is FCOS else {}
-    made = kind(classes, **{**settings, **(FEW if kind is FasterRCNN else {}), **options})
-    for layer in made.class_layers:
-        nn.init.normal_(made.net.get_submodule(layer).weight, std=0.01)
-    if kind is FCOS:
-        nn.init.constant_(made.net.head.regression_head.bbox_reg.bias, 1.5)  # fresh boxes are points
-    return made
-
-
-def shapes(train: int = 8, source: Any = None, **options: Any) -> DetectionData:
-    source = source or Shapes(train=train, val=4, test=0, size=64)
-    return DetectionData(source, **{"batch_size": 4, "workers": 0, "min_size": 64, "max_size": 64, **options})
-
-
-def guest(seed: int = 1, **options: Any) -> Teacher:
-    return Teacher(detector(seed=seed, **{"width": 0.5, "neck_channels": 24, **options}))
-
-
-def sgd(lr: float = 0.02, **options: Any) -> Schedule:
-    optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=1e-4)
-    return Schedule(**{"optimizer": optimizer, "shape": "constant", "warmup_steps": 0, **options})
-
-
-def distiller(
-    student: Any = None,
-    teacher: Teacher | None = None,
-    losses: Mapping[str, Callable[..., DistillLoss]] | None = None,
-    **options: Any,
-) -> Distiller:
-    """Losses are given as constructors that take the specs of both detectors."""
-    student = student or detector()
-    teacher = teacher or (guest() if losses else None)
-    built = {name: make(student.spec, teacher.spec) for name, make in (losses or {}).items()} if teacher else {}
-    settings: dict[str, Any] = {"schedule": sgd(), "metrics": [CocoMetric], **options}
-    return Distiller(student, teacher, built, **settings)
-
-
-def fit(
-    module: Distiller, folder: Path, data: DetectionData | None = None, ckpt_path: Path | None = None, **options: Any
-) -> L.Trainer:
-    settings: dict[str, Any] = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,
-        "log_every_n_steps": 1,
-        "limit_val_batches": 0,
-        "default_root_dir": folder,
-        **options,
-    }
-    trainer = L.Trainer(**settings)
-    trainer.fit(module, data or shapes(), ckpt_path=ckpt_path, weights_only=True)
-    return trainer
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-
-
 class Gradients(L.Callback):
     """Keeps what every parameter's gradient was before the last step."""
 
@@ -167,19 +88,6 @@ class Gradients(L.Callback):
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-
-
-class Custom(DistillLoss):
-    """A loss whose only term is whatever `formula` makes of the two Views."""
-
-    def __init__(
-        self, student: Any, teacher: Any, formula: Callable[[View, View], Tensor], weight: float = 1.0
-    ) -> None:
-        super().__init__({"term": weight})
-        self.formula = formula
-
-    def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
-        return {"term": self.formula(student, teacher)}
 
 
 # -- weights of zero
@@ -204,7 +112,7 @@ IDLE: dict[str, dict[str, Callable[..., DistillLoss]]] = {
     "ramp at zero: tadf": {"tadf": partial(TADF, ramp=OFF)},
     "ramp at zero: pad": {"pad": partial(PAD, of=partial(Mimic, ramp=OFF))},
     "ramp at zero: global knowledge": {"global_knowledge": partial(GlobalKnowledge, prototypes=FEW_TYPES, ramp=OFF)},
-    "zero effect": {"meddler": partial(Custom, formula=meddle), "defeat": partial(DeFeat, **NOTHING)},
+    "zero effect": {"meddler": partial(FormulaLoss, formula=meddle), "defeat": partial(DeFeat, **NOTHING)},
 }
 
 
@@ -213,7 +121,7 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     torch.set_num_threads(1)
     module = distiller()
     fit(module, tmp_path_factory.mktemp("baseline"))
-    return weights(module.student)
+    return copy_weights(module.student)
 
 
 @pytest.mark.parametrize("case", IDLE)
@@ -223,7 +131,7 @@ def test_losses_without_effect_leave_the_student_as_it_is(
     gradients, module = Gradients(), distiller(losses=IDLE[case])
     trainer = fit(module, tmp_path, callbacks=[gradients])
     assert trainer.global_step == 4
-    assert_same(weights(module.student), baseline)
+    assert_same(copy_weights(module.student), baseline)
     assert case.startswith("ramp at zero") == any(name.startswith("losses.") for name in gradients.found)
     for name, found in gradients.found.items():
         assert found is not None, f"{name} is not attached"
@@ -234,7 +142,7 @@ def test_a_loss_with_effect_does_change_the_student(baseline: dict[str, Tensor],
     module = distiller(losses={"defeat": partial(DeFeat, **EVERYTHING)})
     fit(module, tmp_path)
     name = "net.backbone.fpn.layer_blocks.0.0.weight"
-    assert not torch.equal(weights(module.student)[name], baseline[name])
+    assert not torch.equal(copy_weights(module.student)[name], baseline[name])
 
 
 def test_soft_labels_take_their_weight_from_the_hard_ones(tmp_path: Path) -> None:
@@ -253,7 +161,7 @@ def test_the_teacher_runs_first_and_from_the_second_step_on_each_of_its_stages_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The body is asked for after the neck, which by then has left none behind."""
-    teacher, student, ran = guest(), detector(), []
+    teacher, student, ran = small_teacher(), small_detector(), []
     for who, net in (("teacher", teacher.optimized(torch.device("cpu"))), ("student", student)):
         maps = net.net.backbone.body.maps
         noted = partial(lambda who, maps, images: ran.append(who) or maps(images), who, maps)
@@ -266,7 +174,7 @@ def test_the_teacher_runs_first_and_from_the_second_step_on_each_of_its_stages_o
         del ran[-1]  # that one
         return torch.stack([x.mean() for x in read]).sum()
 
-    module = distiller(student, teacher, {"mine": partial(Custom, formula=formula)})
+    module = distiller(student, teacher, {"mine": partial(FormulaLoss, formula=formula)})
     fit(module, tmp_path, max_steps=3)
     assert ran == ["teacher", "student", "teacher"] + 2 * ["teacher", "student"]
 
@@ -275,7 +183,7 @@ def test_the_teacher_runs_first_and_from_the_second_step_on_each_of_its_stages_o
 
 
 def test_the_teacher_is_nowhere_in_what_is_trained_averaged_or_saved(tmp_path: Path) -> None:
-    teacher = guest(width=1.0)
+    teacher = small_teacher(width=1.0)
     module = distiller(teacher=teacher, losses={"defeat": DeFeat})
     average, keep = EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
     trainer = fit(module, tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[average, keep])
@@ -308,11 +216,11 @@ class Watcher(L.Callback):
 
 
 def test_a_teacher_with_live_norms_stays_bit_identical_and_asleep(tmp_path: Path) -> None:
-    teacher = guest(norm="batch")
-    before = weights(teacher.detector)
+    teacher = small_teacher(norm="batch")
+    before = copy_weights(teacher.detector)
     module = distiller(teacher=teacher, losses={"defeat": partial(DeFeat, **EVERYTHING)})
     fit(module, tmp_path, callbacks=[Watcher(teacher), TeacherCheck()], limit_val_batches=1.0, max_epochs=1)
-    assert_same(weights(teacher.detector), before)
+    assert_same(copy_weights(teacher.detector), before)
 
 
 def test_the_teachers_maps_are_gone_after_the_step(tmp_path: Path) -> None:
@@ -329,7 +237,7 @@ def test_the_teachers_maps_are_gone_after_the_step(tmp_path: Path) -> None:
 
     gc.disable()
     try:
-        module = distiller(losses={"defeat": partial(DeFeat, **EVERYTHING), "x": partial(Custom, formula=imitate)})
+        module = distiller(losses={"defeat": partial(DeFeat, **EVERYTHING), "x": partial(FormulaLoss, formula=imitate)})
         fit(module, tmp_path, callbacks=[Free()], max_epochs=1)
     finally:
         gc.enable()
@@ -353,12 +261,12 @@ def stopped(module: Distiller, folder: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_student_that_is_not_finite_stops_before_any_weight_changes(
     family: str, accumulate: int, tmp_path: Path
 ) -> None:
-    module = distiller(detector(family))
+    module = distiller(small_detector(family))
     poison(module.student, level=1)
     message = stopped(module, tmp_path, accumulate_grad_batches=accumulate)
     term, stride = ("student/loss_objectness", 8) if family == "faster_rcnn" else ("student/classification", 16)
@@ -370,7 +278,7 @@ def test_a_student_that_is_not_finite_stops_before_any_weight_changes(
 
 
 def test_a_centerness_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    module = distiller(detector("fcos"))
+    module = distiller(small_detector("fcos"))
     with torch.no_grad():
         module.student.net.head.regression_head.bbox_ctrness.weight[0, 0] = math.nan
     message = stopped(module, tmp_path)
@@ -379,7 +287,7 @@ def test_a_centerness_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_is_not_finite_is_named_with_its_level(tmp_path: Path) -> None:
-    teacher = guest()
+    teacher = small_teacher()
     poison(teacher.detector, level=2)
     message = stopped(distiller(teacher=teacher, losses={"defeat": DeFeat}), tmp_path)
     assert "not finite in defeat/neck.foreground, defeat/neck.background (images [" in message
@@ -396,13 +304,13 @@ def test_a_formula_that_is_not_finite_is_named_with_its_images(tmp_path: Path) -
     class SecondStep(L.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, index: int) -> None:
             if index == 1:
-                self.before = weights(nn.ModuleDict(dict(module.named_children())))
+                self.before = copy_weights(nn.ModuleDict(dict(module.named_children())))
 
         def on_exception(self, trainer: Any, module: Any, error: BaseException) -> None:
             for name, parameter in module.named_parameters():
                 assert torch.equal(parameter, self.before[name]), name
 
-    module = distiller(losses={"mine": partial(Custom, formula=second_step_inf)}, guard=NonFiniteGuard(limit=0))
+    module = distiller(losses={"mine": partial(FormulaLoss, formula=second_step_inf)}, guard=NonFiniteGuard(limit=0))
     with pytest.raises(DistillError, match=r"step 1: the loss is not finite in mine/term \(images") as caught:
         fit(module, tmp_path, callbacks=[SecondStep()])
     assert str(list(batches[1].ids)) in str(caught.value)
@@ -433,7 +341,7 @@ def test_a_resume_ends_with_the_same_weights_bit_for_bit(ema: bool, tmp_path: Pa
         average = [EMAWeightAveraging(decay=0.5)] if ema else []
         options: dict[str, Any] = {"max_epochs": 4, "enable_checkpointing": True, "limit_val_batches": 1.0}
         fit(module, tmp_path, ckpt_path=ckpt_path, callbacks=[StopAfter(stop), keep, *average], **options)
-        return weights(module)
+        return copy_weights(module)
 
     straight = run("straight")
     half = run("half", stop=2)
@@ -449,7 +357,7 @@ def test_a_resume_with_another_teacher_is_refused(now: str, tmp_path: Path) -> N
     keep = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
     losses = {"defeat": DeFeat}
     fit(distiller(losses=losses), tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[keep])
-    module = distiller() if now == "none" else distiller(teacher=guest(seed=2), losses=losses)
+    module = distiller() if now == "none" else distiller(teacher=small_teacher(seed=2), losses=losses)
     with pytest.raises(DistillError, match=r"made with the teacher memory .*, but this run has"):
         fit(module, tmp_path, ckpt_path=tmp_path / "last.ckpt")
 
@@ -493,12 +401,12 @@ def test_two_half_batches_accumulated_equal_one(tmp_path: Path) -> None:
     """RetinaNet, because its losses are means over images; sums of float32 in another order differ by rounding."""
     found = []
     for size, accumulate in ((4, 1), (2, 2)):
-        module = distiller(detector("retinanet", norm="frozen"), schedule=sgd(base_batch=16))
+        module = distiller(small_detector("retinanet", norm="frozen"), schedule=sgd(base_batch=16))
         gradients = Gradients()
         trainer = fit(
             module,
             tmp_path,
-            shapes(train=4, batch_size=size),
+            shapes_data(train=4, batch_size=size),
             max_epochs=1,
             accumulate_grad_batches=accumulate,
             callbacks=[gradients],
@@ -511,7 +419,7 @@ def test_two_half_batches_accumulated_equal_one(tmp_path: Path) -> None:
 
 
 def test_norms_and_biases_of_a_detector_are_spared_decay() -> None:
-    module = distiller(detector("retinanet", head_norm="group", neck_channels=32), losses=None)
+    module = distiller(small_detector("retinanet", head_norm="group", neck_channels=32), losses=None)
     optimizer, _ = sgd(decay_norms=False).build(module.student, module.losses, 10, 4)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     named = {name: decay[id(p)] for name, p in module.student.named_parameters()}
@@ -531,12 +439,12 @@ class Bare(DetectionData):
         return replace(batch, targets=(none,) * len(batch))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 @pytest.mark.parametrize("kind", [DetectionData, Bare])
 def test_a_gradient_reaches_every_trained_parameter(family: str, kind: Any, tmp_path: Path) -> None:
     options = EVERYTHING if family == "faster_rcnn" else {"backbone": EVERYTHING["backbone"]}
-    gradients, teacher = Gradients(), Teacher(detector(family, 1, width=0.5))
-    module = distiller(detector(family), teacher, {"defeat": partial(DeFeat, **options)})
+    gradients, teacher = Gradients(), Teacher(small_detector(family, 1, width=0.5))
+    module = distiller(small_detector(family), teacher, {"defeat": partial(DeFeat, **options)})
     data = kind(Shapes(train=4, val=2, test=0, size=64), batch_size=4, workers=0, min_size=64, max_size=64)
     trainer = fit(module, tmp_path, data, max_steps=1, callbacks=[gradients])
     assert trainer.global_step == 1
@@ -548,14 +456,17 @@ def test_a_gradient_reaches_every_trained_parameter(family: str, kind: Any, tmp_
 
 @pytest.mark.parametrize(
     ("student", "teacher"),
-    [(s, t) for s in FAMILIES for t in FAMILIES if s != t],
+    [(s, t) for s in BOX_FAMILIES for t in BOX_FAMILIES if s != t],
 )
 @pytest.mark.parametrize("mask", ["ground_truth", "fine_grained"])
 def test_any_family_teaches_any_other_on_the_strides_they_share(
     student: str, teacher: str, mask: str, tmp_path: Path
 ) -> None:
     losses = {"defeat": partial(DeFeat, backbone=EVERYTHING["backbone"], mask={"kind": mask})}
-    module, gradients = distiller(detector(student), Teacher(detector(teacher, 1, width=0.5)), losses), Gradients()
+    module, gradients = (
+        distiller(small_detector(student), Teacher(small_detector(teacher, 1, width=0.5)), losses),
+        Gradients(),
+    )
     trainer = fit(module, tmp_path, max_steps=1, callbacks=[gradients])
     shared = set(module.student.spec.neck) & set(module.teacher.detector.spec.neck)  # type: ignore[union-attr]
     assert shared == ({8, 16, 32, 64} if "faster_rcnn" in (student, teacher) else {8, 16, 32, 64, 128})
@@ -568,8 +479,8 @@ def test_any_family_teaches_any_other_on_the_strides_they_share(
 
 
 def test_the_configuration_names_the_loss_terms_of_every_family() -> None:
-    batch = shapes().batch("train", range(2))
-    terms = [list(detector(family).view(batch).losses) for family in FAMILIES]
+    batch = shapes_data().batch("train", range(2))
+    terms = [list(small_detector(family).view(batch).losses) for family in BOX_FAMILIES]
     terms.append(["loss_mask"])  # of Mask R-CNN, which needs masks: tests/smoke/test_train_masks.py trains it
     configured = yaml.safe_load((Path(__file__).parents[2] / "conf" / "config.yaml").read_text())["supervised"]
     assert configured == {name: 1.0 for each in terms for name in each}
@@ -618,12 +529,12 @@ def plain_torchvision(model: dict[str, Any]) -> nn.Module:
 def test_the_student_left_behind_is_torchvisions_own_model(family: str, norm: str, tmp_path: Path) -> None:
     kernel = {"box_roi_align": "torchvision"} if family == "faster_rcnn" else {}  # else equal but for rounding
     size = {"min_size": 96, "max_size": 120}
-    student = detector(family, depth=18, width=1.0, neck_channels=256, norm=norm, **size, **kernel).eval()
+    student = small_detector(family, depth=18, width=1.0, neck_channels=256, norm=norm, **size, **kernel).eval()
     save_student(student, tmp_path)
     model = json.loads((tmp_path / "student.json").read_text())["model"]
     theirs = plain_torchvision(model).eval()
     theirs.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True), strict=True)
-    data = shapes(source=Shapes(train=1, val=2, test=0, size=96), min_size=96, max_size=120)
+    data = shapes_data(source=Shapes(train=1, val=2, test=0, size=96), min_size=96, max_size=120)
     batch = data.batch("val", range(2))
     with torch.no_grad():
         expected = theirs([image.float() / 255 for image in batch.images])
@@ -635,12 +546,12 @@ def test_the_student_left_behind_is_torchvisions_own_model(family: str, norm: st
         assert torch.equal(ours.labels, other["labels"][known])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_a_narrow_student_comes_back_on_our_backbone(family: str, tmp_path: Path) -> None:
-    module = distiller(detector(family))
+    module = distiller(small_detector(family))
     fit(module, tmp_path, max_epochs=1)
     save_student(module.student, tmp_path)
-    batch = shapes().batch("val", range(4))
+    batch = shapes_data().batch("val", range(4))
     back = load_detector(tmp_path).eval()
     pairs = zip(
         module.student.eval().view(batch, training=False).detections,
@@ -666,16 +577,18 @@ class BeforeStepOne(L.Callback):
 
 
 def test_an_unknown_teacher_is_measured_before_the_first_step(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    look, teacher = BeforeStepOne(), guest()
+    look, teacher = BeforeStepOne(), small_teacher()
     module = distiller(teacher=teacher, losses={"defeat": DeFeat})
     fit(module, tmp_path, max_epochs=1, callbacks=[TeacherCheck(min_ap=0.9), look])
-    assert look.values == {f"val/{name}": value for name, value in numbers(guest().detector, shapes()).items()}
+    assert look.values == {
+        f"val/{name}": value for name, value in numbers(small_teacher().detector, shapes_data()).items()
+    }
     assert 0 < look.values["val/AR100"] < 1
     assert any("below teacher.min_ap=0.9" in str(warning.message) for warning in recwarn)
 
 
 def test_a_known_teacher_is_not_measured_again(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    teacher = guest()
+    teacher = small_teacher()
     teacher.values = {"val/AP": 0.5}
     module = distiller(teacher=teacher, losses={"defeat": DeFeat})
     fit(module, tmp_path, max_epochs=1, callbacks=[TeacherCheck(min_ap=0.4)])
@@ -684,25 +597,28 @@ def test_a_known_teacher_is_not_measured_again(tmp_path: Path, recwarn: pytest.W
 
 
 def test_a_teacher_of_other_classes_is_a_warning_where_the_loss_does_not_mind(tmp_path: Path) -> None:
-    teacher = guest(classes=("cat", "dog"))
+    teacher = small_teacher(classes=("cat", "dog"))
     module = distiller(teacher=teacher, losses={"defeat": DeFeat})
     with pytest.warns(UserWarning, match="the teacher's AP is not known: .*share no name"):
         fit(module, tmp_path, max_epochs=1, callbacks=[TeacherCheck(min_ap=0.4)])
     assert teacher.values == {}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_validation_inside_training_gives_the_numbers_of_evaluate(family: str, tmp_path: Path) -> None:
-    module, data = distiller(detector(family, seed=1, width=0.5, norm="frozen"), schedule=sgd(lr=1e-4)), shapes()
+    module, data = (
+        distiller(small_detector(family, seed=1, width=0.5, norm="frozen"), schedule=sgd(lr=1e-4)),
+        shapes_data(),
+    )
     trainer = fit(module, tmp_path, data, limit_val_batches=1.0)
-    expected = numbers(module.student, shapes())
+    expected = numbers(module.student, shapes_data())
     assert 0 < expected["AR100"] < 1
     assert {name: trainer.callback_metrics[f"val/{name}"].item() for name in expected} == expected
 
 
 def test_a_detector_of_another_class_list_is_measured_on_the_shared_names() -> None:
     names = ("ring", "cat", "circle", "dog", "star")
-    model, data = detector(classes=names).eval(), shapes()
+    model, data = small_detector(classes=names).eval(), shapes_data()
     metric = CocoMetric(data.ground_truth("val"), data.classes)
     for batch in data.loader("val"):
         shared = []
@@ -739,9 +655,9 @@ class Eye(FrozenModel):
         return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_a_classifier_teaches_without_a_teacher_and_stays_a_guest(family: str, tmp_path: Path) -> None:
-    student = detector(family, **({"anchor_sizes": ANCHORS} if family == "retinanet" else {}))
+    student = small_detector(family, **({"anchor_sizes": ANCHORS} if family == "retinanet" else {}))
     eye = Eye()
     before = {name: value.clone() for name, value in eye.net.state_dict().items()}
     module = Distiller(student, None, {"dicod": DICOD(student.spec, None, eye, size=16)}, schedule=sgd())
@@ -763,10 +679,10 @@ def test_a_classifier_teaches_without_a_teacher_and_stays_a_guest(family: str, t
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_resume_with_another_classifier_is_refused(same: bool, tmp_path: Path) -> None:
-    student, eye = detector(), Eye()
+    student, eye = small_detector(), Eye()
 
     def module(known: Eye) -> Distiller:
-        return Distiller(detector(), None, {"dicod": DICOD(student.spec, None, known, size=16)}, schedule=sgd())
+        return Distiller(small_detector(), None, {"dicod": DICOD(student.spec, None, known, size=16)}, schedule=sgd())
 
     fit(module(eye), tmp_path, max_epochs=1).save_checkpoint(tmp_path / "last.ckpt")
     if same:
@@ -778,15 +694,15 @@ def test_a_resume_with_another_classifier_is_refused(same: bool, tmp_path: Path)
         fit(module(other), tmp_path, ckpt_path=tmp_path / "last.ckpt")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_a_classifier_s_terms_reach_the_heads_that_they_are_of(family: str) -> None:
-    student = detector(family, **({"anchor_sizes": ANCHORS} if family == "retinanet" else {}))
+    student = small_detector(family, **({"anchor_sizes": ANCHORS} if family == "retinanet" else {}))
     if family != "faster_rcnn":
         class_layer, box_layer = "head.classification_head.cls_logits", "head.regression_head.bbox_reg"
     else:
         class_layer, box_layer = "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"
     layers = [student.net.get_submodule(name).weight for name in (class_layer, box_layer)]
-    data = shapes()
+    data = shapes_data()
     values = DICOD(student.spec, None, Eye(), size=16)(student.view(next(iter(data.train_dataloader())), seed=1), None)
     for term, reached in (("classes", [True, False]), ("pixels", [False, True]), ("features", [False, True])):
         found = torch.autograd.grad(values[term], layers, allow_unused=True, retain_graph=True)
@@ -794,9 +710,9 @@ def test_a_classifier_s_terms_reach_the_heads_that_they_are_of(family: str) -> N
 
 
 def test_a_loss_without_a_teacher_is_refused() -> None:
-    spec = detector().spec
+    spec = small_detector().spec
     with pytest.raises(DistillError, match="need a teacher, but none was given; use distill=none"):
-        Distiller(detector(), None, {"defeat": DeFeat(spec, spec)})
+        Distiller(small_detector(), None, {"defeat": DeFeat(spec, spec)})
 
 
 # -- layout
@@ -809,14 +725,14 @@ def channels_last(module: nn.Module) -> bool:
 
 
 def test_the_layout_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
-    plain, laid = (distiller(detector(), losses={"defeat": DeFeat}) for _ in range(2))
+    plain, laid = (distiller(small_detector(), losses={"defeat": DeFeat}) for _ in range(2))
     schedule.channels_last(laid)
     trainers = [fit(module, tmp_path, max_steps=1) for module in (plain, laid)]
     assert not channels_last(plain)
     assert channels_last(laid.student)
     assert channels_last(laid.losses)
-    after = weights(plain)
-    assert max(float((value - after[name]).abs().max()) for name, value in weights(laid).items()) < 1e-5
+    after = copy_weights(plain)
+    assert max(float((value - after[name]).abs().max()) for name, value in copy_weights(laid).items()) < 1e-5
     # What DDP's buckets and the optimiser's fast path ask for.
     state = trainers[1].optimizers[0].state
     for parameter in laid.parameters():

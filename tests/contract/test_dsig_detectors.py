@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from contract.test_views import FAMILIES, TAUGHT, batch, build, count_calls
 from distill.cli import compose
 from distill.losses.dsig import DSIG
 from distill.types import DistillError
+from helpers.detectors import BOX_FAMILIES, FAMILIES, count_calls, padded_batch, random_detector
 from helpers.runs import TINY, Cli, summary
 
 OPTION = {"faster_rcnn": "dsig", "mask_rcnn": "dsig", "retinanet": "dsig_retinanet", "fcos": "dsig_retinanet"}
@@ -27,17 +27,17 @@ def settings(option: str) -> dict[str, Any]:
 
 
 def pair(family: str, **teacher: Any) -> tuple[Any, Any]:
-    return build(family), build(family, seed=1, **teacher)
+    return random_detector(family), random_detector(family, seed=1, **teacher)
 
 
 def total(loss: DSIG, values: dict[str, Tensor]) -> Tensor:
     return torch.stack([loss.weights[name] * value for name, value in values.items()]).sum()
 
 
-@pytest.mark.parametrize("family", TAUGHT)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_reaches_the_student_alone(family: str) -> None:
     student, teacher = pair(family)
-    loss, data = DSIG(student.spec, teacher.spec, **settings(OPTION[family])), batch()
+    loss, data = DSIG(student.spec, teacher.spec, **settings(OPTION[family])), padded_batch()
     values = loss(student.view(data, seed=3), teacher.view(data, frozen=True, seed=4))
     assert values.keys() == loss.weights.keys()
     assert all(value.isfinite() and value > 0 for value in values.values())
@@ -49,10 +49,10 @@ def test_gradient_reaches_the_student_alone(family: str) -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-@pytest.mark.parametrize("family", TAUGHT)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_twin_teacher_asks_for_nothing(family: str) -> None:
-    student, twin = build(family), build(family)
-    data = batch()
+    student, twin = random_detector(family), random_detector(family)
+    data = padded_batch()
     values = DSIG(student.spec, twin.spec, **settings(OPTION[family]))(
         student.view(data, seed=3), twin.view(data, frozen=True, seed=4)
     )
@@ -60,11 +60,11 @@ def test_a_twin_teacher_asks_for_nothing(family: str) -> None:
         assert value.item() == pytest.approx(0, abs=1e-9), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_each_model_pools_once_in_a_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = pair(family)
     counts = [count_calls(each, monkeypatch) for each in (student, teacher)]
-    loss, data = DSIG(student.spec, teacher.spec, **settings(OPTION[family])), batch()
+    loss, data = DSIG(student.spec, teacher.spec, **settings(OPTION[family])), padded_batch()
     view = student.view(data, seed=3)
     assert view.losses
     loss(view, teacher.view(data, frozen=True, seed=4))
@@ -82,7 +82,7 @@ def by_index(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_the_two_stage_graph_is_that_of_the_student_s_sample() -> None:
     student, teacher = pair("faster_rcnn")
-    data, loss = batch(), DSIG(student.spec, teacher.spec)
+    data, loss = padded_batch(), DSIG(student.spec, teacher.spec)
     ours, theirs = student.view(data, seed=3), teacher.view(data, frozen=True, seed=4)
     values = {name: value.item() for name, value in loss(ours, theirs).items()}
     regions, expected = ours.rois, dict.fromkeys(("nodes.foreground", "nodes.background", "edges.all"), 0.0)
@@ -109,7 +109,7 @@ def test_the_two_stage_graph_is_that_of_the_student_s_sample() -> None:
 
 def test_the_one_stage_graph_is_that_of_the_student_s_predictions() -> None:
     student, teacher = pair("retinanet")
-    data, loss = batch(), DSIG(student.spec, teacher.spec, **settings("dsig_retinanet"))
+    data, loss = padded_batch(), DSIG(student.spec, teacher.spec, **settings("dsig_retinanet"))
     ours, theirs = student.view(data, seed=3), teacher.view(data, frozen=True, seed=4)
     values = loss(ours, theirs)
     boxes = [found.boxes for found in ours.predictions(score=0.0, nms=0.5, top=100)]
@@ -121,11 +121,11 @@ def test_the_one_stage_graph_is_that_of_the_student_s_predictions() -> None:
     assert values["edges.all"].item() == pytest.approx(2 / 3 * sum(e.item() for _, e in images), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", TAUGHT)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_wider_teacher_is_met_by_adapters_under_autocast(family: str) -> None:
     student, teacher = pair(family, neck_channels=96)
     loss = DSIG(student.spec, teacher.spec, **{**settings(OPTION[family]), "adapter": {"kernel": 1}})
-    data = batch()
+    data = padded_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         values = loss(student.view(data, seed=3), teacher.view(data, frozen=True, seed=4))
     assert all(value.isfinite() and value.dtype == torch.float32 for value in values.values())
@@ -137,7 +137,7 @@ def test_a_wider_teacher_is_met_by_adapters_under_autocast(family: str) -> None:
     ("family", "option"), [("retinanet", "dsig_r50_r101"), ("faster_rcnn", "dsig_retinanet_small")]
 )
 def test_an_option_of_the_other_family_says_which_to_choose(family: str, option: str) -> None:
-    spec = build(family).spec
+    spec = random_detector(family).spec
     with pytest.raises(DistillError, match=f"the student is a {family}.*Choose distill={OPTION[family]}"):
         DSIG(spec, spec, **settings(option))
 
@@ -153,7 +153,7 @@ def test_an_option_of_the_other_family_says_which_to_choose(family: str, option:
     ],
 )  # fmt: skip
 def test_options_have_the_released_weights(option: str, weights: dict[str, float]) -> None:
-    spec = build("retinanet" if "retinanet" in option else "faster_rcnn").spec
+    spec = random_detector("retinanet" if "retinanet" in option else "faster_rcnn").spec
     loss = DSIG(spec, spec, **settings(option))
     assert loss.weights == weights
     assert (loss.alpha, loss.mining) == (7.5, None if "retinanet" in option else 0.6)
@@ -168,8 +168,8 @@ def test_dsig_adds_to_defeat(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> No
 
 
 def test_boxes_of_other_anchors_are_not_compared() -> None:
-    sizes = [[2 * side for side in level] for level in build("retinanet").options["anchor_sizes"]]
+    sizes = [[2 * side for side in level] for level in random_detector("retinanet").options["anchor_sizes"]]
     student, teacher = pair("retinanet", anchor_sizes=sizes)
-    loss, data = DSIG(student.spec, teacher.spec, **settings("dsig_retinanet")), batch()
+    loss, data = DSIG(student.spec, teacher.spec, **settings("dsig_retinanet")), padded_batch()
     with pytest.raises(DistillError, match="logits: expected equal anchors, but those at stride 8 differ"):
         loss(student.view(data, seed=3), teacher.view(data, frozen=True))

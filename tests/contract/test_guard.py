@@ -15,17 +15,25 @@ import lightning as L
 import pytest
 import torch
 import torch.multiprocessing as mp
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from contract.test_distiller import Custom, detector, distiller, fit, guest, shapes, weights
 from distill.diagnostics.replay import read_step, replay
 from distill.losses.defeat import DeFeat
 from distill.training.callbacks.averaging import WeightAverage
 from distill.training.callbacks.consistency import ConsistencyCheck
 from distill.training.nonfinite import NonFiniteGuard, poison_gradient
 from distill.types import DistillError, View
+from helpers.training import (
+    FormulaLoss,
+    copy_weights,
+    distiller,
+    fit,
+    half_precision,
+    shapes_data,
+    small_detector,
+    small_teacher,
+)
 
 ONE_EPOCH: dict[str, Any] = {"max_epochs": 1}
 
@@ -56,7 +64,7 @@ class States(L.Callback):
         self.found: list[dict[str, Tensor]] = []
 
     def look(self, trainer: Any, module: Any) -> None:
-        state = weights(module)
+        state = copy_weights(module)
         for number, each in enumerate(trainer.optimizers[0].state.values()):
             state |= {f"{number}/{name}": torch.as_tensor(value).clone() for name, value in each.items()}
         self.found.append(state)
@@ -94,11 +102,13 @@ def test_a_flagged_loss_is_the_same_loss() -> None:
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.01, momentum=0.9), torch.optim.AdamW])
 @pytest.mark.parametrize("case", WRONG)
 def test_a_bad_step_changes_nothing_and_the_next_one_goes_on(case: str, optimizer: Any, tmp_path: Path) -> None:
-    module = distiller(detector(norm="batch"), losses={"mine": partial(Custom, formula=at({1}, WRONG[case]))})
+    module = distiller(
+        small_detector(norm="batch"), losses={"mine": partial(FormulaLoss, formula=at({1}, WRONG[case]))}
+    )
     module.schedule = type(module.schedule)(optimizer=optimizer, shape="constant", warmup_steps=0)
     states = States()
     with pytest.warns(UserWarning, match=r"step 1: .*it is skipped \(1 skipped in a row, guard.limit=3\)"):
-        trainer = fit(module, tmp_path, shapes(train=16), callbacks=[states], **ONE_EPOCH)
+        trainer = fit(module, tmp_path, shapes_data(train=16), callbacks=[states], **ONE_EPOCH)
     assert trainer.global_step == 4
     assert changed(states, 0)
     assert changed(states, 1) == []
@@ -109,14 +119,14 @@ def test_a_bad_step_changes_nothing_and_the_next_one_goes_on(case: str, optimize
 
 
 def test_statistics_that_a_bad_forward_pass_moved_are_put_back(tmp_path: Path) -> None:
-    module, states = distiller(detector(norm="batch")), States()
+    module, states = distiller(small_detector(norm="batch")), States()
 
     def overflow(layer: Any, inputs: Any, output: Tensor) -> Tensor:
         return output * (math.inf if module.global_step == 1 else 1.0)
 
     module.student.net.backbone.body.conv1.register_forward_hook(overflow)
     with pytest.warns(UserWarning, match="student's body at stride 4"):
-        fit(module, tmp_path, shapes(train=12), callbacks=[states], **ONE_EPOCH)
+        fit(module, tmp_path, shapes_data(train=12), callbacks=[states], **ONE_EPOCH)
     assert changed(states, 1) == []
     assert changed(states, 2)
     assert all(value.isfinite().all() for value in states.found[-1].values())
@@ -124,9 +134,9 @@ def test_statistics_that_a_bad_forward_pass_moved_are_put_back(tmp_path: Path) -
 
 def test_one_bad_batch_of_several_takes_the_whole_step(tmp_path: Path) -> None:
     formula = at({2}, WRONG["infinite"])  # the first of the second step's two batches
-    module, states = distiller(losses={"mine": partial(Custom, formula=formula)}), States()
+    module, states = distiller(losses={"mine": partial(FormulaLoss, formula=formula)}), States()
     with pytest.warns(UserWarning, match="step 1"):
-        fit(module, tmp_path, shapes(train=24), callbacks=[states], accumulate_grad_batches=2, **ONE_EPOCH)
+        fit(module, tmp_path, shapes_data(train=24), callbacks=[states], accumulate_grad_batches=2, **ONE_EPOCH)
     assert [bool(changed(states, step)) for step in range(3)] == [True, False, True]
 
 
@@ -139,19 +149,21 @@ class Averages(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         model: Any = self.average._average_model
-        self.found.append((weights(model.module), int(model.n_averaged), weights(module)))
+        self.found.append((copy_weights(model.module), int(model.n_averaged), copy_weights(module)))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_skipped_step_is_no_part_of_an_average(accumulate: int, tmp_path: Path) -> None:
     """Not of its value, nor of its count: steps 0 and 2 of four are bad, and the first good one is copied."""
     bad = {0, 2 * accumulate}
-    module = distiller(detector(norm="batch"), losses={"mine": partial(Custom, formula=at(bad, WRONG["infinite"]))})
+    module = distiller(
+        small_detector(norm="batch"), losses={"mine": partial(FormulaLoss, formula=at(bad, WRONG["infinite"]))}
+    )
     average = WeightAverage(decay=0.75)
     seen = Averages(average)
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "callbacks": [average, seen], **ONE_EPOCH}
     with pytest.warns(UserWarning, match="it is skipped"):
-        fit(module, tmp_path, shapes(train=16 * accumulate), **options)
+        fit(module, tmp_path, shapes_data(train=16 * accumulate), **options)
     ends = seen.found[accumulate - 1 :: accumulate]
     assert [count for _, count, _ in ends] == [0, 1, 1, 2]
     assert [count for _, count, _ in seen.found] == sorted(count for _, count, _ in seen.found)
@@ -166,21 +178,21 @@ def test_a_skipped_step_is_no_part_of_an_average(accumulate: int, tmp_path: Path
 
 @pytest.mark.parametrize(("limit", "bad", "stops_at"), [(0, {2}, 2), (2, {1, 2, 3}, 3), (2, {0, 1, 3, 4}, None)])
 def test_the_run_stops_after_so_many_in_a_row(limit: int, bad: set[int], stops_at: int | None, tmp_path: Path) -> None:
-    module = distiller(losses={"mine": partial(Custom, formula=at(bad, WRONG["nan"]))})
+    module = distiller(losses={"mine": partial(FormulaLoss, formula=at(bad, WRONG["nan"]))})
     module.guard = NonFiniteGuard(limit=limit, folder=str(tmp_path))
     if stops_at is None:
         with pytest.warns(UserWarning, match="skipped"):
-            fit(module, tmp_path, shapes(train=24), **ONE_EPOCH)
+            fit(module, tmp_path, shapes_data(train=24), **ONE_EPOCH)
         assert module.guard.skipped == len(bad)
         return
     with pytest.raises(DistillError, match=rf"step {stops_at}: the loss is not finite in mine/term \(images") as caught:
-        fit(module, tmp_path, shapes(train=24), **ONE_EPOCH)
+        fit(module, tmp_path, shapes_data(train=24), **ONE_EPOCH)
     assert f"distill replay '{tmp_path / 'non_finite' / f'step{stops_at}-rank0.pt'}'" in str(caught.value)
 
 
 def test_a_gradient_that_is_not_finite_names_its_parameters(tmp_path: Path) -> None:
     module = distiller(
-        losses={"mine": partial(Custom, formula=at({0}, WRONG["a finite loss"]))}, guard=NonFiniteGuard(limit=0)
+        losses={"mine": partial(FormulaLoss, formula=at({0}, WRONG["a finite loss"]))}, guard=NonFiniteGuard(limit=0)
     )
     with pytest.raises(DistillError, match=r"the loss is finite, but its gradient is not, in student\.net") as caught:
         fit(module, tmp_path, **ONE_EPOCH)
@@ -189,15 +201,15 @@ def test_a_gradient_that_is_not_finite_names_its_parameters(tmp_path: Path) -> N
 
 def test_the_file_does_the_step_again_to_the_bit(tmp_path: Path) -> None:
     losses: dict[str, Any] = {"defeat": partial(DeFeat, mask={"kind": "random"}, ramp={"shape": "linear"})}
-    losses["mine"] = partial(Custom, formula=at({3, 5}, WRONG["nan"]))
-    module = distiller(detector("retinanet", norm="batch"), losses=losses, teacher=guest())
+    losses["mine"] = partial(FormulaLoss, formula=at({3, 5}, WRONG["nan"]))
+    module = distiller(small_detector("retinanet", norm="batch"), losses=losses, teacher=small_teacher())
     module.guard = NonFiniteGuard(limit=0, folder=str(tmp_path))
     with pytest.raises(DistillError):
-        fit(module, tmp_path, shapes(train=16), accumulate_grad_batches=2, **ONE_EPOCH)
+        fit(module, tmp_path, shapes_data(train=16), accumulate_grad_batches=2, **ONE_EPOCH)
     step = read_step(tmp_path / "non_finite" / "step1-rank0.pt")
-    other = distiller(detector("retinanet", seed=5, norm="batch"), losses=losses, teacher=guest())
+    other = distiller(small_detector("retinanet", seed=5, norm="batch"), losses=losses, teacher=small_teacher())
     other.losses.mine.formula = module.losses.mine.formula
-    untouched = weights(module.student)
+    untouched = copy_weights(module.student)
     found = replay(other, step)
     assert [name for name, value in other.student.named_parameters() if not torch.equal(value, untouched[name])] == []
     assert len(found) == len(step["batches"]) == 2
@@ -209,7 +221,7 @@ def test_the_file_does_the_step_again_to_the_bit(tmp_path: Path) -> None:
     assert finite == [True, False]
     assert found[0]["defeat/neck.foreground"] > 0
     with pytest.raises(DistillError, match="another student"):
-        replay(distiller(detector("retinanet", norm="frozen"), losses=losses), step)
+        replay(distiller(small_detector("retinanet", norm="frozen"), losses=losses), step)
 
 
 def test_a_file_that_holds_something_else_is_refused(tmp_path: Path) -> None:
@@ -227,13 +239,13 @@ def test_a_gradient_whose_square_overflows_is_no_reason_to_skip(tmp_path: Path) 
     def steep(student: View, teacher: View) -> Tensor:
         return 1e25 * student.neck[8].mean()
 
-    module = distiller(losses={"mine": partial(Custom, formula=steep)})
+    module = distiller(losses={"mine": partial(FormulaLoss, formula=steep)})
     module.schedule = type(module.schedule)(
         optimizer=partial(torch.optim.SGD, lr=0.0), shape="constant", warmup_steps=0
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*skipped.*")
-        fit(module, tmp_path, shapes(train=8), **ONE_EPOCH)
+        fit(module, tmp_path, shapes_data(train=8), **ONE_EPOCH)
     assert module.guard.skipped == 0
     assert max(p.grad.abs().max() for p in module.student.parameters() if p.grad is not None) > 1e20
 
@@ -247,33 +259,27 @@ def test_limits_below_zero_are_refused(options: dict[str, Any]) -> None:
 # -- fp16
 
 
-def half(scale: float, interval: int = 2000) -> MixedPrecision:
-    """16-mixed with a scaler on the CPU, where Lightning by itself would take bf16; a larger scale is tried so often."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=interval)  # type: ignore[attr-defined]
-    return MixedPrecision("16-mixed", "cpu", scaler=scaler)
-
-
 def steep(slope: float) -> Callable[[View, View], Tensor]:
     return lambda student, teacher: ((student.neck[8] - student.neck[8].detach()).float() * slope).sum()
 
 
 def test_a_scaler_that_collapses_is_called_by_name(tmp_path: Path) -> None:
-    module = distiller(detector("retinanet"), losses={"mine": partial(Custom, formula=steep(math.inf))})
+    module = distiller(small_detector("retinanet"), losses={"mine": partial(FormulaLoss, formula=steep(math.inf))})
     module.guard = NonFiniteGuard(scale_floor=64.0)
     module.losses.mine.formula = steep(1e38)  # finite; times any scale above 3 it is not
     states = States()
     with pytest.raises(
         DistillError, match=r"step 2: the fp16 scaler collapsed: .* down to 32, below guard.scale_floor"
     ):
-        fit(module, tmp_path, shapes(train=40), plugins=[half(256.0)], callbacks=[states], **ONE_EPOCH)
+        fit(module, tmp_path, shapes_data(train=40), plugins=[half_precision(256.0)], callbacks=[states], **ONE_EPOCH)
     assert module.guard.skipped == 0  # an overflow is the scaler's to skip
     assert [changed(states, step) for step in range(len(states.found) - 1)] == [[], [], []]
 
 
 def test_a_scaler_that_finds_its_scale_goes_on(tmp_path: Path) -> None:
-    module = distiller(detector("retinanet"), losses={"mine": partial(Custom, formula=steep(1e37))})
+    module = distiller(small_detector("retinanet"), losses={"mine": partial(FormulaLoss, formula=steep(1e37))})
     module.losses.mine.weights["term"] = 1e-30
-    fit(module, tmp_path, shapes(train=8), plugins=[half(2.0**110)], limit_train_batches=2, **ONE_EPOCH)
+    fit(module, tmp_path, shapes_data(train=8), plugins=[half_precision(2.0**110)], limit_train_batches=2, **ONE_EPOCH)
     assert module.guard.row == 0
 
 
@@ -289,33 +295,37 @@ def test_a_fused_optimiser_and_a_scaler_skip_the_first_step_and_a_later_one(
     name: str, case: str, tmp_path: Path
 ) -> None:
     """A loss that is bad, or a gradient that overflows: the scale is halved, nothing else changes, and the run goes on."""
-    module = distiller(detector("retinanet"), losses={"mine": partial(Custom, formula=at({0, 2}, WRONG[case]))})
+    module = distiller(
+        small_detector("retinanet"), losses={"mine": partial(FormulaLoss, formula=at({0, 2}, WRONG[case]))}
+    )
     module.schedule = type(module.schedule)(optimizer=FUSED[name], shape="constant", warmup_steps=0)
-    states, plugin = States(), half(256.0)
+    states, plugin = States(), half_precision(256.0)
     assert plugin.scaler is not None
-    fit(module, tmp_path, shapes(train=16), plugins=[plugin], callbacks=[states], **ONE_EPOCH)
+    fit(module, tmp_path, shapes_data(train=16), plugins=[plugin], callbacks=[states], **ONE_EPOCH)
     assert [bool(changed(states, step)) for step in range(4)] == [False, True, False, True]
     assert plugin.scaler.get_scale() == 256.0 / 4
     assert all(value.isfinite().all() for value in states.found[-1].values())
 
 
 def test_clipping_what_a_fused_optimiser_unscales_is_refused_at_the_start(tmp_path: Path) -> None:
-    module = distiller(detector("retinanet"))
+    module = distiller(small_detector("retinanet"))
     module.schedule = type(module.schedule)(optimizer=FUSED["AdamW"], clip=1.0)
     with pytest.raises(DistillError, match=r"schedule\.clip=1 .* fused AdamW.*fused=false"):
-        fit(module, tmp_path, plugins=[half(256.0)], gradient_clip_val=1.0, **ONE_EPOCH)
+        fit(module, tmp_path, plugins=[half_precision(256.0)], gradient_clip_val=1.0, **ONE_EPOCH)
 
 
 def test_a_loss_that_is_not_finite_is_no_matter_of_scale(tmp_path: Path) -> None:
     formula = at({0, 1}, WRONG["infinite"])
     module = distiller(
-        detector("retinanet"), losses={"mine": partial(Custom, formula=formula)}, guard=NonFiniteGuard(limit=1)
+        small_detector("retinanet"),
+        losses={"mine": partial(FormulaLoss, formula=formula)},
+        guard=NonFiniteGuard(limit=1),
     )
     with (
         pytest.warns(UserWarning, match="step 0"),
         pytest.raises(DistillError, match="step 1: the loss is not finite in mine/term"),
     ):
-        fit(module, tmp_path, plugins=[half(256.0)], **ONE_EPOCH)
+        fit(module, tmp_path, plugins=[half_precision(256.0)], **ONE_EPOCH)
 
 
 # -- two processes
@@ -328,7 +338,9 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     found: dict[str, Any] = {}
     for case in ("infinite", "without a way back", "a finite loss"):
         bad = {1, 3, 4} if rank == 1 else set()
-        module = distiller(detector(norm="batch"), losses={"mine": partial(Custom, formula=at(bad, WRONG[case]))})
+        module = distiller(
+            small_detector(norm="batch"), losses={"mine": partial(FormulaLoss, formula=at(bad, WRONG[case]))}
+        )
         module.guard = NonFiniteGuard(limit=1, folder=f"{folder}/{case}")
         states = States()
         strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False, broadcast_buffers=False)
@@ -336,7 +348,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
             fit(
                 module,
                 Path(folder),
-                shapes(train=24, batch_size=2),
+                shapes_data(train=24, batch_size=2),
                 callbacks=[states],
                 devices=2,
                 strategy=strategy,

@@ -11,11 +11,11 @@ import lightning as L
 import pytest
 import torch
 
-from contract.test_distiller import detector, distiller, fit, guest, shapes, weights
 from distill.frozen import FrozenModel, bits
 from distill.losses.defeat import DeFeat
 from distill.teacher import Teacher
 from distill.types import DistillError
+from helpers.training import copy_weights, distiller, fit, shapes_data, small_detector, small_teacher
 
 
 def nudge(net: Any) -> None:
@@ -54,7 +54,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_teacher_that_changes_stops_the_run(change: Callable[[Any], None], tmp_path: Path) -> None:
-    plain = Teacher(guest(norm="batch").detector, fold=False, channels_last=False)
+    plain = Teacher(small_teacher(norm="batch").detector, fold=False, channels_last=False)
     module = distiller(teacher=plain, losses={"defeat": DeFeat})
     with pytest.raises(DistillError, match=r"the teacher \(memory\) must stay as it is") as caught:
         fit(module, tmp_path, callbacks=[Meddler(change, epoch=1)], max_epochs=3)
@@ -68,7 +68,7 @@ def test_the_network_that_teaches_in_the_detectors_place_is_watched_too(tmp_path
             if trainer.current_epoch == 1 and index == 0:
                 nudge(module.teacher.optimized(torch.device("cpu")).net)
 
-    module = distiller(teacher=guest(norm="batch"), losses={"defeat": DeFeat})
+    module = distiller(teacher=small_teacher(norm="batch"), losses={"defeat": DeFeat})
     with pytest.raises(DistillError, match=r"layer_blocks.1.0.weight as it teaches on"):
         fit(module, tmp_path, callbacks=[Nudge()], max_epochs=3)
 
@@ -90,8 +90,8 @@ def test_a_guest_of_a_loss_is_watched_too(tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_is_left_alone_goes_on(tmp_path: Path) -> None:
-    module = distiller(teacher=guest(norm="batch"), losses={"defeat": partial(DeFeat)})
-    before = weights(module.teacher.detector) if module.teacher else {}
+    module = distiller(teacher=small_teacher(norm="batch"), losses={"defeat": partial(DeFeat)})
+    before = copy_weights(module.teacher.detector) if module.teacher else {}
     fit(module, tmp_path, max_epochs=3, limit_val_batches=1.0)
     assert module.teacher is not None
     assert bits(before) == bits(module.teacher.detector.state_dict())
@@ -109,8 +109,8 @@ def test_any_kind_of_tensor_has_bits(dtype: torch.dtype) -> None:
 
 def test_a_teacher_may_be_asked_first_while_lightning_evaluates(tmp_path: Path) -> None:
     """Inference mode must not leave its mark on what a later step reads."""
-    teacher = guest(norm="batch")
-    data = shapes()
+    teacher = small_teacher(norm="batch")
+    data = shapes_data()
     data.setup("fit")
     batch = next(iter(data.loader("val")))
     with torch.inference_mode():
@@ -120,7 +120,7 @@ def test_a_teacher_may_be_asked_first_while_lightning_evaluates(tmp_path: Path) 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_teacher_on_two_devices_is_watched() -> None:
-    teacher = guest(norm="batch")
+    teacher = small_teacher(norm="batch")
     teacher.check()
     teacher.optimized(torch.device("cuda"))
     teacher.check()
@@ -128,5 +128,5 @@ def test_a_teacher_on_two_devices_is_watched() -> None:
 
 
 def test_a_student_may_change(tmp_path: Path) -> None:
-    module = distiller(detector(), losses=None)
+    module = distiller(small_detector(), losses=None)
     fit(module, tmp_path, max_epochs=1)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.test_views import TAUGHT, batch, build, gradients
 from distill.losses.base import DistillLoss
 from distill.losses.chen import Chen
 from distill.losses.tadf import TADF
 from distill.types import DistillError
+from helpers.detectors import FAMILIES, gradients, padded_batch, random_detector
 
 OFF: dict[str, Any] = {"rpn": {"soft": 0, "box": 0}, "rcn": {"soft": 0, "box": 0}, "hint": {"neck": 0}}
 
@@ -40,8 +40,8 @@ class Knowing:
 
 def test_soft_labels_of_a_knowing_teacher_are_torchvision_s_own_losses() -> None:
     """So mu + (1 - mu) keeps the loss where the teacher says no more than the labels do."""
-    student = build("faster_rcnn")
-    view = student.view(batch(), seed=3)
+    student = random_detector("faster_rcnn")
+    view = student.view(padded_batch(), seed=3)
     loss = Chen(student.spec, student.spec, **{**OFF, "rpn": {"soft": 1, "box": 0}, "rcn": {"soft": 1}}, background=1)
     values = loss(view, Knowing(view))  # type: ignore[arg-type]
     assert values["rpn.soft"].item() == pytest.approx(view.losses["loss_objectness"].item(), rel=1e-5)
@@ -56,11 +56,11 @@ MAPS_ONLY: dict[type[DistillLoss], dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", MAPS_ONLY)
-@pytest.mark.parametrize("family", TAUGHT)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_real_pair_is_taught_down_to_the_body(method: type[Any], family: str) -> None:
-    student, teacher = build(family), build(family, seed=1, neck_channels=64, width=0.5)
+    student, teacher = random_detector(family), random_detector(family, seed=1, neck_channels=64, width=0.5)
     loss = method(student.spec, teacher.spec, **({} if student.spec.two_stage else MAPS_ONLY[method]))
-    values = loss(student.view(batch(), seed=3), teacher.view(batch(), frozen=True, seed=4))
+    values = loss(student.view(padded_batch(), seed=3), teacher.view(padded_batch(), frozen=True, seed=4))
     assert values.keys() == loss.weights.keys()
     assert all(value.isfinite() for value in values.values())
     torch.stack(list(values.values())).sum().backward()
@@ -75,6 +75,6 @@ def test_a_real_pair_is_taught_down_to_the_body(method: type[Any], family: str) 
 
 @pytest.mark.parametrize("method", MAPS_ONLY)
 def test_a_dense_head_is_refused(method: type[Any]) -> None:
-    spec = build("retinanet").spec
+    spec = random_detector("retinanet").spec
     with pytest.raises(DistillError, match=r"must be two-stage, but the student is a retinanet"):
         method(spec, spec)

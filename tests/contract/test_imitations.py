@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from contract.test_views import batch, build
 from distill.losses.defeat import DeFeat
 from distill.losses.fgfi import FGFI
 from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD
 from distill.losses.tadf import TADF
+from helpers.detectors import padded_batch, random_detector
 
 PREDICTIONS = {"kind": "predictions", "top": 20}
 BOTH = {"neck": {"all": 1}}
@@ -41,8 +41,8 @@ PAIRS = [
 
 @pytest.mark.parametrize(("student", "teacher", "method"), PAIRS, ids=lambda value: value)
 def test_a_step_reaches_the_student_and_the_loss_but_not_the_teacher(student: str, teacher: str, method: str) -> None:
-    ours, theirs = build(student), build(teacher, seed=1, neck_channels=48).eval()
-    loss, data = METHODS[method](student=ours.spec, teacher=theirs.spec), batch()
+    ours, theirs = random_detector(student), random_detector(teacher, seed=1, neck_channels=48).eval()
+    loss, data = METHODS[method](student=ours.spec, teacher=theirs.spec), padded_batch()
     values = loss(ours.view(data), theirs.view(data, frozen=True, seed=0))
     assert values.keys() == loss.weights.keys()
     assert all(value.isfinite() and value > 0 for value in values.values())
@@ -72,8 +72,8 @@ UNLIKE: dict[str, Any] = {
 @pytest.mark.parametrize("pair", UNLIKE)
 def test_a_teacher_of_another_kind_teaches_down_to_the_body(pair: str, method: str) -> None:
     (family, options), teacher = UNLIKE[pair]
-    ours, theirs = build(family, **options), build(teacher, seed=1, neck_channels=64).eval()
-    loss, data = ALIKE[method](student=ours.spec, teacher=theirs.spec), batch()
+    ours, theirs = random_detector(family, **options), random_detector(teacher, seed=1, neck_channels=64).eval()
+    loss, data = ALIKE[method](student=ours.spec, teacher=theirs.spec), padded_batch()
     optimizer = torch.optim.SGD([*ours.parameters(), *loss.parameters()], lr=1e-3)
     for step in range(2):
         values = loss(ours.view(data, seed=step), theirs.view(data, frozen=True, seed=0))
@@ -89,11 +89,11 @@ def test_a_teacher_of_another_kind_teaches_down_to_the_body(pair: str, method: s
 
 
 def test_the_student_pools_its_regions_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = build("faster_rcnn"), build("faster_rcnn", seed=1).eval()
+    ours, theirs = random_detector("faster_rcnn"), random_detector("faster_rcnn", seed=1).eval()
     pool, calls = ours.net.roi_heads.box_roi_pool, []
     forward = pool.forward
     monkeypatch.setattr(pool, "forward", lambda *args: calls.append(1) or forward(*args))
-    data = batch()
+    data = padded_batch()
     view = ours.view(data)
     _ = view.losses
     loss = Mimic(ours.spec, theirs.spec)

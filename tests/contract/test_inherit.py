@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contract.test_views import FAMILIES, build
 from distill.detectors.inherit import inherit
 from distill.types import DistillError
+from helpers.detectors import BOX_FAMILIES, random_detector
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_neck_and_heads_are_the_teacher_s_and_the_body_is_not(family: str) -> None:
-    student, teacher = build(family, seed=1), build(family, seed=2)
+    student, teacher = random_detector(family, seed=1), random_detector(family, seed=2)
     before = {name: value.clone() for name, value in student.net.state_dict().items()}
     lines = inherit(student, teacher)
     theirs = teacher.net.state_dict()
@@ -26,7 +26,10 @@ def test_neck_and_heads_are_the_teacher_s_and_the_body_is_not(family: str) -> No
 
 
 def test_other_shapes_stay_fresh_and_are_named() -> None:
-    student, teacher = build("faster_rcnn", seed=1), build("faster_rcnn", seed=2, depth=50, head_channels=64)
+    student, teacher = (
+        random_detector("faster_rcnn", seed=1),
+        random_detector("faster_rcnn", seed=2, depth=50, head_channels=64),
+    )
     before = student.net.roi_heads.box_head.fc6.weight.clone()
     lines = inherit(student, teacher)
     assert torch.equal(student.net.roi_heads.box_head.fc6.weight, before)
@@ -38,7 +41,7 @@ def test_other_shapes_stay_fresh_and_are_named() -> None:
 
 
 def test_classes_are_matched_by_name() -> None:
-    student, teacher = build("faster_rcnn", seed=1), build("faster_rcnn", seed=2)
+    student, teacher = random_detector("faster_rcnn", seed=1), random_detector("faster_rcnn", seed=2)
     renamed = type(teacher)(
         ["owl", "bat", "cat", "dog"], **{k: v for k, v in teacher.options.items() if k != "classes"}
     )
@@ -53,9 +56,10 @@ def test_classes_are_matched_by_name() -> None:
 
 def test_what_cannot_be_inherited_is_refused() -> None:
     with pytest.raises(DistillError, match=r"pyramids of equal strides, got the student's \[4, 8.*init=scratch"):
-        inherit(build("faster_rcnn"), build("retinanet"))
+        inherit(random_detector("faster_rcnn"), random_detector("retinanet"))
     thin = {"rpn_post_nms_top_n_test": 30, "anchor_ratios": [1.0], "head_channels": 16}
     with pytest.raises(DistillError, match=r"has \[16\] channels, the teacher's \[32\]"):
         inherit(
-            build("faster_rcnn", neck_channels=16, **thin, **{"norm": "frozen"}), build("faster_rcnn", head_channels=48)
+            random_detector("faster_rcnn", neck_channels=16, **thin, **{"norm": "frozen"}),
+            random_detector("faster_rcnn", head_channels=48),
         )

@@ -11,17 +11,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from contract.test_views import build
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.prototypes import box_means, choose
 from distill.teacher import Teacher
+from helpers.detectors import random_detector
 
 
 def setting(**prototypes: Any) -> tuple[GlobalKnowledge, DetectionData, Any, Teacher]:
     data = DetectionData(Shapes(train=10, val=2, test=0, size=64), batch_size=4, workers=0, min_size=64, max_size=64)
-    student, teacher = build("faster_rcnn", seed=1, norm="batch"), build("faster_rcnn", seed=2, depth=18)
+    student, teacher = (
+        random_detector("faster_rcnn", seed=1, norm="batch"),
+        random_detector("faster_rcnn", seed=2, depth=18),
+    )
     student, teacher = (
         type(each)(data.classes, **{k: v for k, v in each.options.items() if k != "classes"})
         for each in (student, teacher)

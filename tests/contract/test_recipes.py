@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 from omegaconf import DictConfig
 
-from contract.test_views import build
 from distill.cli import compose
+from helpers.detectors import FAMILIES, random_detector
 
 
 class Recipe(NamedTuple):
@@ -112,13 +112,13 @@ SSIM = {
 }
 
 RECIPES = DEFEAT | FGFI | MIMIC | TADF | DSIG | SSIM
-FAMILIES = {"FasterRCNN": "frcnn", "MaskRCNN": "mask_rcnn", "RetinaNet": "retinanet"}
+PREFIXES = {family.detector.__name__: family.options for family in FAMILIES.values()}
 
 
 def name(model: DictConfig) -> str:
     width = "" if model.get("width", 1) == 1 else f" x{model.width:g}"
     body = f"r{model.depth}" if model.backbone == "resnet" else str(model.backbone)
-    return f"{FAMILIES[model._target_.rpartition('.')[2]]} {body}{width}"
+    return f"{PREFIXES[model._target_.rpartition('.')[2]]} {body}{width}"
 
 
 def processes(experiment: str) -> int:
@@ -132,7 +132,7 @@ def processes(experiment: str) -> int:
 def terms(cfg: DictConfig) -> dict[str, float]:
     """``LOSS/term`` -> weight, of the losses as they are built."""
     family = {"frcnn": "faster_rcnn", "mask_rcnn": "faster_rcnn", "retinanet": "retinanet"}[name(cfg.model).split()[0]]
-    spec: Any = build(family).spec
+    spec: Any = random_detector(family).spec
     losses = {key: compose.build(node, student=spec, teacher=spec) for key, node in cfg.distill.losses.items()}
     return {f"{key}/{term}": weight for key, loss in losses.items() for term, weight in loss.weights.items()}
 

@@ -23,8 +23,6 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from contract.test_distiller import EVERYTHING, Custom, assert_same, detector, distiller, sgd, shapes, weights
-from contract.test_guard import half
 from distill.losses.defeat import DeFeat
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.mimic import Mimic
@@ -34,6 +32,17 @@ from distill.training.callbacks.averaging import WeightAverage
 from distill.training.callbacks.checkpoint_files import CheckpointFiles, read
 from distill.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint, RestoreSignalHandlers, interval
 from distill.types import DistillError, View
+from helpers.training import (
+    EVERYTHING,
+    FormulaLoss,
+    assert_same,
+    copy_weights,
+    distiller,
+    half_precision,
+    sgd,
+    shapes_data,
+    small_detector,
+)
 
 
 class Archive(CheckpointFiles):
@@ -81,10 +90,10 @@ def poisoned(student: View, teacher: View) -> Tensor:
 
 
 LOSSES: dict[str, Any] = {
-    "poisoned": partial(Custom, formula=poisoned),
+    "poisoned": partial(FormulaLoss, formula=poisoned),
     "defeat": partial(DeFeat, **EVERYTHING, mask={"kind": "random"}, ramp={"shape": "peak"}),
     "global_knowledge": partial(GlobalKnowledge, prototypes={"count": 2, "min_side": 6.0}),
-    "drawn": partial(Custom, formula=drawn),
+    "drawn": partial(FormulaLoss, formula=drawn),
     "pad": partial(PAD, of=partial(Mimic, regions={"all": 0.0}, neck={"all": 3.0}), warmup=1),
 }
 
@@ -107,7 +116,7 @@ class Ended:
         **options: Any,
     ) -> None:
         schedule = sgd(epochs=2, shape="one_cycle", accumulate=accumulate)
-        student = detector(norm=norm) if norm else None
+        student = small_detector(norm=norm) if norm else None
         self.module = distiller(student, losses={loss: LOSSES[loss]} if loss else {}, schedule=schedule)
         journal, files = Journal(), Archive(folder / "history")
         self.best = BestCheckpoint(folder, "val/AP")
@@ -135,11 +144,11 @@ class Ended:
         torch.manual_seed(0)
         self.stopped: bool | str = False
         try:
-            trainer.fit(self.module, shapes(train=images, workers=workers), ckpt_path=ckpt, weights_only=True)
+            trainer.fit(self.module, shapes_data(train=images, workers=workers), ckpt_path=ckpt, weights_only=True)
         except SystemExit as way_out:  # SIGTERM's; a bare one is Lightning's way out of an interrupt
             self.stopped = type(way_out) is not SystemExit or "interrupt"
         self.journal, self.files = journal.lines, files.files
-        self.weights = weights(self.module)
+        self.weights = copy_weights(self.module)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -154,7 +163,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "part of an epoch": {"limit_train_batches": 2},
     "steps": {"max_epochs": 3, "max_steps": 7},
     "workers": {"workers": 2},
-    "loss scaler": {"loss": "defeat", "plugins": (partial(half, 2.0**15, interval=2),)},
+    "loss scaler": {"loss": "defeat", "plugins": (partial(half_precision, 2.0**15, interval=2),)},
 }
 
 

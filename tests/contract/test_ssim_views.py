@@ -6,15 +6,15 @@ import itertools
 
 import pytest
 
-from contract.test_views import TAUGHT, batch, build
 from distill.losses.ssim import SSIM
+from helpers.detectors import FAMILIES, padded_batch, random_detector
 
 
-@pytest.mark.parametrize(("ours", "theirs"), itertools.product(TAUGHT, TAUGHT))
+@pytest.mark.parametrize(("ours", "theirs"), itertools.product(FAMILIES, FAMILIES))
 def test_teaches_every_pair_of_families(ours: str, theirs: str) -> None:
-    student, teacher = build(ours, seed=1), build(theirs, seed=2, neck_channels=96)
+    student, teacher = random_detector(ours, seed=1), random_detector(theirs, seed=2, neck_channels=96)
     loss = SSIM(student.spec, teacher.spec)
-    data = batch()
+    data = padded_batch()
     view = student.view(data, training=True, seed=3)
     value = loss(view, teacher.view(data, frozen=True))["neck.foreground"]
     shared = len(set(student.spec.neck) & set(teacher.spec.neck))

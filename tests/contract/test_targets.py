@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from contract.test_views import batch, build
 from distill.losses.base import deltas_of
 from distill.types import Pyramid
+from helpers.detectors import padded_batch, random_detector
 
 
 def flat(maps: Pyramid, columns: int) -> Tensor:
@@ -31,7 +31,7 @@ def smooth_l1(error: Tensor, beta: float) -> Tensor:
 
 
 def test_two_stage_losses_follow_from_the_targets() -> None:
-    view = build("faster_rcnn").view(batch(), seed=3)
+    view = random_detector("faster_rcnn").view(padded_batch(), seed=3)
     labels, deltas, sampled = view.anchor_targets
     assert set(labels.unique().tolist()) == {-1, 0, 1}
     assert not (labels[1] > 0).any()  # an image without boxes
@@ -56,7 +56,7 @@ def test_two_stage_losses_follow_from_the_targets() -> None:
 
 
 def test_regions_are_moved_as_their_deltas_say() -> None:
-    view = build("faster_rcnn").view(batch(), seed=3)
+    view = random_detector("faster_rcnn").view(padded_batch(), seed=3)
     moved = view.roi_boxes(view.rois.boxes)
     deltas = view.roi_logits(view.rois.boxes)[1]
     boxes = torch.cat(view.rois.boxes)
@@ -71,7 +71,7 @@ def test_regions_are_moved_as_their_deltas_say() -> None:
 
 
 def test_one_stage_losses_follow_from_the_targets() -> None:
-    view = build("retinanet").view(batch())
+    view = random_detector("retinanet").view(padded_batch())
     labels, deltas, sampled = view.anchor_targets
     assert set(labels.unique().tolist()) == {-1, 0, 1, 2, 3}
     assert torch.equal(sampled, labels >= 0)
@@ -95,7 +95,7 @@ def test_one_stage_losses_follow_from_the_targets() -> None:
 
 
 def test_anchor_free_losses_follow_from_the_targets() -> None:
-    view = build("fcos").view(batch())
+    view = random_detector("fcos").view(padded_batch())
     labels, deltas, sampled = view.anchor_targets
     assert {0, 1, 2, 3} >= set(labels.unique().tolist()) > {0}
     assert sampled.all()

@@ -12,11 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.test_distiller import Custom, assert_same, detector, distiller, fit, guest, sgd, shapes, weights
 from distill.losses.defeat import DeFeat
 from distill.training.callbacks.term_check import Measure, TermCheck, faults
 from distill.training.distiller import Distiller
 from distill.types import DistillError, View
+from helpers.training import (
+    FormulaLoss,
+    assert_same,
+    copy_weights,
+    distiller,
+    fit,
+    sgd,
+    shapes_data,
+    small_detector,
+    small_teacher,
+)
 
 Formula = Callable[[View, View], Tensor]
 TERMS: dict[str, tuple[Formula, list[str]]] = {
@@ -35,14 +45,14 @@ def said(module: Distiller, folder: Path, **options: Any) -> list[str]:
     """What a run of six steps is warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(module, folder, shapes(train=24), max_epochs=1, **options)
+        fit(module, folder, shapes_data(train=24), max_epochs=1, **options)
     return [str(each.message) for each in caught if "the term " in str(each.message)]
 
 
 @pytest.mark.parametrize("case", TERMS)
 def test_each_trouble_is_named_once(case: str, tmp_path: Path) -> None:
     formula, expected = TERMS[case]
-    module = distiller(losses={"mine": partial(Custom, formula=formula), "defeat": DeFeat}, schedule=sgd(lr=0.0))
+    module = distiller(losses={"mine": partial(FormulaLoss, formula=formula), "defeat": DeFeat}, schedule=sgd(lr=0.0))
     found = said(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)])
     assert len(found) == len(expected)
     for words, message in zip(expected, found, strict=True):
@@ -67,7 +77,7 @@ def test_a_trouble_must_last(tmp_path: Path) -> None:
         value = student.neck[8].std()
         return value if len(calls) % 3 == 0 else value.detach()
 
-    module = distiller(losses={"mine": partial(Custom, formula=sometimes)})
+    module = distiller(losses={"mine": partial(FormulaLoss, formula=sometimes)})
     assert said(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)]) == []
 
 
@@ -87,9 +97,9 @@ def test_looking_changes_nothing_and_is_rare(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.autograd, "grad", counted)
     ends = []
     for callbacks in ([], [TermCheck(every=4, steps=4)]):
-        module = distiller(detector(norm="batch"), guest(), {"defeat": DeFeat})
-        fit(module, tmp_path, shapes(train=24), max_epochs=1, callbacks=callbacks, accumulate_grad_batches=1)
-        ends.append(weights(module))
+        module = distiller(small_detector(norm="batch"), small_teacher(), {"defeat": DeFeat})
+        fit(module, tmp_path, shapes_data(train=24), max_epochs=1, callbacks=callbacks, accumulate_grad_batches=1)
+        ends.append(copy_weights(module))
     assert_same(*ends)
     assert len(looks) == 2 * 2  # two terms, in steps 0 and 4
 

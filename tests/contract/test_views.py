@@ -11,57 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.detectors.base import Detector
 from distill.detectors.faster_rcnn import FasterRCNN
-from distill.detectors.fcos import FCOS
-from distill.detectors.mask_rcnn import MaskRCNN
-from distill.detectors.retinanet import RetinaNet
 from distill.types import Batch, DistillError, Target
-
-SIZES = ((96, 64), (70, 100), (128, 90))
-FEW = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_train": 50}
-FAMILIES: dict[str, Any] = {"faster_rcnn": FasterRCNN, "retinanet": RetinaNet, "fcos": FCOS}
-KERNEL = {"faster_rcnn": {"box_roi_align": "torchvision"}}  # else equal but for rounding
-TAUGHT: dict[str, Any] = {**FAMILIES, "mask_rcnn": MaskRCNN}
-"""What methods are tried on; Mask R-CNN's own losses need masks, and have a file of their own."""
-
-
-def build(family: str, seed: int = 0, **options: Any) -> Any:
-    """A small detector whose fresh weights are large enough to tell boxes and classes apart."""
-    torch.manual_seed(seed)
-    kind = TAUGHT[family]
-    extra: dict[str, Any] = {"neck_channels": 64} if kind is FCOS else {}
-    if issubclass(kind, FasterRCNN):
-        extra = {**FEW, "head_channels": 32, "rpn_post_nms_top_n_test": 30}
-    settings = {"depth": 10, "width": 0.25, "neck_channels": 32, "norm": "frozen", **extra, **options}
-    detector = kind(["cat", "dog", "owl"], **settings)
-    for layer in detector.class_layers:
-        module = detector.net.get_submodule(layer)
-        torch.nn.init.normal_(module.weight, std=0.05)
-        torch.nn.init.normal_(module.bias, std=0.5)
-    if kind is FCOS:  # whose fresh boxes are half of them points
-        branch = detector.net.head.regression_head
-        torch.nn.init.uniform_(branch.bbox_reg.bias, 1.0, 4.0)
-        for layer in (branch.bbox_reg, branch.bbox_ctrness):
-            torch.nn.init.normal_(layer.weight, std=0.05)
-    return detector
-
-
-def batch(sizes: tuple[tuple[int, int], ...] = SIZES, seed: int = 1) -> Batch:
-    """Images of several sizes in one padded tensor; the second one has no boxes."""
-    generator = torch.Generator().manual_seed(seed)
-    height = math.ceil(max(h for h, _ in sizes) / 32) * 32
-    width = math.ceil(max(w for _, w in sizes) / 32) * 32
-    images = torch.zeros(len(sizes), 3, height, width, dtype=torch.uint8)
-    targets = []
-    for index, (h, w) in enumerate(sizes):
-        images[index, :, :h, :w] = torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8)
-        corner = torch.rand(3, 2, generator=generator) * torch.tensor([w, h]) * 0.5
-        side = 8 + torch.rand(3, 2, generator=generator) * torch.tensor([w, h]) * 0.4
-        boxes, labels = torch.cat([corner, corner + side], dim=1), torch.tensor([1, 2, 3])
-        keep = 0 if index == 1 else 3
-        targets.append(Target(boxes[:keep], labels[:keep]))
-    return Batch(images, tuple(sizes), tuple(sizes), tuple(targets), tuple(range(len(sizes))))
+from helpers.detectors import BOX_FAMILIES, FAMILIES, FEW, SIZES, count_calls, gradients, padded_batch, random_detector
 
 
 def torchvision_input(data: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -75,22 +27,16 @@ def unresized(detector: Any) -> Any:
     return detector.net
 
 
-def gradients(detector: Detector) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in detector.net.named_parameters() if p.grad is not None}
-    detector.zero_grad()
-    return found
-
-
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     for name, value in left.items():
         assert torch.equal(value, right[name]), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 @pytest.mark.parametrize("options", [{"norm": "frozen"}, {"norm": "batch", "depth": 18, "trainable_stages": 5}])
 def test_losses_and_gradients_equal_torchvision_bit_for_bit(family: str, options: dict[str, Any]) -> None:
-    detector, data = build(family, **options, **KERNEL.get(family, {})), batch()
+    detector, data = random_detector(family, **options, **FAMILIES[family].equals_torchvision), padded_batch()
     torch.manual_seed(7)
     ours = detector.view(data).losses
     sum(ours.values()).backward()
@@ -109,7 +55,7 @@ def test_regions_pooled_by_cells_give_the_same_but_for_rounding(family: str) -> 
     """Of both pools, in a step and in the gradients of every weight; masks of a Mask R-CNN are pooled to 14 x 14."""
     found = []
     for kernel in ("fast", "torchvision"):
-        detector, data = build(family, box_roi_align=kernel), batch()
+        detector, data = random_detector(family, box_roi_align=kernel), padded_batch()
         view: Any = detector.view(data, seed=3)
         boxes = view.rois.boxes
         terms = [*view.roi_logits(boxes), view.roi_features(boxes)]
@@ -125,9 +71,9 @@ def test_regions_pooled_by_cells_give_the_same_but_for_rounding(family: str) -> 
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.detach().abs().max().item())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_detections_equal_torchvision_bit_for_bit(family: str) -> None:
-    detector, data = build(family, **KERNEL.get(family, {})).eval(), batch()
+    detector, data = random_detector(family, **FAMILIES[family].equals_torchvision).eval(), padded_batch()
     ours = detector.view(data, training=False).detections
     theirs = unresized(detector)(torchvision_input(data)[0])
     for mine, other in zip(ours, theirs, strict=True):
@@ -138,7 +84,7 @@ def test_detections_equal_torchvision_bit_for_bit(family: str) -> None:
         assert torch.equal(mine.labels, other["labels"][classes])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_a_foreign_default_model_loads_the_state_dict_and_agrees(family: str) -> None:
     from torchvision.models import detection, resnet
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
@@ -152,10 +98,10 @@ def test_a_foreign_default_model_loads_the_state_dict_and_agrees(family: str) ->
         backbone = _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
         kind = detection.RetinaNet if family == "retinanet" else detection.FCOS
         theirs = kind(backbone, 4, score_thresh=0.005)
-        ours = FAMILIES[family](["a", "b", "c"], depth=18, score_thresh=0.005)
+        ours = FAMILIES[family].detector(["a", "b", "c"], depth=18, score_thresh=0.005)
     theirs.load_state_dict(ours.net.state_dict(), strict=True)
     theirs.transform.resize = lambda image, target: (image, target)
-    data = batch()
+    data = padded_batch()
     for mine, other in zip(
         ours.eval().view(data, training=False).detections, theirs.eval()(torchvision_input(data)[0]), strict=True
     ):
@@ -195,12 +141,12 @@ def foreign_detector(family: str, backbone: str) -> Any:
     return detection.FasterRCNN(body, 4, **FEW, rpn_post_nms_top_n_test=30)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 @pytest.mark.parametrize("backbone", list(BODIES))
 def test_every_backbone_equals_torchvisions_bit_for_bit(family: str, backbone: str) -> None:
-    options = {"head_channels": 1024, **KERNEL[family]} if family == "faster_rcnn" else {}
-    ours = build(family, backbone=backbone, depth=None, width=1.0, norm="batch", **options)
-    theirs, data = foreign_detector(family, backbone), batch(((64, 64), (50, 60)))
+    options = {"head_channels": 1024, **FAMILIES[family].equals_torchvision} if family == "faster_rcnn" else {}
+    ours = random_detector(family, backbone=backbone, depth=None, width=1.0, norm="batch", **options)
+    theirs, data = foreign_detector(family, backbone), padded_batch(((64, 64), (50, 60)))
     theirs.load_state_dict(ours.net.state_dict(), strict=True)
     theirs.transform.resize = lambda image, target: (image, target)
     assert list(ours.spec.body.values()) == BODIES[backbone][1]
@@ -223,8 +169,8 @@ def test_every_backbone_equals_torchvisions_bit_for_bit(family: str, backbone: s
 
 @pytest.mark.parametrize("backbone", list(BODIES))
 def test_a_body_gives_the_last_map_at_each_stride(backbone: str) -> None:
-    detector = build("retinanet", backbone=backbone, depth=None, width=1.0, norm="batch").eval()
-    view, found = detector.view(batch(((64, 64), (50, 60)))), {}
+    detector = random_detector("retinanet", backbone=backbone, depth=None, width=1.0, norm="batch").eval()
+    view, found = detector.view(padded_batch(((64, 64), (50, 60)))), {}
     x = view.images
     for part in detector.net.backbone.body.values():
         x = part(x)
@@ -239,8 +185,8 @@ def test_a_body_gives_the_last_map_at_each_stride(backbone: str) -> None:
 def test_paths_dropped_by_chance_come_from_the_views_seed() -> None:
     """EfficientNet drops residual paths in training; a seeded View's draws leave the global stream alone."""
     detector, data = (
-        build("retinanet", backbone="efficientnet_b0", depth=None, width=1.0, norm="batch_fixed_stats"),
-        batch(),
+        random_detector("retinanet", backbone="efficientnet_b0", depth=None, width=1.0, norm="batch_fixed_stats"),
+        padded_batch(),
     )
     before = torch.get_rng_state()
     maps = [detector.view(data, seed=seed).body[32] for seed in (1, 1, 2)]
@@ -249,29 +195,6 @@ def test_paths_dropped_by_chance_come_from_the_views_seed() -> None:
     assert not torch.equal(maps[0], maps[2])
     detector.eval()
     assert torch.equal(detector.view(data, seed=1).body[32], detector.view(data, seed=2).body[32])
-
-
-def count_calls(detector: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    net = detector.net
-    parts = {"body": net.backbone.body["conv1"], "fpn": net.backbone.fpn}
-    if detector.spec.two_stage:
-        parts |= {"rpn": net.rpn.head, "pool": net.roi_heads.box_roi_pool, "box": net.roi_heads.box_head}
-    else:
-        parts |= {"class": net.head.classification_head.cls_logits, "box": net.head.regression_head.bbox_reg}
-        parts |= {"trunk": net.head.regression_head.conv, "pool": detector.pool}
-        parts |= {"centerness": net.head.regression_head.bbox_ctrness} if detector.spec.anchor_free else {}
-    counts = dict.fromkeys(parts, 0)
-
-    def counting(name: str, forward: Any) -> Any:
-        def run(*args: Any) -> Any:
-            counts[name] += 1
-            return forward(*args)
-
-        return run
-
-    for name, part in parts.items():
-        monkeypatch.setattr(part, "forward", counting(name, part.forward))
-    return counts
 
 
 READS = [
@@ -305,8 +228,8 @@ READS = [
 def test_only_what_is_read_is_run_and_only_once(
     family: str, stage: str, runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detector = build(family)
-    counts, view = count_calls(detector, monkeypatch), detector.view(batch())
+    detector = random_detector(family)
+    counts, view = count_calls(detector, monkeypatch), detector.view(padded_batch())
     for name in stage.split() * 2:
         getattr(view, name)
     once = ("body", "fpn", "pool") if family != "faster_rcnn" else tuple(counts)
@@ -314,11 +237,11 @@ def test_only_what_is_read_is_run_and_only_once(
     assert counts == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_what_is_computed_ahead_is_kept_alone_and_is_what_it_would_be(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detector, data = build(family), batch()
+    detector, data = random_detector(family), padded_batch()
     lazy: Any = detector.view(data, frozen=True, seed=1)
     assert_same(lazy.neck, detector.view(data).neck)
     assert lazy.stages == ["images", "body", "neck"]
@@ -340,9 +263,9 @@ def test_what_is_computed_ahead_is_kept_alone_and_is_what_it_would_be(
     assert last.stages == ["body"]  # so that a neck that is no longer read is no longer computed
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_a_step_ahead_of_all_that_is_read_computes_nothing_twice(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    detector, data, ahead = build(family), batch(), []
+    detector, data, ahead = random_detector(family), padded_batch(), []
     counts = count_calls(detector, monkeypatch)
     for _ in range(3):
         for name in counts:
@@ -357,8 +280,8 @@ def test_a_step_ahead_of_all_that_is_read_computes_nothing_twice(family: str, mo
 
 
 def test_region_stages_are_kept_per_box_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    detector = build("faster_rcnn")
-    counts, view = count_calls(detector, monkeypatch), detector.view(batch())
+    detector = random_detector("faster_rcnn")
+    counts, view = count_calls(detector, monkeypatch), detector.view(padded_batch())
     first = view.roi_logits(view.rois.boxes)
     assert view.roi_logits(list(view.rois.boxes)) is first
     assert view.losses
@@ -390,9 +313,9 @@ foreign = [torch.tensor([[4.0, 4.0, 60.0, 60.0], [0.0, 0.0, 30.0, 64.0]])] * len
 
 
 @pytest.mark.parametrize("seed", [None, 5])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_reading_order_changes_nothing(family: str, seed: int | None) -> None:
-    detector, data = build(family), batch()
+    detector, data = random_detector(family), padded_batch()
     stages = ("rois", "losses", "predictions", "foreign boxes")
     if family == "fcos":
         stages = ("class_logits", "deltas", "centerness", "predictions")
@@ -412,7 +335,7 @@ def test_reading_order_changes_nothing(family: str, seed: int | None) -> None:
 
 def test_the_place_of_reading_changes_nothing() -> None:
     """A stage first read under another autocast or grad mode is computed as the View was opened."""
-    detector, data = build("faster_rcnn"), batch()
+    detector, data = random_detector("faster_rcnn"), padded_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside, read_elsewhere = detector.view(data, seed=1), detector.view(data, seed=1)
         expected = inside.losses
@@ -424,9 +347,9 @@ def test_the_place_of_reading_changes_nothing() -> None:
     assert not torch.equal(detector.view(data, seed=1).losses["loss_classifier"], expected["loss_classifier"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_anchors_are_float32_under_autocast(family: str) -> None:
-    detector, data = build(family, width=0.125), batch(sizes=((800, 1216),))
+    detector, data = random_detector(family, width=0.125), padded_batch(sizes=((800, 1216),))
     plain = detector.view(data).anchors
     with torch.autocast("cpu", dtype=torch.bfloat16):
         unresized(detector).eval()(torchvision_input(data)[0])  # torchvision leaves its cell anchors in bfloat16
@@ -450,7 +373,7 @@ def decoded(anchor: Tensor, delta: Tensor) -> Tensor:
 
 
 def test_proposals_from_given_deltas_are_float32_at_800_px() -> None:
-    detector, data = build("faster_rcnn", width=0.125), batch(sizes=((800, 1216),))
+    detector, data = random_detector("faster_rcnn", width=0.125), padded_batch(sizes=((800, 1216),))
     objectness, deltas = (
         {stride: torch.randn_like(x) for stride, x in maps.items()} for maps in detector.view(data)._dense
     )
@@ -493,8 +416,8 @@ def slow_fcos(
 @pytest.mark.parametrize("autocast", [False, True])
 def test_fcos_scores_and_boxes_follow_the_formula(autocast: bool) -> None:
     detector, data = (
-        build("fcos", detections_per_img=10**6, topk_candidates=10**6),
-        batch(sizes=((64, 96),)),
+        random_detector("fcos", detections_per_img=10**6, topk_candidates=10**6),
+        padded_batch(sizes=((64, 96),)),
     )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         view = detector.view(data, training=False, frozen=True)
@@ -534,7 +457,7 @@ def slow_fcos_target(points: dict[int, Tensor], boxes: list[list[float]]) -> lis
 
 def test_fcos_losses_follow_the_formula() -> None:
     """At 800 px and in bfloat16, with boxes for every level; one image is empty, so it only adds negatives."""
-    detector, data = build("fcos", width=0.125), batch(sizes=((512, 800), (512, 800)))
+    detector, data = random_detector("fcos", width=0.125), padded_batch(sizes=((512, 800), (512, 800)))
     corners = [
         [10, 10, 60, 50],
         [20, 15, 40, 45],
@@ -582,7 +505,7 @@ def test_fcos_losses_follow_the_formula() -> None:
 
 
 def test_fcos_distances_and_centerness_follow_torchvisions_order() -> None:
-    view = build("fcos").view(batch())
+    view = random_detector("fcos").view(padded_batch())
     boxes, central = view.net.head.regression_head(list(view.neck.values()))
     for maps, flat in ((view.deltas, boxes), (view.centerness, central)):
         offset = 0
@@ -596,10 +519,10 @@ def test_fcos_distances_and_centerness_follow_torchvisions_order() -> None:
     assert min(x.min() for x in view.deltas.values()) >= 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_anchors_move_to_the_objects_by_their_targets(family: str) -> None:
     """Every positive's decoded target is a box of its image, of its label where the head tells classes."""
-    view = build(family).view(batch())
+    view = random_detector(family).view(padded_batch())
     targets = view.anchor_targets
     boxes = view.anchor_boxes(targets.deltas)
     count = 0
@@ -614,11 +537,11 @@ def test_anchors_move_to_the_objects_by_their_targets(family: str) -> None:
     assert boxes.shape == (3, sum(map(len, view.anchors.values())), 4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_a_gradient_flows_through_moved_anchors_and_a_frozen_view_has_none(family: str) -> None:
-    detector = build(family)
+    detector = random_detector(family)
     for frozen in (False, True):
-        view = detector.view(batch(), frozen=frozen)
+        view = detector.view(padded_batch(), frozen=frozen)
         flat = [x.permute(0, 2, 3, 1).reshape(3, -1, 4) for x in view.deltas.values()]
         boxes = view.anchor_boxes(torch.cat(flat, dim=1))
         assert boxes.requires_grad is not frozen
@@ -626,11 +549,11 @@ def test_a_gradient_flows_through_moved_anchors_and_a_frozen_view_has_none(famil
         assert view.anchor_boxes(torch.cat(flat, dim=1).bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_dense_outputs_are_float32_under_autocast(family: str) -> None:
-    detector = build(family)
+    detector = random_detector(family)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        view = detector.view(batch())
+        view = detector.view(padded_batch())
         dense = [view.deltas, view.objectness if view.spec.two_stage else view.class_logits]
         dense += [view.centerness] if view.spec.anchor_free else []
         boxes = view.predictions()[0].boxes
@@ -640,7 +563,7 @@ def test_dense_outputs_are_float32_under_autocast(family: str) -> None:
 
 def test_padding_is_zero_after_normalisation() -> None:
     mean, std = (0.1, 0.4, 0.9), (0.5, 0.2, 1.0)
-    data, view = batch(), build("retinanet", mean=mean, std=std).view(batch())
+    data, view = padded_batch(), random_detector("retinanet", mean=mean, std=std).view(padded_batch())
     for index, (height, width) in enumerate(SIZES):
         for channel in range(3):
             image = view.images[index, channel]
@@ -651,14 +574,14 @@ def test_padding_is_zero_after_normalisation() -> None:
 
 
 def test_the_input_must_not_be_normalised_already() -> None:
-    data = batch()
+    data = padded_batch()
     with pytest.raises(DistillError, match="uint8"):
-        build("retinanet").view(Batch(data.images.float(), data.sizes, data.sizes, data.targets, data.ids))
+        random_detector("retinanet").view(Batch(data.images.float(), data.sizes, data.sizes, data.targets, data.ids))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_a_teacher_stays_out_of_autograd_but_can_be_compared_with(family: str) -> None:
-    student, teacher, data = build(family), build(family, seed=1), batch()
+    student, teacher, data = random_detector(family), random_detector(family, seed=1), padded_batch()
     views = student.view(data), teacher.view(data, frozen=True, seed=2)
     assert not any(x.requires_grad for x in (*views[1].neck.values(), *views[1].losses.values()))
     boxes = views[1].rois.boxes if family == "faster_rcnn" else [target.boxes for target in data.targets]
@@ -669,9 +592,9 @@ def test_a_teacher_stays_out_of_autograd_but_can_be_compared_with(family: str) -
 
 
 def test_a_seeded_view_leaves_the_global_stream_alone() -> None:
-    data = batch()
+    data = padded_batch()
     few = {"rpn_batch_size_per_image": 16, "box_batch_size_per_image": 8}
-    student, teacher = build("faster_rcnn", **few), build("faster_rcnn", seed=1, **few)
+    student, teacher = random_detector("faster_rcnn", **few), random_detector("faster_rcnn", seed=1, **few)
     torch.manual_seed(0)
     alone = student.view(data).losses
     torch.manual_seed(0)
@@ -687,8 +610,8 @@ def test_a_seeded_view_leaves_the_global_stream_alone() -> None:
 
 
 def test_training_is_a_fact_of_the_view() -> None:
-    detector = build("faster_rcnn", rpn_pre_nms_top_n_test=5, rpn_post_nms_top_n_test=3)
-    data = batch()
+    detector = random_detector("faster_rcnn", rpn_pre_nms_top_n_test=5, rpn_post_nms_top_n_test=3)
+    data = padded_batch()
     for mode in (True, False):
         detector.train(mode)
         assert max(len(boxes) for boxes in detector.view(data, training=False).proposals) == 3
@@ -696,9 +619,9 @@ def test_training_is_a_fact_of_the_view() -> None:
         assert detector.net.rpn.training is mode
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_thresholds_can_be_given_and_do_not_stay(family: str) -> None:
-    detector, data = build(family, score_thresh=0.3, detections_per_img=10_000), batch()
+    detector, data = random_detector(family, score_thresh=0.3, detections_per_img=10_000), padded_batch()
     view = detector.view(data, training=False)
     default = view.predictions()
     assert not any(len(found.boxes) for found in view.predictions(score=1.0))
@@ -711,11 +634,11 @@ def test_thresholds_can_be_given_and_do_not_stay(family: str) -> None:
         assert first.labels.min() >= 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_detections_are_in_the_original_pixels(family: str) -> None:
-    data, originals = batch(), ((192, 32), (140, 300), (128, 90))
+    data, originals = padded_batch(), ((192, 32), (140, 300), (128, 90))
     data = Batch(data.images, data.sizes, originals, data.targets, data.ids)
-    view = build(family).view(data, training=False)
+    view = random_detector(family).view(data, training=False)
     for found, resized, (h, w), (height, width) in zip(
         view.detections, view.predictions(), originals, data.sizes, strict=True
     ):
@@ -723,11 +646,11 @@ def test_detections_are_in_the_original_pixels(family: str) -> None:
         assert torch.allclose(found.boxes, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_a_region_is_pooled_from_the_level_of_its_size(family: str) -> None:
     """Lin et al. 2017, eq. 1: level floor(4 + log2(side / 224)), within the levels that are pooled from."""
-    detector = build(family)
-    data = batch(sizes=((64, 64), (2048, 2048)))
+    detector = random_detector(family)
+    data = padded_batch(sizes=((64, 64), (2048, 2048)))
     view = detector.view(data)
     view.__dict__["neck"] = {
         stride: torch.full((2, 2, math.ceil(2048 / stride), math.ceil(2048 / stride)), float(stride))
@@ -745,7 +668,7 @@ def test_a_region_is_pooled_from_the_level_of_its_size(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
 def test_dense_logits_follow_torchvisions_order_without_the_unused_label(family: str) -> None:
-    detector, data = build(family), batch()
+    detector, data = random_detector(family), padded_batch()
     view = detector.view(data)
     flat = detector.net.head.classification_head(list(view.neck.values()))  # (B, HWA, K+1)
     offset = 0
@@ -765,39 +688,39 @@ def test_dense_logits_follow_torchvisions_order_without_the_unused_label(family:
 )
 def test_a_stage_that_a_family_lacks_says_what_to_change(family: str, stage: str) -> None:
     with pytest.raises(DistillError, match=rf"view\.{stage}: a {family} has none\. \w+"):
-        getattr(build(family).view(batch()), stage)
+        getattr(random_detector(family).view(padded_batch()), stage)
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
 def test_region_logits_need_two_stages(family: str) -> None:
     with pytest.raises(DistillError, match="two-stage"):
-        build(family).view(batch()).roi_logits([torch.zeros(1, 4)] * 3)
+        random_detector(family).view(padded_batch()).roi_logits([torch.zeros(1, 4)] * 3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_a_batch_without_any_box_keeps_every_parameter_attached(family: str) -> None:
-    data = batch()
+    data = padded_batch()
     empty = tuple(Target(target.boxes[:0], target.labels[:0]) for target in data.targets)
-    detector = build(family)
+    detector = random_detector(family)
     losses = detector.view(Batch(data.images, data.sizes, data.sizes, empty, data.ids)).losses
     sum(losses.values()).backward()
     assert all(value.isfinite() for value in losses.values())
     assert not [name for name, p in detector.named_parameters() if p.grad is None]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_a_whole_bfloat16_teacher_gives_float32_geometry(family: str) -> None:
-    view = build(family).bfloat16().view(batch(), frozen=True)
+    view = random_detector(family).bfloat16().view(padded_batch(), frozen=True)
     assert view.neck[16].dtype == torch.bfloat16
-    assert view.roi_features([target.boxes for target in batch().targets]).dtype == torch.bfloat16
+    assert view.roi_features([target.boxes for target in padded_batch().targets]).dtype == torch.bfloat16
     assert {found.boxes.dtype for found in view.predictions()} == {torch.float32}
     assert all(value.isfinite() for value in view.losses.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_training_works_after_evaluation_in_inference_mode(family: str) -> None:
     """Lightning evaluates in inference mode, before the first step too; nothing of it may be kept."""
-    detector, data = build(family), batch()
+    detector, data = random_detector(family), padded_batch()
     with torch.inference_mode():
         assert detector.view(data, training=False).detections
     copy.deepcopy(detector)
@@ -808,10 +731,10 @@ def test_training_works_after_evaluation_in_inference_mode(family: str) -> None:
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
 def test_as_many_predictions_as_are_asked_for(family: str) -> None:
     """torchvision's unused label, which scores high in a fresh model, takes no place among them."""
-    detector = build(family)
+    detector = random_detector(family)
     layer = detector.net.head.classification_head.cls_logits
     with torch.no_grad():
         layer.bias.view(-1, 4)[:, 0] = 5.0
-    found = detector.view(batch()).predictions(score=0.0, nms=0.9, top=40)
+    found = detector.view(padded_batch()).predictions(score=0.0, nms=0.9, top=40)
     assert [len(each.boxes) for each in found] == [40, 40, 40]
     assert all((each.labels > 0).all() for each in found)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.losses.base import DistillLoss
 from distill.types import Batch, DetectorSpec, DistillError
-from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
+from helpers.fake_view import FakeView, anchors, batch, equal_views, random_view, spec
 
 OBJECTS = [[[3.0, 5.0, 40.0, 30.0], [20.0, 20.0, 63.0, 63.0], [1.0, 50.0, 2.5, 60.0]], [[10.0, 8.0, 30.0, 60.0]]]
 NOTHING: list[list[float]] = []
@@ -188,5 +188,16 @@ class LossGrid:
     def test_a_wrong_shape_is_refused(self) -> None:
         student, teacher = self.views(OBJECTS)
         wrong = student.mapped(lambda x: x[..., :-1] if x.shape[-1] > 1 else x.expand(*x.shape[:-1], 2))
+        with pytest.raises(DistillError, match=r"expected student and teacher of equal shape, got the student's \("):
+            self.loss(self.student, self.teacher)(wrong, teacher)
+
+
+class AnchorsFollowMaps(LossGrid):
+    def test_a_wrong_shape_is_refused(self) -> None:
+        """As in a real view, where the student's maps are narrower its anchors are fewer."""
+        student, teacher = self.views(OBJECTS)
+        wrong = student.mapped(lambda x: x[..., :-1] if x.shape[-1] > 1 else x.expand(*x.shape[:-1], 2))
+        grid = {stride: (x.shape[2], x.shape[3]) for stride, x in wrong.neck.items()}
+        wrong.stages["anchors"] = {s: anchors(*size, s, self.student.anchors[s]) for s, size in grid.items()}
         with pytest.raises(DistillError, match=r"expected student and teacher of equal shape, got the student's \("):
             self.loss(self.student, self.teacher)(wrong, teacher)

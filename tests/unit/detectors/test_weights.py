@@ -25,13 +25,9 @@ from distill.detectors.fcos import FCOS
 from distill.detectors.retinanet import RetinaNet
 from distill.labels import match_classes
 from distill.types import Batch, DistillError, Target
+from helpers.detectors import BOX_FAMILIES
 
-FAMILIES = [FasterRCNN, RetinaNet, FCOS]
-OTHER: dict[Any, dict[str, Any]] = {
-    FasterRCNN: {"anchor_ratios": (0.5, 1)},
-    RetinaNet: {"anchor_ratios": (0.5, 1)},
-    FCOS: {"center_sampling_radius": 2},
-}
+ROWS = {row.detector: row for row in BOX_FAMILIES.values()}
 SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "neck_channels": 64}
 
 
@@ -63,11 +59,13 @@ def assert_same_detections(left: Any, right: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(mine[:3], other[:3], strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROWS)
 @pytest.mark.parametrize("norm", ["frozen", "batch_fixed_stats", "batch", "sync"])
 def test_a_student_comes_back_as_it_was(family: Any, norm: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    student = small(family, norm=norm, norm_eps=1e-3, mean=(0.1, 0.2, 0.3), nms_thresh=0.4, **OTHER[family])
+    student = small(
+        family, norm=norm, norm_eps=1e-3, mean=(0.1, 0.2, 0.3), nms_thresh=0.4, **ROWS[family].other_results
+    )
     path = weights.save_student(student, tmp_path / "run", {"AP": 0.5})
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["student.json", "student.pt"]
     student.net.load_state_dict(torch.load(path, weights_only=True), strict=True)
@@ -94,7 +92,7 @@ def test_loading_a_teacher_draws_nothing_from_the_global_stream(tmp_path: Path) 
 def test_every_constructor_argument_is_described() -> None:
     import inspect
 
-    for family in FAMILIES:
+    for family in ROWS:
         described = small(family).describe()
         assert set(described) == {"family", *inspect.signature(family).parameters}
 
@@ -191,7 +189,7 @@ def rows(detector: Any, name: str) -> dict[str, list[Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROWS)
 def test_keep_takes_the_rows_of_the_same_names(family: Any, tmp_path: Path) -> None:
     source = randomised(small(family))
     weights.save_student(source, tmp_path)
@@ -209,7 +207,7 @@ def test_keep_takes_the_rows_of_the_same_names(family: Any, tmp_path: Path) -> N
         small(family, ["Cat", "dog"], weights=str(tmp_path))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROWS)
 @pytest.mark.parametrize("named", [True, False])
 def test_new_leaves_the_head_fresh_and_fits_the_rest(family: Any, named: bool, tmp_path: Path) -> None:
     source = randomised(small(family))
@@ -365,7 +363,7 @@ def test_imagenet_weights_are_for_one_width(monkeypatch: pytest.MonkeyPatch) -> 
         RetinaNet(["a"], backbone="mobilenet_v2", backbone_weights="IMAGENET")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROWS)
 def test_a_mobilenet_student_comes_back_as_it_was(family: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     student = small(family, backbone="mobilenet_v3_small", depth=None, width=0.5, norm="frozen")

@@ -21,7 +21,7 @@ from distill.losses.ssim import SSIM
 from distill.teacher import Teacher
 from distill.training.schedule import Schedule
 from distill.types import Batch, View
-from unit.diagnostics.bench.test_measure import CPU, batch, data, detector  # noqa: F401
+from helpers.measured import CPU, detector
 
 FLOATS = 4
 
@@ -91,7 +91,7 @@ def stepped(images: Batch, kind: Any, **options: Any) -> tuple[Step, Step]:
 
 
 @pytest.mark.parametrize("kind", [DeFeat, DSIG, SSIM, FGFI])
-def test_a_steps_peak_is_that_of_its_parts(kind: Any, batch: Batch) -> None:  # noqa: F811
+def test_a_steps_peak_is_that_of_its_parts(kind: Any, batch: Batch) -> None:
     found = measure_memory(*stepped(batch, kind))
     assert 0.9 * found.sum < found.peak < 1.05 * found.sum
     assert found.held > 0
@@ -153,7 +153,7 @@ class KeepsMapsInTheGraph(Keeps):
 @pytest.mark.parametrize(
     ("kind", "kept"), [(KeepsNothing, ()), (KeepsMaps, "b"), (KeepsView, "n"), (KeepsMapsInTheGraph, "b")]
 )
-def test_what_a_loss_should_not_hold_is_found_to_the_byte(kind: Any, kept: str, batch: Batch) -> None:  # noqa: F811
+def test_what_a_loss_should_not_hold_is_found_to_the_byte(kind: Any, kept: str, batch: Batch) -> None:
     plain, step = stepped(batch, kind)
     view: Any = step.teacher_view()
     sizes = {

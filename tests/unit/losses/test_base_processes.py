@@ -18,9 +18,8 @@ from distill.losses.ssim import SSIM
 from distill.types import View
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS
+from helpers.loss_states import ALL_ON, drawn, of_classes, with_prototypes
 from helpers.two_processes import assert_two_equal_one
-from unit.losses.test_global_knowledge import ALL_ON, of_classes, with_prototypes
-from unit.losses.test_pad import drawn
 
 
 class Together(DistillLoss):

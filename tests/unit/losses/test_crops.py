@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.losses.crops import crops
+from helpers.slow_oracles import slow_crop
 
 SIZES = ((20, 30), (24, 17), (9, 32))
 BOXES = [
@@ -27,23 +28,6 @@ def images(dtype: torch.dtype = torch.float64, padding: float = math.nan) -> Ten
     for index, (height, width) in enumerate(SIZES):
         made[index, :, :height, :width] = torch.randn(2, height, width, generator=generator, dtype=torch.float64)
     return made
-
-
-def slow_crop(image: Tensor, size: tuple[int, int], box: list[float], side: int) -> Tensor:
-    """(C, H, W) -> (C, side, side), sample by sample; pixel (i, j) has its middle at (j + 1/2, i + 1/2)."""
-    height, width = size
-    x1, y1, x2, y2 = (min(max(v, 0.0), float(end)) for v, end in zip(box, (width, height) * 2, strict=True))
-    out = torch.zeros(len(image), side, side, dtype=torch.float64)
-    for i in range(side):
-        for j in range(side):
-            x = min(max(x1 + (x2 - x1) * (j + 0.5) / side, 0.5), width - 0.5) - 0.5
-            y = min(max(y1 + (y2 - y1) * (i + 0.5) / side, 0.5), height - 0.5) - 0.5
-            left, top = math.floor(x), math.floor(y)
-            for row, down in ((top, 1 - (y - top)), (top + 1, y - top)):
-                for column, across in ((left, 1 - (x - left)), (left + 1, x - left)):
-                    if down * across > 0:
-                        out[:, i, j] += down * across * image[:, row, column].double()
-    return out
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])

@@ -20,7 +20,7 @@ from distill.losses.defeat import DeFeat
 from distill.types import DetectorSpec, DistillError, Target
 from helpers.fake_view import STRIDES, FakeView, batch, equal_views, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
-from unit.losses.test_masks import slow
+from helpers.slow_oracles import slow
 
 NO_ADAPTER = {"kernel": None, "backbone_relu": False}
 ALL_ON: dict[str, Mapping[str, Any]] = {

@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from distill.frozen import FrozenModel
 from distill.losses import dicod
 from distill.losses.base import DistillLoss
 from distill.losses.dicod import DICOD
@@ -22,37 +21,8 @@ from distill.training.schedule import Schedule
 from distill.types import AnchorTargets, Batch, DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
-from unit.losses.test_crops import slow_crop
-
-KNOWN = ("hen", "owl", "cat", "dog", "cow")
-"""The classifier's classes: more than the student's, in another order."""
-SIDE = 12
-
-
-class Tiny(FrozenModel):
-    """A classifier with random weights, that remembers how many crops it has named."""
-
-    def __init__(self, classes: tuple[str, ...] = KNOWN) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            net = nn.ModuleDict({"stem": nn.Conv2d(3, 5, 3, padding=1), "fc": nn.Linear(12, len(classes))})
-        super().__init__(net, "memory")
-        self.net, self.classes, self.named = net, classes, 0
-
-    def images(self, batch: Batch) -> Tensor:
-        return (batch.images.float() / 255 - 0.4) / 0.2
-
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        self.named += len(images)
-        found: Tensor = 4 * self.net["fc"](
-            images.reshape(len(images), 3, 2, SIDE // 2, 2, SIDE // 2).mean((3, 5)).flatten(1)
-        )
-        return found
-
-    def stem(self, images: Tensor) -> Tensor:
-        found: Tensor = self.net["stem"](images).relu()
-        return found
+from helpers.loss_states import KNOWN, SIDE, Tiny
+from helpers.slow_oracles import slow_crop
 
 
 class Scene(FakeView):

@@ -16,19 +16,10 @@ from distill.losses.global_knowledge import GlobalKnowledge, agreement
 from distill.types import Batch, DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import OBJECTS, LossGrid
-from unit.losses.test_masks import slow_cells, slow_level
+from helpers.loss_states import ALL_ON, of_classes, with_prototypes
+from helpers.slow_oracles import slow_cells, slow_level
 
 NO_ADAPTER = {"kernel": None}
-ALL_ON: dict[str, Mapping[str, Any]] = {"relation": {"weight": 5.0}, "prototypes": {"count": 3}}
-
-
-def with_prototypes(loss: GlobalKnowledge, student: DetectorSpec, teacher: DetectorSpec) -> GlobalKnowledge:
-    """Prototypes of the classes 1 to 3; the fourth class has no instance."""
-    generator = torch.Generator().manual_seed(5)
-    for buffer in (loss.ours, loss.theirs):
-        buffer.normal_(generator=generator)
-        buffer[3] = 0
-    return loss
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -47,13 +38,6 @@ def pooled(view: FakeView, image: int, box: list[float], stride: int) -> Tensor:
 
 def bump(place: int, cells: int) -> float:
     return math.exp(-0.5 * ((place - cells / 2) / (cells / 2)) ** 2)
-
-
-def of_classes(view: FakeView) -> FakeView:
-    """The view with its positives, each third region, of the classes 3 and 4 in turn."""
-    labels = [each * (3 + torch.arange(len(each)) % 2) for each in view.rois.labels]
-    view.stages["rois"] = view.rois._replace(labels=labels)
-    return view
 
 
 class TestGlobalKnowledge(LossGrid):

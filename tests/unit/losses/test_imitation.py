@@ -20,7 +20,7 @@ from distill.losses.tadf import TADF
 from distill.types import DistillError
 from helpers.fake_view import batch, random_view, spec
 from helpers.loss_grid import OBJECTS
-from unit.losses.test_masks import slow
+from helpers.slow_oracles import slow
 
 NONE = {"kernel": None}
 CHANNELS = {8: 5, 16: 5}

@@ -12,6 +12,7 @@ from distill.detectors.fcos import FCOS
 from distill.losses import masks
 from distill.types import Batch, DistillError, Target
 from helpers.fake_view import FakeView, anchors, batch, corners, spec
+from helpers.slow_oracles import iou, slow, slow_fine_grained
 
 # DeFeat's reference values: padded input 800 x 1344, two images.
 BOXES = [
@@ -22,38 +23,6 @@ BOXES = [
 
 def sizes(strides: tuple[int, ...], height: int = 800, width: int = 1344) -> dict[int, tuple[int, int]]:
     return {stride: (math.ceil(height / stride), math.ceil(width / stride)) for stride in strides}
-
-
-def slow_level(box: list[float], levels: int) -> int:
-    x1, y1, x2, y2 = box
-    s = math.sqrt((x2 - x1 + 1) * (y2 - y1 + 1))
-    return min(max(math.floor(math.log2(s / 56 + 1e-6)), 0), levels - 1)
-
-
-def slow_cells(box: list[float], stride: int, height: int, width: int) -> tuple[range, range, bool]:
-    """Rows and columns that a box covers, and whether it is thinner than a cell."""
-    a, b, c, d = (max(int(side / stride), 0) for side in box)
-    c, d = min(c, width), min(d, height)
-    if a >= c or b >= d:
-        a, b = min(a, width - 1), min(b, height - 1)
-        return range(b, b + 1), range(a, a + 1), True
-    return range(b, d), range(a, c), False
-
-
-def slow(boxes: list[Tensor], grid: dict[int, tuple[int, int]], bump: bool = False) -> dict[int, Tensor]:
-    found = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
-    for image, each in enumerate(boxes):
-        for box in each.tolist():
-            stride = list(grid)[slow_level(box, len(grid))]
-            rows, columns, thin = slow_cells(box, stride, *grid[stride])
-            half_h, half_w = len(rows) / 2, len(columns) / 2
-            for y, row in enumerate(rows):
-                for x, column in enumerate(columns):
-                    value = 1.0
-                    if bump and not thin:
-                        value = math.exp(-0.5 * ((x - half_w) / half_w) ** 2 - 0.5 * ((y - half_h) / half_h) ** 2)
-                    found[stride][image, row, column] = max(found[stride][image, row, column].item(), value)
-    return found
 
 
 def drawn(seed: int, count: int, height: int = 96, width: int = 160) -> list[Tensor]:
@@ -128,29 +97,6 @@ def test_the_bump_leans_right_and_overlaps_take_the_larger() -> None:
     first = [math.exp(-0.5 * ((x - 2) / 2) ** 2) * centre for x in range(4)]
     second = [0, 0, math.exp(-0.5) * centre, centre]
     assert row.tolist() == pytest.approx([max(pair) for pair in zip(first, second, strict=True)])
-
-
-def slow_fine_grained(
-    boxes: list[Tensor], all_anchors: dict[int, Tensor], grid: dict[int, tuple[int, int]], psi: float
-) -> dict[int, Tensor]:
-    found = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
-    for image, each in enumerate(boxes):
-        for box in each.tolist():
-            stride = list(grid)[slow_level(box, len(grid))]
-            height, width = grid[stride]
-            overlaps = [iou(anchor, box) for anchor in all_anchors[stride].tolist()]
-            per_cell = len(overlaps) // (height * width)
-            for index, overlap in enumerate(overlaps):
-                if overlap > psi * max(overlaps):
-                    cell = index // per_cell
-                    found[stride][image, cell // width, cell % width] = 1
-    return found
-
-
-def iou(a: list[float], b: list[float]) -> float:
-    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    inter = max(w, 0) * max(h, 0)
-    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
 
 
 @pytest.mark.parametrize("psi", [0.0, 0.5, 0.9])

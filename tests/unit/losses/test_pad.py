@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.cli import compose
 from distill.losses.base import DistillLoss
@@ -24,26 +24,12 @@ from distill.losses.ssim import SSIM
 from distill.losses.tadf import TADF
 from distill.types import DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
-from helpers.loss_grid import OBJECTS, LossGrid
-from unit.losses.test_fgfi import AnchorsFollowMaps
-from unit.losses.test_masks import slow_fine_grained
+from helpers.loss_grid import OBJECTS, AnchorsFollowMaps, LossGrid
+from helpers.loss_states import drawn, variances
+from helpers.slow_oracles import slow_fine_grained
 
 NONE = {"kernel": None}
 BOTH: dict[str, Any] = {"neck": {"all": 2}}
-
-
-def variances(loss: nn.Module) -> dict[str, Variance]:
-    return {name: part for name, part in loss.named_modules() if isinstance(part, Variance)}
-
-
-def drawn(loss: DistillLoss) -> DistillLoss:
-    """With variances that are not 0."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for part in variances(loss).values():
-            for parameter in part.parameters():
-                parameter.normal_(0, 0.3, generator=generator)
-    return loss
 
 
 def slow_v(part: Variance, cell: list[float]) -> float:

@@ -19,7 +19,7 @@ from distill.losses.ssim import SSIM, Dissimilarity
 from distill.types import DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
 from helpers.loss_grid import OBJECTS, LossGrid
-from unit.losses.test_masks import slow
+from helpers.slow_oracles import slow
 
 NO_ADAPTER = {"kernel": None}
 AXES = {"plane": (2, 3), "image": (1, 2, 3), "tensor": (0, 1, 2, 3)}

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.datamodule import DetectionData
-from distill.data.shapes import CLASSES, Shapes
-from distill.detectors.faster_rcnn import FasterRCNN
+from distill.data.shapes import CLASSES
 from distill.diagnostics.bench.clock import Clock, Spread
 from distill.diagnostics.bench.measure import (
     _flops,
@@ -33,36 +32,8 @@ from distill.losses.mimic import Mimic
 from distill.teacher import Teacher
 from distill.training.schedule import Schedule
 from distill.types import Batch, DistillError
-from unit.losses.test_dicod import Tiny
-
-CPU = torch.device("cpu")
-TINY: dict[str, Any] = {
-    "depth": 10,
-    "width": 0.25,
-    "neck_channels": 16,
-    "head_channels": 16,
-    "rpn_pre_nms_top_n_train": 50,
-    "rpn_post_nms_top_n_train": 20,
-    "box_batch_size_per_image": 16,
-    "min_size": 64,
-    "max_size": 64,
-}
-
-
-@pytest.fixture(scope="module")
-def data() -> DetectionData:
-    return DetectionData(Shapes(train=6, val=4, test=0, size=64), 2, workers=0, min_size=64, max_size=64)
-
-
-@pytest.fixture
-def batch(data: DetectionData) -> Batch:
-    first: Any = next(iter(data.train_dataloader()))
-    return first  # type: ignore[no-any-return]
-
-
-def detector(seed: int = 0, **options: Any) -> FasterRCNN:
-    torch.manual_seed(seed)
-    return FasterRCNN(list(CLASSES), **{**TINY, **options})
+from helpers.loss_states import Tiny
+from helpers.measured import CPU, detector
 
 
 def step(batch: Batch, kind: Any = DeFeat, **options: Any) -> Step:

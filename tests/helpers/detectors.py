@@ -1,0 +1,139 @@
+"""The table of detector families, and small detectors with random weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.detectors.base import Detector
+from distill.detectors.faster_rcnn import FasterRCNN
+from distill.detectors.fcos import FCOS
+from distill.detectors.mask_rcnn import MaskRCNN
+from distill.detectors.retinanet import RetinaNet
+from distill.types import Batch, Target
+
+
+class Family(NamedTuple):
+    """One row of the table: what tests have to know of a family. Whoever adds a family adds a row."""
+
+    detector: type[Detector]
+    options: str
+    """How the names of its model options begin."""
+    two_stage: bool = False
+    needs_masks: bool = False
+    """Its own losses need masks in the targets."""
+    neck_channels: int | None = None
+    """The least that the heads take, where this is more than a small detector has."""
+    box_layers: tuple[str, ...] = ()
+    """Layers without which fresh boxes are points; the first one's bias is the boxes' extent."""
+    equals_torchvision: Mapping[str, Any] = {}
+    """Options under which all numbers are torchvision's to the bit."""
+    other_results: Mapping[str, Any] = {}
+    """Options that change results but no tensor's shape."""
+
+
+FAMILIES = {
+    "faster_rcnn": Family(
+        FasterRCNN,
+        "frcnn",
+        two_stage=True,
+        equals_torchvision={"box_roi_align": "torchvision"},
+        other_results={"anchor_ratios": (0.5, 1)},
+    ),
+    "retinanet": Family(RetinaNet, "retinanet", other_results={"anchor_ratios": (0.5, 1)}),
+    "fcos": Family(
+        FCOS,
+        "fcos",
+        neck_channels=64,  # the heads' group norm has 32 groups
+        box_layers=("head.regression_head.bbox_reg", "head.regression_head.bbox_ctrness"),
+        other_results={"center_sampling_radius": 2},
+    ),
+    "mask_rcnn": Family(MaskRCNN, "mask_rcnn", two_stage=True, needs_masks=True),
+}
+BOX_FAMILIES = {name: family for name, family in FAMILIES.items() if not family.needs_masks}
+SIZES = ((96, 64), (70, 100), (128, 90))
+FEW = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_train": 50}
+
+
+def small_options(family: str, two_stage: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """Options of a small detector: what its family needs, what its regions need, and then what the test wants."""
+    row = FAMILIES[family]
+    needed = {"neck_channels": row.neck_channels} if row.neck_channels else {}
+    return {
+        "depth": 10,
+        "width": 0.25,
+        "neck_channels": 16,
+        **needed,
+        **(two_stage if row.two_stage else {}),
+        **options,
+    }
+
+
+def random_detector(family: str, seed: int = 0, **options: Any) -> Any:
+    """A small detector whose fresh weights are large enough to tell boxes and classes apart."""
+    torch.manual_seed(seed)
+    row = FAMILIES[family]
+    regions = {**FEW, "head_channels": 32, "rpn_post_nms_top_n_test": 30}
+    settings = {"norm": "frozen", **({} if row.neck_channels else {"neck_channels": 32}), **options}
+    detector: Any = row.detector(["cat", "dog", "owl"], **small_options(family, regions, **settings))
+    for layer in detector.class_layers:
+        module = detector.net.get_submodule(layer)
+        torch.nn.init.normal_(module.weight, std=0.05)
+        torch.nn.init.normal_(module.bias, std=0.5)
+    layers = [detector.net.get_submodule(layer) for layer in row.box_layers]
+    for module in layers[:1]:
+        torch.nn.init.uniform_(module.bias, 1.0, 4.0)
+    for module in layers:
+        torch.nn.init.normal_(module.weight, std=0.05)
+    return detector
+
+
+def padded_batch(sizes: tuple[tuple[int, int], ...] = SIZES, seed: int = 1) -> Batch:
+    """Images of several sizes in one padded tensor; the second one has no boxes."""
+    generator = torch.Generator().manual_seed(seed)
+    height = math.ceil(max(h for h, _ in sizes) / 32) * 32
+    width = math.ceil(max(w for _, w in sizes) / 32) * 32
+    images = torch.zeros(len(sizes), 3, height, width, dtype=torch.uint8)
+    targets = []
+    for index, (h, w) in enumerate(sizes):
+        images[index, :, :h, :w] = torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8)
+        corner = torch.rand(3, 2, generator=generator) * torch.tensor([w, h]) * 0.5
+        side = 8 + torch.rand(3, 2, generator=generator) * torch.tensor([w, h]) * 0.4
+        boxes, labels = torch.cat([corner, corner + side], dim=1), torch.tensor([1, 2, 3])
+        keep = 0 if index == 1 else 3
+        targets.append(Target(boxes[:keep], labels[:keep]))
+    return Batch(images, tuple(sizes), tuple(sizes), tuple(targets), tuple(range(len(sizes))))
+
+
+def gradients(detector: Detector) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in detector.net.named_parameters() if p.grad is not None}
+    detector.zero_grad()
+    return found
+
+
+def count_calls(detector: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    net = detector.net
+    parts = {"body": net.backbone.body["conv1"], "fpn": net.backbone.fpn}
+    if detector.spec.two_stage:
+        parts |= {"rpn": net.rpn.head, "pool": net.roi_heads.box_roi_pool, "box": net.roi_heads.box_head}
+    else:
+        parts |= {"class": net.head.classification_head.cls_logits, "box": net.head.regression_head.bbox_reg}
+        parts |= {"trunk": net.head.regression_head.conv, "pool": detector.pool}
+        parts |= {"centerness": net.head.regression_head.bbox_ctrness} if detector.spec.anchor_free else {}
+    counts = dict.fromkeys(parts, 0)
+
+    def counting(name: str, forward: Any) -> Any:
+        def run(*args: Any) -> Any:
+            counts[name] += 1
+            return forward(*args)
+
+        return run
+
+    for name, part in parts.items():
+        monkeypatch.setattr(part, "forward", counting(name, part.forward))
+    return counts

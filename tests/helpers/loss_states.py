@@ -1,0 +1,79 @@
+"""What some losses need besides two Views: prototypes, variances that are not 0, a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.frozen import FrozenModel
+from distill.losses.base import DistillLoss
+from distill.losses.global_knowledge import GlobalKnowledge
+from distill.losses.pad import Variance
+from distill.types import Batch, DetectorSpec
+from helpers.fake_view import FakeView
+
+ALL_ON: dict[str, Mapping[str, Any]] = {"relation": {"weight": 5.0}, "prototypes": {"count": 3}}
+KNOWN = ("hen", "owl", "cat", "dog", "cow")
+"""The classifier's classes: more than the student's, in another order."""
+
+
+SIDE = 12
+
+
+def with_prototypes(loss: GlobalKnowledge, student: DetectorSpec, teacher: DetectorSpec) -> GlobalKnowledge:
+    """Prototypes of the classes 1 to 3; the fourth class has no instance."""
+    generator = torch.Generator().manual_seed(5)
+    for buffer in (loss.ours, loss.theirs):
+        buffer.normal_(generator=generator)
+        buffer[3] = 0
+    return loss
+
+
+def of_classes(view: FakeView) -> FakeView:
+    """The view with its positives, each third region, of the classes 3 and 4 in turn."""
+    labels = [each * (3 + torch.arange(len(each)) % 2) for each in view.rois.labels]
+    view.stages["rois"] = view.rois._replace(labels=labels)
+    return view
+
+
+def variances(loss: nn.Module) -> dict[str, Variance]:
+    return {name: part for name, part in loss.named_modules() if isinstance(part, Variance)}
+
+
+def drawn(loss: DistillLoss) -> DistillLoss:
+    """With variances that are not 0."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for part in variances(loss).values():
+            for parameter in part.parameters():
+                parameter.normal_(0, 0.3, generator=generator)
+    return loss
+
+
+class Tiny(FrozenModel):
+    """A classifier with random weights, that remembers how many crops it has named."""
+
+    def __init__(self, classes: tuple[str, ...] = KNOWN) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = nn.ModuleDict({"stem": nn.Conv2d(3, 5, 3, padding=1), "fc": nn.Linear(12, len(classes))})
+        super().__init__(net, "memory")
+        self.net, self.classes, self.named = net, classes, 0
+
+    def images(self, batch: Batch) -> Tensor:
+        return (batch.images.float() / 255 - 0.4) / 0.2
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        self.named += len(images)
+        found: Tensor = 4 * self.net["fc"](
+            images.reshape(len(images), 3, 2, SIDE // 2, 2, SIDE // 2).mean((3, 5)).flatten(1)
+        )
+        return found
+
+    def stem(self, images: Tensor) -> Tensor:
+        found: Tensor = self.net["stem"](images).relu()
+        return found
