@@ -127,7 +127,7 @@ def changed(distill: str, words: list[str]) -> DictConfig:
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
     except (HydraException, OmegaConfBaseException) as error:  # compose.check makes a message of it
         raise DistillError(str(error)) from error
-    target_policy.judge_frame(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
+    compose.require_groups(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
     return cfg
 
 
@@ -212,9 +212,9 @@ WORD = st.one_of(
 @given(words=st.lists(WORD, min_size=1, max_size=3))
 def test_any_command_line(words: list[str]) -> None:
     try:
-        target_policy.listen(words)
+        target_policy.set_trusted(words)
         compose.check(words)
     except DistillError as error:
         judged(error)
     finally:
-        target_policy.listen([])
+        target_policy.set_trusted([])

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import hydra.utils
 import pytest
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from distill.cli import compose, target_policy
@@ -24,7 +19,7 @@ CALL = "{_target_: os.mkdir, path: mark}"
 
 @pytest.fixture(autouse=True)
 def _forget() -> None:
-    target_policy.listen([])
+    target_policy.set_trusted([])
 
 
 @pytest.fixture
@@ -100,17 +95,32 @@ def test_the_command_line_too_needs_trust(
     assert not (tmp_path / "mark").exists()
 
 
+def test_every_job_of_a_sweep_is_checked_before_hydra_acts_on_it(conf: Path) -> None:
+    """First, the file's own sweep chooses a second file. Then one combination of options alone chooses a third one."""
+    (conf / "start" / "second.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
+    sweep = "hydra: {mode: MULTIRUN, sweeper: {params: {start: 'scratch,second'}}}"
+    with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
+        compose.check([outside(conf, sweep)])
+    (conf / "hydra" / "env").mkdir(parents=True)
+    (conf / "hydra" / "env" / "shapes-none.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
+    for name in ("shapes-defeat", "voc-none", "voc-defeat"):
+        (conf / "hydra" / "env" / f"{name}.yaml").write_text("{}")
+    words = [outside(conf, "defaults: [{override /hydra/env: '${data}-${distill}'}]"), "data=voc,shapes"]
+    compose.check([*words, "distill=defeat"])
+    with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
+        compose.check([*words, "distill=defeat,none"])
+
+
 def test_a_file_may_name_folders_and_sweeps(conf: Path) -> None:
     body = "hydra: {run: {dir: here}, sweep: {dir: there}, mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}"
-    with target_policy.gated(), initialize_config_dir(str(conf), version_base="1.3"):
-        cfg = hydra_compose("config", [outside(conf, body)], return_hydra_config=True)
+    cfg = compose.compose_with_hydra([outside(conf, body)])
     assert (cfg.hydra.run.dir, cfg.hydra.sweep.dir, cfg.hydra.sweeper.params.seed) == ("here", "there", "1,2")
 
 
-def test_the_command_line_may_say_of_hydra_what_it_likes(conf: Path) -> None:
+@pytest.mark.usefixtures("conf")
+def test_the_command_line_may_say_of_hydra_what_it_likes() -> None:
     words = ["hydra/job_logging=default", "hydra.job.chdir=true", "hydra.verbose=true"]
-    with target_policy.gated(), initialize_config_dir(str(conf), version_base="1.3"):
-        cfg = hydra_compose("config", words, return_hydra_config=True)
+    cfg = compose.compose_with_hydra(words)
     assert cfg.hydra.job.chdir
     assert cfg.hydra.job_logging.handlers
 
@@ -220,11 +230,11 @@ def test_classes_of_the_packages_are_let_in(name: str) -> None:
 def test_trust_is_the_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conf: Path) -> None:
     monkeypatch.chdir(tmp_path)
     line = outside(conf, f"anything: {CALL}")
-    target_policy.listen([line, "trust=[os.mkdir]"])
+    target_policy.set_trusted([line, "trust=[os.mkdir]"])
     compose.check([line, "trust=[os.mkdir]"])
     compose.build(compose.composed([line]).anything)
     assert (tmp_path / "mark").is_dir()
-    target_policy.listen([line])
+    target_policy.set_trusted([line])
     with pytest.raises(DistillError, match="trust"):
         compose.check([line])
 
@@ -234,7 +244,7 @@ def test_trust_of_a_package_covers_what_it_defines_and_not_what_it_imports(
 ) -> None:
     (tmp_path / "my_package.py").write_text("import os\nfrom os import mkdir\n\n\ndef make(path):\n    return path\n")
     monkeypatch.syspath_prepend(tmp_path)
-    target_policy.listen(["trust=[my_package]"])
+    target_policy.set_trusted(["trust=[my_package]"])
     assert compose.build(OmegaConf.create({"_target_": "my_package.make", "path": "x"})) == "x"
     for name in ("my_package.mkdir", "my_package.os.mkdir"):
         with pytest.raises(DistillError):
@@ -288,88 +298,27 @@ def test_the_overrides_of_a_run_from_outside_are_judged(
     assert not (tmp_path / "mark").exists()
 
 
-# -- what grows
-
-
-@pytest.fixture
-def bounded() -> Iterator[None]:
-    """Seconds and little memory; without a bound it would be hours, and all there is."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    yield
-    assert time.process_time() - start < 20
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
-
-
-def chain(first: str, line: str, between: str = ", ", times: int = 10, length: int = 40) -> str:
-    """Lines, each of which holds the one before it so many times: in LINE, NEW is its name, OLD[…] is repeated."""
-    before, _, rest = line.partition("OLD[")
-    repeated, _, after = rest.partition("]OLD")
-    lines = [first]
-    for new in range(1, length):
-        whole = before + between.join(repeated.replace("NUMBER", str(n)) for n in range(times)) + after
-        lines.append(whole.replace("NEW", f"l{new}").replace("LAST", f"l{new - 1}"))
-    return "\n".join(lines)
-
-
-GROWING = {
-    "aliases": chain("l0: &l0 [ha]", "NEW: &NEW [OLD[*LAST]OLD]"),
-    "aliases of mappings": chain("l0: &l0 {a: 1}", "NEW: &NEW {OLD[kNUMBER: *LAST]OLD}"),
-    "merged": chain("l0: &l0 {a: 1}", "NEW: &NEW {<<: *LAST, OLD[kNUMBER: *LAST]OLD}"),
-    "an alias of itself": "l: &l [*l]",
-    "interpolated nodes": chain("l0: [ha]", "NEW: {OLD[kNUMBER: '${LAST}']OLD}"),
-    "interpolated text": chain("l0: ha", "NEW: 'OLD[${LAST}]OLD'", between="", times=2),
-    "one text": chain(f"l0: {'x' * 100_000}", "NEW: 'OLD[${LAST}]OLD'", between="", times=20_000, length=2),
-    "texts of texts": chain(f"l0: {'x' * 100_000}", "NEW: 'OLD[${LAST}]OLD'", between="", times=500),
-    "created": "l: \"${oc.create:'{a: &a [1,1,1,1,1,1,1,1,1], b: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a], c: &c [*b,*b,*b,*b,*b,*b,*b], "
-    "d: &d [*c,*c,*c,*c,*c,*c,*c,*c], e: &e [*d,*d,*d,*d,*d,*d,*d], f: [*e,*e,*e,*e,*e,*e,*e,*e,*e,*e]}'}\"",
-    "deep": f"l: {'[' * 100_000}{']' * 100_000}",
-    "deep in blocks": f"l:\n {'- ' * 3000}x",
-    "a long text": f"l: {'x' * 1_000_000}",
-    "a large file": f"l: {'x' * 50_000_000}",
-    "many entries": f"l: [{'1,' * 400_000}]",
-    "a long number": f"l: {'9' * 100_000}",
-    "a number of minutes": f"l: {'1:' * 50_000}1",
-}
-
-
-def resolved(line: str) -> dict[str, object]:
-    compose.check([line])
-    found: dict[str, object] = compose.plain(compose.composed([line, "name=n", "paths.run=x"]))
-    return found
-
-
-@pytest.mark.usefixtures("bounded")
-@pytest.mark.parametrize("body", GROWING.values(), ids=GROWING)
-def test_no_file_grows_without_bounds(body: str, conf: Path) -> None:
-    line = outside(conf, f"{body}\nseed: 7")
+@pytest.mark.parametrize(
+    "body", [f"l: {'[' * 100_000}{']' * 100_000}", f"l:\n {'- ' * 3000}x"], ids=["lists", "blocks"]
+)
+def test_a_file_that_is_nested_too_deeply_is_refused_in_one_line(body: str, conf: Path) -> None:
     with pytest.raises(DistillError) as caught:
-        resolved(line)
+        compose.check([outside(conf, f"{body}\nseed: 7")])
     assert len(str(caught.value)) < 1000
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.usefixtures("bounded")
-@pytest.mark.parametrize("place", ["name: ${l39}", "hydra: {run: {dir: '${l39}'}}"])
-def test_hydra_itself_resolves_no_bomb(place: str, conf: Path, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
-    line = outside(conf, f"{GROWING['interpolated text']}\n{place}")
-    assert cli(["train", line, *TINY, "distill=none"]) == 1
-    assert "interpolations" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize("words", [["evaluate", "run"], ["train", "distill=none", "name=x", "ckpt_path=last"]])
 @pytest.mark.parametrize(
     "text",
     [
-        chain("- &l0 ha", "- &NEW [OLD[*LAST]OLD]"),
         f"- {'[' * 100_000}",
         f"- 'seed={'[' * 2000}{']' * 2000}'",
-        f"- seed={'x' * 200_000}",
         "- 'l0=x'\n- +a='${l1}'\n- ++l=[\n",
     ],
-    ids=["aliases", "deep", "a deep word", "a long word", "no words"],
+    ids=["deep", "a deep word", "no words"],
 )
-def test_no_run_from_outside_grows_without_bounds(
+def test_a_run_from_outside_that_cannot_be_read_is_named(
     words: list[str], text: str, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / ("run" if words[0] == "evaluate" else "outputs/x/1")
@@ -380,14 +329,6 @@ def test_no_run_from_outside_grows_without_bounds(
     said = capsys.readouterr().err
     assert said.startswith("\ndistill: ")
     assert len(said) < 10_000
-
-
-def test_what_is_large_but_harmless_is_let_in(conf: Path) -> None:
-    names = [f"class number {n}" for n in range(3_000)]
-    body = f"data: {{source: {{classes: {names}}}}}\nlist: [&a {{b: 1}}, *a, *a]\nagain: '${{data.source.classes}}'"
-    found = resolved(outside(conf, body))
-    assert found["list"] == [{"b": 1}] * 3
-    assert found["again"] == names
 
 
 def test_only_known_words_are_computed() -> None:

@@ -7,8 +7,10 @@ import inspect
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import product
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -18,13 +20,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import compose_limits, target_policy
+from distill.cli import target_policy
 from distill.cli.renamed_keys import refuse_renamed, translated
 from distill.run_folder import RunFolder
 from distill.type_checks import type_errors
@@ -47,6 +50,22 @@ UNFIT = (
 )
 """What constructors raise at arguments of a kind that they do not foresee."""
 
+REQUIRED = (
+    *(
+        "data",
+        "model",
+        "schedule",
+        "supervised",
+        "distill",
+        "metrics",
+        "trainer",
+        "callbacks",
+        "logger",
+        "paths",
+        "guard",
+    ),
+)
+"""Nodes that every run reads."""
 SAID = 600
 """Characters that are repeated of a library's message."""
 
@@ -61,12 +80,11 @@ def folder() -> Path:
 
 
 def register_resolvers() -> None:
-    """Words that the configuration can compute, within the bounds of what it may grow to.
+    """Register the resolvers of our own that a configuration may use.
 
     ``${names:node}`` joins a mapping's keys, for the names of run folders; ``${sweep:mode,folder}`` is the name of a
     sweep's folder inside a sweep, and in the processes of its jobs, and null elsewhere.
     """
-    compose_limits.install()
     OmegaConf.register_new_resolver("names", lambda node: "+".join(node) or "none", replace=True)
     OmegaConf.register_new_resolver(
         "sweep",
@@ -114,7 +132,7 @@ def noted(run: Path) -> list[str]:
     file = RunFolder(run).overrides
     try:
         with file.open(encoding="utf-8") as stream:
-            lines = yaml.safe_load(compose_limits.whole(stream))
+            lines = yaml.safe_load(stream)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DistillError(f"{file}: cannot be read ({str(error).splitlines()[0]}); is it a run's folder?") from error
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
@@ -138,22 +156,60 @@ def _hydra() -> Iterator[None]:
     if GlobalHydra.instance().is_initialized():
         yield
     else:
-        with target_policy.gated(), initialize_config_dir(str(folder()), version_base="1.3"):
+        with initialize_config_dir(str(folder()), version_base="1.3"):
             yield
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
     """The configuration of these overrides, outside a run. Interpolations into ``hydra`` are not resolved."""
+    cfg = compose_with_hydra(overrides)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def compose_with_hydra(overrides: Sequence[str]) -> DictConfig:
+    """The configuration with the ``hydra`` node, checked before Hydra or a run acts on it.
+
+    Raises:
+        DistillError: it names what it may not name, or lacks a node that every run reads.
+    """
     with _hydra():
-        return compose(NAME, list(overrides))
+        cfg = compose(NAME, list(overrides), return_hydra_config=True)
+    nodes: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    require_groups(nodes)
+    words = tuple(str(each.input_line) for each in parse(overrides) if each.is_hydra_override())
+    target_policy.validate_config(nodes, overrides, _default_hydra(folder(), words, JobRuntime.instance().get("name")))
+    return cfg
+
+
+@cache
+def _default_hydra(conf: Path, words: tuple[str, ...], job: str) -> dict[str, Any]:
+    """The ``hydra`` node that these overrides of the command line make of Hydra's defaults and of conf/config.yaml."""
+    with _hydra():
+        cfg = compose(NAME, list(words), return_hydra_config=True)
+    node: dict[str, Any] = OmegaConf.to_container(cfg.hydra, resolve=False)  # type: ignore[assignment]
+    return node
+
+
+def require_groups(nodes: Mapping[str, Any]) -> None:
+    """Refuse a configuration in which a node that every run reads is no mapping.
+
+    Raises:
+        DistillError: names the node.
+    """
+    for key in REQUIRED:
+        if not isinstance(nodes.get(key), dict):
+            raise DistillError(
+                f"{key}={nodes.get(key)}: expected a mapping, as conf/config.yaml has it: leave it as it is"
+            )
 
 
 def named(overrides: Sequence[str]) -> Path:
     """The folder of all runs that have the name which these overrides give."""
     from hydra.core.hydra_config import HydraConfig
 
-    with _hydra():
-        cfg = compose(NAME, list(overrides), return_hydra_config=True)
+    cfg = compose_with_hydra(overrides)
     HydraConfig.instance().set_config(cfg)
     return Path(cfg.paths.outputs) / str(cfg.name)
 
@@ -186,26 +242,46 @@ def check_flags(args: Namespace) -> None:
 def check(overrides: Sequence[str]) -> None:
     """Compose once without running anything, so that a mistake is named within a second, with the nearest names.
 
-    A sweep is checked by the first value of each axis and by every value of a group.
+    A sweep is checked by every combination of its groups' options, and by every single value of a key.
     """
     refuse_renamed(overrides)
-    fixed, axes = [], []
+    first = _sweep_settings(overrides)[0]
+    params = _check_setting(first).hydra.sweeper.get("params") or {}
+    for setting in _sweep_settings([*(f"{key}={value}" for key, value in params.items()), *overrides]):
+        if setting != first:
+            _check_setting(setting)
+
+
+def _check_setting(overrides: list[str]) -> DictConfig:
+    """The configuration of one job."""
+    try:
+        cfg = compose_with_hydra(overrides)
+    except (HydraException, OmegaConfBaseException, *UNFIT) as error:
+        raise DistillError(_explain(error, overrides)) from None
+    _check_losses(overrides)
+    return cfg
+
+
+def _sweep_settings(overrides: Sequence[str]) -> list[list[str]]:
+    """Overrides of jobs that together have all combinations of groups' options and all values of keys. The first job has
+    the first value of each axis.
+    """
+    fixed: list[str] = []
+    options: list[list[str]] = []
+    values: list[list[str]] = []
+    known = groups()
     for override in parse(overrides):
-        if override.is_hydra_override() or override.is_interval_sweep() or isinstance(override.value(), Glob):
-            continue
-        if override.is_sweep_override():
-            axes.append([f"{_key(override)}={value}" for value in override.sweep_string_iterator()])
-        else:
-            assert override.input_line is not None
-            fixed.append(override.input_line)
-    firsts = [axis[0] for axis in axes]
-    settings = [firsts] + [[*firsts[:i], line, *firsts[i + 1 :]] for i, axis in enumerate(axes) for line in axis[1:]]
-    for setting in settings:
-        try:
-            composed([*fixed, *setting])
-        except (HydraException, OmegaConfBaseException, *UNFIT) as error:
-            raise DistillError(_explain(error, [*fixed, *setting])) from None
-        _check_losses([*fixed, *setting])
+        glob, group = override.value(), override.key_or_group
+        if isinstance(glob, Glob):
+            options.append([f"{_key(override)}={name}" for name in glob.filter(known.get(group, []))])
+        elif override.is_discrete_sweep():
+            axis = [f"{_key(override)}={value}" for value in override.sweep_string_iterator()]
+            (options if group in known else values).append(axis)
+        elif not override.is_sweep_override():
+            fixed.append(str(override.input_line))
+    firsts = [axis[0] for axis in values if axis]
+    jobs = [[*fixed, *chosen, *firsts] for chosen in product(*(axis for axis in options if axis))]
+    return [*jobs, *([*jobs[0], line] for axis in values for line in axis[1:])]
 
 
 def _check_losses(overrides: Sequence[str]) -> None:
@@ -288,7 +364,7 @@ def build(node: Any, **given: Any) -> Any:
     _check_node(node)
     options = plain(node)
     partial = options.get("_partial_") is True
-    target_policy.admit(options, _key_of(node))
+    target_policy.validate_targets(options, _key_of(node))
     _check_kinds(options, _key_of(node))
     try:
         # Run-time arguments are handed over by the call itself: Hydra would turn a dataclass among them into a dict.
@@ -310,12 +386,12 @@ def build(node: Any, **given: Any) -> Any:
 
 def _check_kinds(options: Any, where: str) -> None:
     """Refuse options of a kind that a constructor of ours or of Lightning's does not take, before it falls over them."""
-    nodes = [(where, options), *((below, value) for below, _, value in target_policy.entries(options, where))]
+    nodes = [(where, options), *((below, value) for below, _, value in target_policy.walk(options, where))]
     for below, node in nodes:
         if isinstance(node, dict) and str(node.get("_target_")).startswith(("distill.", "lightning.")):
             # What is built in turn is not judged by the mapping that describes it.
             given = {key: value for key, value in node.items() if not (value == "???" or "_target_" in str(value))}
-            if wrong := type_errors(target_policy.constructor(node["_target_"], f"{below}._target_"), given):
+            if wrong := type_errors(target_policy.load_class(node["_target_"], f"{below}._target_"), given):
                 raise DistillError(f"{below}: {'; '.join(wrong)}")
 
 
@@ -326,9 +402,7 @@ def target(node: Any) -> Any:
         DistillError: there is none of that name, or none that a configuration may call.
     """
     _check_node(node)
-    where = f"{_key_of(node)}._target_".lstrip(".")
-    target_policy.judge_name(node.get("_target_"), where)
-    return target_policy.constructor(node.get("_target_"), where)
+    return target_policy.load_class(node.get("_target_"), f"{_key_of(node)}._target_".lstrip("."))
 
 
 def _check_node(node: Any) -> None:
@@ -367,8 +441,7 @@ def plain(node: Any) -> Any:
         DistillError: one of them leads nowhere.
     """
     try:
-        with compose_limits.counted():
-            return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     except OmegaConfBaseException as error:
         where = _key_of(node) or "the configuration"
         raise DistillError(f"{where}: cannot be resolved: {str(error).splitlines()[0]}") from error

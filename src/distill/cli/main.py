@@ -67,7 +67,7 @@ def _run(verb: str, words: Sequence[str]) -> int:
         return 2
     from distill.cli import target_policy
 
-    target_policy.listen(words)
+    target_policy.set_trusted(words)
     return verbs[verb](words)
 
 

@@ -1,93 +1,68 @@
-"""What a configuration may name. Configurations are shared and copied, so that none of them may run code by itself.
+"""The classes that a configuration may name.
 
-A ``_target_`` is a class that distill, torch, torchvision, lightning or torchmetrics define, one of OURS, or anything that
-``trust=[package,package.module.name]`` names; ``trust`` counts on the command line alone, never in a file. Hydra acts on
-its own node (callbacks, logging, environment) before a run begins, so of that node a file may say only what is FREE.
+Configuration files are shared and copied, so a file must not be able to run code of its author's choice. Three rules:
 
-The gate stands in Hydra's loader: no configuration is handed to anybody, Hydra itself included, before it has passed. Names
-are judged there, without an import; what a name really means is judged when it is built, for `torch.os.system` begins well.
+- A ``_target_`` is a class that one of the `ALLOWED` packages defines, or a name that ``trust=[package]`` allows.
+- ``trust`` counts on the command line only. A file that sets it is refused.
+- Hydra acts on its own node (callbacks, launcher, logging, environment) before a run begins. Files may set only the
+  `FILE_KEYS` of that node.
+
+`validate_config` checks spelling and origin of names, without an import, before Hydra or a run acts on a configuration.
+`load_class` checks what a name refers to when an object is built: ``torch.os.system`` is spelled like a part of torch.
+Hydra's own block list stays active inside `hydra.utils.instantiate`.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
-import hydra._internal.hydra as main
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import get_object
 
 from distill.types import DistillError
 
-PACKAGES = ("distill", "torch", "torchvision", "lightning", "torchmetrics")
-DENIED = (
-    "distill.cli",  # would start a run of its own
-    *("lightning.pytorch.cli", "lightning.fabric.cli"),  # build whatever their arguments name
-    *("torch.hub", "torchvision.datasets", "torchmetrics.text", "torchmetrics.multimodal"),  # fetch files, and code
-    *("torch.cuda.memory", "torch.xpu.memory"),  # load libraries
-    *("torch.package", "torch.serialization"),  # unpickle
-    *("torch.fx", "torch.jit", "torch.export", "torch.onnx", "torch.utils.cpp_extension"),  # compile
-    *("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.rpc"),  # start processes
-    *("torch.testing", "torch.utils.benchmark", "torch.multiprocessing"),
+ALLOWED = (
+    *("distill.data", "distill.detectors", "distill.losses", "distill.evaluation", "distill.training"),
+    *("torch.nn", "torch.optim", "torchvision.models", "torchvision.ops", "torchvision.transforms"),
+    *(
+        f"lightning.pytorch.{part}"
+        for part in ("callbacks", "loggers", "plugins", "profilers", "strategies", "trainer")
+    ),
+    *("torchmetrics.aggregation", "torchmetrics.classification", "torchmetrics.detection"),
+    "distill.training.callbacks.consistency.patience",  # a function, so it is allowed by its full name
 )
-"""Parts of the packages above that are made to run, fetch or unpickle what they are told to."""
-OURS = (
-    "distill.training.callbacks.consistency.patience",
+"""Packages whose classes a configuration may name. None of these classes downloads, unpickles or starts anything."""
+ALLOWED_IN_HYDRA = ("hydra_plugins", "optuna.samplers", "optuna.pruners")
+"""Packages whose classes the ``hydra`` node may name: the plugins, which Hydra imports in any case, and Optuna's parts."""
+HYDRA_DEFAULTS = (
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
 )
-PLUGINS = ("hydra_plugins", "optuna.samplers", "optuna.pruners")
-"""May stand in the ``hydra`` node beside OURS: Hydra's plugins, all of which it imports in any case, and Optuna's parts."""
-NAMING = ("_target_", "()", "custom_search_space")
-"""Keys whose values are called: Hydra's, that of `logging.config`, and the Optuna sweeper's."""
-FREE = ("run", "sweep", "sweeper", "mode", "verbose")
-"""What files may say of the ``hydra`` node."""
-NOTES = ("overrides", "runtime")
-"""What Hydra itself notes there; the former is compared with what was given."""
-FRAME = (
-    "data",
-    "model",
-    "schedule",
-    "distill",
-    "metrics",
-    "trainer",
-    "callbacks",
-    "logger",
-    "paths",
-    "supervised",
-    "guard",
-)
-"""Nodes that every run reads."""
-SETTLED = ("hydra.run.", "hydra.sweep.", "hydra.mode=", "hydra.verbose=")
-"""Beginnings of the overrides that change FREE keys alone."""
+TARGET_KEYS = ("_target_", "()", "custom_search_space")
+"""Keys whose values are called: by Hydra, by Python's logging configuration, and by the Optuna sweeper."""
+FILE_KEYS = ("run", "sweep", "sweeper", "mode", "verbose")
+"""Keys of the ``hydra`` node that a file may set."""
 
 _trusted: tuple[str, ...] = ()
-_plain_nodes: dict[str, dict[str, Any]] = {}
 
 
-def listen(words: Sequence[str]) -> None:
-    """Note what ``trust=[…]`` names, and forget what it named before. To be called with the command line alone.
+def set_trusted(command_line: Sequence[str]) -> None:
+    """Store the names of ``trust=[…]``, in place of those stored before. Call this with the command line only.
 
     Raises:
-        DistillError: it names something else than packages, modules or constructors.
+        DistillError: a value is not the name of a package, a module or a constructor.
     """
     global _trusted
     _trusted = ()
-    for word in words:
+    for word in command_line:
         if word.lstrip("+").partition("=")[0] == "trust":
-            _trusted += _names(word)
+            _trusted += _parse_trust(word)
 
 
-def _names(word: str) -> tuple[str, ...]:
+def _parse_trust(word: str) -> tuple[str, ...]:
     try:
         value = OverridesParser.create().parse_override(word).value()
     except HydraException:
@@ -98,212 +73,120 @@ def _names(word: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-@contextmanager
-def gated() -> Iterator[None]:
-    """Within, Hydra composes through the gate."""
-    names = vars(main)  # Hydra has no option for it
-    before, names["ConfigLoaderImpl"] = names["ConfigLoaderImpl"], Loader
-    try:
-        yield
-    finally:
-        names["ConfigLoaderImpl"] = before
+def validate_config(config: dict[str, Any], overrides: Sequence[str], default_hydra: Mapping[str, Any]) -> None:
+    """Refuse a composed configuration whose files go beyond the rules.
 
-
-class Loader(ConfigLoaderImpl):
-    """Hydra's loader of configurations, which keeps to itself what it must not hand out."""
-
-    def load_configuration(
-        self,
-        config_name: str | None,
-        overrides: list[str],
-        run_mode: RunMode,
-        from_shell: bool = True,
-        validate_sweep_overrides: bool = True,
-    ) -> DictConfig:
-        """As Hydra has it.
-
-        Raises:
-            DistillError: the configuration names what it may not name.
-        """
-        cfg = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
-        whole: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
-        acted = whole.pop("hydra")
-        if config_name is not None:  # --hydra-help composes Hydra's part alone
-            judge_frame(whole)
-        _judge_trust(whole.get("trust"))
-        for where, name in named(whole):
-            judge_name(name, where)
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        words = [str(override.input_line) for override in parsed if override.is_hydra_override()]
-        if acted["overrides"] != {"hydra": words, "task": [line for line in overrides if line not in words]}:
-            raise DistillError(
-                "a configuration file sets hydra.overrides, which is the command line's: remove it there"
-            )
-        _judge_hydra(acted, self._plain(config_name, words, run_mode))
-        return cfg
-
-    def _plain(self, config_name: str | None, words: Sequence[str], run_mode: RunMode) -> dict[str, Any]:
-        """The ``hydra`` node that these words of the command line alone make of Hydra's defaults and ours."""
-        said = [word for word in words if not word.lstrip("+~").startswith(SETTLED)]
-        folders = [source.path for source in self.get_search_path().get_path()]
-        key = json.dumps([config_name, said, folders, JobRuntime.instance().get("name")])
-        if key not in _plain_nodes:
-            cfg = super().load_configuration(config_name, said, run_mode, True, False)
-            _plain_nodes[key] = OmegaConf.to_container(cfg.hydra, resolve=False)  # type: ignore[assignment]
-        return _plain_nodes[key]
-
-
-def judge_frame(whole: Mapping[str, Any]) -> None:
-    """Refuse a configuration in which a node that every run reads is taken away.
+    Args:
+        config: all nodes with the ``hydra`` node, not resolved.
+        overrides: the words that composed the configuration.
+        default_hydra: the ``hydra`` node composed of the same words on Hydra alone, without any other group or key.
 
     Raises:
-        DistillError: names it.
+        DistillError: names the key, and what to say on the command line to allow the setting.
     """
-    for key in FRAME:
-        if not isinstance(whole.get(key), dict):
-            raise DistillError(
-                f"{key}={whole.get(key)}: expected a mapping, as conf/config.yaml has it: leave it as it is"
-            )
-
-
-def _judge_trust(names: Any) -> None:
-    given = names if isinstance(names, list) else [names]
-    foreign = [name for name in given if name is not None and name not in _trusted]
-    if foreign:
+    tasks = {key: node for key, node in config.items() if key != "hydra"}
+    trust = tasks.get("trust")
+    if foreign := [name for name in (trust if isinstance(trust, list) else [trust]) if name not in (None, *_trusted)]:
         raise DistillError(
-            f"a configuration file says trust={foreign}: that counts on the command line alone. If you know this code and want "
-            f"it to run, say trust=[{','.join(map(str, foreign))}] there"
+            f"a configuration file sets trust={foreign}: trust counts on the command line only. If you know this code and "
+            f"want it to run, add trust=[{','.join(map(str, foreign))}] to the command line"
         )
+    for where, name in _target_names(tasks):
+        _validate_name(name, where)
+    hydra = config["hydra"]
+    given = [word for word in overrides if word not in default_hydra["overrides"]["hydra"]]
+    allowed = {**default_hydra, **{key: hydra[key] for key in (*FILE_KEYS, "runtime")}}
+    allowed["overrides"] = {**default_hydra["overrides"], "task": given}
+    allowed["job"] = {**default_hydra["job"], "override_dirname": hydra["job"]["override_dirname"]}
+    if changed := next(_differing_keys(hydra, allowed, "hydra"), None):
+        raise DistillError(
+            f"a configuration file sets {changed}, and Hydra acts on this key before anything is checked. Files may set "
+            f"{', '.join(f'hydra.{key}' for key in FILE_KEYS)}. If you want the setting, say {changed}=… on the command line"
+        )
+    if hydra["sweeper"] != default_hydra["sweeper"]:
+        for where, key, value in walk(hydra["sweeper"], "hydra.sweeper"):  # its params become overrides of the jobs
+            if str(key).lstrip("+~").startswith(("hydra", "trust")) or "${" in str(value):
+                raise DistillError(f"a configuration file sets {where}; only the command line may sweep over this key")
+    for where, name in _target_names(hydra, "hydra"):
+        if name is not None and name not in HYDRA_DEFAULTS:
+            load_class(name, where, ALLOWED_IN_HYDRA)
 
 
-def _judge_hydra(node: dict[str, Any], plain: dict[str, Any]) -> None:
-    """What Hydra would act on is what the command line made it, but for what files may say."""
-    for where in differing({key: value for key, value in node.items() if key not in (*FREE, *NOTES)}, plain, "hydra"):
-        if where != "hydra.job.override_dirname":
-            raise DistillError(
-                f"a configuration file sets {where}, on which Hydra acts before anything is checked: files may set "
-                f"{', '.join(f'hydra.{key}' for key in FREE)}. If you want it, say {where}=… on the command line"
-            )
-    if node["sweeper"] != plain["sweeper"]:
-        _judge_sweeper(node["sweeper"])
-    for where, name in named(node, "hydra"):
-        if name is not None and name not in OURS and not _within(name, PLUGINS):
-            judge_name(name, where, known=())
-            constructor(name, where)
-
-
-def _judge_sweeper(node: Any) -> None:
-    """What a file says of the sweeper makes the overrides of its jobs: none for Hydra, none that a later word could change."""
-    for where, key, value in entries(node, "hydra.sweeper"):
-        word = str(key).lstrip("+~")
-        if word.startswith(("hydra", "trust")) or (isinstance(value, str) and "${" in value):
-            raise DistillError(f"a configuration file sets {where}, which the command line alone may sweep over")
-
-
-def differing(one: Any, other: Any, where: str) -> Iterator[str]:
-    """The keys in which two plain nodes differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key, value in one.items():
-            yield from differing(value, other.get(key), f"{where}.{key}")
-    elif one != other:
+def _differing_keys(node: Any, other: Any, where: str) -> Iterator[str]:
+    if isinstance(node, dict) and isinstance(other, dict):
+        for key, value in node.items():
+            yield from _differing_keys(value, other.get(key), f"{where}.{key}")
+    elif node != other:
         yield where
 
 
-def entries(node: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
-    """Full key, key and value of every entry below a plain node, in lists too."""
+def walk(node: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Full key, key and value of every entry below a node of plain containers, in lists too."""
     pairs = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for key, value in pairs:
-        below = f"{where}.{key}" if where else str(key)
-        yield below, key, value
-        yield from entries(value, below)
+        full_key = f"{where}.{key}" if where else str(key)
+        yield full_key, key, value
+        yield from walk(value, full_key)
 
 
-def named(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Full key and value of everything below a plain node that names something to call."""
-    return ((below, value) for below, key, value in entries(node, where) if key in NAMING)
+def _target_names(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    return ((full_key, value) for full_key, key, value in walk(node, where) if key in TARGET_KEYS)
 
 
-def _within(name: Any, parts: Sequence[str]) -> bool:
-    return isinstance(name, str) and any(name == part or name.startswith(f"{part}.") for part in parts)
-
-
-def judge_name(name: Any, where: str, known: Sequence[str] = PACKAGES) -> None:
-    """Refuse a name by its letters.
+def validate_targets(node: Any, where: str = "") -> None:
+    """Check all names below a resolved node, by spelling and by what they refer to, before the node is built.
 
     Raises:
-        DistillError: it is outside of the known packages, in a denied part of them, or private; and not trusted.
+        DistillError: a name is not allowed, or does not exist.
     """
-    if name is None or name == "???" or _within(name, _trusted):
-        return
-    if not isinstance(name, str):
-        raise DistillError(f"{where}: expected the dotted name of a class, got {name!r}")
-    private = any(part.startswith("_") for part in name.split("."))
-    if "${" in name or private or not _within(name, known) or _within(name, DENIED):
-        raise _refusal(name, where)
-
-
-def _refusal(name: str, where: str, why: str = "") -> DistillError:
-    return DistillError(
-        f"{where}={name}: {why or 'this name is not among what a configuration may call'}. Expected a public class of "
-        f"{', '.join(PACKAGES)} that neither fetches, unpickles nor starts anything by itself; if you know this code and want "
-        f"it to run, add trust=[{name}] to the command line"
-    )
-
-
-def admit(node: Any, where: str = "") -> None:
-    """Judge all that a resolved, plain node would call, by its letters and by what it really is.
-
-    Raises:
-        DistillError: it may not be called, or there is none of that name.
-    """
-    for below, key, value in entries(node, where):
+    for full_key, key, value in walk(node, where):
         if key == "_target_":
-            judge_name(value, below)
-            constructor(value, below)
+            load_class(value, full_key)
         elif isinstance(value, str) and "${" in value:
             raise DistillError(
-                f"{below}={value}: an interpolation that is written so as to be resolved later; write it plainly"
+                f"{full_key}={value}: this text would be resolved a second time. Write the value without an escaped '${{'"
             )
 
 
-def constructor(name: Any, where: str) -> Any:
-    """What a name means: a class that an allowed package itself defines, or what is trusted.
+def load_class(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> Any:
+    """Import the class that a name refers to.
 
     Raises:
-        DistillError: it is something else, or there is none of that name.
+        DistillError: it does not exist, is not a class, or is defined outside of the allowed and trusted packages.
     """
+    if name is None:
+        raise DistillError(f"{where}: expected the dotted name of a class, got None")
+    _validate_name(name, where, allowed)
+    try:
+        target = get_object(name)
+    except Exception as error:  # the import of a user's module may raise anything
+        raise DistillError(f"{where}: {name} cannot be imported: {error}") from error
+    origin = f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', None)}"
+    if callable(target) and (name in _trusted or _is_within(origin, _trusted)):
+        return target
+    if origin in allowed or (inspect.isclass(target) and _is_within(origin, allowed)):
+        return target
+    raise _refusal(name, where, f"this is {origin if callable(target) else type(target).__name__}")
+
+
+def _validate_name(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> None:
+    """Check the spelling, so that no module outside of the allowed packages is imported in order to look at it."""
+    if name is None or name == "???" or _is_within(name, _trusted):
+        return
     if not isinstance(name, str):
         raise DistillError(f"{where}: expected the dotted name of a class, got {name!r}")
-    try:
-        found = _found(name, where)
-    except DistillError:
-        raise
-    except Exception as error:  # whatever the import of a module of the user's own raises
-        raise DistillError(f"{where}: {name} cannot be imported: {error}") from error
-    own = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
-    if callable(found) and (name in _trusted or _within(own, _trusted)):
-        return found
-    if own in OURS:
-        return found
-    if not inspect.isclass(found):
-        raise _refusal(name, where, f"this is no class, but {own if callable(found) else type(found).__name__}")
-    if not _within(own, PACKAGES) or _within(own, DENIED):
-        raise _refusal(name, where, f"this is {own}")
-    return found
+    first, *parts = name.split(".")
+    public = all(part.isidentifier() and not part.startswith("_") for part in parts)
+    if not public or first not in {package.split(".")[0] for package in allowed}:
+        raise _refusal(name, where, "a configuration may not name this")
 
 
-def _found(name: str, where: str) -> Any:
-    """The object, reached through modules of the packages alone: that a module imports another makes it no part of it."""
-    first, *rest = name.split(".")
-    roots = (*PACKAGES, *(name.split(".")[0] for name in _trusted))
-    found: Any = import_module(first)
-    for part in rest:
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            if not isinstance(found, ModuleType):
-                raise
-            found = import_module(f"{found.__name__}.{part}")
-        if isinstance(found, ModuleType) and not _within(found.__name__, roots) and name not in _trusted:
-            raise _refusal(name, where, f"it leads out, to the module {found.__name__}")
-    return found
+def _is_within(name: Any, packages: Sequence[str]) -> bool:
+    return isinstance(name, str) and any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def _refusal(name: str, where: str, why: str) -> DistillError:
+    return DistillError(
+        f"{where}={name}: {why}. Expected a public class of {', '.join(ALLOWED)}. If you know this code and want it to run, "
+        f"add trust=[{name}] to the command line"
+    )

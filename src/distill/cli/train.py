@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import compose, resume, sweep, target_policy, validate
+from distill.cli import compose, resume, sweep, validate
 from distill.cli.signals import Terminated
 from distill.types import DistillError
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser = get_args_parser()
     args = parser.parse_args(list(argv))
     compose.check_flags(args)
-    if not (args.help or args.hydra_help or args.shell_completion):
+    if not args.shell_completion:
         compose.check(args.overrides)
     if not args.multirun:
         args.overrides = resume.resumed(args.overrides)
@@ -63,8 +63,7 @@ def main(argv: Sequence[str]) -> int:
             return float("nan")
 
     try:
-        with target_policy.gated():
-            _run_hydra(args, parser, task_function=task, config_path=home, config_name=compose.NAME)
+        _run_hydra(args, parser, task_function=task, config_path=home, config_name=compose.NAME)
     except (HydraException, OmegaConfBaseException) as error:
         missing = '; its sweeper is an extra: install "distill[optuna]"' if "sweeper/optuna" in str(error) else ""
         told = str(error).partition("Config search path")[0].strip()
