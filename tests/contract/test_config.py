@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import resource
 import shutil
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import compose
+from distill.cli import compose, teacher
+from distill.cli.main import main
 from distill.cli.train import build_losses, build_trainer
 from distill.types import DistillError
 
@@ -248,6 +251,75 @@ def test_every_student_has_a_default_teacher_and_can_be_one() -> None:
     students = set(known["model"])
     assert students == {name.removeprefix("of/") for name in known["teacher"] if name.startswith("of/")}
     assert students <= set(known["teacher"])
+
+
+@pytest.fixture
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the configuration, to be changed, of which no option is registered yet."""
+    shutil.copytree(compose.folder(), tmp_path / "conf")
+    monkeypatch.setattr(compose, "folder", lambda: tmp_path / "conf")
+    store = ConfigStore.instance()
+    monkeypatch.setattr(store, "repo", {**store.repo, "teacher": {}, "metrics": {}})
+    return tmp_path / "conf"
+
+
+def test_a_model_without_a_line_in_the_table_has_no_default_teacher_and_can_be_one(conf: Path) -> None:
+    (conf / "model" / "mine.yaml").write_text("defaults: [frcnn_r18]\n")
+    (conf / "data" / "mine.yaml").write_text("defaults: [shapes]\n")
+    (conf / "schedule" / "of" / "mine.yaml").write_text("defaults: [/schedule/of/shapes@_here_]\n")
+    cfg = compose.composed(["model=mine", "data=mine", "distill=none"])
+    assert cfg.teacher == {}
+    assert list(cfg.metrics) == ["coco"]
+    assert compose.composed(["teacher=mine"]).teacher.model.depth == 18
+    assert {"mine", "of/mine"} <= set(compose.groups()["teacher"])
+    with pytest.raises(DistillError, match=r"cannot do without a teacher: .* a line in conf/teachers\.yaml"):
+        teacher.check(compose.composed(["model=mine", "distill=mimic"]))
+    (conf / "teachers.yaml").write_text("default: none\nmine: {teacher: fcos_r18, run: [seed=7]}\n")
+    cfg = compose.composed(["model=mine"])
+    assert (cfg.teacher.model._target_, list(cfg.teacher.run)) == ("distill.FCOS", ["seed=7"])
+
+
+def test_a_file_of_a_users_own_takes_precedence_over_a_line(conf: Path) -> None:
+    (conf / "teacher" / "of").mkdir()
+    (conf / "teacher" / "of" / "fcos_r50.yaml").write_text("defaults: [/teacher/fcos_r34@_here_]\nseed: 9\n")
+    cfg = compose.composed(["model=fcos_r50"])
+    assert (cfg.teacher.model.depth, cfg.teacher.seed) == (34, 9)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("teachers.yaml", "default: none\nfrcnn_r50: frcnn_r11", "frcnn_r50: there is no option 'frcnn_r11'; did you mean frcnn_r10"),
+        ("teachers.yaml", "default: none\nfrcnn_r51: frcnn_r101", "there is no option 'frcnn_r51'; did you mean frcnn_r50"),
+        ("teachers.yaml", "frcnn_r50: frcnn_r101", "a line 'default'"),
+        ("teachers.yaml", "[frcnn_r50]", "expected a mapping"),
+        ("teachers.yaml", "frcnn_r50: [", "cannot be read"),
+        ("metrics.yaml", "default: coco\nvoc: [coco, vok]", "voc: there is no option 'vok'; did you mean voc"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_table_names_the_line(file: str, text: str, message: str, conf: Path) -> None:
+    (conf / file).write_text(text)
+    with pytest.raises(DistillError) as caught:
+        compose.check([])
+    assert f"{file}: " in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_help_and_completion_know_the_options_of_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = {
+        line.partition(": ")[0]: line.partition(": ")[2].split(", ") for line in capsys.readouterr().out.splitlines()
+    }
+    assert {"base", "none", "frcnn_r50", "retinanet_x101"} <= set(shown["teacher"])
+    assert {"fcos_r18", "mask_rcnn_r50"} <= set(shown["teacher/of"])
+    assert {"shapes", "voc0712"} <= set(shown["metrics/of"])
+    words = [sys.executable, "-m", "distill", "train", "-sc", "query=bash"]
+    for typed, completed in (("teacher=retinanet_r15", "teacher=retinanet_r152"), ("metrics/of=", "metrics/of=bccd")):
+        line = f"train.py {typed}"
+        env = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
+        assert completed in done.stdout.split(), done.stderr
 
 
 @pytest.mark.parametrize("line", ["--help", "model=frcnn_r5"])

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.runs import Cli
 from distill.cli.evaluate import load_student
 from distill.detectors.base import Detector
 from distill.detectors.registry import load_detector
 from distill.types import Batch, Target
 from helpers.old_run_folders import OLD_RUNS, record, write_old_run
+from helpers.runs import Cli
 
 
 def batch() -> Batch:

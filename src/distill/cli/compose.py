@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import re
@@ -28,7 +27,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import target_policy
+from distill.cli.presets import preset_options, register_presets
 from distill.cli.renamed_keys import refuse_renamed, translated
+from distill.cli.suggestions import nearest
 from distill.run_folder import RunFolder
 from distill.type_checks import type_errors
 from distill.types import DistillError
@@ -93,20 +94,15 @@ def register_resolvers() -> None:
     )
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean …?' with the closest names, or all names where none is close."""
-    names = sorted(set(known))
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(names)}"
-
-
 def groups() -> dict[str, list[str]]:
     """Config groups and their options."""
+    conf = folder()
+    files = [file.relative_to(conf).with_suffix("").as_posix() for file in conf.rglob("*.yaml")]
     found: dict[str, list[str]] = {}
-    for file in sorted(folder().rglob("*.yaml")):
-        option = file.relative_to(folder()).with_suffix("")
-        if len(option.parts) > 1:
-            found.setdefault(option.parts[0], []).append("/".join(option.parts[1:]))
+    for option in sorted({*files, *preset_options(conf)}):
+        group, _, name = option.partition("/")
+        if name:
+            found.setdefault(group, []).append(name)
     return found
 
 
@@ -153,6 +149,7 @@ def recorded(run: Path) -> list[Override]:
 def _hydra() -> Iterator[None]:
     """Hydra at our configuration: that of a running job, or one of its own."""
     register_resolvers()
+    register_presets(folder())
     if GlobalHydra.instance().is_initialized():
         yield
     else:

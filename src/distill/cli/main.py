@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(verb: str, words: Sequence[str]) -> int:
     verbs = _verbs()
     if verb not in verbs:
-        from distill.cli.compose import nearest
+        from distill.cli.suggestions import nearest
 
         print(f"distill: there is no verb '{verb}'{nearest(verb, verbs)}\n\n{USAGE}", file=sys.stderr)
         return 2

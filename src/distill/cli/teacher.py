@@ -86,7 +86,9 @@ def check(cfg: DictConfig) -> None:
     """
     if not described(cfg):
         who = f"distillation losses {list(parts(cfg.distill.losses))}" if cfg.distill.losses else "init=inherit"
-        raise DistillError(f"{who} cannot do without a teacher: choose teacher=…, not none")
+        raise DistillError(
+            f"{who} cannot do without a teacher: choose teacher=MODEL, or give the student a line in conf/teachers.yaml"
+        )
 
 
 def find(cfg: DictConfig, data: DetectionData) -> Teacher:

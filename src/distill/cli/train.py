@@ -19,7 +19,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import compose, resume, sweep, validate
+from distill.cli.presets import register_presets
 from distill.cli.signals import Terminated
+from distill.cli.suggestions import nearest
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     from hydra._internal.utils import _run_hydra, get_args_parser
 
     compose.register_resolvers()
+    register_presets(compose.folder())
     parser = get_args_parser()
     args = parser.parse_args(list(argv))
     compose.check_flags(args)
@@ -287,7 +290,7 @@ def check_metric(cfg: DictConfig, data: DetectionData) -> None:
     for key, name in {"metric": cfg.metric, **watched}.items():
         measured = key == "metric" or str(name).startswith("val/")  # a callback may watch a loss term
         if measured and name not in known:
-            raise DistillError(f"{key}={name} is not among the measured values{compose.nearest(str(name), known)}")
+            raise DistillError(f"{key}={name} is not among the measured values{nearest(str(name), known)}")
 
 
 def build_metrics(cfg: DictConfig) -> list[Any]:
