@@ -6,7 +6,7 @@ UV := $(shell command -v uv 2>/dev/null)
 
 TESTS ?= tests
 
-.PHONY: help demo test ring check format setup clean
+.PHONY: help demo test ring check docs format setup clean
 help:  ## list the verbs
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/'
 
@@ -24,11 +24,14 @@ ring:  ## the unit tests on the oldest and the newest Python, where they are at 
 	  else echo "$$python is not at hand: the unit tests did not run on it"; fi; \
 	done
 
-check: $(VENV)/.dev  ## format, lint, types and floors
+check: $(VENV)/.dev docs  ## format, lint, types, layers and documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev  ## build the documentation site in build/docs; a warning is an error
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 
 format: $(VENV)/.dev  ## rewrite the code in the house format
 	$(BIN)/ruff format .

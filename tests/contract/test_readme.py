@@ -1,36 +1,147 @@
-"""What the README says to type can be typed, and the method that it shows is one."""
+"""README and docs say what is there: commands compose, keys, options, files and links exist, the example method works."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import json
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from omegaconf import OmegaConf
 
+import distill
 from distill.cli import compose
-from distill.losses.base import DistillLoss
-from distill.losses.imitation import squared_error
-from distill.types import View
+from distill.cli.main import main
+from distill.types import DistillError
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    python train\.py (.+?)(?:  +#.*)?$", README, re.MULTILINE)
-INSIDE = re.findall(r"`python train\.py (.+?)`", README.replace("\n", " "))
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+INLINE = re.compile(r"`([^`\n]+)`")
+PLACEHOLDERS = re.compile(r"\[(?:overrides|--)[^\]]*\]")
 
 
-def test_there_are_commands() -> None:
-    assert len(COMMANDS) > 6
-    assert len(INSIDE) > 1
+def commands(program: str) -> list[str]:
+    """The words after `program` in indented lines and in inline code, without placeholders and comments."""
+    lines: list[str] = []
+    for text in PAGES.values():
+        lines += re.findall(rf"^ {{4,}}{program} (.+?)(?:  +#.*)?$", text, re.MULTILINE)
+        lines += [code.removeprefix(f"{program} ") for code in INLINE.findall(text) if code.startswith(f"{program} ")]
+    return sorted({PLACEHOLDERS.sub("", line).strip() for line in lines})
 
 
-@pytest.mark.parametrize("words", [*COMMANDS, *INSIDE])
-def test_every_command_composes(words: str) -> None:
-    overrides = [word for word in shlex.split(words) if word != "-m"]
-    compose.check([word for word in overrides if not word.startswith("hydra/sweeper=")])  # an extra
+COMMAND = "distill=neck_mse trust=[neck_mse]"
+"""Of the example method, which has a test of its own."""
+TRAIN = [words for words in commands(r"python train\.py") if words != COMMAND]
+VERBS = sorted({*commands("python -m distill"), *commands("distill")})
+
+
+def test_commands_are_collected() -> None:
+    assert len(TRAIN) > 15
+    assert {words.split()[0] for words in VERBS} >= {"doctor", "bench", "evaluate", "predict", "replay", "classifier"}
+
+
+@pytest.mark.parametrize("words", TRAIN)
+def test_train_commands_compose(words: str) -> None:
+    overrides = [word for word in shlex.split(words) if not word.startswith("-")]
+    compose.check([word for word in overrides if not word.startswith(("hydra/sweeper=", "hydra/launcher="))])  # plugins
+
+
+@pytest.mark.parametrize("words", VERBS)
+def test_commands_of_other_verbs_are_accepted(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    verb, *rest = shlex.split(words)
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    usage = capsys.readouterr().out
+    for word in rest:
+        if word.startswith("--"):
+            assert word in usage
+    compose.check([word for word in rest if "=" in word])
+
+
+# -- keys and options
+
+METHODS = (
+    "chen",
+    "defeat",
+    "dicod",
+    "dsig",
+    "fgfi",
+    "global_knowledge",
+    "mimic",
+    "pad_fgfi",
+    "pad_mimic",
+    "ssim",
+    "tadf",
+)
+"""An option of each method; the variants of a method have the same keys."""
+
+
+@functools.cache
+def keys() -> set[str]:
+    """Every key that some choice of options has."""
+    found: set[str] = set()
+    lines = [
+        *([f"model={option}", "distill=none"] for option in ("mask_rcnn", "retinanet", "fcos")),
+        *([f"data={option}", "distill=none"] for option in ("coco", "voc")),
+        [f"distill=[{','.join(METHODS)}]", "trainer=ddp", "logger=wandb", "callbacks=ema", "schedule=sgd"],
+    ]
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            found.add(f"{prefix}{key}")
+            walk(value, f"{prefix}{key}.")
+
+    for overrides in lines:
+        walk(OmegaConf.to_container(compose.composed(overrides)), "")
+    return found
+
+
+def is_public_name(dotted: str) -> bool:
+    """Whether a dotted name is a module of the package, or something inside one."""
+    module, _, name = dotted.rpartition(".")
+    for importable in (dotted, module):
+        try:
+            found = importlib.import_module(importable)
+        except ImportError:
+            continue
+        return importable == dotted or hasattr(found, name)
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_and_options_exist(page: str) -> None:
+    groups = compose.groups()
+    wrong = []
+    for code in INLINE.findall(PAGES[page]):
+        for word in re.findall(r"[\w./@]+=\S+|^[\w.]+$", code.strip("'")):
+            key, _, value = word.partition("=")
+            root = key.split(".")[0]
+            if root in ("hydra", "hydra/launcher", "hydra/sweeper") or (root not in groups and root not in keys()):
+                continue  # not a word of the configuration
+            if re.search(r"\.(py|yaml|md|json|pt|csv|ckpt)$", key):
+                continue  # a file
+            if "." in key:
+                if key not in keys() and not is_public_name(key):
+                    wrong.append(word)
+            elif key in groups and value:
+                options = [option for option in value.strip("'[]").split(",") if option.islower()]
+                wrong += [
+                    word for option in options if option not in (*groups[key], "none", "null", "neck_mse", "mine")
+                ]
+    assert not wrong
 
 
 @pytest.mark.parametrize("option", sorted(set(compose.groups()["model"])))
@@ -40,17 +151,135 @@ def test_every_model_may_start_from_imagenet(option: str) -> None:
         assert (node.backbone_weights, node.trainable_stages, node.norm) == ("IMAGENET1K_V1", 3, "batch_fixed_stats")
 
 
-def test_the_method_that_is_shown_teaches() -> None:
-    """The mean over levels of the mean of (S - T)^2, over all that the batch holds."""
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "DistillLoss" in block)
-    shown: dict[str, Any] = {"DistillLoss": DistillLoss, "View": View, "Tensor": Tensor, "squared_error": squared_error}
-    exec(code, shown)
-    torch.manual_seed(0)
-    student, teacher = ({8: torch.randn(2, 3, 8, 8), 16: torch.randn(2, 3, 4, 4)} for _ in range(2))
-    found = shown["Mimic"]({"neck": 1.0})(SimpleNamespace(neck=student), SimpleNamespace(neck=teacher))["neck"]
-    levels = [(student[stride].double() - x.double()) ** 2 for stride, x in teacher.items()]
-    assert float(found) == pytest.approx(sum(float(each.mean()) for each in levels) / len(levels), rel=1e-5)
-    large = [
-        SimpleNamespace(neck={stride: (1000 * x).half() for stride, x in each.items()}) for each in (student, teacher)
+# -- files, links, names
+
+
+EXAMPLES = {
+    "neck_mse.py",
+    "conf/distill/neck_mse.yaml",
+    "mine.yaml",
+    "conf/teachers.yaml",
+    "config.yaml",
+    "overrides.yaml",
+}
+"""Files of examples, and files of a run's folder."""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_exist(page: str) -> None:
+    package = ROOT / "src" / "distill"
+    folders = [ROOT, package, *(path for path in package.iterdir() if path.is_dir()), ROOT / "conf" / "model"]
+    named = [code for code in INLINE.findall(PAGES[page]) if re.fullmatch(r"[\w./-]+\.(py|yaml|ipynb|md|toml)", code)]
+    wrong = [
+        name for name in named if name not in EXAMPLES and not any((folder / name).is_file() for folder in folders)
     ]
-    assert shown["Mimic"]({"neck": 1.0})(*large)["neck"].isfinite()
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_relative_links_lead_to_files(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", PAGES.get(page, CHANGELOG), flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    wrong = [
+        target
+        for target in targets
+        if not re.match(r"[a-z]+://", target) and not (ROOT / page).parent.joinpath(target).exists()
+    ]
+    assert not wrong
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_api_reference_has_every_public_name() -> None:
+    listed = re.findall(r"^\.\. auto\w+:: distill\.(\w+)$", PAGES["docs/api.md"], re.MULTILINE)
+    assert sorted(listed) == sorted(distill.__all__)
+
+
+def test_methods_of_the_tables_are_the_options() -> None:
+    options = {option for option in compose.groups()["distill"] if option != "none"}
+    rows = [line for line in PAGES["docs/methods.md"].splitlines() if line.startswith("| ") and ".py`" in line]
+    assert {code for row in rows for code in INLINE.findall(row) if not code.endswith(".py")} == options
+
+
+def test_recipes_of_the_table_are_the_experiments() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", PAGES["docs/recipes.md"], re.MULTILINE)
+    assert sorted([*listed, "bccd"]) == sorted(compose.groups()["experiment"])
+
+
+# -- the method that the README adds
+
+
+def block(language: str, word: str) -> str:
+    """The code block of the README that has a word in it."""
+    return next(text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if word in text)
+
+
+@pytest.fixture
+def method_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The README's module on the Python path, and its option in a copy of the configuration."""
+    (tmp_path / "neck_mse.py").write_text(block("python", "class NeckMSE"), encoding="utf-8")
+    home = tmp_path / "conf"
+    shutil.copytree(compose.folder(), home)
+    (home / "distill" / "neck_mse.yaml").write_text(block("yaml", "NeckMSE"), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(compose, "folder", lambda: home)
+    yield
+    sys.modules.pop("neck_mse", None)
+
+
+def test_the_method_of_the_readme_runs(
+    method_of_the_readme: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the command line: composed, trusted, built and computed on a batch, with a gradient at the student."""
+    report, small = tmp_path / "report.json", ["data.source.train=8", "data.source.val=4", "data.source.test=0"]
+    monkeypatch.chdir(tmp_path)
+    assert f"    python train.py {COMMAND}\n" in README
+    arguments = [*shlex.split(COMMAND), "trainer=cpu", *small, "--json", str(report)]
+    assert main(["doctor", *arguments]) == 0
+    term = json.loads(report.read_text())["terms"]["neck_mse/neck.all"]
+    assert 0 < term["value"] < float("inf")
+    assert term["reaches"]
+
+
+def test_the_method_of_the_readme_needs_trust(
+    method_of_the_readme: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "distill=neck_mse", "trainer=cpu"]) == 1
+    assert "trust=[neck_mse" in capsys.readouterr().err
+    assert "neck_mse" not in sys.modules
+
+
+def test_the_method_of_the_readme_is_its_equation(method_of_the_readme: None) -> None:
+    """The mean over levels of the mean of (A(S) - T)^2 over all that the batch holds."""
+    kind = importlib.import_module("neck_mse").NeckMSE
+    torch.manual_seed(0)
+    student, teacher = ({8: torch.randn(2, channels, 8, 8), 16: torch.randn(2, channels, 4, 4)} for channels in (3, 5))
+    specs = [SimpleNamespace(neck={stride: x.shape[1] for stride, x in maps.items()}) for maps in (student, teacher)]
+    loss = kind(*specs)
+    value = loss(SimpleNamespace(neck=student), SimpleNamespace(neck=teacher))["neck.all"]
+    expected = []
+    for stride, target in teacher.items():
+        weight, bias = (
+            x.detach().double() for x in (loss.adapters[str(stride)].weight, loss.adapters[str(stride)].bias)
+        )
+        adapted = torch.einsum("oi,bihw->bohw", weight[:, :, 0, 0], student[stride].double()) + bias[:, None, None]
+        expected.append(float(((adapted - target.double()) ** 2).mean()))
+    assert float(value.detach()) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_the_method_of_the_readme_stays_finite_in_half_precision(method_of_the_readme: None) -> None:
+    kind = importlib.import_module("neck_mse").NeckMSE
+    maps = [{8: 1000 * torch.randn(2, 3, 8, 8)} for _ in range(2)]
+    spec = SimpleNamespace(neck={8: 3})
+    views = [SimpleNamespace(neck={stride: x.half() for stride, x in each.items()}) for each in maps]
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert kind(spec, spec)(*views)["neck.all"].isfinite()
+
+
+def test_an_unfit_pair_is_refused_by_the_method_of_the_readme(method_of_the_readme: None) -> None:
+    kind = importlib.import_module("neck_mse").NeckMSE
+    with pytest.raises(DistillError, match=r"neck\.levels"):
+        kind(SimpleNamespace(neck={8: 3}), SimpleNamespace(neck={16: 3}))

@@ -53,7 +53,7 @@ DISTANCES: dict[str, Error] = {"l2": squared_error, "l1": absolute_error}
 class Chen(DistillLoss):
     """Teach both heads of a Faster R-CNN soft labels and boxes, the latter only up to the teacher, and hint at the neck.
 
-    With hard losses of torchvision, the teacher's T and the student's S, for each of the heads RPN and RCN:
+    With hard losses of torchvision, the teacher's T and the student's S, for each of the heads RPN and RCN::
 
         L_class = mu hard + (1 - mu) mean over regions of  -sum_c w_c p(T)_c log p(S)_c
         L_box = smooth L1 + nu / regions * sum over positives of  [|S - y|^2 + m > |T - y|^2] |S - y|^2

@@ -24,7 +24,7 @@ class FGFI(DistillLoss):
         I_l = 1 where any anchor of the cell has IoU(anchor, box) > psi max IoU(., box), for any box; psi = 0.5
         neck.foreground = 1/L sum_l  sum I_l |A_l(S_l) - T_l|^2 / max(1, n sum I_l)       sums over images and cells
 
-    with |.|^2 summed over channels and n = 2 (``half_l2``, the original), 2 C (``half_mse``, the reruns) or C (``mse``):
+    with ``|.|^2`` summed over channels and n = 2 (``half_l2``, the original), 2 C (``half_mse``, the reruns) or C (``mse``):
     the weight 0.01 of the original is 0.01 C in the form of the reruns, 2.56 for 256 channels.
 
     Source: Wang et al., "Distilling Object Detectors with Fine-grained Feature Imitation", CVPR 2019, arXiv 1906.03609,

@@ -28,7 +28,7 @@ class Mimic(DistillLoss):
         neck.all    = 1/L sum_l 1/2 mean (A_l(S_l) - T_l)^2           means over elements
 
     Source of ``regions``: Li, Jin and Yan, "Mimicking Very Efficient Network for Object Detection", CVPR 2017. There is
-    no released code, and the equation is recalled, not checked against the text: L = lambda / 2N sum_i |t_i - r(s_i)|^2 / m_i
+    no released code, and the equation is recalled, not checked against the text: ``L = lambda / 2N sum_i |t_i - r(s_i)|^2 / m_i``
     over N = 256 regions that the student's RPN proposes, with r a 1x1 convolution and m_i the size of t_i. Later comparisons (DeFeat's
     table for VOC among them) call ``neck`` by the name of Mimic.
 

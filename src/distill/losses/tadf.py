@@ -51,6 +51,8 @@ def iou(boxes: Tensor, truth: Tensor) -> Tensor:
 class TADF(DistillLoss):
     """Imitate the neck under Gaussian bumps, and the heads on positive regions, boxes only where the teacher mends them.
 
+    ::
+
         neck.foreground = mean over levels of  sum M |A(S) - T|^2 / max(1, 2 sum M),  M the Gaussian mask
         head.classification = mean over positives and classes of  BCE(softmax S, softmax T)
         head.regression = mean over positives of  [IoU(teacher's box, y) > IoU(proposal, y)] smoothL1(S - T)
