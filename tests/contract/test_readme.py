@@ -159,7 +159,6 @@ EXAMPLES = {
     "mine.yaml",
     "neck_mse.py",
     "conf/distill/neck_mse.yaml",
-    "mine.yaml",
     "conf/teachers.yaml",
     "config.yaml",
     "overrides.yaml",
