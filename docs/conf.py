@@ -6,6 +6,7 @@ author = "the distill authors"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3  # links to headings, with the anchors that GitHub gives them
+highlight_language = "text"  # of indented blocks, which are command lines; Python blocks name their language
 exclude_patterns = ["_build"]
 nitpicky = False  # no page of torch or Lightning is fetched, so their types cannot be linked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import json
@@ -207,6 +208,33 @@ def test_methods_of_the_tables_are_the_options() -> None:
 def test_recipes_of_the_table_are_the_experiments() -> None:
     listed = re.findall(r"^\| `(\w+)` \|", PAGES["docs/recipes.md"], re.MULTILINE)
     assert sorted([*listed, "bccd"]) == sorted(compose.groups()["experiment"])
+
+
+def literals() -> list[str]:
+    """Every string of the package, f-strings with a zero in the place of their values."""
+    found: list[str] = []
+    for file in (ROOT / "src" / "distill").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "0" for part in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_quoted_messages_are_those_of_the_code() -> None:
+    """A quotation may leave out parts, marked by an ellipsis."""
+    text = re.sub(r"\s+", " ", PAGES["docs/troubleshooting.md"])
+    quoted = [quote for title in re.findall(r"\*\*(.+?)\*\*", text) for quote in re.findall(r'"(.+?)"', title)]
+    known = literals()
+    assert len(quoted) > 8
+    missing = []
+    for quote in quoted:
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in quote.split("…")), re.DOTALL)
+        if not any(pattern.search(literal) for literal in known):
+            missing.append(quote)
+    assert not missing
 
 
 # -- the method that the README adds
