@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 import distill
 from distill.cli import compose
 from distill.cli.main import main
-from distill.types import DistillError
+from distill.types import DistillError, View
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -208,6 +208,12 @@ def test_methods_of_the_tables_are_the_options() -> None:
 def test_recipes_of_the_table_are_the_experiments() -> None:
     listed = re.findall(r"^\| `(\w+)` \|", PAGES["docs/recipes.md"], re.MULTILINE)
     assert sorted([*listed, "bccd"]) == sorted(compose.groups()["experiment"])
+
+
+def test_architecture_has_every_stage_of_the_view() -> None:
+    names = {name for name in (*vars(View), *View.__annotations__) if not name.startswith("_")}
+    table = PAGES["docs/architecture.md"].partition("| stage |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)(?:\([^)]*\))?`", table)) - {"DetectorSpec"} == names
 
 
 def literals() -> list[str]:
