@@ -130,9 +130,10 @@ class Teacher(FrozenModel):
 
 @torch.no_grad()
 def _pyramid(detector: Detector, device: torch.device) -> Mapping[int, Tensor]:
-    """The neck's maps of a small picture, in the weights' own precision."""
+    """Maps of the neck, or of a backbone without one, of a small picture in the weights' own precision."""
     pixels = torch.arange(3 * 64 * 96, device=device).remainder(251).to(torch.uint8).view(1, 3, 64, 96)
     nothing = Target(torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device))
     batch = Batch(pixels, ((64, 96),), ((64, 96),), (nothing,), (0,))
     with torch.autocast(device.type, enabled=False):
-        return detector.view(batch, training=False, frozen=True).neck
+        view = detector.view(batch, training=False, frozen=True)
+        return view.neck if "neck" in view.spec.outputs else view.body

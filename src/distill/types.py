@@ -1,4 +1,4 @@
-"""The vocabulary: what flows between data, detectors, losses and the Distiller. No behaviour lives here.
+"""The vocabulary: data that passes between data sources, detectors, losses and the Distiller.
 
 Axis letters, used in every docstring: B images, C channels, H W map height and width, L levels, A anchors per cell,
 K classes (background not counted), R regions. Boxes are ``xyxy`` in pixels of the *resized* image unless a name says
@@ -9,7 +9,7 @@ teacher second, always.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a mistyped command line should not wait for it
@@ -131,24 +131,58 @@ class DetectorSpec:
 
     family: str
     """``faster_rcnn``, ``mask_rcnn``, ``retinanet`` or ``fcos``."""
-    two_stage: bool
+    outputs: frozenset[str]
+    """Names of the View's members that this family has, of those that not every family has: see `MAPS`, `ALTERNATIVES`."""
     classes: tuple[str, ...]
     body: dict[int, int]
     """Stride -> channels of the backbone's stages (C2..C5)."""
     neck: dict[int, int]
-    """Stride -> channels of the feature pyramid."""
+    """Stride -> channels of the feature pyramid; empty without one."""
     anchors: dict[int, int]
-    """Stride -> anchors per cell (A)."""
+    """Stride -> anchors per cell (A); empty without anchors."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     norm: str
     """Normalisation of the backbone: ``frozen``, ``batch_fixed_stats``, ``batch`` or ``sync``."""
-    anchor_free: bool = False
-    """Whether `View.anchors` are points: one square a cell, a nominal stride wide. Such a detector has `centerness`."""
 
-    def plain(self) -> dict[str, Any]:
-        """The spec in plain containers, for JSON."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+MAPS = ("body", "neck", "objectness", "class_logits", "deltas", "centerness")
+"""Outputs that are maps by stride, in the order in which a detector computes them."""
+
+_PYRAMID = "choose a detector with a feature pyramid (model=frcnn_r50, model=retinanet_r50)"
+_TWO_STAGE = "choose a two-stage detector (model=frcnn_r50)"
+_ANCHOR_FREE = "choose an anchor-free detector (model=fcos_r50)"
+ALTERNATIVES = {
+    **dict.fromkeys(("neck", "anchors", "deltas", "anchor_targets", "anchor_boxes", "roi_features"), _PYRAMID),
+    **dict.fromkeys(("objectness", "proposals", "rois", "roi_logits", "roi_boxes"), _TWO_STAGE),
+    **dict.fromkeys(("points", "centerness"), _ANCHOR_FREE),
+    "class_logits": "choose a one-stage detector (model=retinanet_r50)",
+    "mask_logits": "choose a detector with a mask head (model=mask_rcnn_r50)",
+}
+"""Output of some families -> which detector has it."""
+
+
+class MissingOutputError(DistillError, AttributeError):
+    """A detector does not have an output that is read of it. An `AttributeError` too, so that `hasattr` works on Views."""
+
+
+def require(spec: DetectorSpec, output: str, reader: str, role: str = "detector", remedy: str = "") -> None:
+    """Refuse a detector without an output.
+
+    Args:
+        spec: of the detector.
+        output: a name of `DetectorSpec.outputs`.
+        reader: the loss term, option or stage that needs the output, for the message.
+        role: ``student``, ``teacher`` or ``detector``.
+        remedy: what else helps besides another detector.
+
+    Raises:
+        MissingOutputError: the detector does not have the output.
+    """
+    if output not in spec.outputs:
+        alternative = ALTERNATIVES.get(output, f"choose a detector with {output}")
+        advice = f"{remedy}, or {alternative}" if remedy else alternative[0].upper() + alternative[1:]
+        raise MissingOutputError(f"{reader}: the {role} is a {spec.family}, which has no {output}. {advice}")
 
 
 class View(Protocol):
@@ -172,7 +206,11 @@ class View(Protocol):
 
     @property
     def anchors(self) -> dict[int, Tensor]:
-        """Stride -> (H*W*A, 4) float32, shared by all images of the batch."""
+        """Stride -> (H*W*A, 4) float32, shared by all images of the batch. Anchor-free: a square per cell, a stride wide."""
+
+    @property
+    def points(self) -> dict[int, Tensor]:
+        """Anchor-free: stride -> (H*W, 2) float32, x and y of the centers of `anchors`."""
 
     @property
     def class_logits(self) -> Pyramid:

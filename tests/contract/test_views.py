@@ -302,7 +302,7 @@ def everything(view: Any, order: tuple[str, ...]) -> dict[str, Tensor]:
         else:
             getattr(view, stage)
     found = dict(view.losses)
-    if view.spec.two_stage:
+    if "rois" in view.spec.outputs:
         found |= {f"proposals{i}": boxes for i, boxes in enumerate(view.proposals)}
         found |= {f"rois{i}": boxes for i, boxes in enumerate(view.rois.boxes)}
         found |= {f"labels{i}": labels for i, labels in enumerate(view.rois.labels)}
@@ -531,7 +531,7 @@ def test_anchors_move_to_the_objects_by_their_targets(family: str) -> None:
         (index,) = [
             index for index, box in enumerate(own.boxes) if torch.allclose(box, boxes[image, row], rtol=0, atol=1e-3)
         ]
-        assert view.spec.two_stage or int(own.labels[index]) == label
+        assert "rois" in view.spec.outputs or int(own.labels[index]) == label
         count += 1
     assert count > 5
     assert boxes.shape == (3, sum(map(len, view.anchors.values())), 4)
@@ -554,8 +554,8 @@ def test_dense_outputs_are_float32_under_autocast(family: str) -> None:
     detector = random_detector(family)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         view = detector.view(padded_batch())
-        dense = [view.deltas, view.objectness if view.spec.two_stage else view.class_logits]
-        dense += [view.centerness] if view.spec.anchor_free else []
+        dense = [view.deltas, view.objectness if "rois" in view.spec.outputs else view.class_logits]
+        dense += [view.centerness] if "centerness" in view.spec.outputs else []
         boxes = view.predictions()[0].boxes
     assert {x.dtype for maps in dense for x in maps.values()} == {torch.float32}
     assert boxes.dtype == torch.float32
@@ -687,7 +687,7 @@ def test_dense_logits_follow_torchvisions_order_without_the_unused_label(family:
     + [("faster_rcnn", "class_logits"), ("faster_rcnn", "centerness"), ("retinanet", "centerness")],
 )
 def test_a_stage_that_a_family_lacks_says_what_to_change(family: str, stage: str) -> None:
-    with pytest.raises(DistillError, match=rf"view\.{stage}: a {family} has none\. \w+"):
+    with pytest.raises(DistillError, match=rf"view\.{stage}: the detector is a {family}, which has no {stage}\. \w+"):
         getattr(random_detector(family).view(padded_batch()), stage)
 
 

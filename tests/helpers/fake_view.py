@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.detectors.faster_rcnn import TwoStageView
+from distill.detectors.retinanet import OneStageView
 from distill.types import AnchorTargets, Batch, Detections, DetectorSpec, Regions, Target
 
 STRIDES = (4, 8, 16, 32, 64)
@@ -25,7 +27,7 @@ def spec(
 ) -> DetectorSpec:
     return DetectorSpec(
         family="faster_rcnn" if two_stage else "retinanet",
-        two_stage=two_stage,
+        outputs=(TwoStageView if two_stage else OneStageView).outputs,
         classes=tuple(classes),
         body=dict(zip((4, 8, 16, 32), body, strict=True)),
         neck=dict.fromkeys(strides, neck),
@@ -114,7 +116,7 @@ def random_view(
     labels = [(torch.arange(regions) % 3 == 0).long() * bool(len(target.boxes)) for target in batch.targets]
     grid = {stride: anchors(*size(stride), stride, count) for stride, count in spec.anchors.items()}
     dense = {stride: draw(count * 4, *size(stride)) for stride, count in spec.anchors.items()}
-    outputs = 1 if spec.two_stage else classes - 1
+    outputs = 1 if "rois" in spec.outputs else classes - 1
     scores = {stride: draw(count * outputs, *size(stride)) for stride, count in spec.anchors.items()}
     deltas = draw(regions, 4).float()
     moves = draw(regions, classes, 4).float()
@@ -125,7 +127,7 @@ def random_view(
         neck=neck,
         anchors=grid,
         deltas=dense,
-        **{"objectness" if spec.two_stage else "class_logits": scores},
+        **{("objectness" if "rois" in spec.outputs else "class_logits"): scores},
         anchor_targets=_anchor_targets(batch, sum(map(len, grid.values())), outputs, draw),
         proposals=boxes,
         predictions=[Detections(each, torch.ones(regions), torch.ones(regions).long()) for each in boxes],

@@ -17,7 +17,10 @@ from helpers.runs import TINY, Cli, summary
         (["teacher=none"], "cannot do without a teacher"),
         (["teacher=none", "distill=none", "init=inherit"], "init=inherit cannot do without a teacher"),
         (["init=teacher"], "init=teacher: expected one of scratch, inherit"),
-        (["distill=defeat_full", "model=retinanet_r10_quarter"], "both detectors must be two-stage"),
+        (
+            ["distill=defeat_full", "model=retinanet_r10_quarter"],
+            "proposals: the student is a retinanet, which has no rois. Set the weights of proposals to 0, or choose",
+        ),
         (["schedule.shape=stairs"], "expected one of step, cosine"),
         (["data.source.classes=[circle,cube]"], "cube"),
     ],
@@ -49,7 +52,10 @@ def test_a_test_split_without_labels_is_said_first_and_does_not_lose_the_run(cli
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["distill=defeat_full", "teacher=retinanet_r18"], "both detectors must be two-stage"),
+        (
+            ["distill=defeat_full", "teacher=retinanet_r18"],
+            "proposals: the teacher is a retinanet, which has no rois. Set the weights of proposals to 0, or choose",
+        ),
         (["distill.losses.defeat.neck.levels=[4,128]"], "expected strides that both models have"),
         (["teacher.model.anchor_sizes=[[8]]"], "expected 5 lists"),
     ],

@@ -251,12 +251,12 @@ def _losses(cfg: DictConfig) -> dict[str, tuple[type[DistillLoss], Any]]:
 
 def check_masks(cfg: DictConfig, student: Detector, data: DetectionData) -> None:
     """Refuse a student that learns from masks where the data gives none, and to choose the best of one without by them."""
-    if student.masks and not data.masks:
+    if "mask_logits" in student.spec.outputs and not data.masks:
         raise DistillError(
             f"the student is a {student.spec.family}, which learns from instance masks, but data.masks=false: add "
             "data.masks=true (data=coco and data=shapes have masks), or choose a model without masks"
         )
-    if "/mask_" in cfg.metric and not student.masks:
+    if "/mask_" in cfg.metric and "mask_logits" not in student.spec.outputs:
         raise DistillError(
             f"metric={cfg.metric} measures masks, but the student, a {student.spec.family}, finds none: set metric=val/AP, "
             "or choose a model with masks (model=mask_rcnn_r50)"

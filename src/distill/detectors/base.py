@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,6 @@ class Detector(nn.Module):
     class_layers: ClassVar[Mapping[str, int]]
     """Layers whose rows belong to classes -> neighbouring rows a class (background first; per anchor, if dense)."""
     view_class: ClassVar[type[LazyView]]
-    masks: ClassVar[bool] = False
-    """Whether it finds a mask for every box, and needs targets with masks to learn from."""
 
     net: Any
 
@@ -63,7 +61,7 @@ class Detector(nn.Module):
         """
         view = self.view_class(self, batch, training, frozen, seed)
         view.prefetch(prefetch)
-        return view
+        return cast(View, view)
 
     def describe(self) -> dict[str, Any]:
         """Everything that a state dict does not hold, as plain JSON: the family and the constructor's arguments."""

@@ -17,7 +17,7 @@ from distill.detectors.anchors import anchor_generator, clamp_deltas, order_chan
 from distill.detectors.backbones import build_backbone, freeze, resolved_options, with_fpn
 from distill.detectors.base import Detector, arguments
 from distill.detectors.roi_align import region_pool
-from distill.detectors.view import LazyView, geometry, network, temporarily
+from distill.detectors.view import PyramidView, geometry, network, temporarily
 from distill.detectors.weights import class_names, initialise
 from distill.precision import upcast
 from distill.types import AnchorTargets, Detections, DetectorSpec, Pyramid, Regions
@@ -27,8 +27,10 @@ PASSED_ON = ("rpn_", "box_fg", "box_bg", "box_batch", "box_positive", "min_size"
 """Beginnings of the arguments that torchvision's constructor takes under the same names."""
 
 
-class TwoStageView(LazyView):
+class TwoStageView(PyramidView):
     """A Faster R-CNN looking at a batch."""
+
+    outputs = PyramidView.outputs | {"objectness", "proposals", "rois", "roi_logits", "roi_boxes"}
 
     @property
     def generator(self) -> Any:
@@ -290,7 +292,7 @@ class FasterRCNN(Detector):
         self.extend(net.roi_heads, neck_channels, len(names))
         spec = DetectorSpec(
             family=self.family,
-            two_stage=True,
+            outputs=self.view_class.outputs,
             classes=names,
             body=dict(zip(STRIDES[:4], body.channels, strict=True)),
             neck=dict.fromkeys(STRIDES, neck_channels),

@@ -38,6 +38,13 @@ class AnchorFreeView(OneStageView):
     Its anchors are points: one square a cell, a nominal stride wide, around the place that distances are measured from.
     """
 
+    outputs = OneStageView.outputs | {"points", "centerness"}
+
+    @geometry
+    def points(self) -> dict[int, Tensor]:
+        """Stride -> (H*W, 2) float32: x and y that the distances of `deltas` are measured from."""
+        return {stride: (boxes[:, :2] + boxes[:, 2:]) / 2 for stride, boxes in self.anchors.items()}
+
     @network
     def _trunk(self) -> Pyramid:
         """(B, C, H, W): what the box layer and the centerness layer both read."""
@@ -150,7 +157,7 @@ class FCOS(Detector):
         )
         spec = DetectorSpec(
             family=self.family,
-            two_stage=False,
+            outputs=self.view_class.outputs,
             classes=names,
             body=dict(zip((4, 8, 16, 32), body.channels, strict=True)),
             neck=dict.fromkeys(STRIDES, neck_channels),
@@ -158,7 +165,6 @@ class FCOS(Detector):
             mean=tuple(mean),
             std=tuple(std),
             norm=norm,
-            anchor_free=True,
         )
         order_channels(net, channel_order)
         super().__init__(net, spec, options, freeze(net.backbone.body, trainable_stages))

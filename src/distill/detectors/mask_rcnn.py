@@ -27,6 +27,8 @@ POOLED = 14
 class MaskView(TwoStageView):
     """A Mask R-CNN looking at a batch. Only its losses and detections run the mask head; every stage of boxes does not."""
 
+    outputs = TwoStageView.outputs | {"mask_logits"}
+
     @functools.cached_property
     def targets(self) -> list[dict[str, Tensor]]:
         """Ground truth as torchvision wants it; without masks all but the losses can be read."""
@@ -94,7 +96,6 @@ class MaskRCNN(FasterRCNN):
     """
 
     family = "mask_rcnn"
-    masks = True
     enum = MaskRCNN_ResNet50_FPN_Weights
     class_layers: ClassVar[Mapping[str, int]] = {
         **FasterRCNN.class_layers,

@@ -17,7 +17,7 @@ from distill.detectors.anchors import anchor_generator, choose, clamp_deltas, or
 from distill.detectors.backbones import build_backbone, freeze, resolved_options, with_fpn
 from distill.detectors.base import Detector, arguments
 from distill.detectors.roi_align import region_pool
-from distill.detectors.view import LazyView, geometry, network, temporarily
+from distill.detectors.view import PyramidView, geometry, network, temporarily
 from distill.detectors.weights import class_names, initialise
 from distill.precision import upcast
 from distill.types import AnchorTargets, Detections, DetectorSpec, DistillError, Pyramid
@@ -27,8 +27,10 @@ PASSED_ON = ("fg_iou", "bg_iou", "topk", "score_thresh", "nms_thresh", "detectio
 """Beginnings of the arguments that torchvision's constructor takes under the same names."""
 
 
-class OneStageView(LazyView):
+class OneStageView(PyramidView):
     """A RetinaNet looking at a batch. Its class and box branches run apart: reading one does not pay for the other."""
+
+    outputs = PyramidView.outputs | {"class_logits"}
 
     @property
     def generator(self) -> Any:
@@ -224,7 +226,7 @@ class RetinaNet(Detector):
         clamp_deltas((net, net.head.regression_head), delta_clamp)
         spec = DetectorSpec(
             family=self.family,
-            two_stage=False,
+            outputs=self.view_class.outputs,
             classes=names,
             body=dict(zip((4, 8, 16, 32), body.channels, strict=True)),
             neck=dict.fromkeys(STRIDES, neck_channels),

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
 
 from distill.precision import upcast
-from distill.types import AnchorTargets, Batch, Detections, DetectorSpec, DistillError, Pyramid, Regions
+from distill.types import ALTERNATIVES, AnchorTargets, Batch, Detections, DetectorSpec, DistillError, Pyramid, require
 
 
 class ViewedDetector(Protocol):
@@ -63,7 +63,14 @@ def _stage(compute: Callable[[V], T], autocast: bool) -> functools.cached_proper
 
 
 class LazyView:
-    """What all families share of `distill.types.View`: images, body, neck, anchors, regions, detections."""
+    """The part of `distill.types.View` that all families share: images, body and detections.
+
+    A family's View names in `outputs` the members that it adds. Reading a member that only other families have raises
+    `MissingOutputError`.
+    """
+
+    outputs: ClassVar[frozenset[str]] = frozenset({"body"})
+    """What `DetectorSpec.outputs` of the family is."""
 
     def __init__(self, detector: ViewedDetector, batch: Batch, training: bool, frozen: bool, seed: int | None) -> None:
         if batch.images.dtype != torch.uint8:
@@ -75,6 +82,12 @@ class LazyView:
         self.prefetched: dict[str, Any] = {}
         """Stages that were computed ahead and that nobody has read."""
         self._kept: dict[tuple[str, tuple[int, ...]], tuple[Sequence[Tensor], Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for a name that the View does not have, and after a property raised an `AttributeError`."""
+        if name in ALTERNATIVES and name not in self.outputs:
+            require(self.spec, name, f"view.{name}")
+        return object.__getattribute__(self, name)  # raises the property's own error again
 
     @contextmanager
     def scope(self, autocast: bool) -> Iterator[None]:
@@ -109,8 +122,8 @@ class LazyView:
         ]
 
     def prefetch(self, stages: Sequence[str]) -> None:
-        """Compute these now, and keep no other stage that they are built on: who reads one has it computed again."""
-        self.prefetched = {stage: getattr(self, stage) for stage in stages}
+        """Compute `stages` now, those that this View has. Reading an intermediate stage recomputes it."""
+        self.prefetched = {stage: getattr(self, stage) for stage in stages if hasattr(type(self), stage)}
         for stage in self.stages:
             del vars(self)[stage]
 
@@ -135,6 +148,46 @@ class LazyView:
         images = self.images
         with self.draw(BODY):  # a body that is trained may drop paths by chance
             return dict(zip(self.spec.body, self.net.backbone.body.maps(images), strict=True))
+
+    @functools.cached_property
+    def targets(self) -> list[dict[str, Tensor]]:
+        """Ground truth as torchvision wants it."""
+        return [{"boxes": target.boxes, "labels": target.labels} for target in self.batch.targets]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each image without its padding."""
+        return list(self.batch.sizes)
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """The detector's own supervised losses, by torchvision's names."""
+        raise NotImplementedError
+
+    def predictions(
+        self, score: float | None = None, nms: float | None = None, top: int | None = None
+    ) -> list[Detections]:
+        """Detections in resized pixels; the thresholds default to the detector's own."""
+        raise NotImplementedError
+
+    @geometry
+    def detections(self) -> list[Detections]:
+        """The detector's own predictions, in the original images' pixels."""
+        return self.enlarged(self.predictions())
+
+    def enlarged(self, found: Sequence[Detections]) -> list[Detections]:
+        """Detections in resized pixels, given in the original images' pixels."""
+        sizes = zip(self.batch.sizes, self.batch.original_sizes, strict=True)
+        return [
+            Detections(resize_boxes(one.boxes, size, original), one.scores, one.labels)
+            for one, (size, original) in zip(found, sizes, strict=True)
+        ]
+
+
+class PyramidView(LazyView):
+    """The part of `distill.types.View` that detectors with a feature pyramid and a dense head share."""
+
+    outputs = LazyView.outputs | {"neck", "anchors", "deltas", "anchor_targets", "anchor_boxes", "roi_features"}
 
     @network
     def neck(self) -> Pyramid:
@@ -168,16 +221,6 @@ class LazyView:
     def pool(self) -> Any:
         """RoIAlign over this family's neck, made by `pooling.region_pool`."""
         raise NotImplementedError
-
-    @functools.cached_property
-    def targets(self) -> list[dict[str, Tensor]]:
-        """Ground truth as torchvision wants it."""
-        return [{"boxes": target.boxes, "labels": target.labels} for target in self.batch.targets]
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each image without its padding."""
-        return list(self.batch.sizes)
 
     def roi_features(self, boxes: Sequence[Tensor]) -> Tensor:
         """(R, C, 7, 7) for one (r, 4) tensor of boxes per image, in order."""
@@ -221,75 +264,6 @@ class LazyView:
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         """Boxes (N, 4) that deltas lead to from anchors."""
         raise NotImplementedError
-
-    @property
-    def losses(self) -> dict[str, Tensor]:
-        """The detector's own supervised losses, by torchvision's names."""
-        raise NotImplementedError
-
-    def predictions(
-        self, score: float | None = None, nms: float | None = None, top: int | None = None
-    ) -> list[Detections]:
-        """Detections in resized pixels; the thresholds default to the detector's own."""
-        raise NotImplementedError
-
-    @geometry
-    def detections(self) -> list[Detections]:
-        """The detector's own predictions, in the original images' pixels."""
-        return self.enlarged(self.predictions())
-
-    def enlarged(self, found: Sequence[Detections]) -> list[Detections]:
-        """Detections in resized pixels, given in the original images' pixels."""
-        sizes = zip(self.batch.sizes, self.batch.original_sizes, strict=True)
-        return [
-            Detections(resize_boxes(one.boxes, size, original), one.scores, one.labels)
-            for one, (size, original) in zip(found, sizes, strict=True)
-        ]
-
-    def lacks(self, what: str, remedy: str) -> DistillError:
-        """The error for a stage that this family does not have."""
-        return DistillError(f"view.{what}: a {self.spec.family} has none. {remedy}")
-
-    @property
-    def class_logits(self) -> Pyramid:
-        """Not in this family."""
-        raise self.lacks("class_logits", "Its classes are told by regions: read roi_logits(boxes), or objectness.")
-
-    @property
-    def objectness(self) -> Pyramid:
-        """Not in this family."""
-        raise self.lacks("objectness", "Read class_logits, or choose a two-stage detector (model=frcnn_r50).")
-
-    @property
-    def centerness(self) -> Pyramid:
-        """Not in this family."""
-        raise self.lacks(
-            "centerness", "Leave that term of the loss out, or choose an anchor-free detector (model=fcos_r50)."
-        )
-
-    @property
-    def proposals(self) -> list[Tensor]:
-        """Not in this family."""
-        raise self.lacks("proposals", "Read predictions(), or choose a two-stage detector (model=frcnn_r50).")
-
-    @property
-    def rois(self) -> Regions:
-        """Not in this family."""
-        remedy = "Give roi_features(boxes) boxes of your own, or choose a two-stage detector (model=frcnn_r50)."
-        raise self.lacks("rois", remedy)
-
-    def roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Not in this family."""
-        remedy = "Drop the classification term of the loss, or choose a two-stage detector (model=frcnn_r50)."
-        raise self.lacks("roi_logits", remedy)
-
-    def roi_boxes(self, boxes: Sequence[Tensor]) -> Tensor:
-        """Not in this family."""
-        raise self.lacks("roi_boxes", "Read predictions(), or choose a two-stage detector (model=frcnn_r50).")
-
-    def mask_logits(self, boxes: Sequence[Tensor]) -> Tensor:
-        """Not in this family."""
-        raise self.lacks("mask_logits", "Choose a detector with a mask head (model=mask_rcnn_r50).")
 
 
 def _generator(device: torch.device) -> torch.Generator:

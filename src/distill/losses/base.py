@@ -21,7 +21,7 @@ from distill.labels import match_classes
 from distill.losses import masks
 from distill.losses.ramps import Ramp
 from distill.precision import upcast
-from distill.types import DetectorSpec, DistillError, Pyramid, View
+from distill.types import ALTERNATIVES, DetectorSpec, DistillError, Pyramid, View, require
 
 SumAndCount = tuple[Tensor, Tensor]
 """A sum over this process's batch, attached to the student, and the count that it is to be divided by. Both scalars."""
@@ -161,8 +161,13 @@ def shared_levels(
         levels: the strides asked for; None for all that are shared.
 
     Raises:
-        DistillError: no shared stride, or one asked for that is not.
+        DistillError: a model without this place, no shared stride, or one asked for that is not shared.
     """
+    for role, channels in (("student", student), ("teacher", teacher)):
+        if not channels:
+            raise DistillError(
+                f"{name}: the {role} has no feature pyramid. Set the weights of {name} to 0, or {ALTERNATIVES['neck']}"
+            )
     shared = sorted(set(student) & set(teacher))
     missing = [level for level in levels or () if level not in shared]
     if not missing and shared and (levels is None or len(levels) > 0):
@@ -235,11 +240,8 @@ def check_anchors(name: str, student: View, teacher: View) -> None:
             )
 
 
-def check_two_stage(name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Refuse a detector without regions."""
-    for who, spec in (("student", student), ("teacher", teacher)):
-        if not spec.two_stage:
-            raise DistillError(
-                f"{name}: both detectors must be two-stage, but the {who} is a {spec.family}. Set the weights of {name} "
-                f"to 0, or choose a Faster R-CNN as the {who}"
-            )
+def require_outputs(name: str, student: DetectorSpec, teacher: DetectorSpec, *outputs: str) -> None:
+    """Refuse a student or teacher without the outputs that the terms ``name.*`` read."""
+    for role, spec in (("student", student), ("teacher", teacher)):
+        for output in outputs:
+            require(spec, output, name, role, f"Set the weights of {name} to 0")

@@ -127,7 +127,7 @@ class Chen(DistillLoss):
         self._anchors_are_equal = False
         columns = None
         if self.terms("rcn"):
-            base.check_two_stage("rcn", student, teacher)
+            base.require_outputs("rcn", student, teacher, "rois", "roi_logits")
             columns = base.class_columns("rcn", student, teacher)
         self.register_buffer("columns", columns, persistent=False)
 
@@ -182,7 +182,7 @@ def _number(name: str, value: float) -> float:
 
 
 def _check_rpn(student: DetectorSpec, teacher: DetectorSpec) -> None:
-    base.check_two_stage("rpn", student, teacher)
+    base.require_outputs("rpn", student, teacher, "objectness")
     if student.anchors != teacher.anchors:
         raise DistillError(
             f"rpn: expected as many anchors per cell at the same strides, got (stride: anchors) {student.anchors} of the "

@@ -121,7 +121,7 @@ class DeFeat(DistillLoss):
 
     def _check_proposals(self, student: DetectorSpec, teacher: DetectorSpec) -> Tensor | None:
         """The teacher's columns of the student's classes; None where the lists are equal."""
-        base.check_two_stage("proposals", student, teacher)
+        base.require_outputs("proposals", student, teacher, "rois", "roi_logits")
         if self.source not in ("teacher", "student"):
             raise DistillError(f"proposals.source: expected teacher or student, got '{self.source}'")
         if not all(0 < value < math.inf for value in self.temperatures.values()):

@@ -169,7 +169,7 @@ class DICOD(DistillLoss):
             raise DistillError(f"temperature: expected a number above 0, got {temperature}")
         if sigmoid not in SIGMOID:
             raise DistillError(f"sigmoid: expected {' or '.join(SIGMOID)}, got '{sigmoid}'")
-        if sigmoid == "kl-ce" and not student.two_stage and len(student.classes) == 1:
+        if sigmoid == "kl-ce" and "rois" not in student.outputs and len(student.classes) == 1:
             raise DistillError(
                 "DICOD: sigmoid=kl-ce divides the sigmoids of a row by their sum, which says nothing where there is only one "
                 f"class, {list(student.classes)}. Set sigmoid=kl-bce"
@@ -183,7 +183,7 @@ class DICOD(DistillLoss):
         self.register_buffer("columns", torch.tensor(columns[1:]) - 1, persistent=False)
         self.classifier, self.temperature, self.size = classifier, float(temperature), size
         sigmoids = {"kl-ce": sigmoid_divergence, "kl-bce": binary_divergence}
-        self.divergence = softmax_divergence if student.two_stage else sigmoids[sigmoid]
+        self.divergence = softmax_divergence if "rois" in student.outputs else sigmoids[sigmoid]
 
     def identity(self) -> dict[str, Any]:
         """The classifier's."""
@@ -192,7 +192,7 @@ class DICOD(DistillLoss):
     def forward(self, student: View, teacher: View | None = None) -> dict[str, Tensor]:
         """The terms of `weights`, scalars; the teacher is not read."""
         with torch.autocast(student.batch.images.device.type, enabled=False):
-            found = (positive_regions if student.spec.two_stage else positive_anchors)(student)
+            found = (positive_regions if "rois" in student.spec.outputs else positive_anchors)(student)
             nothing = upcast(found.logits).sum() + upcast(found.boxes).sum()
             totals = self._compare(student.batch, found) if len(found.image) else dict.fromkeys(self.weights, nothing)
         count = nothing.new_tensor(float(len(found.image)))

@@ -219,11 +219,13 @@ class DSIG(DistillLoss):
         super().__init__(weights, ramp, normalizer, seed)
 
         self.mask = base.check_mask("neck", bool(self.terms("neck")), mask, MASK)
-        self.two_stage, self._anchors_are_equal = student.two_stage, False
+        self.two_stage, self._anchors_are_equal = "rois" in student.outputs, False
         self.alpha, self.temperature = nodes["alpha"], logits["temperature"]
         self.mining = edges["mining"] if "edges.all" in self.weights else None
         self.predictions = base.options("predictions", predictions, PREDICTIONS)
         self._check_numbers()
+        if self.terms("nodes") or self.terms("edges"):
+            base.require_outputs("nodes and edges", student, teacher, "roi_features")
         self._check_regions(student)
         self.register_buffer("columns", self._check_heads(student, teacher), persistent=False)
 
@@ -266,7 +268,7 @@ class DSIG(DistillLoss):
     def _check_heads(self, student: DetectorSpec, teacher: DetectorSpec) -> Tensor | None:
         """The teacher's columns of the student's classes, where its head is read; None where the lists are equal."""
         reading = [f"logits.{kind}=0" for kind in self.terms("logits")]
-        alike = student.two_stage == teacher.two_stage
+        alike = self.two_stage == ("rois" in teacher.outputs)
         if reading and not self.two_stage:
             alike = (student.family, student.anchors) == (teacher.family, teacher.anchors)
         if self.mining is not None:

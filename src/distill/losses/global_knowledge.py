@@ -109,7 +109,7 @@ class GlobalKnowledge(DistillLoss):
         _check_numbers(self.temperature, self.prototypes)
         if not self.weights:
             return
-        base.check_two_stage("global_knowledge", student, teacher)
+        base.require_outputs("global_knowledge", student, teacher, "rois", "roi_logits")
         levels = base.shared_levels("neck", student.neck, teacher.neck, maps["levels"])
         self.levels = levels
         if self.terms("neck"):

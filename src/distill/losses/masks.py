@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_iou
 
-from distill.types import DistillError, Size, View
+from distill.types import DistillError, Size, View, require
 
 KINDS = ("ground_truth", "fine_grained", "fine_grained_all_levels", "gaussian", "random", "none")
 Masks = dict[int, Tensor]
@@ -76,13 +76,14 @@ class Mask:
 
     def on_stages(self, view: View, sizes: Mapping[int, Size], seeds: Sequence[int] = ()) -> Masks:
         """Masks of backbone stages: every box on one map at the neck's finest stride, resized to each stage (nearest)."""
+        require(view.spec, "neck", "mask")
         finest = min(view.spec.neck)
         whole = self(view, {finest: size(view.neck[finest])}, seeds)[finest][:, None]
         return {stage: F.interpolate(whole, wanted)[:, 0] for stage, wanted in sizes.items()}
 
 
 def _anchors(view: View) -> Mapping[int, Tensor]:
-    return pseudo_anchors(view.anchors) if view.spec.anchor_free else view.anchors
+    return pseudo_anchors(view.anchors) if "points" in view.spec.outputs else view.anchors
 
 
 def size(x: Tensor) -> Size:

@@ -10,7 +10,7 @@ from torch import Tensor
 from distill.losses import base
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.imitation import MapImitation, RegionImitation
-from distill.types import DetectorSpec, DistillError, View
+from distill.types import DetectorSpec, DistillError, View, require
 
 REGIONS = {"all": 1.0, "source": "student", "kind": "rois", "top": 256}
 NECK = {"all": 0.0, "levels": None, "normalization": "half_mse"}
@@ -88,12 +88,11 @@ class Mimic(DistillLoss):
             )
         if not (isinstance(self.top, int) and self.top > 0):
             raise DistillError(f"regions.top: expected a number of regions an image, 1 or more, got {self.top}")
-        spec = student if self.source == "student" else teacher
-        if self.kind != "predictions" and not spec.two_stage:
-            raise DistillError(
-                f"regions.kind={self.kind}: expected a two-stage {self.source}, but it is a {spec.family}. Set "
-                "regions.kind=predictions, or take the whole neck (distill=mimic_neck)"
-            )
+        base.require_outputs("regions", student, teacher, "roi_features")
+        if self.kind != "predictions":
+            spec = student if self.source == "student" else teacher
+            remedy = "Set regions.kind=predictions, take the whole neck (distill=mimic_neck)"
+            require(spec, "rois", f"regions.kind={self.kind}", self.source, remedy)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. A stage that no term needs is not read."""

@@ -106,7 +106,7 @@ class TADF(DistillLoss):
             )
         columns = None
         if self.terms("head"):
-            base.check_two_stage("head", student, teacher)
+            base.require_outputs("head", student, teacher, "rois", "roi_logits")
             columns = base.class_columns("head", student, teacher)
         self.register_buffer("columns", columns, persistent=False)
 

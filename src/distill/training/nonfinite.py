@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from distill.distributed import gather
 from distill.files import atomic_write
 from distill.run_folder import RunFolder
-from distill.types import Batch, DistillError, View
+from distill.types import MAPS, Batch, DistillError, View
 
 KIND = "distill step"
 SHOWN = 3
@@ -224,9 +224,9 @@ def _places(module: Any, batch: Batch) -> list[str]:
 
 def not_finite(who: str, view: View) -> list[str]:
     """The first stage of a detector that has infinite or NaN values: each of its levels, with the images there."""
-    heads: tuple[str, ...] = ("objectness", "deltas") if view.spec.two_stage else ("class_logits", "deltas")
-    heads += ("centerness",) if view.spec.anchor_free else ()
-    for stage in ("body", "neck", *heads):
+    for stage in MAPS:
+        if stage not in view.spec.outputs:
+            continue
         places = []
         for stride, values in getattr(view, stage).items():
             finite = torch.isfinite(values).flatten(1).all(1).tolist()

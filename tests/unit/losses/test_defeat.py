@@ -366,7 +366,9 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
 
 def test_detectors_that_do_not_match_are_refused() -> None:
     one_stage = spec(two_stage=False)
-    with pytest.raises(DistillError, match=r"the teacher is a retinanet\. Set the weights of proposals to 0"):
+    with pytest.raises(
+        DistillError, match=r"the teacher is a retinanet, which has no rois\. Set the weights of proposals to 0"
+    ):
         proposals_loss(spec(), one_stage, positive=1)
     with pytest.raises(DistillError, match=r"\['cow'\] of"):
         proposals_loss(spec(classes=("cow", "cat")), spec(classes=("cat", "Cow")), negative=1)

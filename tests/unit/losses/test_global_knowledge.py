@@ -212,5 +212,5 @@ def test_opposite_places_are_not_trusted_at_all() -> None:
 
 
 def test_it_needs_regions() -> None:
-    with pytest.raises(DistillError, match="both detectors must be two-stage"):
+    with pytest.raises(DistillError, match="the teacher is a retinanet, which has no rois"):
         GlobalKnowledge(spec(), spec(two_stage=False))

@@ -316,7 +316,9 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
 
 def test_detectors_that_do_not_match_are_refused() -> None:
     one_stage = spec(strides=(8, 16, 32, 64, 128), two_stage=False)
-    with pytest.raises(DistillError, match=r"head: both .* the teacher is a retinanet\. Set the weights of head to 0"):
+    with pytest.raises(
+        DistillError, match=r"head: the teacher is a retinanet, which has no rois\. Set the weights of head to 0"
+    ):
         TADF(spec(), one_stage)
     with pytest.raises(DistillError, match=r"\['cow'\] of"):
         TADF(spec(classes=("cow", "cat")), spec(classes=("cat", "Cow")))
