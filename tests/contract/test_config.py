@@ -247,6 +247,31 @@ def test_every_value_of_a_swept_group_is_checked() -> None:
         compose.check(["distill=none,defet"])
 
 
+BOX_LOSSES = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+LOSS_NAMES = {
+    "frcnn_r10_mini": BOX_LOSSES,
+    "mask_rcnn_r10_mini": BOX_LOSSES | {"loss_mask"},
+    "retinanet_r10_quarter": {"classification", "bbox_regression"},
+    "fcos_r10_quarter": {"classification", "bbox_regression", "bbox_ctrness"},
+}
+
+
+@pytest.mark.parametrize(("student", "teacher"), itertools.permutations(LOSS_NAMES, 2))
+def test_supervised_names_the_losses_of_the_student_and_not_of_the_teacher(student: str, teacher: str) -> None:
+    cfg = compose.composed([f"model={student}", f"teacher={teacher}"])
+    assert cfg.supervised == dict.fromkeys(LOSS_NAMES[student], 1.0)
+    name, other = min(LOSS_NAMES[student]), LOSS_NAMES[teacher] - LOSS_NAMES[student]
+    assert compose.composed([f"model={student}", f"supervised.{name}=0"]).supervised[name] == 0
+    for foreign in other:
+        with pytest.raises(DistillError, match=f"there is no key 'supervised.{foreign}'"):
+            compose.check([f"model={student}", f"teacher={teacher}", f"supervised.{foreign}=0"])
+
+
+def test_a_detector_of_a_users_own_has_no_loss_names(conf: Path) -> None:
+    (conf / "model" / "mine.yaml").write_text("_target_: my_package.Detector\n")
+    assert compose.composed(["model=mine", "teacher=none", "distill=none"]).supervised == {}
+
+
 def test_every_student_has_a_default_teacher_and_can_be_one() -> None:
     known = compose.groups()
     students = set(known["model"])
@@ -260,7 +285,7 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(compose.folder(), tmp_path / "conf")
     monkeypatch.setattr(compose, "folder", lambda: tmp_path / "conf")
     store = ConfigStore.instance()
-    monkeypatch.setattr(store, "repo", {**store.repo, "teacher": {}, "metrics": {}})
+    monkeypatch.setattr(store, "repo", {**store.repo, "teacher": {}, "metrics": {}, "supervised": {}})
     return tmp_path / "conf"
 
 

@@ -119,12 +119,12 @@ def gradients(detector: Detector) -> dict[str, Tensor]:
 def count_calls(detector: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     net = detector.net
     parts = {"body": net.backbone.body["conv1"], "fpn": net.backbone.fpn}
-    if detector.spec.two_stage:
+    if "rois" in detector.spec.outputs:
         parts |= {"rpn": net.rpn.head, "pool": net.roi_heads.box_roi_pool, "box": net.roi_heads.box_head}
     else:
         parts |= {"class": net.head.classification_head.cls_logits, "box": net.head.regression_head.bbox_reg}
         parts |= {"trunk": net.head.regression_head.conv, "pool": detector.pool}
-        parts |= {"centerness": net.head.regression_head.bbox_ctrness} if detector.spec.anchor_free else {}
+        parts |= {"centerness": net.head.regression_head.bbox_ctrness} if "centerness" in detector.spec.outputs else {}
     counts = dict.fromkeys(parts, 0)
 
     def counting(name: str, forward: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Config options that a table describes in place of one file each: default teachers and default metrics.
+"""Config options that are derived in place of one file each: default teachers, default metrics and loss names.
 
 ``conf/teachers.yaml`` holds the default teacher of each student, ``conf/metrics.yaml`` the default metrics of each data set.
 Each line becomes an option of Hydra: ``teacher=of/STUDENT``, ``metrics=of/DATA``. Each model becomes a teacher as well:
-``teacher=MODEL``. A file of the same name in ``conf`` takes precedence.
+``teacher=MODEL``. ``supervised=of/MODEL`` has the loss names of the model's family. A file of the same name in ``conf`` takes precedence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def register_presets(conf: Path) -> None:
         group, _, name = option.rpartition("/")
         ConfigStore.instance().store(name, node, group, provider="distill")
     repo = ConfigStore.instance().repo
-    for group in ("teacher", "metrics"):
+    for group in ("teacher", "metrics", "supervised"):
         repo[group] = _SharedGroup(repo.get(group, {}))
 
 
@@ -43,10 +43,12 @@ def preset_options(conf: Path) -> dict[str, dict[str, Any]]:
     Raises:
         DistillError: a line names a student, a teacher, a data set or a metric that has no file in ``conf``.
     """
-    models = _file_names(conf / "model")
+    models, families = _file_names(conf / "model"), _file_names(conf / "supervised")
     nodes: dict[str, dict[str, Any]] = {}
     for model in models:
         nodes[f"teacher/{model}"] = {"defaults": ["base", {"/model@model": model}]}
+        family = _target(conf / "model" / f"{model}.yaml")
+        nodes[f"supervised/of/{model}"] = {"defaults": [f"/supervised/{family}@_here_"] if family in families else []}
     for model, teacher, options in _rows(conf / "teachers.yaml", models, "teacher"):
         _require_names(conf / "teachers.yaml", model, [teacher], {*models, *_file_names(conf / "teacher")})
         nodes[f"teacher/of/{model}"] = {"defaults": [f"/teacher/{teacher}@_here_"], **options}
@@ -57,13 +59,35 @@ def preset_options(conf: Path) -> dict[str, dict[str, Any]]:
     return {option: node for option, node in nodes.items() if not (conf / f"{option}.yaml").is_file()}
 
 
-def _rows(file: Path, names: Iterable[str], key: str) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Name, value under ``key`` and further options of each line. A name without a line has that of ``default``."""
+def _target(file: Path) -> str | None:
+    """Class name of the detector that a model option builds, also where the option inherits its ``_target_``."""
+    content = _mapping(file) if file.is_file() else {}
+    inherited = [
+        _target(file.with_name(f"{name}.yaml")) for name in content.get("defaults", []) if isinstance(name, str)
+    ]
+    targets = [*inherited, str(content["_target_"]).rpartition(".")[2] if "_target_" in content else None]
+    return next((target for target in reversed(targets) if target), None)
+
+
+def _mapping(file: Path) -> Mapping[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        DistillError: it cannot be read, or holds something else.
+    """
     try:
-        table = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DistillError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(table, Mapping) or "default" not in table:
+    if not isinstance(content, Mapping):
+        raise DistillError(f"{file}: expected a mapping")
+    return content
+
+
+def _rows(file: Path, names: Iterable[str], key: str) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Name, value under ``key`` and further options of each line. A name without a line has that of ``default``."""
+    table = _mapping(file)
+    if "default" not in table:
         raise DistillError(f"{file}: expected a mapping of names with a line 'default'")
     _require_names(file, "the table", [name for name in table if name != "default"], names)
     rows = []
