@@ -172,7 +172,9 @@ def test_detectors_that_do_not_match_are_refused() -> None:
         match=r"regions.kind=\w+: the student is a retinanet, which has no rois\. Set regions.kind=predictions",
     ):
         Mimic(one_stage, spec())
-    with pytest.raises(DistillError, match="two-stage teacher"):
+    with pytest.raises(
+        DistillError, match=r"the teacher is a retinanet, which has no rois\. Set regions.kind=predictions"
+    ):
         Mimic(spec(), one_stage, regions={"source": "teacher"})
     Mimic(spec(), one_stage)
     Mimic(one_stage, spec(), regions={"source": "teacher"})
