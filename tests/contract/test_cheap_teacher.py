@@ -7,6 +7,7 @@ import pytest
 from distill.cli import compose
 from distill.cli.teacher import guest
 from distill.diagnostics.bench.step import Step
+from distill.training.distiller import Distiller
 from helpers.detector_pairs import PAIRS, Pair
 
 
@@ -16,7 +17,8 @@ def test_every_method_gives_the_terms_of_the_plain_teacher(name: str) -> None:
     switched_off = compose.composed([*pair.lines, "teacher.fold=false", "teacher.channels_last=false"])
     plain = guest(switched_off, pair.teacher.detector, "plain")
     for option, losses in pair.losses():
-        steps = [Step(pair.student, teacher, losses, pair.batch, pair.schedule) for teacher in (plain, pair.teacher)]
-        views = [(pair.student.view(pair.batch, seed=0), step.teacher_view()) for step in steps]
+        modules = [Distiller(pair.student, teacher, losses, pair.schedule) for teacher in (plain, pair.teacher)]
+        steps = [Step(module, pair.batch) for module in modules]
+        views = [(step.student_view(), step.teacher_view()) for step in steps]
         expected, found = (float(step.distilled(*view).detach()) for step, view in zip(steps, views, strict=True))
         assert found == pytest.approx(expected, rel=5e-5), option  # proposals move by a rounding, too

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill.detectors import roi_align
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.diagnostics.bench.step import Read, Step, Watched
+from distill.training.distiller import Distiller
 from distill.types import Batch, Target
 from helpers.detector_pairs import PAIRS, Pair
 
@@ -74,7 +75,7 @@ def waits(step: Step) -> Counter[str]:
         return Counter(counter.found)
 
     with counter, Reads(counter.found):
-        student, read = step.student.view(step.batch, seed=0), Read()
+        student, read = step.student_view(), Read()
         total = step.supervised(student)
         theirs = step.teacher_view()
         watched = None if theirs is None else Watched(theirs, mark, read)
@@ -108,11 +109,11 @@ def test_waits_are_counted() -> None:
 @pytest.mark.parametrize("name", PAIRS)
 def test_no_loss_waits_but_where_it_is_said(name: str) -> None:
     pair = Pair(name)
-    alone = waits(Step(pair.student, None, {}, pair.batch, pair.schedule))
+    alone = waits(Step(Distiller(pair.student, schedule=pair.schedule), pair.batch))
     found: dict[str, dict[str, int]] = {}
     assert len(pair.batch) == IMAGES
     for option, losses in pair.losses():
-        step = Step(pair.student, pair.teacher, losses, pair.batch, pair.schedule)
+        step = Step(Distiller(pair.student, pair.teacher, losses, pair.schedule), pair.batch)
         waits(step)  # the first step may look at what stays
         found[option] = dict(waits(step) - alone)
     assert len(found) > 10

@@ -62,6 +62,7 @@ def bench(args: argparse.Namespace) -> Report:
     from distill.diagnostics.bench.step import Step
     from distill.precision import autocast, chosen
     from distill.progress import track
+    from distill.training.distiller import Distiller
     from distill.training.schedule import channels_last
 
     cfg = validate.checked(args.overrides)
@@ -79,10 +80,13 @@ def bench(args: argparse.Namespace) -> Report:
     if cfg.channels_last:
         channels_last(student)
     precision = chosen(str(cfg.trainer.precision), device.type == "cuda")
-    make = partial(
-        Step, batch=batch, schedule=compose.build(cfg.schedule), autocast=partial(autocast, precision, device)
-    )
-    plain, nodes = make(student, None, {}), _nodes(cfg, args)
+    schedule, supervised = compose.build(cfg.schedule), compose.plain(cfg.supervised)
+
+    def make(teacher: Any, losses: Any) -> Step:
+        module = Distiller(student, teacher, losses, schedule, supervised)
+        return Step(module, batch, partial(autocast, precision, device))
+
+    plain, nodes = make(None, {}), _nodes(cfg, args)
     teacher = _teacher(cfg, data, batch) if nodes else None
     own = measure.measure_student(plain, clock, args.repeats, args.warmup)
     costs: dict[str, OptionCost] = {}
@@ -90,7 +94,7 @@ def bench(args: argparse.Namespace) -> Report:
     for name, node in track(nodes.items(), "options"):
         try:
             # One after another, so that each has the memory for itself.
-            step = make(student, teacher, _losses(node, data, student, teacher))
+            step = make(teacher, _losses(node, data, student, teacher))
             if cfg.channels_last:
                 channels_last(step.losses)
             costs[name] = measure.measure_option(plain, step, clock, args.repeats, args.warmup)

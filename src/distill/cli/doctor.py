@@ -242,12 +242,15 @@ def _terms(report: Report, module: Distiller, data: DetectionData, trainer: L.Tr
     for loss in module.losses.values():
         loss.on_epoch_start(0, data, module.student, module.teacher)
     batch = next(iter(data.train_dataloader())).to(device)
+    with autocast(precision, device):
+        step = module.compute_step(batch, module.step_seed(0), 0.0)
     with torch.no_grad(), autocast(precision, device):
-        student, teacher = module.views(batch, 0)
         untrained = module.teacher is not None and module.teacher.source == "untrained"
-        report["shapes"] = doctor.shapes(student, module.teacher.spec if untrained and module.teacher else teacher)
+        report["shapes"] = doctor.shapes(
+            step.student, module.teacher.spec if untrained and module.teacher else step.teacher
+        )
     report["adapters"] = doctor.adapters(module.losses)
-    report["terms"] = terms = doctor.measure_terms(module, batch, precision)
+    report["terms"] = terms = doctor.measure_terms(step)
     report["batch"] = {"images": list(batch.ids), "shape": list(batch.images.shape)}
     detection = sum(term["loss"] for name, term in terms.items() if name.startswith("student/"))
     for name, term in terms.items():

@@ -22,7 +22,7 @@ from distill.diagnostics.memory import peak
 from distill.evaluation.evaluate import Evaluation, MakeMetric
 from distill.precision import autocast
 from distill.training.callbacks.term_check import slope
-from distill.training.distiller import Distiller, weighted
+from distill.training.distiller import Distiller, StepResult
 from distill.types import Batch, DetectorSpec, Pyramid, View
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
@@ -168,18 +168,16 @@ def adapters(losses: nn.ModuleDict) -> list[dict[str, Any]]:
     ]
 
 
-def measure_terms(module: Distiller, batch: Batch, precision: str) -> dict[str, dict[str, float | bool]]:
-    """Each term at step 0 on its batch, as the run will have it: value, weight, what it adds to the loss, and its share of the gradient at the neck.
+def measure_terms(step: StepResult) -> dict[str, dict[str, float | bool]]:
+    """Each term of a step: value, weight, weighted value, and its share of the gradient at the neck.
 
     The share is the L2 norm of the weighted term's gradient on all maps of the neck over the sum of these norms.
     ``reaches`` says whether it has a gradient on any map of the student's neck or body.
     """
-    with autocast(precision, batch.images.device):
-        student, teacher = module.views(batch, module.step_seed(0))
-        terms, weights = module.terms(student, teacher, 0.0)
+    student, weights = step.student, step.weights
     neck = [x for x in student.neck.values() if x.requires_grad]
     maps = [x for x in (*student.body.values(), *student.neck.values()) if x.requires_grad]
-    norms = {name: weights[name] * _norm(value, neck) for name, value in terms.items()}
+    norms = {name: weights[name] * _norm(value, neck) for name, value in step.terms.items()}
     total = sum(norms.values()) or 1.0
     return {
         name: {
@@ -189,7 +187,7 @@ def measure_terms(module: Distiller, batch: Batch, precision: str) -> dict[str, 
             "share": norms[name] / total,
             "reaches": bool(slope(value, maps)),
         }
-        for name, value in terms.items()
+        for name, value in step.terms.items()
     }
 
 
@@ -234,8 +232,8 @@ def backward(module: Distiller, precision: str) -> Callable[[Batch], None]:
 
     def step(batch: Batch) -> None:
         with autocast(precision, batch.images.device):
-            terms, weights = module.terms(*module.views(batch, 0), 0.0)
-        torch.autograd.backward(weighted(terms, weights))
+            loss = module.compute_step(batch, 0, 0.0).loss
+        torch.autograd.backward(loss)
         module.zero_grad()
 
     return step

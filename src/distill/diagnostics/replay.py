@@ -11,7 +11,6 @@ import torch
 from distill.files import load_tensors
 from distill.precision import autocast
 from distill.run_folder import RunFolder
-from distill.training.distiller import weighted
 from distill.training.nonfinite import KIND, poison_gradient
 from distill.types import Batch, DistillError, Target
 
@@ -60,11 +59,9 @@ def replay(module: Any, step: Mapping[str, Any], device: torch.device | str = "c
     found = []
     for each in step["batches"]:
         with autocast(step["precision"], torch.device(device)):
-            views = module.views(_batch(each).to(device), each["draw"])
-            terms, weights = module.terms(*views, each["progress"])
-            loss = weighted(terms, weights)
-        torch.autograd.backward(poison_gradient(loss))
-        found.append({name: value.item() for name, value in terms.items()})
+            result = module.compute_step(_batch(each).to(device), each["draw"], each["progress"])
+        torch.autograd.backward(poison_gradient(result.loss))
+        found.append({name: value.item() for name, value in result.terms.items()})
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -23,6 +23,28 @@ from distill.teacher import DEFAULT_PREFETCH, Teacher
 from distill.training.nonfinite import NonFiniteGuard, StepRecord, fused, poison_gradient
 from distill.training.schedule import Schedule
 from distill.types import Batch, DistillError, View
+
+
+class Terms(NamedTuple):
+    """Loss terms by name."""
+
+    values: dict[str, Tensor]
+    """Unweighted scalars."""
+    weights: dict[str, float]
+    """Factor with which each term enters the loss."""
+
+
+class StepResult(NamedTuple):
+    """The numbers of one training step, attached to the autograd graph."""
+
+    terms: dict[str, Tensor]
+    """Unweighted scalars by name: ``student/...`` and those of the distillation losses."""
+    weights: dict[str, float]
+    """Factor with which each term enters the loss."""
+    loss: Tensor
+    """Sum of all weighted terms, a scalar."""
+    student: View
+    teacher: View | None
 
 
 class Distiller(L.LightningModule):
@@ -76,35 +98,50 @@ class Distiller(L.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Sum of all weighted terms, a scalar."""
-        draw = self.step_seed(index)
+        seed = self.step_seed(index)
         self.guard.before(self.student)
-        student, teacher = self.views(batch, draw)
-        terms, weights = self.terms(student, teacher, self.progress)
-        self._prefetch = teacher.stages if teacher else ()
+        step = self.compute_step(batch, seed, self.progress)
         for observe in self.observers:
-            observe(student, terms, weights)
-        loss = weighted(terms, weights)
-        detached = {name: value.detach() for name, value in terms.items()}
-        self.guard.record(StepRecord(batch, draw, self.progress, detached, weights))
-        self._log(terms, weights, loss)
-        return poison_gradient(loss)
+            observe(step.student, step.terms, step.weights)
+        detached = {name: value.detach() for name, value in step.terms.items()}
+        self.guard.record(StepRecord(batch, seed, self.progress, detached, step.weights))
+        self._log(step)
+        return poison_gradient(step.loss)
 
-    def views(self, batch: Batch, draw: int) -> tuple[View, View | None]:
-        """The student's View of a training step, and the teacher's where any loss could read it; `draw` is their seed."""
-        teacher = None
-        if self.teacher and self.losses:
-            teacher = self.teacher.view(batch, seed=draw + 1, prefetch=self._prefetch)
-        return self.student.view(batch, training=True, seed=draw), teacher
+    def compute_step(self, batch: Batch, seed: int, progress: float) -> StepResult:
+        """Views, terms and loss of a training step. Training, doctor, bench and replay take a step's numbers from here.
 
-    def terms(self, student: View, teacher: View | None, progress: float) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """All unweighted terms of a step, scalars, and the weight with which each enters the loss at this progress."""
-        terms = {f"student/{name}": value for name, value in student.losses.items()}
-        weights = {name: self._supervised_weight(name.removeprefix("student/")) for name in terms}
+        Args:
+            batch: on the device of the student.
+            seed: of all random draws in the step.
+            progress: finished part of the training, from 0 to 1, by which ramps scale the weights.
+        """
+        teacher = self.teacher_view(batch, seed, self._prefetch)
+        student = self.student.view(batch, training=True, seed=seed)
+        supervised, distilled = self.supervised_terms(student), self.distillation_terms(student, teacher, progress)
+        self._prefetch = teacher.stages if teacher else ()
+        terms, weights = supervised.values | distilled.values, supervised.weights | distilled.weights
+        return StepResult(terms, weights, weighted(terms, weights), student, teacher)
+
+    def teacher_view(self, batch: Batch, seed: int, prefetch: Sequence[str] = ()) -> View | None:
+        """The teacher's View in a step of this seed; None where no loss could read the View."""
+        if self.teacher is None or not self.losses:
+            return None
+        return self.teacher.view(batch, seed=seed + 1, prefetch=prefetch)
+
+    def supervised_terms(self, student: View) -> Terms:
+        """The student's own loss terms."""
+        values = {f"student/{name}": value for name, value in student.losses.items()}
+        return Terms(values, {name: self._supervised_weight(name.removeprefix("student/")) for name in values})
+
+    def distillation_terms(self, student: View, teacher: View | None, progress: float) -> Terms:
+        """The terms of all distillation losses."""
+        terms = Terms({}, {})
         for name, loss in self.losses.items():
             for term, value in loss(student, teacher).items():
-                terms[f"{name}/{term}"] = value
-                weights[f"{name}/{term}"] = loss.weights[term] * loss.factor(term, progress, self.schedule.epochs)
-        return terms, weights
+                terms.values[f"{name}/{term}"] = value
+                terms.weights[f"{name}/{term}"] = loss.weights[term] * loss.factor(term, progress, self.schedule.epochs)
+        return terms
 
     def _supervised_weight(self, name: str) -> float:
         """The configured weight of one of the student's own terms, times what the distillation losses ask for."""
@@ -122,7 +159,8 @@ class Distiller(L.LightningModule):
         """How much of the training is done, from 0 to 1, counted in optimiser steps."""
         return min(1.0, self.global_step / max(1, int(self.trainer.estimated_stepping_batches)))
 
-    def _log(self, terms: dict[str, Tensor], weights: dict[str, float], loss: Tensor) -> None:
+    def _log(self, step: StepResult) -> None:
+        terms, weights, loss = step.terms, step.weights, step.loss
         size = 1  # the value is not used for step-wise logging, but Lightning would search the batch for it
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=size)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -249,8 +287,8 @@ class Distiller(L.LightningModule):
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """The sum that is descended: weight times term, a scalar."""
-    zero = next(iter(terms.values())).detach().float().new_zeros(())
-    return sum((weights[name] * terms[name] for name in terms), start=zero)
+    device = next((value.device for value in terms.values()), None)
+    return sum((weights[name] * terms[name] for name in terms), start=torch.zeros((), device=device))
 
 
 def _name(teacher: Mapping[str, Any] | None) -> str:

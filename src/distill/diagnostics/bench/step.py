@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.detectors.base import Detector
 from distill.diagnostics.memory import Saved
 from distill.frozen import FrozenModel, frozen_models
-from distill.losses.base import DistillLoss
-from distill.teacher import DEFAULT_PREFETCH, Teacher
-from distill.training.schedule import Schedule
+from distill.training.distiller import Distiller, weighted
 from distill.types import Batch, View
+
+SEED = 0
+"""Of all draws in the step."""
+PROGRESS = 0.5
+"""Part of the training that is done, by which ramps scale the weights. At its middle most ramps are not at 0."""
 
 
 @dataclass
@@ -73,30 +75,20 @@ def _watched_guests(losses: nn.Module, mark: Callable[[], Any], read: Read) -> I
 
 
 class Step:
-    """A student's training step on one batch, with some losses or none. The weights stay: the learning rate is 0.
+    """A training step of a Distiller on one batch, whole and in parts. The learning rate is 0, so that no weight changes.
 
     Args:
-        student: the detector.
-        teacher: the guest, where losses need one.
-        losses: by name.
+        module: student, and teacher and losses where the step has them.
         batch: on its device.
-        schedule: of the optimiser.
         autocast: opens the precision of the run.
     """
 
     def __init__(
-        self,
-        student: Detector,
-        teacher: Teacher | None,
-        losses: Mapping[str, DistillLoss],
-        batch: Batch,
-        schedule: Schedule,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        self, module: Distiller, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> None:
-        self.student, self.teacher, self.batch, self.autocast = student, teacher, batch, autocast
-        self.losses: Any = nn.ModuleDict(losses).to(batch.images.device)
-        self._prefetch: Sequence[str] = DEFAULT_PREFETCH
-        self.optimizer, _ = schedule.build(student, self.losses, 1, len(batch))
+        self.module, self.batch, self.autocast = module.to(batch.images.device), batch, autocast
+        self.student, self.teacher, self.losses = module.student, module.teacher, module.losses
+        self.optimizer, _ = module.schedule.build(self.student, self.losses, 1, len(batch))
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
 
@@ -104,35 +96,26 @@ class Step:
         """Forward, backward, optimiser; `between` is called between forward and backward."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            teacher = self.teacher_view(self._prefetch)
-            student = self.student.view(self.batch, seed=0)
-            total = self.supervised(student) + self.distilled(student, teacher)
-            self._prefetch = teacher.stages if teacher else ()
-            del student, teacher
+            loss = self.module.compute_step(self.batch, SEED, PROGRESS).loss
         between()
-        total.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         self.optimizer.step()
 
     def supervised(self, student: View) -> Tensor:
-        """The sum of the student's own terms."""
-        return sum(student.losses.values(), start=torch.zeros((), device=self.batch.images.device))
+        """The weighted sum of the student's own terms."""
+        return weighted(*self.module.supervised_terms(student))
 
     def distilled(self, student: Any, teacher: Any) -> Tensor:
         """The weighted sum of all terms of the losses."""
-        terms = [
-            loss.weights[name] * value
-            for loss in self.losses.values()
-            for name, value in loss(student, teacher).items()
-        ]
-        return torch.stack(terms).sum() if terms else torch.zeros((), device=self.batch.images.device)
+        return weighted(*self.module.distillation_terms(student, teacher, PROGRESS))
 
-    def teacher_view(self, prefetch: Sequence[str] = ()) -> View | None:
-        """A fresh View of the teacher."""
-        return (
-            None
-            if self.teacher is None or not self.losses
-            else self.teacher.view(self.batch, seed=1, prefetch=prefetch)
-        )
+    def student_view(self) -> View:
+        """A new View of the student, with the draws of the step."""
+        return self.student.view(self.batch, training=True, seed=SEED)
+
+    def teacher_view(self) -> View | None:
+        """A new View of the teacher, with the draws of the step and nothing prefetched."""
+        return self.module.teacher_view(self.batch, SEED)
 
     def teach(self, mark: Callable[[], Any] = float) -> tuple[Read, Read]:
         """Let the losses read, for the marks alone, nothing is trained: what they read of all that teaches, and of the student."""
@@ -141,7 +124,7 @@ class Step:
             with torch.no_grad(), self.autocast(), _watched_guests(self.losses, mark, theirs):
                 teacher: Any = self.teacher_view()
                 watched = None if teacher is None else Watched(teacher, mark, theirs)
-                self.distilled(Watched(self.student.view(self.batch, seed=0), float, ours), watched)
+                self.distilled(Watched(self.student_view(), float, ours), watched)
         return theirs, ours
 
     def adapters(self) -> Callable[[], None]:
@@ -160,7 +143,7 @@ class Step:
 
         layers = [layer for layer in within.modules() if any(p.requires_grad for p in layer.parameters(False))]
         with self.autocast():
-            student = self.student.view(self.batch, seed=0)
+            student = self.student_view()
             self.supervised(student)
             hooks = [layer.register_forward_pre_hook(note) for layer in layers]
             self.distilled(student, self.teacher_view())
@@ -192,7 +175,7 @@ class Step:
         """Bytes that the losses keep for the backward pass and that the student's own terms do not."""
         own = Saved()
         with self.autocast(), own:
-            student = self.student.view(self.batch, seed=0)
+            student = self.student_view()
             total = self.supervised(student)
         weights = [each.untyped_storage() for each in _tensors(self.student, self.losses)]
         more = Saved([*own.pieces, *weights])

@@ -30,7 +30,7 @@ from distill.losses.defeat import DeFeat
 from distill.losses.dicod import DICOD
 from distill.losses.mimic import Mimic
 from distill.teacher import Teacher
-from distill.training.schedule import Schedule
+from distill.training.distiller import Distiller
 from distill.types import Batch, DistillError
 from helpers.loss_states import Tiny
 from helpers.measured import CPU, detector
@@ -39,7 +39,7 @@ from helpers.measured import CPU, detector
 def step(batch: Batch, kind: Any = DeFeat, **options: Any) -> Step:
     student, teacher = detector(), Teacher(detector(1, neck_channels=24))
     losses = {"loss": kind(student.spec, teacher.spec, **options)} if kind else {}
-    return Step(student, teacher, losses, batch, Schedule())
+    return Step(Distiller(student, teacher, losses), batch)
 
 
 class SetClock(Clock):
@@ -107,6 +107,23 @@ def test_a_step_sums_weighted_terms(batch: Batch) -> None:
     terms = made.losses["loss"](student, made.teacher.view(batch, seed=1))
     expected = 3.0 * terms["neck.foreground"] + 0.5 * terms["neck.background"]
     torch.testing.assert_close(made.distilled(student, made.teacher.view(batch, seed=1)), expected)
+
+
+def test_a_step_is_that_of_training_with_its_weights_and_ramps(batch: Batch) -> None:
+    student, teacher = detector(), Teacher(detector(1, neck_channels=24))
+    loss = DeFeat(student.spec, teacher.spec, ramp={"shape": "linear"})
+    made = Step(Distiller(student, teacher, {"defeat": loss}, supervised={"loss_objectness": 0.25}), batch)
+    own, view = made.student_view(), made.teacher_view()
+    torch.testing.assert_close(
+        made.supervised(own), sum(own.losses.values(), start=torch.zeros(())) - 0.75 * own.losses["loss_objectness"]
+    )
+    terms = loss(own, view)
+    assert len(terms) == 2
+    torch.testing.assert_close(
+        made.distilled(own, view), sum(0.5 * loss.weights[name] * value for name, value in terms.items())
+    )
+    step = made.module.compute_step(batch, seed=0, progress=0.5)
+    torch.testing.assert_close(step.loss, made.supervised(own) + made.distilled(own, view))
 
 
 def test_the_teacher_is_clocked_as_deep_as_the_losses_read(batch: Batch) -> None:
@@ -249,7 +266,7 @@ def test_the_verdict_tells_a_teachers_maps_from_what_a_loss_keeps() -> None:
 def test_a_guest_of_a_loss_is_clocked_as_a_teacher(batch: Batch) -> None:
     student, classifier = detector(), Tiny(("background", *CLASSES))
     loss = DICOD(student.spec, None, classifier, size=12)
-    made = Step(student, None, {"dicod": loss}, batch, Schedule())
+    made = Step(Distiller(student, None, {"dicod": loss}), batch)
     theirs, ours = made.teach()
     assert {"images", "logits"} <= set(theirs.stages)
     assert {"rois", "roi_logits"} <= set(ours.stages)
@@ -265,7 +282,7 @@ def test_a_guest_of_a_loss_is_clocked_as_a_teacher(batch: Batch) -> None:
 def test_guests_are_put_back_when_a_loss_fails(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     student, classifier = detector(), Tiny()  # knows none of the classes
     loss = DICOD(student.spec, None, classifier, {"classes": 0}, size=12)
-    made, met = Step(student, None, {"dicod": loss}, batch, Schedule()), []
+    made, met = Step(Distiller(student, None, {"dicod": loss}), batch), []
 
     def broken(self: DICOD, *_: Any) -> Any:
         met.append(self.classifier)
