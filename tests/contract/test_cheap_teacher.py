@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from distill.cli import compose
-from distill.cli.teacher import guest
+from distill.cli.preflight import plan_teacher
+from distill.cli.teacher import as_teacher
 from distill.diagnostics.bench.step import Step
 from distill.training.distiller import Distiller
 from helpers.detector_pairs import PAIRS, Pair
@@ -14,8 +15,10 @@ from helpers.detector_pairs import PAIRS, Pair
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_method_gives_the_terms_of_the_plain_teacher(name: str) -> None:
     pair = Pair(name)
-    switched_off = compose.composed([*pair.lines, "teacher.fold=false", "teacher.channels_last=false"])
-    plain = guest(switched_off, pair.teacher.detector, "plain")
+    switched_off = compose.standalone([*pair.lines, "teacher.fold=false", "teacher.channels_last=false"])
+    options = plan_teacher(switched_off)
+    assert options is not None
+    plain = as_teacher(options, pair.teacher.detector, "plain")
     for option, losses in pair.losses():
         modules = [Distiller(pair.student, teacher, losses, pair.schedule) for teacher in (plain, pair.teacher)]
         steps = [Step(module, pair.batch) for module in modules]

@@ -19,8 +19,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import compose, teacher
+from distill.cli.assembly import build_losses, build_trainer
 from distill.cli.main import main
-from distill.cli.train import build_losses, build_trainer
+from distill.cli.preflight import plan_losses, plan_run, plan_teacher
 from distill.types import DistillError
 
 # `base` is what the other options of its group inherit; it is not complete.
@@ -42,9 +43,11 @@ def test_every_option_composes(group: str, option: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_bars_may_be_switched_off_as_lightning_does(wanted: bool, tmp_path: Path) -> None:
-    cfg = compose.composed([f"trainer.enable_progress_bar={wanted}", f"paths.run={tmp_path}", "name=x"])
-    trainer = build_trainer(cfg, tmp_path)
+def test_bars_may_be_switched_off_as_lightning_does(
+    wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = build_trainer(plan_run(compose.standalone([f"trainer.enable_progress_bar={wanted}"])))
     assert (trainer.progress_bar_callback is not None) == wanted
 
 
@@ -154,7 +157,7 @@ def test_options_of_one_sweep_build_on_a_pair_of_unequal_necks(option: str) -> N
         )
         for channels in (64, 256)
     )
-    losses = build_losses(compose.composed([f"distill={option}"]), student, teacher)
+    losses = build_losses(plan_losses(compose.composed([f"distill={option}"])), student, teacher)
     assert list(losses) == [name for name in ("defeat", "dsig") if name == option]
     assert all(loss.weights and list(loss.parameters()) for loss in losses.values())
 

@@ -742,7 +742,8 @@ def test_the_layout_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_command_line_lays_out_the_student(wanted: bool) -> None:
     from distill.cli import compose
-    from distill.cli.train import assemble
+    from distill.cli.assembly import assemble
+    from distill.cli.preflight import plan_run
 
     lines = [
         "distill=none",
@@ -751,5 +752,5 @@ def test_the_command_line_lays_out_the_student(wanted: bool) -> None:
         "data.source.val=2",
         "data.source.test=0",
     ]
-    cfg = compose.composed([*lines, "paths.run=x"])
-    assert channels_last(assemble(cfg, compose.build(cfg.data)).student) == wanted
+    plan = plan_run(compose.standalone(lines))
+    assert channels_last(assemble(plan, plan.data).student) == wanted

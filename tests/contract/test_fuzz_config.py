@@ -21,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import compose, target_policy
-from distill.cli import teacher as teachers
-from distill.cli.train import build_losses, build_metrics, needs_teacher
+from distill.cli.assembly import build_losses
+from distill.cli.preflight import build_metrics, plan_losses, plan_teacher
+from distill.cli.teacher import untrained
 from distill.types import DetectorSpec, DistillError
 
 EXAMPLES = int(os.environ.get("DISTILL_FUZZ", "500"))
@@ -40,6 +41,7 @@ def fuzz(examples: int) -> settings:
 
 @cache
 def base(distill: str) -> DictConfig:
+    compose.named([])  # plan_teacher asks Hydra for the name of the model option
     return compose.composed([f"distill={distill}", "paths.run=x", "name=x"])
 
 
@@ -146,16 +148,19 @@ def build(cfg: DictConfig, groups: set[str]) -> None:
     if "schedule" in groups:
         compose.build(cfg.schedule)
     if "metrics" in groups:
-        for make in build_metrics(cfg):
+        for make in build_metrics(cfg).values():
             make({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}, ("a",))
     with torch.device("meta"):
         if "model" in groups:
             compose.build(cfg.model, classes=["a", "b"], min_size=64, max_size=64)
         if "teacher" in groups:
-            teachers.check(cfg)
-            compose.build(cfg.teacher.model, classes=["a", "b"], weights=None, backbone_weights=None)
+            options = plan_teacher(cfg)
+            if options is not None:
+                untrained(options, ["a", "b"])
     if "distill" in groups:
-        build_losses(cfg, spec("model"), spec("teacher") if needs_teacher(cfg) else None)
+        losses = plan_losses(cfg)
+        needs_teacher = any(loss.kind.needs_teacher for loss in losses.values())
+        build_losses(losses, spec("model"), spec("teacher") if needs_teacher else None)
 
 
 def judged(error: DistillError) -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.detectors import roi_align
 from distill.detectors.faster_rcnn import FasterRCNN
-from distill.diagnostics.bench.step import Read, Step, Watched
+from distill.diagnostics.bench.step import StageReads, Step, WatchedView
 from distill.training.distiller import Distiller
 from distill.types import Batch, Target
 from helpers.detector_pairs import PAIRS, Pair
@@ -75,11 +75,11 @@ def waits(step: Step) -> Counter[str]:
         return Counter(counter.found)
 
     with counter, Reads(counter.found):
-        student, read = step.student_view(), Read()
+        student, read = step.student_view(), StageReads()
         total = step.supervised(student)
         theirs = step.teacher_view()
-        watched = None if theirs is None else Watched(theirs, mark, read)
-        total = total + step.distilled(Watched(student, mark, read), watched)
+        watched = None if theirs is None else WatchedView(theirs, mark, read)
+        total = total + step.distilled(WatchedView(student, mark, read), watched)
         total.backward()  # type: ignore[no-untyped-call]
     for start, end in read.spans:
         counter.found.subtract(end - start)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from distill.cli import compose
-from distill.cli.bench import _losses, _teacher, untrained
-from distill.diagnostics.bench.measure import settle
+from distill.cli.assembly import assemble, build_student
+from distill.cli.bench_report import bench_teacher
+from distill.cli.preflight import plan_run
+from distill.diagnostics.bench.measure import set_norm_statistics
 from distill.types import DistillError
 from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL
 
@@ -31,29 +31,28 @@ class Pair:
     """What a step of the pair needs."""
 
     def __init__(self, name: str) -> None:
-        torch.manual_seed(0)
         self.name, self.lines = name, [*PAIRS[name], *TINY_DATA, *TINY_MODEL, "data.workers=0"]
-        self.cfg = compose.composed(self.lines)
-        self.data = compose.build(self.cfg.data)
+        plan = plan_run(compose.standalone(self.lines))
+        self.data, self.schedule = plan.data, plan.schedule
         self.data.setup("fit")
         self.batch = next(iter(self.data.train_dataloader()))
-        self.student = untrained(self.cfg.model, self.data, min_size=64, max_size=64)
-        teacher = _teacher(self.cfg, self.data, self.batch)
+        self.student = build_student(plan, self.data, weights=None, backbone_weights=None)
+        teacher = bench_teacher(plan, self.data, self.batch)
         assert teacher is not None
         self.teacher = teacher
-        settle(self.student, self.batch)
+        set_norm_statistics(self.student, self.batch)
         self.student.train()
-        self.schedule = compose.build(self.cfg.schedule)
 
     def losses(self) -> Iterator[tuple[str, Any]]:
         """Every option with its losses; that no other one is left out is seen to."""
         left = set()
         for option in sorted(set(compose.groups()["distill"]) - {"none"}):
-            cfg = compose.composed([*self.lines, f"distill={option}"])
+            plan = plan_run(compose.composed([*self.lines, f"distill={option}", "paths.run=run"]))
             try:
-                losses = _losses(cfg, self.data, self.student, self.teacher)
+                module = assemble(plan, self.data, self.student, self.teacher)
             except DistillError:
                 left.add(option)
                 continue
-            yield option, losses
+            module.start_epoch(0, self.data)
+            yield option, module.losses
         assert left == NOT_HERE[self.name]

@@ -50,11 +50,11 @@ def test_the_report_is_complete_and_its_ratios_fit(
     assert option["stages"] == ["neck"]
     for path, value in leaves(report):
         if isinstance(value, (int, float)) and not path.endswith("workers"):
-            assert value > 0 or "glue" in path or "again" in path, path
+            assert value > 0 or "loss_overhead" in path or "student_recompute" in path, path
     own = option["student"]["median"]
     assert option["ratio"]["median"] == pytest.approx(option["step"]["median"] / own)
-    parts = own + sum(option[part]["median"] for part in ("teacher", "adapters", "again"))
-    assert option["glue"]["median"] == pytest.approx(option["step"]["median"] / parts - 1)
+    parts = own + sum(option[part]["median"] for part in ("teacher", "adapters", "student_recompute"))
+    assert option["loss_overhead"]["median"] == pytest.approx(option["step"]["median"] / parts - 1)
     assert report["verdict"]
     for word in ("student alone", "defeat reads", "loader", "evaluation", "verdict", "untrained"):
         assert word in printed

@@ -131,9 +131,9 @@ def test_time_and_memory_are_estimated(ready: dict[str, Any]) -> None:
     ],
 )
 def test_a_schedule_is_counted_in_batches(lines: list[str], batches: int, expected: tuple[int, int]) -> None:
-    from distill.cli.doctor import planned
+    from distill.cli.doctor_report import planned_batches
 
-    assert planned(compose.composed([*lines, "paths.run=x"]).trainer, batches) == expected
+    assert planned_batches(compose.composed([*lines, "paths.run=x"]).trainer, batches) == expected
 
 
 def test_a_missing_teacher_is_planned_and_not_trained(
@@ -233,7 +233,7 @@ def test_a_weak_teacher_is_named(cli: Cli, tiny_teacher: Path) -> None:
 def test_a_teacher_that_does_not_keep_its_promise_is_named(
     cli: Cli, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.cli.teacher._measured", lambda *_: {"val/AP": 0.4})
+    monkeypatch.setattr("distill.cli.teacher._known_values", lambda *_: {"val/AP": 0.4})
     report = visit(cli, f"teacher.weights={tiny_teacher}", *TINY)
     assert any("promises 0.400: check its weights" in fault for fault in report["faults"])
 

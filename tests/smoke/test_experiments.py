@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from distill.cli import compose, teacher, train
+from distill.cli import assembly, compose, teacher
 from distill.types import DistillError
 from helpers.image_folders import write_coco, write_voc
 from helpers.runs import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
@@ -85,16 +85,16 @@ def test_the_teachers_own_run_has_the_model_that_is_printed(
     """And what is said of the student's model alone does not reach it."""
     made: list[tuple[Any, Any]] = []
 
-    def look(cfg: Any, data: Any) -> None:
-        made.append((cfg.teacher.model, compose.composed([*teacher.run_overrides(cfg), "hydra.run.dir=."]).model))
+    def look(options: Any, data: Any) -> None:
+        made.append((options.model, compose.composed([*teacher.teacher_overrides(options), "hydra.run.dir=."]).model))
         raise DistillError("seen")
 
-    monkeypatch.setattr(teacher, "find", look)
-    monkeypatch.setattr(teacher, "planned", lambda *_: None)
-    monkeypatch.setattr(train, "build_losses", lambda *_: {})
+    monkeypatch.setattr(assembly, "find_teacher", look)
+    monkeypatch.setattr(assembly, "planned_spec", lambda *_: None)
+    monkeypatch.setattr(assembly, "build_losses", lambda *_: {})
     root = data_sets["bccd" if experiment == "bccd" else experiment.split("_")[1]]
     lines = [*tiny(experiment, root), "model.score_thresh=0.2", *more, "hydra.run.dir=run"]
     assert cli(["train", *lines]) == 1
     printed, used = made[0]
-    assert OmegaConf.to_container(used) == OmegaConf.to_container(printed)
+    assert OmegaConf.to_container(used) == printed
     assert used.score_thresh == 0.05

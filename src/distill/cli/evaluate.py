@@ -1,4 +1,4 @@
-"""The verb evaluate: AP of a finished or interrupted run's student, or of its teacher, on any split or data set."""
+"""The verb evaluate: AP of a run's student, or of its teacher, on any split or data set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -14,69 +14,68 @@ from distill.cli import compose, validate
 from distill.run_folder import OVERRIDES, STUDENT, SUMMARY, RunFolder
 from distill.types import DistillError
 
+if TYPE_CHECKING:
+    from distill.cli.teacher import TeacherOptions
+    from distill.detectors.base import Detector
+
 
 def main(argv: Sequence[str]) -> int:
     """``distill evaluate RUN|CKPT [--split test] [--teacher] [--json FILE] [data=voc …]``."""
     parser = argparse.ArgumentParser(prog="distill evaluate", description=__doc__)
     parser.add_argument("source", type=Path, metavar="RUN|CKPT", help="a run folder, or one of its checkpoints")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
-    parser.add_argument("--teacher", action="store_true", help="measure the run's teacher instead of its student")
-    parser.add_argument("--json", type=Path, help="write the numbers there as well")
+    parser.add_argument("--teacher", action="store_true", help="evaluate the run's teacher instead of its student")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument(
         "overrides", nargs="*", help="as for train: data=voc data.source.root=…, metrics.coco.per_class=true"
     )
     args = parser.parse_intermixed_args(list(argv))
-    run = run_folder(args.source)
+    run = find_run(args.source)
     cfg = recompose(run, args.overrides)
-    measured = evaluate(cfg, run, args.source, args.split, args.teacher)
-    show(measured, args.split, "teacher" if args.teacher else "student")
-    if args.json:
-        from distill.files import write_text
 
-        write_text(args.json, json.dumps(measured, indent=1))
+    from distill.cli.preflight import build_metrics, plan_teacher
+    from distill.cli.tables import print_table
+    from distill.evaluation.evaluate import evaluate
+    from distill.files import write_text
+
+    data = compose.build(cfg.data)
+    data.setup("test" if args.split == "test" else "fit")
+    detector = load_teacher_of(run, plan_teacher(cfg)) if args.teacher else load_student(args.source)
+    trained = (detector.options["min_size"], detector.options["max_size"])
+    if trained != data.input_size:
+        print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
+    metrics, device = list(build_metrics(cfg).values()), compose.device(cfg)
+    title = f"{'teacher' if args.teacher else 'student'}, {args.split}"
+    results = evaluate(detector, data, args.split, metrics, device, title)
+    rows = [(name, f"{100 * value:.2f}" if value >= 0 else "no ground truth") for name, value in results.items()]
+    print_table(f"{title}, percent", ("metric", "value"), rows)
+    if args.json:
+        write_text(args.json, json.dumps(results, indent=1))
     return 0
 
 
-def run_folder(source: Path) -> Path:
+def find_run(source: Path) -> RunFolder:
     """The run that a folder or a checkpoint belongs to."""
     for folder in (source, *source.absolute().parents):
         if RunFolder(folder).overrides.is_file():
-            return folder.absolute()
+            return RunFolder(folder.absolute())
     raise DistillError(
         f"{source} is not a run, nor a file inside one: expected a folder with {OVERRIDES}, as train leaves it"
     )
 
 
-def recompose(run: Path, overrides: Sequence[str]) -> DictConfig:
+def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
     """The run's configuration, composed again with further overrides."""
     chosen = {override.key_or_group for override in compose.parse(overrides)} & set(compose.groups())
-    before = [
+    recorded = [
         str(override.input_line)
-        for override in compose.recorded(run)
-        if override.key_or_group.split(".")[0] not in chosen  # data=voc does away with what was said of the run's data
+        for override in compose.recorded(run.path)
+        if override.key_or_group.split(".")[0] not in chosen  # data=voc replaces all overrides of the run's data
     ]
-    return validate.checked([*before, *overrides])
+    return validate.checked([*recorded, *overrides])
 
 
-def evaluate(cfg: DictConfig, run: Path, source: Path, split: str, teacher: bool) -> dict[str, float]:
-    """Numbers by name, as validation inside training measures them."""
-
-    from distill.cli.train import build_metrics
-    from distill.evaluation.evaluate import evaluate as measure
-
-    data = compose.build(cfg.data)
-    data.setup("test" if split == "test" else "fit")
-    detector = _teacher(run, cfg) if teacher else load_student(source)
-    trained = (detector.options["min_size"], detector.options["max_size"])
-    if trained != data.input_size:
-        print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
-    metrics = build_metrics(cfg)
-    return measure(
-        detector, data, split, metrics, compose.device(cfg), f"{'teacher' if teacher else 'student'}, {split}"
-    )
-
-
-def load_student(source: Path) -> Any:
+def load_student(source: Path) -> Detector:
     """The exported student of a run folder, or the student inside a checkpoint."""
     import torch
 
@@ -109,29 +108,17 @@ def load_student(source: Path) -> Any:
     return student
 
 
-def _teacher(run: Path, cfg: DictConfig) -> Any:
-    from distill.cli.teacher import load
+def load_teacher_of(run: RunFolder, options: TeacherOptions | None) -> Detector:
+    """The teacher that a finished run had."""
+    from distill.cli.teacher import load_teacher
     from distill.files import read_json
 
-    summary = RunFolder(run).summary
-    identity = read_json(summary).get("teacher") if summary.is_file() else None
+    identity = read_json(run.summary).get("teacher") if run.summary.is_file() else None
     if not identity:
-        raise DistillError(f"{run} has no teacher: its {SUMMARY} names none (distill=none, or the run did not finish)")
+        raise DistillError(
+            f"{run.path} has no teacher: its {SUMMARY} names none (distill=none, or the run did not finish)"
+        )
     source, classes = (identity.get(key) if isinstance(identity, dict) else None for key in ("source", "classes"))
     if not isinstance(source, str) or not isinstance(classes, list):
-        raise DistillError(f"{summary}: expected the teacher's 'source' and 'classes', got {identity}")
-    return load(cfg, source, [str(name) for name in classes])
-
-
-def show(measured: dict[str, float], split: str, who: str) -> None:
-    """The numbers as a table, in percent."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"{who}, {split}, percent", title_justify="left")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in measured.items():
-        table.add_row(escape(name), f"{100 * value:.2f}" if value >= 0 else "no ground truth")
-    Console().print(table)
+        raise DistillError(f"{run.summary}: expected the teacher's 'source' and 'classes', got {identity}")
+    return load_teacher(options, source, [str(name) for name in classes])

@@ -159,7 +159,7 @@ def check_config(cfg: DictConfig, file: Path | None) -> None:
     _refuse_older(file)
     made_by = _part(file, "made_by")
     if made_by:
-        _refuse(cfg, file, differences(made_by["config"], compose.plain(cfg)))
+        _refuse(cfg.resume, file, differences(made_by["config"], compose.plain(cfg)))
 
 
 def _refuse_older(file: Path | None) -> None:
@@ -171,11 +171,11 @@ def _refuse_older(file: Path | None) -> None:
         )
 
 
-def check_data(cfg: DictConfig, file: Path | None, data: DetectionData) -> None:
+def check_data(mode: str, file: Path | None, data: DetectionData) -> None:
     """Refuse a checkpoint of other classes, images or boxes, before a teacher is trained for them."""
     known = _part(file, "DetectionData")
     if known:
-        _refuse(cfg, file, data.differences(known))
+        _refuse(mode, file, data.differences(known))
 
 
 def _part(file: Path | None, key: str) -> Any:
@@ -184,12 +184,12 @@ def _part(file: Path | None, key: str) -> Any:
     return None if file is None else read(file, lazily=True).get(key)
 
 
-def _refuse(cfg: DictConfig, file: Path | None, found: Sequence[str]) -> None:
+def _refuse(mode: str, file: Path | None, found: Sequence[str]) -> None:
     if not found:
         return
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     listed = "; ".join(found[:8]) + more
-    if cfg.resume == "anyway":
+    if mode == "anyway":
         warnings.warn(f"resume=anyway: this is not the run that made {file}: {listed}", stacklevel=3)
         return
     raise DistillError(

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,10 +19,11 @@ from distill.data.records import Record
 from distill.data.transforms import padded_size, resized_size
 from distill.detectors.base import Detector
 from distill.diagnostics.memory import peak
-from distill.evaluation.evaluate import Evaluation, MakeMetric
+from distill.evaluation.evaluate import Evaluation, MakeMetric, ground_truth_of
 from distill.precision import autocast
 from distill.training.callbacks.term_check import slope
 from distill.training.distiller import Distiller, StepResult
+from distill.training.schedule import Schedule
 from distill.types import Batch, DetectorSpec, Pyramid, View
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
@@ -103,13 +104,8 @@ def measure_ap(
         found.append((batch, detector.view(batch, training=False, frozen=True).detections))
     _wait(device)
     seconds = time.perf_counter() - start
-    ids = {image for batch, _ in found for image in batch.ids}
-    part = {
-        **truth,
-        "images": [each for each in truth["images"] if each["id"] in ids],
-        "annotations": [each for each in truth["annotations"] if each["image_id"] in ids],
-    }
-    evaluation = Evaluation(detector, part, data.classes, metrics, device)
+    ids = [image for batch, _ in found for image in batch.ids]
+    evaluation = Evaluation(detector, ground_truth_of(truth, ids), data.classes, metrics, device)
     for batch, detections in found:
         evaluation.add(batch, detections)
     return {"images": len(ids), "seconds_per_image": seconds / max(1, len(ids)), "values": evaluation.compute()}
@@ -203,15 +199,27 @@ def _norm(term: Tensor, maps: Sequence[Tensor]) -> float:
 
 
 def measure_pace(
-    step: Callable[[Batch], None], batches: Iterable[Batch], device: torch.device, count: int, patience: float
+    module: Distiller,
+    precision: str,
+    batches: Iterable[Batch],
+    device: torch.device,
+    count: int,
+    patience: float,
 ) -> dict[str, Any]:
-    """Seconds of a batch, loading and forward and backward pass, after a first one that warms up; and the memory at its peak."""
+    """Seconds per batch for loading, forward and backward pass, after a warm-up batch; and the peak memory.
+
+    No weight changes. The measurement ends after `count` batches, or after `patience` seconds.
+    """
     times: list[float] = []
 
     def passes() -> None:
         start = began = time.perf_counter()
         for batch in islice(batches, count + 1):
-            step(batch.to(device))
+            with autocast(precision, device):
+                loss = module.compute_step(batch.to(device), 0, 0.0).loss
+            torch.autograd.backward(loss)
+            module.zero_grad()
+            del loss
             _wait(device)
             times.append(time.perf_counter() - start)
             start = time.perf_counter()
@@ -227,18 +235,6 @@ def measure_pace(
     }
 
 
-def backward(module: Distiller, precision: str) -> Callable[[Batch], None]:
-    """A training step's forward and backward pass, which leaves every weight as it is."""
-
-    def step(batch: Batch) -> None:
-        with autocast(precision, batch.images.device):
-            loss = module.compute_step(batch, 0, 0.0).loss
-        torch.autograd.backward(loss)
-        module.zero_grad()
-
-    return step
-
-
 def memory(device: torch.device) -> int:
     """Bytes that the device has."""
     if device.type == "cuda":
@@ -246,10 +242,11 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def state_bytes(module: nn.Module, optimizer: str) -> int:
-    """What the optimiser keeps, which no pass without a step shows."""
-    trained = sum(each.numel() * each.element_size() for each in module.parameters() if each.requires_grad)
-    return trained * (2 if "adam" in optimizer.lower() else 1)
+def state_bytes(module: nn.Module, schedule: Schedule) -> int:
+    """Bytes of the optimizer's state, which is allocated in its first step."""
+    trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    optimizer = getattr(schedule.optimizer, "func", schedule.optimizer)
+    return trained * (2 if "adam" in optimizer.__name__.lower() else 1)
 
 
 def _wait(device: torch.device) -> None:

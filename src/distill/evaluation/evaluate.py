@@ -97,6 +97,16 @@ def evaluate(
     return evaluation.compute()
 
 
+def ground_truth_of(truth: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+    """The part of a ground truth in COCO form that belongs to these images."""
+    wanted = set(ids)
+    return {
+        **truth,
+        "images": [image for image in truth["images"] if image["id"] in wanted],
+        "annotations": [note for note in truth["annotations"] if note["image_id"] in wanted],
+    }
+
+
 def relabel(found: Detections, labels: torch.Tensor) -> Detections:
     """Detections in the data's labels, without those of classes that the data does not know."""
     mapped = labels[found.labels]

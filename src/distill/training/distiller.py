@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from distill import __version__, distributed
+from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.detectors.description import FORMAT
 from distill.evaluation.evaluate import Evaluation, MakeMetric
@@ -210,9 +211,13 @@ class Distiller(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Let losses that keep state over an epoch (prototypes and the like) rebuild it."""
-        for loss in self.losses.values():
-            loss.on_epoch_start(self.current_epoch, self.trainer.datamodule, self.student, self.teacher)  # type: ignore[attr-defined]
+        self.start_epoch(self.current_epoch, self.trainer.datamodule)  # type: ignore[attr-defined]
         self._check_guests()
+
+    def start_epoch(self, epoch: int, data: DetectionData) -> None:
+        """Let each loss build its state of an epoch, such as prototypes."""
+        for loss in self.losses.values():
+            loss.on_epoch_start(epoch, data, self.student, self.teacher)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell all losses, those inside others too, which epoch it is: they draw by it."""

@@ -13,7 +13,6 @@ import pytest
 RUN = """
 import sys, time
 from pathlib import Path
-from omegaconf import OmegaConf
 from distill.cli import teacher
 from distill.run_folder import RunFolder
 
@@ -28,14 +27,13 @@ def train(command, folder, lock):
     assert not (folder / "summary.json").exists()
     (folder / "summary.json").write_text("{}")
 
-teacher.place = lambda cfg: (folder, [])
 if len(sys.argv) < 5:
     teacher._train = train
 else:
     sys.executable = sys.argv[4]  # with which a teacher's run is started
 print("ready", flush=True)
 sys.stdin.readline()
-found = teacher.cached(OmegaConf.create({"teacher": {"train": "auto"}}))
+found = teacher.cached_run(folder, [], "auto")
 assert RunFolder(found).finished, "used before it was finished"
 print("used", flush=True)
 """

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from distill.cli import compose
-from distill.cli.teacher import guest
+from distill.cli.preflight import plan_teacher
+from distill.cli.teacher import TeacherOptions, as_teacher
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.folding import fold
@@ -312,11 +313,17 @@ def test_an_unknown_dtype_is_refused() -> None:
 
 def test_the_command_line_passes_its_keys_on_and_has_the_same_defaults() -> None:
     detector = lived(DETECTORS["resnet, frozen"]())
-    plain = compose.composed(["teacher=frcnn_r18", "paths.run=x"])
+
+    def options(*lines: str) -> TeacherOptions:
+        found = plan_teacher(compose.standalone(["teacher=frcnn_r18", *lines]))
+        assert found is not None
+        return found
+
+    plain = options()
     defaults = {name: each.default for name, each in inspect.signature(Teacher).parameters.items()}
     for name in ("fold", "channels_last", "dtype"):
-        assert plain.teacher[name] == defaults[name] == getattr(guest(plain, detector, "x"), name)
-    lines = ["teacher=frcnn_r18", "teacher.fold=false", "teacher.channels_last=false", "teacher.dtype=bfloat16"]
-    made = guest(compose.composed([*lines, "paths.run=x"]), detector, "x", {"val/AP": 0.5})
+        assert plain.optimization[name] == defaults[name] == getattr(as_teacher(plain, detector, "x"), name)
+    lines = ["teacher.fold=false", "teacher.channels_last=false", "teacher.dtype=bfloat16"]
+    made = as_teacher(options(*lines), detector, "x", {"val/AP": 0.5})
     assert (made.fold, made.channels_last, made.dtype) == (False, False, "bfloat16")
     assert (made.source, made.values) == ("x", {"val/AP": 0.5})

@@ -1,9 +1,9 @@
-"""Every number of the bench: steps in rounds, operations, memory, the loader, evaluation."""
+"""The measurements of the bench: steps, FLOPs, memory, data loader and evaluation."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,71 +18,71 @@ from distill.diagnostics.bench.clock import Clock, Spread
 from distill.diagnostics.bench.report import Cost, OptionCost
 from distill.diagnostics.bench.step import Step
 from distill.diagnostics.memory import Memory, live, peak, stored
-from distill.evaluation.evaluate import Evaluation, MakeMetric
+from distill.evaluation.evaluate import Evaluation, MakeMetric, ground_truth_of
 from distill.types import Batch
 
-GLUE = {"neck": 0.03, "regions": 0.10}
-"""What losses, masks and the rest may cost at most beside all layers: of maps, and of regions."""
+MAX_OVERHEAD = {"neck": 0.03, "regions": 0.10}
+"""Highest expected `OptionCost.loss_overhead` of losses that read maps only, and of losses that read regions."""
 REGIONS = {"roi_features", "roi_logits", "roi_boxes", "rois", "proposals", "predictions"}
+"""Stages of a View that belong to regions."""
 
 
-def measure_student(plain: Step, clock: Clock, repeats: int = 10, warmup: int = 2) -> Cost:
-    """The student-only step."""
-    (seconds,) = _rounds([partial(clock.time, plain.run)], repeats, warmup)
-    return Cost(Spread.of(seconds), _flops(plain.run), peak(plain.run, plain.batch.images.device))
+def measure_student(alone: Step, clock: Clock, repeats: int = 10, warmup: int = 2) -> Cost:
+    """Costs of the student-only step."""
+    (seconds,) = _rounds([partial(clock.time, alone.run)], repeats, warmup)
+    return Cost(Spread.of(seconds), _flops(alone.run), peak(alone.run, alone.batch.images.device))
 
 
-def measure_option(plain: Step, step: Step, clock: Clock, repeats: int = 10, warmup: int = 2) -> OptionCost:
-    """A step with losses: each round takes the student-only step, this one, its teacher, its adapters, and what of the
-    student runs again."""
-    theirs, ours = step.teach()
-    parts = (partial(clock.time, plain.run), partial(clock.time, step.run), partial(_reading, step, clock))
-    layers = (partial(clock.time, step.adapters()), partial(clock.time, step.again()))
+def measure_option(alone: Step, step: Step, clock: Clock, repeats: int = 10, warmup: int = 2) -> OptionCost:
+    """Costs of a step with losses. Each round times the student-only step, the whole step and its parts once."""
+    teacher, student = step.record_reads()
+    parts = (partial(clock.time, alone.run), partial(clock.time, step.run), partial(_teacher_seconds, step, clock))
+    layers = (partial(clock.time, step.adapter_passes()), partial(clock.time, step.recompute_passes()))
     times = _rounds([*parts, *layers], repeats, warmup)
-    return _option_cost(plain, step, (theirs.stages, ours.stages), *times)
+    return _option_cost(alone, step, (teacher.stages, student.stages), *times)
 
 
 def _rounds(parts: Sequence[Callable[[], float]], repeats: int, warmup: int) -> list[list[float]]:
-    """Seconds of each part in each round that counts."""
+    """Seconds of each part in each measured round."""
     rounds = [[part() for part in parts] for _ in range(warmup + repeats)]
     return [list(seconds) for seconds in zip(*rounds[warmup:], strict=True)]
 
 
 def _option_cost(
-    plain: Step,
+    alone: Step,
     step: Step,
     stages: tuple[list[str], list[str]],
     student: Sequence[float],
     whole: Sequence[float],
     teacher: Sequence[float],
     adapters: Sequence[float],
-    again: Sequence[float],
+    recompute: Sequence[float],
 ) -> OptionCost:
-    def by_student(seconds: Sequence[float]) -> Spread:
-        return Spread.of([each / own for each, own in zip(seconds, student, strict=True)])
+    def ratio(seconds: Sequence[float]) -> Spread:
+        return Spread.of([part / own for part, own in zip(seconds, student, strict=True)])
 
-    rest = [each / sum(parts) - 1 for each, *parts in zip(whole, student, teacher, adapters, again, strict=True)]
+    rounds = zip(whole, student, teacher, adapters, recompute, strict=True)
     return OptionCost(
         *(Spread.of(whole), _flops(step.run), peak(step.run, step.batch.images.device)),
         student=Spread.of(student),
         teacher=Spread.of(teacher),
         adapters=Spread.of(adapters),
-        again=Spread.of(again),
-        ratio=by_student(whole),
-        teacher_ratio=by_student(teacher),
-        adapters_ratio=by_student(adapters),
-        student_recompute_ratio=by_student(again),
-        loss_overhead=Spread.of(rest),
+        student_recompute=Spread.of(recompute),
+        ratio=ratio(whole),
+        teacher_ratio=ratio(teacher),
+        adapters_ratio=ratio(adapters),
+        student_recompute_ratio=ratio(recompute),
+        loss_overhead=Spread.of([seconds / sum(parts) - 1 for seconds, *parts in rounds]),
         teacher_flops=_teacher_flops(step),
         stages=stages[0],
-        allowed=GLUE["regions" if REGIONS & {*stages[0], *stages[1]} else "neck"],
-        bytes=measure_memory(plain, step),
+        allowed=MAX_OVERHEAD["regions" if REGIONS & {*stages[0], *stages[1]} else "neck"],
+        bytes=measure_memory(alone, step),
     )
 
 
-def _reading(step: Step, clock: Clock) -> float:
-    """Seconds that the losses wait for the stages of the teacher, and for guests of their own."""
-    return clock.seconds(*step.teach(clock.mark)[0].spans)
+def _teacher_seconds(step: Step, clock: Clock) -> float:
+    """Seconds that the losses wait for stages of the teacher, and for frozen models of their own."""
+    return clock.seconds(*step.record_reads(clock.mark)[0].spans)
 
 
 def _flops(run: Callable[[], object]) -> float:
@@ -93,27 +93,28 @@ def _flops(run: Callable[[], object]) -> float:
 
 def _teacher_flops(step: Step) -> float:
     with FlopCounterMode(display=False) as counter:
-        theirs, _ = step.teach(counter.get_total_flops)
-    return float(sum(end - start for start, end in theirs.spans))
+        teacher, _ = step.record_reads(counter.get_total_flops)
+    return float(sum(end - start for start, end in teacher.spans))
 
 
-def measure_memory(plain: Step, step: Step) -> Memory:
-    """The parts of a step's memory, and its peak. Both steps have run before, so that the optimisers have their states."""
+def measure_memory(alone: Step, step: Step) -> Memory:
+    """The parts of a step's memory, and its peak. Both steps must have run before, so that the optimizers have a state."""
     device = step.batch.images.device
-    taught, ours, student = (stored(each, device) for each in (step.taught(), step.trained(), plain.trained()))
-    (most_alone, kept_alone), (most, kept) = _allocated(plain), _allocated(step)
+    lists = (step.teacher_tensors(), step.trained_tensors(), alone.trained_tensors())
+    teacher, trained, student = (stored(tensors, device) for tensors in lists)
+    (peak_alone, kept_alone), (peak_bytes, kept) = _allocated(alone), _allocated(step)
     return Memory(
-        student=student + most_alone,
-        teacher=taught,
-        losses=ours - student + stored(step.losses.parameters(), device),  # and the gradients of these
-        held=step.held(),
-        peak=ours + taught + most,
+        student=student + peak_alone,
+        teacher=teacher,
+        losses=trained - student + stored(step.losses.parameters(), device),  # their gradients are as large
+        held=step.kept_bytes(),
+        peak=trained + teacher + peak_bytes,
         kept=kept - kept_alone,
     )
 
 
 def _allocated(step: Step) -> tuple[float, float]:
-    """Bytes that a step takes beyond what is there before it: at its peak, and between forward and backward pass."""
+    """Bytes that a step allocates: at its peak, and between forward and backward pass."""
     kept: list[float] = []
     step.optimizer.zero_grad(set_to_none=True)
     with live(step.batch.images.device) as count:
@@ -122,10 +123,10 @@ def _allocated(step: Step) -> tuple[float, float]:
 
 
 def measure_loader(data: DetectionData, batches: int = 20) -> dict[str, float]:
-    """``images_per_second`` of the training loader once its workers are warm, by the wall clock, and ``workers``."""
+    """``images_per_second`` of the warm training loader, by the wall clock, and its number of ``workers``."""
     loader = data.train_dataloader()
     stream = iter(_endless(loader))
-    for _ in range(2 + data.workers * data.prefetch):  # what lay ready before anybody asked
+    for _ in range(2 + data.workers * data.prefetch):  # batches that the workers prefetched
         next(stream)
     start, images = time.perf_counter(), 0
     for batch in islice(stream, batches):
@@ -149,7 +150,7 @@ def measure_evaluation(
     split: str = "val",
     images: int = 50,
 ) -> dict[str, float]:
-    """Wall-clock seconds per 1,000 images: ``detect``, loading included, and ``metric``; measured on ``images``."""
+    """Wall-clock seconds per 1,000 images: ``detect``, with loading, and ``metric``; and the number of ``images`` measured."""
     batches, seen = [], 0
     training = detector.training
     detector.train(False)
@@ -159,8 +160,14 @@ def measure_evaluation(
             seen += len(batch)
             if seen >= images:
                 break
-        evaluation = Evaluation(detector, _part(data.ground_truth(split), batches), data.classes, metrics, device)
-        evaluation.update(batches[0].to(device))  # warms up; the same image given twice counts once
+        evaluation = Evaluation(
+            detector,
+            ground_truth_of(data.ground_truth(split), [image for batch in batches for image in batch.ids]),
+            data.classes,
+            metrics,
+            device,
+        )
+        evaluation.update(batches[0].to(device))  # warm-up; an image given twice counts once
         start = time.perf_counter()
         for batch in batches:
             evaluation.update(batch.to(device))
@@ -178,18 +185,8 @@ def measure_evaluation(
     }
 
 
-def _part(truth: Mapping[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
-    """Ground truth of the images of these batches."""
-    ids = {image for batch in batches for image in batch.ids}
-    return {
-        **truth,
-        "images": [image for image in truth["images"] if image["id"] in ids],
-        "annotations": [each for each in truth["annotations"] if each["image_id"] in ids],
-    }
-
-
-def settle(detector: Detector, batch: Batch) -> None:
-    """Give an untrained detector's live norms the statistics of a batch: else its maps grow from block to block."""
+def set_norm_statistics(detector: Detector, batch: Batch) -> None:
+    """Set the batch norm statistics of an untrained detector to those of a batch. Else its maps grow from block to block."""
     norms = [layer for layer in detector.modules() if type(layer) is nn.BatchNorm2d and layer.track_running_stats]
     before = [layer.momentum for layer in norms]
     for layer in norms:

@@ -1,4 +1,4 @@
-"""What was measured, and what it means: the bottleneck, and what to change."""
+"""The report of the bench, and its verdict: the bottleneck, and how to reduce it."""
 
 from __future__ import annotations
 
@@ -8,52 +8,51 @@ from typing import Any
 from distill.diagnostics.bench.clock import Spread
 from distill.diagnostics.memory import Memory
 
-MOST = 1.05
-"""What a step's peak of memory may be of the sum of its parts."""
+PEAK_LIMIT = 1.05
+"""Highest expected ratio of a step's peak memory to the sum of its parts."""
 
 
 @dataclass
 class Cost:
-    """What one step costs: the student's own, or that of an option of distillation."""
+    """Costs of one step: the student's own, or that of a distill option."""
 
     step: Spread
     flops: float
     """Of convolutions and matrix products, forward and backward."""
     memory: dict[str, float]
-    """Peak bytes of ``host`` (resident) and ``device`` (allocated), where they can be known."""
+    """Peak bytes of ``host`` (resident) and ``device`` (allocated), where the system reports them."""
 
 
 @dataclass
 class OptionCost(Cost):
-    """What an option costs. The ratios are to the student-only step, or to what ``glue`` compares with."""
+    """Costs of a distill option. A ratio is relative to the student-only step in the same rounds."""
 
     student: Spread
     """The student-only step in the same rounds."""
     teacher: Spread
-    """Forward, as deep as the losses read it."""
+    """Forward pass of the teacher, as deep as the losses read it."""
     adapters: Spread
-    """Forward and backward of all that the losses train."""
-    again: Spread
-    """Forward and backward of the student's layers that run for the losses alone: its head on the teacher's regions."""
+    """Forward and backward pass of the layers that the losses train."""
+    student_recompute: Spread
+    """Forward and backward pass of the student layers that the losses recompute, such as the head on the teacher's RoIs."""
     ratio: Spread
-    """To the student-only step."""
     teacher_ratio: Spread
     adapters_ratio: Spread
     student_recompute_ratio: Spread
     loss_overhead: Spread
-    """step / (student + teacher + adapters + again) - 1: losses, masks, and all that has no weights."""
+    """step / (student + teacher + adapters + student_recompute) - 1: losses, masks, and all operations without weights."""
     teacher_flops: float
     stages: list[str]
-    """Of the teacher, as the losses read them."""
+    """Stages of the teacher that the losses read, in order."""
     allowed: float
-    """What loss_overhead should stay below: see `distill.diagnostics.bench.measure.GLUE`."""
+    """Highest expected `loss_overhead`, from `distill.diagnostics.bench.measure.MAX_OVERHEAD`."""
     bytes: Memory
-    """Of the step, part by part."""
+    """Memory of the step, part by part."""
 
 
 @dataclass
 class Report:
-    """All numbers of a run of the bench, seconds unless a name says otherwise."""
+    """All results of the bench, in seconds unless a name says otherwise."""
 
     setting: dict[str, Any]
     student: Cost
@@ -64,56 +63,57 @@ class Report:
     verdict: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
-        """Plain containers, for JSON."""
+        """The report in plain containers, for JSON."""
         return asdict(self)
 
 
 def verdict(report: Report, batch_size: int) -> list[str]:
-    """The bottleneck of each option, and what to change."""
+    """The bottleneck of each option, and how to reduce it."""
     lines = []
+    supply = report.loader["images_per_second"]
     for name, cost in {"student alone": report.student, **report.options}.items():
-        eats, gives = batch_size / cost.step.median, report.loader["images_per_second"]
-        if gives < eats:
+        demand = batch_size / cost.step.median
+        if supply < demand:
             lines.append(
-                f"{name}: the loader is the bottleneck, with {gives:.1f} images/s where the step could take {eats:.1f}. "
+                f"{name}: the loader is the bottleneck, with {supply:.1f} images/s where the step could take {demand:.1f}. "
                 "Raise data.workers, set data.cache=ram, or keep smaller images on disk"
             )
         elif isinstance(cost, OptionCost):
-            lines.append(f"{name}: {_largest(cost)}")
+            lines.append(f"{name}: {_bottleneck(cost)}")
     for name, cost in report.options.items():
         if cost.loss_overhead.median > cost.allowed:
             lines.append(
-                f"{name}: losses and masks take {100 * cost.loss_overhead.median:.1f} % beside all layers; up to "
+                f"{name}: losses and masks take {100 * cost.loss_overhead.median:.1f} % in addition to all layers; up to "
                 f"{100 * cost.allowed:.0f} % is expected"
             )
-        if cost.bytes.peak > MOST * cost.bytes.sum:
+        if cost.bytes.peak > PEAK_LIMIT * cost.bytes.sum:
             lines.append(
-                f"{name}: the step's peak of memory is {cost.bytes.peak / cost.bytes.sum:.2f} times the sum of its parts: the "
-                "teacher's own maps, while it runs, are large beside what the student keeps for its backward pass"
-                if cost.bytes.spared < (MOST - 1) * cost.bytes.sum
-                else f"{name}: {cost.bytes.spared / 2**20:.1f} MiB that no backward pass asks for stay until it: does a loss keep "
-                "a View, or maps of one?"
+                f"{name}: the step's peak memory is {cost.bytes.peak / cost.bytes.sum:.2f} times the sum of its parts: the "
+                "teacher's maps, during its forward pass, are large compared with the activations of the student"
+                if cost.bytes.spared < (PEAK_LIMIT - 1) * cost.bytes.sum
+                else f"{name}: {cost.bytes.spared / 2**20:.1f} MiB that no backward pass needs are kept until then: does a loss "
+                "keep a View, or maps of a View?"
             )
     return lines or [
         "student alone: the step is the bottleneck: a smaller data.min_size or model, or trainer.precision"
     ]
 
 
-def _largest(cost: OptionCost) -> str:
+def _bottleneck(cost: OptionCost) -> str:
     parts = {
         "the student's own step": (1.0, "a smaller data.min_size or model, or trainer.precision"),
         "the teacher's forward pass": (
             cost.teacher_ratio.median,
-            "teacher.fold and teacher.channels_last make it cheap, teacher.dtype=bfloat16 more than halves it (on a CPU: one "
-            "with AVX512-BF16 or AMX), a smaller teacher is cheaper still",
+            "teacher.fold and teacher.channels_last make it cheaper, teacher.dtype=bfloat16 more than halves it (on a CPU with "
+            "AVX512-BF16 or AMX), and so does a smaller teacher",
         ),
         "the forward and backward pass of the adapters": (
             cost.adapters_ratio.median,
             "fewer levels, or adapter.kernel=1",
         ),
-        "the student's own layers, which the losses run again,": (
+        "the student's own layers, which the losses recompute,": (
             cost.student_recompute_ratio.median,
-            "a term less that reads the student on the teacher's regions",
+            "fewer terms that read the student on the teacher's regions",
         ),
     }
     part, (share, remedy) = max(parts.items(), key=lambda item: item[1][0])

@@ -1,4 +1,4 @@
-"""A training step that can be taken apart: what the losses read of their teachers, their adapters, what they hold."""
+"""A training step that can be taken apart: the stages that losses read, their adapters, and the memory they keep."""
 
 from __future__ import annotations
 
@@ -16,70 +16,70 @@ from distill.training.distiller import Distiller, weighted
 from distill.types import Batch, View
 
 SEED = 0
-"""Of all draws in the step."""
+"""Of all random draws in the step."""
 PROGRESS = 0.5
-"""Part of the training that is done, by which ramps scale the weights. At its middle most ramps are not at 0."""
+"""Finished part of the training, by which ramps scale the weights. Few ramps are 0 in the middle of the training."""
 
 
 @dataclass
-class Read:
-    """What losses read of their teachers: each stage by name, once, and the marks before and after each reading."""
+class StageReads:
+    """StageReads of a View: the names of the stages, each once, and the marks before and after each read."""
 
     stages: list[str] = field(default_factory=list)
     spans: list[tuple[Any, Any]] = field(default_factory=list)
 
 
-class Watched:
-    """A View, or a loss's own guest, that notes in `read` what is read of it, with a `mark` before and after."""
+class WatchedView:
+    """A View, or a frozen model of a loss, that records every read, with a `mark` before and after."""
 
-    def __init__(self, view: View | FrozenModel, mark: Callable[[], Any], read: Read) -> None:
-        self._view, self._mark, self._read = view, mark, read
+    def __init__(self, view: View | FrozenModel, mark: Callable[[], Any], reads: StageReads) -> None:
+        self._view, self._mark, self._reads = view, mark, reads
 
     def __getattr__(self, name: str) -> Any:
-        with self._clocked(name):
+        with self._recorded(name):
             value = getattr(self._view, name)
         if not callable(value):
             return value
 
         def call(*args: Any, **options: Any) -> Any:
-            with self._clocked(name):
+            with self._recorded(name):
                 return value(*args, **options)
 
         return call
 
     @contextmanager
-    def _clocked(self, name: str) -> Iterator[None]:
-        if name not in self._read.stages:
-            self._read.stages.append(name)
+    def _recorded(self, name: str) -> Iterator[None]:
+        if name not in self._reads.stages:
+            self._reads.stages.append(name)
         start = self._mark()
         yield
-        self._read.spans.append((start, self._mark()))
+        self._reads.spans.append((start, self._mark()))
 
 
 @contextmanager
-def _watched_guests(losses: nn.Module, mark: Callable[[], Any], read: Read) -> Iterator[None]:
-    """While open, the guests that losses keep for themselves are watched."""
-    found = [
-        (vars(module), name, each)
+def _watched_models(losses: nn.Module, mark: Callable[[], Any], reads: StageReads) -> Iterator[None]:
+    """Record the reads of the frozen models that losses hold, such as an image classifier."""
+    models = [
+        (vars(module), name, value)
         for module in losses.modules()
-        for name, each in vars(module).items()
-        if isinstance(each, FrozenModel)
+        for name, value in vars(module).items()
+        if isinstance(value, FrozenModel)
     ]
     try:
-        for holder, name, guest in found:
-            holder[name] = Watched(guest, mark, read)
+        for attributes, name, model in models:
+            attributes[name] = WatchedView(model, mark, reads)
         yield
     finally:
-        for holder, name, guest in found:
-            holder[name] = guest
+        for attributes, name, model in models:
+            attributes[name] = model
 
 
 class Step:
     """A training step of a Distiller on one batch, whole and in parts. The learning rate is 0, so that no weight changes.
 
     Args:
-        module: student, and teacher and losses where the step has them.
-        batch: on its device.
+        module: with the student, and with teacher and losses if the step has them.
+        batch: moved to its device.
         autocast: opens the precision of the run.
     """
 
@@ -93,7 +93,7 @@ class Step:
             group["lr"] = 0.0
 
     def run(self, between: Callable[[], object] = float) -> None:
-        """Forward, backward, optimiser; `between` is called between forward and backward."""
+        """Forward pass, backward pass, optimizer step. `between` is called between forward and backward pass."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             loss = self.module.compute_step(self.batch, SEED, PROGRESS).loss
@@ -106,7 +106,7 @@ class Step:
         return weighted(*self.module.supervised_terms(student))
 
     def distilled(self, student: Any, teacher: Any) -> Tensor:
-        """The weighted sum of all terms of the losses."""
+        """The weighted sum of the terms of all distillation losses."""
         return weighted(*self.module.distillation_terms(student, teacher, PROGRESS))
 
     def student_view(self) -> View:
@@ -114,78 +114,78 @@ class Step:
         return self.student.view(self.batch, training=True, seed=SEED)
 
     def teacher_view(self) -> View | None:
-        """A new View of the teacher, with the draws of the step and nothing prefetched."""
+        """A new View of the teacher, with the draws of the step and without prefetched stages."""
         return self.module.teacher_view(self.batch, SEED)
 
-    def teach(self, mark: Callable[[], Any] = float) -> tuple[Read, Read]:
-        """Let the losses read, for the marks alone, nothing is trained: what they read of all that teaches, and of the student."""
-        theirs, ours = Read(), Read()
+    def record_reads(self, mark: Callable[[], Any] = float) -> tuple[StageReads, StageReads]:
+        """Compute the losses without gradients; their reads of the teachers, and of the student."""
+        teacher_reads, student_reads = StageReads(), StageReads()
         if self.losses:
-            with torch.no_grad(), self.autocast(), _watched_guests(self.losses, mark, theirs):
+            with torch.no_grad(), self.autocast(), _watched_models(self.losses, mark, teacher_reads):
                 teacher: Any = self.teacher_view()
-                watched = None if teacher is None else Watched(teacher, mark, theirs)
-                self.distilled(Watched(self.student_view(), float, ours), watched)
-        return theirs, ours
+                watched = None if teacher is None else WatchedView(teacher, mark, teacher_reads)
+                self.distilled(WatchedView(self.student_view(), float, student_reads), watched)
+        return teacher_reads, student_reads
 
-    def adapters(self) -> Callable[[], None]:
-        """Forward and backward of each layer that the losses train, on the inputs that it has in a step."""
-        return self._replay(self.losses)
+    def adapter_passes(self) -> Callable[[], None]:
+        """Forward and backward pass of each layer that the losses train, on its inputs in the step."""
+        return self._passes(self.losses)
 
-    def again(self) -> Callable[[], None]:
-        """Forward and backward of each of the student's layers that runs for the losses alone, as for the teacher's regions."""
-        return self._replay(self.student)
+    def recompute_passes(self) -> Callable[[], None]:
+        """Forward and backward pass of each student layer that the losses recompute, such as the head on the teacher's RoIs."""
+        return self._passes(self.student)
 
-    def _replay(self, within: nn.Module) -> Callable[[], None]:
+    def _passes(self, module: nn.Module) -> Callable[[], None]:
         calls: list[tuple[nn.Module, tuple[Any, ...]]] = []
 
-        def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            calls.append((module, tuple(_leaf(each) for each in inputs)))
+        def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            calls.append((layer, tuple(_leaf(x) for x in inputs)))
 
-        layers = [layer for layer in within.modules() if any(p.requires_grad for p in layer.parameters(False))]
+        layers = [layer for layer in module.modules() if any(p.requires_grad for p in layer.parameters(False))]
         with self.autocast():
             student = self.student_view()
             self.supervised(student)
-            hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+            hooks = [layer.register_forward_pre_hook(record) for layer in layers]
             self.distilled(student, self.teacher_view())
         for hook in hooks:
             hook.remove()
 
-        def replay() -> None:
+        def run() -> None:
             with self.autocast():
                 outputs = [layer(*inputs) for layer, inputs in calls]
-            torch.autograd.backward(outputs, [torch.ones_like(each) for each in outputs])
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
             for layer, inputs in calls:
                 layer.zero_grad(set_to_none=True)
-                for each in inputs:
-                    each.grad = None
+                for x in inputs:
+                    x.grad = None
 
-        return replay if calls else _nothing
+        return run if calls else _nothing
 
-    def trained(self) -> list[Tensor]:
-        """Weights and buffers of the student and the losses, and the optimiser's state of them."""
-        states = [each for state in self.optimizer.state.values() for each in state.values()]
-        return [*_tensors(self.student, self.losses), *(each for each in states if isinstance(each, Tensor))]
+    def trained_tensors(self) -> list[Tensor]:
+        """Weights and buffers of the student and the losses, and the optimizer's state."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*_tensors(self.student, self.losses), *(value for value in states if isinstance(value, Tensor))]
 
-    def taught(self) -> list[Tensor]:
-        """Weights and buffers of all that teaches, in all forms in which they lie in memory."""
+    def teacher_tensors(self) -> list[Tensor]:
+        """Weights and buffers of the teacher and of the losses' frozen models, with all copies in memory."""
         teachers = [*frozen_models(self.losses), *([self.teacher] if self.teacher and self.losses else [])]
         return [tensor for teacher in teachers for tensor in teacher.tensors().values()]
 
-    def held(self) -> float:
-        """Bytes that the losses keep for the backward pass and that the student's own terms do not."""
+    def kept_bytes(self) -> float:
+        """Bytes that the losses keep for the backward pass, in addition to those of the student's own terms."""
         own = Saved()
         with self.autocast(), own:
             student = self.student_view()
             total = self.supervised(student)
-        weights = [each.untyped_storage() for each in _tensors(self.student, self.losses)]
-        more = Saved([*own.pieces, *weights])
-        with self.autocast(), more:
+        weights = [tensor.untyped_storage() for tensor in _tensors(self.student, self.losses)]
+        added = Saved([*own.pieces, *weights])
+        with self.autocast(), added:
             total = total + self.distilled(student, self.teacher_view())
-        return more.bytes
+        return added.bytes
 
 
 def _tensors(*modules: nn.Module) -> list[Tensor]:
-    return [each for module in modules for each in (*module.parameters(), *module.buffers())]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def _leaf(x: Any) -> Any:

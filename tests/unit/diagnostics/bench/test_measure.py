@@ -20,10 +20,10 @@ from distill.diagnostics.bench.measure import (
     measure_loader,
     measure_option,
     measure_student,
-    settle,
+    set_norm_statistics,
 )
 from distill.diagnostics.bench.report import Cost, OptionCost, Report, verdict
-from distill.diagnostics.bench.step import Read, Step, Watched
+from distill.diagnostics.bench.step import StageReads, Step, WatchedView
 from distill.diagnostics.memory import Memory
 from distill.evaluation.coco import CocoMetric
 from distill.losses.defeat import DeFeat
@@ -82,8 +82,8 @@ class Slow:
 
 def test_a_watched_view_clocks_what_is_read_and_hands_it_on() -> None:
     clock = Clock(CPU)
-    read = Read()
-    watched = Watched(Slow(), clock.mark, read)  # type: ignore[arg-type]
+    read = StageReads()
+    watched = WatchedView(Slow(), clock.mark, read)  # type: ignore[arg-type]
     assert watched.neck[8] == 1
     assert watched.roi_features([torch.tensor(2.0)], scale=3) == 6
     time.sleep(0.2)
@@ -127,18 +127,18 @@ def test_a_step_is_that_of_training_with_its_weights_and_ramps(batch: Batch) -> 
 
 
 def test_the_teacher_is_clocked_as_deep_as_the_losses_read(batch: Batch) -> None:
-    neck, ours = step(batch).teach()
-    regions, _ = step(batch, Mimic).teach()
+    neck, ours = step(batch).record_reads()
+    regions, _ = step(batch, Mimic).record_reads()
     assert neck.stages == ["neck"]
     assert "neck" in ours.stages
     assert regions.stages == ["roi_features"]
-    assert step(batch, None).teach() == (Read(), Read())
+    assert step(batch, None).record_reads() == (StageReads(), StageReads())
 
 
 def test_adapters_run_on_what_they_see_in_a_step_and_leave_nothing(batch: Batch) -> None:
     made = step(batch)
     seen: list[tuple[int, ...]] = []
-    replay = made.adapters()
+    replay = made.adapter_passes()
     for layer in made.losses.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape)))
@@ -151,7 +151,7 @@ def test_layers_that_run_again_are_the_students_head_on_the_teachers_regions(bat
     """And nothing, for losses that read only what the student's own step has."""
     made = step(batch, proposals={"positive": 1.0, "negative": 1.0})
     seen: list[tuple[str, int]] = []
-    replay = made.again()
+    replay = made.recompute_passes()
     for name, layer in made.student.named_modules():
         if any(True for _ in layer.parameters(recurse=False)):
             layer.register_forward_hook(lambda _, inputs, output, name=name: seen.append((name, len(output))))
@@ -161,7 +161,7 @@ def test_layers_that_run_again_are_the_students_head_on_the_teachers_regions(bat
     layers = ("box_head.fc6", "box_head.fc7", "box_predictor.cls_score", "box_predictor.bbox_pred")
     assert seen == [(f"net.roi_heads.{name}", regions) for name in layers]
     assert all(p.grad is None for p in made.student.parameters())
-    assert step(batch, Mimic).again() is step(batch).again()
+    assert step(batch, Mimic).recompute_passes() is step(batch).recompute_passes()
 
 
 def test_ratios_are_those_of_the_same_round(batch: Batch) -> None:
@@ -181,7 +181,7 @@ def test_ratios_are_those_of_the_same_round(batch: Batch) -> None:
 def test_a_round_takes_every_part_once_and_the_first_ones_are_thrown_away(batch: Batch) -> None:
     clock = SetClock(
         *(9, 9, 9, 9), *(1, 4, 0.5, 0), *(2, 4, 0.5, 0)
-    )  # a warm-up; then student, step, adapters and again, twice
+    )  # a warm-up; then student, step, adapters and recompute, twice
     plain = step(batch, None)
     cost = measure_option(plain, step(batch), clock, repeats=2, warmup=1)
     assert not clock.numbers
@@ -215,7 +215,7 @@ def test_settling_gives_live_norms_the_statistics_of_the_batch(batch: Batch) -> 
     model = detector()
     first: Any = model.net.backbone.body.bn1
     momentum = first.momentum
-    settle(model, batch)
+    set_norm_statistics(model, batch)
     with torch.no_grad():
         images = model.view(batch, training=False, frozen=True).images  # type: ignore[attr-defined]
         stem = model.net.backbone.body.conv1(images)
@@ -229,11 +229,24 @@ def spread(value: float) -> Spread:
 
 
 def report(
-    loader: float = 1000.0, loss_overhead: float = 0.01, teacher: float = 0.4, adapters: float = 0.1, again: float = 0.0
+    loader: float = 1000.0,
+    loss_overhead: float = 0.01,
+    teacher: float = 0.4,
+    adapters: float = 0.1,
+    recompute: float = 0.0,
 ) -> Report:
     option = OptionCost(
-        *(spread(0.2), 2.0, {}, spread(0.1), spread(0.1 * teacher), spread(0.1 * adapters), spread(0.1 * again)),
-        *(spread(2.0), spread(teacher), spread(adapters), spread(again), spread(loss_overhead), 1.0, ["neck"], 0.03),
+        *(spread(0.2), 2.0, {}, spread(0.1), spread(0.1 * teacher), spread(0.1 * adapters), spread(0.1 * recompute)),
+        *(
+            spread(2.0),
+            spread(teacher),
+            spread(adapters),
+            spread(recompute),
+            spread(loss_overhead),
+            1.0,
+            ["neck"],
+            0.03,
+        ),
         bytes=Memory(4.0, 3.0, 2.0, 1.0, 9.0, 0.0),
     )
     return Report({}, Cost(spread(0.1), 1.0, {}), {"x": option}, {}, {"images_per_second": loader}, {})
@@ -243,7 +256,7 @@ def test_the_verdict_names_the_bottleneck_and_a_remedy() -> None:
     assert "student's own step is the bottleneck, 50 %" in verdict(report(), 4)[0]
     assert "teacher's forward pass is the bottleneck, 70 %" in verdict(report(teacher=1.4), 4)[0]
     assert "of the adapters is the bottleneck, 60 %" in verdict(report(adapters=1.2), 4)[0]
-    assert "which the losses run again, is the bottleneck, 75 %" in verdict(report(again=1.5), 4)[0]
+    assert "which the losses recompute, is the bottleneck, 75 %" in verdict(report(recompute=1.5), 4)[0]
     assert len(verdict(report(), 4)) == 1
     slow = verdict(report(loader=30.0), 4)  # the student eats 40 a second, with x 20
     assert slow[0].startswith(
@@ -256,8 +269,8 @@ def test_the_verdict_names_the_bottleneck_and_a_remedy() -> None:
 def test_the_verdict_tells_a_teachers_maps_from_what_a_loss_keeps() -> None:
     found = report()
     for bytes_, words in (
-        (Memory(4.0, 3.0, 2.0, 1.0, 11.0, 1.0), "1.10 times the sum of its parts: the teacher's own maps"),
-        (Memory(4.0, 3.0, 2.0, 1.0, 11.0, 2.0), "stay until it: does a loss keep a View"),
+        (Memory(4.0, 3.0, 2.0, 1.0, 11.0, 1.0), "1.10 times the sum of its parts: the teacher's maps"),
+        (Memory(4.0, 3.0, 2.0, 1.0, 11.0, 2.0), "are kept until then: does a loss keep a View"),
     ):
         found.options["x"].bytes = bytes_
         assert words in verdict(found, 4)[1]
@@ -267,12 +280,12 @@ def test_a_guest_of_a_loss_is_clocked_as_a_teacher(batch: Batch) -> None:
     student, classifier = detector(), Tiny(("background", *CLASSES))
     loss = DICOD(student.spec, None, classifier, size=12)
     made = Step(Distiller(student, None, {"dicod": loss}), batch)
-    theirs, ours = made.teach()
+    theirs, ours = made.record_reads()
     assert {"images", "logits"} <= set(theirs.stages)
     assert {"rois", "roi_logits"} <= set(ours.stages)
     assert loss.classifier is classifier
     assert {id(each.untyped_storage()) for each in classifier.net.parameters()} == {
-        id(each.untyped_storage()) for each in made.taught()
+        id(each.untyped_storage()) for each in made.teacher_tensors()
     }
     stages = _teacher_flops(made)
     crops = sum(len(target.boxes) for target in batch.targets)
@@ -290,6 +303,6 @@ def test_guests_are_put_back_when_a_loss_fails(batch: Batch, monkeypatch: pytest
 
     monkeypatch.setattr(DICOD, "forward", broken)
     with pytest.raises(ZeroDivisionError):
-        made.teach()
+        made.record_reads()
     assert met != [classifier]  # it was watched
     assert loss.classifier is classifier

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from distill.cli import compose
-from distill.cli.train import agreed
+from distill.cli.assembly import shared_values
+from distill.cli.preflight import shared_config
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.training.callbacks.consistency import ConsistencyCheck, agree, lost, patience
@@ -85,7 +86,7 @@ def data(**options: Any) -> DetectionData:
 
 def spec(*lines: str, run: str = "a", source: DetectionData | None = None) -> dict[str, str]:
     fixed = [f"paths.run={run}", "name=n", "logger.csv.name=n"]
-    return agreed(compose.composed([*lines, *fixed]), source or data())
+    return shared_values(shared_config(compose.composed([*lines, *fixed])), source or data())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,146 @@
+"""Builds the objects of a run from its plan. Train, doctor, bench and replay share these functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from distill.cli import compose
+from distill.cli.preflight import LossOptions, RunPlan, check_masks
+from distill.cli.resume import IDENTITY, leaves
+from distill.cli.teacher import TeacherOptions, as_teacher, find_teacher, planned_spec, untrained
+from distill.data.datamodule import DetectionData
+from distill.detectors.base import Detector
+from distill.detectors.inherit import inherit
+from distill.losses.base import DistillLoss
+from distill.teacher import Teacher
+from distill.training.callbacks.checkpoint_files import CheckpointFiles
+from distill.training.callbacks.checkpoints import RestoreSignalHandlers
+from distill.training.callbacks.consistency import ConsistencyCheck
+from distill.training.callbacks.provenance import Provenance
+from distill.training.distiller import Distiller
+from distill.training.schedule import channels_last
+from distill.types import DetectorSpec, DistillError
+
+UNTRAINED = "untrained"
+"""Source of a teacher that has random weights."""
+
+
+def build_student(plan: RunPlan, data: DetectionData, **options: Any) -> Detector:
+    """The student for this data; `options` replace those of the configuration.
+
+    Raises:
+        DistillError: the student and the data do not fit together.
+    """
+    min_size, max_size = data.input_size
+    student = plan.student(classes=list(data.classes), min_size=min_size, max_size=max_size, **options)
+    check_masks(plan, student, data)
+    return student
+
+
+def assemble(
+    plan: RunPlan, data: DetectionData, student: Detector | None = None, teacher: Teacher | None = None
+) -> Distiller:
+    """Student, teacher and losses of a plan, for this data.
+
+    Args:
+        plan: of the run.
+        data: read.
+        student: if built before; None: build the configured one.
+        teacher: if found before; None: find the configured one where the plan needs one, and train it if it is not cached.
+
+    Raises:
+        DistillError: student, teacher, losses and data do not fit together.
+    """
+    student = student or build_student(plan, data)
+    losses: dict[str, DistillLoss] = {}
+    with isolate_rng():  # the student's weights and the draws of the steps are those of a run without distillation
+        if not plan.needs_teacher:
+            teacher = None
+        elif teacher is None:
+            assert plan.teacher is not None  # checked in the preflight
+            if plan.teacher.weights is None:  # refuse an impossible pair before its teacher is trained
+                build_losses(plan.losses, student.spec, planned_spec(plan.teacher, data.classes))
+            teacher = find_teacher(plan.teacher, data)
+        losses = build_losses(plan.losses, student.spec, teacher.spec if teacher else None)
+        if plan.inherit and teacher:
+            student.report += inherit(student, teacher.detector)
+    module = Distiller(student, teacher, losses, plan.schedule, plan.supervised, plan.metrics, plan.seed, plan.guard)
+    if plan.channels_last:
+        channels_last(module)  # adapters too: mixed layouts would be converted in every step
+    return module
+
+
+def untrained_teacher(options: TeacherOptions, classes: Sequence[str]) -> Teacher:
+    """A teacher of the planned shape with random weights, for measurements before the teacher is trained."""
+    return as_teacher(options, untrained(options, classes), UNTRAINED)
+
+
+def build_losses(
+    losses: Mapping[str, LossOptions], student: DetectorSpec, teacher: DetectorSpec | None
+) -> dict[str, DistillLoss]:
+    """The distillation losses of a pair, by name."""
+    return {name: loss.build(student=student, teacher=teacher) for name, loss in losses.items()}
+
+
+def build_trainer(plan: RunPlan) -> L.Trainer:
+    """Lightning's trainer with the run's callbacks and loggers. A CSV logger is always among them.
+
+    Raises:
+        DistillError: Lightning refuses an option.
+    """
+    options = plan.trainer
+    bars = options.settings["enable_progress_bar"]
+    callbacks = _build("callbacks", options.callbacks, L.Callback)
+    loggers = _build("logger", options.loggers, Logger)
+    if "csv" not in options.loggers:
+        loggers.append(CSVLogger(plan.folder.path, name="", version="", flush_logs_every_n_steps=100))
+    try:
+        trainer: L.Trainer = compose.build(
+            dict(options.settings),
+            callbacks=[
+                RestoreSignalHandlers(),
+                ConsistencyCheck(partial(shared_values, options.shared)),
+                *(callback for callback in callbacks if bars or not isinstance(callback, ProgressBar)),
+                Provenance(dict(plan.config)),
+            ],
+            plugins=[CheckpointFiles(forget=IDENTITY if plan.resume == "anyway" else ())],
+            logger=loggers,
+            enable_progress_bar=bars and "progress" in options.callbacks,
+        )
+    except MisconfigurationException as error:
+        raise DistillError(f"trainer: {error}. Choose another one: trainer=auto takes what there is") from error
+    strategy = options.settings["strategy"]
+    if trainer.world_size > 1 and isinstance(strategy, str) and (strategy == "auto" or strategy.startswith("ddp")):
+        raise DistillError(
+            f"trainer.strategy={strategy} with {trainer.world_size} processes: Lightning's own settings would copy rank 0's "
+            "batch norm statistics to all before each step, and wait half an hour for a process that is gone. Add trainer=ddp "
+            f"(trainer=ddp_cpu without GPUs), and trainer.devices={trainer.num_devices} where that is not all of them"
+        )
+    return trainer
+
+
+def _build(group: str, parts: Mapping[str, Callable[[], Any]], kind: type) -> list[Any]:
+    built = []
+    for name, build in parts.items():
+        try:
+            built.append(build())
+        except MisconfigurationException as error:
+            raise DistillError(f"{group}.{name}: {error}") from error
+        if not isinstance(built[-1], kind):
+            raise DistillError(
+                f"{group}.{name}: expected a {kind.__name__} of Lightning's, got {type(built[-1]).__qualname__}"
+            )
+    return built
+
+
+def shared_values(config: Mapping[str, Any], data: DetectionData) -> dict[str, str]:
+    """Values that must be equal on all processes, by key: a configuration without paths, and the data."""
+    return {name: str(value) for name, value in leaves({**config, "data seen": data.state_dict()})}

@@ -1,0 +1,264 @@
+"""The report of the verb doctor, section by section, in plain containers."""
+
+from __future__ import annotations
+
+import shlex
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+
+from distill.cli import compose, preflight
+from distill.cli.assembly import UNTRAINED, assemble, build_student, build_trainer, untrained_teacher
+from distill.cli.preflight import RunPlan
+from distill.cli.teacher import cache_entry, find_teacher, read_summary
+from distill.cli.train import silence_known_warnings
+from distill.data.datamodule import DetectionData
+from distill.diagnostics import doctor
+from distill.precision import autocast
+from distill.run_folder import RunFolder
+from distill.teacher import Teacher
+from distill.training.callbacks.term_check import TermCheck
+from distill.training.distiller import Distiller
+from distill.types import DistillError
+
+SAMPLE = 100
+"""Most validation images that the teacher is evaluated on."""
+PATIENCE = 15.0
+"""Seconds that one measurement may take."""
+BATCHES = 3
+"""Batches whose forward and backward passes are timed."""
+Report = dict[str, Any]
+
+
+def examine(cfg: DictConfig) -> Report:
+    """All sections that can be reached. A part that cannot be built is a fault, and ends the report."""
+    silence_known_warnings()
+    start = time.monotonic()
+    report: Report = {"faults": [], "notes": []}
+    try:
+        plan = preflight.plan_run(cfg)
+        callbacks = build_trainer(plan).callbacks  # type: ignore[attr-defined]
+        trainer = _quiet_trainer(plan)
+        data = _examine_data(plan, report)
+        preflight.check_metrics(plan, data)
+        student = build_student(plan, data)
+        teacher = _examine_teacher(plan, data, trainer, report)
+        _examine_classes(report, data, student.spec.classes, teacher)
+        module = assemble(plan, data, student, teacher).to(trainer.strategy.root_device)
+        _examine_step(report, module, data, trainer, _term_limit(callbacks))
+        _estimate_run(plan, report, module, data, trainer)
+    except DistillError as error:
+        report["faults"].append(str(error))
+    report["seconds"] = round(time.monotonic() - start, 1)
+    report["verdict"] = "mend" if report["faults"] else "ready"
+    return report
+
+
+def _quiet_trainer(plan: RunPlan) -> L.Trainer:
+    """The run's trainer without callbacks and loggers. It tells the device, the precision and the number of processes."""
+    options = replace(
+        plan.trainer, settings={**plan.trainer.settings, "enable_progress_bar": False}, callbacks={}, loggers={}
+    )
+    return build_trainer(replace(plan, trainer=options))
+
+
+def _examine_data(plan: RunPlan, report: Report) -> DetectionData:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data, splits = preflight.load_data(plan)
+    # Images in two splits among them: only data.on_overlap=raise makes them a fault, as in the run.
+    report["notes"] += [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    report["data"] = {split: doctor.describe_split(data, split) for split in ("train", *splits)}
+    report["padding"] = doctor.padding_share(data)
+    for split, counts in report["data"].items():
+        absent = [name for name, boxes in counts["classes"].items() if not boxes["all"]]
+        if absent:
+            report["notes"].append(f"{split}: no box of {', '.join(absent)}: nothing is learnt or measured of these")
+    return data
+
+
+def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, report: Report) -> Teacher | None:
+    """The teacher, evaluated; an untrained one where none is cached; None where the run needs none."""
+    options = plan.teacher
+    if not plan.needs_teacher or options is None:
+        report["teacher"] = {"state": "not needed"}
+        return None
+    if options.weights is None:
+        folder, overrides = cache_entry(options)
+        if not RunFolder(folder).finished:
+            teacher = untrained_teacher(options, data.classes)
+            report["teacher"] = {
+                "state": "not trained yet",
+                "folder": str(folder),
+                "command": shlex.join(["python", "-m", "distill", "train", *overrides]),
+                "estimate": _estimate_teacher(compose.composed(overrides), teacher, data, trainer),
+            }
+            if options.train == "never":
+                report["faults"].append(f"there is no trained teacher at {folder} and teacher.train=never")
+            else:
+                report["notes"].append(
+                    "no teacher is cached: the run trains one first; terms are those of an untrained one"
+                )
+            return teacher
+    teacher = find_teacher(options, data)
+    section: Report = {
+        "state": "ready",
+        "source": teacher.source,
+        "promised": _published_ap(teacher),
+        "here": _ap(teacher.values, "val/"),
+    }
+    report["teacher"] = section
+    device = trainer.strategy.root_device
+    try:
+        section["sample"] = doctor.measure_ap(teacher.detector, data, plan.metrics, device, SAMPLE, PATIENCE)
+    except DistillError as error:
+        report["notes"].append(f"the teacher's AP is not known: {error}")
+    else:
+        _compare_ap(options.min_ap, section, report)
+    return teacher
+
+
+def _compare_ap(min_ap: float | None, section: Report, report: Report) -> None:
+    sample = section["sample"]
+    ap: float = _ap(sample["values"])  # type: ignore[assignment]
+    sample["AP"] = ap
+    result = f"the teacher's AP on {sample['images']} validation images is {ap:.3f}"
+    remedy = "check its weights, its class list and the image size that it was trained with"
+    expected = section["promised"] if section["here"] is None else section["here"]
+    if expected is not None and ap < expected / 2:
+        # A result on other images may not hold for these.
+        kind = "notes" if section["here"] is None else "faults"
+        report[kind].append(f"{result}, but {section['source']} promises {expected:.3f}: {remedy}")
+    if min_ap is not None and ap < min_ap:
+        report["faults"].append(f"{result}, below teacher.min_ap={min_ap}: {remedy}")
+
+
+def _ap(values: Mapping[str, float], split: str = "") -> float | None:
+    """COCO's or VOC's AP, whichever was measured."""
+    return values.get(f"{split}AP", values.get(f"{split}mAP"))
+
+
+def _published_ap(teacher: Teacher) -> float | None:
+    """The AP of these weights in a run's summary or in torchvision's enum, measured on any images."""
+    results = read_summary(teacher.source).get("student")
+    if results:
+        return _ap(results, "val/")
+    entry = getattr(type(teacher.detector).enum, "__members__", {}).get(teacher.source)
+    metrics = entry.meta["_metrics"].get("COCO-val2017", {}) if entry is not None else {}
+    return metrics["box_map"] / 100 if "box_map" in metrics else None
+
+
+def _estimate_teacher(cfg: DictConfig, teacher: Teacher, data: DetectionData, trainer: L.Trainer) -> Report:
+    """Time and memory of the teacher's own run, in which the teacher is the student."""
+    module = Distiller(teacher.detector, schedule=compose.build(cfg.schedule)).to(trainer.strategy.root_device)
+    return _estimate(cfg.trainer, module, data, trainer)
+
+
+def _examine_classes(report: Report, data: DetectionData, student: Sequence[str], teacher: Teacher | None) -> None:
+    report["classes"] = doctor.class_lists(data.classes, student, teacher.spec.classes if teacher else None)
+    untaught = [row["data"] for row in report["classes"] if row["taught"] is False]
+    if untaught:
+        report["notes"].append(
+            f"the teacher does not know {', '.join(untaught)}; class lists are matched by exact name"
+        )
+
+
+def _term_limit(callbacks: Sequence[L.Callback]) -> float:
+    """How many times the detection loss a term may be, by the run's own `TermCheck`."""
+    return min((callback.times for callback in callbacks if isinstance(callback, TermCheck)), default=float("inf"))
+
+
+def _examine_step(report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer, times: float) -> None:
+    """Maps, adapters and terms of the first step. A term above `times` the detection loss is noted."""
+    device, precision = trainer.strategy.root_device, str(trainer.precision)
+    module.start_epoch(0, data)
+    batch = next(iter(data.train_dataloader())).to(device)
+    with autocast(precision, device):
+        step = module.compute_step(batch, module.step_seed(0), 0.0)
+        with torch.no_grad():
+            untrained = module.teacher is not None and module.teacher.source == UNTRAINED
+            report["shapes"] = doctor.shapes(
+                step.student, module.teacher.spec if untrained and module.teacher else step.teacher
+            )
+    report["adapters"] = doctor.adapters(module.losses)
+    report["terms"] = terms = doctor.measure_terms(step)
+    report["batch"] = {"images": list(batch.ids), "shape": list(batch.images.shape)}
+    detection = sum(term["loss"] for name, term in terms.items() if name.startswith("student/"))
+    for name, term in terms.items():
+        if not abs(term["value"]) < float("inf"):
+            report["faults"].append(
+                f"the term {name} is not finite at step 0: set its weight to 0, or look at the data"
+            )
+        elif term["weight"] and not term["reaches"]:
+            report["notes"].append(
+                f"the term {name} has no gradient at step 0: it is cut off, or this batch has none of it"
+            )
+        if not name.startswith("student/") and abs(term["loss"]) > times * abs(detection):
+            ratio = abs(term["loss"]) / max(abs(detection), 1e-30)
+            report["notes"].append(
+                f"the term {name} is {ratio:.3g} times the detection loss at step 0 (callbacks.terms.times={times:g}): lower "
+                "its weight"
+            )
+
+
+def _estimate_run(plan: RunPlan, report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer) -> None:
+    report["estimate"] = estimate = _estimate(trainer, module, data, trainer)
+    estimate["bytes"] += doctor.state_bytes(module, plan.schedule)
+    if estimate["bytes"] > estimate["device_bytes"]:
+        report["faults"].append(
+            f"a step takes about {gib(estimate['bytes'])}, but {estimate['device']} has {gib(estimate['device_bytes'])}: "
+            "lower data.batch_size (with schedule.accumulate for the same total), or data.max_size"
+        )
+
+
+def _estimate(limits: Any, module: Distiller, data: DetectionData, trainer: L.Trainer) -> Report:
+    """Time and memory of a run on this machine, measured on a few batches.
+
+    Args:
+        limits: a trainer, or a configuration node ``trainer``, which ends the run.
+        module: of the run.
+        data: read.
+        trainer: tells device, precision and number of processes.
+    """
+    device: torch.device = trainer.strategy.root_device
+    processes = trainer.num_devices * trainer.num_nodes
+    loader = data.train_dataloader()
+    pace = doctor.measure_pace(module, str(trainer.precision), loader, device, BATCHES, PATIENCE)
+    evaluated = doctor.measure_ap(module.student, data, (), device, 2 * data.eval_batch_size, PATIENCE)
+    module.student.train()
+    batches, evaluations = planned_batches(limits, max(1, len(loader) // processes))
+    training = batches * pace["seconds_per_batch"]
+    evaluating = evaluations * evaluated["seconds_per_image"] * len(data.records("val")) / processes
+    return {
+        "device": str(device),
+        "processes": processes,
+        "precision": str(trainer.precision),
+        "batches": batches,
+        "evaluations": evaluations,
+        "seconds_per_batch": pace["seconds_per_batch"],
+        "seconds": {"training": training, "evaluation": evaluating, "total": training + evaluating},
+        "bytes": pace["peak_bytes"],
+        "device_bytes": doctor.memory(device),
+    }
+
+
+def planned_batches(limits: Any, batches: int) -> tuple[int, int]:
+    """Number of training batches of a process at `batches` an epoch, and of evaluations, the one after training included."""
+    part = 1.0 if limits.limit_train_batches is None else limits.limit_train_batches
+    an_epoch = min(batches, part) if isinstance(part, int) else max(1, int(batches * part))
+    total = an_epoch * limits.max_epochs
+    if limits.max_steps >= 0:
+        total = min(total, limits.max_steps * limits.accumulate_grad_batches)
+    every = limits.check_val_every_n_epoch
+    return total, (total // an_epoch // every if every else 0) + 1
+
+
+def gib(count: float) -> str:
+    """A number of bytes in GiB."""
+    return f"{count / 2**30:.1f} GiB"

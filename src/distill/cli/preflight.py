@@ -1,0 +1,252 @@
+"""The typed plan of a run, and everything that a run refuses before its first step.
+
+`plan_run` needs the configuration alone. `load_data` and `check_metrics` need the data too, and run before a teacher is
+trained. `check_masks` needs the student.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from lightning import seed_everything
+from omegaconf import DictConfig
+
+from distill.cli import compose, resume, validate
+from distill.cli.suggestions import nearest
+from distill.cli.teacher import TeacherOptions
+from distill.data.datamodule import DetectionData
+from distill.detectors.base import Detector
+from distill.evaluation.evaluate import MakeMetric
+from distill.losses.base import DistillLoss
+from distill.precision import chosen
+from distill.run_folder import RunFolder
+from distill.training.nonfinite import NonFiniteGuard
+from distill.training.schedule import Schedule
+from distill.types import DistillError
+
+
+class LossOptions(NamedTuple):
+    """A distillation loss that is built once the student and the teacher are known."""
+
+    kind: type[DistillLoss]
+    build: Callable[..., DistillLoss]
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """What Lightning's trainer is built from."""
+
+    settings: Mapping[str, Any]
+    """The node ``trainer``, with the precision resolved."""
+    callbacks: Mapping[str, Callable[[], Any]]
+    monitors: Mapping[str, Any]
+    """Values that callbacks monitor, by the key that names the value."""
+    loggers: Mapping[str, Callable[[], Any]]
+    shared: Mapping[str, Any]
+    """The configuration without paths, which must be equal on all processes."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Typed values of a run's configuration. Parts that depend on data or models are constructors with their options."""
+
+    config: Mapping[str, Any]
+    """The resolved configuration in plain containers, for files and loggers."""
+    overrides: Sequence[str]
+    folder: RunFolder
+    checkpoint: Path | None
+    """The checkpoint that the run resumes from."""
+    resume: str
+    seed: int
+    metric: str
+    """Name of the result that a sweep compares."""
+    test: bool
+    pictures: int
+    data: DetectionData
+    student: Callable[..., Detector]
+    channels_last: bool
+    inherit: bool
+    """Whether the student starts from the teacher's neck and heads."""
+    teacher: TeacherOptions | None
+    losses: Mapping[str, LossOptions]
+    supervised: Mapping[str, float]
+    metrics: Sequence[MakeMetric]
+    schedule: Schedule
+    guard: NonFiniteGuard
+    trainer: TrainerOptions
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a loss, or the start of the student, reads a teacher."""
+        return self.inherit or any(loss.kind.needs_teacher for loss in self.losses.values())
+
+
+def plan_run(cfg: DictConfig, run: Path | None = None) -> RunPlan:
+    """Check a configuration and turn it into typed values. Seeds the global random generators.
+
+    Args:
+        cfg: composed.
+        run: folder of the run, for the verb ``train``: its checkpoints are searched for ``ckpt_path=last``.
+
+    Raises:
+        DistillError: an invalid value, an unknown class, a missing teacher, or a checkpoint of another run.
+    """
+    validate.check(cfg)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    checkpoint = None if run is None else resume.checkpoint(cfg, run)
+    resume.check_config(cfg, checkpoint)
+    plan = RunPlan(
+        config=compose.plain(cfg),
+        overrides=list(HydraConfig.get().overrides.task),
+        folder=RunFolder(run or cfg.paths.run),
+        checkpoint=checkpoint,
+        resume=cfg.resume,
+        seed=cfg.seed,
+        metric=cfg.metric,
+        test=cfg.test,
+        pictures=cfg.pictures,
+        data=compose.build(cfg.data),
+        student=partial(compose.build, cfg.model),
+        channels_last=cfg.channels_last,
+        inherit=cfg.init == "inherit",
+        teacher=plan_teacher(cfg),
+        losses=plan_losses(cfg),
+        supervised=compose.plain(cfg.supervised),
+        metrics=list(build_metrics(cfg).values()),
+        schedule=compose.build(cfg.schedule),
+        guard=compose.build(cfg.guard),
+        trainer=_plan_trainer(cfg),
+    )
+    if plan.needs_teacher and plan.teacher is None:
+        user = f"distillation losses {list(plan.losses)}" if plan.losses else "init=inherit"
+        raise DistillError(
+            f"{user} cannot do without a teacher: choose teacher=MODEL, or give the student a line in conf/teachers.yaml"
+        )
+    return plan
+
+
+def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:
+    """Options of the teacher; None where the configuration has no teacher, or only keys that an experiment sets for one."""
+    options = cfg.teacher
+    model = options.get("model") if isinstance(options, DictConfig) else None
+    if not (isinstance(model, DictConfig) and "_target_" in model):
+        return None
+    return TeacherOptions(
+        build=partial(compose.build, model),
+        model=compose.plain(model),
+        option=str(HydraConfig.get().runtime.choices["model@teacher.model"]),
+        weights=options.weights,
+        train=options.train,
+        seed=options.seed,
+        run=compose.plain(options.run),
+        min_ap=options.min_ap,
+        optimization={name: options[name] for name in ("fold", "channels_last", "dtype")},
+        cache=Path(cfg.paths.teachers).absolute(),
+        student_overrides=list(HydraConfig.get().overrides.task),
+        student_backbone=cfg.model.get("backbone_weights"),
+        metrics=compose.plain(cfg.metrics),
+    )
+
+
+def plan_losses(cfg: DictConfig) -> dict[str, LossOptions]:
+    """Class and constructor of each distillation loss by name.
+
+    Raises:
+        DistillError: a class is not a `DistillLoss`.
+    """
+    losses = {}
+    for name, node in compose.parts(cfg.distill.losses).items():
+        kind = compose.target(node)
+        if not (isinstance(kind, type) and issubclass(kind, DistillLoss)):
+            raise DistillError(f"distill.losses.{name}: expected a DistillLoss, got {node.get('_target_')}")
+        losses[name] = LossOptions(kind, partial(compose.build, node))
+    return losses
+
+
+def build_metrics(cfg: DictConfig) -> dict[str, MakeMetric]:
+    """Constructors of the metrics by name. A metric that is null is left out."""
+    return {name: compose.build(node) for name, node in compose.parts(cfg.metrics).items()}
+
+
+def _plan_trainer(cfg: DictConfig) -> TrainerOptions:
+    precision = chosen(cfg.trainer.precision, compose.device(cfg).type == "cuda")
+    settings = {name: value for name, value in compose.plain(cfg.trainer).items() if name != "save_every"}
+    callbacks = compose.parts(cfg.callbacks)
+    return TrainerOptions(
+        settings=settings | {"precision": precision},
+        callbacks={name: partial(compose.build, node) for name, node in callbacks.items()},
+        monitors={f"callbacks.{name}.monitor": node.get("monitor") for name, node in callbacks.items()},
+        loggers={name: partial(compose.build, node) for name, node in compose.parts(cfg.logger).items()},
+        shared=shared_config(cfg),
+    )
+
+
+def shared_config(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration without paths, which hold times. It must be equal on all processes."""
+    shared = cfg.copy()
+    for name in shared.paths:
+        shared.paths[name] = str(name)
+    resolved: dict[str, Any] = compose.plain(shared)
+    return resolved
+
+
+def load_data(plan: RunPlan) -> tuple[DetectionData, list[str]]:
+    """Read and check the data; the splits that the final student is evaluated on.
+
+    A test split that cannot be read causes a warning, and does not stop the run.
+
+    Raises:
+        DistillError: what the checks of the data found, or the checkpoint was made with other data.
+    """
+    data, splits = plan.data, ["val"]
+    data.setup("fit")
+    resume.check_data(plan.resume, plan.checkpoint, data)
+    if plan.test and data.has("test"):
+        try:
+            data.setup("test")
+            splits.append("test")
+        except DistillError as error:
+            warnings.warn(f"the test split is left out: {error}", stacklevel=2)
+    return data, splits
+
+
+def check_metrics(plan: RunPlan, data: DetectionData) -> None:
+    """Refuse names that validation does not measure, for a sweep or a callback, and two metrics that measure the same.
+
+    The measured names are those of an evaluation without detections.
+    """
+    known: list[str] = []
+    for make in plan.metrics:
+        metric = make(data.ground_truth("val"), data.classes)
+        metric.update((), ())
+        names = [f"val/{name}" for name in metric.compute()]
+        twice = [name for name in names if name in known]
+        if twice:
+            raise DistillError(
+                f"metrics: {list(plan.config['metrics'])} give {twice[0]} twice: set one of them to null"
+            )
+        known += names
+    for key, name in {"metric": plan.metric, **plan.trainer.monitors}.items():
+        measured = key == "metric" or str(name).startswith("val/")  # a callback may monitor a loss term
+        if measured and name not in known:
+            raise DistillError(f"{key}={name} is not among the measured values{nearest(str(name), known)}")
+
+
+def check_masks(plan: RunPlan, student: Detector, data: DetectionData) -> None:
+    """Refuse a student with a mask head on data without masks, and a mask metric of a student without a mask head."""
+    if "mask_logits" in student.spec.outputs and not data.masks:
+        raise DistillError(
+            f"the student is a {student.spec.family}, which learns from instance masks, but data.masks=false: add "
+            "data.masks=true (data=coco and data=shapes have masks), or choose a model without masks"
+        )
+    if "/mask_" in plan.metric and "mask_logits" not in student.spec.outputs:
+        raise DistillError(
+            f"metric={plan.metric} measures masks, but the student, a {student.spec.family}, finds none: set metric=val/AP, "
+            "or choose a model with masks (model=mask_rcnn_r50)"
+        )

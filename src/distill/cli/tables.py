@@ -1,0 +1,43 @@
+"""Tables and labeled lines on the terminal, in one form for all verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.box import HEAVY_HEAD, SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+MISSING = "–"
+"""Cell of a value that does not exist."""
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1, compact: bool = False
+) -> None:
+    """Print a table; nothing where it has no rows. None is a missing value.
+
+    Args:
+        title: above the table.
+        columns: their names.
+        rows: cells of any type.
+        left: number of columns that are aligned to the left; numbers are aligned to the right.
+        compact: leave out lines between columns, for narrow terminals.
+    """
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE if compact else HEAVY_HEAD)
+    table.collapse_padding = compact
+    for number, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(MISSING if cell is None else escape(str(cell)) for cell in row))
+    if table.row_count:
+        Console().print(table)
+
+
+def print_line(label: str, text: object, style: str = "bold") -> None:
+    """Print a line of text after its label. The terminal wraps long lines, so that paths can be copied."""
+    Console().print(
+        f"[{style}]{escape(label)}[/]{' ' * max(2, 9 - len(label))}{escape(str(text))}", highlight=False, soft_wrap=True
+    )
