@@ -18,10 +18,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import compose, teacher
+from distill.cli import compose
 from distill.cli.assembly import build_losses, build_trainer
 from distill.cli.main import main
-from distill.cli.preflight import plan_losses, plan_run, plan_teacher
+from distill.cli.preflight import plan_losses, plan_run
 from distill.types import DistillError
 
 # `base` is what the other options of its group inherit; it is not complete.
@@ -302,7 +302,7 @@ def test_a_model_without_a_line_in_the_table_has_no_default_teacher_and_can_be_o
     assert compose.composed(["teacher=mine"]).teacher.model.depth == 18
     assert {"mine", "of/mine"} <= set(compose.groups()["teacher"])
     with pytest.raises(DistillError, match=r"cannot do without a teacher: .* a line in conf/teachers\.yaml"):
-        teacher.check(compose.composed(["model=mine", "distill=mimic"]))
+        plan_run(compose.standalone(["model=mine", "distill=mimic"]))
     (conf / "teachers.yaml").write_text("default: none\nmine: {teacher: fcos_r18, run: [seed=7]}\n")
     cfg = compose.composed(["model=mine"])
     assert (cfg.teacher.model._target_, list(cfg.teacher.run)) == ("distill.FCOS", ["seed=7"])

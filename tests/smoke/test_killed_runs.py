@@ -149,8 +149,8 @@ def struck(owner: Any, name: str, number: signal.Signals, patch: pytest.MonkeyPa
 
 BEFORE: dict[str, tuple[Any, str]] = {
     "the data checks": (DetectionData, "setup"),
-    "waiting for a teacher": (teacher, "finished"),
-    "the opening words": (report, "opening"),
+    "waiting for a teacher": (teacher, "cached_run"),
+    "the opening words": (report, "print_opening"),
     "the teacher's evaluation": (TeacherCheck, "on_train_start"),
 }
 

@@ -223,7 +223,7 @@ def test_a_teacher_is_trained_once_and_serves_a_sweep(cli: Cli, tmp_path: Path) 
 )
 def test_a_cached_teacher_is_another_only_where_it_learns_otherwise(change: str, same: bool) -> None:
     lines = ["model=frcnn_r18_thin", "distill=none", "teacher=none", "seed=0"]
-    assert (teachers._key([*lines, change]) == teachers._key(lines)) == same
+    assert (teachers._cache_key([*lines, change]) == teachers._cache_key(lines)) == same
 
 
 def test_a_sweep_over_methods_includes_the_baseline(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from distill.cli import compose
 from distill.cli.preflight import LossOptions, RunPlan, check_masks
 from distill.cli.resume import IDENTITY, leaves
-from distill.cli.teacher import TeacherOptions, as_teacher, find_teacher, planned_spec, untrained
+from distill.cli.teacher import find_teacher, planned_spec
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.detectors.inherit import inherit
@@ -28,9 +28,6 @@ from distill.training.callbacks.provenance import Provenance
 from distill.training.distiller import Distiller
 from distill.training.schedule import channels_last
 from distill.types import DetectorSpec, DistillError
-
-UNTRAINED = "untrained"
-"""Source of a teacher that has random weights."""
 
 
 def build_student(plan: RunPlan, data: DetectionData, **options: Any) -> Detector:
@@ -76,11 +73,6 @@ def assemble(
     if plan.channels_last:
         channels_last(module)  # adapters too: mixed layouts would be converted in every step
     return module
-
-
-def untrained_teacher(options: TeacherOptions, classes: Sequence[str]) -> Teacher:
-    """A teacher of the planned shape with random weights, for measurements before the teacher is trained."""
-    return as_teacher(options, untrained(options, classes), UNTRAINED)
 
 
 def build_losses(

@@ -11,10 +11,10 @@ import torch
 from omegaconf import DictConfig
 
 from distill.cli import compose
-from distill.cli.assembly import assemble, build_student, untrained_teacher
+from distill.cli.assembly import assemble, build_student
 from distill.cli.preflight import RunPlan, plan_run
 from distill.cli.tables import print_line, print_table
-from distill.cli.teacher import find_teacher
+from distill.cli.teacher import UNTRAINED, as_teacher, find_teacher, untrained
 from distill.data.datamodule import DetectionData
 from distill.diagnostics.bench import measure as timing
 from distill.diagnostics.bench.clock import Clock, Spread
@@ -88,10 +88,9 @@ def bench_teacher(plan: RunPlan, data: DetectionData, batch: Batch) -> Teacher |
         return None
     if plan.teacher.weights is not None:
         return find_teacher(plan.teacher, data)
-    teacher = untrained_teacher(plan.teacher, data.classes)
-    timing.set_norm_statistics(teacher.detector.to(batch.images.device), batch)
-    teacher.detector.cpu()
-    return teacher
+    detector = untrained(plan.teacher, data.classes).to(batch.images.device)
+    timing.set_norm_statistics(detector, batch)
+    return as_teacher(plan.teacher, detector.cpu(), UNTRAINED)
 
 
 def print_report(report: Report) -> None:

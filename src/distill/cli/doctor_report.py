@@ -14,11 +14,12 @@ import torch
 from omegaconf import DictConfig
 
 from distill.cli import compose, preflight
-from distill.cli.assembly import UNTRAINED, assemble, build_student, build_trainer, untrained_teacher
+from distill.cli.assembly import assemble, build_student, build_trainer
 from distill.cli.preflight import RunPlan
-from distill.cli.teacher import cache_entry, find_teacher, read_summary
+from distill.cli.teacher import UNTRAINED, as_teacher, cache_entry, find_teacher, read_summary, untrained
 from distill.cli.train import silence_known_warnings
 from distill.data.datamodule import DetectionData
+from distill.detectors.base import Detector
 from distill.diagnostics import doctor
 from distill.precision import autocast
 from distill.run_folder import RunFolder
@@ -92,12 +93,12 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
     if options.weights is None:
         folder, overrides = cache_entry(options)
         if not RunFolder(folder).finished:
-            teacher = untrained_teacher(options, data.classes)
+            detector = untrained(options, data.classes)
             report["teacher"] = {
                 "state": "not trained yet",
                 "folder": str(folder),
                 "command": shlex.join(["python", "-m", "distill", "train", *overrides]),
-                "estimate": _estimate_teacher(compose.composed(overrides), teacher, data, trainer),
+                "estimate": _estimate_teacher(compose.composed(overrides), detector, data, trainer),
             }
             if options.train == "never":
                 report["faults"].append(f"there is no trained teacher at {folder} and teacher.train=never")
@@ -105,7 +106,7 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
                 report["notes"].append(
                     "no teacher is cached: the run trains one first; terms are those of an untrained one"
                 )
-            return teacher
+            return as_teacher(options, detector, UNTRAINED)
     teacher = find_teacher(options, data)
     section: Report = {
         "state": "ready",
@@ -154,9 +155,9 @@ def _published_ap(teacher: Teacher) -> float | None:
     return metrics["box_map"] / 100 if "box_map" in metrics else None
 
 
-def _estimate_teacher(cfg: DictConfig, teacher: Teacher, data: DetectionData, trainer: L.Trainer) -> Report:
+def _estimate_teacher(cfg: DictConfig, detector: Detector, data: DetectionData, trainer: L.Trainer) -> Report:
     """Time and memory of the teacher's own run, in which the teacher is the student."""
-    module = Distiller(teacher.detector, schedule=compose.build(cfg.schedule)).to(trainer.strategy.root_device)
+    module = Distiller(detector, schedule=compose.build(cfg.schedule)).to(trainer.strategy.root_device)
     return _estimate(cfg.trainer, module, data, trainer)
 
 

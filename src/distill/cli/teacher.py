@@ -46,6 +46,8 @@ IGNORED_CALLBACKS = ("terms",)  # checks distillation terms, and a teacher's run
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 """Exit codes of a run that was asked to stop."""
+UNTRAINED = "untrained"
+"""Source of a teacher that has random weights."""
 RANK_VARIABLES = (
     "RANK",
     "WORLD_SIZE",

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from distill.data import rle
 from distill.data.records import MAX_PIXELS, Record, opened, orientation, read_image
 from distill.types import DistillError, Size
 
+MENDED = ("without area", "outside the image", "clipped", "with an empty mask")
+"""Faults of boxes that are mended and counted."""
 SHOWN = 10
 """Problems that one message lists."""
 THREADS = 16
@@ -31,6 +34,34 @@ TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 
 
+@dataclass(frozen=True)
+class SplitReport:
+    """Counts of a checked split. As a string it is one line with all counts that are not 0."""
+
+    split: str
+    images: int
+    boxes: int
+    """As annotated."""
+    usable: int
+    """Boxes that are left."""
+    crowds: int
+    difficult: int
+    without_boxes: int
+    """Images without boxes."""
+    mended: Mapping[str, int]
+    """Number of boxes by kind of fault, one of `MENDED`."""
+    turned: int
+    """Images turned by their EXIF tag."""
+    skipped: Mapping[str, int]
+    """Images and problems that ``on_error="skip"`` left out."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.images} images", f"{self.boxes} boxes", f"{self.usable} usable"]
+        counts = {"crowds": self.crowds, "difficult": self.difficult, "images without boxes": self.without_boxes}
+        named = {**self.mended, **counts, "turned by EXIF": self.turned, **self.skipped}
+        return f"{self.split}: {', '.join([*parts, *(f'{count} {name}' for name, count in named.items() if count)])}"
+
+
 def check_records(
     records: Sequence[Record],
     split: str,
@@ -38,7 +69,7 @@ def check_records(
     files: bool = True,
     masks: bool = False,
     max_pixels: int = MAX_PIXELS,
-) -> tuple[list[Record], str]:
+) -> tuple[list[Record], SplitReport]:
     """Check and mend the records of a split, in place.
 
     Args:
@@ -50,7 +81,7 @@ def check_records(
         max_pixels: most pixels of an image.
 
     Returns:
-        the usable records, and one line that counts what there is, what was mended and what was skipped.
+        the usable records, and the counts of the split.
 
     Raises:
         DistillError: an empty split, one without any usable box, or under ``raise`` any problem that cannot be mended.
@@ -76,9 +107,23 @@ def check_records(
             f"{split}: of {len(records)} images no usable {what} is left: there is nothing to learn from or to measure by. "
             f"Check data.source.{split}" + ("\n" + _listed(split, problems) if problems else "")
         )
-    counts["images skipped"] = sum(record.broken and bool(record.file) for record in records)
-    counts["problems skipped"] = len(problems)
-    return good, _summary(split, good, counts)
+    skipped = {
+        "images skipped": sum(record.broken and bool(record.file) for record in records),
+        "problems skipped": len(problems),
+    }
+    report = SplitReport(
+        split,
+        images=len(good),
+        boxes=counts["boxes"],
+        usable=sum(len(record.labels) for record in good),
+        crowds=sum(int(record.crowd.sum()) for record in good),
+        difficult=sum(int(record.difficult.sum()) for record in good),
+        without_boxes=sum(not len(record.labels) for record in good),
+        mended={name: counts[name] for name in MENDED if counts[name]},
+        turned=counts["turned by EXIF"],
+        skipped={name: count for name, count in skipped.items() if count},
+    )
+    return good, report
 
 
 def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "warn") -> None:
@@ -238,22 +283,6 @@ def _listed(split: str, problems: Sequence[str]) -> str:
     lines = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
     more = f"\n  … and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return f"{split}: {len(problems)} problems in the data:\n{lines}{more}"
-
-
-def _summary(split: str, records: Sequence[Record], counts: Counter[str]) -> str:
-    """One line, in which only what there is is counted."""
-    totals = Counter(usable=sum(len(record.labels) for record in records))
-    totals["crowds"] = sum(int(record.crowd.sum()) for record in records)
-    totals["difficult"] = sum(int(record.difficult.sum()) for record in records)
-    totals["images without boxes"] = sum(not len(record.labels) for record in records)
-    parts = [f"{len(records)} images", f"{counts['boxes']} boxes", f"{totals.pop('usable')} usable"]
-    mended = ("without area", "outside the image", "clipped", "with an empty mask")
-    parts += [f"{counts[what]} {what}" for what in mended if counts[what]]
-    parts += [f"{number} {what}" for what, number in totals.items() if number]
-    parts += [
-        f"{counts[what]} {what}" for what in ("turned by EXIF", "images skipped", "problems skipped") if counts[what]
-    ]
-    return f"{split}: {', '.join(parts)}"
 
 
 def _shared(later: Sequence[Record], earlier: Sequence[Record]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from distill.data.checks import check_overlap, check_records
+from distill.data.checks import SplitReport, check_overlap, check_records
 from distill.data.images import Images, usable
 from distill.data.loader import Loader
 from distill.data.records import MAX_PIXELS, Record, ground_truth, read_image
@@ -162,6 +162,7 @@ class DetectionData(L.LightningDataModule):
         self.train_transform = Transform(sizes, max_size, flip, photometric, antialias, seed)
         self.eval_transform = Transform((eval_min_size or sizes[-1],), eval_max_size or max_size, antialias=antialias)
         self._drawn = hasattr(source, "image")
+        self.checked: dict[Split, SplitReport] = {}
         self.summary: list[str] = []
         self._classes: tuple[str, ...] | None = None
         self._records: dict[Split, list[Record]] = {}
@@ -329,10 +330,13 @@ class DetectionData(L.LightningDataModule):
                 "before. Give all annotation files the same categories."
             )
         self._classes = tuple(classes)
-        records, line = check_records(annotated, split, self.on_error, not self._drawn, self.masks, self.max_pixels)
+        records, self.checked[split] = check_records(
+            annotated, split, self.on_error, not self._drawn, self.masks, self.max_pixels
+        )
         fraction, limit = (self.fraction, self.limit) if split == "train" else (1.0, self.limit_eval)
         part = subset(records, fraction, limit)
-        self.summary.append(line if len(part) == len(records) else f"{line}; {len(part)} of the images are used")
+        used = "" if len(part) == len(records) else f"; {len(part)} of the images are used"
+        self.summary.append(f"{self.checked[split]}{used}")
         return part
 
     def _place(self) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,6 @@ from distill.types import Batch, DetectorSpec, Pyramid, View
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 """COCO's: area in pixels of the original image."""
-MENDED = "without area|outside the image|clipped|with an empty mask|turned by EXIF|images skipped|problems skipped"
 
 
 # -- data
@@ -37,15 +35,15 @@ MENDED = "without area|outside the image|clipped|with an empty mask|turned by EX
 def describe_split(data: DetectionData, split: str) -> dict[str, Any]:
     """Counts of a split as it is used: boxes per class and size (no crowds among them), crowds, empties, what was mended."""
     records = data.records(split)
-    lines = [line for line in data.summary if line.startswith(f"{split}:")]
-    words = re.findall(rf"(\d+) ({MENDED})", "; ".join(lines))
+    checked = data.checked[split]
+    mended = {**checked.mended, "turned by EXIF": checked.turned, **checked.skipped}
     return {
         "images": len(records),
         "boxes": sum(len(record.labels) for record in records),
         "crowds": sum(int(record.crowd.sum()) for record in records),
         "difficult": sum(int(record.difficult.sum()) for record in records),
         "empty": sum(not (~record.crowd).any() for record in records),
-        "mended": {what: int(number) for number, what in words},
+        "mended": {fault: count for fault, count in mended.items() if count},
         "classes": _per_class(records, data.classes),
     }
 

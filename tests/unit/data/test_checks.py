@@ -39,7 +39,7 @@ def fault(file, **options) -> str | None:
 
 
 def summary(*records) -> str:
-    return check_records(list(records), "train", "skip")[1]
+    return str(check_records(list(records), "train", "skip")[1])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "CMYK"])
@@ -83,7 +83,7 @@ def test_exif_turns_the_image_and_the_checked_size(tmp_path, picture, form, turn
     file = tmp_path / "a.jpg"
     picture.save(file, form, exif=exif, **({"quality": 95, "subsampling": 0} if form == "JPEG" else {}))
     one = of(file)
-    line = check_records([one], "train")[1]
+    line = str(check_records([one], "train")[1])
     assert one.size == ((30, 20) if turn > 4 else (20, 30))
     assert ("1 turned by EXIF" in line) == (turn > 1)
     # EXIF 2.3: where the stored first row and first column are to be seen.
@@ -212,7 +212,7 @@ def test_boxes_are_mended_counted_and_remembered(tmp_path, picture):
     one = of(tmp_path / "a.jpg", boxes)
     (same,), line = check_records([one], "val")
     assert same is one
-    assert line == "val: 1 images, 8 boxes, 3 usable, 2 without area, 3 outside the image, 1 clipped"
+    assert str(line) == "val: 1 images, 8 boxes, 3 usable, 2 without area, 3 outside the image, 1 clipped"
     assert one.boxes.tolist() == [[1, 1, 9, 9], [0, 2, 9, 20], [0, 0, 30, 20]]
     assert one.entries.tolist() == [0, 1, 7]
     truth = ground_truth([one], ["thing"])
@@ -229,7 +229,7 @@ def test_boxes_that_are_not_finite_are_named_or_skipped(tmp_path, picture, corne
     assert "notes.json: annotation 1 of a.jpg" in fault(tmp_path / "a.jpg", boxes=boxes)
     (one,), line = check_records([of(tmp_path / "a.jpg", boxes)], "train", "skip")
     assert one.boxes.tolist() == [[0, 0, 4, 4], [2, 2, 5, 5]]
-    assert line == "train: 1 images, 3 boxes, 2 usable, 1 problems skipped"
+    assert str(line) == "train: 1 images, 3 boxes, 2 usable, 1 problems skipped"
 
 
 def test_inverted_boxes_are_not_turned_round_silently(tmp_path, picture):
