@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from distill.cli import compose
@@ -32,15 +33,16 @@ def main(argv: Sequence[str]) -> int:
     if args.all:
         lines = compose.parse(args.overrides)
         kept = [str(line.input_line) for line in lines if line.key_or_group.split(".")[0] != "distill"]
-        options = [option for option in compose.groups()["distill"] if option != "none"]
-        configs = {
-            option: compose.composed([*kept, f"distill={option}", f"paths.run={cfg.paths.run}"]) for option in options
-        }
+        kept.append(f"paths.run={cfg.paths.run}")
+        names = [name for name in compose.groups()["distill"] if name != "none"]
+        configs = {name: compose.composed([*kept, f"distill={name}"]) for name in names}
 
     from distill.cli.bench_report import measure, print_report
+    from distill.cli.preflight import plan_run
     from distill.files import write_text
 
-    report = measure(cfg, configs, args)
+    options = {name: partial(plan_run, config) for name, config in configs.items()}
+    report = measure(plan_run(cfg), options, args)
     print_report(report)
     if args.json:
         write_text(args.json, json.dumps(report.plain(), indent=1))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
-from omegaconf import DictConfig
 
-from distill.cli import compose
 from distill.cli.assembly import assemble, build_student
-from distill.cli.preflight import RunPlan, plan_run
+from distill.cli.preflight import RunPlan
 from distill.cli.tables import print_line, print_table
 from distill.cli.teacher import UNTRAINED, as_teacher, find_teacher, untrained
 from distill.data.datamodule import DetectionData
@@ -27,19 +25,19 @@ from distill.teacher import Teacher
 from distill.types import Batch, DistillError
 
 
-def measure(cfg: DictConfig, configs: Mapping[str, DictConfig], args: argparse.Namespace) -> Report:
+def measure(plan: RunPlan, options: Mapping[str, Callable[[], RunPlan]], args: argparse.Namespace) -> Report:
     """Measure the student's step, the step of each distill option, the data loader and the evaluation.
 
     Args:
-        cfg: of student, teacher and data.
-        configs: configuration of each distill option by name.
+        plan: of student, teacher and data.
+        options: make the plan of each distill option, by name.
         args: of the command line.
 
     Raises:
         DistillError: an option cannot be built; with ``--all`` the report lists the options that cannot.
     """
-    plan, device = plan_run(cfg), compose.device(cfg)
-    clock, data = Clock(device, args.clock), plan.data
+    device, data = plan.device, plan.data
+    clock = Clock(device, args.clock)
     data.setup("fit")
     batch = next(iter(data.train_dataloader())).to(device)
     student = build_student(plan, data, weights=None, backbone_weights=None).to(device)
@@ -48,13 +46,13 @@ def measure(cfg: DictConfig, configs: Mapping[str, DictConfig], args: argparse.N
     precision = plan.trainer.settings["precision"]
     make_step = partial(Step, batch=batch, autocast=partial(autocast, precision, device))
     alone = make_step(assemble(replace(plan, losses={}, inherit=False), data, student))
-    teacher = bench_teacher(plan, data, batch) if configs else None
+    teacher = bench_teacher(plan, data, batch) if options else None
     own = timing.measure_student(alone, clock, args.repeats, args.warmup)
     costs: dict[str, OptionCost] = {}
     skipped: dict[str, str] = {}
-    for name, config in track(configs.items(), "options"):
+    for name, make_plan in track(options.items(), "options"):
         try:
-            module = assemble(plan_run(config), data, student, teacher)
+            module = assemble(make_plan(), data, student, teacher)
             module.start_epoch(0, data)
             # One option after another, so that each has all of the memory.
             costs[name] = timing.measure_option(alone, make_step(module), clock, args.repeats, args.warmup)

@@ -19,7 +19,6 @@ from distill.cli.preflight import RunPlan
 from distill.cli.teacher import UNTRAINED, as_teacher, cache_entry, find_teacher, read_summary, untrained
 from distill.cli.train import silence_known_warnings
 from distill.data.datamodule import DetectionData
-from distill.detectors.base import Detector
 from distill.diagnostics import doctor
 from distill.precision import autocast
 from distill.run_folder import RunFolder
@@ -93,12 +92,13 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
     if options.weights is None:
         folder, overrides = cache_entry(options)
         if not RunFolder(folder).finished:
-            detector = untrained(options, data.classes)
+            detector, config = untrained(options, data.classes), compose.composed(overrides)
+            module = Distiller(detector, schedule=compose.build(config.schedule)).to(trainer.strategy.root_device)
             report["teacher"] = {
                 "state": "not trained yet",
                 "folder": str(folder),
                 "command": shlex.join(["python", "-m", "distill", "train", *overrides]),
-                "estimate": _estimate_teacher(compose.composed(overrides), detector, data, trainer),
+                "estimate": _estimate(config.trainer, module, data, trainer),
             }
             if options.train == "never":
                 report["faults"].append(f"there is no trained teacher at {folder} and teacher.train=never")
@@ -153,12 +153,6 @@ def _published_ap(teacher: Teacher) -> float | None:
     entry = getattr(type(teacher.detector).enum, "__members__", {}).get(teacher.source)
     metrics = entry.meta["_metrics"].get("COCO-val2017", {}) if entry is not None else {}
     return metrics["box_map"] / 100 if "box_map" in metrics else None
-
-
-def _estimate_teacher(cfg: DictConfig, detector: Detector, data: DetectionData, trainer: L.Trainer) -> Report:
-    """Time and memory of the teacher's own run, in which the teacher is the student."""
-    module = Distiller(detector, schedule=compose.build(cfg.schedule)).to(trainer.strategy.root_device)
-    return _estimate(cfg.trainer, module, data, trainer)
 
 
 def _examine_classes(report: Report, data: DetectionData, student: Sequence[str], teacher: Teacher | None) -> None:
@@ -245,7 +239,7 @@ def _estimate(limits: Any, module: Distiller, data: DetectionData, trainer: L.Tr
         "seconds_per_batch": pace["seconds_per_batch"],
         "seconds": {"training": training, "evaluation": evaluating, "total": training + evaluating},
         "bytes": pace["peak_bytes"],
-        "device_bytes": doctor.memory(device),
+        "device_bytes": doctor.device_bytes(device),
     }
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
 from omegaconf import DictConfig
@@ -68,6 +69,7 @@ class RunPlan:
     """Name of the result that a sweep compares."""
     test: bool
     pictures: int
+    device: torch.device
     data: DetectionData
     student: Callable[..., Detector]
     channels_last: bool
@@ -111,6 +113,7 @@ def plan_run(cfg: DictConfig, run: Path | None = None) -> RunPlan:
         metric=cfg.metric,
         test=cfg.test,
         pictures=cfg.pictures,
+        device=compose.device(cfg),
         data=compose.build(cfg.data),
         student=partial(compose.build, cfg.model),
         channels_last=cfg.channels_last,

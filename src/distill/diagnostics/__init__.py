@@ -1,1 +1,1 @@
-"""Diagnostics: what a run will do, what a step costs, and a failed step done again."""
+"""Diagnostics: checks before a run, the costs of a step, and the replay of a failed step."""

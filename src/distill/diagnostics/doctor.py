@@ -1,4 +1,4 @@
-"""What a run would be like, measured without training: data, classes, shapes, terms, pace. Plain containers, for tables and JSON."""
+"""Measurements before a run, without training: data, classes, shapes, terms, time and memory, in plain containers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -26,14 +26,14 @@ from distill.training.schedule import Schedule
 from distill.types import Batch, DetectorSpec, Pyramid, View
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
-"""COCO's: area in pixels of the original image."""
+"""COCO's size classes, by the area in pixels of the original image."""
 
 
 # -- data
 
 
 def describe_split(data: DetectionData, split: str) -> dict[str, Any]:
-    """Counts of a split as it is used: boxes per class and size (no crowds among them), crowds, empties, what was mended."""
+    """Counts of a split as it is used: boxes per class and size (without crowds), crowds, empty images, mended faults."""
     records = data.records(split)
     checked = data.checked[split]
     mended = {**checked.mended, "turned by EXIF": checked.turned, **checked.skipped}
@@ -55,31 +55,32 @@ def _per_class(records: Sequence[Record], classes: Sequence[str]) -> dict[str, d
             if not crowd:
                 size = next(size for size, (low, high) in SIZES.items() if low <= area < high)
                 counts[classes[label - 1]][size] += 1
-    return {name: {size: found[size] for size in SIZES} | {"all": found.total()} for name, found in counts.items()}
+    return {name: {size: count[size] for size in SIZES} | {"all": count.total()} for name, count in counts.items()}
 
 
 def padding_share(data: DetectionData) -> float:
-    """SumAndCount of the training batches' pixels that is padding, in the first epoch, at the last of the configured sizes."""
+    """Share of the pixels in the training batches of the first epoch that is padding, at the last of the configured sizes."""
     loader: Any = data.train_dataloader()
     images, transform = loader.dataset, data.train_transform
-    seen = drawn = 0
+    used = total = 0
     for keys in loader.batch_sampler:
         sizes = [resized_size(images.size(index), transform.min_sizes[-1], transform.max_size) for _, index in keys]
         height, width = padded_size(sizes, data.pad_to)
-        drawn += height * width * len(sizes)
-        seen += sum(h * w for h, w in sizes)
-    return 1 - seen / drawn if drawn else 0.0
+        total += height * width * len(sizes)
+        used += sum(h * w for h, w in sizes)
+    return 1 - used / total if total else 0.0
 
 
 # -- teacher
 
 
-def sample(data: DetectionData, most: int) -> list[int]:
-    """Places of up to `most` validation images, spread evenly, those of one padded size next to one another."""
-    count = len(data.records("val"))
-    chosen = sorted({round(place * (count - 1) / max(1, most - 1)) for place in range(most)}) if count > most else None
-    sizes = data.padded_sizes("val")
-    return sorted(range(count) if chosen is None else chosen, key=lambda index: (sizes[index], index))
+def sample_batches(data: DetectionData, limit: int) -> Iterator[list[int]]:
+    """Batches of indices of up to `limit` validation images, spread evenly. Images of one batch have one padded size."""
+    count, sizes = len(data.records("val")), data.padded_sizes("val")
+    chosen = {round(i * (count - 1) / max(1, limit - 1)) for i in range(limit)} if count > limit else range(count)
+    for _, group in groupby(sorted(chosen, key=lambda index: (sizes[index], index)), key=lambda index: sizes[index]):
+        indices = list(group)
+        yield from (indices[i : i + data.eval_batch_size] for i in range(0, len(indices), data.eval_batch_size))
 
 
 def measure_ap(
@@ -87,47 +88,35 @@ def measure_ap(
     data: DetectionData,
     metrics: Sequence[MakeMetric],
     device: torch.device,
-    most: int,
+    limit: int,
     patience: float,
 ) -> dict[str, Any]:
-    """A detector's metrics on a sample of the validation split, and seconds per image; ends early after `patience` seconds."""
-    places, truth = sample(data, most), data.ground_truth("val")
+    """A detector's metrics on up to `limit` validation images, and seconds per image. Ends after `patience` seconds."""
     detector.to(device).eval()
-    found: list[tuple[Batch, Any]] = []
+    results: list[tuple[Batch, Any]] = []
     start = time.perf_counter()
-    for indices in _runs(places, data.padded_sizes("val"), data.eval_batch_size):
+    for indices in sample_batches(data, limit):
         if time.perf_counter() - start > patience:
             break
         batch = data.batch("val", indices).to(device)
-        found.append((batch, detector.view(batch, training=False, frozen=True).detections))
+        results.append((batch, detector.view(batch, training=False, frozen=True).detections))
     _wait(device)
     seconds = time.perf_counter() - start
-    ids = [image for batch, _ in found for image in batch.ids]
-    evaluation = Evaluation(detector, ground_truth_of(truth, ids), data.classes, metrics, device)
-    for batch, detections in found:
+    ids = [image for batch, _ in results for image in batch.ids]
+    evaluation = Evaluation(detector, ground_truth_of(data.ground_truth("val"), ids), data.classes, metrics, device)
+    for batch, detections in results:
         evaluation.add(batch, detections)
     return {"images": len(ids), "seconds_per_image": seconds / max(1, len(ids)), "values": evaluation.compute()}
 
 
-def _runs(places: Sequence[int], sizes: Sequence[Any], most: int) -> Iterator[list[int]]:
-    run: list[int] = []
-    for place in places:
-        if run and (len(run) == most or sizes[run[0]] != sizes[place]):
-            yield run
-            run = []
-        run.append(place)
-    if run:
-        yield run
-
-
 def class_lists(data: Sequence[str], student: Sequence[str], teacher: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Label by label the names of data, student and teacher side by side, and whether the teacher knows the data's."""
+    """Class names of data, student and teacher for each label, and whether the teacher knows the class of the data."""
     lists = {"data": data, "student": student, "teacher": teacher or ()}
     return [
-        {"label": place + 1}
-        | {who: names[place] if place < len(names) else None for who, names in lists.items()}
-        | {"taught": None if teacher is None or place >= len(data) else data[place] in teacher}
-        for place in range(max(map(len, lists.values())))
+        {"label": index + 1}
+        | {owner: names[index] if index < len(names) else None for owner, names in lists.items()}
+        | {"taught": None if teacher is None or index >= len(data) else data[index] in teacher}
+        for index in range(max(map(len, lists.values())))
     ]
 
 
@@ -135,7 +124,7 @@ def class_lists(data: Sequence[str], student: Sequence[str], teacher: Sequence[s
 
 
 def shapes(student: View, teacher: View | DetectorSpec | None) -> list[dict[str, Any]]:
-    """Stride by stride (C, H, W) of both bodies and necks; of a teacher that is only planned (C,)."""
+    """(C, H, W) of the maps of student and teacher at each stride; (C,) for a teacher that is given by its spec."""
     columns: dict[str, Mapping[int, list[int]]] = {
         "student body": _sizes(student.body),
         "student neck": _sizes(student.neck),
@@ -154,11 +143,11 @@ def _sizes(maps: Pyramid) -> dict[int, list[int]]:
 
 
 def adapters(losses: nn.ModuleDict) -> list[dict[str, Any]]:
-    """Every layer that the losses bring along and train."""
+    """The layers that the losses train."""
     return [
-        {"name": name, "layer": str(layer), "parameters": own}
+        {"name": name, "layer": str(layer), "parameters": count}
         for name, layer in losses.named_modules()
-        if (own := sum(each.numel() for each in layer.parameters(recurse=False) if each.requires_grad))
+        if (count := sum(p.numel() for p in layer.parameters(recurse=False) if p.requires_grad))
     ]
 
 
@@ -166,7 +155,7 @@ def measure_terms(step: StepResult) -> dict[str, dict[str, float | bool]]:
     """Each term of a step: value, weight, weighted value, and its share of the gradient at the neck.
 
     The share is the L2 norm of the weighted term's gradient on all maps of the neck over the sum of these norms.
-    ``reaches`` says whether it has a gradient on any map of the student's neck or body.
+    ``reaches`` says whether the term has a gradient on any map of the student's neck or body.
     """
     student, weights = step.student, step.weights
     neck = [x for x in student.neck.values() if x.requires_grad]
@@ -188,9 +177,8 @@ def measure_terms(step: StepResult) -> dict[str, dict[str, float | bool]]:
 def _norm(term: Tensor, maps: Sequence[Tensor]) -> float:
     if not term.requires_grad or not maps:
         return 0.0
-    found = torch.autograd.grad(term, list(maps), retain_graph=True, allow_unused=True)
-    squares = sum(each.double().square().sum().item() for each in found if each is not None)
-    return math.sqrt(squares)
+    gradients = torch.autograd.grad(term, list(maps), retain_graph=True, allow_unused=True)
+    return math.sqrt(sum(x.double().square().sum().item() for x in gradients if x is not None))
 
 
 # -- pace
@@ -224,17 +212,17 @@ def measure_pace(
             if len(times) > 1 and start - began > patience:
                 break
 
-    taken = peak(passes, device)
+    peaks = peak(passes, device)
     warm = sorted(times[1:] or times)
     return {
         "seconds_per_batch": warm[len(warm) // 2],
         "batches": len(warm),
-        "peak_bytes": int(taken.get("device" if device.type == "cuda" else "host", 0)),
+        "peak_bytes": int(peaks.get("device" if device.type == "cuda" else "host", 0)),
     }
 
 
-def memory(device: torch.device) -> int:
-    """Bytes that the device has."""
+def device_bytes(device: torch.device) -> int:
+    """Size of the device's memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

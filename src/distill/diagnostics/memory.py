@@ -1,4 +1,4 @@
-"""Bytes of memory: at the peak of a call, in the tensors that a step makes, in what autograd keeps for its backward pass."""
+"""Bytes of memory: at the peak of a call, in the tensors of a step, and in the tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -17,40 +17,41 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device of a step with losses. Its peak should stay below the sum of the parts.
+    """Bytes on the device in a step with losses. The peak should not exceed the sum of the parts.
 
-    What tensors hold; on CUDA what torch's allocator gives, the scratch memory of kernels included.
+    On the CPU only tensors are counted. On CUDA everything that torch's allocator hands out is counted, with the scratch
+    memory of kernels.
     """
 
     student: float
-    """Peak of the student-only step: its weights, their gradients and the optimiser's state included."""
+    """Peak of the student-only step, with weights, gradients and optimizer state."""
     teacher: float
-    """Weights and buffers of all that teaches: of a folded teacher also what folding changed, if both forms lie there."""
+    """Weights and buffers of the teacher and of the losses' frozen models, with the copies that folding makes."""
     losses: float
-    """What the losses train, their gradients and the optimiser's state of them, and their buffers."""
+    """Weights of the losses, with gradients, optimizer state and buffers."""
     held: float
-    """What the losses keep for the backward pass, beyond what the student keeps anyway: maps and adapters' activations."""
+    """Tensors that the losses keep for the backward pass, in addition to those of the student."""
     peak: float
-    """Of the step with losses."""
+    """Peak of the step with losses."""
     kept: float
-    """What lies there between forward and backward pass beyond what the student alone leaves there: no more than `held`."""
+    """Bytes between forward and backward pass, in addition to those of the student-only step. At most `held`."""
 
     @property
     def sum(self) -> float:
-        """What the peak may be: student, teacher, losses and what they hold."""
+        """Expected upper bound of the peak."""
         return self.student + self.teacher + self.losses + self.held
 
     @property
     def spared(self) -> float:
-        """What lies there between the passes though no backward pass asks for it, as where a loss keeps a View: about 0."""
+        """Bytes kept between the passes that no backward pass needs. About 0, unless a loss keeps a View."""
         return self.kept - self.held
 
 
 def peak(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Peak bytes during a call: ``host``, where the system tells (Linux), and ``device``, on CUDA."""
+    """Peak bytes during a call: ``host``, on Linux, and ``device``, on CUDA."""
     found: dict[str, float] = {}
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of before
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     run()
@@ -63,15 +64,15 @@ def peak(run: Callable[[], object], device: torch.device) -> dict[str, float]:
 
 
 def stored(tensors: Iterable[Tensor], device: torch.device) -> float:
-    """Bytes of these tensors on a device; memory that several of them share counts once."""
+    """Bytes of these tensors on a device. Shared memory counts once."""
     pieces = [each.untyped_storage() for each in tensors if each.device == device]
     return float(sum({id(piece): piece.nbytes() for piece in pieces}.values()))
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While open, counts the bytes of the tensors that are made: ``now``, falling as they go, and at ``most``.
+    """While open, counts the bytes of new tensors that are alive: ``now``, and at ``most``.
 
-    Exact and repeatable on every device, but blind to the scratch memory inside of an operator.
+    Exact and repeatable on every device. The scratch memory inside an operator is not counted.
     """
 
     def __init__(self) -> None:
@@ -82,7 +83,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operator, then note the memory of its results that is not that of its inputs."""
+        """Run an operator, then count the memory of its results that is not memory of its inputs."""
         given = {id(piece) for piece in _pieces((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for piece in _pieces(result):
@@ -90,7 +91,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._pieces.add(id(piece))
                 self.now += piece.nbytes()
                 self.most = max(self.most, self.now)
-                # Torch keeps the storage's Python object for as long as the memory lives, so its end is that of the memory.
+                # Torch keeps the storage's Python object alive as long as the memory, so that both end together.
                 weakref.finalize(piece, self._gone, id(piece), piece.nbytes()).atexit = False
         return result
 
@@ -100,7 +101,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Allocated:
-    """As `Live`, by what torch's CUDA allocator has given since it was opened."""
+    """As `Live`, by the statistics of torch's CUDA allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -116,7 +117,7 @@ class Allocated:
 
     @property
     def now(self) -> float:
-        """Bytes that are held."""
+        """Bytes that are allocated."""
         return float(torch.cuda.memory_allocated(self._device) - self._before)
 
     @property
@@ -126,26 +127,26 @@ class Allocated:
 
 
 def live(device: torch.device) -> Live | Allocated:
-    """What counts best on a device."""
+    """The best counter for a device."""
     return Allocated(device) if device.type == "cuda" else Live()
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """While open, notes the memory that autograd keeps, each piece once, and none of `but`."""
+    """While open, records the storages that autograd saves, each once, without those in `but`."""
 
     def __init__(self, but: Iterable[torch.UntypedStorage] = ()) -> None:
         super().__init__(self._keep, lambda x: x)
-        self._but = {id(piece): piece for piece in but}  # kept alive, or an id could be given away again
+        self._but = {id(piece): piece for piece in but}  # kept alive, so that no id is reused
         self._noted: dict[int, torch.UntypedStorage] = {}
 
     @property
     def pieces(self) -> list[torch.UntypedStorage]:
-        """What was noted."""
+        """The recorded storages."""
         return [*self._noted.values()]
 
     @property
     def bytes(self) -> float:
-        """Of all pieces."""
+        """Their size."""
         return float(sum(piece.nbytes() for piece in self.pieces))
 
     def _keep(self, x: Tensor) -> Tensor:

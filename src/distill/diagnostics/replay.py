@@ -1,4 +1,4 @@
-"""Runs a step again from the file that a stopped run wrote."""
+"""Repeats a step from the file that a stopped run wrote."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from distill.types import Batch, DistillError, Target
 
 
 def read_step(file: Path) -> dict[str, Any]:
-    """What `NonFiniteGuard` wrote of a step. Only tensors and plain containers are read: such a file cannot run code.
+    """The step that `NonFiniteGuard` wrote. Only tensors and plain containers are loaded, so that no code can run.
 
     Raises:
-        DistillError: there is no such file, or it holds something else.
+        DistillError: there is no such file, or its content is something else.
     """
     if not file.is_file():
         raise DistillError(
-            f"{file}: there is no such file; a run that was stopped names its own, {RunFolder('RUN').non_finite}/step….pt"
+            f"{file}: there is no such file; a stopped run names its file, {RunFolder('RUN').non_finite}/step….pt"
         )
     step = load_tensors(file)
     if not isinstance(step, Mapping) or step.get("kind") != KIND:
@@ -34,37 +34,37 @@ def read_step(file: Path) -> dict[str, Any]:
 
 
 def replay(module: Any, step: Mapping[str, Any], device: torch.device | str = "cpu") -> list[dict[str, float]]:
-    """Do a step's forward and backward passes again, from its own weights; no weight changes.
+    """Repeat the forward and backward passes of a step with its own weights. No weight changes.
 
-    Gradients are left on the parameters, added up over the batches. Counts that run over all processes
-    (``normalizer="global"``) are those of this process alone.
+    The gradients of all batches are summed, and stay on the parameters. Counts over all processes
+    (``normalizer="global"``) cover this process only.
 
     Args:
-        module: a `Distiller` built as the run's.
+        module: a `Distiller` with the run's configuration.
         step: from `read_step`.
-        device: where to do it.
+        device: to compute on.
 
     Returns:
         the unweighted terms of each batch.
 
     Raises:
-        DistillError: the module is another one than the step's.
+        DistillError: the step has another student than the module.
     """
     if module.student.describe() != step["student"]:
-        raise DistillError("replay: the step was done by another student; build it from the run's own configuration")
+        raise DistillError("replay: the step has another student; build the student from the run's own configuration")
     module.load_state_dict(step["state_dict"])
     module.to(device).train()
     module.zero_grad()
     module.set_epoch(step["epoch"])
-    found = []
-    for each in step["batches"]:
+    terms = []
+    for record in step["batches"]:
         with autocast(step["precision"], torch.device(device)):
-            result = module.compute_step(_batch(each).to(device), each["draw"], each["progress"])
+            result = module.compute_step(_batch(record).to(device), record["draw"], record["progress"])
         torch.autograd.backward(poison_gradient(result.loss))
-        found.append({name: value.item() for name, value in result.terms.items()})
-    return found
+        terms.append({name: value.item() for name, value in result.terms.items()})
+    return terms
 
 
-def _batch(plain: Mapping[str, Any]) -> Batch:
-    targets = tuple(Target(**target) for target in plain["targets"])
-    return Batch(plain["images"], plain["sizes"], plain["original_sizes"], targets, plain["ids"])
+def _batch(record: Mapping[str, Any]) -> Batch:
+    targets = tuple(Target(**target) for target in record["targets"])
+    return Batch(record["images"], record["sizes"], record["original_sizes"], targets, record["ids"])

@@ -1,5 +1,5 @@
-"""What distillation costs, part by part: everything in one process, measured in turn, so that ratios can be trusted.
+"""The bench: what distillation costs, part by part, measured in one process.
 
-A round takes each part once; a ratio is the median of the rounds' own ratios. So a machine that slows down for a while
-slows all parts of a round alike.
+Each round measures every part once, and a ratio is the median of the ratios of all rounds. A machine that slows down for a
+while slows all parts of a round alike, so that the ratios stay reliable.
 """

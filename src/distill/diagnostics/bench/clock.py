@@ -1,4 +1,4 @@
-"""Seconds of a piece of work, on whatever device, and how they spread."""
+"""Clocks for CPU and CUDA, and the spread of repeated measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of the rounds."""
+    """Median and quartiles of repeated measurements."""
 
     median: float
     low: float
@@ -25,17 +25,17 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of one value or more."""
+        """Of at least one value."""
         ordered = sorted(values)
         return cls(statistics.median(ordered), ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4])
 
 
 class Clock:
-    """Seconds between two marks: of the device's own time on CUDA, of the wall clock or the process elsewhere.
+    """Seconds between two marks: CUDA events on CUDA, wall clock or processor time elsewhere.
 
     Args:
-        device: where the work is done.
-        kind: ``wall``, or ``cpu``: the processor's time of all threads, which a busy machine disturbs less.
+        device: that is measured.
+        kind: ``wall``, or ``cpu``: processor time of all threads, which varies less on a busy machine.
 
     Raises:
         DistillError: an unknown kind.
@@ -49,7 +49,7 @@ class Clock:
         self._now = CLOCKS[kind]
 
     def mark(self) -> Any:
-        """This moment, in the order of the device's work."""
+        """A mark at the end of the work that is queued so far."""
         if not self.cuda:
             return self._now()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -57,16 +57,16 @@ class Clock:
         return event
 
     def seconds(self, *spans: tuple[Any, Any]) -> float:
-        """The sum over pairs of marks; waits for the device."""
+        """Sum over pairs of marks. Waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
             return sum(float(start.elapsed_time(end)) / 1000 for start, end in spans)
         return float(sum(end - start for start, end in spans))
 
     def time(self, run: Callable[[], object]) -> float:
-        """What a call takes."""
+        """Seconds that a call takes."""
         if self.cuda:
-            torch.cuda.synchronize()  # what was queued before is not its own
+            torch.cuda.synchronize()  # do not count work that was queued before
         start = self.mark()
         run()
         return self.seconds((start, self.mark()))
