@@ -210,9 +210,11 @@ def test_boxes_are_mended_counted_and_remembered(tmp_path, picture):
         (0, 0, 30, 20),
     ]
     one = of(tmp_path / "a.jpg", boxes)
-    (same,), line = check_records([one], "val")
+    (same,), report = check_records([one], "val")
     assert same is one
-    assert str(line) == "val: 1 images, 8 boxes, 3 usable, 2 without area, 3 outside the image, 1 clipped"
+    assert (report.split, report.images, report.boxes, report.usable) == ("val", 1, 8, 3)
+    assert report.mended == {"without area": 2, "outside the image": 3, "clipped": 1}
+    assert str(report) == "val: 1 images, 8 boxes, 3 usable, 2 without area, 3 outside the image, 1 clipped"
     assert one.boxes.tolist() == [[1, 1, 9, 9], [0, 2, 9, 20], [0, 0, 30, 20]]
     assert one.entries.tolist() == [0, 1, 7]
     truth = ground_truth([one], ["thing"])
