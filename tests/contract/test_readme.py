@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 import distill
@@ -194,6 +195,13 @@ def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
 
 
+def test_citation_and_changelog_name_the_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == distill.__version__
+    headings = re.findall(r"^## (\S+)", CHANGELOG, re.MULTILINE)
+    assert headings[0] == distill.__version__
+
+
 def test_api_reference_has_every_public_name() -> None:
     listed = re.findall(r"^\.\. auto\w+:: distill\.(\w+)$", PAGES["docs/api.md"], re.MULTILINE)
     assert sorted(listed) == sorted(distill.__all__)
@@ -241,6 +249,26 @@ def test_quoted_messages_are_those_of_the_code() -> None:
         if not any(pattern.search(literal) for literal in known):
             missing.append(quote)
     assert not missing
+
+
+# -- the Python of the README
+
+
+def test_the_python_of_the_readme_trains_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    classes = distill.Shapes(train=1, val=1, test=0).read("train")[0]
+    small = {"depth": 10, "min_size": 128, "max_size": 128}
+    distill.save_student(distill.FasterRCNN(classes, width=0.25, **small), tmp_path / "teacher")
+    code = block("python", "load_detector")
+    for shown, used in {
+        "distill.Shapes()": "distill.Shapes(train=4, val=2, test=0)",
+        "outputs/teachers/…": "teacher",
+        "epochs=8": "epochs=1",
+    }.items():
+        assert shown in code
+        code = code.replace(shown, used)
+    exec(code, {})
+    assert distill.load_detector(tmp_path / "my_student").classes == tuple(classes)
 
 
 # -- the method that the README adds
