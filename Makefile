@@ -6,23 +6,32 @@ UV := $(shell command -v uv 2>/dev/null)
 
 TESTS ?= tests
 
-.PHONY: help demo test ring check docs format setup clean
+.PHONY: help demo test test-all ring check docs format setup clean
 help:  ## list the verbs
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/'
 
 demo: $(VENV)/.demo  ## set up, then train a teacher and distil a student on drawn shapes
 	$(BIN)/python train.py
 
-test: $(VENV)/.dev  ## set up, then run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(TESTS)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-RING ?= python3.10 python3.13
-ring:  ## the unit tests on the oldest and the newest Python, where they are at hand
-	@for python in $(RING); do \
-	  if $$python -c "" 2>/dev/null; then \
-	    $(MAKE) test VENV=.venv-$$(basename $$python) PYTHON=$$python TESTS=tests/unit || exit 1; \
-	  else echo "$$python is not at hand: the unit tests did not run on it"; fi; \
-	done
+test: $(VENV)/.dev  ## set up, then run the tests, but not the exhaustive ones
+	$(PYTEST) -m "not exhaustive" $(TESTS)
+
+test-all: $(VENV)/.dev  ## run all tests; with PART=2/7, that part of the exhaustive ones
+	$(PYTEST) $(if $(PART),-m exhaustive --part $(PART)) $(TESTS)
+
+RING ?= 3.10 3.13
+ring:  ## the unit tests on the oldest and the newest Python
+	@for version in $(RING); do \
+	  if python=$$(.ci/find-python $$version); then \
+	    echo "ring: unit tests on $$python"; ran="$$ran $$version"; \
+	    $(MAKE) test VENV=.venv-$$version PYTHON=$$python TESTS=tests/unit || exit 1; \
+	  else missing="$$missing $$version"; fi; \
+	done; \
+	if [ -n "$$ran" ]; then echo "ring: the unit tests passed on Python$$ran"; fi; \
+	if [ -n "$$missing" ]; then echo "ring: NOTHING RAN on Python$$missing: not found on PATH, in pyenv or in uv"; fi; \
+	if [ -z "$$ran" ] && [ "$$CI" = true ]; then exit 1; fi
 
 check: $(VENV)/.dev docs  ## format, lint, types, layers and documentation
 	$(BIN)/ruff format --check .

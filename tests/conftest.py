@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import zlib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,22 @@ from helpers.runs import TINY, Cli
 
 # What a shell starts in the background ignores ctrl-C, and so would all that is started from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part", metavar="K/N", help="run the K-th of N parts of the tests, K from 0; a test stays in its part"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of N parts of the tests, keep the one that ``--part`` names. A test's part depends on its name alone."""
+    if config.getoption("--part"):
+        part, parts = map(int, config.getoption("--part").split("/"))
+        assert 0 <= part < parts, f"--part: expected K/N with 0 <= K < N, got {part}/{parts}"
+        others = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts != part]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
 
 
 @pytest.fixture

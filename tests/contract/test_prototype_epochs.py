@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
@@ -17,6 +16,7 @@ from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.prototypes import box_means, choose
 from distill.teacher import Teacher
 from helpers.detectors import random_detector
+from helpers.two_processes import run_in_two_processes
 
 
 def setting(**prototypes: Any) -> tuple[GlobalKnowledge, DetectionData, Any, Teacher]:
@@ -165,7 +165,7 @@ def one_rank(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_share_the_images_and_choose_the_same(tmp_path: Path) -> None:
-    mp.spawn(one_rank, args=(tmp_path,), nprocs=2)
+    run_in_two_processes(one_rank, tmp_path)
     chosen(tmp_path, "alone")
     (ours, theirs, asked), *parts = (torch.load(tmp_path / f"{name}.pt") for name in ("alone", "0", "1"))
     assert all(len(part[2]) < len(asked) for part in parts)

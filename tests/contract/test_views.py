@@ -14,6 +14,7 @@ from torch import Tensor
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.types import Batch, DistillError, Target
 from helpers.detectors import BOX_FAMILIES, FAMILIES, FEW, SIZES, count_calls, gradients, padded_batch, random_detector
+from helpers.grids import exhaustive
 
 
 def torchvision_input(data: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -312,7 +313,7 @@ def everything(view: Any, order: tuple[str, ...]) -> dict[str, Tensor]:
 foreign = [torch.tensor([[4.0, 4.0, 60.0, 60.0], [0.0, 0.0, 30.0, 64.0]])] * len(SIZES)
 
 
-@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("seed", [exhaustive(None), 5])
 @pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_reading_order_changes_nothing(family: str, seed: int | None) -> None:
     detector, data = random_detector(family), padded_batch()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from distill.losses.base import DistillLoss
 from distill.types import AnchorTargets, Regions
@@ -20,6 +22,25 @@ Make = Callable[[str], DistillLoss]
 Scene = Callable[[], tuple[FakeView, FakeView]]
 """Student's and teacher's view of four images, six regions each."""
 Found = tuple[dict[str, float], list[torch.Tensor], list[torch.Tensor]]
+
+
+@functools.cache
+def process_pair() -> ProcessPoolExecutor:
+    """Two processes for all tests of this one, because the start of each takes seconds."""
+    return ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+
+
+def run_in_two_processes(work: Callable[..., object], *arguments: Any) -> None:
+    """Call ``work(rank, *arguments)`` in two processes at once. `work` is a function of a module, and sets up the group itself."""
+    results = [process_pair().submit(work, rank, *arguments) for rank in (0, 1)]
+    try:
+        for result in results:
+            result.result(timeout=300)
+    except BaseException:  # the other one may wait for ever
+        for process in list(process_pair()._processes.values()):
+            process.kill()
+        process_pair.cache_clear()
+        raise
 
 
 def part_of(view: FakeView, rows: slice, regions: int = 6) -> FakeView:
@@ -62,7 +83,7 @@ def assert_two_equal_one(make: Make, scene: Scene, folder: Path, relative: float
 
     Of several losses together, whose terms are called ``name/term``, each must differ in some term.
     """
-    mp.spawn(one_rank, args=(str(folder), make, scene), nprocs=2)
+    run_in_two_processes(one_rank, str(folder), make, scene)
     values, leaves, adapters = found(make, scene, "global", slice(0, 4))
     first, second = (torch.load(folder / f"global{rank}.pt") for rank in (0, 1))
     assert values.keys() == first[0].keys()

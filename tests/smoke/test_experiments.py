@@ -11,10 +11,20 @@ from omegaconf import OmegaConf
 
 from distill.cli import assembly, compose, teacher
 from distill.types import DistillError
+from helpers.grids import mostly_exhaustive
 from helpers.image_folders import write_coco, write_voc
 from helpers.runs import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 
 EXPERIMENTS = compose.groups()["experiment"]
+DAILY = [
+    "bccd",
+    "defeat_coco_frcnn_r50_quarter",
+    "dsig_coco_mask_rcnn_r50_r18",
+    "dsig_coco_retinanet_r50_mnv2",
+    "fgfi_voc_frcnn_r101_r50_pad",
+    "tadf_voc_frcnn_r152_r50",
+]
+"""Recipes that between them have every family, source of data and kind of backbone."""
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +45,7 @@ def tiny(experiment: str, root: Path) -> list[str]:
     return [f"experiment={experiment}", *lines, *heads, "data.batch_size=2", "data.workers=0"]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", mostly_exhaustive(EXPERIMENTS, DAILY))
 def test_recipe_trains_and_its_baseline_is_clean(
     experiment: str, data_sets: dict[str, Path], cli: Cli, tmp_path: Path
 ) -> None:
@@ -78,7 +88,7 @@ def test_recipe_without_losses_leaves_none_behind(experiment: str) -> None:
 @pytest.mark.parametrize(
     "more", [[], ["teacher.model.norm=frozen"], ["teacher=retinanet_r18", "teacher.model.mean=[0.4,0.4,0.4]"]]
 )
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", mostly_exhaustive(EXPERIMENTS, DAILY))
 def test_the_teachers_own_run_has_the_model_that_is_printed(
     experiment: str, more: list[str], cli: Cli, monkeypatch: pytest.MonkeyPatch, data_sets: dict[str, Path]
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.grids import mostly_exhaustive
 from helpers.image_folders import write_voc
 from helpers.runs import TINY, Cli, summary
 
@@ -115,7 +116,7 @@ UNREAD = [  # the word, and what the message names
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), UNREAD)
+@pytest.mark.parametrize(("line", "message"), mostly_exhaustive(UNREAD, UNREAD[::4]))
 def test_a_wrong_value_is_named_before_an_image_is_read(
     line: str, message: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ LINES += ["data.source.train=24", "data.source.val=4", "data.source.test=0", "da
 LINES += ["data.source.size=128", "data.min_size=128", "data.max_size=128"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' account of a process's memory")
 def test_nothing_grows_with_the_epochs_but_what_is_kept_on_purpose(tmp_path: Path) -> None:
     command = [sys.executable, str(SOAKED), str(tmp_path / "run"), *TINY_MODEL, *TINY_HEADS, *LINES]

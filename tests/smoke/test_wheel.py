@@ -93,6 +93,7 @@ def test_prints_its_configuration(installed: Installed) -> None:
     assert not any(installed.elsewhere.iterdir()), "printing leaves no run folder behind"
 
 
+@pytest.mark.exhaustive
 def test_trains(installed: Installed) -> None:
     data = ["data.source.train=4", "data.source.val=2", "data.source.test=0"]
     installed.python("-m", "distill", "train", "distill=none", "trainer=cpu", "schedule.epochs=1", "pictures=0", *data)

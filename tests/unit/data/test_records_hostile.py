@@ -249,6 +249,7 @@ for many in entries:
 """
 
 
+@pytest.mark.exhaustive
 def test_a_million_equal_ids_end_soon_in_a_short_message(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     done = subprocess.run([sys.executable, "-c", MILLION, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -24,6 +24,7 @@ from distill.detectors.fcos import FCOS
 from distill.detectors.norms import NORMS, FixedBatchNorm2d, SyncBatchNorm2d, set_eps
 from distill.detectors.retinanet import RetinaNet
 from distill.types import DistillError
+from helpers.grids import exhaustive, mostly_exhaustive
 
 
 def theirs(depth: int) -> nn.Module:
@@ -170,7 +171,7 @@ def attributes(net: nn.Module) -> dict[str, str]:
     return {name: value for name, value in found.items() if not name.endswith(skipped)}
 
 
-@pytest.mark.parametrize("which", ["faster_rcnn", "retinanet", "retinanet_v2", "fcos"])
+@pytest.mark.parametrize("which", ["faster_rcnn", exhaustive("retinanet"), "retinanet_v2", exhaustive("fcos")])
 def test_defaults_are_torchvisions_builders(which: str) -> None:
     options = {"weights": None, "weights_backbone": None, "num_classes": 4}
     if which == "faster_rcnn":
@@ -193,7 +194,7 @@ def test_defaults_are_torchvisions_builders(which: str) -> None:
 # -- bodies other than the ResNet
 
 
-@pytest.mark.parametrize("backbone", list(ENDS))
+@pytest.mark.parametrize("backbone", mostly_exhaustive(ENDS, list(ENDS)[::4]))
 def test_a_body_has_torchvisions_keys_and_shapes_at_strides_4_to_32(backbone: str) -> None:
     with torch.device("meta"):
         network = models.get_model(backbone, weights=None)
@@ -214,7 +215,7 @@ def test_a_body_has_torchvisions_keys_and_shapes_at_strides_4_to_32(backbone: st
 
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnext50_32x4d"])
-@pytest.mark.parametrize("stages", range(6))
+@pytest.mark.parametrize("stages", mostly_exhaustive(range(6), [0, 3]))
 def test_every_body_frees_its_stages_from_behind(backbone: str, stages: int) -> None:
     detector = RetinaNet(["a"], backbone=backbone, neck_channels=32, trainable_stages=stages).train()
     body, seen = detector.net.backbone.body, {}

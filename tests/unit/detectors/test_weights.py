@@ -26,6 +26,7 @@ from distill.detectors.retinanet import RetinaNet
 from distill.labels import match_classes
 from distill.types import Batch, DistillError, Target
 from helpers.detectors import BOX_FAMILIES
+from helpers.grids import exhaustive
 
 ROWS = {row.detector: row for row in BOX_FAMILIES.values()}
 SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "neck_channels": 64}
@@ -317,9 +318,9 @@ def test_imagenet_weights_from_torchvision_or_a_file(tmp_path: Path, monkeypatch
     ("backbone", "head"),
     [
         ("mobilenet_v2", "features.18"),
-        ("mobilenet_v3_large", "features.16"),
-        ("efficientnet_b0", "features.8"),
-        ("resnext50_32x4d", "fc"),
+        exhaustive(("mobilenet_v3_large", "features.16")),
+        exhaustive(("efficientnet_b0", "features.8")),
+        exhaustive(("resnext50_32x4d", "fc")),
     ],
 )
 @pytest.mark.parametrize("norm", ["batch", "frozen"])

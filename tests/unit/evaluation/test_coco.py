@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from distill.evaluation.coco import CocoMetric
 from distill.types import Detections, DistillError
+from helpers.two_processes import run_in_two_processes
 
 KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 BACKENDS = ["faster_coco_eval", "pycocotools"]
@@ -357,7 +357,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     silent: Case = (case[0], case[1], [d if i % 2 == 0 else found([]) for i, d in enumerate(case[2])])
     cases = {"even": case, "none on rank 0": case, "none on rank 1": case, "no boxes on rank 1": silent}
     cases["nothing at all"] = (case[0], case[1], [found([]) for _ in case[1]])
-    mp.start_processes(work, (str(tmp_path), cases), nprocs=2, start_method="spawn")
+    run_in_two_processes(work, str(tmp_path), cases)
     answers: list[dict[str, dict[str, float]]] = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for split, entry in cases.items():
         expected = measure(entry, "auto", per_class=True)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -21,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from distill.data import rle
 from distill.evaluation.coco import CocoMetric
 from distill.types import Detections, DistillError
+from helpers.two_processes import run_in_two_processes
 
 BACKENDS = ["faster_coco_eval", "pycocotools"]
 CLASSES = ("cat", "dog")
@@ -243,7 +243,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one_even_if_one_of_them_has_no_images(tmp_path: Path) -> None:
-    mp.start_processes(work, (str(tmp_path),), nprocs=2, start_method="spawn")
+    run_in_two_processes(work, str(tmp_path))
     answers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     ground_truth, entries = random_case(8)
     expected = measure(ground_truth, entries)

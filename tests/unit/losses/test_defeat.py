@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from distill.losses import base, defeat, imitation, masks
@@ -21,6 +20,7 @@ from distill.types import DetectorSpec, DistillError, Target
 from helpers.fake_view import STRIDES, FakeView, batch, equal_views, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
 from helpers.slow_oracles import slow
+from helpers.two_processes import run_in_two_processes
 
 NO_ADAPTER = {"kernel": None, "backbone_relu": False}
 ALL_ON: dict[str, Mapping[str, Any]] = {
@@ -432,7 +432,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Two images each, those of the second process without boxes; gradients averaged as DDP does."""
-    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    run_in_two_processes(one_rank, str(tmp_path))
     whole = gradients(slice(0, 4), "global")
     shared = torch.load(tmp_path / "global.pt")
     assert len(shared) == len(whole) == 2 * (5 + 3)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from distill.losses import dicod
@@ -23,6 +22,7 @@ from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
 from helpers.loss_states import KNOWN, SIDE, Tiny
 from helpers.slow_oracles import slow_crop
+from helpers.two_processes import run_in_two_processes
 
 
 class Scene(FakeView):
@@ -384,7 +384,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Four positives in the first, two in the second, gradients averaged as DDP does."""
-    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    run_in_two_processes(one_rank, str(tmp_path))
     whole = gradient(slice(0, 4), "global")
     torch.testing.assert_close(torch.load(tmp_path / "global.pt"), whole, rtol=1e-4, atol=1e-7)
     assert not torch.allclose(torch.load(tmp_path / "process.pt"), whole, rtol=1e-3)

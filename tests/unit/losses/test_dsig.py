@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from distill.losses import base, dsig
@@ -20,6 +19,7 @@ from distill.losses.dsig import DSIG
 from distill.types import AnchorTargets, Detections, DetectorSpec, DistillError, Regions
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
+from helpers.two_processes import run_in_two_processes
 
 ONE_STAGE = spec(two_stage=False)
 PREDICTED: dict[str, Mapping[str, Any]] = {
@@ -669,7 +669,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Two images each, those of the second process without boxes; gradients averaged as DDP does."""
-    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    run_in_two_processes(one_rank, str(tmp_path))
     for number, case in enumerate(CASES):
         whole = gradients(slice(0, 4), "global", *case)
         shared = torch.load(tmp_path / f"global{number}.pt")

@@ -18,6 +18,7 @@ from distill.losses.kernels import blocks, windows
 from distill.losses.ssim import SSIM, Dissimilarity
 from distill.types import DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
+from helpers.grids import exhaustive
 from helpers.loss_grid import OBJECTS, LossGrid
 from helpers.slow_oracles import slow
 
@@ -312,7 +313,7 @@ def test_blocks_give_what_whole_maps_give(name: str, scope: str, dtype: torch.dt
 
 
 @pytest.mark.usefixtures("planes")
-@pytest.mark.parametrize("scope", ["plane", "none"])
+@pytest.mark.parametrize("scope", ["plane", exhaustive("none")])
 @pytest.mark.parametrize(
     "powers", [{}, {"luminance": 0.0, "contrast": 0.0}, {"contrast": 0.0, "structure": 0.0}, {"contrast": 2.0}]
 )
