@@ -276,6 +276,41 @@ def test_a_detector_of_a_users_own_has_no_loss_names(conf: Path) -> None:
     assert compose.composed(["model=mine", "teacher=none", "distill=none"]).supervised == {}
 
 
+SWEEP = "distill=none,defeat,dsig"
+
+
+@pytest.mark.parametrize(
+    ("words", "forced"),
+    [
+        ([SWEEP, "distill.losses.dsig.neck.all=1"], ["distill.losses.dsig.neck.all=1"]),
+        ([SWEEP, "distill.losses.dsig.neck.all=1,2", "seed=1,2"], ["distill.losses.dsig.neck.all=1,2"]),
+        (["distill=dsig,[defeat,dsig]", "distill.losses.dsig.neck.all=1,2"], []),
+        (["distill=dsig", "distill.losses.dsig.neck.all=1"], []),
+        (["seed=1,2"], []),
+    ],
+)
+def test_a_key_of_one_method_composes_in_the_sweep_s_other_jobs(words: list[str], forced: list[str]) -> None:
+    assert compose.check(words)[1] == [f"++{word}" if word in forced else word for word in words]
+    key = "++distill.losses.dsig.neck.all=1"
+    assert compose.applicable(["distill=none", key, "seed=3"]) == ["distill=none", "seed=3"]
+    assert compose.applicable(["seed=3", key, "distill=[dsig,mimic]"]) == ["seed=3", key[2:], "distill=[dsig,mimic]"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([SWEEP, "distill.losses.dsig.neck.al=1"], "no key 'distill.losses.dsig.neck.al'; did you mean distill.losses.dsig.neck.all"),
+        ([SWEEP, "distill.losses.dsig.neck.all=1", "distill.losses.dsg.neck.all=1,2"], "no key 'distill.losses.dsg'"),
+        (["seed=1,2", "distill=none", "distill.losses.dsig.neck.all=1"], "no key 'distill.losses.dsig'"),
+        (["distill=defeat", "distill.losses.dsig.neck.all=1"], "no key 'distill.losses.dsig'"),
+    ],
+)  # fmt: skip
+def test_a_key_that_applies_to_no_job_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(DistillError) as caught:
+        compose.check(words)
+    assert message in str(caught.value)
+
+
 def test_every_student_has_a_default_teacher_and_can_be_one() -> None:
     known = compose.groups()
     students = set(known["model"])

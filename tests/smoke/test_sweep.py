@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from distill.cli.signals import Terminated, stoppable
-from distill.cli.sweep import execute, place
+from distill.cli.sweep import claim_folder, execute
 from helpers.runs import TINY, Cli, started, summary, wait_until
 
 NONE = ["distill=none", *TINY, "pictures=0", "test=false"]
@@ -44,6 +47,70 @@ def test_a_failed_job_is_recorded_and_the_next_ones_run(
     assert cli(["train", "-m", axis, "schedule.gamma=0.5", *NONE, "hydra.sweep.dir=sweep"]) == 1
     assert [row["state"] for row in rows(tmp_path / "sweep")] == ["failed", "done", "failed", "done"]
     assert (tmp_path / "sweep" / "1" / "student.pt").stat().st_mtime_ns == finished
+
+
+@pytest.mark.parametrize(
+    "launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]], ids=lambda words: words[0]
+)
+def test_any_launcher_of_hydra_runs_a_sweep(launcher: list[str], tmp_path: Path) -> None:
+    """Jobs of several processes at once: one table, a failed job is a row, and the same words run what is not done."""
+    words = [
+        "-m",
+        "schedule.shape=constant,stairs,step",
+        *NONE,
+        "hydra.sweep.dir=sweep",
+        f"hydra/launcher={launcher[0]}",
+    ]
+    command = [sys.executable, "-m", "distill", "train", *words, *launcher[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 1, done.stderr
+    assert "1 of the sweep's jobs failed, the first: job 1: schedule.shape: expected one of" in done.stderr
+    assert [(row["schedule.shape"], row["state"]) for row in rows(tmp_path / "sweep")] == [
+        ("constant", "done"),
+        ("stairs", "failed"),
+        ("step", "done"),
+    ]
+    finished = (tmp_path / "sweep" / "0" / "student.pt").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "sweep" / "2")
+    words[1] = "schedule.shape=constant,step"
+    command = [sys.executable, "-m", "distill", "train", *words, *launcher[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert [row["state"] for row in rows(tmp_path / "sweep")] == ["done", "failed", "done"]
+    assert (tmp_path / "sweep" / "0" / "student.pt").stat().st_mtime_ns == finished
+
+
+def test_stopping_a_sweep_of_jobs_at_once_leaves_no_process(tmp_path: Path) -> None:
+    data = [line for line in NONE if not line.startswith(("schedule.epochs", "trainer.max_steps"))]
+    lines = ["-m", "seed=0,1", *data, "schedule.epochs=500", "hydra.sweep.dir=sweep"]
+    lines += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    with started(lines, tmp_path) as running:
+        wait_until(lambda: len(list(tmp_path.glob("sweep/*/checkpoints/last.ckpt"))) == 2, running)
+        jobs = psutil.Process(running.pid).children(recursive=True)
+        running.terminate()
+        _, said = running.communicate(timeout=900)
+    assert running.returncode == 143, said
+    assert "sweep' with the same words again runs what is not done" in said.splitlines()[-1]
+    assert not psutil.wait_procs(jobs, timeout=60)[1]
+    assert [row["state"] for row in rows(tmp_path / "sweep")] == ["unfinished"] * 2
+
+
+def test_a_key_of_one_method_applies_to_the_jobs_of_this_method(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "-m",
+        "distill=none,mimic",
+        "distill.losses.mimic.regions.all=1,2",
+        f"teacher.weights={tiny_teacher}",
+        *TINY,
+    ]
+    assert cli(["train", *words, "pictures=0", "hydra.sweep.dir=sweep"]) == 0
+    made = [(row["distill"], row["distill.losses.mimic.regions.all"]) for row in rows(tmp_path / "sweep")]
+    assert sorted(made) == [("mimic", "1"), ("mimic", "2"), ("none", "")]
+    for job, (option, weight) in enumerate(made):
+        losses = OmegaConf.load(tmp_path / "sweep" / str(job) / "config.yaml").distill.losses
+        assert [loss.regions["all"] for loss in losses.values()] == ([] if option == "none" else [float(weight)])
 
 
 def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
@@ -191,8 +258,8 @@ def test_a_job_has_the_folder_that_holds_its_words(tmp_path: Path) -> None:
     make("0", "seed=0", "model=x")
     make("1", "seed=1", "model=x", "ckpt_path=last")
     given = make("2")
-    assert place(tmp_path, given, ["model=x", "seed=1"]) == tmp_path / "1"
+    assert claim_folder(tmp_path, given, ["model=x", "seed=1"]) == tmp_path / "1"
     assert not given.exists()
-    assert place(tmp_path, make("2"), ["seed=2", "model=x"]) == tmp_path / "2"
-    assert place(tmp_path, tmp_path / "1", ["seed=5", "model=x"]) == tmp_path / "3"
-    assert place(tmp_path, tmp_path / "0", ["seed=0", "model=x"]) == tmp_path / "0"
+    assert claim_folder(tmp_path, make("2"), ["seed=2", "model=x"]) == tmp_path / "2"
+    assert claim_folder(tmp_path, tmp_path / "1", ["seed=5", "model=x"]) == tmp_path / "3"
+    assert claim_folder(tmp_path, tmp_path / "0", ["seed=0", "model=x"]) == tmp_path / "0"

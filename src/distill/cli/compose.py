@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -224,39 +223,65 @@ def standalone(overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
-def check_flags(args: Namespace) -> None:
-    """Refuse Hydra's flags that would put another configuration in the place of ours, and two that it cannot do at once."""
-    if args.cfg and args.multirun:
-        raise DistillError("--cfg shows the configuration of one run: leave out -m, and give each key one value")
-    for flag in ("config_path", "config_name", "config_dir", "experimental_rerun"):
-        if getattr(args, flag) is not None:
-            raise DistillError(
-                f"--{flag.replace('_', '-')}: the configuration is {folder()}; put a file of yours there, experiment/mine.yaml "
-                "say, and choose it by experiment=mine"
-            )
+def check(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """Compose without running anything, so that a mistake is named within a second, with the nearest names.
 
+    A sweep is checked by every combination of its groups' options, and by every single value of a key. In a sweep a key of
+    one loss, ``distill.losses.NAME.KEY``, applies to the jobs that have this loss.
 
-def check(overrides: Sequence[str]) -> None:
-    """Compose once without running anything, so that a mistake is named within a second, with the nearest names.
+    Returns:
+        The configuration of the run, or of a sweep's first job, with the ``hydra`` node; and the overrides for Hydra. In
+        these a key that applies to some jobs only begins with ``++``, so that it composes in all jobs; `applicable` leaves
+        it out of the jobs where it does not apply.
 
-    A sweep is checked by every combination of its groups' options, and by every single value of a key.
+    Raises:
+        DistillError: a mistake, with the override and the nearest names.
     """
     refuse_renamed(overrides)
-    first = _sweep_settings(overrides)[0]
-    params = _check_setting(first).hydra.sweeper.get("params") or {}
-    for setting in _sweep_settings([*(f"{key}={value}" for key, value in params.items()), *overrides]):
-        if setting != first:
-            _check_setting(setting)
+    params = _check_setting(_sweep_jobs(overrides)[0][1]).hydra.sweeper.get("params") or {}
+    jobs = _sweep_jobs([*(f"{key}={value}" for key, value in params.items()), *overrides])
+    left_out = {line for job, kept in jobs for line in job} - {line for _, kept in jobs for line in kept}
+    configs = [_check_setting(kept) for _, kept in jobs]
+    most_losses = max(range(len(jobs)), key=lambda index: len(configs[index].distill.losses or {}))
+    for line in left_out:  # by some jobs; one that applies to none is refused here
+        _check_setting([line, *jobs[most_losses][1]])
+    partial = {_key(each) for job, kept in jobs for each in parse(job) if each.input_line not in kept}
+    forced = [
+        f"++{line}" if _key(each) in partial else line for line, each in zip(overrides, parse(overrides), strict=True)
+    ]
+    return configs[0], forced
+
+
+def _sweep_jobs(overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    """The overrides of the jobs to check, and those that apply to each job: all of them where there is one job."""
+    jobs = _sweep_settings(overrides)
+    return [(job, applicable(job) if len(jobs) > 1 else job) for job in jobs]
+
+
+def applicable(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a sweep's job, less the keys of losses that the job does not have."""
+    of_losses = {
+        line: match[1] for line in overrides if (match := re.match(r"(?:\+\+)?distill\.losses\.(\w+)\.", line))
+    }
+    if not of_losses:
+        return list(overrides)
+    losses = _try_to_compose([line for line in overrides if line not in of_losses]).distill.losses or {}
+    lines = [line for line in overrides if of_losses.get(line) is None or of_losses[line] in losses]
+    return [line.removeprefix("++") if line in of_losses else line for line in lines]
 
 
 def _check_setting(overrides: list[str]) -> DictConfig:
     """The configuration of one job."""
-    try:
-        cfg = compose_with_hydra(overrides)
-    except (HydraException, OmegaConfBaseException, *UNFIT) as error:
-        raise DistillError(_explain(error, overrides)) from None
+    cfg = _try_to_compose(overrides)
     _check_losses(overrides)
     return cfg
+
+
+def _try_to_compose(overrides: list[str]) -> DictConfig:
+    try:
+        return compose_with_hydra(overrides)
+    except (HydraException, OmegaConfBaseException, *UNFIT) as error:
+        raise DistillError(_explain(error, overrides)) from None
 
 
 def _sweep_settings(overrides: Sequence[str]) -> list[list[str]]:
@@ -278,7 +303,13 @@ def _sweep_settings(overrides: Sequence[str]) -> list[list[str]]:
             fixed.append(str(override.input_line))
     firsts = [axis[0] for axis in values if axis]
     jobs = [[*fixed, *chosen, *firsts] for chosen in product(*(axis for axis in options if axis))]
-    return [*jobs, *([*jobs[0], line] for axis in values for line in axis[1:])]
+    # A key of a loss is checked in the jobs of all options: the first one may not have this loss.
+    changed = [(axis[0], line) for axis in values for line in axis[1:]]
+    return jobs + [
+        [*(each for each in job if each != first), line]
+        for first, line in changed
+        for job in (jobs if first.startswith("distill.losses.") else jobs[:1])
+    ]
 
 
 def _check_losses(overrides: Sequence[str]) -> None:
@@ -319,11 +350,13 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     for line in overrides:
         key, _, value = line.lstrip("+~").partition("=")
         key = key.split("@")[0]
-        if "." not in key and key not in known and key not in _root_keys():
+        if not re.search(r"\.|hydra/", key) and key not in known and key not in _root_keys():
             return f"'{line}': there is no group or key '{key}'{nearest(key, [*known, *_root_keys()])}"
         for option in value.strip("[]").split(",") if key in known else ():
             if option not in ("", "null") and option not in known[key] and f"{key}={option}" not in str(error):
                 return f"'{line}': group '{key}' has no option '{option}'{nearest(option, known[key])}"
+    if extra := re.search(r"Could not find '(hydra/\w+/(optuna|joblib|submitit)\w*)'", str(error)):
+        return f"{extra[1]} is an extra: install 'distill[{extra[2]}]'"
     message = str(error.__cause__ or error).splitlines()[0]
     match = re.search(r"Key '([^']+)' is not in struct", message)
     full = re.search(r"full_key: (\S+)", str(error.__cause__ or error))

@@ -69,14 +69,12 @@ def resumed(overrides: Sequence[str]) -> list[str]:
     return _in_folder(lines, must=False)
 
 
-def swept(overrides: Sequence[str]) -> list[str]:
-    """A sweep that SLURM started again goes on in its own folder, unless one is given."""
-    lines = list(overrides)
-    if not _requeued() or any(line.startswith("hydra.sweep.dir=") for line in lines):
-        return lines
-    paths = compose.composed([line for line in lines if line.startswith("paths.outputs=")]).paths
-    mine = [folder for folder in Path(paths.outputs).glob("sweeps/*") if _made_by_this_job(folder)]
-    return [*lines, *(f"hydra.sweep.dir={compose.quoted(str(folder))}" for folder in mine[:1])]
+def requeued_sweep(overrides: Sequence[str]) -> Path | None:
+    """The folder of the sweep that SLURM started again, unless a folder is given."""
+    if not _requeued() or any(line.startswith("hydra.sweep.dir=") for line in overrides):
+        return None
+    paths = compose.composed([line for line in overrides if line.startswith("paths.outputs=")]).paths
+    return next((folder for folder in Path(paths.outputs).glob("sweeps/*") if _made_by_this_job(folder)), None)
 
 
 def _requeued() -> bool:

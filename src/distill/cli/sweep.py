@@ -1,7 +1,12 @@
-"""The jobs of a sweep, each a process of its own, and the table that they leave: one row a job, on the terminal and as CSV.
+"""The jobs of a sweep, each a process of its own, and their table: one row a job, on the terminal and as ``sweep.csv``.
 
-A job that fails is recorded, and the next one starts. Given the same ``hydra.sweep.dir`` again, a sweep goes on where it
-stopped: of the jobs in that folder those that are finished are not run again, those with a checkpoint are resumed.
+A job that fails is recorded, and the others go on. With the same ``hydra.sweep.dir`` again, a sweep continues: of the jobs in
+that folder the finished ones are not run again, and those with a checkpoint are resumed.
+
+Any launcher of Hydra can start the jobs: one after another (the default), several at once (``hydra/launcher=joblib
+hydra.launcher.n_jobs=2``, ``hydra/launcher=submitit_local``) or on a cluster (``hydra/launcher=submitit_slurm``, which has
+not been tested). Jobs at once share the machine's GPUs as they are. The launchers of submitit end a job after
+``hydra.launcher.timeout_min=60`` minutes; submitit_local starts all jobs together.
 """
 
 from __future__ import annotations
@@ -18,11 +23,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import compose, resume
-from distill.cli.signals import ended
+from distill.cli.hydra_main import run_hydra
+from distill.cli.signals import Terminated, ended
 from distill.cli.teacher import RANK_VARIABLES
 from distill.files import write_text
 from distill.run_folder import RunFolder
@@ -35,104 +45,143 @@ class JobFailed(DistillError):
     """One job failed; Hydra's sweepers hear of it only when the others are done."""
 
 
-class Jobs:
-    """The jobs of one sweep, as Hydra's sweeper hands them over."""
+def run_job(cfg: DictConfig) -> float:
+    """One job of a sweep, in a process of its own: it is run, resumed, or was finished before.
 
-    def __init__(self) -> None:
-        self.folder: Path | None = None
-        self.failed: list[str] = []
+    Hydra's launchers call this function, some of them in other processes: nothing is shared between jobs but their folder.
 
-    def run(self, cfg: DictConfig) -> float:
-        """One job: the metric of its run, which is done, resumed, or was finished before.
+    Returns:
+        The metric that the configuration names.
 
-        Raises:
-            JobFailed: what the run said last.
-            DistillError: this very sweep is started more than once, by torchrun or SLURM.
-        """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            raise DistillError(
-                "a sweep (-m) under torchrun or in several tasks of SLURM: each process would start the sweep anew. Start it "
-                "once; every job starts its own processes (trainer=ddp)"
-            )
-        hydra = HydraConfig.get()
-        overrides = [str(line) for line in hydra.overrides.task]
-        self.folder = Path(hydra.sweep.dir)
-        resume.note_job(self.folder)
-        run = place(self.folder, Path(hydra.runtime.output_dir), overrides)
+    Raises:
+        JobFailed: the last message of the run.
+    """
+    compose.register_resolvers()
+    hydra = HydraConfig.get()
+    sweep = Path(hydra.sweep.dir)
+    overrides = compose.applicable([str(line) for line in hydra.overrides.task])
+    run = claim_folder(sweep, Path(hydra.runtime.output_dir), overrides)
+    with FileLock(f"{run}.lock"):  # two jobs are one where a key that differs applies to neither
         if not RunFolder(run).finished:
-            self._start(run, overrides)
-        self.table()
-        return float(json.loads(RunFolder(run).summary.read_text())["student"][cfg.metric])
+            _start(run, overrides, sweep.name)
+    return float(json.loads(RunFolder(run).summary.read_text())["student"][cfg.metric])
 
-    def _start(self, run: Path, overrides: Sequence[str]) -> None:
-        RunFolder(run).error.unlink(missing_ok=True)
-        write_text(
-            RunFolder(run).overrides, OmegaConf.to_yaml(list(overrides))
-        )  # so that a job that dies early is known
-        going_on = ["ckpt_path=last"] if RunFolder(run).resumable else []
-        command = [
-            sys.executable,
-            "-m",
-            "distill",
-            "train",
-            *overrides,
-            *going_on,
-            f"hydra.run.dir={compose.quoted(str(run))}",
-        ]
-        code, error = execute(command, Path(HydraConfig.get().sweep.dir).name)
-        if code == 130:
-            raise KeyboardInterrupt
-        if code or not RunFolder(run).finished:
-            write_text(RunFolder(run).error, error)
-            self.failed.append(run.name)
-            self.table()
-            raise JobFailed(f"job {run.name}: {error}")
 
-    def table(self) -> list[dict[str, Any]]:
-        """Write ``sweep.csv`` anew; its rows."""
-        assert self.folder is not None
-        rows = [_row(job) for job in _jobs(self.folder)]
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        page = io.StringIO(newline="")
-        writer = csv.DictWriter(page, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.folder / "sweep.csv", page.getvalue())
-        return rows
+def _start(run: Path, overrides: Sequence[str], sweep: str) -> None:
+    RunFolder(run).error.unlink(missing_ok=True)
+    resumption = ["ckpt_path=last"] if RunFolder(run).resumable else []
+    words = [*overrides, *resumption, f"hydra.run.dir={compose.quoted(str(run))}"]
+    code, error = execute([sys.executable, "-m", "distill", "train", *words], sweep)
+    if code == 130:
+        raise KeyboardInterrupt
+    if code or not RunFolder(run).finished:
+        write_text(RunFolder(run).error, error)
+        raise JobFailed(f"job {run.name}: {error}")
 
-    def show(self) -> None:
-        """Print the table: what was varied, the main numbers, and why a job failed; nothing outside a sweep."""
-        if self.folder is None:
-            return
-        rows = self.table()
-        names = dict.fromkeys(name for row in rows for name in row)
-        varied = [name for name in names if "/" not in name and len({str(row.get(name)) for row in rows}) > 1]
-        numbers = [name for name in names if name in SHOWN]
-        _print(
-            list(dict.fromkeys(["job", *(name for name in varied if name != "error"), "state", *numbers])),
-            rows,
-            self.folder,
+
+class SweepTable(Callback):
+    """Hydra's callback that writes ``sweep.csv`` from the folders of the jobs, whichever process each job runs in."""
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """A job is done or failed, in the process of the launcher's worker."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            write_table(Path(config.hydra.sweep.dir))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """All jobs are done, in the process that started the sweep."""
+        write_table(Path(config.hydra.sweep.dir))
+
+
+def run(words: Sequence[str], cfg: DictConfig) -> None:
+    """Run a sweep, and print its table.
+
+    Args:
+        words: overrides and flags of the command line.
+        cfg: the configuration of the first job, with the ``hydra`` node.
+
+    Raises:
+        JobFailed: at least one job failed, and the others are done.
+        DistillError: torchrun or SLURM starts this very sweep more than once.
+        Terminated, KeyboardInterrupt: the sweep is asked to stop; the message says how to continue.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise DistillError(
+            "a sweep (-m) under torchrun or in several tasks of SLURM: each process would start the sweep anew. Start it "
+            "once; every job starts its own processes (trainer=ddp)"
         )
-        if self.failed:
-            print(*self.going_on())
+    if any(word.startswith("ckpt_path=") for word in words):
+        raise DistillError("ckpt_path with -m: a sweep goes on by itself where it stopped: hydra.sweep.dir=DIR")
+    HydraConfig.instance().set_config(cfg)  # for interpolations into it
+    folder = resume.requeued_sweep(words) or Path(cfg.hydra.sweep.dir)
+    others = [word for word in words if not word.startswith("hydra.sweep.dir=")]
+    resume.note_job(folder)
+    try:
+        run_hydra([f"hydra.sweep.dir={compose.quoted(str(folder))}", *others], run_job)
+    except JobFailed as error:
+        raise JobFailed(f"{count_failed(folder)} of the sweep's jobs failed, the first: {error}") from None
+    except (Terminated, KeyboardInterrupt) as stopped:
+        raise type(stopped)(*(stopped.args or [continuation_advice(folder)])) from None
+    finally:
+        show_table(folder)
 
-    def going_on(self) -> list[str]:
-        """What to say to let the sweep go on; nothing where it has not begun."""
-        again = f"hydra.sweep.dir='{self.folder}' with the same words again runs what is not done"
-        return [] if self.folder is None else [again]
+
+def write_table(folder: Path) -> list[dict[str, Any]]:
+    """Write ``sweep.csv`` from the folders of the jobs; its rows."""
+    rows = [_row(job) for job in _jobs(folder)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    page = io.StringIO(newline="")
+    writer = csv.DictWriter(page, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "sweep.csv", page.getvalue())
+    return rows
 
 
-def place(folder: Path, given: Path, overrides: Sequence[str]) -> Path:
-    """The folder of a job: the one that holds these overrides, else the given one where it is free, else the next number."""
-    for job in _jobs(folder):
+def count_failed(folder: Path) -> int:
+    """How many jobs of a sweep failed, by their folders."""
+    return sum(_row(job)["state"] == "failed" for job in _jobs(folder))
+
+
+def show_table(folder: Path) -> None:
+    """Print the table, unless no job has begun: what was varied, the main numbers, and why jobs failed."""
+    if not _jobs(folder):
+        return
+    rows = write_table(folder)
+    names = dict.fromkeys(name for row in rows for name in row)
+    varied = [name for name in names if "/" not in name and len({str(row.get(name)) for row in rows}) > 1]
+    numbers = [name for name in names if name in SHOWN]
+    columns = dict.fromkeys(["job", *(name for name in varied if name != "error"), "state", *numbers])
+    _print(list(columns), rows, folder)
+    if count_failed(folder):
+        print(continuation_advice(folder))
+
+
+def continuation_advice(folder: Path) -> str:
+    """What to say on the command line to continue the sweep."""
+    return f"hydra.sweep.dir='{folder}' with the same words again runs what is not done"
+
+
+def claim_folder(sweep: Path, given: Path, overrides: Sequence[str]) -> Path:
+    """The folder of a job: the one that holds these overrides, else the given one where it is free, else the next number.
+
+    The overrides are written at once, so that no other job takes the folder, and a job that dies early is known.
+    """
+    with FileLock(sweep / "sweep.lock"):
+        run = _choose_folder(sweep, given, overrides)
+        if not RunFolder(run).overrides.is_file():
+            write_text(RunFolder(run).overrides, OmegaConf.to_yaml(list(overrides)))
+    return run.absolute()
+
+
+def _choose_folder(sweep: Path, given: Path, overrides: Sequence[str]) -> Path:
+    for job in _jobs(sweep):
         if said(job) == set(overrides):
-            if job != given and given.is_dir() and not any(given.iterdir()):
+            if job.absolute() != given.absolute() and given.is_dir() and not any(given.iterdir()):
                 given.rmdir()  # Hydra made it
-            return job.absolute()
+            return job
     if not RunFolder(given).overrides.is_file():
-        return given.absolute()
-    numbers = [int(job.name) for job in folder.iterdir() if job.name.isdigit()]
-    return (folder / str(max(numbers) + 1)).absolute()
+        return given
+    return sweep / str(max(int(job.name) for job in sweep.iterdir() if job.name.isdigit()) + 1)
 
 
 def said(job: Path) -> set[str]:

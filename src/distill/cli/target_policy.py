@@ -38,9 +38,11 @@ ALLOWED = (
 ALLOWED_IN_HYDRA = ("hydra_plugins", "optuna.samplers", "optuna.pruners")
 """Packages whose classes the ``hydra`` node may name: the plugins, which Hydra imports in any case, and Optuna's parts."""
 HYDRA_DEFAULTS = (
+    "distill.cli.sweep.SweepTable",
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
 )
+"""Classes that the ``hydra`` node names by default."""
 TARGET_KEYS = ("_target_", "()", "custom_search_space")
 """Keys whose values are called: by Hydra, by Python's logging configuration, and by the Optuna sweeper."""
 FILE_KEYS = ("run", "sweep", "sweeper", "mode", "verbose")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import compose, resume, sweep
+from distill.cli.hydra_main import parse_words, run_hydra
 from distill.cli.presets import register_presets
 from distill.cli.signals import Terminated
 from distill.types import DistillError
@@ -29,50 +28,34 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Hydra's own flags work too: ``--help``, ``--cfg job --resolve``, ``-m``, ``-sc install=bash``."""
-    from hydra._internal.utils import _run_hydra, get_args_parser
-
     compose.register_resolvers()
     register_presets(compose.folder())
-    parser = get_args_parser()
-    args = parser.parse_args(list(argv))
-    compose.check_flags(args)
-    if not args.shell_completion:
-        compose.check(args.overrides)
-    if not args.multirun:
-        args.overrides = resume.resumed(args.overrides)
-    elif any(word.startswith("ckpt_path=") for word in args.overrides):
-        raise DistillError("ckpt_path with -m: a sweep goes on by itself where it stopped: hydra.sweep.dir=DIR")
+    flags, options = parse_words(argv)
+    if flags.shell_completion:
+        run_hydra(argv, train)
+        return 0
+    cfg, overrides = compose.check(flags.overrides)
+    if flags.runs and (flags.multirun or cfg.hydra.mode == RunMode.MULTIRUN):
+        sweep.run([*overrides, *options], cfg)
     else:
-        args.overrides = resume.swept(args.overrides)
-    # Hydra prints and exits by itself unless this is set; the messages are ours, one level up.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    home, jobs = str(compose.folder()), sweep.Jobs()
-    refused: list[DistillError] = []
+        _run_once([*resume.resumed(overrides), *options])
+    return 0
+
+
+def _run_once(words: Sequence[str]) -> None:
+    command_line, refused = sys.argv, []
 
     def task(cfg: DictConfig) -> float:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return jobs.run(cfg)
+        sys.argv = command_line
         try:
             return train(cfg)
         except DistillError as error:  # past Hydra, which would print all overrides in front of it
             refused.append(error)
             return float("nan")
 
-    try:
-        _run_hydra(args, parser, task_function=task, config_path=home, config_name=compose.NAME)
-    except (HydraException, OmegaConfBaseException) as error:
-        missing = '; its sweeper is an extra: install "distill[optuna]"' if "sweeper/optuna" in str(error) else ""
-        told = str(error).partition("Config search path")[0].strip()
-        raise DistillError(f"{told}{missing}") from error
-    except sweep.JobFailed as error:
-        raise DistillError(f"{len(jobs.failed)} of the sweep's jobs failed, the first: {error}") from None
-    except (Terminated, KeyboardInterrupt) as stopped:
-        raise type(stopped)(*(stopped.args or jobs.going_on())) from None
-    finally:
-        jobs.show()
+    run_hydra(words, task)
     if refused:
         raise refused[0]
-    return 0
 
 
 def train(cfg: DictConfig) -> float:

@@ -144,12 +144,12 @@ def test_a_sweep_that_slurm_started_again_goes_on_in_its_folder(
         if job:
             (home / name / "slurm_job").write_text(job)
     lines = ["distill=none", "seed=0,1", *outputs]
-    assert resume.swept(lines) == lines
+    assert resume.requeued_sweep(lines) is None
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert resume.swept(lines) == [*lines, f"hydra.sweep.dir='{home}/b'"]
-    assert resume.swept([*lines, "hydra.sweep.dir=mine"]) == [*lines, "hydra.sweep.dir=mine"]
+    assert resume.requeued_sweep(lines) == home / "b"
+    assert resume.requeued_sweep([*lines, "hydra.sweep.dir=mine"]) is None
     monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert resume.swept(lines) == lines
+    assert resume.requeued_sweep(lines) is None
 
 
 @pytest.mark.parametrize("text", ["a b", "it's", "\\", "a\\'b\\", "ü(1)=2,3", "[x]{y}", "''", "#:$"])
