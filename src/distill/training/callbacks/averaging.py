@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from distill.training.distiller import Distiller
+from distill.training.lightning_compat import leave_out_of_average
 
 
 class WeightAverage(EMAWeightAveraging):
@@ -31,6 +32,5 @@ class WeightAverage(EMAWeightAveraging):
         """Take in the step, unless the guard or the scaler skipped it."""
         assert isinstance(pl_module, Distiller)
         if pl_module.guard.skipping:
-            # StepRecord, so that no later batch of an accumulated step, nor one after a resume, takes it in.
-            self._latest_update_step = trainer.global_step
+            leave_out_of_average(self, trainer.global_step)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

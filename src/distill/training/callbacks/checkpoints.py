@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from distill.distributed import gather
 from distill.run_folder import BEST, LAST
+from distill.training import lightning_compat as compat
 from distill.types import DistillError
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -77,12 +78,12 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Inside an epoch where it is time, at its end where an evaluation follows."""
-        if _batches(trainer).is_last_batch:
+        if compat.batch_progress(trainer).is_last_batch:
             # An epoch without an evaluation is not at its end here, and cannot be left.
-            if _evaluation_follows(trainer):
+            if compat.evaluation_follows(trainer):
                 self._save(trainer)
                 self._leave_if_asked(trainer)
-        elif _stepped(trainer):
+        elif compat.step_completed(trainer):
             # Not amid an accumulated step, of which nothing keeps the gradients, or what the guard has seen of it.
             if self._is_time(trainer):
                 self._save(trainer)
@@ -112,7 +113,7 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.file)
         self._clock = time.monotonic()
-        self._saved = _batches(trainer).total.processed
+        self._saved = compat.batch_progress(trainer).total.processed
 
     # -- when asked to stop
 
@@ -131,7 +132,7 @@ class LastCheckpoint(Checkpoint):
         """Save and leave, on all processes or on none, if any of them was asked."""
         if not trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False):
             return
-        if self._saved != _batches(trainer).total.processed:
+        if self._saved != compat.batch_progress(trainer).total.processed:
             self._save(trainer)
         raise self._way_out()
 
@@ -146,12 +147,7 @@ class LastCheckpoint(Checkpoint):
             "random": gather(random_states()),
             "stop": trainer.should_stop,
         }
-        progress, loops = _batches(trainer), checkpoint["loops"]["fit_loop"]
-        unfinished = progress.current.completed < progress.current.processed
-        if unfinished and progress.is_last_batch and _evaluation_follows(trainer):
-            _evaluate_first(loops)
-        if _between_epochs(trainer):
-            _complete(loops["epoch_progress"])
+        compat.correct_loop_state(trainer, checkpoint)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep it until the first step."""
@@ -166,16 +162,15 @@ class LastCheckpoint(Checkpoint):
         if not found:
             return
         trainer.should_stop = found["stop"]
-        if _between_epochs(trainer):
-            # Else, with max_steps, Lightning ends the next epoch at once.
-            trainer.fit_loop.epoch_loop.restarting = False
+        if compat.between_epochs(trainer):
+            compat.start_epoch_anew(trainer)
         if trainer.global_rank < len(found["random"]):
             set_random_states(found["random"][trainer.global_rank])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Where nothing was left to train, nobody has said that the training ended: averages wait for it."""
         if self._found:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for callback in compat.callbacks(trainer):
                 if isinstance(callback, WeightAveraging):
                     callback.on_train_end(trainer, pl_module)
 
@@ -258,44 +253,6 @@ def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _batches(trainer: L.Trainer) -> Any:
-    """Lightning's counts of training batches, of this epoch and of all."""
-    return trainer.fit_loop.epoch_loop.batch_progress
-
-
 def _exchanges(trainer: L.Trainer) -> bool:
     """Whether the processes talk after this step; one alone has nobody to wait for."""
     return trainer.world_size == 1 or trainer.global_step % AGREE == 0
-
-
-def _stepped(trainer: L.Trainer) -> bool:
-    """Whether the batch that was seen last was the last one of an optimiser step."""
-    progress = _batches(trainer)
-    return bool(progress.is_last_batch or progress.current.processed % trainer.accumulate_grad_batches == 0)
-
-
-def _evaluation_follows(trainer: L.Trainer) -> bool:
-    every = trainer.check_val_every_n_epoch
-    return trainer.enable_validation and every is not None and (trainer.current_epoch + 1) % every == 0
-
-
-def _between_epochs(trainer: L.Trainer) -> bool:
-    epoch: Any = trainer.fit_loop.epoch_progress.current
-    return bool(epoch.started == epoch.processed)
-
-
-def _complete(progress: dict[str, Any]) -> None:
-    """Count what was processed as completed: Lightning does so after the hooks that save."""
-    for count in (progress["total"], progress["current"]):
-        count["completed"] = count["processed"]
-
-
-def _evaluate_first(loops: dict[str, Any]) -> None:
-    """Make a resume begin with the evaluation: Lightning, at an epoch's last batch, would take it for done.
-
-    It goes back only to an evaluation that was interrupted in a batch, after a batch of training that was not.
-    """
-    _complete(loops["epoch_loop.batch_progress"])
-    evaluated = loops["epoch_loop.val_loop.batch_progress"]
-    for count in (evaluated["total"], evaluated["current"]):
-        count |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}

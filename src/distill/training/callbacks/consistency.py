@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 
 from distill.distributed import gather
+from distill.training.lightning_compat import data_module
 from distill.types import DistillError
 
 SHOWN = 5
@@ -32,7 +33,7 @@ class ConsistencyCheck(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """As soon as the processes can talk."""
         if trainer.world_size > 1:
-            agree(self.spec(trainer.datamodule))  # type: ignore[attr-defined]
+            agree(self.spec(data_module(trainer)))
 
 
 def agree(facts: Mapping[str, str]) -> None:

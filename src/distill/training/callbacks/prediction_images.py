@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill.evaluation.pictures import panel
 from distill.training.distiller import Distiller
+from distill.training.lightning_compat import data_module
 from distill.types import Batch, Detections, DistillError, Target
 
 
@@ -56,7 +57,7 @@ class PredictionImages(L.Callback):
         self._seen += 1
         if not loggers or self.images == 0 or self._seen % self.every:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_module(trainer)
         shown = min(self.images, len(data.ground_truth("val")["images"]))
         batch = data.batch("val", range(shown)).to(pl_module.device)
         columns = look(pl_module, batch)

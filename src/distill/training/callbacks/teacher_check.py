@@ -8,6 +8,7 @@ import lightning as L
 
 from distill.evaluation.evaluate import evaluate
 from distill.training.distiller import Distiller
+from distill.training.lightning_compat import data_module
 from distill.types import DistillError
 
 
@@ -30,7 +31,7 @@ class TeacherCheck(L.Callback):
         if guest is None:
             return
         if self.evaluate and not guest.values:
-            data = trainer.datamodule  # type: ignore[attr-defined]
+            data = data_module(trainer)
             try:
                 found = evaluate(guest.detector, data, "val", pl_module.metrics, pl_module.device, "teacher, val")
             except DistillError as error:
