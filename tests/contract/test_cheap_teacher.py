@@ -15,7 +15,7 @@ from helpers.detector_pairs import PAIRS, Pair
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_method_gives_the_terms_of_the_plain_teacher(name: str) -> None:
     pair = Pair(name)
-    switched_off = compose.standalone([*pair.lines, "teacher.fold=false", "teacher.channels_last=false"])
+    switched_off = compose.compose_without_run([*pair.lines, "teacher.fold=false", "teacher.channels_last=false"])
     options = plan_teacher(switched_off)
     assert options is not None
     plain = as_teacher(options, pair.teacher.detector, "plain")

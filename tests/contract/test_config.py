@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import compose
+from distill.cli import compose, instantiate
 from distill.cli.assembly import build_losses, build_trainer
 from distill.cli.main import main
 from distill.cli.preflight import plan_losses, plan_run
@@ -26,7 +26,9 @@ from distill.types import DistillError
 from helpers.grids import mostly_exhaustive
 
 # `base` is what the other options of its group inherit; it is not complete.
-OPTIONS = [(group, option) for group, options in compose.groups().items() for option in options if option != "base"]
+OPTIONS = [
+    (group, option) for group, options in compose.config_groups().items() for option in options if option != "base"
+]
 GIVEN = {
     "classes",
     "student",
@@ -39,7 +41,7 @@ GIVEN = {
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
 def test_every_option_composes(group: str, option: str) -> None:
-    cfg = compose.composed([f"{group}={option}", "paths.run=x"])
+    cfg = compose.compose_config([f"{group}={option}", "paths.run=x"])
     assert cfg.data.source
 
 
@@ -48,7 +50,7 @@ def test_bars_may_be_switched_off_as_lightning_does(
     wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    trainer = build_trainer(plan_run(compose.standalone([f"trainer.enable_progress_bar={wanted}"])))
+    trainer = build_trainer(plan_run(compose.compose_without_run([f"trainer.enable_progress_bar={wanted}"])))
     assert (trainer.progress_bar_callback is not None) == wanted
 
 
@@ -70,7 +72,7 @@ OURS = [
 
 @pytest.mark.parametrize(("group", "option"), OURS, ids=lambda value: value)
 def test_yaml_names_every_parameter_of_our_constructors(group: str, option: str) -> None:
-    cfg = compose.composed([f"{group}={option}", "paths.run=x"])
+    cfg = compose.compose_config([f"{group}={option}", "paths.run=x"])
     found = [(path, node) for path, node in targets(cfg[group]) if node._target_.startswith("distill.")]
     assert found or (group, option) == ("distill", "none")
     for path, node in found:
@@ -90,7 +92,7 @@ def plain(value: Any) -> Any:
 
 def inherited(option: str) -> list[str]:
     """The options whose keys this option of ``distill`` takes and changes."""
-    defaults = OmegaConf.load(compose.folder() / "distill" / f"{option}.yaml").get("defaults", [])
+    defaults = OmegaConf.load(compose.config_folder() / "distill" / f"{option}.yaml").get("defaults", [])
     return [line.removesuffix("@_here_") for line in defaults if line.endswith("@_here_")]
 
 
@@ -101,7 +103,7 @@ BASES = [option for option in LOSSES if not inherited(option)]
 @pytest.mark.parametrize("option", BASES)
 def test_the_base_option_of_a_loss_has_the_constructor_s_defaults(option: str) -> None:
     """At every depth; `of`, what PAD wraps, has another option's keys."""
-    cfg = compose.composed([f"distill={option}", "paths.run=x"]).distill
+    cfg = compose.compose_config([f"distill={option}", "paths.run=x"]).distill
     assert list(cfg.losses) == [option]
     for path, node in targets(cfg):
         if path.endswith(".of"):
@@ -128,10 +130,10 @@ def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 @pytest.mark.parametrize("option", [option for option in LOSSES if option not in BASES])
 def test_an_option_that_inherits_says_only_what_it_changes(option: str) -> None:
-    own = OmegaConf.to_container(OmegaConf.load(compose.folder() / "distill" / f"{option}.yaml"))
+    own = OmegaConf.to_container(OmegaConf.load(compose.config_folder() / "distill" / f"{option}.yaml"))
     own.pop("defaults")
     (base,) = inherited(option)
-    ((_, node),) = compose.composed([f"distill={base}"]).distill.losses.items()
+    ((_, node),) = compose.compose_config([f"distill={base}"]).distill.losses.items()
     before = dict(leaves(OmegaConf.to_container(node)))
     assert own
     for key, value in leaves(own):
@@ -158,7 +160,7 @@ def test_options_of_one_sweep_build_on_a_pair_of_unequal_necks(option: str) -> N
         )
         for channels in (64, 256)
     )
-    losses = build_losses(plan_losses(compose.composed([f"distill={option}"])), student, teacher)
+    losses = build_losses(plan_losses(compose.compose_config([f"distill={option}"])), student, teacher)
     assert list(losses) == [name for name in ("defeat", "dsig") if name == option]
     assert all(loss.weights and list(loss.parameters()) for loss in losses.values())
 
@@ -181,7 +183,7 @@ def test_options_of_one_sweep_build_on_a_pair_of_unequal_necks(option: str) -> N
 )
 def test_a_mistyped_word_is_answered_with_the_nearest(line: str, message: str) -> None:
     with pytest.raises(DistillError) as caught:
-        compose.check([line])
+        compose.validate_overrides([line])
     assert message in str(caught.value)
 
 
@@ -197,23 +199,23 @@ def test_a_mistyped_word_is_answered_with_the_nearest(line: str, message: str) -
     ],
 )
 def test_what_hydra_allows_is_let_through(lines: list[str]) -> None:
-    compose.check(lines)
+    compose.validate_overrides(lines)
 
 
 def kept(option: str) -> dict[str, Any]:
     """The losses of an option alone."""
-    return dict(OmegaConf.to_container(compose.composed([f"distill={option}"]).distill.losses))
+    return dict(OmegaConf.to_container(compose.compose_config([f"distill={option}"]).distill.losses))
 
 
 def test_any_two_distill_options_add_up_or_are_refused() -> None:
     """Those that write one loss are refused in pairs; of the others one from each method, all at once."""
-    alone = {option: kept(option) for option in compose.groups()["distill"]}
+    alone = {option: kept(option) for option in compose.config_groups()["distill"]}
     alike = [pair for pair in itertools.combinations(alone, 2) if alone[pair[0]].keys() & alone[pair[1]].keys()]
     assert {("mimic", "mimic_neck"), ("ssim", "ssim_l1"), ("pad_fgfi", "pad_fgfi_voc")} <= set(alike)
     assert not any(set(pair) == {"pad_fgfi", "pad_mimic"} or "none" in pair for pair in alike)
     for one, other in alike:
         with pytest.raises(DistillError, match=f"{one} and {other} both write the loss"):
-            compose._check_losses([f"distill=[{one},{other}]"])
+            compose._refuse_shared_losses([f"distill=[{one},{other}]"])
     left = dict(alone)
     while left:
         together: dict[str, Any] = {}
@@ -222,8 +224,8 @@ def test_any_two_distill_options_add_up_or_are_refused() -> None:
                 together |= left.pop(option)
                 together["options"] = [*together.get("options", ()), option]
         line = f"distill=[{','.join(together.pop('options'))}]"
-        compose.check([line])
-        assert OmegaConf.to_container(compose.composed([line]).distill.losses) == together
+        compose.validate_overrides([line])
+        assert OmegaConf.to_container(compose.compose_config([line]).distill.losses) == together
 
 
 def test_a_second_loss_of_one_method_takes_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,24 +233,24 @@ def test_a_second_loss_of_one_method_takes_a_name_of_its_own(tmp_path: Path, mon
     with pytest.raises(
         DistillError, match=r"ssim and ssim_l1 both write .* by '\+distill\.losses\.ssim_2=\{_target_: …\}'"
     ):
-        compose.check(["distill=[ssim,ssim_l1]"])
-    compose.check(["distill=ssim", second])
-    losses = compose.composed(["distill=ssim", second]).distill.losses
+        compose.validate_overrides(["distill=[ssim,ssim_l1]"])
+    compose.validate_overrides(["distill=ssim", second])
+    losses = compose.compose_config(["distill=ssim", second]).distill.losses
     assert [losses[name].error for name in ("ssim", "ssim_2")] == ["ssim", "l1"]
     # as well where an experiment chooses
-    shutil.copytree(compose.folder(), tmp_path / "conf")
+    shutil.copytree(compose.config_folder(), tmp_path / "conf")
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /distill: [defeat, defeat_voc]\n"
     )
-    monkeypatch.setattr(compose, "folder", lambda: tmp_path / "conf")
+    monkeypatch.setattr(compose, "config_folder", lambda: tmp_path / "conf")
     with pytest.raises(DistillError, match="defeat and defeat_voc both write the loss 'defeat'"):
-        compose.check(["experiment=mine"])
-    compose.check(["experiment=mine", "distill=[defeat,dsig]"])
+        compose.validate_overrides(["experiment=mine"])
+    compose.validate_overrides(["experiment=mine", "distill=[defeat,dsig]"])
 
 
 def test_every_value_of_a_swept_group_is_checked() -> None:
     with pytest.raises(DistillError, match="no option 'defet'"):
-        compose.check(["distill=none,defet"])
+        compose.validate_overrides(["distill=none,defet"])
 
 
 BOX_LOSSES = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
@@ -262,18 +264,18 @@ LOSS_NAMES = {
 
 @pytest.mark.parametrize(("student", "teacher"), itertools.permutations(LOSS_NAMES, 2))
 def test_supervised_names_the_losses_of_the_student_and_not_of_the_teacher(student: str, teacher: str) -> None:
-    cfg = compose.composed([f"model={student}", f"teacher={teacher}"])
+    cfg = compose.compose_config([f"model={student}", f"teacher={teacher}"])
     assert cfg.supervised == dict.fromkeys(LOSS_NAMES[student], 1.0)
     name, other = min(LOSS_NAMES[student]), LOSS_NAMES[teacher] - LOSS_NAMES[student]
-    assert compose.composed([f"model={student}", f"supervised.{name}=0"]).supervised[name] == 0
+    assert compose.compose_config([f"model={student}", f"supervised.{name}=0"]).supervised[name] == 0
     for foreign in other:
         with pytest.raises(DistillError, match=f"there is no key 'supervised.{foreign}'"):
-            compose.check([f"model={student}", f"teacher={teacher}", f"supervised.{foreign}=0"])
+            compose.validate_overrides([f"model={student}", f"teacher={teacher}", f"supervised.{foreign}=0"])
 
 
 def test_a_detector_of_a_users_own_has_no_loss_names(conf: Path) -> None:
     (conf / "model" / "mine.yaml").write_text("_target_: my_package.Detector\n")
-    assert compose.composed(["model=mine", "teacher=none", "distill=none"]).supervised == {}
+    assert compose.compose_config(["model=mine", "teacher=none", "distill=none"]).supervised == {}
 
 
 SWEEP = "distill=none,defeat,dsig"
@@ -290,10 +292,14 @@ SWEEP = "distill=none,defeat,dsig"
     ],
 )
 def test_a_key_of_one_method_composes_in_the_sweep_s_other_jobs(words: list[str], forced: list[str]) -> None:
-    assert compose.check(words)[1] == [f"++{word}" if word in forced else word for word in words]
+    assert compose.validate_overrides(words)[1] == [f"++{word}" if word in forced else word for word in words]
     key = "++distill.losses.dsig.neck.all=1"
-    assert compose.applicable(["distill=none", key, "seed=3"]) == ["distill=none", "seed=3"]
-    assert compose.applicable(["seed=3", key, "distill=[dsig,mimic]"]) == ["seed=3", key[2:], "distill=[dsig,mimic]"]
+    assert compose.applicable_overrides(["distill=none", key, "seed=3"]) == ["distill=none", "seed=3"]
+    assert compose.applicable_overrides(["seed=3", key, "distill=[dsig,mimic]"]) == [
+        "seed=3",
+        key[2:],
+        "distill=[dsig,mimic]",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -307,12 +313,12 @@ def test_a_key_of_one_method_composes_in_the_sweep_s_other_jobs(words: list[str]
 )  # fmt: skip
 def test_a_key_that_applies_to_no_job_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(DistillError) as caught:
-        compose.check(words)
+        compose.validate_overrides(words)
     assert message in str(caught.value)
 
 
 def test_every_student_has_a_default_teacher_and_can_be_one() -> None:
-    known = compose.groups()
+    known = compose.config_groups()
     students = set(known["model"])
     assert students == {name.removeprefix("of/") for name in known["teacher"] if name.startswith("of/")}
     assert students <= set(known["teacher"])
@@ -321,8 +327,8 @@ def test_every_student_has_a_default_teacher_and_can_be_one() -> None:
 @pytest.fixture
 def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the configuration, to be changed, of which no option is registered yet."""
-    shutil.copytree(compose.folder(), tmp_path / "conf")
-    monkeypatch.setattr(compose, "folder", lambda: tmp_path / "conf")
+    shutil.copytree(compose.config_folder(), tmp_path / "conf")
+    monkeypatch.setattr(compose, "config_folder", lambda: tmp_path / "conf")
     store = ConfigStore.instance()
     monkeypatch.setattr(store, "repo", {**store.repo, "teacher": {}, "metrics": {}, "supervised": {}})
     return tmp_path / "conf"
@@ -332,22 +338,22 @@ def test_a_model_without_a_line_in_the_table_has_no_default_teacher_and_can_be_o
     (conf / "model" / "mine.yaml").write_text("defaults: [frcnn_r18]\n")
     (conf / "data" / "mine.yaml").write_text("defaults: [shapes]\n")
     (conf / "schedule" / "of" / "mine.yaml").write_text("defaults: [/schedule/of/shapes@_here_]\n")
-    cfg = compose.composed(["model=mine", "data=mine", "distill=none"])
+    cfg = compose.compose_config(["model=mine", "data=mine", "distill=none"])
     assert cfg.teacher == {}
     assert list(cfg.metrics) == ["coco"]
-    assert compose.composed(["teacher=mine"]).teacher.model.depth == 18
-    assert {"mine", "of/mine"} <= set(compose.groups()["teacher"])
+    assert compose.compose_config(["teacher=mine"]).teacher.model.depth == 18
+    assert {"mine", "of/mine"} <= set(compose.config_groups()["teacher"])
     with pytest.raises(DistillError, match=r"cannot do without a teacher: .* a line in conf/teachers\.yaml"):
-        plan_run(compose.standalone(["model=mine", "distill=mimic"]))
+        plan_run(compose.compose_without_run(["model=mine", "distill=mimic"]))
     (conf / "teachers.yaml").write_text("default: none\nmine: {teacher: fcos_r18, run: [seed=7]}\n")
-    cfg = compose.composed(["model=mine"])
+    cfg = compose.compose_config(["model=mine"])
     assert (cfg.teacher.model._target_, list(cfg.teacher.run)) == ("distill.FCOS", ["seed=7"])
 
 
 def test_a_file_of_a_users_own_takes_precedence_over_a_line(conf: Path) -> None:
     (conf / "teacher" / "of").mkdir()
     (conf / "teacher" / "of" / "fcos_r50.yaml").write_text("defaults: [/teacher/fcos_r34@_here_]\nseed: 9\n")
-    cfg = compose.composed(["model=fcos_r50"])
+    cfg = compose.compose_config(["model=fcos_r50"])
     assert (cfg.teacher.model.depth, cfg.teacher.seed) == (34, 9)
 
 
@@ -365,7 +371,7 @@ def test_a_file_of_a_users_own_takes_precedence_over_a_line(conf: Path) -> None:
 def test_a_mistake_in_a_table_names_the_line(file: str, text: str, message: str, conf: Path) -> None:
     (conf / file).write_text(text)
     with pytest.raises(DistillError) as caught:
-        compose.check([])
+        compose.validate_overrides([])
     assert f"{file}: " in str(caught.value)
     assert message in str(caught.value)
 
@@ -411,25 +417,25 @@ def test_train_py_is_the_verb_train() -> None:
     assert "_target_: lightning.Trainer" in done.stdout
 
 
-EXPERIMENTS = compose.groups()["experiment"]
-DATA = [option for option in compose.groups()["data"] if option != "base"]
+EXPERIMENTS = compose.config_groups()["experiment"]
+DATA = [option for option in compose.config_groups()["data"] if option != "base"]
 
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("experiment", mostly_exhaustive(EXPERIMENTS, EXPERIMENTS[::6]))
 def test_an_experiment_takes_any_data(experiment: str, data: str) -> None:
     """Nothing of the experiment's own data set is left, and every source builds."""
-    cfg = compose.composed([f"experiment={experiment}", f"data={data}", "paths.run=x"])
-    alone = compose.composed([f"data={data}", "paths.run=x"])
+    cfg = compose.compose_config([f"experiment={experiment}", f"data={data}", "paths.run=x"])
+    alone = compose.compose_config([f"data={data}", "paths.run=x"])
     assert cfg.data.source == alone.data.source
     assert set(cfg.data) == set(alone.data)
-    compose.build(cfg.data)
+    instantiate.build_node(cfg.data)
     assert all("_target_" in metric for metric in cfg.metrics.values())
 
 
 def body(experiment: str) -> Any:
     """What an experiment's file says beside its options, on top of the experiment that it inherits."""
-    own = OmegaConf.load(compose.folder() / "experiment" / f"{experiment}.yaml")
+    own = OmegaConf.load(compose.config_folder() / "experiment" / f"{experiment}.yaml")
     inherited = [body(str(line)) for line in own.pop("defaults") if isinstance(line, str) and line in EXPERIMENTS]
     return OmegaConf.merge(*inherited, own)
 
@@ -439,7 +445,7 @@ def test_an_experiment_says_of_its_teacher_what_it_says_of_its_student(experimen
     """What differs from the plain model option is said of ``teacher.model`` itself, so that it is seen and used."""
     lines = [f"experiment={experiment}", "paths.run=x"]
     said = body(experiment)
-    cfg = compose.composed(lines)
+    cfg = compose.compose_config(lines)
     assert set(said.teacher.model) >= set(said.model)
     for key, value in said.teacher.model.items():
         assert cfg.teacher.model[key] == value

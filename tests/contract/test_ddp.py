@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from distill.cli import compose
+from distill.cli import instantiate
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.evaluation.coco import CocoMetric
@@ -145,7 +145,7 @@ def fit(module: Distiller, source: DetectionData, processes: int, **options: Any
     torch.set_num_threads(1)
     strategy: Any = "auto"
     if processes > 1:
-        strategy = compose.build(OmegaConf.load(CONF).strategy)
+        strategy = instantiate.build_node(OmegaConf.load(CONF).strategy)
         assert type(strategy) is L.pytorch.strategies.DDPStrategy
     look, Counting.given = Look(), []
     reduce = dist.all_reduce

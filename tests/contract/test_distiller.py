@@ -752,5 +752,5 @@ def test_the_command_line_lays_out_the_student(wanted: bool) -> None:
         "data.source.val=2",
         "data.source.test=0",
     ]
-    plan = plan_run(compose.standalone(lines))
+    plan = plan_run(compose.compose_without_run(lines))
     assert channels_last(assemble(plan, plan.data).student) == wanted

@@ -22,7 +22,7 @@ OPTION = {"faster_rcnn": "dsig", "mask_rcnn": "dsig", "retinanet": "dsig_retinan
 
 def settings(option: str) -> dict[str, Any]:
     """The constructor's parameters as the option has them."""
-    node: Any = OmegaConf.to_container(compose.composed([f"distill={option}"]).distill.losses.dsig, resolve=True)
+    node: Any = OmegaConf.to_container(compose.compose_config([f"distill={option}"]).distill.losses.dsig, resolve=True)
     return {name: value for name, value in node.items() if name != "_target_"}
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import compose, target_policy
+from distill.cli import compose, instantiate, target_policy
 from distill.cli.assembly import build_losses
 from distill.cli.preflight import build_metrics, plan_losses, plan_teacher
 from distill.cli.teacher import untrained
@@ -41,8 +41,8 @@ def fuzz(examples: int) -> settings:
 
 @cache
 def base(distill: str) -> DictConfig:
-    compose.named([])  # plan_teacher asks Hydra for the name of the model option
-    return compose.composed([f"distill={distill}", "paths.run=x", "name=x"])
+    compose.runs_folder([])  # plan_teacher asks Hydra for the name of the model option
+    return compose.compose_config([f"distill={distill}", "paths.run=x", "name=x"])
 
 
 LOSSES = ("defeat_full", "dsig", "ssim", "fgfi", "mimic", "tadf", "pad_mimic", "chen", "global_knowledge", "dicod")
@@ -127,7 +127,7 @@ def changed(distill: str, words: list[str]) -> DictConfig:
         if any(each.is_sweep_override() or each.is_hydra_override() for each in parsed):
             raise DistillError("a sweep")
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
-    except (HydraException, OmegaConfBaseException) as error:  # compose.check makes a message of it
+    except (HydraException, OmegaConfBaseException) as error:  # compose.validate_overrides makes a message of it
         raise DistillError(str(error)) from error
     compose.require_groups(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
     return cfg
@@ -137,22 +137,22 @@ def changed(distill: str, words: list[str]) -> DictConfig:
 def spec(group: str) -> DetectorSpec:
     with torch.device("meta"):
         node = base("mimic").model if group == "model" else base("mimic").teacher.model
-        found: DetectorSpec = compose.build(node, classes=["a", "b"], weights=None, backbone_weights=None).spec
+        found: DetectorSpec = instantiate.build_node(node, classes=["a", "b"], weights=None, backbone_weights=None).spec
     return found
 
 
 def build(cfg: DictConfig, groups: set[str]) -> None:
     """What a run builds of these groups before it reads data."""
     if "data" in groups:
-        compose.build(cfg.data)
+        instantiate.build_node(cfg.data)
     if "schedule" in groups:
-        compose.build(cfg.schedule)
+        instantiate.build_node(cfg.schedule)
     if "metrics" in groups:
         for make in build_metrics(cfg).values():
             make({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}, ("a",))
     with torch.device("meta"):
         if "model" in groups:
-            compose.build(cfg.model, classes=["a", "b"], min_size=64, max_size=64)
+            instantiate.build_node(cfg.model, classes=["a", "b"], min_size=64, max_size=64)
         if "teacher" in groups:
             options = plan_teacher(cfg)
             if options is not None:
@@ -198,7 +198,7 @@ def test_what_the_fuzz_found_once(words: list[str], message: str) -> None:
         build(changed("defeat_full", words), {word.lstrip("+~").split(".")[0].split("=")[0] for word in words})
 
 
-GROUPS = compose.groups()
+GROUPS = compose.config_groups()
 CHOICES = st.sampled_from(sorted(GROUPS)).flatmap(
     lambda group: st.one_of(st.sampled_from(GROUPS[group]), VALUES).map(lambda option: f"{group}={option}")
 )
@@ -218,7 +218,7 @@ WORD = st.one_of(
 def test_any_command_line(words: list[str]) -> None:
     try:
         target_policy.set_trusted(words)
-        compose.check(words)
+        compose.validate_overrides(words)
     except DistillError as error:
         judged(error)
     finally:

@@ -9,7 +9,7 @@ import hydra.utils
 import pytest
 from omegaconf import OmegaConf
 
-from distill.cli import compose, target_policy
+from distill.cli import compose, instantiate, target_policy
 from distill.types import DistillError
 from helpers.runs import TINY, Cli
 
@@ -26,8 +26,8 @@ def _forget() -> None:
 def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of our configuration, into which files from outside are put."""
     folder = tmp_path / "conf"
-    shutil.copytree(compose.folder(), folder)
-    monkeypatch.setattr(compose, "folder", lambda: folder)
+    shutil.copytree(compose.config_folder(), folder)
+    monkeypatch.setattr(compose, "config_folder", lambda: folder)
     return folder
 
 
@@ -83,7 +83,7 @@ def test_an_option_of_hydras_own_groups_from_outside_is_refused(conf: Path) -> N
     (conf / "hydra" / "env").mkdir(parents=True)
     (conf / "hydra" / "env" / "evil.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
     with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
-        compose.check([outside(conf, "defaults: [{override /hydra/env: evil}]")])
+        compose.validate_overrides([outside(conf, "defaults: [{override /hydra/env: evil}]")])
 
 
 @pytest.mark.parametrize("line", ["hydra.callbacks.x", "+hydra.callbacks.x", "hydra.sweeper", "hydra.launcher"])
@@ -100,15 +100,15 @@ def test_every_job_of_a_sweep_is_checked_before_hydra_acts_on_it(conf: Path) -> 
     (conf / "start" / "second.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
     sweep = "hydra: {mode: MULTIRUN, sweeper: {params: {start: 'scratch,second'}}}"
     with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
-        compose.check([outside(conf, sweep)])
+        compose.validate_overrides([outside(conf, sweep)])
     (conf / "hydra" / "env").mkdir(parents=True)
     (conf / "hydra" / "env" / "shapes-none.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
     for name in ("shapes-defeat", "voc-none", "voc-defeat"):
         (conf / "hydra" / "env" / f"{name}.yaml").write_text("{}")
     words = [outside(conf, "defaults: [{override /hydra/env: '${data}-${distill}'}]"), "data=voc,shapes"]
-    compose.check([*words, "distill=defeat"])
+    compose.validate_overrides([*words, "distill=defeat"])
     with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
-        compose.check([*words, "distill=defeat,none"])
+        compose.validate_overrides([*words, "distill=defeat,none"])
 
 
 def test_a_file_may_name_folders_and_sweeps(conf: Path) -> None:
@@ -142,7 +142,7 @@ def test_the_command_line_may_say_of_hydra_what_it_likes() -> None:
 )
 def test_no_target_outside_of_the_known_packages_composes(body: str, conf: Path) -> None:
     with pytest.raises(DistillError, match="trust"):
-        compose.check([outside(conf, body)])
+        compose.validate_overrides([outside(conf, body)])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_no_text_becomes_a_call(source: str, conf: Path, tmp_path: Path, monkeyp
     quoted = source if source.startswith("{") else '"' + source + '"'
     line = outside(conf, f"other: \"${{oc.create:'{CALL}'}}\"\ndata: {{source: {quoted}}}")
     with pytest.raises(DistillError):
-        compose.build(compose.composed([line]).data)
+        instantiate.build_node(compose.compose_config([line]).data)
     assert not (tmp_path / "mark").exists()
 
 
@@ -211,32 +211,32 @@ def test_no_text_becomes_a_call(source: str, conf: Path, tmp_path: Path, monkeyp
 def test_no_name_leads_out_of_the_packages(name: str) -> None:
     node = OmegaConf.create({"_target_": name})
     with pytest.raises(DistillError):
-        compose.build(node)
+        instantiate.build_node(node)
     with pytest.raises(DistillError):
-        compose.target(node)
+        instantiate.load_target(node)
 
 
 @pytest.mark.parametrize("name", [7, ["os.system"], {"a": 1}, None])
 def test_a_target_that_is_no_text_is_refused(name: object) -> None:
     with pytest.raises(DistillError, match=r"dotted name|names a class"):
-        compose.build(OmegaConf.create({"_target_": name}))
+        instantiate.build_node(OmegaConf.create({"_target_": name}))
 
 
 @pytest.mark.parametrize("name", ["lightning.Trainer", "torch.optim.SGD", "distill.Shapes", "torchmetrics.Accuracy"])
 def test_classes_of_the_packages_are_let_in(name: str) -> None:
-    assert isinstance(compose.target(OmegaConf.create({"_target_": name})), type)
+    assert isinstance(instantiate.load_target(OmegaConf.create({"_target_": name})), type)
 
 
 def test_trust_is_the_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conf: Path) -> None:
     monkeypatch.chdir(tmp_path)
     line = outside(conf, f"anything: {CALL}")
     target_policy.set_trusted([line, "trust=[os.mkdir]"])
-    compose.check([line, "trust=[os.mkdir]"])
-    compose.build(compose.composed([line]).anything)
+    compose.validate_overrides([line, "trust=[os.mkdir]"])
+    instantiate.build_node(compose.compose_config([line]).anything)
     assert (tmp_path / "mark").is_dir()
     target_policy.set_trusted([line])
     with pytest.raises(DistillError, match="trust"):
-        compose.check([line])
+        compose.validate_overrides([line])
 
 
 def test_trust_of_a_package_covers_what_it_defines_and_not_what_it_imports(
@@ -245,10 +245,10 @@ def test_trust_of_a_package_covers_what_it_defines_and_not_what_it_imports(
     (tmp_path / "my_package.py").write_text("import os\nfrom os import mkdir\n\n\ndef make(path):\n    return path\n")
     monkeypatch.syspath_prepend(tmp_path)
     target_policy.set_trusted(["trust=[my_package]"])
-    assert compose.build(OmegaConf.create({"_target_": "my_package.make", "path": "x"})) == "x"
+    assert instantiate.build_node(OmegaConf.create({"_target_": "my_package.make", "path": "x"})) == "x"
     for name in ("my_package.mkdir", "my_package.os.mkdir"):
         with pytest.raises(DistillError):
-            compose.build(OmegaConf.create({"_target_": name, "path": str(tmp_path / "mark")}))
+            instantiate.build_node(OmegaConf.create({"_target_": name, "path": str(tmp_path / "mark")}))
     assert not (tmp_path / "mark").exists()
 
 
@@ -303,7 +303,7 @@ def test_the_overrides_of_a_run_from_outside_are_judged(
 )
 def test_a_file_that_is_nested_too_deeply_is_refused_in_one_line(body: str, conf: Path) -> None:
     with pytest.raises(DistillError) as caught:
-        compose.check([outside(conf, f"{body}\nseed: 7")])
+        compose.validate_overrides([outside(conf, f"{body}\nseed: 7")])
     assert len(str(caught.value)) < 1000
     assert len(str(caught.value).splitlines()) == 1
 
@@ -332,7 +332,7 @@ def test_a_run_from_outside_that_cannot_be_read_is_named(
 
 
 def test_only_known_words_are_computed() -> None:
-    compose.composed([])
+    compose.compose_config([])
     known = {"now", "hydra", "python_version", "names", "sweep"}
     theirs = {"env", "create", "decode", "deprecated", "select", "dict.keys", "dict.values"}
     assert set(type(OmegaConf.create())._resolvers) == known | {f"oc.{name}" for name in theirs}

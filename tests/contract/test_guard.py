@@ -114,7 +114,7 @@ def test_a_bad_step_changes_nothing_and_the_next_one_goes_on(case: str, optimize
     assert changed(states, 1) == []
     assert any("running_mean" in name for name in changed(states, 2))
     assert any("conv1" in name for name in changed(states, 2))
-    assert (module.guard.skipped, module.guard.row) == (1, 0)
+    assert (module.guard.skipped, module.guard.consecutive) == (1, 0)
     assert all(value.isfinite().all() for value in states.found[-1].values())
 
 
@@ -280,7 +280,7 @@ def test_a_scaler_that_finds_its_scale_goes_on(tmp_path: Path) -> None:
     module = distiller(small_detector("retinanet"), losses={"mine": partial(FormulaLoss, formula=steep(1e37))})
     module.losses.mine.weights["term"] = 1e-30
     fit(module, tmp_path, shapes_data(train=8), plugins=[half_precision(2.0**110)], limit_train_batches=2, **ONE_EPOCH)
-    assert module.guard.row == 0
+    assert module.guard.consecutive == 0
 
 
 FUSED = {
@@ -401,8 +401,8 @@ def test_all_processes_skip_and_stop_together(tmp_path: Path) -> None:
 def test_the_counts_survive_a_resume() -> None:
     """Else a run that is stopped again and again would never reach its limit."""
     before, after = distiller(), distiller()
-    before.guard.row, before.guard.skipped = 2, 5
+    before.guard.consecutive, before.guard.skipped = 2, 5
     checkpoint: dict[str, Any] = {}
     before.on_save_checkpoint(checkpoint)
     after.on_load_checkpoint(checkpoint)
-    assert (after.guard.row, after.guard.skipped) == (2, 5)
+    assert (after.guard.consecutive, after.guard.skipped) == (2, 5)

@@ -59,7 +59,7 @@ def test_commands_are_collected() -> None:
 def test_train_commands_compose(words: str) -> None:
     overrides = [word for word in shlex.split(words) if not word.startswith("-")]
     plugins = ("hydra/", "hydra.sweeper.", "hydra.launcher.")  # of packages that may not be installed
-    compose.check([word for word in overrides if not word.startswith(plugins)])
+    compose.validate_overrides([word for word in overrides if not word.startswith(plugins)])
 
 
 @pytest.mark.parametrize("words", VERBS)
@@ -71,7 +71,7 @@ def test_commands_of_other_verbs_are_accepted(words: str, capsys: pytest.Capture
     for word in rest:
         if word.startswith("--"):
             assert word in usage
-    compose.check([word for word in rest if "=" in word])
+    compose.validate_overrides([word for word in rest if "=" in word])
 
 
 # -- keys and options
@@ -108,7 +108,7 @@ def keys() -> set[str]:
             walk(value, f"{prefix}{key}.")
 
     for overrides in lines:
-        walk(OmegaConf.to_container(compose.composed(overrides)), "")
+        walk(OmegaConf.to_container(compose.compose_config(overrides)), "")
     return found
 
 
@@ -126,7 +126,7 @@ def is_public_name(dotted: str) -> bool:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_and_options_exist(page: str) -> None:
-    groups = compose.groups()
+    groups = compose.config_groups()
     wrong = []
     for code in INLINE.findall(PAGES[page]):
         for word in re.findall(r"[\w./@]+=\S+|^[\w.]+$", code.strip("'")):
@@ -147,9 +147,9 @@ def test_keys_and_options_exist(page: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("option", sorted(set(compose.groups()["model"])))
+@pytest.mark.parametrize("option", sorted(set(compose.config_groups()["model"])))
 def test_every_model_may_start_from_imagenet(option: str) -> None:
-    cfg = compose.composed([f"model={option}", "start=imagenet", "paths.run=x", "name=x"])
+    cfg = compose.compose_config([f"model={option}", "start=imagenet", "paths.run=x", "name=x"])
     for node in (cfg.model, cfg.teacher.model):
         assert (node.backbone_weights, node.trainable_stages, node.norm) == ("IMAGENET1K_V1", 3, "batch_fixed_stats")
 
@@ -208,14 +208,14 @@ def test_api_reference_has_every_public_name() -> None:
 
 
 def test_methods_of_the_tables_are_the_options() -> None:
-    options = {option for option in compose.groups()["distill"] if option != "none"}
+    options = {option for option in compose.config_groups()["distill"] if option != "none"}
     rows = [line for line in PAGES["docs/methods.md"].splitlines() if line.startswith("| ") and ".py`" in line]
     assert {code for row in rows for code in INLINE.findall(row) if not code.endswith(".py")} == options
 
 
 def test_recipes_of_the_table_are_the_experiments() -> None:
     listed = re.findall(r"^\| `(\w+)` \|", PAGES["docs/recipes.md"], re.MULTILINE)
-    assert sorted([*listed, "bccd"]) == sorted(compose.groups()["experiment"])
+    assert sorted([*listed, "bccd"]) == sorted(compose.config_groups()["experiment"])
 
 
 def test_architecture_has_every_stage_of_the_view() -> None:
@@ -284,10 +284,10 @@ def method_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     """The README's module on the Python path, and its option in a copy of the configuration."""
     (tmp_path / "neck_mse.py").write_text(block("python", "class NeckMSE"), encoding="utf-8")
     home = tmp_path / "conf"
-    shutil.copytree(compose.folder(), home)
+    shutil.copytree(compose.config_folder(), home)
     (home / "distill" / "neck_mse.yaml").write_text(block("yaml", "NeckMSE"), encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(compose, "folder", lambda: home)
+    monkeypatch.setattr(compose, "config_folder", lambda: home)
     yield
     sys.modules.pop("neck_mse", None)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from omegaconf import DictConfig
 
-from distill.cli import compose
+from distill.cli import compose, instantiate
 from helpers.detectors import FAMILIES, random_detector
 
 
@@ -123,7 +123,7 @@ def name(model: DictConfig) -> str:
 
 def processes(experiment: str) -> int:
     """As many as the header's command starts; 8 where it takes all GPUs of a machine."""
-    header = (compose.folder() / "experiment" / f"{experiment}.yaml").read_text().split("\ndefaults:")[0]
+    header = (compose.config_folder() / "experiment" / f"{experiment}.yaml").read_text().split("\ndefaults:")[0]
     found = re.search(r"trainer=ddp(?: trainer\.devices=(\d+))?", header)
     assert found, "the header's command starts no processes"
     return int(found[1] or 8)
@@ -133,17 +133,17 @@ def terms(cfg: DictConfig) -> dict[str, float]:
     """``LOSS/term`` -> weight, of the losses as they are built."""
     family = {"frcnn": "faster_rcnn", "mask_rcnn": "faster_rcnn", "retinanet": "retinanet"}[name(cfg.model).split()[0]]
     spec: Any = random_detector(family).spec
-    losses = {key: compose.build(node, student=spec, teacher=spec) for key, node in cfg.distill.losses.items()}
+    losses = {key: instantiate.build_node(node, student=spec, teacher=spec) for key, node in cfg.distill.losses.items()}
     return {f"{key}/{term}": weight for key, loss in losses.items() for term, weight in loss.weights.items()}
 
 
 def test_no_recipe_is_left_out() -> None:
-    assert set(RECIPES) == set(compose.groups()["experiment"]) - {"bccd"}
+    assert set(RECIPES) == set(compose.config_groups()["experiment"]) - {"bccd"}
 
 
 @pytest.mark.parametrize("experiment", RECIPES)
 def test_a_recipe_is_what_its_source_says(experiment: str) -> None:
-    cfg = compose.composed([f"experiment={experiment}", "paths.run=x"])
+    cfg = compose.compose_config([f"experiment={experiment}", "paths.run=x"])
     schedule, batch = cfg.schedule, cfg.data.batch_size * processes(experiment)
     assert (schedule.shape, schedule.gamma, schedule.accumulate) == ("step", 0.1, 1)
     assert RECIPES[experiment] == Recipe(
@@ -160,12 +160,12 @@ def test_a_recipe_is_what_its_source_says(experiment: str) -> None:
 @pytest.mark.parametrize("experiment", [name for name in DSIG | SSIM if "_retinanet_" in name])
 def test_a_retinanet_of_another_framework_has_its_p6(experiment: str) -> None:
     """Detectron2 and MMDetection make it from C5, torchvision's first RetinaNet from P5."""
-    cfg = compose.composed([f"experiment={experiment}", "paths.run=x"])
+    cfg = compose.compose_config([f"experiment={experiment}", "paths.run=x"])
     assert (cfg.model.p6_from, cfg.teacher.model.p6_from) == ("c5", "c5")
 
 
 @pytest.mark.parametrize("experiment", ["defeat_coco_frcnn_r152_r50", "defeat_coco_frcnn_r50_quarter"])
 def test_proposals_have_the_paper_s_temperatures(experiment: str) -> None:
     """Table 5 of DeFeat: 3 for objects, 1 for background."""
-    proposals = compose.composed([f"experiment={experiment}", "paths.run=x"]).distill.losses.defeat.proposals
+    proposals = compose.compose_config([f"experiment={experiment}", "paths.run=x"]).distill.losses.defeat.proposals
     assert (proposals.temperature_positive, proposals.temperature_negative) == (3, 1)

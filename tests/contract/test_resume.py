@@ -29,8 +29,8 @@ from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD
 from distill.training.callbacks import checkpoints
 from distill.training.callbacks.averaging import WeightAverage
-from distill.training.callbacks.checkpoint_files import CheckpointFiles, read
-from distill.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint, RestoreSignalHandlers, interval
+from distill.training.callbacks.checkpoint_files import CheckpointFiles, read_checkpoint
+from distill.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint, RestoreSignalHandlers, parse_interval
 from distill.types import DistillError, View
 from helpers.training import (
     EVERYTHING,
@@ -273,7 +273,7 @@ def test_a_scaler_comes_back_as_it_was(tmp_path: Path) -> None:
         folder = tmp_path / f"{counted} {asked}"
         with suppress(MemoryError):
             assert Ended(folder, **setting, callbacks=(ends,)).stopped
-        held = read(folder / "last.ckpt")
+        held = read_checkpoint(folder / "last.ckpt")
         assert held["global_step"] == done
         assert (held["MixedPrecision"]["scale"], held["MixedPrecision"]["_growth_tracker"]) == scales[done - 1]
         again = Ended(folder, ckpt=folder / "last.ckpt", **setting)
@@ -311,12 +311,12 @@ def test_ctrl_c_saves_at_the_end_of_the_step_and_a_second_one_does_not_wait(tmp_
     interrupt = partial(SignalAt, 1, 1, number=signal.SIGINT)
     stopped = Ended(tmp_path, every=None, callbacks=(interrupt,))
     assert stopped.stopped == "interrupt"
-    assert read(tmp_path / "last.ckpt")["global_step"] == 5
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 5
     assert len(stopped.journal) == 3 + 1 + 2
     hasty = Ended(tmp_path / "hasty", every=None, callbacks=(interrupt, interrupt))
     assert hasty.stopped == "interrupt"
     assert len(hasty.journal) == 3 + 1 + 1
-    assert read(tmp_path / "hasty" / "last.ckpt")["global_step"] == 3
+    assert read_checkpoint(tmp_path / "hasty" / "last.ckpt")["global_step"] == 3
 
 
 def test_a_run_that_had_stopped_early_does_not_go_on(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_the_best_score_goes_along(moved: bool, tmp_path: Path) -> None:
     ("every", "expected"), [(None, (0, 0)), ("500 steps", (500, 0)), ("1 step", (1, 0)), ("1.5 minutes", (0, 90))]
 )
 def test_how_often_is_said_in_words(every: str | None, expected: Any) -> None:
-    assert interval(every) == expected
+    assert parse_interval(every) == expected
 
 
 @pytest.mark.parametrize("every", ["500", 500, "0 steps", "1.5 steps", "ten minutes", "2 hours", "-3 steps"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.losses.defeat import DeFeat
-from distill.training.callbacks.term_check import Measure, TermCheck, faults
+from distill.training.callbacks.term_check import Measure, TermCheck, term_faults
 from distill.training.distiller import Distiller
 from distill.types import DistillError, View
 from helpers.training import (
@@ -106,10 +106,10 @@ def test_looking_changes_nothing_and_is_rare(tmp_path: Path, monkeypatch: pytest
 
 def test_faults_of_single_measures() -> None:
     fine = [Measure(1.0, 2.0, 5.0, 1.0), Measure(1.1, 2.2, 0.0, 1.0)]
-    assert faults(fine, 100) == {}
-    assert list(faults([Measure(1.0, 2.0, 5.0, 1.0), Measure(1.0 + 1e-7, 2.0, 0.0, 1.0)], 100)) == ["constant"]
-    assert list(faults(fine, 1.9)) == ["size"]
-    assert faults([*fine, Measure(float("nan"), float("nan"), float("nan"), 1.0)], 1.9) == {}
+    assert term_faults(fine, 100) == {}
+    assert list(term_faults([Measure(1.0, 2.0, 5.0, 1.0), Measure(1.0 + 1e-7, 2.0, 0.0, 1.0)], 100)) == ["constant"]
+    assert list(term_faults(fine, 1.9)) == ["size"]
+    assert term_faults([*fine, Measure(float("nan"), float("nan"), float("nan"), 1.0)], 1.9) == {}
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"steps": 0}, {"times": 0.0}])

@@ -32,7 +32,7 @@ class Pair:
 
     def __init__(self, name: str) -> None:
         self.name, self.lines = name, [*PAIRS[name], *TINY_DATA, *TINY_MODEL, "data.workers=0"]
-        plan = plan_run(compose.standalone(self.lines))
+        plan = plan_run(compose.compose_without_run(self.lines))
         self.data, self.schedule = plan.data, plan.schedule
         self.data.setup("fit")
         self.batch = next(iter(self.data.train_dataloader()))
@@ -46,8 +46,8 @@ class Pair:
     def losses(self) -> Iterator[tuple[str, Any]]:
         """Every option with its losses; that no other one is left out is seen to."""
         left = set()
-        for option in sorted(set(compose.groups()["distill"]) - {"none"}):
-            plan = plan_run(compose.composed([*self.lines, f"distill={option}", "paths.run=run"]))
+        for option in sorted(set(compose.config_groups()["distill"]) - {"none"}):
+            plan = plan_run(compose.compose_config([*self.lines, f"distill={option}", "paths.run=run"]))
             try:
                 module = assemble(plan, self.data, self.student, self.teacher)
             except DistillError:

@@ -63,8 +63,10 @@ def test_the_report_is_complete_and_its_ratios_fit(
 def test_all_options_that_fit_and_why_the_others_do_not(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = compose.groups()
-    monkeypatch.setattr(compose, "groups", lambda: {**known, "distill": ["none", "mimic", "dicod", "dsig_retinanet"]})
+    known = compose.config_groups()
+    monkeypatch.setattr(
+        compose, "config_groups", lambda: {**known, "distill": ["none", "mimic", "dicod", "dsig_retinanet"]}
+    )
     monkeypatch.setenv("COLUMNS", "80")
     file = tmp_path / "bench.json"
     assert cli([*LINES, "--all", "--json", str(file), "distill=defeat", "distill.losses.defeat.neck.foreground=2"]) == 0

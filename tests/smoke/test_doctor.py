@@ -15,7 +15,7 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distill import load_detector
-from distill.cli import compose
+from distill.cli import compose, instantiate
 from distill.data.shapes import CLASSES, Shapes
 from distill.evaluation.evaluate import evaluate
 from distill.training.distiller import Distiller
@@ -87,7 +87,7 @@ def test_terms_are_those_of_the_run_s_first_step(cli: Cli, ready: dict[str, Any]
 
 def test_the_teacher_is_measured_against_its_promise(ready: dict[str, Any], tiny_teacher: Path) -> None:
     known = summary(tiny_teacher)["student"]["val/AP"]
-    data = compose.build(compose.composed([*TINY_DATA, "paths.run=x"]).data)
+    data = instantiate.build_node(compose.compose_config([*TINY_DATA, "paths.run=x"]).data)
     found = ready["teacher"]
     assert found["promised"] == found["here"] == known
     assert found["sample"]["images"] == 4
@@ -133,7 +133,7 @@ def test_time_and_memory_are_estimated(ready: dict[str, Any]) -> None:
 def test_a_schedule_is_counted_in_batches(lines: list[str], batches: int, expected: tuple[int, int]) -> None:
     from distill.cli.doctor_report import planned_batches
 
-    assert planned_batches(compose.composed([*lines, "paths.run=x"]).trainer, batches) == expected
+    assert planned_batches(compose.compose_config([*lines, "paths.run=x"]).trainer, batches) == expected
 
 
 def test_a_missing_teacher_is_planned_and_not_trained(

@@ -15,7 +15,7 @@ from helpers.grids import mostly_exhaustive
 from helpers.image_folders import write_coco, write_voc
 from helpers.runs import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 
-EXPERIMENTS = compose.groups()["experiment"]
+EXPERIMENTS = compose.config_groups()["experiment"]
 DAILY = [
     "bccd",
     "defeat_coco_frcnn_r50_quarter",
@@ -58,7 +58,7 @@ def test_recipe_trains_and_its_baseline_is_clean(
 
     assert cli(["train", *lines, "teacher.weights=teacher", "hydra.run.dir=run"]) == 0
     report = summary(tmp_path / "run")
-    losses = compose.composed([f"experiment={experiment}"]).distill.losses
+    losses = compose.compose_config([f"experiment={experiment}"]).distill.losses
     assert all(any(name.startswith(f"term/{loss}/") for name in report["terms"]) for loss in losses)
     assert ("val/mAP" in report["student"]) == ("_voc_" in experiment)
 
@@ -66,7 +66,7 @@ def test_recipe_trains_and_its_baseline_is_clean(
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_header_says_command_and_expected_number(experiment: str) -> None:
     """And where the number is from: the method's paper, and its table or the text that stands in for it."""
-    text = (compose.folder() / "experiment" / f"{experiment}.yaml").read_text()
+    text = (compose.config_folder() / "experiment" / f"{experiment}.yaml").read_text()
     header = " ".join(text.split("\ndefaults:")[0].replace("\n#", " ").split())
     assert f"experiment={experiment} " in header
     if experiment == "bccd":  # no paper's
@@ -81,7 +81,7 @@ def test_header_says_command_and_expected_number(experiment: str) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_recipe_without_losses_leaves_none_behind(experiment: str) -> None:
-    cfg = compose.composed([f"experiment={experiment}", "distill=none"])
+    cfg = compose.compose_config([f"experiment={experiment}", "distill=none"])
     assert not cfg.distill.losses
 
 
@@ -96,7 +96,7 @@ def test_the_teachers_own_run_has_the_model_that_is_printed(
     made: list[tuple[Any, Any]] = []
 
     def look(options: Any, data: Any) -> None:
-        made.append((options.model, compose.composed([*teacher.teacher_overrides(options), "hydra.run.dir=."]).model))
+        made.append((options.model, compose.compose_config([*teacher.teacher_overrides(options), "hydra.run.dir=."]).model))
         raise DistillError("seen")
 
     monkeypatch.setattr(assembly, "find_teacher", look)

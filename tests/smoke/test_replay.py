@@ -14,7 +14,7 @@ from helpers.runs import TINY, Cli
 
 
 def test_the_guard_s_keys_are_its_parameters_at_their_defaults() -> None:
-    node = compose.composed(["paths.run=x"]).guard
+    node = compose.compose_config(["paths.run=x"]).guard
     parameters = inspect.signature(NonFiniteGuard).parameters
     assert {str(key) for key in node} - {"_target_"} == set(parameters)
     assert {name: parameters[name].default for name in ("limit", "scale_floor")} == {

@@ -19,8 +19,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from distill.cli.signals import Terminated, stoppable
-from distill.cli.sweep import claim_folder, execute
+from distill.cli.signals import Terminated, stop_on_signals
+from distill.cli.sweep import claim_folder, run_process
 from helpers.runs import TINY, Cli, started, summary, wait_until
 
 NONE = ["distill=none", *TINY, "pictures=0", "test=false"]
@@ -203,8 +203,8 @@ while True:
 
     teller = threading.Thread(target=tell)
     teller.start()
-    with pytest.raises(KeyboardInterrupt if signal.SIGINT in numbers else Terminated), stoppable():
-        execute([sys.executable, "-c", code], "it")
+    with pytest.raises(KeyboardInterrupt if signal.SIGINT in numbers else Terminated), stop_on_signals():
+        run_process([sys.executable, "-c", code], "it")
     teller.join()
     assert (tmp_path / "saved").is_file()
 
@@ -245,7 +245,7 @@ def test_a_sweep_that_is_started_by_every_process_is_refused(
 )
 def test_what_a_job_says_last_is_kept(code: str, expected: tuple[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "7")
-    assert execute([sys.executable, "-c", f"import os, sys; {code}"], "it") == expected
+    assert run_process([sys.executable, "-c", f"import os, sys; {code}"], "it") == expected
 
 
 def test_a_job_has_the_folder_that_holds_its_words(tmp_path: Path) -> None:

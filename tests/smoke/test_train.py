@@ -27,7 +27,7 @@ from helpers.grids import exhaustive, mostly_exhaustive
 from helpers.runs import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 
 WIDE = "model.neck_channels=64"  # group norm
-OPTIONS = [option for option in compose.groups()["distill"] if option != "none"]
+OPTIONS = [option for option in compose.config_groups()["distill"] if option != "none"]
 ONE_STAGE = [option for option in OPTIONS if "retinanet" in option]
 DISTILL = [option for option in OPTIONS if option not in ONE_STAGE]
 DAILY = ["chen", "defeat_full", "dicod", "dsig", "fgfi", "global_knowledge", "mimic", "pad_mimic", "ssim", "tadf"]
@@ -60,7 +60,7 @@ def test_every_distill_option_trains(
     lines = [f"distill={option}", f"teacher.weights={tiny_teacher}", *TINY, *made, "hydra.run.dir=run"]
     assert cli(["train", *lines]) == 0
     report = summary(tmp_path / "run")
-    for loss in compose.composed([f"distill={option}"]).distill.losses:
+    for loss in compose.compose_config([f"distill={option}"]).distill.losses:
         assert any(name.startswith(f"term/{loss}/") for name in report["terms"]), loss
     assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
     assert option in WITHOUT_TEACHER or report["teacher"]["source"] == str(tiny_teacher)
@@ -134,7 +134,7 @@ def test_every_one_stage_option_trains(option: str, cli: Cli, tmp_path: Path) ->
     assert cli(["train", *lines, "distill=none", "hydra.run.dir=teacher"]) == 0
     assert cli(["train", *lines, f"distill={option}", "teacher.weights=teacher", "hydra.run.dir=run"]) == 0
     report = summary(tmp_path / "run")
-    for loss in compose.composed([f"distill={option}"]).distill.losses:
+    for loss in compose.compose_config([f"distill={option}"]).distill.losses:
         assert any(name.startswith(f"term/{loss}/") for name in report["terms"]), loss
     assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
 

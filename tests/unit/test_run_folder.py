@@ -46,7 +46,7 @@ def test_spelled_names_are_found() -> None:
 
 
 def test_the_configuration_puts_checkpoints_where_the_run_folder_expects_them() -> None:
-    callbacks = compose.composed(["paths.run=run"]).callbacks
+    callbacks = compose.compose_config(["paths.run=run"]).callbacks
     assert callbacks.last.dirpath == callbacks.best.dirpath == str(RunFolder("run").checkpoints)
 
 

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from distill.cli import compose
+from distill.cli import instantiate
 from distill.cli.preflight import LossOptions, RunPlan, check_masks
-from distill.cli.resume import IDENTITY, leaves
+from distill.cli.resume import IDENTITY_KEYS, flatten
 from distill.cli.teacher import find_teacher, planned_spec
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
@@ -95,7 +95,7 @@ def build_trainer(plan: RunPlan) -> L.Trainer:
     if "csv" not in options.loggers:
         loggers.append(CSVLogger(plan.folder.path, name="", version="", flush_logs_every_n_steps=100))
     try:
-        trainer: L.Trainer = compose.build(
+        trainer: L.Trainer = instantiate.build_node(
             dict(options.settings),
             callbacks=[
                 RestoreSignalHandlers(),
@@ -103,7 +103,7 @@ def build_trainer(plan: RunPlan) -> L.Trainer:
                 *(callback for callback in callbacks if bars or not isinstance(callback, ProgressBar)),
                 Provenance(dict(plan.config)),
             ],
-            plugins=[CheckpointFiles(forget=IDENTITY if plan.resume == "anyway" else ())],
+            plugins=[CheckpointFiles(forget=IDENTITY_KEYS if plan.resume == "anyway" else ())],
             logger=loggers,
             enable_progress_bar=bars and "progress" in options.callbacks,
         )
@@ -135,4 +135,4 @@ def _build(group: str, parts: Mapping[str, Callable[[], Any]], kind: type) -> li
 
 def shared_values(config: Mapping[str, Any], data: DetectionData) -> dict[str, str]:
     """Values that must be equal on all processes, by key: a configuration without paths, and the data."""
-    return {name: str(value) for name, value in leaves({**config, "data seen": data.state_dict()})}
+    return {name: str(value) for name, value in flatten({**config, "data seen": data.state_dict()})}

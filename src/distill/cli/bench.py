@@ -28,14 +28,14 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
     if min(args.repeats, args.batches, args.images) < 1 or args.warmup < 0:
         raise DistillError("bench: --repeats, --batches and --images start at 1, --warmup at 0")
-    cfg = compose.standalone(args.overrides)
+    cfg = compose.compose_without_run(args.overrides)
     configs = {"+".join(cfg.distill.losses): cfg} if cfg.distill.losses else {}
     if args.all:
-        lines = compose.parse(args.overrides)
+        lines = compose.parse_overrides(args.overrides)
         kept = [str(line.input_line) for line in lines if line.key_or_group.split(".")[0] != "distill"]
         kept.append(f"paths.run={cfg.paths.run}")
-        names = [name for name in compose.groups()["distill"] if name != "none"]
-        configs = {name: compose.composed([*kept, f"distill={name}"]) for name in names}
+        names = [name for name in compose.config_groups()["distill"] if name != "none"]
+        configs = {name: compose.compose_config([*kept, f"distill={name}"]) for name in names}
 
     from distill.cli.bench_report import measure, print_report
     from distill.cli.preflight import plan_run

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.cli import compose, validate
+from distill.cli import instantiate, validate
 from distill.types import DistillError
 
 
@@ -26,11 +26,11 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
     if args.epochs < 1 or args.size < 1 or not 0 < args.rate < math.inf:
         raise DistillError("classifier: --epochs and --size start at 1, --rate is a number above 0")
-    cfg = validate.checked(args.overrides)
+    cfg = validate.compose_valid_config(args.overrides)
 
     from distill.training.classifier import train
 
-    data, device = compose.build(cfg.data), compose.device(cfg)
+    data, device = instantiate.build_node(cfg.data), instantiate.trainer_device(cfg)
     right = train(data, args.file, args.arch, args.start, args.epochs, args.rate, args.size, device, cfg.seed)
     print(f"{args.file}: names {100 * right:.1f} % of the validation objects rightly; distill=dicod takes it with")
     print(f"  distill.losses.dicod.classifier.arch={args.arch} distill.losses.dicod.classifier.weights={args.file}")

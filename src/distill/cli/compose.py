@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -19,38 +18,24 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.core.utils import JobRuntime
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import target_policy
+from distill.cli.instantiate import ARGUMENT_ERRORS, named_nodes
 from distill.cli.presets import preset_options, register_presets
 from distill.cli.renamed_keys import refuse_renamed, translated
 from distill.cli.suggestions import nearest
 from distill.run_folder import RunFolder
-from distill.type_checks import type_errors
 from distill.types import DistillError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
-NAME = "config"
-UNFIT = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    AssertionError,
-    LookupError,
-    ArithmeticError,
-    ImportError,
-    OSError,
-)
-"""What constructors raise at arguments of a kind that they do not foresee."""
-
-REQUIRED = (
+CONFIG_NAME = "config"
+REQUIRED_NODES = (
     *(
         "data",
         "model",
@@ -66,17 +51,17 @@ REQUIRED = (
     ),
 )
 """Nodes that every run reads."""
-SAID = 600
+MESSAGE_LENGTH = 600
 """Characters that are repeated of a library's message."""
 
 
-def folder() -> Path:
+def config_folder() -> Path:
     """The ``conf`` folder: inside the installed package, or at the top of the checkout."""
     package = Path(__file__).resolve().parents[1]
     for place in (package / "conf", package.parents[1] / "conf"):
-        if (place / f"{NAME}.yaml").is_file():
+        if (place / f"{CONFIG_NAME}.yaml").is_file():
             return place
-    raise DistillError(f"no conf/{NAME}.yaml beside {package}: reinstall distill")
+    raise DistillError(f"no conf/{CONFIG_NAME}.yaml beside {package}: reinstall distill")
 
 
 def register_resolvers() -> None:
@@ -93,9 +78,9 @@ def register_resolvers() -> None:
     )
 
 
-def groups() -> dict[str, list[str]]:
+def config_groups() -> dict[str, list[str]]:
     """Config groups and their options."""
-    conf = folder()
+    conf = config_folder()
     files = [file.relative_to(conf).with_suffix("").as_posix() for file in conf.rglob("*.yaml")]
     found: dict[str, list[str]] = {}
     for option in sorted({*files, *preset_options(conf)}):
@@ -105,7 +90,7 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def parse(overrides: Sequence[str]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Overrides as Hydra reads them."""
     try:
         return list(OverridesParser.create().parse_overrides(list(overrides)))
@@ -113,12 +98,12 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         raise DistillError(f"cannot read the command line: {error}") from None
 
 
-def quoted(text: str) -> str:
+def quote_value(text: str) -> str:
     """A value for an override, whatever characters it has: paths may have spaces, commas and letters of any alphabet."""
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
-def noted(run: Path) -> list[str]:
+def read_overrides(run: Path) -> list[str]:
     """The overrides of a run's command line, with the keys of today; they are not to be trusted.
 
     Raises:
@@ -135,28 +120,32 @@ def noted(run: Path) -> list[str]:
     return [translated(line) for line in lines]
 
 
-def recorded(run: Path) -> list[Override]:
+def recorded_overrides(run: Path) -> list[Override]:
     """The overrides that a run noted, less those that no file may say: of Hydra's node and of what is trusted.
 
     Raises:
         DistillError: its ``overrides.yaml`` is no list of overrides.
     """
-    return [each for each in parse(noted(run)) if not each.is_hydra_override() and each.key_or_group != "trust"]
+    return [
+        each
+        for each in parse_overrides(read_overrides(run))
+        if not each.is_hydra_override() and each.key_or_group != "trust"
+    ]
 
 
 @contextmanager
-def _hydra() -> Iterator[None]:
+def _initialized_hydra() -> Iterator[None]:
     """Hydra at our configuration: that of a running job, or one of its own."""
     register_resolvers()
-    register_presets(folder())
+    register_presets(config_folder())
     if GlobalHydra.instance().is_initialized():
         yield
     else:
-        with initialize_config_dir(str(folder()), version_base="1.3"):
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
             yield
 
 
-def composed(overrides: Sequence[str]) -> DictConfig:
+def compose_config(overrides: Sequence[str]) -> DictConfig:
     """The configuration of these overrides, outside a run. Interpolations into ``hydra`` are not resolved."""
     cfg = compose_with_hydra(overrides)
     with open_dict(cfg):
@@ -170,38 +159,40 @@ def compose_with_hydra(overrides: Sequence[str]) -> DictConfig:
     Raises:
         DistillError: it names what it may not name, or lacks a node that every run reads.
     """
-    with _hydra():
-        cfg = compose(NAME, list(overrides), return_hydra_config=True)
+    with _initialized_hydra():
+        cfg = compose(CONFIG_NAME, list(overrides), return_hydra_config=True)
     nodes: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
-    require_groups(nodes)
-    words = tuple(str(each.input_line) for each in parse(overrides) if each.is_hydra_override())
-    target_policy.validate_config(nodes, overrides, _default_hydra(folder(), words, JobRuntime.instance().get("name")))
+    require_nodes(nodes)
+    words = tuple(str(each.input_line) for each in parse_overrides(overrides) if each.is_hydra_override())
+    target_policy.validate_config(
+        nodes, overrides, _default_hydra(config_folder(), words, JobRuntime.instance().get("name"))
+    )
     return cfg
 
 
 @cache
 def _default_hydra(conf: Path, words: tuple[str, ...], job: str) -> dict[str, Any]:
     """The ``hydra`` node that these overrides of the command line make of Hydra's defaults and of conf/config.yaml."""
-    with _hydra():
-        cfg = compose(NAME, list(words), return_hydra_config=True)
+    with _initialized_hydra():
+        cfg = compose(CONFIG_NAME, list(words), return_hydra_config=True)
     node: dict[str, Any] = OmegaConf.to_container(cfg.hydra, resolve=False)  # type: ignore[assignment]
     return node
 
 
-def require_groups(nodes: Mapping[str, Any]) -> None:
+def require_nodes(nodes: Mapping[str, Any]) -> None:
     """Refuse a configuration in which a node that every run reads is no mapping.
 
     Raises:
         DistillError: names the node.
     """
-    for key in REQUIRED:
+    for key in REQUIRED_NODES:
         if not isinstance(nodes.get(key), dict):
             raise DistillError(
                 f"{key}={nodes.get(key)}: expected a mapping, as conf/config.yaml has it: leave it as it is"
             )
 
 
-def named(overrides: Sequence[str]) -> Path:
+def runs_folder(overrides: Sequence[str]) -> Path:
     """The folder of all runs that have the name which these overrides give."""
     from hydra.core.hydra_config import HydraConfig
 
@@ -210,55 +201,58 @@ def named(overrides: Sequence[str]) -> Path:
     return Path(cfg.paths.outputs) / str(cfg.name)
 
 
-def standalone(overrides: Sequence[str]) -> DictConfig:
+def compose_without_run(overrides: Sequence[str]) -> DictConfig:
     """The configuration of a verb that starts no run.
 
     Raises:
-        DistillError: a mistake in the overrides, as `check` finds it.
+        DistillError: a mistake in the overrides, as `validate_overrides` finds it.
     """
-    check(overrides)
-    named(overrides)  # leaves what a run knows of its own command line
-    cfg = composed(overrides)
+    validate_overrides(overrides)
+    runs_folder(overrides)  # leaves what a run knows of its own command line
+    cfg = compose_config(overrides)
     cfg.paths.run = "run"  # a run would know; nothing is written there
     return cfg
 
 
-def check(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
+def validate_overrides(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
     """Compose without running anything, so that a mistake is named within a second, with the nearest names.
 
     A sweep is checked by every combination of its groups' options, and by every single value of a key. In a sweep a key of
-    one loss, ``distill.losses.NAME.KEY``, applies to the jobs that have this loss.
+    one loss, ``distill.losses.CONFIG_NAME.KEY``, applies to the jobs that have this loss.
 
     Returns:
         The configuration of the run, or of a sweep's first job, with the ``hydra`` node; and the overrides for Hydra. In
-        these a key that applies to some jobs only begins with ``++``, so that it composes in all jobs; `applicable` leaves
+        these a key that applies to some jobs only begins with ``++``, so that it composes in all jobs; `applicable_overrides` leaves
         it out of the jobs where it does not apply.
 
     Raises:
         DistillError: a mistake, with the override and the nearest names.
     """
     refuse_renamed(overrides)
-    params = _check_setting(_sweep_jobs(overrides)[0][1]).hydra.sweeper.get("params") or {}
+    params = _validate_job(_sweep_jobs(overrides)[0][1]).hydra.sweeper.get("params") or {}
     jobs = _sweep_jobs([*(f"{key}={value}" for key, value in params.items()), *overrides])
     left_out = {line for job, kept in jobs for line in job} - {line for _, kept in jobs for line in kept}
-    configs = [_check_setting(kept) for _, kept in jobs]
+    configs = [_validate_job(kept) for _, kept in jobs]
     most_losses = max(range(len(jobs)), key=lambda index: len(configs[index].distill.losses or {}))
     for line in left_out:  # by some jobs; one that applies to none is refused here
-        _check_setting([line, *jobs[most_losses][1]])
-    partial = {_key(each) for job, kept in jobs for each in parse(job) if each.input_line not in kept}
+        _validate_job([line, *jobs[most_losses][1]])
+    partial = {
+        _override_key(each) for job, kept in jobs for each in parse_overrides(job) if each.input_line not in kept
+    }
     forced = [
-        f"++{line}" if _key(each) in partial else line for line, each in zip(overrides, parse(overrides), strict=True)
+        f"++{line}" if _override_key(each) in partial else line
+        for line, each in zip(overrides, parse_overrides(overrides), strict=True)
     ]
     return configs[0], forced
 
 
 def _sweep_jobs(overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
     """The overrides of the jobs to check, and those that apply to each job: all of them where there is one job."""
-    jobs = _sweep_settings(overrides)
-    return [(job, applicable(job) if len(jobs) > 1 else job) for job in jobs]
+    jobs = _expand_sweep(overrides)
+    return [(job, applicable_overrides(job) if len(jobs) > 1 else job) for job in jobs]
 
 
-def applicable(overrides: Sequence[str]) -> list[str]:
+def applicable_overrides(overrides: Sequence[str]) -> list[str]:
     """The overrides of a sweep's job, less the keys of losses that the job does not have."""
     of_losses = {
         line: match[1] for line in overrides if (match := re.match(r"(?:\+\+)?distill\.losses\.(\w+)\.", line))
@@ -270,34 +264,34 @@ def applicable(overrides: Sequence[str]) -> list[str]:
     return [line.removeprefix("++") if line in of_losses else line for line in lines]
 
 
-def _check_setting(overrides: list[str]) -> DictConfig:
+def _validate_job(overrides: list[str]) -> DictConfig:
     """The configuration of one job."""
     cfg = _try_to_compose(overrides)
-    _check_losses(overrides)
+    _refuse_shared_losses(overrides)
     return cfg
 
 
 def _try_to_compose(overrides: list[str]) -> DictConfig:
     try:
         return compose_with_hydra(overrides)
-    except (HydraException, OmegaConfBaseException, *UNFIT) as error:
-        raise DistillError(_explain(error, overrides)) from None
+    except (HydraException, OmegaConfBaseException, *ARGUMENT_ERRORS) as error:
+        raise DistillError(_explain_failure(error, overrides)) from None
 
 
-def _sweep_settings(overrides: Sequence[str]) -> list[list[str]]:
+def _expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """Overrides of jobs that together have all combinations of groups' options and all values of keys. The first job has
     the first value of each axis.
     """
     fixed: list[str] = []
     options: list[list[str]] = []
     values: list[list[str]] = []
-    known = groups()
-    for override in parse(overrides):
+    known = config_groups()
+    for override in parse_overrides(overrides):
         glob, group = override.value(), override.key_or_group
         if isinstance(glob, Glob):
-            options.append([f"{_key(override)}={name}" for name in glob.filter(known.get(group, []))])
+            options.append([f"{_override_key(override)}={name}" for name in glob.filter(known.get(group, []))])
         elif override.is_discrete_sweep():
-            axis = [f"{_key(override)}={value}" for value in override.sweep_string_iterator()]
+            axis = [f"{_override_key(override)}={value}" for value in override.sweep_string_iterator()]
             (options if group in known else values).append(axis)
         elif not override.is_sweep_override():
             fixed.append(str(override.input_line))
@@ -312,7 +306,7 @@ def _sweep_settings(overrides: Sequence[str]) -> list[list[str]]:
     ]
 
 
-def _check_losses(overrides: Sequence[str]) -> None:
+def _refuse_shared_losses(overrides: Sequence[str]) -> None:
     """Refuse two options of ``distill`` that write one loss: the second would turn the first into itself, silently."""
     if not any(re.match(r"\+*(distill=.*\[|experiment=)", line) for line in overrides):
         return  # one option alone
@@ -323,30 +317,30 @@ def _check_losses(overrides: Sequence[str]) -> None:
                 raise DistillError(
                     f"distill: {first} and {option} both write the loss '{name}', so that only the settings of the last one "
                     f"would be left. Choose one of them, or give the second a name of its own: in an option of yours, "
-                    f"{folder() / 'distill' / 'mine.yaml'}, or by '+distill.losses.{name}_2={{_target_: …}}'"
+                    f"{config_folder() / 'distill' / 'mine.yaml'}, or by '+distill.losses.{name}_2={{_target_: …}}'"
                 )
 
 
 def _chosen_losses(overrides: Sequence[str]) -> dict[str, set[str]]:
     """Option of ``distill`` that was chosen -> the losses that it writes, with those that it inherits."""
-    with _hydra():
+    with _initialized_hydra():
         loader = GlobalHydra.instance().config_loader()
-        files = loader.compute_defaults_list(NAME, list(overrides), RunMode.RUN).defaults
+        files = loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN).defaults
     chosen = [
         str(file.config_path).removeprefix("distill/")
         for file in files
         if str(file.config_path).startswith("distill/") and not str(file.parent).startswith("distill/")
     ]
-    return {option: set(parts(composed([f"distill={option}"]).distill.get("losses"))) for option in chosen}
+    return {option: set(named_nodes(compose_config([f"distill={option}"]).distill.get("losses"))) for option in chosen}
 
 
-def _key(override: Override) -> str:
+def _override_key(override: Override) -> str:
     key = override.get_key_element()
     return ("+" * override.is_add() if not override.is_force_add() else "++") + key.lstrip("+~")
 
 
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    known = groups()
+def _explain_failure(error: Exception, overrides: Sequence[str]) -> str:
+    known = config_groups()
     for line in overrides:
         key, _, value = line.lstrip("+~").partition("=")
         key = key.split("@")[0]
@@ -363,115 +357,25 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if match:
         path = full.group(1) if full else match.group(1)
         return f"there is no key '{path}'{nearest(path, _leaf_keys(overrides))}"
-    return f"the configuration does not compose: {shorten(str(error), SAID, placeholder='…')}"
+    return f"the configuration does not compose: {shorten(str(error), MESSAGE_LENGTH, placeholder='…')}"
 
 
 def _root_keys() -> list[str]:
-    return [str(key) for key in OmegaConf.load(folder() / f"{NAME}.yaml") if key not in ("defaults", "hydra")]
+    return [
+        str(key) for key in OmegaConf.load(config_folder() / f"{CONFIG_NAME}.yaml") if key not in ("defaults", "hydra")
+    ]
 
 
 def _leaf_keys(overrides: Sequence[str]) -> list[str]:
     chosen = [line for line in overrides if "." not in line.partition("=")[0]]
     try:
-        config = composed(chosen)
+        config = compose_config(chosen)
     except (HydraException, OmegaConfBaseException):
         return []
-    return list(_walk(OmegaConf.to_container(config), ""))
+    return list(_full_keys(OmegaConf.to_container(config), ""))
 
 
-def _walk(node: Any, prefix: str) -> Iterable[str]:
+def _full_keys(node: Any, prefix: str) -> Iterable[str]:
     for key, value in node.items() if isinstance(node, dict) else ():
         yield f"{prefix}{key}"
-        yield from _walk(value, f"{prefix}{key}.")
-
-
-def build(node: Any, **given: Any) -> Any:
-    """Call the constructor that a node names. Every object of a run is built here; ``given`` are run-time arguments.
-
-    Raises:
-        DistillError: the constructor's own, or one that names the target where the arguments do not fit it.
-    """
-    _check_node(node)
-    options = plain(node)
-    partial = options.get("_partial_") is True
-    target_policy.validate_targets(options, _key_of(node))
-    _check_kinds(options, _key_of(node))
-    try:
-        # Run-time arguments are handed over by the call itself: Hydra would turn a dataclass among them into a dict.
-        make = instantiate(node, _partial_=True, _convert_="all")
-        if not partial:
-            return make(**given)
-        with suppress(ValueError):  # some functions of C tell nothing of their parameters
-            inspect.signature(make.func).bind_partial(*make.args, **make.keywords)
-        return make
-    except DistillError:
-        raise
-    except InstantiationException as error:
-        if isinstance(error.__cause__, DistillError):
-            raise error.__cause__ from None
-        raise DistillError(f"{node.get('_target_')} could not be built: {error.__cause__ or error}") from error
-    except UNFIT as error:
-        raise DistillError(f"{node.get('_target_')} could not be built: {error or type(error).__name__}") from error
-
-
-def _check_kinds(options: Any, where: str) -> None:
-    """Refuse options of a kind that a constructor of ours or of Lightning's does not take, before it falls over them."""
-    nodes = [(where, options), *((below, value) for below, _, value in target_policy.walk(options, where))]
-    for below, node in nodes:
-        if isinstance(node, dict) and str(node.get("_target_")).startswith(("distill.", "lightning.")):
-            # What is built in turn is not judged by the mapping that describes it.
-            given = {key: value for key, value in node.items() if not (value == "???" or "_target_" in str(value))}
-            if wrong := type_errors(target_policy.load_class(node["_target_"], f"{below}._target_"), given):
-                raise DistillError(f"{below}: {'; '.join(wrong)}")
-
-
-def target(node: Any) -> Any:
-    """The constructor that a node names.
-
-    Raises:
-        DistillError: there is none of that name, or none that a configuration may call.
-    """
-    _check_node(node)
-    return target_policy.load_class(node.get("_target_"), f"{_key_of(node)}._target_".lstrip("."))
-
-
-def _check_node(node: Any) -> None:
-    if not (isinstance(node, dict) or OmegaConf.is_dict(node)) or node.get("_target_") is None:
-        raise DistillError(
-            f"{_key_of(node) or 'a part of the configuration'}: expected a mapping whose _target_ names a class, got {node}"
-        )
-
-
-def parts(node: Any) -> dict[str, Any]:
-    """The nodes of a mapping by name, without those that are null or empty.
-
-    Raises:
-        DistillError: it is no mapping.
-    """
-    if node is not None and not OmegaConf.is_dict(node):
-        raise DistillError(f"expected a mapping of names to parts, as in the files of {folder()}, got {node}")
-    return {str(name): each for name, each in (node or {}).items() if each is not None and each != {}}
-
-
-def _key_of(node: Any) -> str:
-    return str(node._get_full_key(None)) if OmegaConf.is_config(node) else ""
-
-
-def device(cfg: DictConfig) -> torch.device:
-    """Where the run's trainer would compute, as far as one device goes."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
-
-
-def plain(node: Any) -> Any:
-    """Plain containers with all interpolations resolved.
-
-    Raises:
-        DistillError: one of them leads nowhere.
-    """
-    try:
-        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    except OmegaConfBaseException as error:
-        where = _key_of(node) or "the configuration"
-        raise DistillError(f"{where}: cannot be resolved: {str(error).splitlines()[0]}") from error
+        yield from _full_keys(value, f"{prefix}{key}.")

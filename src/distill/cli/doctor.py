@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write the report to this file")
     parser.add_argument("overrides", nargs="*", help="as for train: data=voc data.source.root=… distill=ssim")
     args = parser.parse_intermixed_args(list(argv))
-    cfg = compose.standalone(args.overrides)
+    cfg = compose.compose_without_run(args.overrides)
 
     from distill.cli.doctor_report import examine
     from distill.cli.doctor_tables import print_report

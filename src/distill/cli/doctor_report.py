@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 
-from distill.cli import compose, preflight
+from distill.cli import compose, instantiate, preflight
 from distill.cli.assembly import assemble, build_student, build_trainer
 from distill.cli.preflight import RunPlan
 from distill.cli.teacher import UNTRAINED, as_teacher, cache_entry, find_teacher, read_summary, untrained
@@ -92,8 +92,10 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
     if options.weights is None:
         folder, overrides = cache_entry(options)
         if not RunFolder(folder).finished:
-            detector, config = untrained(options, data.classes), compose.composed(overrides)
-            module = Distiller(detector, schedule=compose.build(config.schedule)).to(trainer.strategy.root_device)
+            detector, config = untrained(options, data.classes), compose.compose_config(overrides)
+            module = Distiller(detector, schedule=instantiate.build_node(config.schedule)).to(
+                trainer.strategy.root_device
+            )
             report["teacher"] = {
                 "state": "not trained yet",
                 "folder": str(folder),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from distill.cli import compose, validate
+from distill.cli import compose, instantiate, validate
 from distill.run_folder import OVERRIDES, STUDENT, SUMMARY, RunFolder
 from distill.types import DistillError
 
@@ -38,13 +38,13 @@ def main(argv: Sequence[str]) -> int:
     from distill.evaluation.evaluate import evaluate
     from distill.files import write_text
 
-    data = compose.build(cfg.data)
+    data = instantiate.build_node(cfg.data)
     data.setup("test" if args.split == "test" else "fit")
     detector = load_teacher_of(run, plan_teacher(cfg)) if args.teacher else load_student(args.source)
     trained = (detector.options["min_size"], detector.options["max_size"])
     if trained != data.input_size:
         print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
-    metrics, device = list(build_metrics(cfg).values()), compose.device(cfg)
+    metrics, device = list(build_metrics(cfg).values()), instantiate.trainer_device(cfg)
     title = f"{'teacher' if args.teacher else 'student'}, {args.split}"
     results = evaluate(detector, data, args.split, metrics, device, title)
     rows = [(name, f"{100 * value:.2f}" if value >= 0 else "no ground truth") for name, value in results.items()]
@@ -66,13 +66,13 @@ def find_run(source: Path) -> RunFolder:
 
 def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
     """The run's configuration, composed again with further overrides."""
-    chosen = {override.key_or_group for override in compose.parse(overrides)} & set(compose.groups())
+    chosen = {override.key_or_group for override in compose.parse_overrides(overrides)} & set(compose.config_groups())
     recorded = [
         str(override.input_line)
-        for override in compose.recorded(run.path)
+        for override in compose.recorded_overrides(run.path)
         if override.key_or_group.split(".")[0] not in chosen  # data=voc replaces all overrides of the run's data
     ]
-    return validate.checked([*recorded, *overrides])
+    return validate.compose_valid_config([*recorded, *overrides])
 
 
 def load_student(source: Path) -> Detector:

@@ -51,7 +51,7 @@ def parse_words(words: Sequence[str]) -> tuple[Namespace, list[str]]:
     for name in (flag[0] for flag in CONFIGURATION_FLAGS):
         if getattr(flags, name[2:].replace("-", "_")) is not None:
             raise DistillError(
-                f"{name}: the configuration is {compose.folder()}; put a file of yours there, experiment/mine.yaml "
+                f"{name}: the configuration is {compose.config_folder()}; put a file of yours there, experiment/mine.yaml "
                 "say, and choose it by experiment=mine"
             )
     flags.runs = not (flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion)
@@ -75,7 +75,9 @@ def run_hydra(words: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
     command_line = sys.argv
     sys.argv = [command_line[0], *words]
     try:
-        hydra.main(version_base="1.3", config_path=str(compose.folder()), config_name=compose.NAME)(task)()
+        hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(
+            task
+        )()
     except (HydraException, OmegaConfBaseException) as error:
         raise DistillError(str(error).partition("Config search path")[0].strip()) from error
     finally:

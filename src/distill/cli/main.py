@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from distill.cli.signals import EXIT_REASONS, RESTART_ADVICE, Terminated, stoppable
+from distill.cli.signals import EXIT_REASONS, RESTART_ADVICE, Terminated, stop_on_signals
 from distill.types import DistillError
 
 USAGE = """usage: distill <verb> [options]
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     try:
-        with stoppable():
+        with stop_on_signals():
             return _run(argv[0], argv[1:])
     except DistillError as error:
         if os.environ.get("DISTILL_TRACEBACK"):

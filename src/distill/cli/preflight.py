@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
 from omegaconf import DictConfig
 
-from distill.cli import compose, resume, validate
+from distill.cli import instantiate, resume, validate
 from distill.cli.suggestions import nearest
 from distill.cli.teacher import TeacherOptions
 from distill.data.datamodule import DetectionData
@@ -99,12 +99,12 @@ def plan_run(cfg: DictConfig, run: Path | None = None) -> RunPlan:
     Raises:
         DistillError: an invalid value, an unknown class, a missing teacher, or a checkpoint of another run.
     """
-    validate.check(cfg)
+    validate.validate_values(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    checkpoint = None if run is None else resume.checkpoint(cfg, run)
-    resume.check_config(cfg, checkpoint)
+    checkpoint = None if run is None else resume.find_checkpoint(cfg, run)
+    resume.validate_config(cfg, checkpoint)
     plan = RunPlan(
-        config=compose.plain(cfg),
+        config=instantiate.to_containers(cfg),
         overrides=list(HydraConfig.get().overrides.task),
         folder=RunFolder(run or cfg.paths.run),
         checkpoint=checkpoint,
@@ -113,17 +113,17 @@ def plan_run(cfg: DictConfig, run: Path | None = None) -> RunPlan:
         metric=cfg.metric,
         test=cfg.test,
         pictures=cfg.pictures,
-        device=compose.device(cfg),
-        data=compose.build(cfg.data),
-        student=partial(compose.build, cfg.model),
+        device=instantiate.trainer_device(cfg),
+        data=instantiate.build_node(cfg.data),
+        student=partial(instantiate.build_node, cfg.model),
         channels_last=cfg.channels_last,
         inherit=cfg.init == "inherit",
         teacher=plan_teacher(cfg),
         losses=plan_losses(cfg),
-        supervised=compose.plain(cfg.supervised),
+        supervised=instantiate.to_containers(cfg.supervised),
         metrics=list(build_metrics(cfg).values()),
-        schedule=compose.build(cfg.schedule),
-        guard=compose.build(cfg.guard),
+        schedule=instantiate.build_node(cfg.schedule),
+        guard=instantiate.build_node(cfg.guard),
         trainer=_plan_trainer(cfg),
     )
     if plan.needs_teacher and plan.teacher is None:
@@ -141,19 +141,19 @@ def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:
     if not (isinstance(model, DictConfig) and "_target_" in model):
         return None
     return TeacherOptions(
-        build=partial(compose.build, model),
-        model=compose.plain(model),
+        build=partial(instantiate.build_node, model),
+        model=instantiate.to_containers(model),
         option=str(HydraConfig.get().runtime.choices["model@teacher.model"]),
         weights=options.weights,
         train=options.train,
         seed=options.seed,
-        run=compose.plain(options.run),
+        run=instantiate.to_containers(options.run),
         min_ap=options.min_ap,
         optimization={name: options[name] for name in ("fold", "channels_last", "dtype")},
         cache=Path(cfg.paths.teachers).absolute(),
         student_overrides=list(HydraConfig.get().overrides.task),
         student_backbone=cfg.model.get("backbone_weights"),
-        metrics=compose.plain(cfg.metrics),
+        metrics=instantiate.to_containers(cfg.metrics),
     )
 
 
@@ -164,28 +164,30 @@ def plan_losses(cfg: DictConfig) -> dict[str, LossOptions]:
         DistillError: a class is not a `DistillLoss`.
     """
     losses = {}
-    for name, node in compose.parts(cfg.distill.losses).items():
-        kind = compose.target(node)
+    for name, node in instantiate.named_nodes(cfg.distill.losses).items():
+        kind = instantiate.load_target(node)
         if not (isinstance(kind, type) and issubclass(kind, DistillLoss)):
             raise DistillError(f"distill.losses.{name}: expected a DistillLoss, got {node.get('_target_')}")
-        losses[name] = LossOptions(kind, partial(compose.build, node))
+        losses[name] = LossOptions(kind, partial(instantiate.build_node, node))
     return losses
 
 
 def build_metrics(cfg: DictConfig) -> dict[str, MakeMetric]:
     """Constructors of the metrics by name. A metric that is null is left out."""
-    return {name: compose.build(node) for name, node in compose.parts(cfg.metrics).items()}
+    return {name: instantiate.build_node(node) for name, node in instantiate.named_nodes(cfg.metrics).items()}
 
 
 def _plan_trainer(cfg: DictConfig) -> TrainerOptions:
-    precision = chosen(cfg.trainer.precision, compose.device(cfg).type == "cuda")
-    settings = {name: value for name, value in compose.plain(cfg.trainer).items() if name != "save_every"}
-    callbacks = compose.parts(cfg.callbacks)
+    precision = chosen(cfg.trainer.precision, instantiate.trainer_device(cfg).type == "cuda")
+    settings = {name: value for name, value in instantiate.to_containers(cfg.trainer).items() if name != "save_every"}
+    callbacks = instantiate.named_nodes(cfg.callbacks)
     return TrainerOptions(
         settings=settings | {"precision": precision},
-        callbacks={name: partial(compose.build, node) for name, node in callbacks.items()},
+        callbacks={name: partial(instantiate.build_node, node) for name, node in callbacks.items()},
         monitors={f"callbacks.{name}.monitor": node.get("monitor") for name, node in callbacks.items()},
-        loggers={name: partial(compose.build, node) for name, node in compose.parts(cfg.logger).items()},
+        loggers={
+            name: partial(instantiate.build_node, node) for name, node in instantiate.named_nodes(cfg.logger).items()
+        },
         shared=shared_config(cfg),
     )
 
@@ -195,7 +197,7 @@ def shared_config(cfg: DictConfig) -> dict[str, Any]:
     shared = cfg.copy()
     for name in shared.paths:
         shared.paths[name] = str(name)
-    resolved: dict[str, Any] = compose.plain(shared)
+    resolved: dict[str, Any] = instantiate.to_containers(shared)
     return resolved
 
 
@@ -209,7 +211,7 @@ def load_data(plan: RunPlan) -> tuple[DetectionData, list[str]]:
     """
     data, splits = plan.data, ["val"]
     data.setup("fit")
-    resume.check_data(plan.resume, plan.checkpoint, data)
+    resume.validate_data(plan.resume, plan.checkpoint, data)
     if plan.test and data.has("test"):
         try:
             data.setup("test")

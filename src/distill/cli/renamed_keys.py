@@ -17,7 +17,7 @@ from distill.types import DistillError
 TARGETS = {
     "callbacks.averaging.Average": "WeightAverage",
     "callbacks.panels.Panels": "PredictionImages",
-    "callbacks.processes.patience": "training.callbacks.consistency.patience",
+    "callbacks.processes.patience": "training.callbacks.consistency.exchange_timeout",
     "callbacks.resume.Best": "BestCheckpoint",
     "callbacks.resume.Last": "LastCheckpoint",
     "callbacks.teacher.TeacherCheck": "TeacherCheck",

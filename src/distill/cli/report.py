@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from distill.cli.preflight import RunPlan
-from distill.cli.resume import note_job
+from distill.cli.resume import write_slurm_job
 from distill.cli.tables import print_line, print_table
 from distill.cli.teacher import measured_by
 from distill.data.datamodule import DetectionData
@@ -29,7 +29,7 @@ from distill.evaluation.evaluate import evaluate
 from distill.evaluation.pictures import panel, save_panel
 from distill.files import load_tensors, write_text
 from distill.run_folder import RunFolder
-from distill.training.callbacks.prediction_images import crop, look
+from distill.training.callbacks.prediction_images import predict_columns, unpadded_images
 from distill.training.distiller import Distiller
 from distill.types import DistillError
 
@@ -42,7 +42,7 @@ def write_config(plan: RunPlan) -> None:
     """Write the resolved configuration, and the overrides from which it can be composed again."""
     write_text(plan.folder.config, OmegaConf.to_yaml(plan.config))
     write_text(plan.folder.overrides, OmegaConf.to_yaml(list(plan.overrides)))
-    note_job(plan.folder.path)
+    write_slurm_job(plan.folder.path)
 
 
 @rank_zero_only
@@ -180,8 +180,8 @@ def _load_best(trainer: L.Trainer, module: Distiller) -> str | None:
 def _save_pictures(module: Distiller, data: DetectionData, count: int, folder: Path, device: torch.device) -> None:
     count = min(count, len(data.ground_truth("val")["images"]))
     batch = data.batch("val", range(count)).to(device)
-    columns = look(module, batch)
-    for number, image in enumerate(crop(batch)):
+    columns = predict_columns(module, batch)
+    for number, image in enumerate(unpadded_images(batch)):
         boxes = {name: column[number] for name, column in columns.items()}
         save_panel(folder / f"{batch.ids[number]}.png", panel(image, boxes, data.classes))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from distill.cli import compose
+from distill.cli import compose, instantiate
 from distill.cli.signals import RESTART_ADVICE
 from distill.files import write_text
 from distill.run_folder import OVERRIDES, RunFolder, previous_checkpoint
@@ -21,9 +21,9 @@ from distill.types import DistillError
 if TYPE_CHECKING:
     from distill.data.datamodule import DetectionData
 
-HANDLING = ("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "eval_batch_size")
+LOADING_KEYS = ("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "eval_batch_size")
 """Keys of ``data`` that say how images reach the model, not what they are."""
-PASSING = (
+OTHER_RUN_PREFIXES = (
     "ckpt_path",
     "resume=",
     "hydra.",
@@ -32,30 +32,30 @@ PASSING = (
     "logger",
     "paths.",
     "pictures",
-    *(f"data.{key}=" for key in HANDLING),
+    *(f"data.{key}=" for key in LOADING_KEYS),
     "guard",
     "callbacks.terms",
 )
 """Beginnings of the overrides that do not say which run is meant."""
-FREE = (
+MAY_DIFFER = (
     *("ckpt_path", "resume", "name", "test", "pictures", "paths.*", "logger.*", "guard.*", "callbacks.terms*"),
     # The machine and the screen.
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy*", "benchmark", "profiler")),
     *(f"trainer.{key}" for key in ("log_every_n_steps", "enable_*", "default_root_dir", "save_every", "num_sanity*")),
     *("callbacks.last*", "callbacks.teacher*", "callbacks.rate*", "callbacks.panels*", "callbacks.progress*"),
     "callbacks.best.dirpath",
-    *(f"data.{key}" for key in HANDLING),
+    *(f"data.{key}" for key in LOADING_KEYS),
     # What the checkpoint knows better: images and boxes, guests by their bytes, weights that were only the start.
     *("data.source*", "data.on_*", "distill.losses.*.classifier.weights"),
     *(f"teacher.{key}" for key in ("weights", "train", "seed", "run*", "min_ap", "evaluate", "model*")),
     *("init", "model.weights", "model.backbone_weights"),
 )
 """Keys that may differ when a run goes on: they cannot change what it learns, or are compared otherwise."""
-IDENTITY = ("made_by", "teacher", "guests", "DetectionData")
+IDENTITY_KEYS = ("made_by", "teacher", "guests", "DetectionData")
 """Parts of a checkpoint by which a resume is refused."""
 
 
-def resumed(overrides: Sequence[str]) -> list[str]:
+def add_run_to_resume(overrides: Sequence[str]) -> list[str]:
     """``ckpt_path=last`` goes on in the newest run that these overrides made, unless a folder is given.
 
     A job that SLURM started again goes on by itself where there is something to go on from.
@@ -63,17 +63,17 @@ def resumed(overrides: Sequence[str]) -> list[str]:
     lines = list(overrides)
     if _requeued() and not any(line.startswith("ckpt_path=") for line in lines):
         try:
-            return _in_folder([*lines, "ckpt_path=last"], must=True)
+            return _find_run([*lines, "ckpt_path=last"], must=True)
         except DistillError:
             return lines
-    return _in_folder(lines, must=False)
+    return _find_run(lines, must=False)
 
 
 def requeued_sweep(overrides: Sequence[str]) -> Path | None:
     """The folder of the sweep that SLURM started again, unless a folder is given."""
     if not _requeued() or any(line.startswith("hydra.sweep.dir=") for line in overrides):
         return None
-    paths = compose.composed([line for line in overrides if line.startswith("paths.outputs=")]).paths
+    paths = compose.compose_config([line for line in overrides if line.startswith("paths.outputs=")]).paths
     return next((folder for folder in Path(paths.outputs).glob("sweeps/*") if _made_by_this_job(folder)), None)
 
 
@@ -81,28 +81,30 @@ def _requeued() -> bool:
     return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
-def _in_folder(lines: list[str], must: bool) -> list[str]:
+def _find_run(lines: list[str], must: bool) -> list[str]:
     if "ckpt_path=last" not in lines:
         return lines
-    home = compose.named(lines)
-    if any(each.key_or_group == "hydra.run.dir" for each in compose.parse(lines)):
+    home = compose.runs_folder(lines)
+    if any(each.key_or_group == "hydra.run.dir" for each in compose.parse_overrides(lines)):
         folder = Path(HydraConfig.get().run.dir)
         if must and not RunFolder(folder).resumable:
             raise DistillError(f"no checkpoint in {folder}")
         return lines
-    runs = sorted((run for run in home.glob("*") if RunFolder(run).resumable), key=_newest, reverse=True)
+    runs = sorted((run for run in home.glob("*") if RunFolder(run).resumable), key=_saved_at, reverse=True)
     for run in runs:
         # A requeued job's own run: another job may have finished one of the same words.
-        if _meant(_words(run)) == _meant(lines) and (not must or _made_by_this_job(run)):
-            return [*lines, f"hydra.run.dir={compose.quoted(str(run))}"]
-    newest = f"the newest, {runs[0]}, was made by: {' '.join(_words(runs[0]))}" if runs else "none has a checkpoint"
+        if _run_identity(_recorded_words(run)) == _run_identity(lines) and (not must or _made_by_this_job(run)):
+            return [*lines, f"hydra.run.dir={compose.quote_value(str(run))}"]
+    newest = (
+        f"the newest, {runs[0]}, was made by: {' '.join(_recorded_words(runs[0]))}" if runs else "none has a checkpoint"
+    )
     raise DistillError(
         f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. Repeat the overrides of the run "
         "that is to go on, or name it: hydra.run.dir=RUN, or ckpt_path=FILE"
     )
 
 
-def note_job(run: Path) -> None:
+def write_slurm_job(run: Path) -> None:
     """Write down the SLURM job that makes a run or sweep."""
     if "SLURM_JOB_ID" in os.environ:
         write_text(RunFolder(run).slurm_job, os.environ["SLURM_JOB_ID"])
@@ -113,25 +115,25 @@ def _made_by_this_job(run: Path) -> bool:
     return file.is_file() and file.read_text() == os.environ.get("SLURM_JOB_ID")
 
 
-def going_on(run: Path) -> str:
+def resume_advice(run: Path) -> str:
     """What to say to let a stopped run go on."""
     return "ckpt_path=last goes on from the last checkpoint" if RunFolder(run).resumable else RESTART_ADVICE
 
 
-def _newest(run: Path) -> float:
+def _saved_at(run: Path) -> float:
     return max(file.stat().st_mtime for file in RunFolder(run).resumable)
 
 
-def _words(run: Path) -> list[str]:
-    return compose.noted(run) if RunFolder(run).overrides.is_file() else []
+def _recorded_words(run: Path) -> list[str]:
+    return compose.read_overrides(run) if RunFolder(run).overrides.is_file() else []
 
 
-def _meant(overrides: Sequence[str]) -> set[str]:
+def _run_identity(overrides: Sequence[str]) -> set[str]:
     """The overrides that say which run it is: not how long, on what machine, or what is logged."""
-    return {line for line in overrides if not line.lstrip("+~").startswith(PASSING)}
+    return {line for line in overrides if not line.lstrip("+~").startswith(OTHER_RUN_PREFIXES)}
 
 
-def checkpoint(cfg: DictConfig, run: Path) -> Path | None:
+def find_checkpoint(cfg: DictConfig, run: Path) -> Path | None:
     """The whole checkpoint that ``ckpt_path`` means, if any: the one before where the newest is damaged.
 
     Raises:
@@ -141,7 +143,7 @@ def checkpoint(cfg: DictConfig, run: Path) -> Path | None:
         raise DistillError(f"resume: expected same or anyway, got '{cfg.resume}'")
     if cfg.ckpt_path is None:
         return None
-    from distill.training.callbacks.checkpoint_files import sound
+    from distill.training.callbacks.checkpoint_files import latest_intact_checkpoint
 
     file = RunFolder(run).last if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
     if not file.is_file() and not previous_checkpoint(file).is_file():
@@ -149,37 +151,37 @@ def checkpoint(cfg: DictConfig, run: Path) -> Path | None:
             f"ckpt_path={cfg.ckpt_path}: there is no file {file}. Give ckpt_path=FILE, or hydra.run.dir=RUN ckpt_path=last with "
             "the folder of a run that has checkpoints"
         )
-    return sound(file)
+    return latest_intact_checkpoint(file)
 
 
-def check_config(cfg: DictConfig, file: Path | None) -> None:
+def validate_config(cfg: DictConfig, file: Path | None) -> None:
     """Refuse a checkpoint of another configuration, naming what differs; warn with ``resume=anyway``."""
     _refuse_older(file)
-    made_by = _part(file, "made_by")
+    made_by = _read_part(file, "made_by")
     if made_by:
-        _refuse(cfg.resume, file, differences(made_by["config"], compose.plain(cfg)))
+        _refuse(cfg.resume, file, differences(made_by["config"], instantiate.to_containers(cfg)))
 
 
 def _refuse_older(file: Path | None) -> None:
     """Refuse a checkpoint of version 0.1.0, which did not record its version: its configuration has other keys."""
-    if file is not None and _part(file, "distill_version") is None:
+    if file is not None and _read_part(file, "distill_version") is None:
         raise DistillError(
             f"resume: {file} was written by distill 0.1.0, which alone can resume that run: install distill 0.1.0, or start "
             "a new run without ckpt_path"
         )
 
 
-def check_data(mode: str, file: Path | None, data: DetectionData) -> None:
+def validate_data(mode: str, file: Path | None, data: DetectionData) -> None:
     """Refuse a checkpoint of other classes, images or boxes, before a teacher is trained for them."""
-    known = _part(file, "DetectionData")
+    known = _read_part(file, "DetectionData")
     if known:
         _refuse(mode, file, data.differences(known))
 
 
-def _part(file: Path | None, key: str) -> Any:
-    from distill.training.callbacks.checkpoint_files import read
+def _read_part(file: Path | None, key: str) -> Any:
+    from distill.training.callbacks.checkpoint_files import read_checkpoint
 
-    return None if file is None else read(file, lazily=True).get(key)
+    return None if file is None else read_checkpoint(file, lazily=True).get(key)
 
 
 def _refuse(mode: str, file: Path | None, found: Sequence[str]) -> None:
@@ -198,23 +200,27 @@ def _refuse(mode: str, file: Path | None, found: Sequence[str]) -> None:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``key: value there, value here`` of all keys that differ and may not."""
-    there, here = dict(leaves(before)), dict(leaves(now))
-    keys = [key for key in {**there, **here} if not any(fnmatchcase(key, free) for free in FREE)]
-    return [f"{key}: {_said(there, key)}, {_said(here, key, 'here')}" for key in keys if _differ(there, here, key)]
+    there, here = dict(flatten(before)), dict(flatten(now))
+    keys = [key for key in {**there, **here} if not any(fnmatchcase(key, free) for free in MAY_DIFFER)]
+    return [
+        f"{key}: {_describe_value(there, key)}, {_describe_value(here, key, 'here')}"
+        for key in keys
+        if _differ(there, here, key)
+    ]
 
 
 def _differ(there: Mapping[str, Any], here: Mapping[str, Any], key: str) -> bool:
     return (key in there) != (key in here) or there.get(key) != here.get(key)
 
 
-def _said(values: Mapping[str, Any], key: str, place: str = "there") -> str:
+def _describe_value(values: Mapping[str, Any], key: str, place: str = "there") -> str:
     return f"{values[key]} {place}" if key in values else f"not {place}"
 
 
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of a nested mapping, by its dotted path."""
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -29,12 +29,12 @@ EXIT_REASONS = {
 RESTART_ADVICE = "start it again with the same arguments"
 """Printed for a run that left nothing to resume from."""
 
-CLEANING = 10.0
+REPEATED_SIGNAL_SECONDS = 10.0
 """Seconds after a SIGTERM in which another one is the same wish: it does not break off what the first one set going."""
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """Inside, SIGTERM raises `Terminated`, and SIGUSR1 does what SIGTERM does; under SLURM the job is then requeued.
 
     Lightning leaves a handler of SIGUSR1 alone that is there already; its own would save in the middle of a step.
@@ -44,7 +44,7 @@ def stoppable() -> Iterator[None]:
 
     def end(number: int, frame: Any) -> None:
         nonlocal told
-        if time.monotonic() - told > CLEANING:
+        if time.monotonic() - told > REPEATED_SIGNAL_SECONDS:
             told = time.monotonic()
             raise Terminated
 
@@ -53,21 +53,21 @@ def stoppable() -> Iterator[None]:
         signal.raise_signal(signal.SIGTERM)
 
     with ExitStack() as handlers:
-        handlers.enter_context(handled(signal.SIGTERM, end))
-        handlers.enter_context(handled(signal.SIGUSR1, requeue))
+        handlers.enter_context(signal_handler(signal.SIGTERM, end))
+        handlers.enter_context(signal_handler(signal.SIGUSR1, requeue))
         try:
             yield
         except Terminated:
             # It is ending: SLURM sends another SIGTERM to a job that it starts again.
             for number in (signal.SIGTERM, signal.SIGUSR1):
-                handlers.enter_context(handled(number, lambda *_: None))
+                handlers.enter_context(signal_handler(number, lambda *_: None))
             if asked:
-                _requeue()
+                _requeue_slurm_job()
             raise
 
 
 @contextmanager
-def handled(number: signal.Signals, handler: Callable[[int, Any], None]) -> Iterator[None]:
+def signal_handler(number: signal.Signals, handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Inside, a signal is handled so, in the main thread; no other may say."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -79,7 +79,9 @@ def handled(number: signal.Signals, handler: Callable[[int, Any], None]) -> Iter
         signal.signal(number, before)
 
 
-def ended(process: subprocess.Popen[str] | subprocess.Popen[bytes], work: Callable[[], Any] | None = None) -> int:
+def wait_for_process(
+    process: subprocess.Popen[str] | subprocess.Popen[bytes], work: Callable[[], Any] | None = None
+) -> int:
     """Wait until a process has ended; its exit code. Whatever ends this run ends it too, with the time to save.
 
     Args:
@@ -109,7 +111,7 @@ def ended(process: subprocess.Popen[str] | subprocess.Popen[bytes], work: Callab
     return code
 
 
-def _requeue() -> None:
+def _requeue_slurm_job() -> None:
     """Ask SLURM to start this job again; one process asks for all."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or os.environ.get("SLURM_PROCID", "0") != "0":

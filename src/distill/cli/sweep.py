@@ -32,13 +32,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import compose, resume
 from distill.cli.hydra_main import run_hydra
-from distill.cli.signals import Terminated, ended
+from distill.cli.signals import Terminated, wait_for_process
 from distill.cli.teacher import RANK_VARIABLES
 from distill.files import write_text
 from distill.run_folder import RunFolder
 from distill.types import DistillError
 
-SHOWN = ("val/AP", "val/AP50", "val/mAP", "test/AP", "test/mAP")
+TABLE_METRICS = ("val/AP", "val/AP50", "val/mAP", "test/AP", "test/mAP")
 
 
 class JobFailed(DistillError):
@@ -59,19 +59,19 @@ def run_job(cfg: DictConfig) -> float:
     compose.register_resolvers()
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir)
-    overrides = compose.applicable([str(line) for line in hydra.overrides.task])
+    overrides = compose.applicable_overrides([str(line) for line in hydra.overrides.task])
     run = claim_folder(sweep, Path(hydra.runtime.output_dir), overrides)
     with FileLock(f"{run}.lock"):  # two jobs are one where a key that differs applies to neither
         if not RunFolder(run).finished:
-            _start(run, overrides, sweep.name)
+            _run_process_of_job(run, overrides, sweep.name)
     return float(json.loads(RunFolder(run).summary.read_text())["student"][cfg.metric])
 
 
-def _start(run: Path, overrides: Sequence[str], sweep: str) -> None:
+def _run_process_of_job(run: Path, overrides: Sequence[str], sweep: str) -> None:
     RunFolder(run).error.unlink(missing_ok=True)
     resumption = ["ckpt_path=last"] if RunFolder(run).resumable else []
-    words = [*overrides, *resumption, f"hydra.run.dir={compose.quoted(str(run))}"]
-    code, error = execute([sys.executable, "-m", "distill", "train", *words], sweep)
+    words = [*overrides, *resumption, f"hydra.run.dir={compose.quote_value(str(run))}"]
+    code, error = run_process([sys.executable, "-m", "distill", "train", *words], sweep)
     if code == 130:
         raise KeyboardInterrupt
     if code or not RunFolder(run).finished:
@@ -114,9 +114,9 @@ def run(words: Sequence[str], cfg: DictConfig) -> None:
     HydraConfig.instance().set_config(cfg)  # for interpolations into it
     folder = resume.requeued_sweep(words) or Path(cfg.hydra.sweep.dir)
     others = [word for word in words if not word.startswith("hydra.sweep.dir=")]
-    resume.note_job(folder)
+    resume.write_slurm_job(folder)
     try:
-        run_hydra([f"hydra.sweep.dir={compose.quoted(str(folder))}", *others], run_job)
+        run_hydra([f"hydra.sweep.dir={compose.quote_value(str(folder))}", *others], run_job)
     except JobFailed as error:
         raise JobFailed(f"{count_failed(folder)} of the sweep's jobs failed, the first: {error}") from None
     except (Terminated, KeyboardInterrupt) as stopped:
@@ -127,7 +127,7 @@ def run(words: Sequence[str], cfg: DictConfig) -> None:
 
 def write_table(folder: Path) -> list[dict[str, Any]]:
     """Write ``sweep.csv`` from the folders of the jobs; its rows."""
-    rows = [_row(job) for job in _jobs(folder)]
+    rows = [_table_row(job) for job in job_folders(folder)]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     page = io.StringIO(newline="")
     writer = csv.DictWriter(page, columns)
@@ -139,19 +139,19 @@ def write_table(folder: Path) -> list[dict[str, Any]]:
 
 def count_failed(folder: Path) -> int:
     """How many jobs of a sweep failed, by their folders."""
-    return sum(_row(job)["state"] == "failed" for job in _jobs(folder))
+    return sum(_table_row(job)["state"] == "failed" for job in job_folders(folder))
 
 
 def show_table(folder: Path) -> None:
     """Print the table, unless no job has begun: what was varied, the main numbers, and why jobs failed."""
-    if not _jobs(folder):
+    if not job_folders(folder):
         return
     rows = write_table(folder)
     names = dict.fromkeys(name for row in rows for name in row)
     varied = [name for name in names if "/" not in name and len({str(row.get(name)) for row in rows}) > 1]
-    numbers = [name for name in names if name in SHOWN]
+    numbers = [name for name in names if name in TABLE_METRICS]
     columns = dict.fromkeys(["job", *(name for name in varied if name != "error"), "state", *numbers])
-    _print(list(columns), rows, folder)
+    _print_table(list(columns), rows, folder)
     if count_failed(folder):
         print(continuation_advice(folder))
 
@@ -174,8 +174,8 @@ def claim_folder(sweep: Path, given: Path, overrides: Sequence[str]) -> Path:
 
 
 def _choose_folder(sweep: Path, given: Path, overrides: Sequence[str]) -> Path:
-    for job in _jobs(sweep):
-        if said(job) == set(overrides):
+    for job in job_folders(sweep):
+        if recorded_words(job) == set(overrides):
             if job.absolute() != given.absolute() and given.is_dir() and not any(given.iterdir()):
                 given.rmdir()  # Hydra made it
             return job
@@ -184,17 +184,17 @@ def _choose_folder(sweep: Path, given: Path, overrides: Sequence[str]) -> Path:
     return sweep / str(max(int(job.name) for job in sweep.iterdir() if job.name.isdigit()) + 1)
 
 
-def said(job: Path) -> set[str]:
+def recorded_words(job: Path) -> set[str]:
     """The overrides that made a job, less those of its resume."""
-    lines = set(compose.noted(job))
+    lines = set(compose.read_overrides(job))
     return {line for line in lines if not line.startswith("ckpt_path=")}
 
 
-def execute(command: Sequence[str], sweep: str) -> tuple[int, str]:
+def run_process(command: Sequence[str], sweep: str) -> tuple[int, str]:
     """Run a job, its words passed on; its exit code and, for the case that it failed, its last word in one line.
 
     Raises:
-        Terminated, KeyboardInterrupt: the sweep was asked to stop; the job has saved, and ended.
+        Terminated, KeyboardInterrupt: the sweep was asked to stop; the job has saved, and wait_for_process.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
     last: deque[str] = deque(maxlen=20)
@@ -208,29 +208,30 @@ def execute(command: Sequence[str], sweep: str) -> tuple[int, str]:
             last.append(line.strip())
 
     with child:
-        code = ended(child, listen)
-    return code, _last_word(code, [line for line in last if line])
+        code = wait_for_process(child, listen)
+    return code, _failure_reason(code, [line for line in last if line])
 
 
-def _last_word(code: int, lines: Sequence[str]) -> str:
+def _failure_reason(code: int, lines: Sequence[str]) -> str:
     ours = [line.removeprefix("distill: ") for line in lines if line.startswith("distill: ")]
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return (ours or [f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}"])[-1]
 
 
-def _jobs(folder: Path) -> list[Path]:
+def job_folders(folder: Path) -> list[Path]:
+    """The folders of a sweep's jobs, by number."""
     found = [job for job in folder.iterdir() if RunFolder(job).overrides.is_file()] if folder.is_dir() else []
-    return sorted(found, key=_number)
+    return sorted(found, key=_job_order)
 
 
-def _number(job: Path) -> tuple[bool, int, str]:
+def _job_order(job: Path) -> tuple[bool, int, str]:
     return (not job.name.isdigit(), int(job.name) if job.name.isdigit() else 0, job.name)
 
 
-def _row(job: Path) -> dict[str, Any]:
+def _table_row(job: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"job": job.name}
-    row |= dict(line.partition("=")[::2] for line in compose.noted(job))
+    row |= dict(line.partition("=")[::2] for line in compose.read_overrides(job))
     if RunFolder(job).finished:
         report = json.loads(RunFolder(job).summary.read_text())
         return row | {"state": "done"} | {name: round(value, 4) for name, value in report["student"].items()}
@@ -239,7 +240,7 @@ def _row(job: Path) -> dict[str, Any]:
     return row | {"state": "unfinished"}
 
 
-def _print(columns: list[str], rows: list[dict[str, Any]], folder: Path) -> None:
+def _print_table(columns: list[str], rows: list[dict[str, Any]], folder: Path) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

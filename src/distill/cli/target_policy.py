@@ -32,7 +32,7 @@ ALLOWED = (
         for part in ("callbacks", "loggers", "plugins", "profilers", "strategies", "trainer")
     ),
     *("torchmetrics.aggregation", "torchmetrics.classification", "torchmetrics.detection"),
-    "distill.training.callbacks.consistency.patience",  # a function, so it is allowed by its full name
+    "distill.training.callbacks.consistency.exchange_timeout",  # a function, so it is allowed by its full name
 )
 """Packages whose classes a configuration may name. None of these classes downloads, unpickles or starts anything."""
 ALLOWED_IN_HYDRA = ("hydra_plugins", "optuna.samplers", "optuna.pruners")

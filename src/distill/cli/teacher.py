@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import BaseFileLock, FileLock
 from omegaconf import OmegaConf
 
-from distill.cli.compose import composed, parse, plain, quoted
-from distill.cli.resume import HANDLING
-from distill.cli.signals import Terminated, ended
+from distill.cli.compose import compose_config, parse_overrides, quote_value
+from distill.cli.instantiate import to_containers
+from distill.cli.resume import LOADING_KEYS
+from distill.cli.signals import Terminated, wait_for_process
 from distill.files import read_json
 from distill.run_folder import STUDENT, RunFolder
 from distill.types import DetectorSpec, DistillError
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 KEPT_GROUPS = ("data", "trainer", "experiment", "paths", "trust")
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")  # no num_nodes: one machine trains it
 # Keys that do not change the teacher's weights. Runs that differ in these keys only share one teacher.
-IGNORED_DATA = (*HANDLING, "on_overlap")
+IGNORED_DATA = (*LOADING_KEYS, "on_overlap")
 IGNORED_MODEL = ("box_roi_align",)  # another order of the same additions
 IGNORED_CALLBACKS = ("terms",)  # checks distillation terms, and a teacher's run has none
 # Keys of Lightning's trainer that change the teacher's weights.
@@ -171,7 +172,7 @@ def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
     """
     if RunFolder(folder).finished:
         return folder
-    command = [sys.executable, "-m", "distill", "train", *overrides, f"hydra.run.dir={quoted(str(folder))}"]
+    command = [sys.executable, "-m", "distill", "train", *overrides, f"hydra.run.dir={quote_value(str(folder))}"]
     if train == "never":
         raise DistillError(
             f"there is no trained teacher at {folder} and teacher.train=never. Name one with teacher.weights=…, or "
@@ -195,12 +196,12 @@ def cache_entry(options: TeacherOptions) -> tuple[Path, list[str]]:
 def teacher_overrides(options: TeacherOptions) -> list[str]:
     """Overrides of the run that trains this teacher: the student's, without those that concern the student alone."""
     kept: list[str] = []
-    for override in parse(options.student_overrides):
+    for override in parse_overrides(options.student_overrides):
         key, line = override.key_or_group, str(override.input_line)
         group, _, rest = key.partition(".")
         if group in KEPT_GROUPS and (group != "trainer" or not rest or rest.split(".")[0] in KEPT_TRAINER):
             kept.append(line)
-    for override in parse(options.run):  # may come from a shared file, and becomes a command line
+    for override in parse_overrides(options.run):  # may come from a shared file, and becomes a command line
         if override.is_hydra_override() or override.key_or_group == "trust":
             raise DistillError(f"teacher.run: '{override.input_line}' may not be said here; remove it")
     lines = [
@@ -212,7 +213,7 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
 
 def _model_overrides(wanted: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
     """Overrides that turn the model of these lines into the wanted one, whatever an experiment sets for its student."""
-    given = plain(composed([*lines, "hydra.run.dir=."]).model)
+    given = to_containers(compose_config([*lines, "hydra.run.dir=."]).model)
     removed = [f"~model.{key}" for key in given if key not in wanted]
     added = [f"+model.{key}={json.dumps(value)}" for key, value in wanted.items() if key not in given]
     changed = [f"model.{key}={json.dumps(wanted[key])}" for key in given if wanted.get(key, given[key]) != given[key]]
@@ -220,11 +221,11 @@ def _model_overrides(wanted: Mapping[str, Any], lines: Sequence[str]) -> list[st
 
 
 def _cache_key(overrides: Sequence[str]) -> str:
-    config = composed([*overrides, "hydra.run.dir=."])
-    data = {name: value for name, value in plain(config.data).items() if name not in IGNORED_DATA}
-    model = {name: value for name, value in plain(config.model).items() if name not in IGNORED_MODEL}
-    content = {"data": data, "model": model, "schedule": plain(config.schedule), "seed": config.seed}
-    content |= {"supervised": plain(config.supervised), "init": config.init}
+    config = compose_config([*overrides, "hydra.run.dir=."])
+    data = {name: value for name, value in to_containers(config.data).items() if name not in IGNORED_DATA}
+    model = {name: value for name, value in to_containers(config.model).items() if name not in IGNORED_MODEL}
+    content = {"data": data, "model": model, "schedule": to_containers(config.schedule), "seed": config.seed}
+    content |= {"supervised": to_containers(config.supervised), "init": config.init}
     # Not resolved: the paths of callbacks are below each run's own folder.
     callbacks: Any = OmegaConf.to_container(config.callbacks)
     content["callbacks"] = {name: node for name, node in callbacks.items() if name not in IGNORED_CALLBACKS}
@@ -280,7 +281,7 @@ def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
     # The process holds the lock as well: if this run is killed, the teacher's run continues, and no other may start.
     held = [fd for fd in (lock._context.lock_file_fd,) if fd is not None]
     with subprocess.Popen(command, env=env, pass_fds=held) as process:
-        code = ended(process)
+        code = wait_for_process(process)
     if code in STOPPED:
         raise Terminated
     if code or not RunFolder(folder).finished:

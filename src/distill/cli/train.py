@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Hydra's own flags work too: ``--help``, ``--cfg job --resolve``, ``-m``, ``-sc install=bash``."""
     compose.register_resolvers()
-    register_presets(compose.folder())
+    register_presets(compose.config_folder())
     flags, options = parse_words(argv)
     if flags.shell_completion:
         run_hydra(argv, train)
         return 0
-    cfg, overrides = compose.check(flags.overrides)
+    cfg, overrides = compose.validate_overrides(flags.overrides)
     if flags.runs and (flags.multirun or cfg.hydra.mode == RunMode.MULTIRUN):
         sweep.run([*overrides, *options], cfg)
     else:
-        _run_once([*resume.resumed(overrides), *options])
+        _run_once([*resume.add_run_to_resume(overrides), *options])
     return 0
 
 
@@ -64,7 +64,7 @@ def train(cfg: DictConfig) -> float:
     try:
         return _train(cfg, run)
     except (Terminated, KeyboardInterrupt) as stopped:
-        raise type(stopped)(resume.going_on(run)) from None
+        raise type(stopped)(resume.resume_advice(run)) from None
 
 
 def _train(cfg: DictConfig, run: Path) -> float:
@@ -112,7 +112,7 @@ def explain(error: RuntimeError, rank: int) -> Exception:
     from distill.training.callbacks import consistency
 
     text = str(error)
-    if consistency.lost(error):
+    if consistency.is_lost_process(error):
         return DistillError(
             f"rank {rank}: another process of this run is gone or does not answer (it is waited for as long as "
             f"trainer.strategy.timeout says). Its own message says why: {text.splitlines()[0]}"

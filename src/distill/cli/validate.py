@@ -11,25 +11,25 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill.cli import compose
-from distill.cli.resume import leaves
+from distill.cli import compose, instantiate
+from distill.cli.resume import flatten
 from distill.types import DistillError
 
 Rule = tuple[str, Callable[[Any], bool]]
 
 
-def _from(least: int, most: float = math.inf) -> Rule:
-    words = f"a whole number from {least}" + (f" to {most:g}" if most < math.inf else "")
-    return words, lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+def _integer_from(least: int, most: float = math.inf) -> Rule:
+    expected = f"a whole number from {least}" + (f" to {most:g}" if most < math.inf else "")
+    return expected, lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _number(words: str, fine: Callable[[float], bool]) -> Rule:
-    return words, lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and fine(value)
+def _number(expected: str, is_valid: Callable[[float], bool]) -> Rule:
+    return expected, lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and is_valid(value)
 
 
 def _one_of(*known: Any) -> Rule:
-    words = ", ".join(str(each).lower() if isinstance(each, bool) else str(each) for each in known)
-    return f"one of {words}", lambda value: any(
+    expected = ", ".join(str(each).lower() if isinstance(each, bool) else str(each) for each in known)
+    return f"one of {expected}", lambda value: any(
         value is each or (isinstance(each, str) and value == each) for each in known
     )
 
@@ -38,14 +38,14 @@ def _or_null(rule: Rule) -> Rule:
     return f"{rule[0]}, or null", lambda value: value is None or rule[1](value)
 
 
-TRUTH = _one_of(True, False)
-ABOVE_0 = _or_null(_number("a number above 0", lambda value: 0 < value < math.inf))
+BOOLEAN = _one_of(True, False)
+POSITIVE_OR_NULL = _or_null(_number("a number above 0", lambda value: 0 < value < math.inf))
 RULES: dict[str, Rule] = {
-    "seed": _from(0, 2**32 - 1),  # numpy's
+    "seed": _integer_from(0, 2**32 - 1),  # numpy's
     "init": _one_of("scratch", "inherit"),
-    "test": TRUTH,
-    "pictures": _from(0),
-    "channels_last": TRUTH,
+    "test": BOOLEAN,
+    "pictures": _integer_from(0),
+    "channels_last": BOOLEAN,
     "deterministic": _one_of(True, False, "warn"),
     "supervised.*": _number("a weight from 0", lambda value: 0 <= value < math.inf),
     "teacher.weights": (
@@ -53,54 +53,54 @@ RULES: dict[str, Rule] = {
         lambda value: isinstance(value, (str, type(None))),
     ),
     "teacher.train": _one_of("auto", "never"),
-    "teacher.seed": _from(0, 2**32 - 1),
+    "teacher.seed": _integer_from(0, 2**32 - 1),
     "teacher.run": (
         "a list of overrides",
         lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
     ),
     "teacher.min_ap": _or_null(_number("an AP from 0 to 1", lambda value: 0 <= value <= 1)),
-    "teacher.evaluate": TRUTH,
-    "teacher.fold": TRUTH,
-    "teacher.channels_last": TRUTH,
+    "teacher.evaluate": BOOLEAN,
+    "teacher.fold": BOOLEAN,
+    "teacher.channels_last": BOOLEAN,
     "teacher.dtype": _one_of("auto", "float32", "bfloat16"),
-    "data.batch_size": _from(1),
-    "data.eval_batch_size": _or_null(_from(1)),
-    "data.workers": _from(0),
-    "data.prefetch": _from(1),
-    "data.pad_to": _from(1),
-    "trainer.num_nodes": _from(1),
-    "trainer.accumulate_grad_batches": _from(1),
-    "trainer.check_val_every_n_epoch": _or_null(_from(1)),
+    "data.batch_size": _integer_from(1),
+    "data.eval_batch_size": _or_null(_integer_from(1)),
+    "data.workers": _integer_from(0),
+    "data.prefetch": _integer_from(1),
+    "data.pad_to": _integer_from(1),
+    "trainer.num_nodes": _integer_from(1),
+    "trainer.accumulate_grad_batches": _integer_from(1),
+    "trainer.check_val_every_n_epoch": _or_null(_integer_from(1)),
     "trainer.val_check_interval*": (
         "1.0: a run is evaluated between epochs, where its resume is exact; schedule.evaluate_every says how often",
         lambda value: isinstance(value, float) and value == 1.0,
     ),
-    "trainer.log_every_n_steps": _from(0),
-    "trainer.gradient_clip_val": ABOVE_0,
-    "logger.*.flush_logs_every_n_steps": _from(1),
-    "trainer.limit_train_batches": ABOVE_0,
+    "trainer.log_every_n_steps": _integer_from(0),
+    "trainer.gradient_clip_val": POSITIVE_OR_NULL,
+    "logger.*.flush_logs_every_n_steps": _integer_from(1),
+    "trainer.limit_train_batches": POSITIVE_OR_NULL,
 }
 """Keys, of which ``*`` stands for any, and what their values must be."""
 
 
-def checked(overrides: Sequence[str]) -> DictConfig:
+def compose_valid_config(overrides: Sequence[str]) -> DictConfig:
     """The configuration of a verb that starts no run, checked as a run's.
 
     Raises:
         DistillError: a name that is not known, or a value that nobody could use.
     """
-    cfg = compose.standalone(overrides)
-    check(cfg)
+    cfg = compose.compose_without_run(overrides)
+    validate_values(cfg)
     return cfg
 
 
-def check(cfg: DictConfig) -> None:
+def validate_values(cfg: DictConfig) -> None:
     """Refuse values that nobody could use.
 
     Raises:
         DistillError: names the first of them; or an interpolation that leads nowhere.
     """
-    for key, value in leaves(compose.plain(cfg)):
-        for pattern, (words, fine) in RULES.items():
-            if fnmatchcase(key, pattern) and not fine(value):
-                raise DistillError(f"{key}={value}: expected {words}")
+    for key, value in flatten(instantiate.to_containers(cfg)):
+        for pattern, (expected, is_valid) in RULES.items():
+            if fnmatchcase(key, pattern) and not is_valid(value):
+                raise DistillError(f"{key}={value}: expected {expected}")

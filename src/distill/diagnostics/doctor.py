@@ -20,7 +20,7 @@ from distill.detectors.base import Detector
 from distill.diagnostics.memory import peak
 from distill.evaluation.evaluate import Evaluation, MakeMetric, ground_truth_of
 from distill.precision import autocast
-from distill.training.callbacks.term_check import slope
+from distill.training.callbacks.term_check import largest_gradient
 from distill.training.distiller import Distiller, StepResult
 from distill.training.schedule import Schedule
 from distill.types import Batch, DetectorSpec, Pyramid, View
@@ -168,7 +168,7 @@ def measure_terms(step: StepResult) -> dict[str, dict[str, float | bool]]:
             "weight": weights[name],
             "loss": weights[name] * value.item(),
             "share": norms[name] / total,
-            "reaches": bool(slope(value, maps)),
+            "reaches": bool(largest_gradient(value, maps)),
         }
         for name, value in step.terms.items()
     }

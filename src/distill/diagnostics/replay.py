@@ -11,7 +11,7 @@ import torch
 from distill.files import load_tensors
 from distill.precision import autocast
 from distill.run_folder import RunFolder
-from distill.training.nonfinite import KIND, poison_gradient
+from distill.training.nonfinite import FILE_KIND, poison_gradient
 from distill.types import Batch, DistillError, Target
 
 
@@ -26,7 +26,7 @@ def read_step(file: Path) -> dict[str, Any]:
             f"{file}: there is no such file; a stopped run names its file, {RunFolder('RUN').non_finite}/step….pt"
         )
     step = load_tensors(file)
-    if not isinstance(step, Mapping) or step.get("kind") != KIND:
+    if not isinstance(step, Mapping) or step.get("kind") != FILE_KIND:
         raise DistillError(
             f"{file} holds no step: expected a file that a stopped run left below {RunFolder('RUN').non_finite}"
         )

@@ -21,7 +21,7 @@ from distill.evaluation.evaluate import Evaluation, MakeMetric
 from distill.frozen import frozen_models
 from distill.losses.base import DistillLoss
 from distill.teacher import DEFAULT_PREFETCH, Teacher
-from distill.training.nonfinite import NonFiniteGuard, StepRecord, fused, poison_gradient
+from distill.training.nonfinite import NonFiniteGuard, StepRecord, poison_gradient, unscales_in_step
 from distill.training.schedule import Schedule
 from distill.types import Batch, DistillError, View
 
@@ -100,7 +100,7 @@ class Distiller(L.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Sum of all weighted terms, a scalar."""
         seed = self.step_seed(index)
-        self.guard.before(self.student)
+        self.guard.save_norm_statistics(self.student)
         step = self.compute_step(batch, seed, self.progress)
         for observe in self.observers:
             observe(step.student, step.terms, step.weights)
@@ -176,7 +176,7 @@ class Distiller(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Pass over a step that is not finite, before any weight changes."""
-        self.guard.check(self, optimizer)
+        self.guard.skip_bad_step(self, optimizer)
 
     # -- evaluation
 
@@ -240,7 +240,11 @@ class Distiller(L.LightningModule):
         optimizer, scheduler = self.schedule.build(
             self.student, self.losses, int(self.trainer.estimated_stepping_batches), batch
         )
-        if self.schedule.clip and getattr(self.trainer.precision_plugin, "scaler", None) and fused(optimizer):
+        if (
+            self.schedule.clip
+            and getattr(self.trainer.precision_plugin, "scaler", None)
+            and unscales_in_step(optimizer)
+        ):
             raise DistillError(
                 f"schedule.clip={self.schedule.clip:g} with trainer.precision=16-mixed and a fused {type(optimizer).__name__}, "
                 "which unscales the gradients in its own step: there is no moment to clip them. Set "

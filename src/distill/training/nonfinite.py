@@ -26,10 +26,10 @@ from distill.files import atomic_write
 from distill.run_folder import RunFolder
 from distill.types import MAPS, Batch, DistillError, View
 
-KIND = "distill step"
-SHOWN = 3
+FILE_KIND = "distill step"
+NAMED_PARAMETERS = 3
 """Parameters that one message names."""
-REMEDY = "Lower the learning rate or the term's weight, lengthen the warm-up, or set schedule.clip"
+ADVICE = "Lower the learning rate or the term's weight, lengthen the warm-up, or set schedule.clip"
 
 
 @dataclass(frozen=True)
@@ -75,37 +75,39 @@ class NonFiniteGuard:
         self.limit, self.scale_floor, self.folder = limit, scale_floor, folder
         self.skipped = 0
         """Steps that were skipped so far."""
-        self.row = 0
+        self.consecutive = 0
         """The last of them that followed on one another."""
         self.skipping = False
         """Whether the last step was skipped, by the scaler too: averages of weights pass it over."""
-        self._seen: list[StepRecord] = []
-        self._live: list[Tensor] = []
-        self._kept: list[Tensor] = []
+        self._records: list[StepRecord] = []
+        self._norm_statistics: list[Tensor] = []
+        self._saved_statistics: list[Tensor] = []
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint keeps: the counts."""
-        return {"skipped": self.skipped, "row": self.row}
+        return {"skipped": self.skipped, "row": self.consecutive}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Count on from there."""
-        self.skipped, self.row = state["skipped"], state["row"]
+        self.skipped, self.consecutive = state["skipped"], state["row"]
 
-    def before(self, student: nn.Module) -> None:
+    def save_norm_statistics(self, student: nn.Module) -> None:
         """Remember the running statistics, which a forward pass moves, at the first batch of a step."""
-        if self._seen:
+        if self._records:
             return
         norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
-        self._live = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-        if [(b.shape, b.device) for b in self._kept] != [(b.shape, b.device) for b in self._live]:
-            self._kept = [torch.empty_like(buffer) for buffer in self._live]
-        _copy(self._live, self._kept)
+        self._norm_statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        if [(b.shape, b.device) for b in self._saved_statistics] != [
+            (b.shape, b.device) for b in self._norm_statistics
+        ]:
+            self._saved_statistics = [torch.empty_like(buffer) for buffer in self._norm_statistics]
+        _copy_tensors(self._norm_statistics, self._saved_statistics)
 
     def record(self, seen: StepRecord) -> None:
         """A batch of the step, to be looked at where the step turns out bad. Nothing is read yet."""
-        self._seen.append(seen)
+        self._records.append(seen)
 
-    def check(self, module: Any, optimizer: torch.optim.Optimizer) -> None:
+    def skip_bad_step(self, module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Skip a bad step of a `Distiller` by taking its gradients away, now that they are reduced over all processes.
 
         A fused optimiser would unscale fp16's gradients itself, in its step, so that the scaler has not looked at them yet;
@@ -114,29 +116,29 @@ class NonFiniteGuard:
         Raises:
             DistillError: too many bad steps in a row, or a loss scale below the floor.
         """
-        seen, self._seen = self._seen, []
+        seen, self._records = self._records, []
         parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
         self.skipping = bool(gradients) and not _finite(gradients)
         if not self.skipping:
-            self.row = 0
+            self.consecutive = 0
             return
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         bad = {number: terms for number, each in enumerate(seen) if (terms := _bad_terms(each))}
         guilty = gather(bool(bad))
         try:
             if scaler is not None and not any(guilty):
-                self._check_scale(scaler, module.global_step)
+                self._require_scale(scaler, module.global_step)
             else:
-                self._count(module, seen, bad, guilty)
+                self._report_step(module, seen, bad, guilty)
         finally:
-            if scaler is not None and fused(optimizer):
+            if scaler is not None and unscales_in_step(optimizer):
                 scaler.unscale_(optimizer)
             for parameter in parameters:
                 parameter.grad = None  # an optimiser passes over these: no momentum, no decay
-            _copy(self._kept, self._live)
+            _copy_tensors(self._saved_statistics, self._norm_statistics)
 
-    def _check_scale(self, scaler: Any, step: int) -> None:
+    def _require_scale(self, scaler: Any, step: int) -> None:
         scale = scaler.get_scale() * scaler.get_backoff_factor()
         if scale < self.scale_floor:
             raise DistillError(
@@ -145,10 +147,10 @@ class NonFiniteGuard:
                 "32-true, or lower the learning rate"
             )
 
-    def _count(
+    def _report_step(
         self, module: Any, seen: Sequence[StepRecord], bad: Mapping[int, Sequence[str]], guilty: Sequence[bool]
     ) -> None:
-        self.row, self.skipped = self.row + 1, self.skipped + 1
+        self.consecutive, self.skipped = self.consecutive + 1, self.skipped + 1
         blamed = guilty if any(guilty) else [True] * len(guilty)
         terms = list(dict.fromkeys(term for terms in bad.values() for term in terms))
         shown = [image for number, each in enumerate(seen) if number in bad or not bad for image in each.batch.ids]
@@ -159,20 +161,20 @@ class NonFiniteGuard:
                 ids[words] = [*ids.get(words, []), *images]
         found = "; ".join(f"{what} (images {images}){where}" for (what, where), images in ids.items())
         message = f"step {module.global_step}: {found}. No weight was changed by this step"
-        if self.row <= self.limit:
-            how = f"{self.row} skipped in a row, guard.limit={self.limit}"
+        if self.consecutive <= self.limit:
+            how = f"{self.consecutive} skipped in a row, guard.limit={self.limit}"
             warnings.warn(f"{message}: it is skipped ({how})", stacklevel=2)
             return
-        _copy(self._kept, self._live)
+        _copy_tensors(self._saved_statistics, self._norm_statistics)
         files = gather(str(self._save(module, seen, message)) if blamed[module.global_rank] else None)
         again = "; ".join(f"python -m distill replay '{file}'" for file in files if file)
-        before = f", nor by the {self.row - 1} before it" if self.row > 1 else ""
-        raise DistillError(f"{message}{before}. {REMEDY}. Do the step again: {again}")
+        before = f", nor by the {self.consecutive - 1} before it" if self.consecutive > 1 else ""
+        raise DistillError(f"{message}{before}. {ADVICE}. Do the step again: {again}")
 
     def _save(self, module: Any, seen: Sequence[StepRecord], message: str) -> Path:
         run = RunFolder(self.folder or module.trainer.default_root_dir)
         kept = {
-            "kind": KIND,
+            "kind": FILE_KIND,
             "found": message,
             "step": module.global_step,
             "epoch": module.current_epoch,
@@ -182,13 +184,13 @@ class NonFiniteGuard:
             "student": module.student.describe(),
             "teacher": module.teacher.identity() if module.teacher else None,
             "state_dict": {name: value.detach().cpu() for name, value in module.state_dict().items()},
-            "batches": [_plain(each) for each in seen],
+            "batches": [_to_containers(each) for each in seen],
         }
         name = f"step{module.global_step}-rank{module.global_rank}.pt"
         return atomic_write(run.non_finite / name, lambda file: torch.save(kept, file))
 
 
-def fused(optimizer: torch.optim.Optimizer) -> bool:
+def unscales_in_step(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it unscales the gradients of fp16 in its own step; torch and Lightning ask in the same way."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
@@ -204,25 +206,25 @@ def _bad_terms(seen: StepRecord) -> list[str]:
 def _describe(module: Any, seen: Sequence[StepRecord], terms: Sequence[str]) -> tuple[str, str]:
     """What is bad and where, by looking again with weights that are still untouched; else the gradient's parameters."""
     # All batches, and on all processes: norms that talk to one another would wait for ever.
-    places = [place for each in seen for place in _places(module, each.batch)]
+    places = [place for each in seen for place in _non_finite_levels(module, each.batch)]
     if terms:
         where = "; ".join(places) or "all maps are finite, so the box head or the term's own formula produced it"
         return f"the loss is not finite in {', '.join(terms)}", f". Levels: {where}"
     names = bad_gradients(module)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    what = f"the loss is finite, but its gradient is not, in {', '.join(names[:SHOWN])}{more}"
+    more = f" and {len(names) - NAMED_PARAMETERS} more" if len(names) > NAMED_PARAMETERS else ""
+    what = f"the loss is finite, but its gradient is not, in {', '.join(names[:NAMED_PARAMETERS])}{more}"
     return what, ": a term's formula has no finite derivative there, or overflows"
 
 
-def _places(module: Any, batch: Batch) -> list[str]:
+def _non_finite_levels(module: Any, batch: Batch) -> list[str]:
     with module.trainer.precision_plugin.forward_context():
         views = {"student": module.student.view(batch, frozen=True)}
         if module.teacher is not None and module.losses:
             views["teacher"] = module.teacher.view(batch)
-        return [place for who, view in views.items() for place in not_finite(who, view)]
+        return [place for who, view in views.items() for place in non_finite_levels(who, view)]
 
 
-def not_finite(who: str, view: View) -> list[str]:
+def non_finite_levels(who: str, view: View) -> list[str]:
     """The first stage of a detector that has infinite or NaN values: each of its levels, with the images there."""
     for stage in MAPS:
         if stage not in view.spec.outputs:
@@ -249,7 +251,7 @@ def _finite(gradients: Sequence[Tensor]) -> bool:
     return any(math.isfinite(nn.utils.get_total_norm(gradients, norm).item()) for norm in (2.0, math.inf))
 
 
-def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+def _copy_tensors(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     """Few launches for many small tensors: those of one kind go together."""
     for floating in (True, False):
         chosen = [pair for pair in zip(sources, targets, strict=True) if pair[0].is_floating_point() == floating]
@@ -260,7 +262,7 @@ def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 # -- the step in a file
 
 
-def _plain(seen: StepRecord) -> dict[str, Any]:
+def _to_containers(seen: StepRecord) -> dict[str, Any]:
     """A batch and what decided its numbers, in tensors and plain containers."""
     batch = seen.batch.to("cpu")
     return {

@@ -19,7 +19,7 @@ LINES = [*TINY_DATA, *TINY_MODEL, *TINY_HEADS, "model=frcnn_r10_mini", "teacher=
 
 
 def plan(*lines: str) -> RunPlan:
-    return plan_run(compose.standalone([*LINES, *lines]))
+    return plan_run(compose.compose_without_run([*LINES, *lines]))
 
 
 def untrained_teacher(run: RunPlan) -> Teacher:

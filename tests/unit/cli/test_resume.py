@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from distill.cli import compose, resume
+from distill.cli import compose, instantiate, resume
 from distill.types import DistillError
 
 
 def composed(*lines: str) -> Any:
-    return compose.plain(compose.composed(["paths.run=x", "name=x", *lines]))
+    return instantiate.to_containers(compose.compose_config(["paths.run=x", "name=x", *lines]))
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_machine_paths_and_screen_may_change(line: str) -> None:
 
 def test_no_free_key_is_a_word_of_nothing() -> None:
     """A pattern that no key has any more would let a later one through."""
-    keys = dict(resume.leaves(composed("distill=dicod", "logger=[csv,tensorboard]", "trainer=ddp")))
-    dead = [free for free in resume.FREE if not any(fnmatchcase(key, free) for key in keys)]
+    keys = dict(resume.flatten(composed("distill=dicod", "logger=[csv,tensorboard]", "trainer=ddp")))
+    dead = [free for free in resume.MAY_DIFFER if not any(fnmatchcase(key, free) for key in keys)]
     assert dead == ["trainer.profiler"]  # not ours, but anybody's to add
 
 
@@ -97,39 +97,39 @@ def test_a_folder_of_any_name_is_looked_into(tmp_path: Path, monkeypatch: pytest
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "last.ckpt").touch()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    lines = ["seed=1", f"hydra.run.dir={compose.quoted(str(run))}"]
-    assert resume.resumed(lines) == [*lines, "ckpt_path=last"]
+    lines = ["seed=1", f"hydra.run.dir={compose.quote_value(str(run))}"]
+    assert resume.add_run_to_resume(lines) == [*lines, "ckpt_path=last"]
     run.rename(tmp_path / "seed1")
     lines = ["seed=1", f"hydra.run.dir={tmp_path}/seed${{seed}}"]
-    assert resume.resumed(lines) == [*lines, "ckpt_path=last"]
-    assert resume.resumed(["seed=2", lines[1]]) == ["seed=2", lines[1]]
+    assert resume.add_run_to_resume(lines) == [*lines, "ckpt_path=last"]
+    assert resume.add_run_to_resume(["seed=2", lines[1]]) == ["seed=2", lines[1]]
 
 
 def test_a_run_that_was_killed_between_two_renamings_is_found(runs: Path) -> None:
     lines = ["distill=none", "seed=0", "ckpt_path=last", "resume=anyway", "trainer.save_every=1 steps"]
-    assert resume.resumed(lines) == [*lines, f"hydra.run.dir='outputs/{runs.name}/a'"]
+    assert resume.add_run_to_resume(lines) == [*lines, f"hydra.run.dir='outputs/{runs.name}/a'"]
     with pytest.raises(DistillError, match=r"no run below .* was made by these very overrides"):
-        resume.resumed(["distill=none", "seed=2", "ckpt_path=last"])
+        resume.add_run_to_resume(["distill=none", "seed=2", "ckpt_path=last"])
 
 
 def test_a_job_that_slurm_started_again_goes_on_where_there_is_something(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = ["distill=none", "seed=1"]
-    assert resume.resumed(lines) == lines
+    assert resume.add_run_to_resume(lines) == lines
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    assert resume.resumed(lines) == lines
+    assert resume.add_run_to_resume(lines) == lines
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert resume.resumed(lines) == lines  # a run of the same words that another job made
+    assert resume.add_run_to_resume(lines) == lines  # a run of the same words that another job made
     (runs / "b" / "slurm_job").write_text("17")
-    assert resume.resumed(lines) == [*lines, "ckpt_path=last", f"hydra.run.dir='outputs/{runs.name}/b'"]
-    assert resume.resumed(["distill=none", "seed=2"]) == ["distill=none", "seed=2"]
+    assert resume.add_run_to_resume(lines) == [*lines, "ckpt_path=last", f"hydra.run.dir='outputs/{runs.name}/b'"]
+    assert resume.add_run_to_resume(["distill=none", "seed=2"]) == ["distill=none", "seed=2"]
     for name, more in (("b", ["ckpt_path=last"]), ("c", [])):
         named = [*lines, f"hydra.run.dir={runs / name}"]
-        assert resume.resumed(named) == [*named, *more]
+        assert resume.add_run_to_resume(named) == [*named, *more]
     fixed = [*lines, "ckpt_path=null"]
-    assert resume.resumed(fixed) == fixed
+    assert resume.add_run_to_resume(fixed) == fixed
 
 
 @pytest.mark.parametrize("outputs", [[], ["paths.outputs='an other'"]])
@@ -154,6 +154,6 @@ def test_a_sweep_that_slurm_started_again_goes_on_in_its_folder(
 
 @pytest.mark.parametrize("text", ["a b", "it's", "\\", "a\\'b\\", "ü(1)=2,3", "[x]{y}", "''", "#:$"])
 def test_any_path_can_be_said_in_an_override(text: str) -> None:
-    (word,) = compose.parse([f"hydra.run.dir={compose.quoted(text)}"])
+    (word,) = compose.parse_overrides([f"hydra.run.dir={compose.quote_value(text)}"])
     assert word.value() == text or str(word.value()) == text
-    assert compose.parse([f"teacher.weights={compose.quoted(text)}"])[0].value() == text
+    assert compose.parse_overrides([f"teacher.weights={compose.quote_value(text)}"])[0].value() == text

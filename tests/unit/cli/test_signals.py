@@ -9,7 +9,7 @@ import pytest
 
 from distill.cli import signals
 from distill.cli.main import main
-from distill.cli.signals import Terminated, stoppable
+from distill.cli.signals import Terminated, stop_on_signals
 
 
 def ask() -> None:
@@ -23,7 +23,7 @@ def test_a_second_signal_does_not_break_off_what_the_first_one_set_going(
 ) -> None:
     """Unless the first was long ago: a process that hangs in its clean-up can still be ended."""
     if later:
-        monkeypatch.setattr(signals, "CLEANING", 0.0)
+        monkeypatch.setattr(signals, "REPEATED_SIGNAL_SECONDS", 0.0)
     cleaned: list[str] = []
 
     def run() -> None:
@@ -34,7 +34,7 @@ def test_a_second_signal_does_not_break_off_what_the_first_one_set_going(
             ask()
             cleaned.append("cleaned")
 
-    with pytest.raises(Terminated), stoppable():
+    with pytest.raises(Terminated), stop_on_signals():
         run()
     assert cleaned == ([] if later else ["cleaned"])
 

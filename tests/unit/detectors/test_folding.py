@@ -315,7 +315,7 @@ def test_the_command_line_passes_its_keys_on_and_has_the_same_defaults() -> None
     detector = lived(DETECTORS["resnet, frozen"]())
 
     def options(*lines: str) -> TeacherOptions:
-        found = plan_teacher(compose.standalone(["teacher=frcnn_r18", *lines]))
+        found = plan_teacher(compose.compose_without_run(["teacher=frcnn_r18", *lines]))
         assert found is not None
         return found
 

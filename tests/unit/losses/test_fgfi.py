@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.cli import compose
+from distill.cli import compose, instantiate
 from distill.losses.base import DistillLoss
 from distill.losses.fgfi import FGFI
 from distill.types import DetectorSpec, DistillError
@@ -156,8 +156,8 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
 
 
 def built(*options: str) -> dict[str, Any]:
-    losses = compose.composed([f"distill=[{','.join(options)}]"]).distill.losses
-    return {str(name): compose.build(node, student=spec(), teacher=spec()) for name, node in losses.items()}
+    losses = compose.compose_config([f"distill=[{','.join(options)}]"]).distill.losses
+    return {str(name): instantiate.build_node(node, student=spec(), teacher=spec()) for name, node in losses.items()}
 
 
 def test_options_say_the_weights_and_forms_of_their_sources() -> None:

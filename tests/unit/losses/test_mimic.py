@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.cli import compose
+from distill.cli import compose, instantiate
 from distill.losses.base import DistillLoss
 from distill.losses.mimic import Mimic
 from distill.types import DetectorSpec, DistillError
@@ -186,13 +186,13 @@ def test_detectors_that_do_not_match_are_refused() -> None:
 
 
 def test_options_say_which_mimic_is_meant_and_add_up_with_defeat() -> None:
-    losses = compose.composed(["distill=[defeat,mimic]"]).distill.losses
-    built = {str(name): compose.build(node, student=spec(), teacher=spec()) for name, node in losses.items()}
+    losses = compose.compose_config(["distill=[defeat,mimic]"]).distill.losses
+    built = {str(name): instantiate.build_node(node, student=spec(), teacher=spec()) for name, node in losses.items()}
     assert built["mimic"].weights == {"regions.all": 1}
     student, teacher = watched(torch.float32)
     assert [list(loss(student, teacher)) for loss in built.values()] == [
         ["neck.foreground", "neck.background"],
         ["regions.all"],
     ]
-    node = compose.composed(["distill=mimic_neck"]).distill.losses.mimic
-    assert compose.build(node, student=spec(), teacher=spec()).weights == {"neck.all": 3}
+    node = compose.compose_config(["distill=mimic_neck"]).distill.losses.mimic
+    assert instantiate.build_node(node, student=spec(), teacher=spec()).weights == {"neck.all": 3}

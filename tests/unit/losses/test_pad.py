@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.cli import compose
+from distill.cli import compose, instantiate
 from distill.losses.base import DistillLoss
 from distill.losses.chen import Chen
 from distill.losses.defeat import DeFeat
@@ -347,25 +347,27 @@ def test_a_wrapped_loss_without_weights_is_nothing() -> None:
     [("pad_mimic", "mimic_neck", "mimic"), ("pad_fgfi", "fgfi", "fgfi"), ("pad_fgfi_voc", "fgfi_voc", "fgfi")],
 )
 def test_options_wrap_just_what_the_plain_option_says(wrapper: str, plain: str, name: str) -> None:
-    ours = compose.plain(compose.composed([f"distill={wrapper}"]).distill)["losses"][f"pad_{name}"]["of"]
+    ours = instantiate.to_containers(compose.compose_config([f"distill={wrapper}"]).distill)["losses"][f"pad_{name}"][
+        "of"
+    ]
     assert ours.pop("_partial_") is True
-    assert ours == compose.plain(compose.composed([f"distill={plain}"]).distill)["losses"][name]
+    assert ours == instantiate.to_containers(compose.compose_config([f"distill={plain}"]).distill)["losses"][name]
 
 
 def test_builds_from_its_option_takes_overrides_and_adds_up_with_defeat() -> None:
     place = "distill.losses.pad_fgfi"
     lines = ["distill=[defeat,pad_fgfi]", f"{place}.of.neck.foreground=2", f"{place}.warmup=1"]
-    losses = compose.composed(lines).distill.losses
-    built = {str(name): compose.build(node, student=spec(), teacher=spec()) for name, node in losses.items()}
+    losses = compose.compose_config(lines).distill.losses
+    built = {str(name): instantiate.build_node(node, student=spec(), teacher=spec()) for name, node in losses.items()}
     assert built["pad_fgfi"].weights == {"neck.foreground": 2}
     assert built["pad_fgfi"].warmup == 1
     assert [list(loss(*pair())) for loss in built.values()] == [
         ["neck.foreground", "neck.background"],
         ["neck.foreground"],
     ]
-    node = compose.composed(["distill=pad_fgfi", f"{place}.of.mask.kind=nothing"]).distill.losses.pad_fgfi
+    node = compose.compose_config(["distill=pad_fgfi", f"{place}.of.mask.kind=nothing"]).distill.losses.pad_fgfi
     with pytest.raises(DistillError, match=r"mask.kind: expected one of"):
-        compose.build(node, student=spec(), teacher=spec())
+        instantiate.build_node(node, student=spec(), teacher=spec())
 
 
 def test_the_wrapped_loss_keeps_its_own_ramp_of_some_terms() -> None:

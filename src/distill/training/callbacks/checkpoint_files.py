@@ -19,7 +19,7 @@ from distill.files import atomic_write, load_tensors
 from distill.run_folder import LAST, previous_checkpoint
 from distill.types import DistillError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointFiles(CheckpointIO):
@@ -50,7 +50,7 @@ class CheckpointFiles(CheckpointIO):
             keep = previous_checkpoint(path) if path.name == LAST else None
             atomic_write(path, lambda file: file.write(content.getbuffer()), keep)
         except OSError as error:
-            raise DistillError(_unwritten(path, len(content.getbuffer()), error)) from error
+            raise DistillError(_write_failure(path, len(content.getbuffer()), error)) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = True
@@ -60,7 +60,7 @@ class CheckpointFiles(CheckpointIO):
         Raises:
             DistillError: there is no whole one, or it is not a checkpoint.
         """
-        content = read(sound(Path(path)))
+        content = read_checkpoint(latest_intact_checkpoint(Path(path)))
         return {name: value for name, value in content.items() if name not in self.forget}
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -68,7 +68,7 @@ class CheckpointFiles(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def sound(path: Path) -> Path:
+def latest_intact_checkpoint(path: Path) -> Path:
     """The checkpoint itself, or the one before it where it is damaged or was lost in the writing; says so.
 
     A damaged one is set aside as ``last.ckpt.damaged``, so that it never takes the place of the one before.
@@ -77,10 +77,10 @@ def sound(path: Path) -> Path:
         DistillError: neither is whole.
     """
     other = previous_checkpoint(path)
-    fault = "it is missing" if not path.is_file() else _fault(path)
+    fault = "it is missing" if not path.is_file() else _damage(path)
     if fault is None:
         return path
-    if not other.is_file() or _fault(other) is not None:
+    if not other.is_file() or _damage(other) is not None:
         raise DistillError(
             f"the checkpoint {path} cannot be read: {fault}, and there is none before it that could be. Name another one "
             "with ckpt_path=FILE, or start anew without ckpt_path"
@@ -91,7 +91,7 @@ def sound(path: Path) -> Path:
     return other
 
 
-def _fault(path: Path) -> str | None:
+def _damage(path: Path) -> str | None:
     """What is wrong with a file of torch's, by the checksums that it carries."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -101,7 +101,7 @@ def _fault(path: Path) -> str | None:
     return None if damaged is None else f"its part {damaged} is damaged"
 
 
-def read(path: Path, lazily: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path, lazily: bool = False) -> dict[str, Any]:
     """A checkpoint's content, on the CPU; ``lazily`` without its tensors' bytes until they are asked for.
 
     Raises:
@@ -113,9 +113,9 @@ def read(path: Path, lazily: bool = False) -> dict[str, Any]:
     return content
 
 
-def _unwritten(path: Path, size: int, error: OSError) -> str:
+def _write_failure(path: Path, size: int, error: OSError) -> str:
     why = error.strerror or str(error)
-    if error.errno in FULL:
+    if error.errno in DISK_FULL:
         with suppress(OSError):
             why += f", {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free"
     kept = [str(each) for each in (path, previous_checkpoint(path)) if each.is_file()]

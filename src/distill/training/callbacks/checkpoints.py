@@ -24,8 +24,8 @@ from distill.run_folder import BEST, LAST
 from distill.training import lightning_compat as compat
 from distill.types import DistillError
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
-AGREE = 10
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EXCHANGE_STEPS = 10
 """Steps from one exchange between several processes to the next, on whether it is time to save, or to leave."""
 
 
@@ -36,15 +36,15 @@ class RestoreSignalHandlers(L.Callback):
     """
 
     def __init__(self) -> None:
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Before Lightning begins to listen."""
-        self._before = _handlers()
+        self._previous_handlers = _current_handlers()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Just after it did."""
-        _handle(self._before)
+        _set_handlers(self._previous_handlers)
 
 
 class LastCheckpoint(Checkpoint):
@@ -65,12 +65,12 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, dirpath: str | Path, every: str | None = "10 minutes") -> None:
         self.file = Path(dirpath) / LAST
-        self.steps, self.seconds = interval(every)
+        self.steps, self.seconds = parse_interval(every)
         self._clock = time.monotonic()
-        self._saved = -1
-        self._found: dict[str, Any] = {}
-        self._asked: int | None = None
-        self._outside: dict[signal.Signals, Any] = {}
+        self._saved_batches = -1
+        self._resume_state: dict[str, Any] = {}
+        self._signal: int | None = None
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     # -- when
 
@@ -82,18 +82,18 @@ class LastCheckpoint(Checkpoint):
             # An epoch without an evaluation is not at its end here, and cannot be left.
             if compat.evaluation_follows(trainer):
                 self._save(trainer)
-                self._leave_if_asked(trainer)
+                self._stop_if_asked(trainer)
         elif compat.step_completed(trainer):
             # Not amid an accumulated step, of which nothing keeps the gradients, or what the guard has seen of it.
             if self._is_time(trainer):
                 self._save(trainer)
-            if _exchanges(trainer):
-                self._leave_if_asked(trainer)
+            if _processes_exchange(trainer):
+                self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the evaluation, with its best score."""
         self._save(trainer)
-        self._leave_if_asked(trainer)
+        self._stop_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """What was trained lies on the disk: an evaluation need not keep anyone waiting who wants to stop.
@@ -101,43 +101,43 @@ class LastCheckpoint(Checkpoint):
         Several processes, which need not have as many batches each, leave after it.
         """
         if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING:
-            self._leave_if_asked(trainer)
+            self._stop_if_asked(trainer)
 
     def _is_time(self, trainer: L.Trainer) -> bool:
         if self.steps:
             return trainer.global_step % self.steps == 0
-        if not self.seconds or not _exchanges(trainer):
+        if not self.seconds or not _processes_exchange(trainer):
             return False
         return bool(trainer.strategy.broadcast(time.monotonic() - self._clock >= self.seconds))
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.file)
         self._clock = time.monotonic()
-        self._saved = compat.batch_progress(trainer).total.processed
+        self._saved_batches = compat.batch_progress(trainer).total.processed
 
     # -- when asked to stop
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hand the signals back; after a failure Lightning does."""
-        _handle(self._outside)
-        if self._asked is not None:  # since the last look
-            raise self._way_out()
+        _set_handlers(self._previous_handlers)
+        if self._signal is not None:  # since the last look
+            raise self._stop_exception()
 
-    def _note(self, number: int, frame: Any) -> None:
-        if number == self._asked == signal.SIGINT:
+    def _record_signal(self, number: int, frame: Any) -> None:
+        if number == self._signal == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = number
+        self._signal = number
 
-    def _leave_if_asked(self, trainer: L.Trainer) -> None:
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
         """Save and leave, on all processes or on none, if any of them was asked."""
-        if not trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False):
+        if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             return
-        if self._saved != compat.batch_progress(trainer).total.processed:
+        if self._saved_batches != compat.batch_progress(trainer).total.processed:
             self._save(trainer)
-        raise self._way_out()
+        raise self._stop_exception()
 
-    def _way_out(self) -> BaseException:
-        return KeyboardInterrupt() if self._asked == signal.SIGINT else SIGTERMException()
+    def _stop_exception(self) -> BaseException:
+        return KeyboardInterrupt() if self._signal == signal.SIGINT else SIGTERMException()
 
     # -- what
 
@@ -151,14 +151,14 @@ class LastCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep it until the first step."""
-        self._found = checkpoint.get("resume", {})
+        self._resume_state = checkpoint.get("resume", {})
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put it back, after all that may have drawn: callbacks that write checkpoints are called last."""
-        self._clock, self._asked = time.monotonic(), None
-        self._outside = _handlers()
-        _handle(dict.fromkeys(STOPS, self._note))
-        found, self._found = self._found, {}
+        self._clock, self._signal = time.monotonic(), None
+        self._previous_handlers = _current_handlers()
+        _set_handlers(dict.fromkeys(STOP_SIGNALS, self._record_signal))
+        found, self._resume_state = self._resume_state, {}
         if not found:
             return
         trainer.should_stop = found["stop"]
@@ -169,7 +169,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Where nothing was left to train, nobody has said that the training ended: averages wait for it."""
-        if self._found:
+        if self._resume_state:
             for callback in compat.callbacks(trainer):
                 if isinstance(callback, WeightAveraging):
                     callback.on_train_end(trainer, pl_module)
@@ -208,7 +208,7 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
 
-def interval(every: str | None) -> tuple[int, float]:
+def parse_interval(every: str | None) -> tuple[int, float]:
     """(steps, seconds) of ``"500 steps"``, ``"10 minutes"`` or None; 0 means never.
 
     Raises:
@@ -241,18 +241,18 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
 
 
-def _handlers() -> dict[signal.Signals, Any]:
+def _current_handlers() -> dict[signal.Signals, Any]:
     """Who hears of the signals that stop a run."""
-    return {number: signal.getsignal(number) for number in STOPS}
+    return {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
 
-def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
+def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
     """Only the main thread may say who hears of signals."""
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _exchanges(trainer: L.Trainer) -> bool:
+def _processes_exchange(trainer: L.Trainer) -> bool:
     """Whether the processes talk after this step; one alone has nobody to wait for."""
-    return trainer.world_size == 1 or trainer.global_step % AGREE == 0
+    return trainer.world_size == 1 or trainer.global_step % EXCHANGE_STEPS == 0

@@ -16,38 +16,47 @@ from distill.types import DistillError
 
 SHOWN = 5
 """Differences that one message lists."""
-LOST = ("Timed out", "timed out", "timeout", "Connection closed by peer", "Connection reset by peer", "peer closed")
+LOST_PROCESS_WORDS = (
+    "Timed out",
+    "timed out",
+    "timeout",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "peer closed",
+)
 
 
 class ConsistencyCheck(L.Callback):
     """Refuses to start where the processes of a run were given different configurations or data.
 
     Args:
-        facts: of the run's data module, name -> value of all that must be equal; called only where there are several
+        values: of the run's data module, name -> value of all that must be equal; called only where there are several
             processes.
     """
 
-    def __init__(self, facts: Callable[[Any], Mapping[str, str]]) -> None:
-        self.spec = facts
+    def __init__(self, values: Callable[[Any], Mapping[str, str]]) -> None:
+        self.values = values
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """As soon as the processes can talk."""
         if trainer.world_size > 1:
-            agree(self.spec(data_module(trainer)))
+            require_equal_values(self.values(data_module(trainer)))
 
 
-def agree(facts: Mapping[str, str]) -> None:
-    """Compare the facts of all processes: one hash each, and the facts themselves only where the hashes differ.
+def require_equal_values(values: Mapping[str, str]) -> None:
+    """Compare the values of all processes: one hash each, and the values themselves only where the hashes differ.
 
     Raises:
         DistillError: on every process, naming what differs.
     """
-    if len(set(gather(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()))) == 1:
+    if len(set(gather(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()))) == 1:
         return
-    everywhere = gather(dict(facts))
+    everywhere = gather(dict(values))
     names = sorted({name for each in everywhere for name in each})
     different = [name for name in names if len({each.get(name) for each in everywhere}) > 1]
-    lines = "\n".join(f"  {name}: {_values([each.get(name) for each in everywhere])}" for name in different[:SHOWN])
+    lines = "\n".join(
+        f"  {name}: {_values_by_rank([each.get(name) for each in everywhere])}" for name in different[:SHOWN]
+    )
     more = f"\n  … and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
     raise DistillError(
         f"the processes of this run were not given the same:\n{lines}{more}\nStart all of them with the same words, "
@@ -55,7 +64,7 @@ def agree(facts: Mapping[str, str]) -> None:
     )
 
 
-def _values(values: list[str | None]) -> str:
+def _values_by_rank(values: list[str | None]) -> str:
     """Each value, shortened, with the ranks that have it."""
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
@@ -63,7 +72,7 @@ def _values(values: list[str | None]) -> str:
     return ", ".join(f"{value} on rank {', '.join(map(str, on))}" for value, on in ranks.items())
 
 
-def patience(minutes: float = 10.0) -> timedelta:
+def exchange_timeout(minutes: float = 10.0) -> timedelta:
     """How long a process waits for the others in one exchange before it gives up.
 
     Raises:
@@ -74,7 +83,7 @@ def patience(minutes: float = 10.0) -> timedelta:
     return timedelta(minutes=minutes)
 
 
-def lost(error: BaseException) -> bool:
+def is_lost_process(error: BaseException) -> bool:
     """Whether an error of an exchange says that another process is gone, or does not answer."""
     words = str(error)
-    return isinstance(error, RuntimeError) and any(each in words for each in LOST)
+    return isinstance(error, RuntimeError) and any(each in words for each in LOST_PROCESS_WORDS)

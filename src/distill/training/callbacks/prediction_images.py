@@ -39,35 +39,35 @@ class PredictionImages(L.Callback):
         self.images = images
         self.every = every
         self.score = score
-        self._seen = 0
+        self._evaluations = 0
 
     def state_dict(self) -> dict[str, int]:
         """Evaluations so far, so that a resume shows the same ones."""
-        return {"seen": self._seen}
+        return {"seen": self._evaluations}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Take it over."""
-        self._seen = state_dict["seen"]
+        self._evaluations = state_dict["seen"]
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw with the weights that were just evaluated."""
         assert isinstance(pl_module, Distiller)
         loggers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, WandbLogger))]
-        self._seen += 1
-        if not loggers or self.images == 0 or self._seen % self.every:
+        self._evaluations += 1
+        if not loggers or self.images == 0 or self._evaluations % self.every:
             return
         data = data_module(trainer)
         shown = min(self.images, len(data.ground_truth("val")["images"]))
         batch = data.batch("val", range(shown)).to(pl_module.device)
-        columns = look(pl_module, batch)
-        for number, image in enumerate(crop(batch)):
+        columns = predict_columns(pl_module, batch)
+        for number, image in enumerate(unpadded_images(batch)):
             found = {name: column[number] for name, column in columns.items()}
             for logger in loggers:
-                show(logger, f"val/{number}", image, found, data.classes, self.score, trainer.global_step)
+                log_image(logger, f"val/{number}", image, found, data.classes, self.score, trainer.global_step)
 
 
-def look(module: Distiller, batch: Batch) -> dict[str, Sequence[Target | Detections]]:
+def predict_columns(module: Distiller, batch: Batch) -> dict[str, Sequence[Target | Detections]]:
     """Column name -> what it shows in each image: ground truth, teacher (if any) and student, in resized pixels."""
     columns: dict[str, Sequence[Target | Detections]] = {"ground truth": batch.targets}
     seen = replace(batch, original_sizes=batch.sizes)  # so that detections, and their masks, are in resized pixels
@@ -80,12 +80,12 @@ def look(module: Distiller, batch: Batch) -> dict[str, Sequence[Target | Detecti
     return columns
 
 
-def crop(batch: Batch) -> list[Tensor]:
+def unpadded_images(batch: Batch) -> list[Tensor]:
     """The images without their padding, on the host."""
     return [image[:, :height, :width].cpu() for image, (height, width) in zip(batch.images, batch.sizes, strict=True)]
 
 
-def show(
+def log_image(
     logger: Any,
     key: str,
     image: Tensor,
@@ -98,7 +98,7 @@ def show(
     if isinstance(logger, WandbLogger):
         import wandb
 
-        boxes = {name.replace(" ", "_"): overlay(column, classes, score) for name, column in found.items()}
+        boxes = {name.replace(" ", "_"): wandb_boxes(column, classes, score) for name, column in found.items()}
         picture = wandb.Image(image.permute(1, 2, 0).numpy(), boxes=boxes)
         logger.experiment.log({key: picture, "trainer/global_step": step})
     else:
@@ -108,7 +108,7 @@ def show(
         logger.experiment.add_image(key, drawn, step, dataformats="HWC")
 
 
-def overlay(column: Target | Detections, classes: Sequence[str], score: float) -> dict[str, Any]:
+def wandb_boxes(column: Target | Detections, classes: Sequence[str], score: float) -> dict[str, Any]:
     """One column in W&B's form of box overlays; ground truth has score 1."""
     scores = column.scores if isinstance(column, Detections) else torch.ones(len(column.labels))
     data = [

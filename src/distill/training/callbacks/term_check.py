@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.training.distiller import Distiller
 from distill.types import DistillError, View
 
-UPSCALED = 2.0**16
+GRADIENT_FACTOR = 2.0**16
 """Factor on a gradient that is only compared with 0, so that it does not vanish in half precision."""
 
 
@@ -27,7 +27,7 @@ class Measure(NamedTuple):
     loss: float
     """As it enters the sum."""
     gradient: float
-    """Largest entry of its gradient on the student's maps, times `UPSCALED`."""
+    """Largest entry of its gradient on the student's maps, times `GRADIENT_FACTOR`."""
     detection: float
     """The student's own weighted terms together."""
 
@@ -60,9 +60,9 @@ class TermCheck(L.Callback):
         self.every, self.steps, self.times = every, steps, times
         room = max(2, math.ceil(steps / every))
         self._history: dict[str, deque[Measure]] = defaultdict(lambda: deque(maxlen=room))
-        self._said: set[tuple[str, str]] = set()
-        self._looked = -1
-        self._now: tuple[list[str], Tensor] | None = None
+        self._warned: set[tuple[str, str]] = set()
+        self._measured_step = -1
+        self._latest: tuple[list[str], Tensor] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ask to be shown the terms while they still have their graph."""
@@ -70,24 +70,24 @@ class TermCheck(L.Callback):
 
         def observe(student: View, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
             step = trainer.global_step
-            if step % self.every == 0 and step != self._looked:
-                self._looked = step
-                self._now = look(student, terms, weights)
+            if step % self.every == 0 and step != self._measured_step:
+                self._measured_step = step
+                self._latest = measure_terms(student, terms, weights)
 
         self._observe = observe
         pl_module.observers.append(observe)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Read what the last look measured, and judge."""
-        if self._now is None:
+        if self._latest is None:
             return
-        (names, rows), self._now = self._now, None
+        (names, rows), self._latest = self._latest, None
         for gone in self._history.keys() - set(names):
             del self._history[gone]
         for name, row in zip(names, rows.tolist(), strict=True):
             self._history[name].append(Measure(*row))
             if len(self._history[name]) == self._history[name].maxlen:
-                self._warn(name, faults(self._history[name], self.times))
+                self._warn(name, term_faults(self._history[name], self.times))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ask no more."""
@@ -96,34 +96,38 @@ class TermCheck(L.Callback):
 
     def _warn(self, name: str, found: Mapping[str, str]) -> None:
         for kind, words in found.items():
-            if (name, kind) not in self._said:
-                self._said.add((name, kind))
+            if (name, kind) not in self._warned:
+                self._warned.add((name, kind))
                 rank_zero_warn(f"the term {name} {words}, over the last {self.steps} steps")
 
 
-def look(student: View, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> tuple[list[str], Tensor]:
+def measure_terms(student: View, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> tuple[list[str], Tensor]:
     """Names of the distillation terms that count at this step, and a row of `Measure` for each, on the device."""
     maps = [x for x in (*student.body.values(), *student.neck.values()) if x.requires_grad]
     own = [weights[name] * terms[name].detach() for name in terms if name.startswith("student/")]
     detection = torch.stack(own).sum()
     names = [name for name in terms if not name.startswith("student/") and weights[name]]
     rows = [
-        torch.stack([terms[name].detach(), weights[name] * terms[name].detach(), slope(terms[name], maps), detection])
+        torch.stack(
+            [terms[name].detach(), weights[name] * terms[name].detach(), largest_gradient(terms[name], maps), detection]
+        )
         for name in names
     ]
     return names, torch.stack([row.double() for row in rows]) if rows else torch.zeros(0, len(Measure._fields))
 
 
-def slope(term: Tensor, maps: Sequence[Tensor]) -> Tensor:
-    """Largest entry of a term's gradient on the maps, times `UPSCALED`."""
+def largest_gradient(term: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """Largest entry of a term's gradient on the maps, times `GRADIENT_FACTOR`."""
     if not term.requires_grad:
         return term.detach().new_zeros(())
-    found = torch.autograd.grad(term, list(maps), torch.full_like(term, UPSCALED), retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(
+        term, list(maps), torch.full_like(term, GRADIENT_FACTOR), retain_graph=True, allow_unused=True
+    )
     sizes = [each.abs().amax().to(term.dtype) for each in found if each is not None]
     return torch.stack(sizes).amax() if sizes else term.detach().new_zeros(())
 
 
-def faults(measured: Sequence[Measure], times: float) -> dict[str, str]:
+def term_faults(measured: Sequence[Measure], times: float) -> dict[str, str]:
     """Kind of trouble -> words for it, of what lasts through all of a term's measures."""
     values = [each.value for each in measured]
     found = {}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distill.training.callbacks import checkpoint_files
-from distill.training.callbacks.checkpoint_files import CheckpointFiles, read, sound
+from distill.training.callbacks.checkpoint_files import CheckpointFiles, latest_intact_checkpoint, read_checkpoint
 from distill.types import DistillError
 
 FILES = CheckpointFiles()
@@ -37,7 +37,7 @@ def test_what_was_saved_comes_back_and_the_one_before_is_kept(tmp_path: Path) ->
     assert names(path.parent) == ["last-1.ckpt", "last.ckpt"]
     assert FILES.load_checkpoint(path)["epoch"] == 3
     assert torch.equal(FILES.load_checkpoint(path)["state_dict"]["weight"], torch.full((1000,), 3.0))
-    assert read(path.parent / "last-1.ckpt")["epoch"] == 2
+    assert read_checkpoint(path.parent / "last-1.ckpt")["epoch"] == 2
     save(tmp_path / "best", 1, 2, name="best")
     assert names(tmp_path / "best") == ["best.ckpt"]
     FILES.remove_checkpoint(path)
@@ -64,20 +64,20 @@ def test_a_damaged_newest_gives_way_to_the_one_before(harm: str, tmp_path: Path)
     with pytest.warns(UserWarning, match="it is missing"):
         assert FILES.load_checkpoint(path)["epoch"] == 1
     save(tmp_path, 3)
-    assert (FILES.load_checkpoint(path)["epoch"], read(tmp_path / "last-1.ckpt")["epoch"]) == (3, 1)
+    assert (FILES.load_checkpoint(path)["epoch"], read_checkpoint(tmp_path / "last-1.ckpt")["epoch"]) == (3, 1)
 
 
 def test_where_neither_is_whole_it_says_so(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     path.write_bytes(b"")
     with pytest.raises(DistillError, match=r"not whole.*none before it.*ckpt_path=FILE"):
-        sound(path)
+        latest_intact_checkpoint(path)
     assert names(tmp_path) == ["last.ckpt"]
     save(tmp_path, 1, 2)
     for file in tmp_path.iterdir():
         file.write_bytes(b"")
     with pytest.raises(DistillError, match="none before it"):
-        sound(path)
+        latest_intact_checkpoint(path)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -117,7 +117,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(DistillError, match=r"No space left on device.*is whole"):
         save(tmp_path, 2)
-    assert read(path)["epoch"] == 1
+    assert read_checkpoint(path)["epoch"] == 1
 
 
 def test_the_first_checkpoint_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from distill.cli import compose
+from distill.cli import compose, instantiate
 from distill.cli.assembly import shared_values
 from distill.cli.preflight import shared_config
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
-from distill.training.callbacks.consistency import ConsistencyCheck, agree, lost, patience
+from distill.training.callbacks.consistency import (
+    ConsistencyCheck,
+    exchange_timeout,
+    is_lost_process,
+    require_equal_values,
+)
 from distill.types import DistillError
 
 CASES: dict[str, list[dict[str, str]]] = {  # what each of two processes was given
@@ -32,11 +37,11 @@ CASES: dict[str, list[dict[str, str]]] = {  # what each of two processes was giv
 def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    impatient = dist.new_group(timeout=patience(0.05), backend="gloo")
+    impatient = dist.new_group(timeout=exchange_timeout(0.05), backend="gloo")
     found: dict[str, Any] = {}
     for case, spec in CASES.items():
         try:
-            agree(spec[rank])
+            require_equal_values(spec[rank])
             found[case] = None
         except DistillError as error:
             found[case] = str(error)
@@ -45,7 +50,7 @@ def one_rank(rank: int, folder: str) -> None:
         try:
             dist.all_reduce(torch.ones(1), group=impatient)
         except RuntimeError as error:
-            found["lost"], found["waited"] = lost(error), time.monotonic() - start
+            found["lost"], found["waited"] = is_lost_process(error), time.monotonic() - start
     torch.save(found, f"{folder}/{rank}.pt")
     while not Path(f"{folder}/0.pt").is_file():
         time.sleep(0.1)
@@ -86,7 +91,7 @@ def data(**options: Any) -> DetectionData:
 
 def spec(*lines: str, run: str = "a", source: DetectionData | None = None) -> dict[str, str]:
     fixed = [f"paths.run={run}", "name=n", "logger.csv.name=n"]
-    return shared_values(shared_config(compose.composed([*lines, *fixed])), source or data())
+    return shared_values(shared_config(compose.compose_config([*lines, *fixed])), source or data())
 
 
 @pytest.mark.parametrize(
@@ -141,21 +146,23 @@ def test_one_process_has_nobody_to_agree_with() -> None:
 
 
 def test_patience_is_a_time_above_zero() -> None:
-    assert patience(2) == timedelta(seconds=120)
+    assert exchange_timeout(2) == timedelta(seconds=120)
     with pytest.raises(DistillError, match="above 0"):
-        patience(0)
+        exchange_timeout(0)
 
 
 @pytest.mark.parametrize("option", ["ddp", "ddp_cpu"])
 def test_the_strategies_have_a_timeout(option: str) -> None:
-    node = compose.composed([f"trainer={option}", "trainer.strategy.timeout.minutes=2", "paths.run=x"]).trainer.strategy
-    assert compose.build(node)._timeout == timedelta(minutes=2)
+    node = compose.compose_config(
+        [f"trainer={option}", "trainer.strategy.timeout.minutes=2", "paths.run=x"]
+    ).trainer.strategy
+    assert instantiate.build_node(node)._timeout == timedelta(minutes=2)
 
 
 def test_other_errors_are_not_taken_for_a_lost_process() -> None:
-    assert not lost(RuntimeError("CUDA out of memory"))
-    assert not lost(ValueError("Timed out"))
-    assert lost(RuntimeError("[gloo/transport/tcp] Connection closed by peer [127.0.0.1]:1234"))
+    assert not is_lost_process(RuntimeError("CUDA out of memory"))
+    assert not is_lost_process(ValueError("Timed out"))
+    assert is_lost_process(RuntimeError("[gloo/transport/tcp] Connection closed by peer [127.0.0.1]:1234"))
 
 
 def test_folder_names_are_no_data(tmp_path: Path) -> None:
