@@ -1,4 +1,4 @@
-"""Where the configuration lives, how it is checked, and the one place that builds objects from it."""
+"""Composes the configuration from overrides, and validates overrides before a run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ REQUIRED_NODES = (
 )
 """Nodes that every run reads."""
 MESSAGE_LENGTH = 600
-"""Characters that are repeated of a library's message."""
+"""Maximum number of characters that are quoted from a library's message."""
 
 
 def config_folder() -> Path:
@@ -91,7 +91,11 @@ def config_groups() -> dict[str, list[str]]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Overrides as Hydra reads them."""
+    """Overrides as Hydra parses them.
+
+    Raises:
+        DistillError: a word is not an override.
+    """
     try:
         return list(OverridesParser.create().parse_overrides(list(overrides)))
     except (HydraException, RecursionError) as error:
@@ -99,32 +103,34 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def quote_value(text: str) -> str:
-    """A value for an override, whatever characters it has: paths may have spaces, commas and letters of any alphabet."""
+    """A value in quotes, so that an override may contain any characters, such as spaces and commas in paths."""
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def read_overrides(run: Path) -> list[str]:
-    """The overrides of a run's command line, with the keys of today; they are not to be trusted.
+    """The overrides that a run recorded, with today's keys. They may come from anybody, so they are not trusted.
 
     Raises:
-        DistillError: its ``overrides.yaml`` is no list of overrides.
+        DistillError: ``overrides.yaml`` is not a list of overrides.
     """
     file = RunFolder(run).overrides
     try:
         with file.open(encoding="utf-8") as stream:
             lines = yaml.safe_load(stream)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DistillError(f"{file}: cannot be read ({str(error).splitlines()[0]}); is it a run's folder?") from error
+        raise DistillError(
+            f"{file}: cannot be read ({str(error).splitlines()[0]}). Expected the folder of a run"
+        ) from error
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise DistillError(f"{file}: expected a list of overrides, as train writes it")
     return [translated(line) for line in lines]
 
 
 def recorded_overrides(run: Path) -> list[Override]:
-    """The overrides that a run noted, less those that no file may say: of Hydra's node and of what is trusted.
+    """The overrides that a run recorded, without those that only the command line may set: ``hydra.*`` and ``trust``.
 
     Raises:
-        DistillError: its ``overrides.yaml`` is no list of overrides.
+        DistillError: ``overrides.yaml`` is not a list of overrides.
     """
     return [
         each
@@ -135,7 +141,7 @@ def recorded_overrides(run: Path) -> list[Override]:
 
 @contextmanager
 def _initialized_hydra() -> Iterator[None]:
-    """Hydra at our configuration: that of a running job, or one of its own."""
+    """Hydra, initialized with our configuration, unless a running job has initialized it."""
     register_resolvers()
     register_presets(config_folder())
     if GlobalHydra.instance().is_initialized():
@@ -146,7 +152,7 @@ def _initialized_hydra() -> Iterator[None]:
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of these overrides, outside a run. Interpolations into ``hydra`` are not resolved."""
+    """The configuration of these overrides, without the ``hydra`` node and with interpolations not resolved."""
     cfg = compose_with_hydra(overrides)
     with open_dict(cfg):
         del cfg["hydra"]
@@ -157,7 +163,7 @@ def compose_with_hydra(overrides: Sequence[str]) -> DictConfig:
     """The configuration with the ``hydra`` node, checked before Hydra or a run acts on it.
 
     Raises:
-        DistillError: it names what it may not name, or lacks a node that every run reads.
+        DistillError: the configuration breaks a rule of `target_policy`, or lacks a node that every run reads.
     """
     with _initialized_hydra():
         cfg = compose(CONFIG_NAME, list(overrides), return_hydra_config=True)
@@ -172,7 +178,7 @@ def compose_with_hydra(overrides: Sequence[str]) -> DictConfig:
 
 @cache
 def _default_hydra(conf: Path, words: tuple[str, ...], job: str) -> dict[str, Any]:
-    """The ``hydra`` node that these overrides of the command line make of Hydra's defaults and of conf/config.yaml."""
+    """The ``hydra`` node of conf/config.yaml and these overrides only."""
     with _initialized_hydra():
         cfg = compose(CONFIG_NAME, list(words), return_hydra_config=True)
     node: dict[str, Any] = OmegaConf.to_container(cfg.hydra, resolve=False)  # type: ignore[assignment]
@@ -180,7 +186,7 @@ def _default_hydra(conf: Path, words: tuple[str, ...], job: str) -> dict[str, An
 
 
 def require_nodes(nodes: Mapping[str, Any]) -> None:
-    """Refuse a configuration in which a node that every run reads is no mapping.
+    """Refuse a configuration if a node that every run reads is missing or not a mapping.
 
     Raises:
         DistillError: names the node.
@@ -188,12 +194,12 @@ def require_nodes(nodes: Mapping[str, Any]) -> None:
     for key in REQUIRED_NODES:
         if not isinstance(nodes.get(key), dict):
             raise DistillError(
-                f"{key}={nodes.get(key)}: expected a mapping, as conf/config.yaml has it: leave it as it is"
+                f"{key}={nodes.get(key)}: expected a mapping, as in conf/config.yaml. Remove the override"
             )
 
 
 def runs_folder(overrides: Sequence[str]) -> Path:
-    """The folder of all runs that have the name which these overrides give."""
+    """The parent folder of all runs with the name that these overrides give."""
     from hydra.core.hydra_config import HydraConfig
 
     cfg = compose_with_hydra(overrides)
@@ -205,17 +211,17 @@ def compose_without_run(overrides: Sequence[str]) -> DictConfig:
     """The configuration of a verb that starts no run.
 
     Raises:
-        DistillError: a mistake in the overrides, as `validate_overrides` finds it.
+        DistillError: an override is invalid; see `validate_overrides`.
     """
     validate_overrides(overrides)
-    runs_folder(overrides)  # leaves what a run knows of its own command line
+    runs_folder(overrides)  # sets HydraConfig, as a run has it
     cfg = compose_config(overrides)
-    cfg.paths.run = "run"  # a run would know; nothing is written there
+    cfg.paths.run = "run"  # a placeholder: nothing is written there
     return cfg
 
 
 def validate_overrides(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
-    """Compose without running anything, so that a mistake is named within a second, with the nearest names.
+    """Compose the configuration without running anything, so that mistakes are reported within a second.
 
     A sweep is checked by every combination of its groups' options, and by every single value of a key. In a sweep a key of
     one loss, ``distill.losses.CONFIG_NAME.KEY``, applies to the jobs that have this loss.
@@ -226,7 +232,7 @@ def validate_overrides(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]
         it out of the jobs where it does not apply.
 
     Raises:
-        DistillError: a mistake, with the override and the nearest names.
+        DistillError: names the invalid override and the nearest valid names.
     """
     refuse_renamed(overrides)
     params = _validate_job(_sweep_jobs(overrides)[0][1]).hydra.sweeper.get("params") or {}
@@ -265,7 +271,7 @@ def applicable_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def _validate_job(overrides: list[str]) -> DictConfig:
-    """The configuration of one job."""
+    """The validated configuration of one job."""
     cfg = _try_to_compose(overrides)
     _refuse_shared_losses(overrides)
     return cfg
@@ -307,7 +313,7 @@ def _expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _refuse_shared_losses(overrides: Sequence[str]) -> None:
-    """Refuse two options of ``distill`` that write one loss: the second would turn the first into itself, silently."""
+    """Refuse two options of ``distill`` that define the same loss: the second one would overwrite the first one."""
     if not any(re.match(r"\+*(distill=.*\[|experiment=)", line) for line in overrides):
         return  # one option alone
     writers: dict[str, str] = {}

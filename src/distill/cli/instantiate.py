@@ -29,14 +29,18 @@ ARGUMENT_ERRORS = (
     ImportError,
     OSError,
 )
-"""What constructors raise at arguments of a kind that they do not foresee."""
+"""Exceptions that a constructor may raise for arguments of a wrong type or value."""
 
 
 def build_node(node: Any, **given: Any) -> Any:
-    """Call the constructor that a node names. Every object of a run is built here; ``given`` are run-time arguments.
+    """Call the constructor that a node names.
+
+    Args:
+        node: a mapping with ``_target_``; its other keys are arguments.
+        given: further arguments, known at run time only.
 
     Raises:
-        DistillError: the constructor's own, or one that names the target where the arguments do not fit it.
+        DistillError: raised by the constructor, or the arguments do not fit; then the message names the target.
     """
     _require_target(node)
     options = to_containers(node)
@@ -44,11 +48,11 @@ def build_node(node: Any, **given: Any) -> Any:
     target_policy.validate_targets(options, _full_key(node))
     _validate_types(options, _full_key(node))
     try:
-        # Run-time arguments are handed over by the call itself: Hydra would turn a dataclass among them into a dict.
+        # Run-time arguments are not passed through Hydra, which would convert a dataclass among them into a dict.
         make = instantiate(node, _partial_=True, _convert_="all")
         if not partial:
             return make(**given)
-        with suppress(ValueError):  # some functions of C tell nothing of their parameters
+        with suppress(ValueError):  # functions written in C may have no signature
             inspect.signature(make.func).bind_partial(*make.args, **make.keywords)
         return make
     except DistillError:
@@ -62,21 +66,21 @@ def build_node(node: Any, **given: Any) -> Any:
 
 
 def _validate_types(options: Any, where: str) -> None:
-    """Refuse options of a kind that a constructor of ours or of Lightning's does not take, before it falls over them."""
+    """Refuse options of a wrong type for constructors of distill and of Lightning, with a clear message."""
     nodes = [(where, options), *((below, value) for below, _, value in target_policy.walk(options, where))]
     for below, node in nodes:
         if isinstance(node, dict) and str(node.get("_target_")).startswith(("distill.", "lightning.")):
-            # What is built in turn is not judged by the mapping that describes it.
+            # A nested node has the type of the object that is built from it, so the mapping itself is not compared.
             given = {key: value for key, value in node.items() if not (value == "???" or "_target_" in str(value))}
             if wrong := type_errors(target_policy.load_class(node["_target_"], f"{below}._target_"), given):
                 raise DistillError(f"{below}: {'; '.join(wrong)}")
 
 
 def load_target(node: Any) -> Any:
-    """The constructor that a node names.
+    """The class that a node names, without building it.
 
     Raises:
-        DistillError: there is none of that name, or none that a configuration may call.
+        DistillError: the class does not exist, or a configuration may not name it.
     """
     _require_target(node)
     return target_policy.load_class(node.get("_target_"), f"{_full_key(node)}._target_".lstrip("."))
@@ -90,14 +94,14 @@ def _require_target(node: Any) -> None:
 
 
 def named_nodes(node: Any) -> dict[str, Any]:
-    """The nodes of a mapping by name, without those that are null or empty.
+    """The nodes of a mapping by name, without null and empty ones.
 
     Raises:
-        DistillError: it is no mapping.
+        DistillError: the node is not a mapping.
     """
     if node is not None and not OmegaConf.is_dict(node):
         raise DistillError(f"expected a mapping of names to parts, as in the files of conf, got {node}")
-    return {str(name): each for name, each in (node or {}).items() if each is not None and each != {}}
+    return {str(name): value for name, value in (node or {}).items() if value is not None and value != {}}
 
 
 def _full_key(node: Any) -> str:
@@ -105,17 +109,17 @@ def _full_key(node: Any) -> str:
 
 
 def trainer_device(cfg: DictConfig) -> torch.device:
-    """Where the run's trainer would compute, as far as one device goes."""
+    """The device of the run's trainer: CUDA if available and not excluded, otherwise the CPU."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
 
 
 def to_containers(node: Any) -> Any:
-    """Plain containers with all interpolations resolved.
+    """A node as plain Python containers, with all interpolations resolved.
 
     Raises:
-        DistillError: one of them leads nowhere.
+        DistillError: an interpolation cannot be resolved.
     """
     try:
         return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

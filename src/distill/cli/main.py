@@ -1,4 +1,4 @@
-"""The command line: the only rooms that know Hydra. Nothing heavy is imported before a configuration composes."""
+"""The command line of distill. torch is imported only after the configuration has been composed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from distill.types import DistillError
 USAGE = """usage: distill <verb> [options]
 
   train [overrides]                     train or distil a detector (also: python train.py)
-  evaluate RUN|CKPT [overrides]         AP of a run's student, on any split or data set
-  predict RUN IMAGES... [--score 0.5]   pictures and COCO-format detections
-  bench [overrides]                     what distillation costs here, and what is the bottleneck
+  evaluate RUN|CKPT [overrides]         measure the AP of a run's student, on any split or data set
+  predict RUN IMAGES... [--score 0.5]   write pictures and COCO-format detections
+  bench [overrides]                     measure the cost of distillation on this machine, part by part
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
-  doctor [overrides of train]           a minute before a run: is all well with data, teacher and terms? how long?
-  replay FILE                           do the step again that stopped a run
+  doctor [overrides of train]           check data, teacher and loss terms before a run, and estimate its time
+  replay FILE                           repeat the step that stopped a run
 
-distill <verb> --help says more."""
+distill <verb> --help shows the options of a verb."""
 
 
 def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
@@ -38,7 +38,7 @@ def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a verb and return its exit code. A user's mistake ends in one message, not in a traceback."""
+    """Run a verb and return its exit code. Invalid input ends with one message and without a traceback."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -48,11 +48,11 @@ def main(argv: Sequence[str]) -> int:
     except DistillError as error:
         if os.environ.get("DISTILL_TRACEBACK"):
             traceback.print_exc()
-        print(f"\ndistill: {_plain(str(error))}", file=sys.stderr)
+        print(f"\ndistill: {_printable(str(error))}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Terminated) as stopped:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            return 0  # one process of a run speaks for all; Lightning kills the others where one fails
+            return 0  # only the first process of a run reports; if one fails, Lightning kills the others
         how, number = next(end for kind, end in EXIT_REASONS.items() if isinstance(stopped, kind))
         print(f"\ndistill: {how}; {stopped or RESTART_ADVICE}", file=sys.stderr)
         return 128 + number
@@ -71,6 +71,6 @@ def _run(verb: str, words: Sequence[str]) -> int:
     return verbs[verb](words)
 
 
-def _plain(text: str) -> str:
-    """A message in which nothing steers the terminal, for names in it may come from anywhere."""
-    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
+def _printable(text: str) -> str:
+    """A message without control characters: names in it may come from files of unknown origin."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

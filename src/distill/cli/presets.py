@@ -2,12 +2,14 @@
 
 ``conf/teachers.yaml`` holds the default teacher of each student, ``conf/metrics.yaml`` the default metrics of each data set.
 Each line becomes an option of Hydra: ``teacher=of/STUDENT``, ``metrics=of/DATA``. Each model becomes a teacher as well:
-``teacher=MODEL``. ``supervised=of/MODEL`` has the loss names of the model's family. A file of the same name in ``conf`` takes precedence.
+``teacher=MODEL``. ``supervised=of/MODEL`` has the loss names of the model's family. A file of the same name in ``conf`` takes
+precedence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +78,18 @@ def _mapping(file: Path) -> Mapping[str, Any]:
         DistillError: it cannot be read, or holds something else.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = _parse(file, file.stat().st_mtime_ns)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DistillError(f"{file}: cannot be read: {error}") from error
     if not isinstance(content, Mapping):
         raise DistillError(f"{file}: expected a mapping")
     return content
+
+
+@cache
+def _parse(file: Path, modified: int) -> Any:
+    """The content of a YAML file, which is parsed again only after it was modified."""
+    return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _rows(file: Path, names: Iterable[str], key: str) -> list[tuple[str, Any, dict[str, Any]]]:

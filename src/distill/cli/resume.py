@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Finds the checkpoint that a run resumes from, and refuses a checkpoint of another run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from distill.data.datamodule import DetectionData
 
 LOADING_KEYS = ("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "eval_batch_size")
-"""Keys of ``data`` that say how images reach the model, not what they are."""
+"""Keys of ``data`` that change how images are loaded, and not which images."""
 OTHER_RUN_PREFIXES = (
     "ckpt_path",
     "resume=",
@@ -36,7 +36,7 @@ OTHER_RUN_PREFIXES = (
     "guard",
     "callbacks.terms",
 )
-"""Beginnings of the overrides that do not say which run is meant."""
+"""Prefixes of overrides that do not identify a run."""
 MAY_DIFFER = (
     *("ckpt_path", "resume", "name", "test", "pictures", "paths.*", "logger.*", "guard.*", "callbacks.terms*"),
     # The machine and the screen.
@@ -45,20 +45,20 @@ MAY_DIFFER = (
     *("callbacks.last*", "callbacks.teacher*", "callbacks.rate*", "callbacks.panels*", "callbacks.progress*"),
     "callbacks.best.dirpath",
     *(f"data.{key}" for key in LOADING_KEYS),
-    # What the checkpoint knows better: images and boxes, guests by their bytes, weights that were only the start.
+    # Compared by the checkpoint itself: images and boxes, the teacher's weights. Start weights no longer matter.
     *("data.source*", "data.on_*", "distill.losses.*.classifier.weights"),
     *(f"teacher.{key}" for key in ("weights", "train", "seed", "run*", "min_ap", "evaluate", "model*")),
     *("init", "model.weights", "model.backbone_weights"),
 )
-"""Keys that may differ when a run goes on: they cannot change what it learns, or are compared otherwise."""
+"""Keys that may differ when a run resumes: they do not change the training, or they are compared in another way."""
 IDENTITY_KEYS = ("made_by", "teacher", "guests", "DetectionData")
-"""Parts of a checkpoint by which a resume is refused."""
+"""Entries of a checkpoint that are compared with the run before a resume."""
 
 
 def add_run_to_resume(overrides: Sequence[str]) -> list[str]:
-    """``ckpt_path=last`` goes on in the newest run that these overrides made, unless a folder is given.
+    """Add the folder of the run that ``ckpt_path=last`` means: the newest run of the same overrides, unless one is given.
 
-    A job that SLURM started again goes on by itself where there is something to go on from.
+    A job that SLURM started again resumes without ``ckpt_path=last`` if it has a checkpoint.
     """
     lines = list(overrides)
     if _requeued() and not any(line.startswith("ckpt_path=") for line in lines):
@@ -92,7 +92,7 @@ def _find_run(lines: list[str], must: bool) -> list[str]:
         return lines
     runs = sorted((run for run in home.glob("*") if RunFolder(run).resumable), key=_saved_at, reverse=True)
     for run in runs:
-        # A requeued job's own run: another job may have finished one of the same words.
+        # A requeued job resumes its own run only: another job may have finished a run of the same overrides.
         if _run_identity(_recorded_words(run)) == _run_identity(lines) and (not must or _made_by_this_job(run)):
             return [*lines, f"hydra.run.dir={compose.quote_value(str(run))}"]
     newest = (
@@ -105,7 +105,7 @@ def _find_run(lines: list[str], must: bool) -> list[str]:
 
 
 def write_slurm_job(run: Path) -> None:
-    """Write down the SLURM job that makes a run or sweep."""
+    """Write the id of the SLURM job that makes a run or a sweep into its folder."""
     if "SLURM_JOB_ID" in os.environ:
         write_text(RunFolder(run).slurm_job, os.environ["SLURM_JOB_ID"])
 
@@ -116,7 +116,7 @@ def _made_by_this_job(run: Path) -> bool:
 
 
 def resume_advice(run: Path) -> str:
-    """What to say to let a stopped run go on."""
+    """How to resume a stopped run."""
     return "ckpt_path=last goes on from the last checkpoint" if RunFolder(run).resumable else RESTART_ADVICE
 
 
@@ -129,15 +129,15 @@ def _recorded_words(run: Path) -> list[str]:
 
 
 def _run_identity(overrides: Sequence[str]) -> set[str]:
-    """The overrides that say which run it is: not how long, on what machine, or what is logged."""
+    """The overrides that identify a run: without its length, its machine and its logging."""
     return {line for line in overrides if not line.lstrip("+~").startswith(OTHER_RUN_PREFIXES)}
 
 
 def find_checkpoint(cfg: DictConfig, run: Path) -> Path | None:
-    """The whole checkpoint that ``ckpt_path`` means, if any: the one before where the newest is damaged.
+    """The intact checkpoint that ``ckpt_path`` means, or None. If the newest one is damaged, the previous one is taken.
 
     Raises:
-        DistillError: there is none.
+        DistillError: there is no such checkpoint.
     """
     if cfg.resume not in ("same", "anyway"):
         raise DistillError(f"resume: expected same or anyway, got '{cfg.resume}'")
@@ -155,7 +155,7 @@ def find_checkpoint(cfg: DictConfig, run: Path) -> Path | None:
 
 
 def validate_config(cfg: DictConfig, file: Path | None) -> None:
-    """Refuse a checkpoint of another configuration, naming what differs; warn with ``resume=anyway``."""
+    """Refuse a checkpoint of another configuration, with the keys that differ. ``resume=anyway`` only warns."""
     _refuse_older(file)
     made_by = _read_part(file, "made_by")
     if made_by:
@@ -172,7 +172,7 @@ def _refuse_older(file: Path | None) -> None:
 
 
 def validate_data(mode: str, file: Path | None, data: DetectionData) -> None:
-    """Refuse a checkpoint of other classes, images or boxes, before a teacher is trained for them."""
+    """Refuse a checkpoint of other classes, images or boxes, before a teacher is trained."""
     known = _read_part(file, "DetectionData")
     if known:
         _refuse(mode, file, data.differences(known))
@@ -199,7 +199,7 @@ def _refuse(mode: str, file: Path | None, found: Sequence[str]) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``key: value there, value here`` of all keys that differ and may not."""
+    """``key: value there, value here`` of each key that differs and must not."""
     there, here = dict(flatten(before)), dict(flatten(now))
     keys = [key for key in {**there, **here} if not any(fnmatchcase(key, free) for free in MAY_DIFFER)]
     return [
@@ -218,7 +218,7 @@ def _describe_value(values: Mapping[str, Any], key: str, place: str = "there") -
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a nested mapping, by its dotted path."""
+    """Dotted path and value of each leaf of a nested mapping."""
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")

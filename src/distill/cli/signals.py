@@ -1,7 +1,7 @@
-"""A run that is asked to stop, at any moment: it says how to go on, and where SLURM asked has itself started again.
+"""Signals that stop a run: SIGTERM, SIGUSR1 and ctrl-C.
 
-SIGTERM ends the run at once, from its first line to its last. Only while steps are made `callbacks.checkpoints.LastCheckpoint` stands in: it
-lets a step come to its end, and saves.
+A stopped run prints how to resume it. If SLURM stopped the run, the run asks SLURM to start the job again. SIGTERM ends the
+run at once, except during training: there `callbacks.checkpoints.LastCheckpoint` finishes the step and saves first.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ EXIT_REASONS = {
     Terminated: ("stopped by a signal", signal.SIGTERM),
     KeyboardInterrupt: ("interrupted", signal.SIGINT),
 }
-"""Exception -> what is printed, and the signal that the exit code reports (128 + signal)."""
+"""Exception -> printed reason, and signal for the exit code (128 + signal)."""
 RESTART_ADVICE = "start it again with the same arguments"
-"""Printed for a run that left nothing to resume from."""
+"""Printed for a run that has no checkpoint."""
 
 REPEATED_SIGNAL_SECONDS = 10.0
-"""Seconds after a SIGTERM in which another one is the same wish: it does not break off what the first one set going."""
+"""A SIGTERM within this time after another one is ignored, so that it does not interrupt the reaction to the first one."""
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated`, and SIGUSR1 does what SIGTERM does; under SLURM the job is then requeued.
+    """Inside this context SIGTERM raises `Terminated`. SIGUSR1 does the same, and also requeues the job under SLURM.
 
-    Lightning leaves a handler of SIGUSR1 alone that is there already; its own would save in the middle of a step.
+    Lightning keeps an existing handler of SIGUSR1. Its own handler would save in the middle of a step.
     """
-    asked: list[int] = []
-    told = -math.inf
+    requeue_signals: list[int] = []
+    last_signal = -math.inf
 
     def end(number: int, frame: Any) -> None:
-        nonlocal told
-        if time.monotonic() - told > REPEATED_SIGNAL_SECONDS:
-            told = time.monotonic()
+        nonlocal last_signal
+        if time.monotonic() - last_signal > REPEATED_SIGNAL_SECONDS:
+            last_signal = time.monotonic()
             raise Terminated
 
     def requeue(number: int, frame: Any) -> None:
-        asked.append(number)
+        requeue_signals.append(number)
         signal.raise_signal(signal.SIGTERM)
 
     with ExitStack() as handlers:
@@ -58,17 +58,17 @@ def stop_on_signals() -> Iterator[None]:
         try:
             yield
         except Terminated:
-            # It is ending: SLURM sends another SIGTERM to a job that it starts again.
+            # Ignore further signals while the run ends: SLURM sends another SIGTERM to a job that it requeues.
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 handlers.enter_context(signal_handler(number, lambda *_: None))
-            if asked:
+            if requeue_signals:
                 _requeue_slurm_job()
             raise
 
 
 @contextmanager
 def signal_handler(number: signal.Signals, handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Inside, a signal is handled so, in the main thread; no other may say."""
+    """Handle a signal this way inside the context. Other threads than the main one cannot set handlers and do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -82,16 +82,17 @@ def signal_handler(number: signal.Signals, handler: Callable[[int, Any], None]) 
 def wait_for_process(
     process: subprocess.Popen[str] | subprocess.Popen[bytes], work: Callable[[], Any] | None = None
 ) -> int:
-    """Wait until a process has ended; its exit code. Whatever ends this run ends it too, with the time to save.
+    """Wait for a run in another process, and return its exit code. If this process has to stop, the run is stopped first
+    and gets the time to save.
 
     Args:
-        process: a run of ours.
-        work: what to do meanwhile; called again when it was interrupted by a signal, as long as the process lives.
+        process: a run of distill.
+        work: called while waiting; after a signal it is called again, until the process has ended.
 
     Raises:
-        Terminated, KeyboardInterrupt: this run was asked to stop, and the other has stopped.
+        Terminated, KeyboardInterrupt: this process was asked to stop, and the other process has ended.
     """
-    asked: BaseException | None = None
+    stop: BaseException | None = None
     while True:
         try:
             if work:
@@ -99,20 +100,20 @@ def wait_for_process(
             code = process.wait()
             break
         except (Terminated, KeyboardInterrupt) as stopped:
-            # SIGTERM after ctrl-C too: the terminal tells all processes, but somebody else may have told this one alone.
-            asked = asked or stopped
+            # Send SIGTERM after ctrl-C too: a terminal signals all processes, but `kill` may have signalled this one only.
+            stop = stop or stopped
             process.terminate()
         except BaseException:
             process.terminate()
             process.wait()
             raise
-    if asked is not None:
-        raise asked
+    if stop is not None:
+        raise stop
     return code
 
 
 def _requeue_slurm_job() -> None:
-    """Ask SLURM to start this job again; one process asks for all."""
+    """Ask SLURM to start this job again. Only the first process of a job asks."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or os.environ.get("SLURM_PROCID", "0") != "0":
         return

@@ -42,13 +42,13 @@ TABLE_METRICS = ("val/AP", "val/AP50", "val/mAP", "test/AP", "test/mAP")
 
 
 class JobFailed(DistillError):
-    """One job failed; Hydra's sweepers hear of it only when the others are done."""
+    """A job failed. Hydra's sweepers raise this after the other jobs are done."""
 
 
 def run_job(cfg: DictConfig) -> float:
-    """One job of a sweep, in a process of its own: it is run, resumed, or was finished before.
+    """Run or resume one job of a sweep in a process of its own, unless it is already finished.
 
-    Hydra's launchers call this function, some of them in other processes: nothing is shared between jobs but their folder.
+    Hydra's launchers call this function, some of them in other processes. Jobs share nothing but the sweep's folder.
 
     Returns:
         The metric that the configuration names.
@@ -61,7 +61,7 @@ def run_job(cfg: DictConfig) -> float:
     sweep = Path(hydra.sweep.dir)
     overrides = compose.applicable_overrides([str(line) for line in hydra.overrides.task])
     run = claim_folder(sweep, Path(hydra.runtime.output_dir), overrides)
-    with FileLock(f"{run}.lock"):  # two jobs are one where a key that differs applies to neither
+    with FileLock(f"{run}.lock"):  # jobs that differ only in a key that applies to neither are the same job
         if not RunFolder(run).finished:
             _run_process_of_job(run, overrides, sweep.name)
     return float(json.loads(RunFolder(run).summary.read_text())["student"][cfg.metric])
@@ -83,12 +83,12 @@ class SweepTable(Callback):
     """Hydra's callback that writes ``sweep.csv`` from the folders of the jobs, whichever process each job runs in."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """A job is done or failed, in the process of the launcher's worker."""
+        """After a job, in the process that ran it."""
         if config.hydra.mode == RunMode.MULTIRUN:
             write_table(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """All jobs are done, in the process that started the sweep."""
+        """After all jobs, in the process that started the sweep."""
         write_table(Path(config.hydra.sweep.dir))
 
 
@@ -126,7 +126,7 @@ def run(words: Sequence[str], cfg: DictConfig) -> None:
 
 
 def write_table(folder: Path) -> list[dict[str, Any]]:
-    """Write ``sweep.csv`` from the folders of the jobs; its rows."""
+    """Write ``sweep.csv`` from the folders of the jobs, and return its rows."""
     rows = [_table_row(job) for job in job_folders(folder)]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     page = io.StringIO(newline="")
@@ -138,12 +138,12 @@ def write_table(folder: Path) -> list[dict[str, Any]]:
 
 
 def count_failed(folder: Path) -> int:
-    """How many jobs of a sweep failed, by their folders."""
+    """Number of failed jobs in a sweep's folder."""
     return sum(_table_row(job)["state"] == "failed" for job in job_folders(folder))
 
 
 def show_table(folder: Path) -> None:
-    """Print the table, unless no job has begun: what was varied, the main numbers, and why jobs failed."""
+    """Print the table: the varied keys, the main metrics, and the errors of failed jobs. No job, no table."""
     if not job_folders(folder):
         return
     rows = write_table(folder)
@@ -157,14 +157,14 @@ def show_table(folder: Path) -> None:
 
 
 def continuation_advice(folder: Path) -> str:
-    """What to say on the command line to continue the sweep."""
+    """How to continue a sweep."""
     return f"hydra.sweep.dir='{folder}' with the same words again runs what is not done"
 
 
 def claim_folder(sweep: Path, given: Path, overrides: Sequence[str]) -> Path:
-    """The folder of a job: the one that holds these overrides, else the given one where it is free, else the next number.
+    """Choose the folder of a job: the folder with these overrides, else the given one if it is free, else the next number.
 
-    The overrides are written at once, so that no other job takes the folder, and a job that dies early is known.
+    The overrides are written at once, so that no other job takes the folder, and a job that dies early is in the table.
     """
     with FileLock(sweep / "sweep.lock"):
         run = _choose_folder(sweep, given, overrides)
@@ -185,7 +185,7 @@ def _choose_folder(sweep: Path, given: Path, overrides: Sequence[str]) -> Path:
 
 
 def recorded_words(job: Path) -> set[str]:
-    """The overrides that made a job, less those of its resume."""
+    """The overrides that a job recorded, without those of its resume."""
     lines = set(compose.read_overrides(job))
     return {line for line in lines if not line.startswith("ckpt_path=")}
 
@@ -202,13 +202,13 @@ def run_process(command: Sequence[str], sweep: str) -> tuple[int, str]:
         command, env=env | {"DISTILL_SWEEP": sweep}, stderr=subprocess.PIPE, text=True, errors="replace"
     )
 
-    def listen() -> None:
+    def pass_on() -> None:
         for line in child.stderr or ():
             sys.stderr.write(line)
             last.append(line.strip())
 
     with child:
-        code = wait_for_process(child, listen)
+        code = wait_for_process(child, pass_on)
     return code, _failure_reason(code, [line for line in last if line])
 
 

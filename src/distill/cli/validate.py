@@ -1,5 +1,5 @@
-"""What single values may be that no constructor judges: the run's own, the teacher's, and some that torch and Lightning
-take as they are and fall over later, when a teacher has been trained.
+"""Range checks for settings that no constructor validates: those of the run and the teacher, and some settings of torch and
+Lightning that would otherwise fail only after a teacher has been trained.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ RULES: dict[str, Rule] = {
     "logger.*.flush_logs_every_n_steps": _integer_from(1),
     "trainer.limit_train_batches": POSITIVE_OR_NULL,
 }
-"""Keys, of which ``*`` stands for any, and what their values must be."""
+"""Pattern of a key, with ``*`` for any text -> the rule for its value."""
 
 
 def compose_valid_config(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of a verb that starts no run, checked as a run's.
+    """The configuration of a verb that starts no run, validated like that of a run.
 
     Raises:
-        DistillError: a name that is not known, or a value that nobody could use.
+        DistillError: an unknown key or option, or an invalid value.
     """
     cfg = compose.compose_without_run(overrides)
     validate_values(cfg)
@@ -95,10 +95,10 @@ def compose_valid_config(overrides: Sequence[str]) -> DictConfig:
 
 
 def validate_values(cfg: DictConfig) -> None:
-    """Refuse values that nobody could use.
+    """Refuse invalid values.
 
     Raises:
-        DistillError: names the first of them; or an interpolation that leads nowhere.
+        DistillError: names the first invalid value, or an interpolation that cannot be resolved.
     """
     for key, value in flatten(instantiate.to_containers(cfg)):
         for pattern, (expected, is_valid) in RULES.items():
