@@ -46,7 +46,7 @@ def test_processes_that_were_given_different_words_stop_before_the_first_step(tm
         said = [each.communicate(timeout=300)[1] for each in both]
     assert [each.returncode for each in both] == [1, 1], said
     for words in said:
-        assert "were not given the same:\n  schedule.optimizer.lr: 0.01 on rank 0, 0.5 on rank 1\nStart" in words
+        assert "have different values:\n  schedule.optimizer.lr: 0.01 on rank 0, 0.5 on rank 1\nStart" in words
         assert "Traceback" not in words
     assert not list(tmp_path.rglob("*.ckpt"))
     assert not list(tmp_path.rglob("metrics.csv"))

@@ -1,12 +1,11 @@
-"""Finite numbers: a step whose loss or gradient is not finite changes nothing, and can be done again from a file.
+"""Skips steps whose loss or gradient is not finite, and saves such a step to a file so that it can be repeated.
 
-One flag tells all: a loss that is not finite makes its own gradient NaN (`poison_gradient`), and the exchange of gradients, which
-several processes make anyway, carries that to all of them. So the largest entry of the gradient is finite on every process
-or on none, all skip together, and nothing more is sent. It is read just before the weights would change, which is the
-one time in a step that this project waits for the device. On CUDA the host cannot queue the next step while this one's
-backward pass runs: the device idles from there until the optimiser's first kernels arrive, and wherever the host is the slower
-one in the forward pass that follows (reasoned, not measured). To read the flag a step later would need a copy of all weights
-and states to go back to; a loss scaler reads one of its own at the same place.
+A loss that is not finite makes its own gradient NaN (`poison_gradient`). The exchange of gradients between processes carries
+the NaN to all of them. The gradient's norm is therefore finite on all processes or on none: all of them skip the step
+together, without further communication. The norm is read before the weights change. This is the only synchronization with
+the device that this project adds to a step. On CUDA the host cannot queue the next step during the backward pass, so the
+device idles until the optimizer's first kernels arrive (reasoned, not measured). Reading the flag one step later would need a
+copy of all weights and optimizer states; a loss scaler synchronizes at the same place.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from distill.types import MAPS, Batch, DistillError, View
 
 FILE_KIND = "distill step"
 NAMED_PARAMETERS = 3
-"""Parameters that one message names."""
+"""Maximum number of parameters in a message."""
 ADVICE = "Lower the learning rate or the term's weight, lengthen the warm-up, or set schedule.clip"
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One batch of a step, with what decided its numbers."""
+    """One batch of a step, with everything that determined its loss."""
 
     batch: Batch
     draw: int
-    """The seed of the step's draws."""
+    """Seed of the step's random draws."""
     progress: float
     terms: dict[str, Tensor]
     """Unweighted terms, detached, on their device."""
@@ -46,21 +45,20 @@ class StepRecord:
 
 
 def poison_gradient(loss: Tensor) -> Tensor:
-    """The same number, to the bit, with the same gradient; where it is not finite its gradient is NaN everywhere."""
+    """The same loss with the same gradient, bit for bit. If the loss is not finite, its gradient is NaN everywhere."""
     return loss * (1 + 0 * loss.detach())
 
 
 class NonFiniteGuard:
-    """Skips the steps whose loss or gradient is not finite, and stops the run when there are too many in a row.
+    """Skips steps whose loss or gradient is not finite, and stops the run after too many consecutive ones.
 
-    A skipped step leaves weights, optimiser state and running statistics as they are; it counts as a step of the schedule.
-    With a loss scaler (fp16) a gradient that overflows under a finite loss is the scaler's to skip, until its scale falls
-    below a floor.
+    A skipped step does not change weights, optimizer state or running statistics. It counts as a step of the schedule. With a
+    loss scaler (fp16), the scaler skips gradients that overflow under a finite loss, until its scale falls below a floor.
 
     Args:
-        limit: steps in a row that may be skipped; the next one stops the run. 0 stops at the first.
-        scale_floor: fp16: lowest scale of the loss; the run stops below. 0 for no floor.
-        folder: where the step that stops the run is written, below ``non_finite/``; None: Lightning's default folder.
+        limit: consecutive steps that may be skipped; the next one stops the run. 0 stops at the first one.
+        scale_floor: fp16: the run stops if the loss scale falls below this value. 0 for no floor.
+        folder: folder for ``non_finite/``, where the step that stops the run is saved; None: Lightning's default folder.
 
     Raises:
         DistillError: a limit or floor below 0.
@@ -74,25 +72,25 @@ class NonFiniteGuard:
             )
         self.limit, self.scale_floor, self.folder = limit, scale_floor, folder
         self.skipped = 0
-        """Steps that were skipped so far."""
+        """Number of skipped steps."""
         self.consecutive = 0
-        """The last of them that followed on one another."""
+        """Number of consecutive skipped steps."""
         self.skipping = False
-        """Whether the last step was skipped, by the scaler too: averages of weights pass it over."""
+        """Whether the guard or the scaler skipped the last step; averages of weights ignore such a step."""
         self._records: list[StepRecord] = []
         self._norm_statistics: list[Tensor] = []
         self._saved_statistics: list[Tensor] = []
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint keeps: the counts."""
+        """The counts, for a checkpoint."""
         return {"skipped": self.skipped, "row": self.consecutive}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Count on from there."""
+        """Restore the counts."""
         self.skipped, self.consecutive = state["skipped"], state["row"]
 
     def save_norm_statistics(self, student: nn.Module) -> None:
-        """Remember the running statistics, which a forward pass moves, at the first batch of a step."""
+        """Save the running statistics at the first batch of a step, because a forward pass changes them."""
         if self._records:
             return
         norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
@@ -104,17 +102,17 @@ class NonFiniteGuard:
         _copy_tensors(self._norm_statistics, self._saved_statistics)
 
     def record(self, seen: StepRecord) -> None:
-        """A batch of the step, to be looked at where the step turns out bad. Nothing is read yet."""
+        """Keep a batch of the step, to describe it if the step is skipped. Nothing is read from the device."""
         self._records.append(seen)
 
     def skip_bad_step(self, module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Skip a bad step of a `Distiller` by taking its gradients away, now that they are reduced over all processes.
+        """Skip a step of a `Distiller` that is not finite by clearing its gradients, after they were reduced over processes.
 
-        A fused optimiser would unscale fp16's gradients itself, in its step, so that the scaler has not looked at them yet;
-        without any it has nothing to look at, and raises. It is shown them before they go.
+        With a fused optimizer the fp16 scaler has not unscaled the gradients yet. The scaler raises if it finds no gradients,
+        so they are unscaled before they are cleared.
 
         Raises:
-            DistillError: too many bad steps in a row, or a loss scale below the floor.
+            DistillError: too many consecutive skipped steps, or a loss scale below the floor.
         """
         seen, self._records = self._records, []
         parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
@@ -135,7 +133,7 @@ class NonFiniteGuard:
             if scaler is not None and unscales_in_step(optimizer):
                 scaler.unscale_(optimizer)
             for parameter in parameters:
-                parameter.grad = None  # an optimiser passes over these: no momentum, no decay
+                parameter.grad = None  # an optimizer ignores such parameters: no momentum, no decay
             _copy_tensors(self._saved_statistics, self._norm_statistics)
 
     def _require_scale(self, scaler: Any, step: int) -> None:
@@ -191,7 +189,7 @@ class NonFiniteGuard:
 
 
 def unscales_in_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it unscales the gradients of fp16 in its own step; torch and Lightning ask in the same way."""
+    """Whether a fused optimizer unscales fp16 gradients in its own step; torch and Lightning test the same attribute."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
@@ -204,8 +202,8 @@ def _bad_terms(seen: StepRecord) -> list[str]:
 
 
 def _describe(module: Any, seen: Sequence[StepRecord], terms: Sequence[str]) -> tuple[str, str]:
-    """What is bad and where, by looking again with weights that are still untouched; else the gradient's parameters."""
-    # All batches, and on all processes: norms that talk to one another would wait for ever.
+    """What is not finite and where: found by a forward pass with the unchanged weights, else the gradient's parameters."""
+    # All batches on all processes: otherwise synchronized batch norms would wait forever.
     places = [place for each in seen for place in _non_finite_levels(module, each.batch)]
     if terms:
         where = "; ".join(places) or "all maps are finite, so the box head or the term's own formula produced it"
@@ -225,7 +223,7 @@ def _non_finite_levels(module: Any, batch: Batch) -> list[str]:
 
 
 def non_finite_levels(who: str, view: View) -> list[str]:
-    """The first stage of a detector that has infinite or NaN values: each of its levels, with the images there."""
+    """The levels of a detector's first stage with infinite or NaN values, and the images there."""
     for stage in MAPS:
         if stage not in view.spec.outputs:
             continue
@@ -247,12 +245,12 @@ def bad_gradients(module: nn.Module) -> list[str]:
 
 
 def _finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether no value is infinite or NaN. Squares are quickly summed; only where they overflow, the largest value counts."""
+    """Whether all values are finite. The 2-norm is fast; only if it overflows, the maximum norm decides."""
     return any(math.isfinite(nn.utils.get_total_norm(gradients, norm).item()) for norm in (2.0, math.inf))
 
 
 def _copy_tensors(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Few launches for many small tensors: those of one kind go together."""
+    """Copy many small tensors with few kernel launches, grouped by kind of data type."""
     for floating in (True, False):
         chosen = [pair for pair in zip(sources, targets, strict=True) if pair[0].is_floating_point() == floating]
         if chosen:
@@ -263,7 +261,7 @@ def _copy_tensors(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 
 
 def _to_containers(seen: StepRecord) -> dict[str, Any]:
-    """A batch and what decided its numbers, in tensors and plain containers."""
+    """A record in tensors and plain containers."""
     batch = seen.batch.to("cpu")
     return {
         "images": batch.images,

@@ -1,4 +1,4 @@
-"""The student's weights averaged over the steps that were taken."""
+"""A moving average of the student's weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from distill.training.lightning_compat import leave_out_of_average
 
 
 class WeightAverage(EMAWeightAveraging):
-    """Lightning's exponential moving average, of which a step that was skipped is no part.
+    """Lightning's exponential moving average, without the steps that were skipped.
 
-    ``average = decay * average + (1 - decay) * weights`` after each optimiser step that changed the weights; the first one
-    only copies them. The average is evaluated, kept as the best and exported; training goes on with the weights themselves.
+    ``average = decay * average + (1 - decay) * weights`` after each optimizer step that changed the weights; the first
+    update copies the weights. The average is evaluated, saved as the best checkpoint and exported. Training continues with
+    the weights themselves.
 
     Args:
-        decay: share of the average that a step leaves.
-        update_every_n_steps: optimiser steps between two updates.
-        use_buffers: whether running statistics are averaged too; they are copied otherwise.
+        decay: factor of the previous average in an update.
+        update_every_n_steps: optimizer steps between two updates.
+        use_buffers: average the running statistics too; otherwise they are copied.
     """
 
     def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1, use_buffers: bool = True) -> None:
@@ -29,7 +30,7 @@ class WeightAverage(EMAWeightAveraging):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take in the step, unless the guard or the scaler skipped it."""
+        """Update the average, unless the guard or the loss scaler skipped the step."""
         assert isinstance(pl_module, Distiller)
         if pl_module.guard.skipping:
             leave_out_of_average(self, trainer.global_step)

@@ -1,4 +1,4 @@
-"""How a checkpoint reaches the disk and comes back: whole, or as the one before it."""
+"""Writes checkpoints atomically, and reads the latest intact one."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointFiles(CheckpointIO):
-    """Lightning's way to the disk: ``Trainer(plugins=[CheckpointFiles()])``.
+    """Lightning's plugin for checkpoint files: ``Trainer(plugins=[CheckpointFiles()])``.
 
-    A checkpoint is written beside its place, and takes its name once it lies on the disk; ``last.ckpt`` leaves the one
-    before as ``last-1.ckpt``. It is read after its checksums were compared, as data alone: nothing in it is run.
+    A checkpoint is written to a temporary file, which is renamed once it is on the disk. A new ``last.ckpt`` keeps the
+    previous one as ``last-1.ckpt``. Before a checkpoint is read, its checksums are compared. It is read as plain data, so
+    that no code in it can run.
 
     Args:
-        forget: parts of a checkpoint that are left out when it is read.
+        forget: entries of a checkpoint that are ignored when it is read.
     """
 
     def __init__(self, forget: Sequence[str] = ()) -> None:
         self.forget = tuple(forget)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write it whole.
+        """Write a checkpoint.
 
         Raises:
-            DistillError: the disk is full or refuses it; what stood there stands there still.
+            DistillError: the disk is full or not writable; the previous file is unchanged.
         """
         path = Path(path)
-        for left in path.parent.glob(f".{path.name}.*.part"):  # by a process that was killed while it wrote
+        for left in path.parent.glob(f".{path.name}.*.part"):  # left by a process that was killed while writing
             left.unlink(missing_ok=True)
-        content = io.BytesIO()  # torch's own writer would lose the reason of a failure
+        content = io.BytesIO()  # torch's own file writer does not report why it failed
         torch.save(checkpoint, content)
         try:
             keep = previous_checkpoint(path) if path.name == LAST else None
@@ -55,26 +56,26 @@ class CheckpointFiles(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read it, or the one before where it is damaged, saying so.
+        """Read a checkpoint, or the previous one with a warning if it is damaged.
 
         Raises:
-            DistillError: there is no whole one, or it is not a checkpoint.
+            DistillError: no checkpoint is intact, or the file is not a checkpoint.
         """
         content = read_checkpoint(latest_intact_checkpoint(Path(path)))
         return {name: value for name, value in content.items() if name not in self.forget}
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Take it away, if it is there."""
+        """Delete a checkpoint if it exists."""
         Path(path).unlink(missing_ok=True)
 
 
 def latest_intact_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or the one before it where it is damaged or was lost in the writing; says so.
+    """The checkpoint, or the previous one with a warning if it is damaged or missing.
 
-    A damaged one is set aside as ``last.ckpt.damaged``, so that it never takes the place of the one before.
+    A damaged file is renamed to ``last.ckpt.damaged``, so that it never replaces the previous checkpoint.
 
     Raises:
-        DistillError: neither is whole.
+        DistillError: neither of them is intact.
     """
     other = previous_checkpoint(path)
     fault = "it is missing" if not path.is_file() else _damage(path)
@@ -85,14 +86,14 @@ def latest_intact_checkpoint(path: Path) -> Path:
             f"the checkpoint {path} cannot be read: {fault}, and there is none before it that could be. Name another one "
             "with ckpt_path=FILE, or start anew without ckpt_path"
         )
-    with suppress(FileNotFoundError):  # another process was faster
+    with suppress(FileNotFoundError):  # another process has renamed it
         path.replace(path.with_name(f"{path.name}.damaged"))
     warnings.warn(f"the checkpoint {path} cannot be read: {fault}. Going on from the one before, {other}", stacklevel=2)
     return other
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a file of torch's, by the checksums that it carries."""
+    """What is wrong with a file of torch, according to its checksums; None if it is intact."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -102,10 +103,10 @@ def _damage(path: Path) -> str | None:
 
 
 def read_checkpoint(path: Path, lazily: bool = False) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU; ``lazily`` without its tensors' bytes until they are asked for.
+    """The content of a checkpoint, on the CPU. ``lazily`` reads the bytes of a tensor on first use.
 
     Raises:
-        DistillError: it holds more than data.
+        DistillError: the file is not a checkpoint, or contains anything but data.
     """
     content = load_tensors(path, lazily)
     if not isinstance(content, dict) or "state_dict" not in content:

@@ -1,4 +1,4 @@
-"""What a run needs to go on, to the same bits, as if it had never been stopped."""
+"""Checkpoints from which a stopped run resumes with bitwise the same results as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ from distill.types import DistillError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXCHANGE_STEPS = 10
-"""Steps from one exchange between several processes to the next, on whether it is time to save, or to leave."""
+"""With several processes: steps between two exchanges about whether to save or to stop."""
 
 
 class RestoreSignalHandlers(L.Callback):
-    """Keeps Lightning from hearing of signals: whoever heard of them before `fit` does again. To be the first callback.
+    """Restores the signal handlers that Lightning replaces in `fit`. Must be the first callback.
 
-    Lightning's handler of SIGTERM waits for the other processes wherever this one is, in the teacher's evaluation too.
+    Lightning's handler of SIGTERM waits for the other processes at any point, even during the evaluation of the teacher.
     """
 
     def __init__(self) -> None:
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Before Lightning begins to listen."""
+        """Remember the handlers before Lightning replaces them."""
         self._previous_handlers = _current_handlers()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Just after it did."""
+        """Restore the handlers."""
         _set_handlers(self._previous_handlers)
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes ``last.ckpt``: after each epoch, before each evaluation, and every so often inside an epoch.
+    """Writes ``last.ckpt``: after each epoch, before each evaluation, and at an interval inside an epoch.
 
-    An evaluation that fails thus costs no training. SIGTERM and ctrl-C wait for the end of an optimiser step, where all
-    processes save and leave together; a second ctrl-C does not wait. Lightning's own way would leave between two batches, which
-    may be the middle of an accumulated step, and lets processes wait for one another in a handler, wherever each of them is.
-    Beside what Lightning keeps, a checkpoint holds the random states of all processes, and whether the run was to stop.
+    A failed evaluation therefore loses no training. After SIGTERM or ctrl-C all processes finish the optimizer step, save and
+    stop together; a second ctrl-C stops at once. Lightning itself would stop between two batches, possibly in the middle of an
+    accumulated step, and its handlers would make the processes wait for one another at arbitrary points. In addition to
+    Lightning's state, a checkpoint holds the random states of all processes, and whether the run was about to stop.
 
     Args:
         dirpath: folder of the checkpoints.
-        every: also inside an epoch: ``"500 steps"``, ``"10 minutes"`` or None.
+        every: interval inside an epoch: ``"500 steps"``, ``"10 minutes"`` or None.
 
     Raises:
-        DistillError: ``every`` is none of these.
+        DistillError: ``every`` has another form.
     """
 
     def __init__(self, dirpath: str | Path, every: str | None = "10 minutes") -> None:
@@ -77,28 +77,28 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Inside an epoch where it is time, at its end where an evaluation follows."""
+        """Save inside an epoch at the interval, and at the end of an epoch before an evaluation."""
         if compat.batch_progress(trainer).is_last_batch:
-            # An epoch without an evaluation is not at its end here, and cannot be left.
+            # Without an evaluation the epoch has not ended here, and the run cannot stop here.
             if compat.evaluation_follows(trainer):
                 self._save(trainer)
                 self._stop_if_asked(trainer)
         elif compat.step_completed(trainer):
-            # Not amid an accumulated step, of which nothing keeps the gradients, or what the guard has seen of it.
+            # Not inside an accumulated step: a checkpoint holds neither its gradients nor the guard's records of it.
             if self._is_time(trainer):
                 self._save(trainer)
             if _processes_exchange(trainer):
                 self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After the evaluation, with its best score."""
+        """Save after the evaluation, with the best score."""
         self._save(trainer)
         self._stop_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """What was trained lies on the disk: an evaluation need not keep anyone waiting who wants to stop.
+        """Stop during an evaluation: the training was saved before.
 
-        Several processes, which need not have as many batches each, leave after it.
+        Several processes stop after the evaluation, because their numbers of batches may differ.
         """
         if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING:
             self._stop_if_asked(trainer)
@@ -118,9 +118,9 @@ class LastCheckpoint(Checkpoint):
     # -- when asked to stop
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hand the signals back; after a failure Lightning does."""
+        """Restore the signal handlers; after a failure Lightning restores them."""
         _set_handlers(self._previous_handlers)
-        if self._signal is not None:  # since the last look
+        if self._signal is not None:  # since the last check
             raise self._stop_exception()
 
     def _record_signal(self, number: int, frame: Any) -> None:
@@ -129,7 +129,7 @@ class LastCheckpoint(Checkpoint):
         self._signal = number
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        """Save and leave, on all processes or on none, if any of them was asked."""
+        """Save and stop on all processes, if any of them has received a signal."""
         if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             return
         if self._saved_batches != compat.batch_progress(trainer).total.processed:
@@ -142,7 +142,7 @@ class LastCheckpoint(Checkpoint):
     # -- what
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning leaves out, to any checkpoint of the run."""
+        """Add the random states, and correct Lightning's progress, in every checkpoint of the run."""
         checkpoint["resume"] = {
             "random": gather(random_states()),
             "stop": trainer.should_stop,
@@ -150,11 +150,11 @@ class LastCheckpoint(Checkpoint):
         compat.correct_loop_state(trainer, checkpoint)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep it until the first step."""
+        """Keep the random states until the first step."""
         self._resume_state = checkpoint.get("resume", {})
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put it back, after all that may have drawn: callbacks that write checkpoints are called last."""
+        """Restore the random states after everything that may draw: Lightning calls checkpoint callbacks last."""
         self._clock, self._signal = time.monotonic(), None
         self._previous_handlers = _current_handlers()
         _set_handlers(dict.fromkeys(STOP_SIGNALS, self._record_signal))
@@ -168,7 +168,7 @@ class LastCheckpoint(Checkpoint):
             set_random_states(found["random"][trainer.global_rank])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Where nothing was left to train, nobody has said that the training ended: averages wait for it."""
+        """If nothing is left to train, call the averages' `on_train_end`, which Lightning does not call."""
         if self._resume_state:
             for callback in compat.callbacks(trainer):
                 if isinstance(callback, WeightAveraging):
@@ -176,11 +176,11 @@ class LastCheckpoint(Checkpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Writes ``best.ckpt``. Its score survives a resume in another folder, or of a folder that was moved.
+    """Writes ``best.ckpt``. The best score is kept if the run resumes in another folder, or after its folder was moved.
 
     Args:
         dirpath: folder of the checkpoints.
-        monitor: name of the value that decides.
+        monitor: name of the value that chooses the best checkpoint.
         mode: ``max`` or ``min``.
     """
 
@@ -190,7 +190,7 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the score with the file that has it, wherever that lies now."""
+        """Restore the best score together with its file, also if the file was moved with the run's folder."""
         if not state_dict["best_model_path"]:
             return
         there = Path(state_dict["best_model_path"])
@@ -198,7 +198,8 @@ class BestCheckpoint(ModelCheckpoint):
         file = next((str(each) for each in (here, there) if each.is_file()), None)
         if file is None:
             warnings.warn(
-                f"the best checkpoint so far, {there}, is gone: the best of what follows counts", stacklevel=2
+                f"the best checkpoint so far, {there}, is gone. The best checkpoint is chosen from the epochs that follow",
+                stacklevel=2,
             )
             return
         known = {file: state_dict["best_model_score"]}
@@ -212,7 +213,7 @@ def parse_interval(every: str | None) -> tuple[int, float]:
     """(steps, seconds) of ``"500 steps"``, ``"10 minutes"`` or None; 0 means never.
 
     Raises:
-        DistillError: it is none of these.
+        DistillError: the text has another form.
     """
     if every is None:
         return 0, 0.0
@@ -232,7 +233,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """The reverse of `random_states`; generators of devices that are not there are left out."""
+    """Set the states of `random_states`. Generators of missing devices are ignored."""
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
@@ -242,17 +243,17 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def _current_handlers() -> dict[signal.Signals, Any]:
-    """Who hears of the signals that stop a run."""
+    """The current handlers of the signals that stop a run."""
     return {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
 
 def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
-    """Only the main thread may say who hears of signals."""
+    """Set signal handlers. Only the main thread may do so."""
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _processes_exchange(trainer: L.Trainer) -> bool:
-    """Whether the processes talk after this step; one alone has nobody to wait for."""
+    """Whether the processes exchange their state after this step; a single process always checks."""
     return trainer.world_size == 1 or trainer.global_step % EXCHANGE_STEPS == 0

@@ -1,4 +1,4 @@
-"""What the processes of one run must agree on before the first step, and how long they wait for one another."""
+"""Compares configuration and data of all processes before the first step, and limits how long they wait for one another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill.training.lightning_compat import data_module
 from distill.types import DistillError
 
 SHOWN = 5
-"""Differences that one message lists."""
+"""Maximum number of differences in a message."""
 LOST_PROCESS_WORDS = (
     "Timed out",
     "timed out",
@@ -27,7 +27,7 @@ LOST_PROCESS_WORDS = (
 
 
 class ConsistencyCheck(L.Callback):
-    """Refuses to start where the processes of a run were given different configurations or data.
+    """Refuses to start if the processes of a run have different configurations or data.
 
     Args:
         values: of the run's data module, name -> value of all that must be equal; called only where there are several
@@ -38,16 +38,16 @@ class ConsistencyCheck(L.Callback):
         self.values = values
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """As soon as the processes can talk."""
+        """Compare as soon as the processes can communicate."""
         if trainer.world_size > 1:
             require_equal_values(self.values(data_module(trainer)))
 
 
 def require_equal_values(values: Mapping[str, str]) -> None:
-    """Compare the values of all processes: one hash each, and the values themselves only where the hashes differ.
+    """Compare the values of all processes: first one hash per process, then the values if the hashes differ.
 
     Raises:
-        DistillError: on every process, naming what differs.
+        DistillError: on every process, with the names and values that differ.
     """
     if len(set(gather(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()))) == 1:
         return
@@ -59,13 +59,13 @@ def require_equal_values(values: Mapping[str, str]) -> None:
     )
     more = f"\n  … and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
     raise DistillError(
-        f"the processes of this run were not given the same:\n{lines}{more}\nStart all of them with the same words, "
-        "configuration files and data; a sweep or tuner must be started once, not in every process"
+        f"the processes of this run have different values:\n{lines}{more}\nStart all of them with the same "
+        "overrides, configuration files and data. Start a sweep or a tuner once, not in every process"
     )
 
 
 def _values_by_rank(values: list[str | None]) -> str:
-    """Each value, shortened, with the ranks that have it."""
+    """Each value, shortened, with its ranks."""
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault("missing" if value is None else value[:80], []).append(rank)
@@ -73,10 +73,10 @@ def _values_by_rank(values: list[str | None]) -> str:
 
 
 def exchange_timeout(minutes: float = 10.0) -> timedelta:
-    """How long a process waits for the others in one exchange before it gives up.
+    """Time that a process waits for the others in one exchange.
 
     Raises:
-        DistillError: not above 0.
+        DistillError: the time is not above 0.
     """
     if not minutes > 0:
         raise DistillError(f"trainer.strategy.timeout.minutes: expected a number above 0, got {minutes}")
@@ -84,6 +84,6 @@ def exchange_timeout(minutes: float = 10.0) -> timedelta:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether an error of an exchange says that another process is gone, or does not answer."""
+    """Whether an error of an exchange means that another process has ended or does not answer."""
     words = str(error)
     return isinstance(error, RuntimeError) and any(each in words for each in LOST_PROCESS_WORDS)

@@ -1,4 +1,4 @@
-"""Pictures for the loggers that show them: ground truth, teacher and student on the same images, epoch by epoch."""
+"""Images for W&B and TensorBoard: ground truth, teacher and student side by side, after evaluations."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from distill.types import Batch, Detections, DistillError, Target
 
 
 class PredictionImages(L.Callback):
-    """After each evaluation, W&B gets images with box overlays to switch on and off, TensorBoard gets panels.
+    """Logs images after evaluations: to W&B with box overlays that can be switched, to TensorBoard as panels.
 
     Args:
-        images: how many, the first of the validation split.
-        every: evaluations between two sets.
-        score: lowest score that is shown.
+        images: number of images, the first ones of the validation split.
+        every: evaluations between two sets of images.
+        score: minimum score of a shown detection.
 
     Raises:
         DistillError: ``images`` below 0 or ``every`` below 1.
@@ -42,16 +42,16 @@ class PredictionImages(L.Callback):
         self._evaluations = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Evaluations so far, so that a resume shows the same ones."""
+        """The number of evaluations, so that a resume logs after the same ones."""
         return {"seen": self._evaluations}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Take it over."""
+        """Restore the number of evaluations."""
         self._evaluations = state_dict["seen"]
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw with the weights that were just evaluated."""
+        """Log images with the weights that were just evaluated."""
         assert isinstance(pl_module, Distiller)
         loggers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, WandbLogger))]
         self._evaluations += 1
@@ -68,20 +68,20 @@ class PredictionImages(L.Callback):
 
 
 def predict_columns(module: Distiller, batch: Batch) -> dict[str, Sequence[Target | Detections]]:
-    """Column name -> what it shows in each image: ground truth, teacher (if any) and student, in resized pixels."""
+    """Column name -> boxes per image, in resized pixels: ground truth, teacher (if any) and student."""
     columns: dict[str, Sequence[Target | Detections]] = {"ground truth": batch.targets}
-    seen = replace(batch, original_sizes=batch.sizes)  # so that detections, and their masks, are in resized pixels
+    resized = replace(batch, original_sizes=batch.sizes)  # so that detections, and their masks, are in resized pixels
     training = module.student.training
     module.student.eval()
     if module.teacher is not None:
-        columns["teacher"] = module.teacher.view(seen, training=False).detections
-    columns["student"] = module.student.view(seen, training=False, frozen=True).detections
+        columns["teacher"] = module.teacher.view(resized, training=False).detections
+    columns["student"] = module.student.view(resized, training=False, frozen=True).detections
     module.student.train(training)
     return columns
 
 
 def unpadded_images(batch: Batch) -> list[Tensor]:
-    """The images without their padding, on the host."""
+    """The images without padding, on the CPU."""
     return [image[:, :height, :width].cpu() for image, (height, width) in zip(batch.images, batch.sizes, strict=True)]
 
 
@@ -94,7 +94,7 @@ def log_image(
     score: float,
     step: int,
 ) -> None:
-    """Send one image to one logger."""
+    """Log one image to one logger."""
     if isinstance(logger, WandbLogger):
         import wandb
 
@@ -109,7 +109,7 @@ def log_image(
 
 
 def wandb_boxes(column: Target | Detections, classes: Sequence[str], score: float) -> dict[str, Any]:
-    """One column in W&B's form of box overlays; ground truth has score 1."""
+    """One column as box overlays of W&B; ground truth has score 1."""
     scores = column.scores if isinstance(column, Detections) else torch.ones(len(column.labels))
     data = [
         {

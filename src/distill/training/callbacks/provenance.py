@@ -1,4 +1,4 @@
-"""Writes into every checkpoint what made it, so that a resume can tell whether it is the same run."""
+"""Stores the configuration in every checkpoint, so that a resume can compare it with its own."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Provenance(L.Callback):
         self.config = config
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add it."""
+        """Add configuration and number of processes."""
         checkpoint[KEY] = {"config": self.config, "processes": trainer.world_size}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse another number of processes, with which a batch is another one."""
+        """Refuse another number of processes: the batch of a step would change."""
         before = checkpoint.get(KEY, {}).get("processes", trainer.world_size)
         if before != trainer.world_size:
             raise DistillError(
-                f"resume: the run had {before} processes, this one has {trainer.world_size}, so a step sees another batch. Set "
-                "trainer.devices and trainer.num_nodes as they were, or go on nevertheless with resume=anyway"
+                f"resume: the run had {before} processes, this one has {trainer.world_size}, so the batch of a step would differ. Set "
+                "trainer.devices and trainer.num_nodes as they were, or resume with resume=anyway"
             )

@@ -1,4 +1,4 @@
-"""Measures the teacher before the first step: a teacher that did not load teaches nothing."""
+"""Measures the teacher before the first step, to detect a teacher whose weights do not fit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distill.types import DistillError
 
 
 class TeacherCheck(L.Callback):
-    """Measures the teacher on the validation split where its values are not known yet, and warns when it is weak.
+    """Measures the teacher on the validation split if its AP is not known yet, and warns if the AP is low.
 
     Args:
-        evaluate: measure it; ``False`` trusts it.
+        evaluate: measure the teacher; ``False`` skips the evaluation.
         min_ap: warn below this AP, 0 to 1.
     """
 
@@ -25,7 +25,7 @@ class TeacherCheck(L.Callback):
         self.min_ap = min_ap
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before step 1, after a resume as well."""
+        """Measure before the first step, also after a resume."""
         assert isinstance(pl_module, Distiller)
         guest = pl_module.teacher
         if guest is None:

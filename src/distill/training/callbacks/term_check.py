@@ -1,4 +1,4 @@
-"""Calls out, by name, a distillation term that cannot teach: constant, without a gradient, or drowning the detection loss."""
+"""Warns of distillation terms that do not train the student: constant, without a gradient, or far above the detection loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill.training.distiller import Distiller
 from distill.types import DistillError, View
 
 GRADIENT_FACTOR = 2.0**16
-"""Factor on a gradient that is only compared with 0, so that it does not vanish in half precision."""
+"""Factor on a gradient that is only compared with 0, against underflow in half precision."""
 
 
 class Measure(NamedTuple):
@@ -25,7 +25,7 @@ class Measure(NamedTuple):
     value: float
     """Unweighted."""
     loss: float
-    """As it enters the sum."""
+    """Weighted, as in the sum."""
     gradient: float
     """Largest entry of its gradient on the student's maps, times `GRADIENT_FACTOR`."""
     detection: float
@@ -33,19 +33,19 @@ class Measure(NamedTuple):
 
 
 class TermCheck(L.Callback):
-    """Looks at every distillation term in a few steps, and warns once of each trouble that lasts.
+    """Measures every distillation term at an interval, and warns once of each problem that persists.
 
-    * constant: its values differ by less than a millionth;
-    * without a gradient: it reaches no map of the student's body or neck;
-    * too large: its weighted value is more than ``times`` the student's own loss.
+    * constant: the values differ by less than a millionth;
+    * without a gradient: the term reaches no map of the student's body or neck;
+    * too large: the weighted value is more than ``times`` the student's own loss.
 
-    A look costs a backward pass per term down to the maps. Weights, draws and the training's own gradients are left alone.
-    A term whose ramp is at 0 is passed over. With several processes the first one's batches are looked at.
+    A measurement costs one backward pass per term down to the maps. It changes no weights, no random draws and no gradients
+    of the training. Terms with a ramp at 0 are skipped. With several processes the batches of the first one are measured.
 
     Args:
-        every: steps between two looks.
-        steps: steps that a trouble must last.
-        times: how often the detection loss a term may be.
+        every: steps between two measurements.
+        steps: steps that a problem must persist.
+        times: maximum ratio of a weighted term to the detection loss.
 
     Raises:
         DistillError: ``every`` or ``steps`` below 1, ``times`` not above 0.
@@ -65,7 +65,7 @@ class TermCheck(L.Callback):
         self._latest: tuple[list[str], Tensor] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Ask to be shown the terms while they still have their graph."""
+        """Register an observer, which gets the terms while their graph exists."""
         assert isinstance(pl_module, Distiller)
 
         def observe(student: View, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
@@ -78,7 +78,7 @@ class TermCheck(L.Callback):
         pl_module.observers.append(observe)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Read what the last look measured, and judge."""
+        """Read the last measurement, and warn of problems."""
         if self._latest is None:
             return
         (names, rows), self._latest = self._latest, None
@@ -90,7 +90,7 @@ class TermCheck(L.Callback):
                 self._warn(name, term_faults(self._history[name], self.times))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Ask no more."""
+        """Remove the observer."""
         assert isinstance(pl_module, Distiller)
         pl_module.observers.remove(self._observe)
 
@@ -102,7 +102,7 @@ class TermCheck(L.Callback):
 
 
 def measure_terms(student: View, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> tuple[list[str], Tensor]:
-    """Names of the distillation terms that count at this step, and a row of `Measure` for each, on the device."""
+    """Names of the distillation terms with a weight at this step, and one row of `Measure` per term, on the device."""
     maps = [x for x in (*student.body.values(), *student.neck.values()) if x.requires_grad]
     own = [weights[name] * terms[name].detach() for name in terms if name.startswith("student/")]
     detection = torch.stack(own).sum()
@@ -128,7 +128,7 @@ def largest_gradient(term: Tensor, maps: Sequence[Tensor]) -> Tensor:
 
 
 def term_faults(measured: Sequence[Measure], times: float) -> dict[str, str]:
-    """Kind of trouble -> words for it, of what lasts through all of a term's measures."""
+    """Kind of problem -> description, for problems in all measurements of a term."""
     values = [each.value for each in measured]
     found = {}
     if max(values) - min(values) <= 1e-6 * max(map(abs, values)):
