@@ -106,11 +106,12 @@ def test_a_key_of_one_method_applies_to_the_jobs_of_this_method(
         *TINY,
     ]
     assert cli(["train", *words, "pictures=0", "hydra.sweep.dir=sweep"]) == 0
-    made = [(row["distill"], row["distill.losses.mimic.regions.all"]) for row in rows(tmp_path / "sweep")]
-    assert sorted(made) == [("mimic", "1"), ("mimic", "2"), ("none", "")]
-    for job, (option, weight) in enumerate(made):
-        losses = OmegaConf.load(tmp_path / "sweep" / str(job) / "config.yaml").distill.losses
-        assert [loss.regions["all"] for loss in losses.values()] == ([] if option == "none" else [float(weight)])
+    done = [(row["distill"], row["distill.losses.mimic.regions.all"]) for row in rows(tmp_path / "sweep")]
+    assert sorted(done) == [("mimic", "1"), ("mimic", "2"), ("none", "")]
+    for row in rows(tmp_path / "sweep"):
+        losses = OmegaConf.load(tmp_path / "sweep" / row["job"] / "config.yaml").distill.losses
+        weights = [float(row["distill.losses.mimic.regions.all"])] if row["distill"] == "mimic" else []
+        assert [loss.regions["all"] for loss in losses.values()] == weights
 
 
 def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
