@@ -96,7 +96,9 @@ def test_the_teachers_own_run_has_the_model_that_is_printed(
     made: list[tuple[Any, Any]] = []
 
     def look(options: Any, data: Any) -> None:
-        made.append((options.model, compose.compose_config([*teacher.teacher_overrides(options), "hydra.run.dir=."]).model))
+        made.append(
+            (options.model, compose.compose_config([*teacher.teacher_overrides(options), "hydra.run.dir=."]).model)
+        )
         raise DistillError("seen")
 
     monkeypatch.setattr(assembly, "find_teacher", look)
