@@ -218,6 +218,15 @@ def test_recipes_of_the_table_are_the_experiments() -> None:
     assert sorted([*listed, "bccd"]) == sorted(compose.config_groups()["experiment"])
 
 
+def test_modules_of_the_architecture_exist() -> None:
+    package = ROOT / "src" / "distill"
+    rows = re.findall(r"^\| `([\w/]+/)` \| ([^|]+)", PAGES["docs/architecture.md"], re.MULTILINE)
+    assert {folder.strip("/") for folder, _ in rows} == {path.parent.name for path in package.glob("*/__init__.py")}
+    for folder, modules in rows:
+        for name in INLINE.findall(modules):
+            assert (package / folder / name).is_dir() or (package / folder / f"{name}.py").is_file(), f"{folder}{name}"
+
+
 def test_architecture_has_every_stage_of_the_view() -> None:
     names = {name for name in (*vars(View), *View.__annotations__) if not name.startswith("_")}
     table = PAGES["docs/architecture.md"].partition("| stage |")[2].partition("\n\n")[0]
