@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
+from distill.losses.candidates import select_candidates
 from distill.losses.global_knowledge import GlobalKnowledge
-from distill.losses.prototypes import box_means, choose
+from distill.losses.prototypes import box_means, choose_prototypes
 from distill.teacher import Teacher
 from helpers.detectors import random_detector
 from helpers.two_processes import run_in_two_processes
@@ -54,8 +55,8 @@ def test_prototypes_are_features_of_boxes_of_their_class() -> None:
         for level, stride in enumerate((4, 8, 16, 32, 64)):
             ours, theirs = (box_means(view.neck[stride], boxes, (64, 64))[rows] for view in views)
             # Which instances are chosen hangs on their order in ties alone; as sets of features they are the same.
-            best = choose(ours, theirs, 2)
-            for chosen, features in ((loss.ours, ours), (loss.theirs, theirs)):
+            best = choose_prototypes(ours, theirs, 2)
+            for chosen, features in ((loss.student_prototypes, ours), (loss.teacher_prototypes, theirs)):
                 found = {tuple(round(x, 3) for x in row) for row in chosen[label - 1, level].tolist()}
                 assert found == {tuple(round(x, 3) for x in row) for row in features[best].tolist()}
 
@@ -68,25 +69,27 @@ def test_the_student_is_looked_at_anew_and_the_teacher_once() -> None:
     loss.on_epoch_start(0, data, student, guest)
     assert reads
     # What is kept, and sent to other processes, is each image's own: no view that takes along all of its batch.
-    assert all(each.untyped_storage().nbytes() == each.numel() * 4 for each in loss._kept.values())
-    assert max(len(each) for each in loss._kept.values()) > 1
-    before, count = loss.ours.clone(), len(reads)
+    assert all(
+        each.untyped_storage().nbytes() == each.numel() * 4 for each in loss.candidates.teacher_features.values()
+    )
+    assert max(len(each) for each in loss.candidates.teacher_features.values()) > 1
+    before, count = loss.student_prototypes.clone(), len(reads)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     loss.on_epoch_start(1, data, student, guest)
     assert len(reads) == count
-    assert not torch.equal(loss.ours, before)
+    assert not torch.equal(loss.student_prototypes, before)
 
 
 def test_so_many_images_a_class_and_no_small_box() -> None:
     loss, data, student, guest = setting(images=2)
-    chosen = list(loss._candidates(data.images("train", training=False)))
+    chosen = list(select_candidates(data.images("train", training=False), 2, 6.0, loss.seed))
     for label in range(1, len(data.classes) + 1):
         assert sum(bool((names == label).any()) for _, _, names in chosen) == 2
     loss, data, student, guest = setting(min_side=64.0)
     loss.on_epoch_start(0, data, student, guest)
-    assert not loss.ours.any()
+    assert not loss.student_prototypes.any()
 
 
 class Uneven:
@@ -137,7 +140,7 @@ def test_prototypes_do_not_depend_on_the_batch() -> None:
         _, _, student, guest = setting()
         loss = GlobalKnowledge(student.spec, guest.spec, prototypes={"count": 2, "min_side": 0.0})
         loss.on_epoch_start(0, data, student, guest)
-        found.append((loss.ours, loss.theirs))
+        found.append((loss.student_prototypes, loss.teacher_prototypes))
     for one, four in zip(*found, strict=True):
         assert one.any()
         torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-5)
@@ -154,7 +157,7 @@ def chosen(folder: Path, name: str) -> None:
     guest.view = lambda images, **options: asked.extend(images.ids) or view(images, **options)  # type: ignore[method-assign]
     for epoch in (0, 1):
         loss.on_epoch_start(epoch, data, student, guest)
-    torch.save((loss.ours, loss.theirs, asked), folder / f"{name}.pt")
+    torch.save((loss.student_prototypes, loss.teacher_prototypes, asked), folder / f"{name}.pt")
 
 
 def one_rank(rank: int, folder: Path) -> None:

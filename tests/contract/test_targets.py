@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from distill.losses.base import deltas_of
+from distill.losses.heads import label_deltas
 from distill.types import Pyramid
 from helpers.detectors import padded_batch, random_detector
 
@@ -46,7 +46,7 @@ def test_two_stage_losses_follow_from_the_targets() -> None:
     logits, all_deltas = view.roi_logits(view.rois.boxes)
     assert view.losses["loss_classifier"].item() == pytest.approx(F.cross_entropy(logits, names).item(), rel=1e-5)
     found = names > 0
-    expected = smooth_l1((deltas_of(all_deltas, names) - moves)[found], 1 / 9) / len(names)
+    expected = smooth_l1((label_deltas(all_deltas, names) - moves)[found], 1 / 9) / len(names)
     assert view.losses["loss_box_reg"].item() == pytest.approx(expected.item(), rel=1e-5)
 
     assert (box_iou(boxes[found], truth[found]).diagonal() >= 0.5).all()

@@ -26,7 +26,7 @@ SIDE = 12
 def with_prototypes(loss: GlobalKnowledge, student: DetectorSpec, teacher: DetectorSpec) -> GlobalKnowledge:
     """Prototypes of the classes 1 to 3; the fourth class has no instance."""
     generator = torch.Generator().manual_seed(5)
-    for buffer in (loss.ours, loss.theirs):
+    for buffer in (loss.student_prototypes, loss.teacher_prototypes):
         buffer.normal_(generator=generator)
         buffer[3] = 0
     return loss

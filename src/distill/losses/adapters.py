@@ -32,9 +32,9 @@ def adapter(
         kernel: 1 or 3; None for the identity, which needs equal channels; ``auto`` for the identity where the channels
             are equal and for 1 elsewhere.
         relu: whether a ReLU follows the convolution. The identity takes no ReLU.
-        start: start values. ``default``: torch's own, weights and bias uniform within 1/sqrt(fan in). ``defeat``: weights
-            from N(0, 1), the remainder by 2, times 1e-4 (released code of DeFeat and FGFI), so that the adapter starts
-            near 0. ``fgfi``: the weights of ``defeat`` and a bias of 0.
+        start: start values. ``default``: torch's own, weights and bias uniform within 1/sqrt(fan in). ``defeat``:
+            weights from N(0, 1), the remainder by 2, times 1e-4 (released code of DeFeat and FGFI), so that the adapter
+            starts near 0. ``fgfi``: the weights of ``defeat`` and a bias of 0.
         seed: determines the start values.
 
     Raises:

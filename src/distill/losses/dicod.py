@@ -1,19 +1,20 @@
-"""DICOD: an image classifier teaches a detector, its classes and the places of its boxes."""
+"""DICOD: an image classifier teaches a detector, its classes and its boxes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill.labels import match_classes
-from distill.losses import base
+from distill.losses import base, heads
 from distill.losses.base import DistillLoss
 from distill.losses.crops import crops
+from distill.losses.heads import Positives
 from distill.precision import upcast
 from distill.types import Batch, DetectorSpec, DistillError, View
 
@@ -24,21 +25,24 @@ EPSILON = 1e-10
 
 
 class ImageClassifier(Protocol):
-    """What is read of a classifier; `distill.training.classifier.Classifier` is one. A plain object, so that it is no part of the loss."""
+    """The interface of the classifier; :class:`distill.training.classifier.Classifier` has it.
+
+    It is no `nn.Module`, so that the loss does not register it.
+    """
 
     classes: tuple[str, ...]
 
     def images(self, batch: Batch) -> Tensor:
-        """(B, 3, H, W), normalised for the classifier."""
+        """(B, 3, H, W), normalized for the classifier."""
 
     def logits(self, images: Tensor) -> Tensor:
         """(N, classes), without a gradient."""
 
     def stem(self, images: Tensor) -> Tensor:
-        """(N, C, h, w) of the first layers; a gradient flows to the images."""
+        """(N, C, h, w), the output of the first layers, with a gradient to the images."""
 
     def identity(self) -> dict[str, Any]:
-        """Source and sha256 of its weights."""
+        """Source and sha256 of the weights."""
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -48,69 +52,39 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Softmax heads: the student's logits (P, K+1), background first, the classifier's (P, K) -> (P,)."""
-    p = F.pad((upcast(teacher) / temperature).softmax(1), (1, 0))  # no classifier sees background
+    p = F.pad((upcast(teacher) / temperature).softmax(1), (1, 0))  # the classifier has no background
     return temperature**2 * divergence(p, (upcast(student) / temperature).softmax(1))
 
 
 def sigmoid_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """``kl-ce``: the sigmoids of each row, divided by their sum; logits (P, K) of both -> (P,)."""
-    p, q = (F.logsigmoid(upcast(each) / temperature).softmax(1) for each in (teacher, student))
+    p, q = (F.logsigmoid(upcast(logits) / temperature).softmax(1) for logits in (teacher, student))
     return temperature**2 * divergence(p, q)
 
 
 def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``kl-bce``: mean over the classes of the divergence of yes and no; logits (P, K) of both -> (P,)."""
-    scaled = [(upcast(each) / temperature).reshape(-1, 1) for each in (teacher, student)]
-    p, q = (torch.cat([each.sigmoid(), (-each).sigmoid()], dim=1) for each in scaled)
+    """``kl-bce``: mean over classes of the divergence of (sigmoid, 1 - sigmoid); logits (P, K) of both -> (P,)."""
+    scaled = [(upcast(logits) / temperature).reshape(-1, 1) for logits in (teacher, student)]
+    p, q = (torch.cat([logits.sigmoid(), (-logits).sigmoid()], dim=1) for logits in scaled)
     return temperature**2 * divergence(p, q).view(teacher.shape).mean(1)
 
 
-def distance(student: Tensor, teacher: Tensor) -> Tensor:
+def mean_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean of |S - T| over channels and cells; (P, C, h, w) of both -> (P,)."""
     return (student - teacher).abs().mean((1, 2, 3))
 
 
 def nearest(boxes: Tensor, image: Tensor, others: Tensor, owner: Tensor) -> Tensor:
-    """For each box (P, 4) of an image (P,) the index (P,) of the nearest of the other boxes (G, 4) in the same image (G,)."""
-    apart = (boxes[:, None] - others).abs().sum(2)
-    return apart.masked_fill(image[:, None] != owner, math.inf).argmin(1)
-
-
-class Positives(NamedTuple):
-    """What a student says of its P positive regions, of all images."""
-
-    image: Tensor
-    """(P,) index of the image."""
-    logits: Tensor
-    """(P, K+1), background first, of a softmax head, (P, K) of a sigmoid head."""
-    boxes: Tensor
-    """(P, 4), as the student predicts them."""
-    truth: Tensor
-    """(P, 4), the matched ground truth, up to rounding."""
-
-
-def positive_regions(view: View) -> Positives:
-    """Sampled regions that are an object, each box as its label's deltas move it."""
-    rois = view.rois
-    labels = torch.cat(rois.labels)
-    image = torch.cat([torch.full_like(each, index) for index, each in enumerate(rois.labels)])
-    rows = labels.nonzero()[:, 0]
-    logits, boxes = view.roi_logits(rois.boxes)[0], view.roi_boxes(rois.boxes)
-    return Positives(image[rows], logits[rows], boxes[rows, labels[rows]], torch.cat(rois.truth)[rows])
-
-
-def positive_anchors(view: View) -> Positives:
-    """Anchors or points that are an object, of all levels."""
-    targets = view.anchor_targets
-    image, rows = (targets.labels > 0).nonzero(as_tuple=True)
-    logits, deltas = base.per_anchor(view.class_logits, len(view.spec.classes)), base.per_anchor(view.deltas, 4)
-    boxes, truth = view.anchor_boxes(deltas), view.anchor_boxes(targets.deltas)
-    return Positives(image, logits[image, rows], boxes[image, rows], truth[image, rows])
+    """Index (P,) of the nearest of the other boxes (G, 4) of an image, for boxes (P, 4); images are (P,) and (G,)."""
+    distances = (boxes[:, None] - others).abs().sum(2)
+    return distances.masked_fill(image[:, None] != owner, math.inf).argmin(1)
 
 
 class DICOD(DistillLoss):
-    """What a classifier says of the crop of an object, the detector's class branch should say of each region matched to it;
-    and the crop at a predicted box should look, to the classifier's first layers, like the crop at the object's box.
+    """Imitate an image classifier: its logits of each object's crop, and its features of the crops at predicted boxes.
+
+    The detector's class branch imitates the classifier's logits in all regions that are matched to the object. The crop
+    at a predicted box is pulled towards the crop at the object's box, in pixels and in the classifier's first layers.
 
     ::
 
@@ -118,34 +92,34 @@ class DICOD(DistillLoss):
         pixels    = 1 / N_pos sum_i  mean |pool_4(x(b_i)) - pool_4(x(g_i))|          mean over channels and pooled cells
         features  = 1 / N_pos sum_i  mean |pool_8(f(x(b_i))) - pool_8(f(x(g_i)))|    a gradient through b_i only
 
-    over the positive regions i: sampled regions (two-stage), anchors or points (one-stage). x(b) is the crop at a box, g_i the
-    matched ground truth, b_i the predicted box, f the classifier up to its max-pool. With logits z over tau: two-stage,
-    p = (0, softmax(z_t)), q = softmax(z_s) with background; one-stage, ``kl-ce``, the sigmoids of a row divided by their sum,
-    or ``kl-bce``, the mean over classes of the divergences of (sigmoid, 1 - sigmoid).
+    over the positive regions i: sampled regions (two-stage), anchors or points (one-stage). x(b) is the crop at a box,
+    g_i the matched ground truth, b_i the predicted box, f the classifier up to its max-pool. With logits z over tau:
+    two-stage, p = (0, softmax(z_t)), q = softmax(z_s) with background; one-stage, ``kl-ce``, the sigmoids of a row
+    divided by their sum, or ``kl-bce``, the mean over classes of the divergences of (sigmoid, 1 - sigmoid).
 
-    Source: Guo, Alvarez, Salzmann, "Distilling Image Classifiers in Object Detectors", NeurIPS 2021, arXiv 2106.05209; sums,
-    eps, pooling, crops and weights as in the facts of its released code, which has SSD300 alone: weights for other detectors
-    are not known.
+    Source: Guo, Alvarez, Salzmann, "Distilling Image Classifiers in Object Detectors", NeurIPS 2021, arXiv 2106.05209.
+    The sums, eps, pooling, crops and weights are those of its released code, which has SSD300 only: weights for other
+    detectors are not known.
 
-    Where we differ: crops take the pixels as the *classifier* was trained to see them (there: as the detector sees them),
-    and of the image's edge its last pixel instead of black; N_pos is counted over all processes (``normalizer="process"`` for
-    the original); of the feature layers only the first one is here, which is the released choice. The matched object of an
-    anchor is the box nearest to its decoded target.
+    Where we differ: crops have the pixels that the *classifier* was trained on (there: those of the detector), and
+    repeat the last pixel at the image's edge (there: black); N_pos is counted over all processes
+    (``normalizer="process"`` for the original); of the feature layers only the first one is here, which is the released
+    choice. The matched object of an anchor is the box nearest to its decoded target.
 
-    Shapes: logits (P, K+1) or (P, K), boxes (P, 4), crops (P, 3, size, size). Released weights: 0.4 at T = 2 and 0.15, the
-    latter on the sum of both terms of localisation. No detector teaches, so none is needed. Finding the positive regions costs
-    one wait for the device a step.
+    Shapes: logits (P, K+1) or (P, K), boxes (P, 4), crops (P, 3, size, size). Released weights: 0.4 at T = 2, and 0.15
+    on the sum of both localization terms. No detector teacher is needed. Selecting the positive regions waits for the
+    device once per step.
 
     Args:
-        student: specs of the student.
-        classifier: the teacher, see :class:`distill.training.classifier.Classifier`; it is frozen and no part of this module. One is
-            made by ``distill classifier FILE.pt data=…``.
+        student: spec of the student.
         teacher: not read.
+        classifier: a :class:`distill.training.classifier.Classifier`, frozen and not part of this module. The command
+            ``distill classifier FILE.pt data=…`` trains one.
         weights: of the terms.
         temperature: tau of the class term.
         sigmoid: the form of the class term for sigmoid heads, ``kl-ce`` or ``kl-bce``.
         size: side of the crops in pixels.
-        ramp, normalizer, seed: see :class:`DistillLoss`. Nothing is drawn.
+        ramp, normalizer, seed: see :class:`DistillLoss`. The loss draws nothing at random.
     """
 
     needs_teacher = False
@@ -164,14 +138,14 @@ class DICOD(DistillLoss):
         normalizer: str = "global",
         seed: int = 0,
     ) -> None:
-        super().__init__(base.options("weights", weights, WEIGHTS), ramp, normalizer, seed)
+        super().__init__(base.merge_options("weights", weights, WEIGHTS), ramp, normalizer, seed)
         if not 0 < temperature < math.inf:
             raise DistillError(f"temperature: expected a number above 0, got {temperature}")
         if sigmoid not in SIGMOID:
             raise DistillError(f"sigmoid: expected {' or '.join(SIGMOID)}, got '{sigmoid}'")
         if sigmoid == "kl-ce" and "rois" not in student.outputs and len(student.classes) == 1:
             raise DistillError(
-                "DICOD: sigmoid=kl-ce divides the sigmoids of a row by their sum, which says nothing where there is only one "
+                "DICOD: sigmoid=kl-ce divides the sigmoids of a row by their sum, which is constant with only one "
                 f"class, {list(student.classes)}. Set sigmoid=kl-bce"
             )
         if size < 8:
@@ -192,41 +166,41 @@ class DICOD(DistillLoss):
     def forward(self, student: View, teacher: View | None = None) -> dict[str, Tensor]:
         """The terms of `weights`, scalars; the teacher is not read."""
         with torch.autocast(student.batch.images.device.type, enabled=False):
-            found = (positive_regions if "rois" in student.spec.outputs else positive_anchors)(student)
-            nothing = upcast(found.logits).sum() + upcast(found.boxes).sum()
-            totals = self._compare(student.batch, found) if len(found.image) else dict.fromkeys(self.weights, nothing)
-        count = nothing.new_tensor(float(len(found.image)))
-        return self.average({term: [(totals[term], count)] for term in self.weights})
+            select = heads.positive_regions if "rois" in student.spec.outputs else heads.positive_anchors
+            positives = select(student)
+            zero = (
+                upcast(positives.logits).sum() + upcast(positives.boxes).sum()
+            )  # attached, where there are no positives
+            sums = (
+                self._compare(student.batch, positives) if len(positives.image) else dict.fromkeys(self.weights, zero)
+            )
+        count = zero.new_tensor(float(len(positives.image)))
+        return self.average({term: [(sums[term], count)] for term in self.weights})
 
-    def _compare(self, batch: Batch, found: Positives) -> dict[str, Tensor]:
+    def _compare(self, batch: Batch, positives: Positives) -> dict[str, Tensor]:
         """Sums over positive regions. Each object is cropped and classified once, however many regions it has."""
         boxes = torch.cat([target.boxes for target in batch.targets])
         owner = torch.cat([torch.full_like(target.labels, index) for index, target in enumerate(batch.targets)])
-        mine = nearest(found.truth, found.image, boxes, owner)
+        matched = nearest(positives.truth, positives.image, boxes, owner)
         images = self.classifier.images(batch)
-        objects = crops(images, batch.sizes, boxes, owner, self.size)
-        totals = {}
+        object_crops = crops(images, batch.sizes, boxes, owner, self.size)
+        sums = {}
         if "classes" in self.weights:
-            theirs = self.classifier.logits(objects)[:, self.columns][mine]
-            check_columns(found.logits, theirs, softmax=self.divergence is softmax_divergence)
-            totals["classes"] = self.divergence(found.logits, theirs, self.temperature).sum()
+            logits = self.classifier.logits(object_crops)[:, self.columns][matched]
+            padded = F.pad(logits, (1, 0)) if self.divergence is softmax_divergence else logits
+            base.require_equal_shapes("classes, logits of positive regions", positives.logits, padded, heads.REMEDY)
+            sums["classes"] = self.divergence(positives.logits, logits, self.temperature).sum()
         if self.weights.keys() - {"classes"}:
-            totals |= self._localise(crops(images, batch.sizes, found.boxes, found.image, self.size), objects, mine)
-        return totals
+            predicted_crops = crops(images, batch.sizes, positives.boxes, positives.image, self.size)
+            sums |= self._compare_crops(predicted_crops, object_crops, matched)
+        return sums
 
-    def _localise(self, ours: Tensor, objects: Tensor, mine: Tensor) -> dict[str, Tensor]:
-        pool, totals = F.adaptive_avg_pool2d, {}
+    def _compare_crops(self, predicted: Tensor, objects: Tensor, matched: Tensor) -> dict[str, Tensor]:
+        """Sums of the localization terms, for the crop at each predicted box and its matched object's crop."""
+        pool, sums = F.adaptive_avg_pool2d, {}
         if "pixels" in self.weights:
-            totals["pixels"] = distance(pool(ours, 4), pool(objects, 4)[mine]).sum()
+            sums["pixels"] = mean_distance(pool(predicted, 4), pool(objects, 4)[matched]).sum()
         if "features" in self.weights:
             stem = self.classifier.stem
-            totals["features"] = distance(pool(stem(ours), 8), pool(stem(objects), 8)[mine]).sum()
-        return totals
-
-
-def check_columns(student: Tensor, teacher: Tensor, softmax: bool) -> None:
-    """Refuse logits of another number of classes than the loss was built for."""
-    theirs = F.pad(teacher, (1, 0)) if softmax else teacher
-    base.check_shapes(
-        "classes, logits of positive regions", student, theirs, "Build the loss with the student's own spec"
-    )
+            sums["features"] = mean_distance(pool(stem(predicted), 8), pool(stem(objects), 8)[matched]).sum()
+        return sums

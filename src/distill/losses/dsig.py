@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from distill.losses import base
-from distill.losses.adapters import adapter as one_adapter
-from distill.losses.base import DistillLoss, SumAndCount
+from distill.losses import adapters, base, heads
+from distill.losses.base import DistillLoss, SumAndCount, is_number
+from distill.losses.heads import ClassMap, EqualAnchors
 from distill.losses.imitation import MapImitation, RegionErrors
+from distill.losses.kernels.graph import graph_errors
 from distill.precision import upcast
 from distill.types import DetectorSpec, DistillError, View
 
@@ -27,16 +26,14 @@ PREDICTIONS = {"score": 0.0, "nms": 0.5, "top": 100}
 MASK = {"kind": "none", "scale": 56.0, "threshold": 0.5}
 ADAPTER = {"kernel": "auto", "start": "default", "relu": False}
 
-IMAGES = 2
-"""The released code sums over the images of a GPU, and had two on each: so many times the mean over images."""
+IMAGES_PER_GPU = 2
+"""The released code sums over the images of a GPU, two of them: its sum is twice the mean over images."""
 OPTIONS = {True: "dsig, dsig_r50_r101 or dsig_r101_r152", False: "dsig_retinanet or dsig_retinanet_small"}
-"""Options of the group distill, by whether the student is two-stage, for messages."""
-
-REMEDY = "Build the loss with the specs of both detectors"
+"""Options of the config group ``distill``, by whether the student is two-stage, for messages."""
 
 
-def mean(error: Tensor, member: Tensor) -> Tensor:
-    """Mean over each image's regions where `member` is true, (B, R) both -> (B,); 0, still attached, where it is nowhere."""
+def image_means(error: Tensor, member: Tensor) -> Tensor:
+    """Mean over each image's regions where `member` is true, (B, R) both -> (B,); an attached 0 without members."""
     return (member * error).sum(1) / member.sum(1).clamp(min=1)
 
 
@@ -46,86 +43,23 @@ def background_nodes(error: Tensor, foreground: Tensor, background: Tensor, alph
     With alpha None the factor is 1.
     """
     factor = 1.0 if alpha is None else alpha * foreground.sum(1) / background.sum(1).clamp(min=1)
-    return factor * mean(error, background)
-
-
-def graph(student: Tensor, teacher: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """How far the nodes of two graphs differ, and their edges: features (B, R, F) twice -> (B, R) and (B,).
-
-    Nodes: the mean squared error of each. Edges: half the mean squared error of the cosines between an image's member
-    nodes (B, R), the diagonal included; 0 without members, and where `member` is None.
-    """
-    with torch.autocast(student.device.type, enabled=False):
-        nodes, edges = _Graph.apply(upcast(student), upcast(teacher.detach()), member)
-    return nodes, edges
-
-
-class _Graph(torch.autograd.Function):
-    """All that autograd would keep or make as large as the features is left out: their gradient is one product."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, member: Tensor | None) -> tuple[Tensor, Tensor]:
-        ours = [torch.linalg.vector_norm(s - t, dim=-1).square() for s, t in _blocks(student, teacher)]
-        nodes, edges = torch.cat(ours).view(student.shape[:2]) / student.shape[2], student.new_zeros(len(student))
-        if member is None:
-            ctx.save_for_backward(student, teacher)
-            return nodes, edges
-        scale, cosines = _cosines(student)
-        apart = (cosines - _cosines(teacher)[1]).mul_(member[:, :, None] & member[:, None])
-        count = 2 * member.sum(1).square().clamp(min=1).to(student.dtype)
-        edges = apart.square().sum((1, 2)) / count
-        # d edges / d X = 4 / count (D - diag(rows of D * cosines)) N with N the unit vectors, and through their lengths.
-        slopes = apart * (4 / count)[:, None, None]
-        along = (slopes * cosines).sum(2)
-        slopes = slopes.mul_(scale[:, :, None]).mul_(scale[:, None])
-        slopes.diagonal(dim1=1, dim2=2).sub_(along * scale.square())
-        ctx.save_for_backward(student, teacher, slopes)
-        return nodes, edges
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, nodes: Tensor, edges: Tensor) -> tuple[Tensor, None, None]:
-        student, teacher, *slopes = ctx.saved_tensors
-        gradient = torch.sub(student, teacher).mul_((2 / student.shape[2] * nodes)[..., None])
-        for each in slopes:
-            gradient.baddbmm_(each * edges[:, None, None], student)
-        return gradient, None, None
-
-
-def _blocks(student: Tensor, teacher: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some nodes of both at a time, for differences that stay near the core; elsewhere all at once."""
-    ours, theirs = student.flatten(0, 1), teacher.flatten(0, 1)
-    nodes = 16 if student.device.type == "cpu" else max(1, len(ours))
-    return zip(torch.split(ours, nodes), torch.split(theirs, nodes), strict=True)
-
-
-def _cosines(x: Tensor, blocks: int = 4) -> tuple[Tensor, Tensor]:
-    """Of nodes (B, R, F): one by their lengths (B, R), and the cosines (B, R, R), of which each pair is computed once."""
-    scale = 1 / torch.linalg.vector_norm(x, dim=2).clamp(min=1e-12)
-    count = x.shape[1]
-    cosines = x.new_empty(len(x), count, count)
-    step = -(-count // blocks)
-    for start in range(0, count, step):
-        part = slice(start, start + step)
-        cosines[:, part, start:] = x[:, part] @ x[:, start:].mT
-        cosines[:, start + step :, part] = cosines[:, part, start + step :].mT
-    return scale, cosines.mul_(scale[:, :, None]).mul_(scale[:, None])
+    return factor * image_means(error, background)
 
 
 def mined(logits: Tensor, threshold: float) -> Tensor:
-    """Regions whose cross-entropy with background reaches the threshold, by the teacher; logits (R, K+1) -> (R,)."""
+    """Regions whose cross-entropy with background reaches the threshold; the teacher's logits (R, K+1) -> (R,)."""
     return -F.log_softmax(upcast(logits), dim=1)[:, 0] >= threshold
 
 
-def distance(student: Tensor, teacher: Tensor) -> Tensor:
+def l1_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """L1 distance of box deltas: (..., 4) -> (...)."""
     return (upcast(student) - upcast(teacher.detach())).abs().sum(-1)
 
 
 def by_image(x: Tensor, counts: Sequence[int]) -> Tensor:
-    """Values of the regions of all images in order, (R, ...), as (B, most, ...), with zeros behind an image's own.
+    """Values of the regions of all images in order, (R, ...) -> (B, max(counts), ...), padded with zeros.
 
-    Counts come from the host, so that nothing waits for the device; where they are equal, nothing is copied.
+    The counts are integers of the host, so that nothing waits for the device. Equal counts need no copy.
     """
     most = max(1, *counts)
     if set(counts) == {most}:
@@ -135,18 +69,13 @@ def by_image(x: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def over_images(values: Tensor) -> SumAndCount:
-    """`IMAGES` times the mean over images (B,)."""
-    total = IMAGES * values.sum()
+    """`IMAGES_PER_GPU` times the mean over images (B,)."""
+    total = IMAGES_PER_GPU * values.sum()
     return total, torch.full_like(total, len(values))
 
 
-def _within(value: Any, low: float, high: float) -> bool:
-    """Whether it is a number, in [low, high)."""
-    return isinstance(value, (int, float)) and low <= value < high
-
-
 class DSIG(DistillLoss):
-    """Imitate a graph: its nodes are the pooled features of regions, its edges the cosines between them, image by image.
+    """Imitate a graph per image: its nodes are the pooled features of regions, its edges the cosines between them.
 
     ::
 
@@ -159,42 +88,45 @@ class DSIG(DistillLoss):
         logits.boxes     = 1/R sum_{r foreground} |d_s - d_t|_1         deltas of the region's label
 
     over images i = 1..N. Two-stage: nodes are the *student's* sampled regions, F_i foreground and B_i background ones;
-    edges join the foreground and the background that the teacher's box head finds hard (cross-entropy of at least
-    ``mining``). One-stage: nodes are the student's own P_i predictions, of one kind and all joined; the classes are a
-    softmax over K for each of the anchors that are not ignored (so 1/(anchors K)), and boxes count foreground anchors
-    only, divided by their number. Regions pass no gradient to their boxes and are pooled once.
+    edges join the foreground and those background regions that the teacher's box head finds hard (cross-entropy of at
+    least ``mining``). One-stage: nodes are the student's own P_i predictions, all of one kind and all joined; the
+    classes are a softmax over K for each anchor that is not ignored (so 1/(anchors K)), and boxes are a mean over the
+    foreground anchors. No gradient reaches the boxes of the regions, and regions are pooled once.
 
     Source: Chen et al., "Deep Structured Instance Graph for Distilling Object Detectors", ICCV 2021, arXiv 2109.12862,
-    as its released code has it (dvlab-research/Dsig). What we know of the paper beyond its abstract is second-hand: its
-    objective is told as nodes, edges and logits alone; ``neck`` is the code's, and so is the second 0.5 of background.
+    as in its released code (dvlab-research/Dsig). Beyond the abstract, the paper is known to us second-hand: its
+    objective is described as nodes, edges and logits only. ``neck`` and the second 0.5 of the background come from the
+    code.
 
-    Where we differ: the code sums nodes and edges over the images of a GPU, two of them; here it is twice the mean over
-    images, so released weights hold at any batch size. An image without foreground or background adds 0 (there NaN or a
-    division by zero). Counts run over all processes (``normalizer="process"`` for the original). Predictions are clipped
-    to the image and pooled from the levels that the View pools from. Adapters, for necks of unequal channels, are ours:
-    one per level of the neck and one for nodes, 1x1 convolutions by default. The paper has none, and here there is none
-    where the channels are equal. Where the teacher knows more classes, its softmax is over the student's classes and
-    background.
+    Where we differ: the code sums nodes and edges over the two images of a GPU; here the value is twice the mean over
+    images, so that released weights hold at any batch size. An image without foreground or background adds 0 (in the
+    code NaN or a division by zero). Counts are summed over all processes (``normalizer="process"`` for the original).
+    Predictions are clipped to the image and pooled from the levels that the View pools from. Adapters for necks of
+    unequal channels are ours: one per level of the neck and one for the nodes, 1x1 convolutions by default. The paper
+    has none, and equal channels get none here. Where the teacher knows more classes, its softmax is over the student's
+    classes and background.
 
-    Shapes: maps (B, C, H, W), regions (R, C, 7, 7), logits (R, K+1) or (B, A*K, H, W). The released weights, for a
-    ResNet-18, MobileNetV2 or EfficientNet-B0: the defaults; others are options of their own. "classes" is a mean over
-    elements, not regions: 3 stands for 3/81 of the divergence of a COCO region. A weight of edges of 2 is the paper's
-    lambda of 1 on the mean error. alpha is no settled constant: 0.025 and no adaptive factor came before.
+    Shapes: maps (B, C, H, W), regions (R, C, 7, 7), logits (R, K+1) or (B, A*K, H, W). The released weights for a
+    ResNet-18, MobileNetV2 or EfficientNet-B0 are the defaults; those for other students are config options. "classes"
+    is a mean over elements, not regions: 3 corresponds to 3/81 of the divergence of a COCO region. An edge weight of 2
+    is the paper's lambda of 1 on the mean error. alpha is no settled constant: earlier versions have 0.025 and no
+    adaptive factor.
 
     Args:
-        student, teacher: specs of both detectors. The student's family says what the regions are; weights of the other
-            family's nodes are refused.
+        student, teacher: specs of both detectors. The student's family decides what the regions are; weights of the
+            other family's nodes are refused.
         nodes: weights of its terms; ``alpha`` of the background's factor, None for a factor of 1.
-        edges: weight; ``mining``: threshold for background regions, None for foreground alone. None for one-stage.
-        neck: weight; ``levels``: strides, None for all that both have.
+        edges: weight; ``mining``: threshold for background regions, None for foreground only. None for one-stage.
+        neck: weight; ``levels``: strides, None for all that both models have.
         logits: weights of its terms; ``temperature`` of classes.
         predictions: thresholds of a one-stage student's regions: ``score``, ``nms``, and the ``top`` ones per image.
-        mask: options of :class:`distill.losses.masks.Mask`, for ``neck``; kind ``none``, the original, is the whole neck.
-        adapter: ``kernel`` 1, 3, ``auto`` or None, ``start`` values (see `distill.losses.adapters`), ``relu`` after it.
-        ramp, normalizer, seed: see :class:`DistillLoss`. The draws are those of the mask ``random``.
+        mask: options of :class:`distill.losses.masks.Mask`, for ``neck``; kind ``none``, the original, is the whole
+            neck.
+        adapter: ``kernel``, ``start`` and ``relu`` of :func:`distill.losses.adapters.adapter`.
+        ramp, normalizer, seed: see :class:`DistillLoss`. The mask ``random`` draws from the seed.
     """
 
-    columns: Tensor | None
+    classes: ClassMap
 
     def __init__(
         self,
@@ -211,163 +143,172 @@ class DSIG(DistillLoss):
         normalizer: str = "global",
         seed: int = 0,
     ) -> None:
-        nodes, edges = base.options("nodes", nodes, NODES), base.options("edges", edges, EDGES)
-        neck, logits = base.options("neck", neck, NECK), base.options("logits", logits, LOGITS)
+        nodes, edges = base.merge_options("nodes", nodes, NODES), base.merge_options("edges", edges, EDGES)
+        neck, logits = base.merge_options("neck", neck, NECK), base.merge_options("logits", logits, LOGITS)
         weights = {f"nodes.{kind}": nodes[kind] for kind in ("foreground", "background", "predicted")}
         weights |= {"edges.all": edges["all"], "neck.all": neck["all"]}
         weights |= {f"logits.{kind}": logits[kind] for kind in ("classes", "boxes")}
         super().__init__(weights, ramp, normalizer, seed)
 
-        self.mask = base.check_mask("neck", bool(self.terms("neck")), mask, MASK)
-        self.two_stage, self._anchors_are_equal = "rois" in student.outputs, False
+        self.mask = base.build_mask("neck", bool(self.terms("neck")), mask, MASK)
+        self.two_stage = "rois" in student.outputs
         self.alpha, self.temperature = nodes["alpha"], logits["temperature"]
         self.mining = edges["mining"] if "edges.all" in self.weights else None
-        self.predictions = base.options("predictions", predictions, PREDICTIONS)
-        self._check_numbers()
+        self.predictions = base.merge_options("predictions", predictions, PREDICTIONS)
+        self._validate_numbers()
         if self.terms("nodes") or self.terms("edges"):
             base.require_outputs("nodes and edges", student, teacher, "roi_features")
-        self._check_regions(student)
-        self.register_buffer("columns", self._check_heads(student, teacher), persistent=False)
+        self._validate_regions(student)
+        self._match_heads(student, teacher)
+        self._require_equal_anchors = EqualAnchors("logits")
 
-        how = base.options("adapter", adapter, ADAPTER)
+        adapter = base.merge_options("adapter", adapter, ADAPTER)
         self.maps = self.regions = self.nodes = None
         if self.terms("neck"):
             self.maps = MapImitation(
-                "neck", student.neck, teacher.neck, neck["levels"], how, count="mse", over_levels="sum", seed=seed
+                "neck",
+                student.neck,
+                teacher.neck,
+                neck["levels"],
+                adapter,
+                normalization="mse",
+                over_levels="sum",
+                seed=seed,
             )
         if self.terms("nodes") or self.terms("edges"):
-            ours, theirs = (next(iter(spec.neck.values())) for spec in (student, teacher))
-            self.regions = one_adapter(ours, theirs, seed=base.derive(seed, "regions"), **how)
-            self.nodes = RegionErrors("nodes", ours) if self.terms("nodes") else None
+            student_channels, teacher_channels = (next(iter(spec.neck.values())) for spec in (student, teacher))
+            own_seed = base.derive_seed(seed, "regions")
+            self.regions = adapters.adapter(student_channels, teacher_channels, seed=own_seed, **adapter)
+            self.nodes = RegionErrors("nodes", student_channels) if self.terms("nodes") else None
 
-    def _check_numbers(self) -> None:
+    def _validate_numbers(self) -> None:
         for name, value in (("nodes.alpha", self.alpha), ("edges.mining", self.mining)):
-            if value is not None and not _within(value, 0, math.inf):
+            if value is not None and not is_number(value):
                 raise DistillError(f"{name}: expected a number, 0 or more, or null, got {value}")
-        if not self.temperature or not _within(self.temperature, 0, math.inf):
+        if not self.temperature or not is_number(self.temperature):
             raise DistillError(f"logits.temperature: expected a number above 0, got {self.temperature}")
         score, nms, top = (self.predictions[name] for name in PREDICTIONS)
-        if not (_within(score, 0, 1) and _within(nms, 0, 1) and isinstance(top, int) and top > 0):
+        if not (is_number(score, high=1) and is_number(nms, high=1) and isinstance(top, int) and top > 0):
             raise DistillError(
                 f"predictions: expected score and nms from 0 to below 1 and top 1 or more, got {self.predictions}"
             )
 
-    def _check_regions(self, student: DetectorSpec) -> None:
-        """Refuse what is set for regions that this student does not have."""
+    def _validate_regions(self, student: DetectorSpec) -> None:
+        """Refuse settings for regions that this student does not have."""
         foreign = ["predicted"] if self.two_stage else ["foreground", "background"]
         wrong = [f"nodes.{kind}=0" for kind in foreign if f"nodes.{kind}" in self.weights]
         if self.mining is not None and not self.two_stage:
             wrong.append("edges.mining=null")
         if wrong:
-            has = "foreground and background regions" if self.two_stage else "predicted regions, of one kind"
+            regions = "foreground and background regions" if self.two_stage else "predicted regions, of one kind"
             raise DistillError(
-                f"DSIG: the student is a {student.family}, whose nodes are its {has}, but the settings are for the other "
-                f"kind. Choose distill={OPTIONS[self.two_stage]}, or set {', '.join(wrong)}"
+                f"DSIG: the student is a {student.family}, whose nodes are its {regions}, but the settings are for the "
+                f"other kind. Choose distill={OPTIONS[self.two_stage]}, or set {', '.join(wrong)}"
             )
 
-    def _check_heads(self, student: DetectorSpec, teacher: DetectorSpec) -> Tensor | None:
-        """The teacher's columns of the student's classes, where its head is read; None where the lists are equal."""
-        reading = [f"logits.{kind}=0" for kind in self.terms("logits")]
-        alike = self.two_stage == ("rois" in teacher.outputs)
-        if reading and not self.two_stage:
-            alike = (student.family, student.anchors) == (teacher.family, teacher.anchors)
+    def _match_heads(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        """Map the classes where a term reads the teacher's head, and refuse heads that cannot be compared."""
+        settings = [f"logits.{kind}=0" for kind in self.terms("logits")]
+        comparable = self.two_stage == ("rois" in teacher.outputs)
+        if settings and not self.two_stage:
+            comparable = (student.family, student.anchors) == (teacher.family, teacher.anchors)
         if self.mining is not None:
-            reading.append("edges.mining=null")
-        if reading and not alike:
+            settings.append("edges.mining=null")
+        if settings and not comparable:
             raise DistillError(
                 f"DSIG: to compare their heads, student and teacher must be of one kind, with equal anchors where they "
-                f"are one-stage; the student is a {student.family} with anchors {student.anchors} (stride: per cell), the "
-                f"teacher a {teacher.family} with {teacher.anchors}. Choose another teacher, or set {', '.join(reading)}"
+                f"are one-stage; the student is a {student.family} with anchors {student.anchors} (stride: per cell), "
+                f"the teacher a {teacher.family} with {teacher.anchors}. Choose another teacher, or set "
+                f"{', '.join(settings)}"
             )
         if "logits.classes" in self.weights and not self.two_stage and len(student.classes) == 1:
             raise DistillError(
-                "logits.classes: a softmax over the classes of a one-stage detector says nothing when there is only one, "
+                "logits.classes: a softmax over the classes of a one-stage detector is constant with only one class, "
                 f"{list(student.classes)}. Set logits.classes=0"
             )
-        return base.class_columns("logits and edges", student, teacher) if reading else None
+        if settings:
+            self.classes = ClassMap("logits and edges", student, teacher)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
-        """The terms of `weights`, scalars. A stage that no term needs is not read."""
+        """The terms of `weights`, scalars. Stages that no term needs are not read."""
         shares: dict[str, list[SumAndCount]] = {}
         if self.maps is not None:
-            inside = self.mask(student, self.maps.sizes(student.neck), self.seeds(student.batch.ids))
-            shares |= self.maps(student.neck, teacher.neck, {"all": inside})
+            seeds = self.seeds(student.batch.ids)
+            shares |= self.maps.compare_necks(student, teacher, self.mask, seeds, self.terms("neck"))
         if self.regions is not None:
-            shares |= {term: [over_images(values)] for term, values in self._graph(student, teacher).items()}
+            shares |= {term: [over_images(values)] for term, values in self._compare_graphs(student, teacher).items()}
         if self.terms("logits"):
             compare = self._compare_regions if self.two_stage else self._compare_anchors
             shares |= {term: [share] for term, share in compare(student, teacher).items()}
         return self.average(shares)
 
-    def _graph(self, student: View, teacher: View) -> dict[str, Tensor]:
+    def _compare_graphs(self, student: View, teacher: View) -> dict[str, Tensor]:
         """Nodes and edges: one value per image (B,) for each term."""
         assert self.regions is not None
-        boxes, of_object = self._nodes(student)
-        counts = [len(each) for each in boxes]
-        features, theirs = student.roi_features(boxes), teacher.roi_features(boxes)
-        ours = self.regions(features)
-        base.check_shapes("nodes and edges (R, C, h, w)", ours, theirs, "Give both necks equal levels, or set adapter")
-        foreground = by_image(of_object, counts)
-        background = by_image(torch.ones_like(of_object), counts) & ~foreground
+        boxes, is_foreground = self._nodes(student)
+        counts = [len(image_boxes) for image_boxes in boxes]
+        features, teacher_features = student.roi_features(boxes), teacher.roi_features(boxes)
+        adapted, remedy = self.regions(features), "Give both necks equal levels, or set adapter"
+        base.require_equal_shapes("nodes and edges (R, C, h, w)", adapted, teacher_features, remedy)
+        foreground = by_image(is_foreground, counts)
+        background = by_image(torch.ones_like(is_foreground), counts) & ~foreground
         joined = None
         if self.terms("edges"):
-            joined = foreground if self.mining is None else foreground | self._hard(teacher, boxes, self.mining)
-        errors, edges = graph(by_image(ours.flatten(1), counts), by_image(theirs.flatten(1), counts), joined)
+            joined = foreground if self.mining is None else foreground | self._mined(teacher, boxes, self.mining)
+        errors, edges = graph_errors(
+            by_image(adapted.flatten(1), counts), by_image(teacher_features.flatten(1), counts), joined
+        )
         if self.nodes is not None and self.nodes.reweigh is not None:
-            listed = torch.cat([each[:count] for each, count in zip(errors, counts, strict=True)])
-            errors = by_image(self.nodes.weighed(features, listed), counts)
-        found = {f"nodes.{kind}": mean(errors, foreground) for kind in self.terms("nodes") if kind != "background"}
+            listed = torch.cat([row[:count] for row, count in zip(errors, counts, strict=True)])
+            errors = by_image(self.nodes.reweighed(features, listed), counts)
+        values = {
+            f"nodes.{kind}": image_means(errors, foreground) for kind in self.terms("nodes") if kind != "background"
+        }
         if "nodes.background" in self.weights:
-            found["nodes.background"] = background_nodes(errors, foreground, background, self.alpha)
+            values["nodes.background"] = background_nodes(errors, foreground, background, self.alpha)
         if joined is not None:
-            found["edges.all"] = edges
-        return found
+            values["edges.all"] = edges
+        return values
 
     def _nodes(self, student: View) -> tuple[list[Tensor], Tensor]:
-        """Boxes per image, and which regions are foreground (R,): all that a one-stage student predicts."""
+        """Boxes per image, and which regions are foreground (R,): all predictions of a one-stage student."""
         if self.two_stage:
             return student.rois.boxes, torch.cat(student.rois.labels) > 0
-        boxes = [found.boxes.detach() for found in student.predictions(**self.predictions)]
-        return boxes, torch.cat([torch.ones_like(each[:, 0], dtype=torch.bool) for each in boxes])
+        boxes = [predicted.boxes.detach() for predicted in student.predictions(**self.predictions)]
+        return boxes, torch.cat([torch.ones_like(corners[:, 0], dtype=torch.bool) for corners in boxes])
 
-    def _hard(self, teacher: View, boxes: Sequence[Tensor], threshold: float) -> Tensor:
+    def _mined(self, teacher: View, boxes: Sequence[Tensor], threshold: float) -> Tensor:
         """Regions (B, R) that have edges even where they are background."""
-        logits = teacher.roi_logits(boxes)[0]
-        hard = mined(logits if self.columns is None else logits[:, self.columns], threshold)
-        return by_image(hard, [len(each) for each in boxes])
+        logits = self.classes.logits(teacher.roi_logits(boxes)[0])
+        return by_image(mined(logits, threshold), [len(image_boxes) for image_boxes in boxes])
 
     def _compare_regions(self, student: View, teacher: View) -> dict[str, SumAndCount]:
-        """The box heads' outputs for the student's regions."""
-        regions, columns = student.rois, self.columns
-        (ours, our_deltas), (theirs, their_deltas) = (view.roi_logits(regions.boxes) for view in (student, teacher))
-        theirs = theirs if columns is None else theirs[:, columns]
-        base.check_shapes("logits (R, K+1)", ours, theirs, REMEDY)
-        labels, shares = torch.cat(regions.labels), {}
+        """The terms of ``logits``, on the student's regions."""
+        outputs = heads.region_outputs("logits", student, teacher, student.rois, self.classes)
+        labels, shares = outputs.labels, {}
         if "logits.classes" in self.weights:
-            total = base.divergence(ours, theirs, self.temperature).sum()
-            shares["logits.classes"] = total, torch.full_like(total, ours.numel())
+            logits = outputs.student_logits, outputs.teacher_logits
+            total = heads.kl_divergence(*logits, self.temperature).sum()
+            shares["logits.classes"] = total, torch.full_like(total, logits[0].numel())
         if "logits.boxes" in self.weights:
-            theirs = base.deltas_of(their_deltas, labels if columns is None else columns[labels])
-            total = ((labels > 0) * distance(base.deltas_of(our_deltas, labels), theirs)).sum()
+            total = ((labels > 0) * l1_distance(*outputs.label_deltas())).sum()
             shares["logits.boxes"] = total, torch.full_like(total, len(labels))
         return shares
 
     def _compare_anchors(self, student: View, teacher: View) -> dict[str, SumAndCount]:
-        """The dense heads' outputs; one that no term needs is not read."""
-        if not self._anchors_are_equal:
-            base.check_anchors("logits", student, teacher)
-            self._anchors_are_equal = True
+        """The terms of ``logits``, on all anchors. Outputs that no term needs are not read."""
+        self._require_equal_anchors(student, teacher)
         labels, shares = student.anchor_targets.labels, {}
         if "logits.classes" in self.weights:
-            ours, theirs = (base.per_anchor(view.class_logits, len(view.spec.classes)) for view in (student, teacher))
-            theirs = theirs if self.columns is None else theirs[..., self.columns[1:] - 1]  # no column of background
-            base.check_shapes("logits.classes (B, anchors, K)", ours, theirs, REMEDY)
-            valid = labels >= 0
-            total = (valid * base.divergence(ours, theirs, self.temperature)).sum()
-            shares["logits.classes"] = total, ours.shape[-1] * valid.sum()
+            student_logits, teacher_logits = (
+                heads.flatten_anchors(view.class_logits, len(view.spec.classes)) for view in (student, teacher)
+            )
+            teacher_logits, remedy = self.classes.dense_logits(teacher_logits), heads.REMEDY
+            base.require_equal_shapes("logits.classes (B, anchors, K)", student_logits, teacher_logits, remedy)
+            divergence = heads.kl_divergence(student_logits, teacher_logits, self.temperature)
+            total, count = base.sum_and_count(divergence, labels >= 0)
+            shares["logits.classes"] = total, student_logits.shape[-1] * count
         if "logits.boxes" in self.weights:
-            ours, theirs = (base.per_anchor(view.deltas, 4) for view in (student, teacher))
-            base.check_shapes("logits.boxes (B, anchors, 4)", ours, theirs, REMEDY)
-            foreground = labels > 0
-            shares["logits.boxes"] = (foreground * distance(ours, theirs)).sum(), foreground.sum()
+            deltas = heads.anchor_outputs("logits.boxes", "deltas", student, teacher, 4)
+            shares["logits.boxes"] = base.sum_and_count(l1_distance(*deltas), labels > 0)
         return shares

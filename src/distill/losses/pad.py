@@ -1,4 +1,4 @@
-"""PAD: any squared-error imitation, each of its cells or regions weighted by how well the student can do."""
+"""PAD: weigh each cell or region of any squared-error imitation by how well the student can imitate it."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.losses.base import DistillLoss
+from distill.losses.base import DistillLoss, is_number
 from distill.losses.imitation import MapImitation, RegionErrors
 from distill.precision import upcast
 from distill.types import DetectorSpec, DistillError, View
 
 EPSILON = 1e-6
 WRAP = (
-    "Wrap a loss with a weight on squared errors of maps or regions (Mimic, FGFI, DeFeat, DSIG's nodes or neck, the neck of "
-    "TADF or Global Knowledge, Chen's hint with distance=l2, SSIM with error=l2), or leave PAD out"
+    "Wrap a loss with a weight on squared errors of maps or regions (Mimic, FGFI, DeFeat, DSIG's nodes or neck, the "
+    "neck of TADF or Global Knowledge, Chen's hint with distance=l2, SSIM with error=l2), or leave PAD out"
 )
 
 
 def reweighed(error: Tensor, v: Tensor) -> Tensor:
-    """error / (eps + exp(v)) + v, of any shape; v is the logarithm of a variance."""
-    # As an exponential of a logarithm, so that neither the value nor its gradient is inf / inf for a large v.
+    """error / (eps + exp(v)) + v, for any shape; v is the logarithm of a variance."""
+    # The exponential of a logarithm: for a large v neither the value nor its gradient becomes inf / inf.
     variance = torch.logaddexp(v, v.new_full((), math.log(EPSILON)))
     return error * (-variance).exp() + v
 
 
 class Variance(nn.Module):
-    """A log-variance per cell, or their mean per region, from the student's feature by a 1x1 convolution: starts at 0."""
+    """A log-variance per cell or its mean over a region, by a 1x1 convolution of the student's feature. Starts at 0."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1)), nn.Parameter(torch.zeros(1))
         self.on = 1.0
-        """0 while v is to count as 0; a factor, which leaves the branch attached, as other processes and the optimiser want it."""
+        """Factor on v, 0 during the warm-up. A factor keeps the branch attached, as DDP and the optimizer need."""
 
     def forward(self, feature: Tensor, error: Tensor) -> Tensor:
-        """Feature (B, C, H, W) and error (B, H, W), or (R, C, h, w) and (R,) -> the error that counts."""
-        # In float32: an exponential of this follows.
+        """Feature (B, C, H, W) and error (B, H, W), or (R, C, h, w) and (R,) -> the weighted error."""
+        # In float32, because an exponential follows.
         with torch.autocast(feature.device.type, enabled=False):
             x = upcast(feature)
             v = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype))[:, 0]
@@ -54,28 +54,29 @@ class PAD(DistillLoss):
 
         e -> e / (eps + exp(v)) + v          e the mean squared error of a cell or region, eps = 1e-6
 
-    so what the student cannot imitate counts less, and the term + v keeps the variance from growing. The terms, their
-    masks, sums and weights are those of the wrapped loss; at the start v = 0, which is the wrapped loss itself, but for
-    eps. Terms can fall below 0.
+    What the student cannot imitate counts less, and the term + v limits the variance. The terms, their masks, sums and
+    weights are those of the wrapped loss. At the start v = 0, so PAD equals the wrapped loss up to eps. Terms can be
+    negative.
 
-    Source: Zhang et al., "Prime-Aware Adaptive Distillation", ECCV 2020, arXiv 2008.01458, second-hand: by the loss for
-    classification in torchdistill, which follows code of the authors and has a variance per sample and dimension.
+    Source: Zhang et al., "Prime-Aware Adaptive Distillation", ECCV 2020, arXiv 2008.01458, second-hand: from the loss
+    for classification in torchdistill, which follows code of the authors and has a variance per sample and dimension.
 
-    Where we differ: v is one number per cell of a map, or per region (the mean over its cells), by a 1x1 convolution
-    without normalisation. How the authors wired it to a detector was never released; DeFeat's paper says that each
-    distilled region was weighed. Factors (1/2, the number of channels) are the wrapped loss's own. Terms that compare
-    neither maps nor regions by themselves (logits, boxes, the edges of DSIG's graph) stay as they are.
+    Where we differ: v is one number per cell of a map, or per region (the mean over its cells), from a 1x1 convolution
+    without normalization. The authors never released how PAD is connected to a detector; DeFeat's paper says that each
+    distilled region was weighed. Factors (1/2, the number of channels) are those of the wrapped loss. Terms that
+    compare neither single maps nor single regions (logits, boxes, the edges of DSIG's graph) are unchanged.
 
-    Shapes: as the wrapped loss has them. The paper's weight is that of the plain loss.
+    Shapes: those of the wrapped loss. The paper's weight is that of the plain loss.
 
     Args:
         student, teacher: specs of both detectors.
-        of: makes the wrapped loss: ``of(student=..., teacher=...)``, such as ``partial(FGFI, neck=...)``.
-        warmup: epochs at the start with v = 0: the plain loss, which the paper trains first in a stage of its own. An
-            epoch that has begun ends so.
+        of: builds the wrapped loss: ``of(student=..., teacher=...)``, such as ``partial(FGFI, neck=...)``.
+        warmup: number of epochs at the start with v = 0, the plain loss. The paper trains the plain loss first, in a
+            stage of its own. The warm-up ends with a whole epoch.
 
     Raises:
-        DistillError: the wrapped loss's own; or it compares no maps or regions, or maps by other than the squared error.
+        DistillError: that of the wrapped loss; or the wrapped loss compares no maps or regions, or compares maps by
+            another error than the squared one.
     """
 
     def __init__(
@@ -83,28 +84,29 @@ class PAD(DistillLoss):
     ) -> None:
         if not callable(of):
             raise DistillError(
-                f"PAD.of: expected what makes a loss, got a {type(of).__name__}. In YAML give `of` a _target_ and "
-                "_partial_: true"
+                f"PAD.of: expected a function that builds a loss, got a {type(of).__name__}. In YAML give `of` a "
+                "_target_ and _partial_: true"
             )
-        if not (isinstance(warmup, (int, float)) and 0 <= warmup < math.inf):
+        if not is_number(warmup):
             raise DistillError(f"PAD.warmup: expected a number of epochs, 0 or more, got {warmup}")
         wrapped = of(student=student, teacher=teacher)
         super().__init__(wrapped.weights)
         self.ramp, self.normalizer, self.seed = wrapped.ramp, wrapped.normalizer, wrapped.seed
         self.supervised, self.warmup = wrapped.supervised, warmup
         self.of, self.needs_teacher = wrapped, wrapped.needs_teacher
-        found = [part for part in wrapped.modules() if isinstance(part, (MapImitation, RegionErrors))]
-        if wrapped.weights and not found:
+        imitations = [part for part in wrapped.modules() if isinstance(part, (MapImitation, RegionErrors))]
+        if wrapped.weights and not imitations:
             raise DistillError(
                 f"PAD.of: expected a loss that compares feature maps or pooled regions, got {type(wrapped).__name__} "
                 f"with {list(wrapped.weights)}. {WRAP}"
             )
-        for part in found:
-            _give_variance(type(wrapped).__name__, part)
+        for imitation in imitations:
+            _add_variance(type(wrapped).__name__, imitation)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
-        """The wrapped loss's terms."""
-        on = float(self.epoch >= self.warmup)  # now, for a run that goes on inside an epoch was not told of its start
+        """The terms of the wrapped loss."""
+        # Not in `on_epoch_start`, which a run that resumes inside an epoch does not call.
+        on = float(self.epoch >= self.warmup)
         for part in self.modules():
             if isinstance(part, Variance):
                 part.on = on
@@ -112,29 +114,29 @@ class PAD(DistillLoss):
         return values
 
     def factor(self, term: str, progress: float, epochs: float) -> float:
-        """The wrapped loss's own."""
+        """The factor of the wrapped loss."""
         factor: float = self.of.factor(term, progress, epochs)
         return factor
 
     def identity(self) -> dict[str, Any] | None:
-        """Of the wrapped loss's guest."""
+        """The identity of the wrapped loss's frozen model."""
         identity: dict[str, Any] | None = self.of.identity()
         return identity
 
     def on_epoch_start(self, epoch: int, data: Any, student: Any, teacher: Any) -> None:
-        """Tell the wrapped loss."""
+        """Call the wrapped loss's hook too."""
         super().on_epoch_start(epoch, data, student, teacher)
         self.of.on_epoch_start(epoch, data, student, teacher)
 
 
-def _give_variance(name: str, part: MapImitation | RegionErrors) -> None:
+def _add_variance(name: str, part: MapImitation | RegionErrors) -> None:
     if part.reweigh is not None:
-        raise DistillError(f"PAD.of: {name}'s {part.place} is weighed already. Wrap the plain loss")
+        raise DistillError(f"PAD.of: {name}'s {part.place} is already weighed. Wrap the plain loss")
     if isinstance(part, RegionErrors):
         part.reweigh = Variance(part.channels)
         return
     if not part.squared:
         raise DistillError(
-            f"PAD.of: expected squared errors, but {name} compares the {part.place} by another measure. {WRAP}"
+            f"PAD.of: expected squared errors, but {name} compares the {part.place} by another error. {WRAP}"
         )
     part.reweigh = nn.ModuleDict({str(level): Variance(part.channels[level]) for level in part.levels})

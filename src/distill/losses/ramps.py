@@ -1,4 +1,4 @@
-"""Ramps: how the weight of a distillation loss changes over the training."""
+"""Ramps: how the weight of a distillation loss changes during training."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ SHAPES = ("constant", "linear", "cosine", "peak")
 
 @dataclass(frozen=True)
 class Ramp:
-    """Factor on all weights of one distillation loss, with p the part of the training that is done, from 0 to 1.
+    """Factor on the weights of one distillation loss, as a function of p, the finished fraction of training (0 to 1).
 
     * ``constant``: 1
     * ``linear``: 1 - p
     * ``cosine``: 0.5 cos(pi p) + 0.5
-    * ``peak``: linearly up from 0 to 1 at p = 1/4, then linearly down to 0
+    * ``peak``: linear from 0 to 1 at p = 1/4, then linear to 0
 
-    Source: the multipliers of DeFeat (Guo et al., CVPR 2021), which count whole epochs; here they move with each step.
-    The lines of ``peak`` are our reading of its "up, then down, highest at a quarter".
+    Source: the multipliers of DeFeat (Guo et al., CVPR 2021), which change once per epoch; here the factor changes with
+    each step. The lines of ``peak`` are our reading of the description "up, then down, highest at a quarter".
 
     Args:
         shape: one of the above.
-        warmup: epochs over which the factor also rises linearly from 0.
-        stop: epochs at the end during which the factor is 0.
+        warmup: number of epochs at the start over which the factor also rises linearly from 0.
+        stop: number of epochs at the end with a factor of 0.
     """
 
     shape: str = "constant"
@@ -41,7 +41,7 @@ class Ramp:
             )
 
     def __call__(self, progress: float, epochs: float) -> float:
-        """Factor in [0, 1] after the part `progress` of `epochs` epochs."""
+        """Factor in [0, 1] at the fraction `progress` of `epochs` epochs."""
         p = min(1.0, max(0.0, progress))
         if self.stop and p * epochs >= epochs - self.stop:
             return 0.0

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.losses import base
-from distill.losses.base import DistillLoss, per_anchor
+from distill.losses.base import DistillLoss
 from distill.losses.chen import Chen, bounded, soft_labels
+from distill.losses.heads import flatten_anchors, label_deltas
 from distill.types import AnchorTargets, DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
@@ -147,8 +147,8 @@ class TestChenOtherwise(TestChen):
 
 def perfect_boxes(view: FakeView) -> FakeView:
     """The same view, with targets that its deltas meet exactly."""
-    regions, moves = view.rois, base.deltas_of(view.roi_logits([])[1], torch.cat(view.rois.labels))
-    targets = view.anchor_targets._replace(deltas=per_anchor(view.deltas, 4))
+    regions, moves = view.rois, label_deltas(view.roi_logits([])[1], torch.cat(view.rois.labels))
+    targets = view.anchor_targets._replace(deltas=flatten_anchors(view.deltas, 4))
     per_image = list(moves.split([len(labels) for labels in regions.labels]))
     return FakeView(
         view.batch, view.spec, **{**view.stages, "anchor_targets": targets, "rois": regions._replace(deltas=per_image)}
@@ -196,7 +196,7 @@ def test_anchors_come_in_the_order_of_the_view() -> None:
                     start = 0 if stride == 4 else 12
                     anchor = start + (row * width + column) * 2 + channel // 4
                     maps[stride][0, channel, row, column] = anchor * 4 + channel % 4
-    assert torch.equal(per_anchor(maps, 4), torch.arange(64.0).view(1, 16, 4))
+    assert torch.equal(flatten_anchors(maps, 4), torch.arange(64.0).view(1, 16, 4))
 
 
 # -- the student's own losses
@@ -366,7 +366,7 @@ def test_anchors_of_other_sizes_are_refused_in_the_first_step() -> None:
     [
         ({"rpn": {"soft": 1}}, "rpn, objectness at stride 4"),
         ({"rpn": {"soft": 0, "box": 1}}, "rpn, deltas at stride 4"),
-        ({"rcn": {}}, r"rcn, logits \(R, K\+1\)"),
+        ({"rcn": {}}, r"rcn, logits of regions \(R, K\+1\)"),
     ],
 )
 def test_a_head_s_wrong_shape_is_refused(options: dict[str, Any], message: str) -> None:

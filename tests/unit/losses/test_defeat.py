@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.losses import base, defeat, imitation, masks
+from distill.losses import base, defeat, heads, imitation, masks
 from distill.losses.base import DistillLoss
 from distill.losses.defeat import DeFeat
 from distill.types import DetectorSpec, DistillError, Target
@@ -92,7 +92,7 @@ def test_golden_backbone_through_the_whole_loss() -> None:
     ],
 )
 def test_golden_divergence(temperature: float, positive: float, negative: float, every: float) -> None:
-    value = base.divergence(ramp((6, 5), 0.3, 0, 2), ramp((6, 5), 0.2, 1, 2), temperature)
+    value = heads.kl_divergence(ramp((6, 5), 0.3, 0, 2), ramp((6, 5), 0.2, 1, 2), temperature)
     # The reference's background is its last label, 4; ours is 0.
     members = defeat.groups([torch.tensor([1, 4, 0]), torch.tensor([0, 0, 0])])
     found = [(value[members[group]].mean().item()) for group in ("positive", "negative", "all")]
@@ -287,7 +287,7 @@ def test_regions_come_with_their_own_labels() -> None:
     for source in ("teacher", "student"):
         view = {"teacher": teacher, "student": student}[source]
         found = proposals_loss(positive=1, temperature_positive=2, source=source)(student, teacher)
-        kl = base.divergence(student.roi_logits([])[0], teacher.roi_logits([])[0], 2)
+        kl = heads.kl_divergence(student.roi_logits([])[0], teacher.roi_logits([])[0], 2)
         positive = torch.cat(view.rois.labels) > 0
         values[source] = found["proposals.positive"].item()
         assert values[source] == pytest.approx(kl[positive].mean().item())

@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.losses import base, dsig
 from distill.losses.base import DistillLoss
 from distill.losses.dsig import DSIG
+from distill.losses.kernels.graph import graph_errors
 from distill.types import AnchorTargets, Detections, DetectorSpec, DistillError, Regions
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
@@ -145,7 +146,7 @@ def test_the_graph_equals_its_plain_form(nodes: int, dtype: torch.dtype, toleran
     member[1] = False
     factors = torch.rand(3, nodes, dtype=dtype), torch.rand(3, dtype=dtype)
     found = []
-    for compute in (dsig.graph, plain_graph):
+    for compute in (graph_errors, plain_graph):
         leaf = pair[0].clone().requires_grad_()
         values = compute(leaf, pair[1], member)
         sum((each * factor).sum() for each, factor in zip(values, factors, strict=True)).backward()  # type: ignore[union-attr]
@@ -161,15 +162,15 @@ def test_the_gradient_of_the_graph_is_that_of_its_value() -> None:
     torch.manual_seed(0)
     teacher, member = torch.randn(2, 5, 6).double(), torch.tensor([[True] * 5, [True, False, True, True, False]])
     student = torch.randn(2, 5, 6).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: dsig.graph(x, teacher, member), student)
-    assert torch.autograd.gradcheck(lambda x: dsig.graph(x, teacher)[0], student)
+    assert torch.autograd.gradcheck(lambda x: graph_errors(x, teacher, member), student)
+    assert torch.autograd.gradcheck(lambda x: graph_errors(x, teacher)[0], student)
 
 
 def test_the_graph_keeps_nothing_as_large_as_features_but_these() -> None:
     student, teacher = torch.randn(2, 5, 600).requires_grad_(), torch.randn(2, 5, 600)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
-        dsig.graph(student, teacher, torch.ones(2, 5, dtype=torch.bool))
+        graph_errors(student, teacher, torch.ones(2, 5, dtype=torch.bool))
     large = [each for each in kept if each.numel() >= student.numel()]
     assert {each.data_ptr() for each in large} == {student.data_ptr(), teacher.data_ptr()}
 
@@ -571,7 +572,7 @@ def test_heads_that_do_not_match_are_refused() -> None:
     with pytest.raises(DistillError, match=r"\['cow'\] of"):
         DSIG(spec(classes=("cow", "cat")), spec(classes=("cat", "Cow")))
     single = spec(classes=("cow",), two_stage=False)
-    with pytest.raises(DistillError, match=r"says nothing when there is only one.*Set logits.classes=0"):
+    with pytest.raises(DistillError, match=r"is constant with only one class.*Set logits.classes=0"):
         DSIG(single, single, **PREDICTED)
 
 

@@ -144,7 +144,7 @@ def test_falls_when_it_alone_is_minimised() -> None:
         ({"neck": {"levels": [128]}}, "neck.levels: expected strides that both models have"),
         ({"mask": {"kind": "anchors"}}, "mask.kind: expected one of"),
         ({"mask": {"threshold": 1.0}}, "mask.threshold"),
-        ({"normalization": "l2"}, "expected a normalisation of mse, half_mse, half_l2, got 'l2'"),
+        ({"normalization": "l2"}, "expected a normalization of mse, half_mse, half_l2, got 'l2'"),
         ({"adapter": {"kernel": 5}}, "adapter"),
         ({"adapter": {"reluu": True}}, "did you mean 'relu'"),
         ({"ramp": {"warm": 1}}, "did you mean 'warmup'"),
@@ -165,8 +165,8 @@ def test_options_say_the_weights_and_forms_of_their_sources() -> None:
     assert built("fgfi_voc")["fgfi"].weights == {"neck.foreground": 3}
     original = built("fgfi_original")["fgfi"]
     assert original.weights == {"neck.foreground": 0.01}
-    assert original.maps["neck"].count(256) == 2
-    convolution, relu = original.maps["neck"].adapters["4"]
+    assert original.maps.divisor(256) == 2
+    convolution, relu = original.maps.adapters["4"]
     assert not convolution.bias.any()
     assert isinstance(relu, torch.nn.ReLU)
     assert original.ramp(0.0, 12) == 0 < original.ramp(0.1, 12) < original.ramp(0.2, 12) == 1

@@ -74,7 +74,9 @@ class TestGlobalKnowledge(LossGrid):
                     found = [pooled(view, image, box, stride) for view in (student, teacher)]
                     own = [
                         max(cosine(feature, p) for p in prototypes[name - 1, level])
-                        for feature, prototypes in zip(found, (loss.ours, loss.theirs), strict=True)
+                        for feature, prototypes in zip(
+                            found, (loss.student_prototypes, loss.teacher_prototypes), strict=True
+                        )
                     ]
                     rho = 1 - abs(own[0] - own[1])
                     rows, columns, thin = slow_cells(box, stride, *mask[stride].shape[1:])
@@ -88,7 +90,7 @@ class TestGlobalKnowledge(LossGrid):
                     labels_sum += rho * 4 * kl / len(p)
                     for k in range(3):
                         for index in range(3):
-                            pair = (loss.ours[k, level, index], loss.theirs[k, level, index])
+                            pair = (loss.student_prototypes[k, level, index], loss.teacher_prototypes[k, level, index])
                             a, b = (rho * cosine(f, p) for f, p in zip(found, pair, strict=True))
                             error = abs(a - b)
                             relation_sum += error**2 / 2 if error < 1 else error - 0.5
@@ -106,8 +108,8 @@ class TestGlobalKnowledge(LossGrid):
     def test_is_at_its_minimum_when_student_equals_teacher(self) -> None:
         student, _ = self.views(OBJECTS)
         loss = GlobalKnowledge(self.student, self.student, **ALL_ON, mask=self.mask, adapter=NO_ADAPTER)
-        loss.ours.normal_(generator=torch.Generator().manual_seed(5))
-        loss.theirs.copy_(loss.ours)
+        loss.student_prototypes.normal_(generator=torch.Generator().manual_seed(5))
+        loss.teacher_prototypes.copy_(loss.student_prototypes)
         for name, value in self.run(
             loss, student, FakeView(student.batch, student.spec, **student.mapped(torch.clone).stages)
         ).items():
@@ -124,7 +126,7 @@ def test_prototypes_and_proposals_keep_to_the_chosen_levels(levels: list[int]) -
     grid.levels = sorted(levels)
     grid.test_equals_its_oracle(OBJECTS)
     loss = GlobalKnowledge(spec(), spec(), neck={"levels": levels})
-    assert (loss.levels, loss.ours.shape[1]) == (sorted(levels), len(levels))
+    assert (loss.levels, loss.student_prototypes.shape[1]) == (sorted(levels), len(levels))
 
 
 @pytest.mark.parametrize("kind", masks.KINDS)
@@ -147,7 +149,9 @@ def test_logits_of_a_wrong_shape_are_refused() -> None:
     student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
     scores, deltas = teacher.stages["roi_logits"]
     teacher.stages["roi_logits"] = scores[:, :-1], deltas
-    with pytest.raises(DistillError, match=r"labels, logits \(R, K\+1\): expected student and teacher of equal shape"):
+    with pytest.raises(
+        DistillError, match=r"labels, logits of regions \(R, K\+1\): expected student and teacher of equal shape"
+    ):
         GlobalKnowledge(spec(), spec(), adapter=NO_ADAPTER)(student, teacher)
 
 

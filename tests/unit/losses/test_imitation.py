@@ -13,7 +13,7 @@ from distill.losses.chen import Chen
 from distill.losses.dsig import DSIG
 from distill.losses.fgfi import FGFI
 from distill.losses.global_knowledge import GlobalKnowledge
-from distill.losses.imitation import COUNTS, MapImitation, RegionImitation, masked, parts, squared_error
+from distill.losses.imitation import NORMALIZATIONS, MapImitation, RegionImitation, mask_parts, masked, squared_error
 from distill.losses.kernels import blocks
 from distill.losses.mimic import Mimic
 from distill.losses.tadf import TADF
@@ -41,10 +41,10 @@ def some_cells() -> dict[int, Tensor]:
     return mask
 
 
-@pytest.mark.parametrize("count", list(COUNTS))
+@pytest.mark.parametrize("count", list(NORMALIZATIONS))
 def test_counts_are_the_mean_its_half_and_half_the_norm_of_a_cell(count: str) -> None:
     student, teacher, mask = maps(1), maps(2), some_cells()
-    shares = MapImitation("neck", CHANNELS, CHANNELS, adapter=NONE, count=count)(student, teacher, {"on": mask})
+    shares = MapImitation("neck", CHANNELS, CHANNELS, adapter=NONE, normalization=count)(student, teacher, {"on": mask})
     assert list(shares) == ["neck.on"]
     for stride, (total, number) in zip(CHANNELS, shares["neck.on"], strict=True):
         weighed, cells = 0.0, 0.0
@@ -64,7 +64,7 @@ def test_counts_are_the_mean_its_half_and_half_the_norm_of_a_cell(count: str) ->
 def test_the_squared_error_holds_one_map_and_has_the_gradient_of_its_value(
     shape: tuple[int, ...], cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "CELLS", {"cpu": cells})
+    monkeypatch.setattr(blocks, "VALUES", {"cpu": cells})
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     kept: list[Tensor] = []
@@ -79,10 +79,10 @@ def test_the_squared_error_holds_one_map_and_has_the_gradient_of_its_value(
 
 def test_parts_add_up_to_the_whole() -> None:
     error, mask = squared_error(maps(1)[8], maps(2)[8]), some_cells()
-    halves = parts(mask, ["foreground", "background"])
+    halves = mask_parts(mask, ["foreground", "background"])
     total = sum(masked(error, part[8], 2)[0].item() for part in halves.values())
     assert total == pytest.approx(error.sum().item())
-    assert list(parts(mask, ["background"])) == ["background"]
+    assert list(mask_parts(mask, ["background"])) == ["background"]
 
 
 def test_maps_of_a_level_that_is_left_out_are_not_compared() -> None:
@@ -96,7 +96,7 @@ def test_maps_of_a_level_that_is_left_out_are_not_compared() -> None:
 def test_reweigh_sees_the_bare_feature_and_the_mean_error_of_each_cell() -> None:
     student = {stride: x[:, :3].float() for stride, x in maps(1).items()}
     teacher = {stride: x.float() for stride, x in maps(2).items()}
-    imitation = MapImitation("neck", {8: 3, 16: 3}, CHANNELS, count="half_mse")
+    imitation = MapImitation("neck", {8: 3, 16: 3}, CHANNELS, normalization="half_mse")
     plain = imitation(student, teacher, {"on": some_cells()})["neck.on"]
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -148,7 +148,7 @@ def test_no_region_is_an_attached_zero() -> None:
 
 def test_another_error_is_taken_for_the_squared_one() -> None:
     imitation = MapImitation(
-        "neck", CHANNELS, CHANNELS, adapter=NONE, count="mse", error=lambda s, t: (s - t).abs().sum(1)
+        "neck", CHANNELS, CHANNELS, adapter=NONE, normalization="mse", error=lambda s, t: (s - t).abs().sum(1)
     )
     ones = {stride: torch.ones_like(x[:, 0]) for stride, x in maps(1).items()}
     total, number = imitation(maps(1), maps(2), {"on": ones})["neck.on"][0]
@@ -156,8 +156,8 @@ def test_another_error_is_taken_for_the_squared_one() -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(DistillError, match="neck: expected a normalisation of mse, half_mse, half_l2, got 'mean'"):
-        MapImitation("neck", CHANNELS, CHANNELS, count="mean")
+    with pytest.raises(DistillError, match="neck: expected a normalization of mse, half_mse, half_l2, got 'mean'"):
+        MapImitation("neck", CHANNELS, CHANNELS, normalization="mean")
     with pytest.raises(DistillError, match=r"neck.levels: .* shared are \[8, 16\]"):
         MapImitation("neck", CHANNELS, CHANNELS, levels=[4])
     with pytest.raises(DistillError, match="the student has 5 channels and the teacher 6"):
@@ -251,7 +251,7 @@ def test_a_subset_of_levels_is_what_they_are_alone(
 
 @pytest.mark.parametrize(
     ("method", "options", "place"),
-    [(Mimic, MIMIC, "maps"), (FGFI, {}, "maps.neck"), (DSIG, GRAPH, "maps"), (TADF, STYLE, "neck"), (Chen, HINTS, "hint"),
+    [(Mimic, MIMIC, "maps"), (FGFI, {}, "maps"), (DSIG, GRAPH, "maps"), (TADF, STYLE, "neck"), (Chen, HINTS, "hint"),
      (GlobalKnowledge, POINTS, "neck")],
 )  # fmt: skip
 def test_a_relu_follows_any_adapter(method: Any, options: dict[str, Any], place: str) -> None:

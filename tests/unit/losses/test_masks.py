@@ -46,8 +46,8 @@ def test_golden_counts(strides: tuple[int, ...], counts: tuple[list[int], list[i
 
 
 def test_golden_levels() -> None:
-    assert masks.assign(BOXES[0], 5).tolist() == [0, 2, 4, 0]
-    assert masks.assign(BOXES[1], 5).tolist() == [1, 0]
+    assert masks.assign_levels(BOXES[0], 5).tolist() == [0, 2, 4, 0]
+    assert masks.assign_levels(BOXES[1], 5).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_golden_levels() -> None:
     [(1, 0), (111, 0), (111.999, 0), (112, 1), (224, 2), (447.9, 2), (448, 3), (895.5, 3), (896, 4), (9e9, 4)],
 )
 def test_levels_change_at_powers_of_two(side: float, level: int) -> None:
-    assert masks.assign(torch.tensor([[0.0, 0.0, side - 1, side - 1]]), 5).item() == level
-    assert masks.assign(torch.tensor([[0.0, 0.0, side - 1, side - 1]]), 3).item() == min(level, 2)
+    assert masks.assign_levels(torch.tensor([[0.0, 0.0, side - 1, side - 1]]), 5).item() == level
+    assert masks.assign_levels(torch.tensor([[0.0, 0.0, side - 1, side - 1]]), 3).item() == min(level, 2)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -191,11 +191,11 @@ def test_values_multiply_each_box_and_the_largest_counts(kind: str) -> None:
     values = [torch.rand(len(each), generator=torch.Generator().manual_seed(index)) for index, each in enumerate(boxes)]
     view = FakeView(batch([[]] * 3, 96, 160), spec(), anchors={s: anchors(*size, s, 2) for s, size in grid.items()})
     mask = masks.Mask(kind, scale=20.0)
-    found = mask.around(boxes, values, view, grid)  # type: ignore[arg-type]
+    found = mask.around_boxes(boxes, values, view, grid)  # type: ignore[arg-type]
     expected = {stride: torch.zeros(3, *size) for stride, size in grid.items()}
     for image, pairs in enumerate(zip(boxes, values, strict=True)):
         for box, value in zip(*pairs, strict=True):
-            alone = mask.around([box[None]], None, view, grid)  # type: ignore[arg-type]
+            alone = mask.around_boxes([box[None]], None, view, grid)  # type: ignore[arg-type]
             for stride, cells in alone.items():
                 expected[stride][image] = torch.maximum(expected[stride][image], value * cells[0])
     for stride in grid:

@@ -156,7 +156,7 @@ def test_falls_when_it_alone_is_minimised() -> None:
         ({"regions": {"positive": 1}}, "regions: unknown option 'positive'"),
         ({"regions": {"all": -1}}, "Mimic: expected weights"),
         ({"neck": {"all": 1, "levels": [2]}}, "neck.levels"),
-        ({"neck": {"all": 1, "normalization": "sum"}}, "neck: expected a normalisation"),
+        ({"neck": {"all": 1, "normalization": "sum"}}, "neck: expected a normalization"),
         ({"adapter": {"kernel": 7}}, "adapter"),
     ],
 )

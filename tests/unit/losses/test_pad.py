@@ -110,7 +110,7 @@ class TestPADOfFGFI(AnchorsFollowMaps):
         grid = {stride: (x.shape[2], x.shape[3]) for stride, x in student.neck.items()}
         boxes = [target.boxes for target in student.batch.targets]
         masks = slow_fine_grained(boxes, student.anchors, grid, 0.5)
-        parts = variances(loss.get_submodule("of.maps.neck"))
+        parts = variances(loss.get_submodule("of.maps"))
         levels = [slow_map(parts[f"reweigh.{s}"], student.neck[s], teacher.neck[s], masks[s]) for s in grid]
         return {"neck.foreground": sum(levels) / 5}
 
@@ -306,9 +306,9 @@ class Angles(DistillLoss):
 @pytest.mark.parametrize(
     ("of", "message"),
     [
-        (Angles, "expected squared errors, but Angles compares the neck by another measure"),
-        (SSIM, "SSIM compares the neck by another measure.*SSIM with error=l2"),
-        (partial(Chen, hint={"distance": "l1"}), "Chen compares the hint by another measure.*hint with distance=l2"),
+        (Angles, "expected squared errors, but Angles compares the neck by another error"),
+        (SSIM, "SSIM compares the neck by another error.*SSIM with error=l2"),
+        (partial(Chen, hint={"distance": "l1"}), "Chen compares the hint by another error.*hint with distance=l2"),
         (
             partial(DSIG, nodes={"foreground": 0, "background": 0}, neck={"all": 0}),
             r"got DSIG with \['edges.all', 'logits.classes', 'logits.boxes'\]. Wrap .*DSIG's nodes or neck",
@@ -317,7 +317,7 @@ class Angles(DistillLoss):
             partial(DeFeat, neck={"foreground": 0, "background": 0}, proposals={"all": 1}),
             r"compares feature maps or pooled regions, got DeFeat with \['proposals.all'\]",
         ),
-        (partial(PAD, of=FGFI), "PAD's neck is weighed already"),
+        (partial(PAD, of=FGFI), "PAD's neck is already weighed"),
         ({"_target_": "distill.FGFI"}, "got a dict. In YAML give `of` a _target_ and _partial_"),
         (partial(FGFI, neck={"levels": [2]}), "neck.levels"),
     ],

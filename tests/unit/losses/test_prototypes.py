@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.losses.prototypes import box_means, choose, dense, matching_pursuit
+from distill.losses.prototypes import box_means, choose_prototypes, dense, matching_pursuit
 from helpers.fake_view import corners
 
 
@@ -110,10 +110,10 @@ def test_one_prototype_of_two_clusters_is_in_the_larger() -> None:
     large = torch.tensor([[1.0, 0.02], [1.0, -0.02], [1.0, 0.0], [1.0, 0.01]])
     small = torch.tensor([[0.0, 1.0], [0.01, 1.0]])
     features = torch.cat([small, large])
-    first, second = choose(features, 3 * features, 2, quantile=0.0).tolist()
+    first, second = choose_prototypes(features, 3 * features, 2, quantile=0.0).tolist()
     assert first >= 2 > second  # the second explains what the first left
 
 
 def test_a_single_instance_and_a_zero_one_are_survived() -> None:
-    assert choose(torch.ones(1, 3), torch.ones(1, 5), 4).tolist() == [0, 0, 0, 0]
-    assert len(choose(torch.zeros(3, 3), torch.zeros(3, 5), 2)) == 2
+    assert choose_prototypes(torch.ones(1, 3), torch.ones(1, 5), 4).tolist() == [0, 0, 0, 0]
+    assert len(choose_prototypes(torch.zeros(3, 3), torch.zeros(3, 5), 2)) == 2

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.losses import ssim
+from distill.losses import similarity
 from distill.losses.base import DistillLoss
 from distill.losses.kernels import blocks, windows
-from distill.losses.ssim import SSIM, Dissimilarity
+from distill.losses.similarity import Dissimilarity
+from distill.losses.ssim import SSIM
 from distill.types import DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
 from helpers.grids import exhaustive
@@ -157,10 +158,10 @@ def test_value_of_a_fixed_draw() -> None:
 @pytest.mark.parametrize("window", [11, 7])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_equals_kornia(size: tuple[int, int], window: int, dtype: torch.dtype, tolerance: float) -> None:
-    student, teacher = (ssim.rescaled(x) for x in pair(2, 5, *size, dtype=dtype))
+    student, teacher = (similarity.rescaled(x) for x in pair(2, 5, *size, dtype=dtype))
     student.requires_grad_()
     expected = kornia.losses.ssim_loss(student, teacher, window, reduction="none")
-    found = (1 - ssim.similarity(student, teacher, ssim.gaussian(window, like=student))) / 2
+    found = (1 - similarity.similarity(student, teacher, similarity.gaussian(window, like=student))) / 2
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     gradients = [torch.autograd.grad(value.sum(), student)[0] for value in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=100 * tolerance)
@@ -184,9 +185,9 @@ def test_is_symmetric() -> None:
 @pytest.mark.parametrize("size", [1, 3, 11])
 @pytest.mark.parametrize("cells", [1, 2, 3, 5, 6, 40])
 def test_windows_sum_to_one_and_are_reflected_as_numpy_pads(size: int, cells: int) -> None:
-    window = ssim.gaussian(size, 1.5, torch.empty(0, dtype=torch.float64))
+    window = similarity.gaussian(size, 1.5, torch.empty(0, dtype=torch.float64))
     assert window.sum().item() == pytest.approx(1, abs=1e-15)
-    matrix = ssim.blur_matrix(cells, window)
+    matrix = similarity.blur_matrix(cells, window)
     assert matrix.sum(1).tolist() == pytest.approx([1.0] * cells, abs=1e-14)
     signal = np.random.default_rng(0).normal(size=cells)
     expected = np.convolve(np.pad(signal, size // 2, mode="reflect"), window.numpy(), mode="valid")
@@ -197,11 +198,11 @@ def test_windows_sum_to_one_and_are_reflected_as_numpy_pads(size: int, cells: in
 
 
 def test_three_factors_equal_two() -> None:
-    student, teacher = (ssim.rescaled(x) for x in pair(2, 3, 12, 14, dtype=torch.float64))
+    student, teacher = (similarity.rescaled(x) for x in pair(2, 3, 12, 14, dtype=torch.float64))
     teacher[0, 0] = 0.25  # flat
-    window = ssim.gaussian(like=student)
-    alone = [ssim.similarity(student, teacher, window, each) for each in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
-    torch.testing.assert_close(math.prod(alone), ssim.similarity(student, teacher, window), rtol=1e-9, atol=1e-9)
+    window = similarity.gaussian(like=student)
+    alone = [similarity.similarity(student, teacher, window, each) for each in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    torch.testing.assert_close(math.prod(alone), similarity.similarity(student, teacher, window), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("powers", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1), (2, 1, 3), (0.5, 0.5, 2)])
@@ -264,7 +265,7 @@ def test_a_flat_plane_is_not_blown_up() -> None:
 @pytest.fixture(params=[1, 3, 100])
 def planes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """As many planes of 9 x 23 cells in a block, and products narrower than these maps."""
-    monkeypatch.setattr(blocks, "CELLS", {"cpu": request.param * 9 * 23})
+    monkeypatch.setattr(blocks, "VALUES", {"cpu": request.param * 9 * 23})
     monkeypatch.setattr(windows, "BANDS", {"cpu": (4, 5)})
     return int(request.param)
 
@@ -383,8 +384,8 @@ def test_a_nearly_flat_map_is_compared_in_full_precision_under_autocast() -> Non
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = mean(student, teacher, normalize="none")
     assert found == pytest.approx(exact, rel=1e-2)
-    window = ssim.gaussian().bfloat16()
-    half = (1 - ssim.similarity(student.bfloat16(), teacher.bfloat16(), window)).mean().item() / 2
+    window = similarity.gaussian().bfloat16()
+    half = (1 - similarity.similarity(student.bfloat16(), teacher.bfloat16(), window)).mean().item() / 2
     assert abs(half - exact) > 5 * abs(found - exact)
 
 
@@ -404,7 +405,7 @@ def test_large_raw_maps_stay_in_range(powers: tuple[float, float, float]) -> Non
 @pytest.mark.parametrize("scope", ["plane", "image", "tensor", "none"])
 def test_scope_of_the_rescaling(scope: str) -> None:
     x = pair(2, 3, 4, 5, dtype=torch.float64)[0] * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
-    torch.testing.assert_close(ssim.rescaled(x, scope).numpy(), slow_rescaled(x, scope))
+    torch.testing.assert_close(similarity.rescaled(x, scope).numpy(), slow_rescaled(x, scope))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 1), (2, 3), (5, 11), (7, 5)])

@@ -192,11 +192,11 @@ def test_binary_cross_entropy_is_torch_s() -> None:
 def test_iou_is_torchvision_s_row_by_row_and_survives_empty_boxes() -> None:
     low, side = torch.rand(2, 40, 2) * 30, torch.rand(2, 40, 2) * 20
     first, second = torch.cat([low, low + side], dim=2)
-    assert torch.allclose(tadf.iou(first, second), box_iou(first, second).diag())
+    assert torch.allclose(tadf.paired_iou(first, second), box_iou(first, second).diag())
     nothing = torch.zeros(2, 4)
-    assert tadf.iou(nothing, nothing).tolist() == [0, 0]
+    assert tadf.paired_iou(nothing, nothing).tolist() == [0, 0]
     inverted = torch.tensor([[5.0, 5.0, 1.0, 1.0]])
-    assert tadf.iou(inverted, torch.tensor([[0.0, 0.0, 9.0, 9.0]])).tolist() == [0]
+    assert tadf.paired_iou(inverted, torch.tensor([[0.0, 0.0, 9.0, 9.0]])).tolist() == [0]
 
 
 # -- which regions are taught
@@ -328,7 +328,9 @@ def test_detectors_that_do_not_match_are_refused() -> None:
 
 def test_a_head_s_wrong_shape_is_refused() -> None:
     student, teacher = pair_of(batch(OBJECTS), spec(), spec())
-    with pytest.raises(DistillError, match=r"head, logits \(R, K\+1\): expected student and teacher of equal shape"):
+    with pytest.raises(
+        DistillError, match=r"head, logits of regions \(R, K\+1\): expected student and teacher of equal shape"
+    ):
         TADF(spec(), spec(), **only("head.classification"))(student.mapped(lambda x: x[..., :-1]), teacher)
 
 

@@ -1,1 +1,1 @@
-"""Fast forms of the losses' mathematics, equal to the plain ones but for rounding."""
+"""Fast forms of the losses' mathematics. They equal the plain forms up to rounding."""

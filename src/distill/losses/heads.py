@@ -1,0 +1,184 @@
+"""Outputs of detection heads that losses compare: matching the classes, anchors and regions of student and teacher."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.labels import match_classes
+from distill.losses.base import require_equal_shapes
+from distill.precision import upcast
+from distill.types import DetectorSpec, DistillError, Pyramid, Regions, View
+
+REMEDY = "Build the loss with the specs of both detectors"
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """tau^2 KL(softmax(T / tau) || softmax(S / tau)) over the last axis; logits (..., K) -> (...)."""
+    log_p = F.log_softmax(upcast(student) / temperature, dim=-1)
+    log_q = F.log_softmax(upcast(teacher.detach()) / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+
+
+def label_deltas(deltas: Tensor, labels: Tensor) -> Tensor:
+    """The deltas of each region's label (R,), from class-major box deltas (R, (K+1)*4) -> (R, 4)."""
+    return deltas.view(len(deltas), deltas.shape[1] // 4, 4)[torch.arange(len(labels), device=labels.device), labels]
+
+
+class ClassMap(nn.Module):
+    """Brings the teacher's head outputs into the order of the student's classes, matched by name.
+
+    Args:
+        name: of the terms, for the message.
+        student, teacher: specs of both detectors. The teacher may know more classes.
+
+    Raises:
+        DistillError: the teacher does not know a class of the student.
+    """
+
+    columns: Tensor | None
+    """(K+1,) the teacher's label of each of the student's labels, background first; None where the lists are equal."""
+
+    def __init__(self, name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        super().__init__()
+        remedy = f"choose another teacher, or set the weights of {name} to 0"
+        columns = torch.tensor(match_classes(student.classes, teacher.classes, remedy))
+        self.register_buffer("columns", None if student.classes == teacher.classes else columns, persistent=False)
+
+    def logits(self, teacher: Tensor) -> Tensor:
+        """The teacher's logits with background first -> the student's columns (..., K+1)."""
+        return teacher if self.columns is None else teacher[..., self.columns]
+
+    def dense_logits(self, teacher: Tensor) -> Tensor:
+        """The teacher's logits without background -> the student's columns (..., K)."""
+        return teacher if self.columns is None else teacher[..., self.columns[1:] - 1]
+
+    def labels(self, student: Tensor) -> Tensor:
+        """The student's labels -> the teacher's labels, of the same shape."""
+        return student if self.columns is None else self.columns[student]
+
+
+class RegionOutputs(NamedTuple):
+    """Outputs of both box heads for the same R regions."""
+
+    labels: Tensor
+    """(R,) the student's labels, 0 for background."""
+    student_logits: Tensor
+    """(R, K+1), background first."""
+    teacher_logits: Tensor
+    """(R, K+1), in the order of the student's classes."""
+    student_deltas: Tensor
+    """(R, (K+1)*4), class-major."""
+    teacher_deltas: Tensor
+    """(R, (K_teacher+1)*4), class-major, in the order of the teacher's classes."""
+    classes: ClassMap
+
+    @property
+    def teacher_labels(self) -> Tensor:
+        """(R,) the regions' classes as labels of the teacher."""
+        return self.classes.labels(self.labels)
+
+    def label_deltas(self) -> tuple[Tensor, Tensor]:
+        """The deltas of each region's label, (R, 4) of the student and of the teacher."""
+        student = label_deltas(self.student_deltas, self.labels)
+        return student, label_deltas(self.teacher_deltas, self.teacher_labels)
+
+
+def region_outputs(place: str, student: View, teacher: View, regions: Regions, classes: ClassMap) -> RegionOutputs:
+    """Run both box heads on the same regions.
+
+    Raises:
+        DistillError: the logits differ in shape.
+    """
+    student_logits, student_deltas = student.roi_logits(regions.boxes)
+    teacher_logits, teacher_deltas = teacher.roi_logits(regions.boxes)
+    teacher_logits = classes.logits(teacher_logits)
+    require_equal_shapes(f"{place}, logits of regions (R, K+1)", student_logits, teacher_logits, REMEDY)
+    labels = torch.cat(list(regions.labels))
+    return RegionOutputs(labels, student_logits, teacher_logits, student_deltas, teacher_deltas, classes)
+
+
+def flatten_anchors(maps: Pyramid, width: int) -> Tensor:
+    """Dense outputs (B, A*width, H, W) of all levels -> (B, N, width), in the order of the View's anchors."""
+    anchors = (x.view(len(x), x.shape[1] // width, width, *x.shape[2:]) for x in maps.values())
+    return torch.cat([x.permute(0, 3, 4, 1, 2).flatten(1, 3) for x in anchors], dim=1)
+
+
+def anchor_outputs(place: str, stage: str, student: View, teacher: View, width: int) -> tuple[Tensor, Tensor]:
+    """A dense stage of both models, (B, N, width) each.
+
+    Raises:
+        DistillError: the stages differ in shape.
+    """
+    student_maps, teacher_maps = getattr(student, stage), getattr(teacher, stage)
+    for stride, x in student_maps.items():
+        require_equal_shapes(f"{place}, {stage} at stride {stride}", x, teacher_maps[stride], REMEDY)
+    return flatten_anchors(student_maps, width), flatten_anchors(teacher_maps, width)
+
+
+class EqualAnchors:
+    """Refuses Views with unequal anchors, whose equal deltas would mean different boxes.
+
+    No field of the spec holds the sizes of anchors. The comparison waits for the device, so only the first call
+    compares.
+
+    Args:
+        name: of the terms, for the message.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.compared = name, False
+
+    def __call__(self, student: View, teacher: View) -> None:
+        """Compare the anchors of both Views.
+
+        Raises:
+            DistillError: they differ.
+        """
+        if self.compared:
+            return
+        for stride, anchors in student.anchors.items():
+            if not torch.equal(anchors, teacher.anchors[stride]):
+                raise DistillError(
+                    f"{self.name}: expected equal anchors, but those at stride {stride} differ: the student's first "
+                    f"are {anchors[:3].tolist()}, the teacher's {teacher.anchors[stride][:3].tolist()}. "
+                    "Give both models the same anchor_sizes and anchor_ratios, or set the weights of "
+                    f"{self.name} to 0"
+                )
+        self.compared = True
+
+
+class Positives(NamedTuple):
+    """The student's outputs for its P positive regions or anchors, over all images."""
+
+    image: Tensor
+    """(P,) index of the image."""
+    logits: Tensor
+    """(P, K+1), background first, of a softmax head; (P, K) of a sigmoid head."""
+    boxes: Tensor
+    """(P, 4) predicted boxes."""
+    truth: Tensor
+    """(P, 4) matched ground truth boxes, up to rounding."""
+
+
+def positive_regions(view: View) -> Positives:
+    """The sampled regions that are objects, each with the box of its label's deltas."""
+    regions = view.rois
+    labels = torch.cat(regions.labels)
+    image = torch.cat([torch.full_like(image_labels, index) for index, image_labels in enumerate(regions.labels)])
+    rows = labels.nonzero()[:, 0]
+    logits, boxes = view.roi_logits(regions.boxes)[0], view.roi_boxes(regions.boxes)
+    return Positives(image[rows], logits[rows], boxes[rows, labels[rows]], torch.cat(regions.truth)[rows])
+
+
+def positive_anchors(view: View) -> Positives:
+    """The anchors or points of all levels that are objects."""
+    targets = view.anchor_targets
+    image, rows = (targets.labels > 0).nonzero(as_tuple=True)
+    logits = flatten_anchors(view.class_logits, len(view.spec.classes))
+    deltas = flatten_anchors(view.deltas, 4)
+    boxes, truth = view.anchor_boxes(deltas), view.anchor_boxes(targets.deltas)
+    return Positives(image, logits[image, rows], boxes[image, rows], truth[image, rows])
