@@ -24,6 +24,7 @@ from distill.cli.main import main
 from distill.cli.preflight import plan_losses, plan_run
 from distill.types import DistillError
 from helpers.grids import mostly_exhaustive
+from helpers.methods import METHODS
 
 # `base` is what the other options of its group inherit; it is not complete.
 OPTIONS = [
@@ -449,3 +450,9 @@ def test_an_experiment_says_of_its_teacher_what_it_says_of_its_student(experimen
     assert set(said.teacher.model) >= set(said.model)
     for key, value in said.teacher.model.items():
         assert cfg.teacher.model[key] == value
+
+
+def test_the_table_of_methods_has_every_loss_of_an_option() -> None:
+    options = [OmegaConf.load(file) for file in (compose.folder() / "distill").glob("*.yaml")]
+    targets = {option["_target_"].rpartition(".")[2] for option in options if "_target_" in option}
+    assert targets == {method.loss.__name__ for method in METHODS.values()}

@@ -36,13 +36,6 @@ from distill.losses.base import DistillLoss
 from distill.losses.chen import Chen
 from distill.losses.defeat import DeFeat
 from distill.losses.dicod import DICOD
-from distill.losses.dsig import DSIG
-from distill.losses.fgfi import FGFI
-from distill.losses.global_knowledge import GlobalKnowledge
-from distill.losses.mimic import Mimic
-from distill.losses.pad import PAD
-from distill.losses.ssim import SSIM
-from distill.losses.tadf import TADF
 from distill.teacher import Teacher
 from distill.training import schedule
 from distill.training.callbacks.teacher_check import TeacherCheck
@@ -50,6 +43,7 @@ from distill.training.distiller import Distiller
 from distill.training.nonfinite import NonFiniteGuard
 from distill.types import Batch, Detections, DistillError, Target, View
 from helpers.detectors import BOX_FAMILIES
+from helpers.methods import METHODS, small_loss
 from helpers.training import (
     ANCHORS,
     CLASSES,
@@ -67,7 +61,6 @@ from helpers.training import (
 
 NOTHING = {place: {"foreground": 0.0, "background": 0.0} for place in ("neck", "backbone")}
 OFF = {"stop": 99, "terms": None}
-FEW_TYPES = {"count": 2, "images": 4, "min_side": 4.0}
 HARD_ONLY = {head: {"soft": 0.0, "box": 0.0} for head in ("rpn", "rcn")} | {"hint": {"neck": 0.0}}
 
 
@@ -104,14 +97,11 @@ def meddle(student: View, teacher: View) -> Tensor:
 IDLE: dict[str, dict[str, Callable[..., DistillLoss]]] = {
     "all weights zero": {"defeat": partial(DeFeat, **NOTHING)},
     "hard labels alone": {"chen": partial(Chen, **HARD_ONLY)},
-    "ramp at zero: defeat": {"defeat": partial(DeFeat, **EVERYTHING, ramp=OFF)},
-    "ramp at zero: dsig": {"dsig": partial(DSIG, adapter={"kernel": 1}, ramp=OFF)},
-    "ramp at zero: ssim": {"ssim": partial(SSIM, ramp=OFF)},
-    "ramp at zero: mimic": {"mimic": partial(Mimic, neck={"all": 1.0}, ramp=OFF)},
-    "ramp at zero: fgfi": {"fgfi": partial(FGFI, ramp=OFF)},
-    "ramp at zero: tadf": {"tadf": partial(TADF, ramp=OFF)},
-    "ramp at zero: pad": {"pad": partial(PAD, of=partial(Mimic, ramp=OFF))},
-    "ramp at zero: global knowledge": {"global_knowledge": partial(GlobalKnowledge, prototypes=FEW_TYPES, ramp=OFF)},
+    **{
+        f"ramp at zero: {name}": {name: small_loss(name, ramp=OFF)}
+        for name, method in METHODS.items()
+        if name != "dicod" and not method.replaces_hard_labels  # dicod takes a classifier
+    },
     "zero effect": {"meddler": partial(FormulaLoss, formula=meddle), "defeat": partial(DeFeat, **NOTHING)},
 }
 

@@ -23,6 +23,7 @@ import distill
 from distill.cli import compose
 from distill.cli.main import main
 from distill.types import DistillError, View
+from helpers.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,19 +77,7 @@ def test_commands_of_other_verbs_are_accepted(words: str, capsys: pytest.Capture
 
 # -- keys and options
 
-METHODS = (
-    "chen",
-    "defeat",
-    "dicod",
-    "dsig",
-    "fgfi",
-    "global_knowledge",
-    "mimic",
-    "pad_fgfi",
-    "pad_mimic",
-    "ssim",
-    "tadf",
-)
+OPTIONS = [*(method.option for method in METHODS.values()), "pad_fgfi"]
 """An option of each method; the variants of a method have the same keys."""
 
 
@@ -99,7 +88,7 @@ def keys() -> set[str]:
     lines = [
         *([f"model={option}", "distill=none"] for option in ("mask_rcnn", "retinanet", "fcos")),
         *([f"data={option}", "distill=none"] for option in ("coco", "voc")),
-        [f"distill=[{','.join(METHODS)}]", "trainer=ddp", "logger=wandb", "callbacks=ema", "schedule=sgd"],
+        [f"distill=[{','.join(OPTIONS)}]", "trainer=ddp", "logger=wandb", "callbacks=ema", "schedule=sgd"],
     ]
 
     def walk(node: Any, prefix: str) -> None:

@@ -24,14 +24,14 @@ from distill.cli.main import main
 from distill.data.shapes import CLASSES
 from distill.training.distiller import Distiller
 from helpers.grids import exhaustive, mostly_exhaustive
+from helpers.methods import METHODS
 from helpers.runs import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
 
 WIDE = "model.neck_channels=64"  # group norm
 OPTIONS = [option for option in compose.config_groups()["distill"] if option != "none"]
 ONE_STAGE = [option for option in OPTIONS if "retinanet" in option]
 DISTILL = [option for option in OPTIONS if option not in ONE_STAGE]
-DAILY = ["chen", "defeat_full", "dicod", "dsig", "fgfi", "global_knowledge", "mimic", "pad_mimic", "ssim", "tadf"]
-"""One option of each method."""
+DAILY = [method.option for method in METHODS.values()]
 MADE = {"dicod": "made_classifier"}
 """Options that need something made first -> the fixture that makes it and gives the overrides that name it."""
 WITHOUT_TEACHER = ["dicod"]
