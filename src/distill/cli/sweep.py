@@ -30,7 +30,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import compose, resume
+from distill.cli import compose, resume, target_policy
 from distill.cli.hydra_main import run_hydra
 from distill.cli.signals import Terminated, wait_for_process
 from distill.cli.teacher import RANK_VARIABLES
@@ -59,7 +59,9 @@ def run_job(cfg: DictConfig) -> float:
     compose.register_resolvers()
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir)
-    overrides = compose.applicable_overrides([str(line) for line in hydra.overrides.task])
+    words = [str(line) for line in hydra.overrides.task]
+    target_policy.set_trusted(words)  # which the process of a launcher does not know yet
+    overrides = compose.applicable_overrides(words)
     run = claim_folder(sweep, Path(hydra.runtime.output_dir), overrides)
     with FileLock(f"{run}.lock"):  # jobs that differ only in a key that applies to neither are the same job
         if not RunFolder(run).finished:
