@@ -20,8 +20,9 @@ import yaml
 from omegaconf import OmegaConf
 
 import distill
-from distill.cli import compose
+from distill.cli import compose, renamed_keys
 from distill.cli.main import main
+from distill.detectors import description
 from distill.types import DistillError, View
 from helpers.methods import METHODS
 
@@ -191,6 +192,19 @@ def test_citation_and_changelog_name_the_version() -> None:
     assert headings[0] == distill.__version__
 
 
+def test_changelog_names_every_renamed_key() -> None:
+    targets = {f"distill.{old}": f"distill.{new}" for old, new in renamed_keys.TARGETS.items()}
+    options = {f"model.{old}": f"model.{new}" for old, new in description.RENAMED_OPTIONS.items()}
+    values = {
+        f"model.{key}={old}": f"model.{key}={new}"
+        for key, renamed in description.RENAMED_VALUES.items()
+        for old, new in renamed.items()
+    }
+    named = {code for row in CHANGELOG.splitlines() if row.startswith("| `") for code in INLINE.findall(row)}
+    old_and_new = [*(targets | options), *(targets | options).values(), *values.values()]
+    assert [name for name in old_and_new if name not in named] == []
+
+
 def test_api_reference_has_every_public_name() -> None:
     listed = re.findall(r"^\.\. auto\w+:: distill\.(\w+)$", PAGES["docs/api.md"], re.MULTILINE)
     assert sorted(listed) == sorted(distill.__all__)
@@ -255,9 +269,11 @@ def test_quoted_messages_are_those_of_the_code() -> None:
 def test_the_python_of_the_readme_trains_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     classes = distill.Shapes(train=1, val=1, test=0).read("train")[0]
-    small = {"depth": 10, "min_size": 128, "max_size": 128}
-    distill.save_student(distill.FasterRCNN(classes, width=0.25, **small), tmp_path / "teacher")
     code = block("python", "load_detector")
+    build = re.search(r"^student = (.+)$", code, re.MULTILINE)
+    assert build is not None
+    teacher = eval(build[1], {"distill": distill, "data": SimpleNamespace(classes=classes)})
+    distill.save_student(teacher, tmp_path / "teacher")
     for shown, used in {
         "distill.Shapes()": "distill.Shapes(train=4, val=2, test=0)",
         "outputs/teachers/…": "teacher",
