@@ -221,6 +221,15 @@ def test_recipes_of_the_table_are_the_experiments() -> None:
     assert sorted([*listed, "bccd"]) == sorted(compose.config_groups()["experiment"])
 
 
+def test_helpers_of_the_guide_to_methods_exist() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", PAGES["docs/add-a-method.md"], re.MULTILINE)
+    helpers = {module: text for module, text in rows if (ROOT / f"src/distill/losses/{module}.py").is_file()}
+    assert len(helpers) > 3
+    for module, text in helpers.items():
+        names = INLINE.findall(text)
+        assert [name for name in names if not hasattr(importlib.import_module(f"distill.losses.{module}"), name)] == []
+
+
 def test_modules_of_the_architecture_exist() -> None:
     package = ROOT / "src" / "distill"
     rows = re.findall(r"^\| `([\w/]+/)` \| ([^|]+)", PAGES["docs/architecture.md"], re.MULTILINE)

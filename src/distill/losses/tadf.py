@@ -55,8 +55,6 @@ class TADF(DistillLoss):
 
     ::
 
-    ::
-
         neck.foreground = mean over levels of  sum M |A(S) - T|^2 / max(1, 2 sum M),  M the Gaussian mask
         head.classification = mean over positives and classes of  BCE(softmax S, softmax T)
         head.regression = mean over positives of  [IoU(teacher's box, y) > IoU(proposal, y)] smoothL1(S - T)
