@@ -680,7 +680,9 @@ def test_a_resume_with_another_classifier_is_refused(same: bool, tmp_path: Path)
         return
     torch.manual_seed(9)
     other = Eye()
-    with pytest.raises(DistillError, match=r"with the guest memory .* of the loss dicod, but this run has memory"):
+    with pytest.raises(
+        DistillError, match=r"made with the frozen model of the loss dicod memory .*, but this run has memory"
+    ):
         fit(module(other), tmp_path, ckpt_path=tmp_path / "last.ckpt")
 
 

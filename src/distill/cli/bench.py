@@ -11,10 +11,16 @@ from pathlib import Path
 from distill.cli import compose
 from distill.types import DistillError
 
+COLUMNS = (
+    "Columns of the table: teacher, adapters and recompute (student layers that the losses recompute) are relative to the "
+    "student's own step. Overhead (loss_overhead) is the part of the step beyond the student's step and these three: losses, "
+    "masks, and all operations without weights."
+)
+
 
 def main(argv: Sequence[str]) -> int:
     """``distill bench [--all] [--json FILE] [--repeats 10] [--clock cpu] [overrides]``."""
-    parser = argparse.ArgumentParser(prog="distill bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="distill bench", description=__doc__, epilog=COLUMNS)
     parser.add_argument("--all", action="store_true", help="every distill option that fits, not only the chosen one")
     parser.add_argument("--json", type=Path, help="also write the report to this file")
     parser.add_argument("--repeats", type=int, default=10, help="measured rounds")

@@ -1,4 +1,4 @@
-"""The verb classifier: an image classifier trained on the objects of a data set, the teacher of distill=dicod."""
+"""The verb classifier: trains an image classifier on the objects of a data set, as the teacher of distill=dicod."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ def main(argv: Sequence[str]) -> int:
     """``distill classifier FILE.pt [--arch resnet50] [--start IMAGENET1K_V1] [--epochs 12] [data=voc …]``."""
     parser = argparse.ArgumentParser(prog="distill classifier", description=__doc__)
     parser.add_argument(
-        "file", type=Path, metavar="FILE.pt", help="where the weights go; a JSON with the classes beside it"
+        "file",
+        type=Path,
+        metavar="FILE.pt",
+        help="file of the weights; a JSON file with the classes is written beside it",
     )
     parser.add_argument("--arch", default="resnet50", help="torchvision's name of a ResNet")
-    parser.add_argument("--start", help="weights to start from: a file, or torchvision's name; else from scratch")
+    parser.add_argument("--start", help="start weights: a file, or a name of torchvision's; without it from scratch")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--rate", type=float, default=0.02, help="highest learning rate")
     parser.add_argument("--size", type=int, default=112, help="side of a crop in pixels")
@@ -31,7 +34,9 @@ def main(argv: Sequence[str]) -> int:
     from distill.training.classifier import train
 
     data, device = instantiate.build_node(cfg.data), instantiate.trainer_device(cfg)
-    right = train(data, args.file, args.arch, args.start, args.epochs, args.rate, args.size, device, cfg.seed)
-    print(f"{args.file}: names {100 * right:.1f} % of the validation objects rightly; distill=dicod takes it with")
-    print(f"  distill.losses.dicod.classifier.arch={args.arch} distill.losses.dicod.classifier.weights={args.file}")
+    accuracy = train(data, args.file, args.arch, args.start, args.epochs, args.rate, args.size, device, cfg.seed)
+    print(f"{args.file}: {100 * accuracy:.1f} % of the validation objects are classified correctly; use it with")
+    print(
+        f"  distill=dicod distill.losses.dicod.classifier.arch={args.arch} distill.losses.dicod.classifier.weights={args.file}"
+    )
     return 0

@@ -80,8 +80,7 @@ def load_student(source: Path) -> Detector:
     import torch
 
     from distill.detectors.description import checkpoint_model
-    from distill.detectors.registry import described, load_detector
-    from distill.detectors.weights import fit, fit_sizes
+    from distill.detectors.registry import load_detector, restore_detector
     from distill.files import load_tensors
 
     if source.suffix != ".ckpt":
@@ -100,12 +99,7 @@ def load_student(source: Path) -> Detector:
         for name, value in weights.items()
         if str(name).startswith("student.net.") and isinstance(value, torch.Tensor)
     }
-    model = checkpoint_model(content, str(source))
-    with torch.device("meta"):
-        fit_sizes(described(model, str(source)).net, state, str(source))
-    student = described(model, str(source))
-    fit(student.net, state, str(source))
-    return student
+    return restore_detector(checkpoint_model(content, str(source)), state, str(source))
 
 
 def load_teacher_of(run: RunFolder, options: TeacherOptions | None) -> Detector:

@@ -1,4 +1,4 @@
-"""The verb predict: what a run's student finds in images, as pictures and in COCO's result format."""
+"""The verb predict: detections of a run's student in images, as pictures and in COCO's result format."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, help=f"a run folder, or its {STUDENT}")
     parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
     parser.add_argument("--out", type=Path, default=Path("outputs/predictions"))
-    parser.add_argument("--score", type=float, default=0.5, help="lowest score that is drawn; the JSON holds all")
+    parser.add_argument(
+        "--score", type=float, default=0.5, help="lowest score that is drawn; the JSON file holds all detections"
+    )
     args = parser.parse_args(list(argv))
-    files = images(args.images)
-    found = predict(args.run, files, args.out, args.score)
-    print(f"{found} detections in {len(files)} images: {args.out / 'detections.json'}, pictures beside it")
+    files = find_images(args.images)
+    count = predict(args.run, files, args.out, args.score)
+    print(f"{count} detections in {len(files)} images: {args.out / 'detections.json'}, pictures beside it")
     return 0
 
 
-def images(paths: Sequence[Path]) -> list[Path]:
-    """Image files, those of folders in order of name."""
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The image files of these paths; those of a folder sorted by name."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise DistillError(f"{path} does not exist: expected an image or a folder of images")
-        inside = (
-            sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        )
-        files += inside
+        if path.is_dir():
+            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        else:
+            files.append(path)
     if not files:
         raise DistillError(f"no image ({', '.join(SUFFIXES)}) below {', '.join(map(str, paths))}")
     return files
 
 
 def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
-    """Write pictures and ``detections.json``; the number of detections."""
+    """Write pictures and ``detections.json``. Returns the number of detections."""
     import torch
 
     from distill.data import rle
@@ -60,9 +62,9 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = load_detector(run).eval().to(device)
     options = detector.options
-    resize, labels = _noted(read_extra(run), run)
+    resize, category_ids = _export_options(read_extra(run), run)
     transform = Transform((options["min_size"],), options["max_size"], antialias=resize["antialias"])
-    results, listed = [], []
+    results, images = [], []
     for number, file in enumerate(track(files, "predict")):
         image = read_image(file)
         size = (image.shape[-2], image.shape[-1])
@@ -70,31 +72,31 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
             transform.resize(image), Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)), size, number
         )
         batch = collate([sample], resize["pad_to"]).to(device)
-        found = detector.view(batch, training=False, frozen=True).detections[0]
-        drawn = None if found.masks is None else found.masks.cpu()
-        found = Detections(found.boxes.cpu(), found.scores.cpu(), found.labels.cpu(), drawn)
-        listed.append({"id": number, "file_name": str(file), "height": size[0], "width": size[1]})
-        masks = [] if found.masks is None else [rle.plain(code, size) for code in rle.encode(found.masks)]
-        rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+        on_device = detector.view(batch, training=False, frozen=True).detections[0]
+        binary = None if on_device.masks is None else on_device.masks.cpu()
+        detections = Detections(on_device.boxes.cpu(), on_device.scores.cpu(), on_device.labels.cpu(), binary)
+        images.append({"id": number, "file_name": str(file), "height": size[0], "width": size[1]})
+        masks = [] if binary is None else [rle.plain(code, size) for code in rle.encode(binary)]
+        rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
         for index, (box, value, label) in enumerate(rows):
             x1, y1, x2, y2 = box
-            category = labels.get(label, label)
+            category = category_ids.get(label, label)
             row = {"image_id": number, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": value}
             results.append(row | {"segmentation": masks[index]} if masks else row)
-        picture = panel(image, {"student": found}, detector.classes, min_score=score)
+        picture = panel(image, {"student": detections}, detector.classes, min_score=score)
         save_panel(out / f"{number:06d}-{file.stem}.png", picture)
     write_text(out / "detections.json", json.dumps(results))
-    write_text(out / "images.json", json.dumps({"images": listed, "classes": list(detector.classes)}))
+    write_text(out / "images.json", json.dumps({"images": images, "classes": list(detector.classes)}))
     return len(results)
 
 
-def _noted(extra: Mapping[str, Any], run: Path) -> tuple[dict[str, Any], dict[int, int]]:
-    """How the run's data was resized, and label -> category id, as ``student.json`` notes them."""
+def _export_options(extra: Mapping[str, Any], run: Path) -> tuple[dict[str, Any], dict[int, int]]:
+    """Options of the resize, and category ids by label, from the description of the exported student."""
     try:
         resize = {"antialias": False, "pad_to": 32} | extra.get("resize", {})
         labels = {int(label): int(number) for label, number in extra.get("category_ids", {}).items()}
         if not (isinstance(resize["antialias"], bool) and isinstance(resize["pad_to"], int) and resize["pad_to"] > 0):
             raise ValueError("antialias is true or false, pad_to a number of pixels")
     except (AttributeError, TypeError, ValueError) as error:
-        raise DistillError(f"{run}: its {DESCRIPTION} holds no good 'resize' and 'category_ids' ({error})") from error
+        raise DistillError(f"{run}: expected 'resize' and 'category_ids' in its {DESCRIPTION}: {error}") from error
     return resize, labels

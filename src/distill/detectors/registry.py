@@ -25,10 +25,15 @@ def load_detector(path: str | Path) -> Detector:
     """The detector that a run's folder, or its `student.pt` or `student.json`, holds."""
     weights = weights_file(Path(path))
     model, state = read_description(weights.with_suffix(".json")).get("model"), read_state(weights)
+    return restore_detector(model, state, str(weights))
+
+
+def restore_detector(model: Any, state: dict[str, torch.Tensor], where: str) -> Detector:
+    """The detector that a description and its weights belong to; `where` names their file in messages."""
     with torch.device("meta"):  # takes no memory, whatever a file from outside asks for
-        fit_sizes(described(model, str(weights)).net, state, str(weights))
-    detector = described(model, str(weights))
-    fit(detector.net, state, str(weights))
+        fit_sizes(described(model, where).net, state, where)
+    detector = described(model, where)
+    fit(detector.net, state, where)
     return detector
 
 

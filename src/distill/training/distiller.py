@@ -52,18 +52,21 @@ class Distiller(L.LightningModule):
     """Trains a student with its own losses and the named distillation losses.
 
     The loss of a step is ``sum(weight * term)`` over the student's supervised terms plus
-    ``sum(weight * ramp(progress) * term)`` over the distillation terms. Each term is logged twice: ``term/...`` as the
-    method defines it, ``loss/...`` as it enters the sum; of several processes their mean.
+    ``sum(weight * ramp(progress) * term)`` over the distillation terms. Each term is logged twice: ``term/...`` unweighted,
+    ``loss/...`` weighted. With several processes the mean is logged.
 
     Args:
-        student: the detector that is trained, and the only one that is saved.
-        teacher: the guest; needed as soon as there is a loss that a detector teaches.
-        losses: distillation losses by name; empty is the baseline student.
-        schedule: optimiser, learning rate and length.
-        supervised: weights of the student's own loss terms by torchvision's names; 1 where not named.
-        metrics: builders of the evaluation metrics; their values are logged as ``val/<name>``.
-        seed: with the step and the rank, decides every random draw inside a step.
-        guard: what happens to steps that are not finite; None: the default one.
+        student: the detector that is trained and saved.
+        teacher: the frozen detector, required if a loss reads a teacher. It is not saved.
+        losses: distillation losses by name; empty for the baseline student.
+        schedule: optimizer, learning rate and length of the training.
+        supervised: weights of the student's own loss terms by torchvision's names; 1 for names that are missing.
+        metrics: constructors of the evaluation metrics. Their values are logged as ``val/<name>``.
+        seed: together with step and rank the seed of all random draws in a step.
+        guard: skips steps that are not finite; None: a guard with default options.
+
+    Raises:
+        DistillError: a loss needs a teacher, and there is none.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class Distiller(L.LightningModule):
         self._evaluation: Evaluation | None = None
         self.guard = guard or NonFiniteGuard()
         self.observers: list[Callable[[View, dict[str, Tensor], dict[str, float]], None]] = []
-        """Called in each step with the student's View, the unweighted terms, still attached, and their weights."""
+        """Functions that are called in each step with the student's View, the terms with their graph, and their weights."""
         needy = [name for name, loss in self.losses.items() if loss.needs_teacher]
         if needy and teacher is None:
             raise DistillError(f"losses {needy} need a teacher, but none was given; use distill=none")
@@ -151,18 +154,18 @@ class Distiller(L.LightningModule):
         )
 
     def step_seed(self, index: int) -> int:
-        """A number of its own for each step and rank, so that a step's draws depend on nothing that came before."""
+        """Seed of a step on this rank. It does not depend on earlier steps."""
         text = f"{self.seed}/{self.current_epoch}/{index}/{self.global_rank}"
         return 2 * int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
     @property
     def progress(self) -> float:
-        """How much of the training is done, from 0 to 1, counted in optimiser steps."""
+        """Finished part of the training, from 0 to 1, counted in optimizer steps."""
         return min(1.0, self.global_step / max(1, int(self.trainer.estimated_stepping_batches)))
 
     def _log(self, step: StepResult) -> None:
         terms, weights, loss = step.terms, step.weights, step.loss
-        size = 1  # the value is not used for step-wise logging, but Lightning would search the batch for it
+        size = 1  # not used for values of steps, but Lightning would search the batch for a size
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=size)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
@@ -175,13 +178,13 @@ class Distiller(L.LightningModule):
             self.log_dict(values | {"loss/total": total}, batch_size=size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Pass over a step that is not finite, before any weight changes."""
+        """Skip a step that is not finite, before any weight changes."""
         self.guard.skip_bad_step(self, optimizer)
 
     # -- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh metrics over the validation split, for the same detector on all ranks."""
+        """Create the metrics of the validation split. All ranks evaluate the same detector."""
         self._share_buffers()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self._evaluation = Evaluation(self.student, data.ground_truth("val"), data.classes, self.metrics, self.device)
@@ -192,50 +195,51 @@ class Distiller(L.LightningModule):
         self._evaluation.update(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/AP`` and the rest; equal on all ranks."""
+        """Log ``val/AP`` and the other results, which are equal on all ranks."""
         assert self._evaluation is not None
         values, self._evaluation = self._evaluation.compute(), None
         self.log_dict({f"val/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
 
     def _share_buffers(self) -> None:
-        """Give every rank the buffers of rank 0, whose checkpoint is kept: live batch norm lets them drift apart.
+        """Copy the buffers of rank 0, which writes the checkpoint, to all ranks: batch norm statistics differ between ranks.
 
-        DDP's own ``broadcast_buffers`` would do it in every forward pass, evaluation's too, where a rank that has fewer
-        batches than the others makes them wait for ever.
+        DDP's own ``broadcast_buffers`` does so in every forward pass. During evaluation a rank with fewer batches would then
+        block the others forever.
         """
         if distributed.world_size() > 1:
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)
 
-    # -- epoch hooks, optimiser, checkpoints
+    # -- epoch hooks, optimizer, checkpoints
 
     def on_train_epoch_start(self) -> None:
-        """Let losses that keep state over an epoch (prototypes and the like) rebuild it."""
+        """Let losses rebuild their state of an epoch, and check that no frozen model has changed."""
         self.start_epoch(self.current_epoch, self.trainer.datamodule)  # type: ignore[attr-defined]
-        self._check_guests()
+        self._check_frozen_models()
 
     def start_epoch(self, epoch: int, data: DetectionData) -> None:
-        """Let each loss build its state of an epoch, such as prototypes."""
+        """Let losses rebuild the state that they keep for an epoch, such as prototypes."""
         for loss in self.losses.values():
             loss.on_epoch_start(epoch, data, self.student, self.teacher)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell all losses, those inside others too, which epoch it is: they draw by it."""
-        for each in self.losses.modules():
-            if isinstance(each, DistillLoss):
-                each.epoch = epoch
+        """Set the epoch of all losses, nested ones too. It is part of the seed of their draws."""
+        for loss in self.losses.modules():
+            if isinstance(loss, DistillLoss):
+                loss.epoch = epoch
 
     def on_train_epoch_end(self) -> None:
-        """What is saved after this epoch is what every rank goes on with; the guests are as they came."""
+        """Continue on all ranks with the buffers that the checkpoint holds, and check the frozen models."""
         self._share_buffers()
-        self._check_guests()
+        self._check_frozen_models()
 
-    def _check_guests(self) -> None:
-        for guest in {id(each): each for each in (self.teacher, *frozen_models(self.losses)) if each}.values():
-            guest.check()
+    def _check_frozen_models(self) -> None:
+        models = [self.teacher, *frozen_models(self.losses)]
+        for model in {id(model): model for model in models if model}.values():
+            model.check()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimiser and learning rate of the schedule, over the student and its adapters."""
+        """Optimizer and learning rate of the schedule, for the student and the layers of the losses."""
         batch = self.trainer.datamodule.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
         optimizer, scheduler = self.schedule.build(
             self.student, self.losses, int(self.trainer.estimated_stepping_batches), batch
@@ -262,15 +266,15 @@ class Distiller(L.LightningModule):
         checkpoint["guard"] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with another student or teacher, or another guest of a loss."""
-        self.set_epoch(checkpoint.get("epoch", 0))  # inside an epoch its start is not called again
+        """Refuse to resume with another student, another teacher, or another frozen model of a loss."""
+        self.set_epoch(checkpoint.get("epoch", 0))  # Lightning does not repeat the hook of an epoch that has begun
         if "guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["guard"])
         if "student" not in checkpoint:
             return
-        held, here = checkpoint["student"], self.student.describe()
+        saved, here = checkpoint["student"], self.student.describe()
         other = [
-            f"{name}={here.get(name)!r} (there {value!r})" for name, value in held.items() if here.get(name) != value
+            f"{name}={here.get(name)!r} (there {value!r})" for name, value in saved.items() if here.get(name) != value
         ]
         if other:
             raise DistillError(
@@ -279,30 +283,23 @@ class Distiller(L.LightningModule):
             )
         for name, before in checkpoint.get("guests", {}).items():
             now = self.losses[name].identity() if name in self.losses else before
-            if _sha256(before) != _sha256(now):
-                raise DistillError(
-                    f"resume: the checkpoint was made with the guest {_name(before)} of the loss {name}, but this run has "
-                    f"{_name(now)}. Set distill.losses.{name} as it was in that run, or start a new run without ckpt_path"
-                )
-        if "teacher" not in checkpoint:  # whoever reads it said that it may be another
-            return
-        before, now = checkpoint["teacher"], self.teacher.identity() if self.teacher else None
-        if _sha256(before) != _sha256(now):
-            raise DistillError(
-                f"resume: the checkpoint was made with the teacher {_name(before)}, but this run has {_name(now)}. "
-                "Set teacher.weights and distill as they were in that run, or start a new run without ckpt_path"
-            )
+            _require_same(f"the frozen model of the loss {name}", before, now, f"distill.losses.{name}")
+        if "teacher" in checkpoint:  # resume=anyway leaves it out
+            now = self.teacher.identity() if self.teacher else None
+            _require_same("the teacher", checkpoint["teacher"], now, "teacher.weights and distill")
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The sum that is descended: weight times term, a scalar."""
+    """The sum of weight times term, a scalar."""
     device = next((value.device for value in terms.values()), None)
     return sum((weights[name] * terms[name] for name in terms), start=torch.zeros((), device=device))
 
 
-def _name(teacher: Mapping[str, Any] | None) -> str:
-    return f"{teacher['source']} (sha256 {teacher['sha256'][:12]})" if teacher else "none"
-
-
-def _sha256(guest: Mapping[str, Any] | None) -> str | None:
-    return guest["sha256"] if guest else None
+def _require_same(model: str, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, keys: str) -> None:
+    """Refuse a frozen model whose weights differ from those in the checkpoint's run."""
+    if (before or {}).get("sha256") != (now or {}).get("sha256"):
+        there, here = (f"{x['source']} (sha256 {x['sha256'][:12]})" if x else "none" for x in (before, now))
+        raise DistillError(
+            f"resume: the checkpoint was made with {model} {there}, but this run has {here}. Set {keys} as in that run, or "
+            "start a new run without ckpt_path"
+        )
