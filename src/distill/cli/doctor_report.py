@@ -6,7 +6,6 @@ import shlex
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -43,29 +42,20 @@ def examine(cfg: DictConfig) -> Report:
     report: Report = {"faults": [], "notes": []}
     try:
         plan = preflight.plan_run(cfg)
-        callbacks = build_trainer(plan).callbacks  # type: ignore[attr-defined]
-        trainer = _quiet_trainer(plan)
+        trainer = build_trainer(plan)  # not run: it tells device, precision, number of processes and limits
         data = _examine_data(plan, report)
         preflight.check_metrics(plan, data)
         student = build_student(plan, data)
         teacher = _examine_teacher(plan, data, trainer, report)
         _examine_classes(report, data, student.spec.classes, teacher)
         module = assemble(plan, data, student, teacher).to(trainer.strategy.root_device)
-        _examine_step(report, module, data, trainer, _term_limit(callbacks))
+        _examine_step(report, module, data, trainer)
         _estimate_run(plan, report, module, data, trainer)
     except DistillError as error:
         report["faults"].append(str(error))
     report["seconds"] = round(time.monotonic() - start, 1)
     report["verdict"] = "mend" if report["faults"] else "ready"
     return report
-
-
-def _quiet_trainer(plan: RunPlan) -> L.Trainer:
-    """The run's trainer without callbacks and loggers. It tells the device, the precision and the number of processes."""
-    options = replace(
-        plan.trainer, settings={**plan.trainer.settings, "enable_progress_bar": False}, callbacks={}, loggers={}
-    )
-    return build_trainer(replace(plan, trainer=options))
 
 
 def _examine_data(plan: RunPlan, report: Report) -> DetectionData:
@@ -166,26 +156,21 @@ def _examine_classes(report: Report, data: DetectionData, student: Sequence[str]
         )
 
 
-def _term_limit(callbacks: Sequence[L.Callback]) -> float:
-    """How many times the detection loss a term may be, by the run's own `TermCheck`."""
-    return min((callback.times for callback in callbacks if isinstance(callback, TermCheck)), default=float("inf"))
-
-
-def _examine_step(report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer, times: float) -> None:
-    """Maps, adapters and terms of the first step. A term above `times` the detection loss is noted."""
-    device, precision = trainer.strategy.root_device, str(trainer.precision)
+def _examine_step(report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer) -> None:
+    """Maps, adapters and terms of the first step. Notes the terms above the limit of the run's own `TermCheck`."""
+    device, precision, teacher = trainer.strategy.root_device, str(trainer.precision), module.teacher
     module.start_epoch(0, data)
     batch = next(iter(data.train_dataloader())).to(device)
     with autocast(precision, device):
         step = module.compute_step(batch, module.step_seed(0), 0.0)
         with torch.no_grad():
-            untrained = module.teacher is not None and module.teacher.source == UNTRAINED
-            report["shapes"] = doctor.shapes(
-                step.student, module.teacher.spec if untrained and module.teacher else step.teacher
-            )
+            planned = teacher.spec if teacher and teacher.source == UNTRAINED else None
+            report["shapes"] = doctor.shapes(step.student, planned or step.teacher)
     report["adapters"] = doctor.adapters(module.losses)
     report["terms"] = terms = doctor.measure_terms(step)
     report["batch"] = {"images": list(batch.ids), "shape": list(batch.images.shape)}
+    checks = [callback for callback in trainer.callbacks if isinstance(callback, TermCheck)]  # type: ignore[attr-defined]
+    times = min((check.times for check in checks), default=float("inf"))
     detection = sum(term["loss"] for name, term in terms.items() if name.startswith("student/"))
     for name, term in terms.items():
         if not abs(term["value"]) < float("inf"):
