@@ -206,7 +206,7 @@ def _print_results(summary: Mapping[str, Any], run: RunFolder) -> None:
         if f"{split}/AP" in values or f"{split}/mAP" in values
     ]
     print_table("validation and test, percent", ("", "split", *columns, "parameters"), rows, left=2)
-    for label, path in (("student", run.student), ("pictures", run.pictures), ("all numbers", run.summary)):
+    for label, path in (("student", run.student), ("pictures", run.pictures), ("summary", run.summary)):
         print_line(label, path)
 
 

@@ -39,5 +39,7 @@ def print_table(
 def print_line(label: str, text: object, style: str = "bold") -> None:
     """Print a line of text after its label. The terminal wraps long lines, so that paths can be copied."""
     Console().print(
-        f"[{style}]{escape(label)}[/]{' ' * max(2, 9 - len(label))}{escape(str(text))}", highlight=False, soft_wrap=True
+        f"[{style}]{escape(label)}[/]{' ' * max(2, 10 - len(label))}{escape(str(text))}",
+        highlight=False,
+        soft_wrap=True,
     )

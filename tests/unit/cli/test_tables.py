@@ -35,4 +35,4 @@ def test_a_narrow_terminal_cuts_no_cell_and_no_path(
 def test_texts_start_in_one_column(capsys: pytest.CaptureFixture[str]) -> None:
     for label in ("", "run", "student"):
         print_line(label, "text")
-    assert {line.index("text") for line in capsys.readouterr().out.splitlines()} == {9}
+    assert {line.index("text") for line in capsys.readouterr().out.splitlines()} == {10}
