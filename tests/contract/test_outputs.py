@@ -19,7 +19,7 @@ from distill.losses.mimic import Mimic
 from distill.losses.ssim import SSIM
 from distill.losses.tadf import TADF
 from distill.teacher import Teacher
-from distill.training.nonfinite import not_finite
+from distill.training.nonfinite import non_finite_levels
 from distill.types import ALTERNATIVES, MAPS, Batch, DetectorSpec, DistillError, MissingOutputError, Target, require
 from helpers.fake_view import spec as pyramid_spec
 
@@ -120,7 +120,7 @@ def test_a_detector_without_neck_anchors_and_regions_computes_and_teaches() -> N
     assert view.queries.shape == (1, 5, 8)  # type: ignore[attr-defined]
     view.queries.sum().backward()  # type: ignore[attr-defined]
     assert detector.net.backbone.body.stages[0].weight.grad is not None
-    assert not_finite("student", view) == []
+    assert non_finite_levels("student", view) == []
     taught = Teacher(detector).view(batch(), prefetch=("neck", "queries"))
     assert torch.allclose(taught.queries, view.queries, atol=1e-6)  # type: ignore[attr-defined]
     with pytest.raises(
@@ -133,7 +133,7 @@ def test_not_finite_maps_are_found_without_a_neck() -> None:
     detector = QueryDetector()
     with torch.no_grad():
         detector.net.backbone.body.stages[2].weight.fill_(float("nan"))
-    assert not_finite("student", detector.view(batch())) == [
+    assert non_finite_levels("student", detector.view(batch())) == [
         f"student's body at stride {s}, images [1]" for s in (16, 32)
     ]
 

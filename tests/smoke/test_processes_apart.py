@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from helpers.grids import mostly_exhaustive
 from helpers.image_folders import write_coco
 from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, started, wait_until
 
@@ -66,7 +67,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("name", mostly_exhaustive(DAMAGE, ["seen in the first step"]))
 def test_images_that_are_broken_on_one_machine_end_the_run_on_both(name: str, tmp_path: Path) -> None:
     """Their headers, and the annotations, are as on the other one."""
     folders = [tmp_path / machine for machine in ("first", "second")]
@@ -90,7 +91,7 @@ STRUCK: dict[str, tuple[list[str], Callable[[psutil.Process], None], float, floa
 """Name -> words, what happens to the second process, and the bounds of the seconds in which the first one ends."""
 
 
-@pytest.mark.parametrize("name", STRUCK)
+@pytest.mark.parametrize("name", mostly_exhaustive(STRUCK, ["killed"]))
 def test_a_process_that_is_gone_is_not_waited_for(name: str, tmp_path: Path) -> None:
     words, strike, least, most = STRUCK[name]
     lines = [*DRAWN, *words]
