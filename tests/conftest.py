@@ -45,6 +45,6 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from distill.cli.main import main
 
     run = tmp_path_factory.mktemp("teacher") / "run"
-    lines = ["train", "model=frcnn_r18_mini", "distill=none", *TINY, "model.width=0.5", f"hydra.run.dir={run}"]
+    lines = ["train", "model=frcnn_r18_mini", "distill=none", *TINY, "model.backbone.width=0.5", f"hydra.run.dir={run}"]
     assert main(lines) == 0
     return run

@@ -5,9 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from reprlib import repr as shown
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from distill.types import DistillError
+
+Options = TypeVar("Options", bound=Any)
 
 PLAIN: dict[str, type | tuple[type, ...]] = {
     "int": int,
@@ -54,3 +60,31 @@ def _is(value: Any, kind: str) -> bool:
     if each is None or each[1] not in PLAIN:
         return True
     return isinstance(value, (list, tuple)) and all(_is(one, each[1]) for one in value)
+
+
+def parse_options(name: str, given: Any, default: Options) -> Options:
+    """Nested options: the dataclass `default`, with the values of the mapping `given`.
+
+    Args:
+        name: of the option, for messages.
+        given: a mapping of some or all fields, or an instance.
+        default: a frozen dataclass.
+
+    Raises:
+        DistillError: an unknown key, or a value of another type than the field's.
+    """
+    if isinstance(given, type(default)):
+        return given
+    known = [field.name for field in fields(default)]
+    if not isinstance(given, Mapping):
+        raise DistillError(
+            f"{name}: expected options ({', '.join(known)}), got {given!r}; set one of them: {name}.{known[0]}=…"
+        )
+    for key in given:
+        if key not in known:
+            close = get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {name}.{close[0]}?" if close else ""
+            raise DistillError(f"{name}: unknown option '{key}', expected {', '.join(known)}{hint}")
+    if wrong := type_errors(type(default), given):
+        raise DistillError("; ".join(f"{name}.{line}" for line in wrong))
+    return replace(default, **given)

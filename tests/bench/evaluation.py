@@ -140,7 +140,7 @@ def collection(detections: int, batches: int = 8, side: int = 320) -> dict[str, 
         distill.Shapes(train=2, val=4 * batches, test=0, size=side), batch_size=4, workers=0, min_size=side, max_size=side
     )  # fmt: skip
     options = {"score_thresh": 0.0, "detections_per_img": detections}
-    detector = distill.FasterRCNN(data.classes, depth=18, min_size=side, max_size=side, **options).eval()
+    detector = distill.FasterRCNN(data.classes, backbone={"depth": 18}, min_size=side, max_size=side, **options).eval()
     evaluation = Evaluation(detector, data.ground_truth("val"), data.classes, [CocoMetric], torch.device("cpu"))
     detect, collect, counts = [], [], []
     for batch in data.loader("val"):

@@ -141,13 +141,13 @@ class Turns(L.Callback):
 def distiller(args: argparse.Namespace, classes: tuple[str, ...]) -> distill.Distiller:
     """Our student, taught where the other's is."""
     sizes = {"min_size": args.size, "max_size": args.size}
-    settings = {"norm": "frozen", "trainable_stages": args.stages, **sizes, **COUNTS[args.proposals]}
-    student = distill.FasterRCNN(classes, depth=18, **settings)
+    backbone, settings = {"norm": "frozen", "trainable_stages": args.stages}, {**sizes, **COUNTS[args.proposals]}
+    student = distill.FasterRCNN(classes, backbone={**backbone, "depth": 18}, **settings)
     calm(student.net)
     schedule = distill.Schedule(epochs=1, optimizer=partial(torch.optim.SGD, **RATE))
     if args.other == "torchvision":
         return distill.Distiller(student, schedule=schedule)
-    large = distill.FasterRCNN(classes, depth=101, **settings)
+    large = distill.FasterRCNN(classes, backbone={**backbone, "depth": 101}, **settings)
     calm(large.net)
     teacher = distill.Teacher(large, source="untrained", dtype=args.teacher_dtype)
     neck = {"all": 1.0, "levels": STRIDES, "normalization": "mse"}

@@ -22,6 +22,7 @@ from distill.cli import compose, instantiate
 from distill.cli.assembly import build_losses, build_trainer
 from distill.cli.main import main
 from distill.cli.preflight import plan_losses, plan_run
+from distill.detectors.options import to_plain
 from distill.types import DistillError
 from helpers.grids import mostly_exhaustive
 from helpers.methods import METHODS
@@ -89,6 +90,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: plain(each) for name, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize("option", ["faster_rcnn", "mask_rcnn", "retinanet", "fcos"])
+def test_the_base_option_of_a_family_has_the_constructor_s_defaults(option: str) -> None:
+    """At every depth: `backbone`, `anchors` and `pixels` too."""
+    node = compose.compose_config([f"model={option}"]).model
+    given = OmegaConf.to_container(node, resolve=True)
+    parameters = inspect.signature(get_class(node._target_)).parameters
+    defaults = {name: to_plain(each.default) for name, each in parameters.items() if name not in GIVEN}
+    assert given == {"_target_": node._target_, **defaults}
 
 
 def inherited(option: str) -> list[str]:
@@ -275,7 +286,7 @@ def test_supervised_names_the_losses_of_the_student_and_not_of_the_teacher(stude
 
 
 def test_a_detector_of_a_users_own_has_no_loss_names(conf: Path) -> None:
-    (conf / "model" / "mine.yaml").write_text("_target_: my_package.Detector\n")
+    (conf / "model" / "mine.yaml").write_text("_target_: torch.nn.Identity\n")
     assert compose.compose_config(["model=mine", "teacher=none", "distill=none"]).supervised == {}
 
 
@@ -320,7 +331,7 @@ def test_a_key_that_applies_to_no_job_is_refused(words: list[str], message: str)
 
 def test_every_student_has_a_default_teacher_and_can_be_one() -> None:
     known = compose.config_groups()
-    students = set(known["model"])
+    students = set(known["model"]) - {"base"}
     assert students == {name.removeprefix("of/") for name in known["teacher"] if name.startswith("of/")}
     assert students <= set(known["teacher"])
 
@@ -342,7 +353,7 @@ def test_a_model_without_a_line_in_the_table_has_no_default_teacher_and_can_be_o
     cfg = compose.compose_config(["model=mine", "data=mine", "distill=none"])
     assert cfg.teacher == {}
     assert list(cfg.metrics) == ["coco"]
-    assert compose.compose_config(["teacher=mine"]).teacher.model.depth == 18
+    assert compose.compose_config(["teacher=mine"]).teacher.model.backbone.depth == 18
     assert {"mine", "of/mine"} <= set(compose.config_groups()["teacher"])
     with pytest.raises(DistillError, match=r"cannot do without a teacher: .* a line in conf/teachers\.yaml"):
         plan_run(compose.compose_without_run(["model=mine", "distill=mimic"]))
@@ -355,7 +366,7 @@ def test_a_file_of_a_users_own_takes_precedence_over_a_line(conf: Path) -> None:
     (conf / "teacher" / "of").mkdir()
     (conf / "teacher" / "of" / "fcos_r50.yaml").write_text("defaults: [/teacher/fcos_r34@_here_]\nseed: 9\n")
     cfg = compose.compose_config(["model=fcos_r50"])
-    assert (cfg.teacher.model.depth, cfg.teacher.seed) == (34, 9)
+    assert (cfg.teacher.model.backbone.depth, cfg.teacher.seed) == (34, 9)
 
 
 @pytest.mark.parametrize(

@@ -482,13 +482,15 @@ def test_the_configuration_names_the_loss_terms_of_every_family() -> None:
 def plain_torchvision(model: dict[str, Any]) -> nn.Module:
     """The torchvision model that a `student.json` describes, by torchvision alone."""
     norms = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
-    body = getattr(resnet, f"resnet{model['depth']}")(norm_layer=partial(norms[model["norm"]], eps=model["norm_eps"]))
+    backbone, pixels = model["backbone"], model["pixels"]
+    norm = partial(norms[backbone["norm"]], eps=backbone["norm_eps"])
+    body = getattr(resnet, f"resnet{backbone['depth']}")(norm_layer=norm)
     shared = {
         "num_classes": len(model["classes"]) + 1,
         "min_size": model["min_size"],
         "max_size": model["max_size"],
-        "image_mean": model["mean"],
-        "image_std": model["std"],
+        "image_mean": pixels["mean"],
+        "image_std": pixels["std"],
     }
     if model["family"] != "faster_rcnn":
         from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -497,8 +499,8 @@ def plain_torchvision(model: dict[str, Any]) -> nn.Module:
         names = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
     if model["family"] == "fcos":
         return detection.FCOS(backbone, **shared, **{k: model[k] for k in (*names, "center_sampling_radius")})
-    ratios = (tuple(model["anchor_ratios"]),) * len(model["anchor_sizes"])
-    anchors = AnchorGenerator(tuple(map(tuple, model["anchor_sizes"])), ratios)
+    sizes = model["anchors"]["sizes"]
+    anchors = AnchorGenerator(tuple(map(tuple, sizes)), (tuple(model["anchors"]["ratios"]),) * len(sizes))
     if model["family"] == "retinanet":
         return detection.RetinaNet(backbone, anchor_generator=anchors, **shared, **{k: model[k] for k in names})
     passed = {name: value for name, value in model.items() if name.startswith("rpn_")}

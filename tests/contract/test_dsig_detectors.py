@@ -168,7 +168,7 @@ def test_dsig_adds_to_defeat(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> No
 
 
 def test_boxes_of_other_anchors_are_not_compared() -> None:
-    sizes = [[2 * side for side in level] for level in random_detector("retinanet").options["anchor_sizes"]]
+    sizes = [[2 * side for side in level] for level in random_detector("retinanet").options["anchors"]["sizes"]]
     student, teacher = pair("retinanet", anchor_sizes=sizes)
     loss, data = DSIG(student.spec, teacher.spec, **settings("dsig_retinanet")), padded_batch()
     with pytest.raises(DistillError, match="logits: expected equal anchors, but those at stride 8 differ"):

@@ -137,7 +137,9 @@ def changed(distill: str, words: list[str]) -> DictConfig:
 def spec(group: str) -> DetectorSpec:
     with torch.device("meta"):
         node = base("mimic").model if group == "model" else base("mimic").teacher.model
-        found: DetectorSpec = instantiate.build_node(node, classes=["a", "b"], weights=None, backbone_weights=None).spec
+        found: DetectorSpec = instantiate.build_node(
+            node, classes=["a", "b"], **instantiate.without_weights(instantiate.to_containers(node))
+        ).spec
     return found
 
 

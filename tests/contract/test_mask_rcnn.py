@@ -18,6 +18,7 @@ from distill.detectors.registry import load_detector
 from distill.detectors.retinanet import RetinaNet
 from distill.detectors.weights import save_student
 from distill.types import Batch, DistillError, Target
+from helpers.detectors import nested
 
 SIZES = ((96, 64), (70, 100), (128, 90))
 FEW = {
@@ -37,7 +38,7 @@ def enlarge(layer: Any, weight: float, bias: float) -> None:
 def build(kind: Any = MaskRCNN, seed: int = 0, **options: Any) -> Any:
     """A small detector whose fresh weights are large enough to tell boxes, classes and masks apart."""
     torch.manual_seed(seed)
-    settings = {"depth": 10, "width": 0.25, "neck_channels": 32, "norm": "frozen", **FEW, **options}
+    settings = nested({"depth": 10, "width": 0.25, "neck_channels": 32, "norm": "frozen", **FEW, **options})
     detector = kind(["cat", "dog", "owl"], **settings)
     for layer in detector.class_layers:
         enlarge(detector.net.get_submodule(layer), 0.05, 0.5)
@@ -166,7 +167,7 @@ def test_an_image_where_nothing_is_found_has_no_masks_but_their_size() -> None:
 def test_a_foreign_default_model_loads_the_state_dict_and_agrees() -> None:
     body = resnet.resnet18(weights=None, norm_layer=torch.nn.BatchNorm2d)
     theirs = detection.MaskRCNN(_resnet_fpn_extractor(body, 5), 4, rpn_post_nms_top_n_test=20)
-    ours = MaskRCNN(["a", "b", "c"], depth=18, rpn_post_nms_top_n_test=20, box_roi_align="torchvision")
+    ours = MaskRCNN(["a", "b", "c"], backbone={"depth": 18}, rpn_post_nms_top_n_test=20, box_roi_align="torchvision")
     assert {n: p.shape for n, p in theirs.state_dict().items()} == {
         n: p.shape for n, p in ours.net.state_dict().items()
     }
@@ -261,7 +262,7 @@ def test_losses_without_masks_are_refused_with_the_remedy() -> None:
 
 @pytest.mark.parametrize("kind", [FasterRCNN, RetinaNet])
 def test_other_families_say_that_they_have_no_masks(kind: Any) -> None:
-    detector = kind(["a"], depth=10, width=0.25, neck_channels=32)
+    detector = kind(["a"], backbone={"depth": 10, "width": 0.25}, neck_channels=32)
     with pytest.raises(DistillError, match=r"mask_logits.*model=mask_rcnn_r50"):
         detector.view(batch()).mask_logits([torch.zeros(0, 4)] * 3)
 

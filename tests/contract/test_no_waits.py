@@ -123,7 +123,7 @@ def test_no_loss_waits_but_where_it_is_said(name: str) -> None:
 def test_a_two_stage_step_waits_less_often_than_torchvisions() -> None:
     """Not for a random size, for a look at the boxes, or, in a first step, for the scales of pooling: strides say them."""
     torch.manual_seed(0)
-    student = FasterRCNN(["a", "b"], depth=18, min_size=192, max_size=256)
+    student = FasterRCNN(["a", "b"], backbone={"depth": 18}, min_size=192, max_size=256)
     boxes = torch.tensor([[10.0, 10.0, 100.0, 100.0], [50.0, 60.0, 150.0, 120.0]])
     images, size = torch.randint(0, 256, (2, 3, 192, 256), dtype=torch.uint8), (192, 256)
     batch = Batch(images, (size, size), (size, size), (Target(boxes, torch.tensor([1, 2])),) * 2, (0, 1))

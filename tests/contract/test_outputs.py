@@ -23,7 +23,7 @@ from distill.training.nonfinite import non_finite_levels
 from distill.types import ALTERNATIVES, MAPS, Batch, DetectorSpec, DistillError, MissingOutputError, Target, require
 from helpers.fake_view import spec as pyramid_spec
 
-SMALL = {"depth": 10, "width": 0.25, "norm": "batch_fixed_stats", "neck_channels": 64}
+SMALL = {"backbone": {"depth": 10, "width": 0.25, "norm": "batch_fixed_stats"}, "neck_channels": 64}
 
 
 class QueryView(LazyView):
@@ -78,7 +78,7 @@ class QueryDetector(Detector):
             std=(0.5, 0.5, 0.5),
             norm="frozen",
         )
-        super().__init__(QueryNetwork(), spec, {"channel_order": "rgb"}, ())
+        super().__init__(QueryNetwork(), spec, {"pixels": {"channel_order": "rgb"}}, ())
 
 
 def batch() -> Batch:

@@ -116,8 +116,9 @@ PREFIXES = {family.detector.__name__: family.options for family in FAMILIES.valu
 
 
 def name(model: DictConfig) -> str:
-    width = "" if model.get("width", 1) == 1 else f" x{model.width:g}"
-    body = f"r{model.depth}" if model.backbone == "resnet" else str(model.backbone)
+    backbone = model.backbone
+    width = "" if backbone.width == 1 else f" x{backbone.width:g}"
+    body = f"r{backbone.depth}" if backbone.name == "resnet" else str(backbone.name)
     return f"{PREFIXES[model._target_.rpartition('.')[2]]} {body}{width}"
 
 

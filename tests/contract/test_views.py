@@ -94,12 +94,14 @@ def test_a_foreign_default_model_loads_the_state_dict_and_agrees(family: str) ->
     body = resnet.resnet18(weights=None, norm_layer=torch.nn.BatchNorm2d)
     if family == "faster_rcnn":
         theirs = detection.FasterRCNN(_resnet_fpn_extractor(body, 5), 4, rpn_post_nms_top_n_test=50)
-        ours: Any = FasterRCNN(["a", "b", "c"], depth=18, rpn_post_nms_top_n_test=50, box_roi_align="torchvision")
+        ours: Any = FasterRCNN(
+            ["a", "b", "c"], backbone={"depth": 18}, rpn_post_nms_top_n_test=50, box_roi_align="torchvision"
+        )
     else:
         backbone = _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
         kind = detection.RetinaNet if family == "retinanet" else detection.FCOS
         theirs = kind(backbone, 4, score_thresh=0.005)
-        ours = FAMILIES[family].detector(["a", "b", "c"], depth=18, score_thresh=0.005)
+        ours = FAMILIES[family].detector(["a", "b", "c"], backbone={"depth": 18}, score_thresh=0.005)
     theirs.load_state_dict(ours.net.state_dict(), strict=True)
     theirs.transform.resize = lambda image, target: (image, target)
     data = padded_batch()

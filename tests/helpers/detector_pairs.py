@@ -8,6 +8,7 @@ from typing import Any
 from distill.cli import compose
 from distill.cli.assembly import assemble, build_student
 from distill.cli.bench_report import bench_teacher
+from distill.cli.instantiate import without_weights
 from distill.cli.preflight import plan_run
 from distill.diagnostics.bench.measure import set_norm_statistics
 from distill.types import DistillError
@@ -36,7 +37,7 @@ class Pair:
         self.data, self.schedule = plan.data, plan.schedule
         self.data.setup("fit")
         self.batch = next(iter(self.data.train_dataloader()))
-        self.student = build_student(plan, self.data, weights=None, backbone_weights=None)
+        self.student = build_student(plan, self.data, **without_weights(plan.config["model"]))
         teacher = bench_teacher(plan, self.data, self.batch)
         assert teacher is not None
         self.teacher = teacher

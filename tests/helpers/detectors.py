@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distill.detectors.base import Detector
+from distill.detectors.description import RENAMED_OPTIONS
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
@@ -60,18 +61,24 @@ SIZES = ((96, 64), (70, 100), (128, 90))
 FEW = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_train": 50}
 
 
+def nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for a constructor. Those of `backbone`, `anchors` and `pixels` may be given flat: width, anchor_sizes, mean."""
+    result: dict[str, Any] = {}
+    for name, value in options.items():
+        group, _, key = (name if isinstance(value, dict) else RENAMED_OPTIONS.get(name, name)).partition(".")
+        if key:
+            result[group] = {**result.get(group, {}), key: value}
+        else:
+            result[group] = {**result.get(group, {}), **value} if isinstance(value, dict) else value
+    return result
+
+
 def small_options(family: str, two_stage: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     """Options of a small detector: what its family needs, what its regions need, and then what the test wants."""
     row = FAMILIES[family]
     needed = {"neck_channels": row.neck_channels} if row.neck_channels else {}
-    return {
-        "depth": 10,
-        "width": 0.25,
-        "neck_channels": 16,
-        **needed,
-        **(two_stage if row.two_stage else {}),
-        **options,
-    }
+    small = {"depth": 10, "width": 0.25, "neck_channels": 16, **needed}
+    return nested({**small, **(two_stage if row.two_stage else {}), **options})
 
 
 def random_detector(family: str, seed: int = 0, **options: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 
 from distill.data.shapes import CLASSES
 from distill.detectors.faster_rcnn import FasterRCNN
+from helpers.detectors import nested
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -25,4 +26,4 @@ TINY: dict[str, Any] = {
 
 def detector(seed: int = 0, **options: Any) -> FasterRCNN:
     torch.manual_seed(seed)
-    return FasterRCNN(list(CLASSES), **{**TINY, **options})
+    return FasterRCNN(list(CLASSES), **nested({**TINY, **options}))

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 TINY_MODEL = [
-    "model.depth=10",
-    "model.width=0.25",
+    "model.backbone.depth=10",
+    "model.backbone.width=0.25",
     "model.neck_channels=16",
-    "model.norm=batch",
-    "model.trainable_stages=5",
-    "model.backbone_weights=null",
+    "model.backbone.norm=batch",
+    "model.backbone.trainable_stages=5",
+    "model.backbone.weights=null",
 ]
 TINY_HEADS = [
     "model.head_channels=16",

@@ -39,7 +39,9 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def tiny(experiment: str, root: Path) -> list[str]:
     other = any(f"_{backbone}" in experiment for backbone in ("mnv2", "eb0"))  # which have no depth, and one width
-    model = [line for line in TINY_MODEL if not (other and line.startswith(("model.depth", "model.width")))]
+    model = [
+        line for line in TINY_MODEL if not (other and line.startswith(("model.backbone.depth", "model.backbone.width")))
+    ]
     lines = [*model, *TINY_RUN, f"data.source.root={root}", "data.min_size=64", "data.max_size=96"]
     heads = [] if "retinanet" in experiment else TINY_HEADS
     return [f"experiment={experiment}", *lines, *heads, "data.batch_size=2", "data.workers=0"]
@@ -86,7 +88,8 @@ def test_recipe_without_losses_leaves_none_behind(experiment: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["teacher.model.norm=frozen"], ["teacher=retinanet_r18", "teacher.model.mean=[0.4,0.4,0.4]"]]
+    "more",
+    [[], ["teacher.model.backbone.norm=frozen"], ["teacher=retinanet_r18", "teacher.model.pixels.mean=[0.4,0.4,0.4]"]],
 )
 @pytest.mark.parametrize("experiment", mostly_exhaustive(EXPERIMENTS, DAILY))
 def test_the_teachers_own_run_has_the_model_that_is_printed(

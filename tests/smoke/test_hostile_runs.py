@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.detectors import nested
 from helpers.image_folders import drawn, write_voc
 from helpers.runs import TINY, Cli, summary
 
@@ -49,7 +50,7 @@ def test_the_poison_works(tmp_path: Path, mark: Path) -> None:
     [
         ["teacher.weights=x.pt", "distill=mimic"],
         ["model.weights=x.pt", "distill=none"],
-        ["model.backbone_weights=x.pt", "distill=none"],
+        ["model.backbone.weights=x.pt", "distill=none"],
         ["ckpt_path=x.pt", "distill=none"],
         ["distill=dicod", "distill.losses.dicod.classifier.weights=x.pt"],
     ],
@@ -129,6 +130,8 @@ def test_a_checkpoint_that_is_none_is_named(
         {"mean": "abc"},
         {"backbone": "timm/hf-hub:evil/model"},
         {"backbone": 3},
+        {"pixels": "abc"},
+        {"anchors": {"sides": [[8]]}},
         {"weights": "../../etc/passwd"},
         {"norm_eps": "small"},
         {"min_size": "x"},
@@ -141,7 +144,8 @@ def test_what_a_student_says_of_itself_is_checked(
     change: dict[str, Any], run: Path, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = json.loads((run / "student.json").read_text())
-    spec["model"] |= change
+    for name, value in nested(change).items():
+        spec["model"][name] = {**spec["model"][name], **value} if isinstance(value, dict) else value
     (run / "student.json").write_text(json.dumps(spec))
     drawn("val", 1)[1][0][1].save(tmp_path / "a.png")
     assert cli(["predict", "run", "a.png"]) == 1

@@ -58,7 +58,7 @@ def test_a_test_split_without_labels_is_said_first_and_does_not_lose_the_run(cli
             "proposals: the teacher is a retinanet, which has no rois. Set the weights of proposals to 0, or choose",
         ),
         (["distill.losses.defeat.neck.levels=[4,128]"], "expected strides that both models have"),
-        (["teacher.model.anchor_sizes=[[8]]"], "expected 5 lists"),
+        (["teacher.model.anchors.sizes=[[8]]"], "expected 5 lists"),
     ],
 )
 def test_a_pair_that_cannot_be_is_refused_before_its_teacher_is_trained(

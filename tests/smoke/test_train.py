@@ -195,7 +195,11 @@ def test_a_teacher_that_is_missing_is_refused_before_anything_is_trained(
 
 def test_a_teacher_is_trained_once_and_serves_a_sweep(cli: Cli, tmp_path: Path) -> None:
     """Weights of a loss swept, and the baseline beside: one teacher, a folder a job, one table."""
-    tiny_teacher = ["teacher.model.depth=10", "teacher.model.width=0.5", "teacher.model.neck_channels=16"]
+    tiny_teacher = [
+        "teacher.model.backbone.depth=10",
+        "teacher.model.backbone.width=0.5",
+        "teacher.model.neck_channels=16",
+    ]
     tiny_teacher += [f"teacher.{line}" for line in TINY_HEADS]
     sweep = ["distill.losses.defeat.neck.foreground=1,4", "distill.losses.defeat.neck.background=4,16"]
     run = ['teacher.run=["schedule.epochs=1","trainer.max_steps=2"]', "hydra.sweep.dir=sweep"]
@@ -368,7 +372,7 @@ def test_a_teacher_smaller_than_its_student_is_said(
     lines = ["train", f"teacher.weights={tiny_teacher}", *TINY, "pictures=0"]
     assert cli([*lines, "hydra.run.dir=fitting"]) == 0
     assert "fewer parameters" not in capsys.readouterr().out
-    assert cli([*lines, "model.width=1.0", "hydra.run.dir=run"]) == 0
+    assert cli([*lines, "model.backbone.width=1.0", "hydra.run.dir=run"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     student, teacher = (summary(Path("run"))["parameters"][who] for who in ("student", "teacher"))
     assert teacher < student

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from distill.cli.assembly import assemble, build_student
+from distill.cli.instantiate import without_weights
 from distill.cli.preflight import RunPlan
 from distill.cli.tables import print_line, print_table
 from distill.cli.teacher import UNTRAINED, as_teacher, find_teacher, untrained
@@ -40,7 +41,7 @@ def measure(plan: RunPlan, options: Mapping[str, Callable[[], RunPlan]], args: a
     clock = Clock(device, args.clock)
     data.setup("fit")
     batch = next(iter(data.train_dataloader())).to(device)
-    student = build_student(plan, data, weights=None, backbone_weights=None).to(device)
+    student = build_student(plan, data, **without_weights(plan.config["model"])).to(device)
     timing.set_norm_statistics(student, batch)
     student.train()
     precision = plan.trainer.settings["precision"]

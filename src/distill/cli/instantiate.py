@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,11 @@ def named_nodes(node: Any) -> dict[str, Any]:
 
 def _full_key(node: Any) -> str:
     return str(node._get_full_key(None)) if OmegaConf.is_config(node) else ""
+
+
+def without_weights(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with which a detector is built with random weights, whatever weights its options name."""
+    return {"weights": None, "backbone": {**model.get("backbone", {}), "weights": None}}
 
 
 def trainer_device(cfg: DictConfig) -> torch.device:

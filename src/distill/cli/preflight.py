@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import instantiate, resume, validate
 from distill.cli.suggestions import nearest
@@ -152,7 +152,7 @@ def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:
         optimization={name: options[name] for name in ("fold", "channels_last", "dtype")},
         cache=Path(cfg.paths.teachers).absolute(),
         student_overrides=list(HydraConfig.get().overrides.task),
-        student_backbone=cfg.model.get("backbone_weights"),
+        student_backbone=OmegaConf.select(cfg, "model.backbone.weights"),
         metrics=instantiate.to_containers(cfg.metrics),
     )
 

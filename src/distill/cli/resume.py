@@ -48,7 +48,7 @@ MAY_DIFFER = (
     # Compared by the checkpoint itself: images and boxes, the teacher's weights. Start weights no longer matter.
     *("data.source*", "data.on_*", "distill.losses.*.classifier.weights"),
     *(f"teacher.{key}" for key in ("weights", "train", "seed", "run*", "min_ap", "evaluate", "model*")),
-    *("init", "model.weights", "model.backbone_weights"),
+    *("init", "model.weights", "model.backbone.weights"),
 )
 """Keys that may differ when a run resumes: they do not change the training, or they are compared in another way."""
 IDENTITY_KEYS = ("made_by", "teacher", "guests", "DetectionData")

@@ -24,8 +24,8 @@ from filelock import BaseFileLock, FileLock
 from omegaconf import OmegaConf
 
 from distill.cli.compose import compose_config, parse_overrides, quote_value
-from distill.cli.instantiate import to_containers
-from distill.cli.resume import LOADING_KEYS
+from distill.cli.instantiate import to_containers, without_weights
+from distill.cli.resume import LOADING_KEYS, flatten
 from distill.cli.signals import Terminated, wait_for_process
 from distill.files import read_json
 from distill.run_folder import STUDENT, RunFolder
@@ -103,7 +103,7 @@ def planned_spec(options: TeacherOptions, classes: Sequence[str]) -> DetectorSpe
 
 def untrained(options: TeacherOptions, classes: Sequence[str]) -> Detector:
     """The detector that ``teacher.model`` describes, with random weights."""
-    return options.build(classes=list(classes), weights=None, backbone_weights=None)
+    return options.build(classes=list(classes), **without_weights(options.model))
 
 
 def find_teacher(options: TeacherOptions, data: DetectionData) -> Teacher:
@@ -120,10 +120,10 @@ def find_teacher(options: TeacherOptions, data: DetectionData) -> Teacher:
     from distill.detectors.registry import load_detector
 
     if options.weights is None:
-        if options.student_backbone and not options.model.get("backbone_weights"):
+        if options.student_backbone and not options.model.get("backbone", {}).get("weights"):
             warnings.warn(
                 f"the student's backbone starts from {options.student_backbone}, its teacher's from random weights: set "
-                "teacher.model.backbone_weights too, or start=imagenet for both",
+                "teacher.model.backbone.weights too, or start=imagenet for both",
                 stacklevel=2,
             )
         source = str(cached_run(*cache_entry(options), options.train))
@@ -161,7 +161,8 @@ def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[
     if options is None:
         raise DistillError(f"{source} does not describe its model: choose its teacher=…, not none")
     # torchvision's names know their classes, a plain file does not. Frozen norms compute what evaluation mode computes.
-    return options.build(classes=list(classes) if path.is_file() else None, weights=source, norm="frozen")
+    backbone = {**options.model.get("backbone", {}), "norm": "frozen"}
+    return options.build(classes=list(classes) if path.is_file() else None, weights=source, backbone=backbone)
 
 
 def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
@@ -213,7 +214,8 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
 
 def _model_overrides(wanted: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
     """Overrides that turn the model of these lines into the wanted one, whatever an experiment sets for its student."""
-    given = to_containers(compose_config([*lines, "hydra.run.dir=."]).model)
+    given = dict(flatten(to_containers(compose_config([*lines, "hydra.run.dir=."]).model)))
+    wanted = dict(flatten(wanted))
     removed = [f"~model.{key}" for key in given if key not in wanted]
     added = [f"+model.{key}={json.dumps(value)}" for key, value in wanted.items() if key not in given]
     changed = [f"model.{key}={json.dumps(wanted[key])}" for key in given if wanted.get(key, given[key]) != given[key]]

@@ -19,18 +19,18 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from distill.types import DistillError
 
 DEFAULTS: dict[str, Any] = {
-    "channel_order": "rgb",
-    "anchor_offset": 0.0,
-    "anchor_rounded": True,
-    "anchor_order": "ratio",
-    "anchor_step": "fitted",
+    "pixels.channel_order": "rgb",
+    "anchors.offset": 0.0,
+    "anchors.rounded": True,
+    "anchors.order": "ratio",
+    "anchors.step": "fitted",
     "delta_clamp": "upper",
     "proposal_min_size": 1e-3,
     "box_roi_aligned": False,
     "box_level_rule": "torchvision",
     "p7_relu": True,
 }
-"""The options that this file and `pooling` are about, at torchvision's values."""
+"""Options of this module and of `roi_align` by dotted path -> torchvision's values."""
 
 
 def choose(option: str, value: str, allowed: Sequence[str]) -> str:
@@ -98,14 +98,14 @@ def anchor_generator(
     """
     if len(sizes) != 5 or len({len(level) for level in sizes}) != 1 or not all(sizes) or not ratios:
         raise DistillError(
-            "anchor_sizes: expected 5 lists (a level each) of equally many sizes, and at least one of anchor_ratios,"
+            "anchors.sizes: expected 5 lists (a level each) of equally many sizes, and at least one of anchors.ratios,"
             f" got {sizes} and {ratios}"
         )
-    by_size = choose("anchor_order", order, ("ratio", "size")) == "size"
-    nominal = choose("anchor_step", step, ("fitted", "nominal")) == "nominal"
+    by_size = choose("anchors.order", order, ("ratio", "size")) == "size"
+    nominal = choose("anchors.step", step, ("fitted", "nominal")) == "nominal"
     if not 0 <= offset <= 1:
         raise DistillError(
-            f"anchor_offset: expected 0 (a cell's corner) to 1, in steps; 0.5 is its middle, got {offset!r}"
+            f"anchors.offset: expected 0 (a cell's corner) to 1, in steps; 0.5 is its middle, got {offset!r}"
         )
     levels = tuple(map(tuple, sizes)), (tuple(ratios),) * len(sizes)
     if rounded and not (by_size or nominal or offset):
@@ -160,6 +160,6 @@ class BGRTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
 
 def order_channels(net: Any, channel_order: str) -> None:
     """Let `net`, used without a View, turn RGB images into what its weights expect: ``rgb`` or ``bgr``."""
-    if choose("channel_order", channel_order, ("rgb", "bgr")) == "bgr":
+    if choose("pixels.channel_order", channel_order, ("rgb", "bgr")) == "bgr":
         own = net.transform
         net.transform = BGRTransform(own.min_size, own.max_size, own.image_mean, own.image_std)

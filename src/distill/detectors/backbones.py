@@ -74,9 +74,11 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth not in DEPTHS:
-            raise DistillError(f"depth: expected one of {', '.join(map(str, DEPTHS))}, got {depth!r}")
+            raise DistillError(f"backbone.depth: expected one of {', '.join(map(str, DEPTHS))}, got {depth!r}")
         if not 0 < width <= 8:
-            raise DistillError(f"width: expected a factor above 0 (1 the full ResNet, 0.25 a quarter), got {width!r}")
+            raise DistillError(
+                f"backbone.width: expected a factor above 0 (1 the full ResNet, 0.25 a quarter), got {width!r}"
+            )
         block, repeats = DEPTHS[depth]
         layer, planes = norm_layer(norm, norm_eps), [max(1, round(64 * 2**stage * width)) for stage in range(4)]
         self.conv1 = nn.Conv2d(3, planes[0], kernel_size=7, stride=2, padding=3, bias=False)
@@ -132,7 +134,7 @@ def _out_channels(part: Any) -> int:
 
 
 def build_backbone(
-    backbone: str = "resnet",
+    name: str = "resnet",
     depth: int | None = None,
     width: float = 1.0,
     norm: str = "batch",
@@ -142,34 +144,34 @@ def build_backbone(
     """The `Trunk` behind a backbone's name, with random weights.
 
     Args:
-        backbone: ``resnet``, one of torchvision's names in `ENDS`, or ``timm/NAME``.
+        name: ``resnet``, one of torchvision's names in `ENDS`, or ``timm/NAME``.
         depth: of the ResNet; None is 50 there, and all that another backbone takes.
         width: factor on the channels, of the ResNet or one in `WIDE`.
         norm: what becomes of every batch norm, see `distill.detectors.norms.NORMS`.
         norm_eps: its epsilon; None keeps the network's own (1e-5 of the ResNet).
         stride_in_1x1: see `ResNet`.
     """
-    if backbone == "resnet":
+    if name == "resnet":
         return ResNet(
             50 if depth is None else depth, width, norm, 1e-5 if norm_eps is None else norm_eps, stride_in_1x1
         )
     check_norm(norm)
     if depth is not None or stride_in_1x1:
         raise DistillError(
-            f"depth, stride_in_1x1: expected null and false, as only backbone=resnet has them, got {depth!r} and"
-            f" {stride_in_1x1!r} with {backbone!r}"
+            f"backbone.depth, backbone.stride_in_1x1: expected null and false, as only backbone.name=resnet has them, got {depth!r} and"
+            f" {stride_in_1x1!r} with {name!r}"
         )
-    if not 0 < width <= 8 or (width != 1 and backbone not in WIDE):
+    if not 0 < width <= 8 or (width != 1 and name not in WIDE):
         wide = ", ".join(("resnet", *WIDE))
-        raise DistillError(f"width: expected 1 for {backbone}, or a factor above 0 for {wide}, got {width!r}")
-    body = TimmBody(backbone.removeprefix(TIMM)) if backbone.startswith(TIMM) else _torchvisions(backbone, width)
+        raise DistillError(f"backbone.width: expected 1 for {name}, or a factor above 0 for {wide}, got {width!r}")
+    body = TimmBody(name.removeprefix(TIMM)) if name.startswith(TIMM) else _torchvisions(name, width)
     convert_norms(body, norm, norm_eps)
     return body
 
 
 def _torchvisions(backbone: str, width: float) -> Layers:
     if backbone not in ENDS:
-        raise DistillError(f"backbone: expected resnet, {TIMM}NAME, or one of {', '.join(ENDS)}, got {backbone!r}")
+        raise DistillError(f"backbone.name: expected resnet, {TIMM}NAME, or one of {', '.join(ENDS)}, got {backbone!r}")
     options = {"width_mult": width} if backbone in WIDE else {}
     network = models.get_model(backbone, weights=None, **options)
     return Layers(getattr(network, "features", network), ENDS[backbone])
@@ -201,7 +203,9 @@ def body_state(state: Mapping[str, Tensor], body: nn.Module) -> dict[str, Tensor
 def freeze(body: Any, trainable_stages: int) -> list[str]:
     """Stop the gradients of all but the last of C5, C4, C3, C2 and the stem; returns the names of the stopped parts."""
     if trainable_stages not in range(len(body.ends) + 1):
-        raise DistillError(f"trainable_stages: expected 0 (all frozen) to 5 (all trained), got {trainable_stages!r}")
+        raise DistillError(
+            f"backbone.trainable_stages: expected 0 (all frozen) to 5 (all trained), got {trainable_stages!r}"
+        )
     if trainable_stages == len(body.ends):
         return []
     leaves, end = _leaves(body), body.ends[-1 - trainable_stages]

@@ -65,7 +65,8 @@ class Detector(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Everything that a state dict does not hold, as plain JSON: the family and the constructor's arguments."""
-        return {"family": self.family, **self.options, "backbone_weights": None, "weights": None, "head": "keep"}
+        backbone = {**self.options["backbone"], "weights": None}
+        return {"family": self.family, **self.options, "backbone": backbone, "weights": None, "head": "keep"}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -90,15 +91,6 @@ class Detector(nn.Module):
             mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (self.spec.mean, self.spec.std))
             self._pixels[device] = mean, std
         return self._pixels[device]
-
-
-def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
-    """A constructor's arguments, from its `locals()`, in plain containers: what `describe` reports."""
-
-    def plain(value: Any) -> Any:
-        return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-    return {name: plain(value) for name, value in scope.items() if name not in ("self", "__class__")}
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:

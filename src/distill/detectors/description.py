@@ -5,7 +5,7 @@ A description is ``{"format": 2, "model": {"family": ..., option: value, ...}, "
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distill.types import DistillError
@@ -13,10 +13,18 @@ from distill.types import DistillError
 FORMAT = 2
 """The format that this version writes. Version 0.1.0 wrote format 1."""
 
-RENAMED_OPTIONS: dict[str, str] = {}
+RENAMED_OPTIONS = {
+    "backbone": "backbone.name",
+    **{
+        name: f"backbone.{name}" for name in ("depth", "width", "norm", "norm_eps", "stride_in_1x1", "trainable_stages")
+    },
+    "backbone_weights": "backbone.weights",
+    **{f"anchor_{name}": f"anchors.{name}" for name in ("sizes", "ratios", "offset", "rounded", "order", "step")},
+    **{name: f"pixels.{name}" for name in ("channel_order", "mean", "std")},
+}
 """Option of a detector in format 1 -> its dotted path today."""
 
-RENAMED_VALUES: dict[str, dict[str, str]] = {"norm": {"live": "batch", "fixed": "batch_fixed_stats"}}
+RENAMED_VALUES: dict[str, dict[str, str]] = {"backbone.norm": {"live": "batch", "fixed": "batch_fixed_stats"}}
 """Dotted path of an option -> old value -> value today."""
 
 
@@ -44,7 +52,7 @@ def to_current_format(description: Mapping[str, Any], where: str) -> dict[str, A
         return dict(description)
     converted: dict[str, Any] = {}
     for name, value in model.items():
-        path, new_value = renamed_option(name, value)
+        path, new_value = (name, value) if isinstance(value, Mapping) else renamed_option(name, value)
         *parents, leaf = path.split(".")
         node = converted
         for parent in parents:
@@ -57,3 +65,12 @@ def checkpoint_model(checkpoint: Mapping[str, Any], where: str) -> Any:
     """The student's description in a checkpoint of any format, in today's format; None where the checkpoint has none."""
     description = {"format": checkpoint.get("student_format", 1), "model": checkpoint.get("student")}
     return to_current_format(description, where)["model"]
+
+
+def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested options, by its dotted path."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

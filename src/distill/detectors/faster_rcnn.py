@@ -13,18 +13,14 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from distill.detectors.anchors import anchor_generator, clamp_deltas, order_channels
-from distill.detectors.backbones import build_backbone, freeze, resolved_options, with_fpn
-from distill.detectors.base import Detector, arguments
+from distill.detectors.anchors import anchor_generator, clamp_deltas
+from distill.detectors.backbones import with_fpn
+from distill.detectors.options import ANCHORS, BACKBONE, PIXELS, AnchorOptions, BackboneOptions, PixelOptions
+from distill.detectors.pyramid import PyramidDetector
 from distill.detectors.roi_align import region_pool
 from distill.detectors.view import PyramidView, geometry, network, temporarily
-from distill.detectors.weights import class_names, initialise
 from distill.precision import upcast
-from distill.types import AnchorTargets, Detections, DetectorSpec, Pyramid, Regions
-
-STRIDES = (4, 8, 16, 32, 64)
-PASSED_ON = ("rpn_", "box_fg", "box_bg", "box_batch", "box_positive", "min_size", "max_size")
-"""Beginnings of the arguments that torchvision's constructor takes under the same names."""
+from distill.types import AnchorTargets, Detections, Pyramid, Regions
 
 
 class TwoStageView(PyramidView):
@@ -172,7 +168,7 @@ class TwoStageView(PyramidView):
         return [Detections(*one) for one in zip(*found, strict=True)]
 
 
-class FasterRCNN(Detector):
+class FasterRCNN(PyramidDetector):
     """Faster R-CNN with a backbone and a feature pyramid of strides 4 to 64 (Ren et al. 2015, Lin et al. 2017).
 
     Arguments that torchvision has too carry its names and defaults; `score_thresh`, `nms_thresh` and
@@ -180,19 +176,9 @@ class FasterRCNN(Detector):
 
     Args:
         classes: names in label order, background left out; None takes those of `weights`.
-        backbone: ``resnet``; one of torchvision's resnext50_32x4d, resnext101_32x8d, resnext101_64x4d, mobilenet_v2,
-            mobilenet_v3_large, mobilenet_v3_small, efficientnet_b0 to b7; or ``timm/NAME`` (see `backbones.build_backbone`).
-        depth: of the ResNet: 10 (one basic block a stage), 18, 34, 50 (what None stands for), 101 or 152.
-        width: factor on the channels of every stage, of a ResNet or MobileNet; 0.25 is the quarter ResNet of DeFeat.
-        norm: of the backbone: ``frozen`` (statistics and affine), ``batch_fixed_stats`` (statistics only), ``batch``, or ``sync``
-            (over all processes; on a CPU like ``batch``).
-        norm_eps: its epsilon; weights that need another one bring it along. None: the backbone's own (1e-5 of a
-            ResNet).
-        stride_in_1x1: see `backbones.ResNet`.
-        trainable_stages: how many of C5, C4, C3, C2 and the stem are trained. The statistics of the others rest too.
-        anchor_sizes: sides in pixels, a list for each of the strides 4, 8, 16, 32, 64.
-        anchor_ratios: height / width.
-        anchor_offset, anchor_rounded, anchor_order, anchor_step: see `geometry.anchor_generator`.
+        backbone: the network below the neck, see `options.BackboneOptions`; here and below a mapping of some options will do.
+        neck_channels: channels of every level of the feature pyramid.
+        anchors: of strides 4, 8, 16, 32 and 64, see `options.AnchorOptions`.
         delta_clamp: whether deltas of width and height are clamped on the ``upper`` side only, or on ``both``.
         proposal_min_size: narrower or lower proposals are dropped; 0 keeps all that have an area.
         head_channels: width of the box head's two layers.
@@ -200,10 +186,8 @@ class FasterRCNN(Detector):
         box_roi_aligned: whether RoIAlign takes pixel centres to lie at half coordinates.
         box_level_rule: which level a region is pooled from at the bounds, see `pooling.LEVEL_RULES`.
         box_roi_align: ``fast``, on a CPU equal to torchvision's but for rounding, or ``torchvision``; see `pooling.region_pool`.
-        channel_order: what the weights expect, ``rgb`` or ``bgr``. Batches are RGB whatever it is.
-        mean, std: pixel statistics in [0, 1], in that order.
+        pixels: channel order and statistics that the weights expect, see `options.PixelOptions`.
         min_size, max_size: written into `net.transform` for those who use it without us; a View never resizes.
-        backbone_weights: ImageNet weights by torchvision's name (IMAGENET1K_V1, ...) or a file; unused with `weights`.
         weights: of the whole detector: torchvision's name (COCO_V1), a file, or the folder of a run.
         head: where classes differ, ``keep`` takes the rows of the same name over, ``new`` starts afresh.
     """
@@ -215,24 +199,15 @@ class FasterRCNN(Detector):
         "roi_heads.box_predictor.bbox_pred": 4,
     }
     view_class = TwoStageView
+    strides = (4, 8, 16, 32, 64)
+    passed_on = ("rpn_", "box_fg", "box_bg", "box_batch", "box_positive", "min_size", "max_size")
 
     def __init__(
         self,
         classes: Sequence[str] | None = None,
-        backbone: str = "resnet",
-        depth: int | None = None,
-        width: float = 1.0,
-        norm: str = "batch",
-        norm_eps: float | None = None,
-        stride_in_1x1: bool = False,
-        trainable_stages: int = 5,
+        backbone: BackboneOptions | Mapping[str, Any] = BACKBONE,
         neck_channels: int = 256,
-        anchor_sizes: Sequence[Sequence[float]] = ((32,), (64,), (128,), (256,), (512,)),
-        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-        anchor_offset: float = 0.0,
-        anchor_rounded: bool = True,
-        anchor_order: str = "ratio",
-        anchor_step: str = "fitted",
+        anchors: AnchorOptions | Mapping[str, Any] = ANCHORS,
         delta_clamp: str = "upper",
         rpn_pre_nms_top_n_train: int = 2000,
         rpn_pre_nms_top_n_test: int = 1000,
@@ -256,54 +231,34 @@ class FasterRCNN(Detector):
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_img: int = 100,
-        channel_order: str = "rgb",
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        pixels: PixelOptions | Mapping[str, Any] = PIXELS,
         min_size: int = 800,
         max_size: int = 1333,
-        backbone_weights: str | None = None,
         weights: str | None = None,
         head: str = "keep",
     ) -> None:
-        options = arguments(locals())
-        names = class_names(classes, weights, self.enum)
-        body = build_backbone(backbone, depth, width, norm, norm_eps, stride_in_1x1)
-        options |= resolved_options(body)
-        generator = anchor_generator(
-            anchor_sizes, anchor_ratios, STRIDES, anchor_offset, anchor_rounded, anchor_order, anchor_step
-        )
+        super().__init__(locals())
+
+    def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
+        """torchvision's network."""
+        channels, head_channels = options["neck_channels"], options["head_channels"]
+        pool = {name: options[f"box_{name}"] for name in ("sampling_ratio", "roi_aligned", "level_rule", "roi_align")}
         net = faster_rcnn.FasterRCNN(
-            with_fpn(body, 1, neck_channels, LastLevelMaxPool()),
-            rpn_anchor_generator=generator,
-            box_roi_pool=region_pool(
-                STRIDES[:4], 7, box_sampling_ratio, box_roi_aligned, box_level_rule, box_roi_align
-            ),
-            box_head=faster_rcnn.TwoMLPHead(neck_channels * 7 * 7, head_channels),
-            box_predictor=faster_rcnn.FastRCNNPredictor(head_channels, len(names) + 1),
-            box_score_thresh=score_thresh,
-            box_nms_thresh=nms_thresh,
-            box_detections_per_img=detections_per_img,
-            image_mean=list(mean),
-            image_std=list(std),
-            **{name: value for name, value in options.items() if name.startswith(PASSED_ON)},
+            with_fpn(body, 1, channels, LastLevelMaxPool()),
+            rpn_anchor_generator=anchor_generator(strides=self.strides, **options["anchors"]),
+            box_roi_pool=region_pool(self.strides[:4], 7, *pool.values()),
+            box_head=faster_rcnn.TwoMLPHead(channels * 7 * 7, head_channels),
+            box_predictor=faster_rcnn.FastRCNNPredictor(head_channels, classes + 1),
+            box_score_thresh=options["score_thresh"],
+            box_nms_thresh=options["nms_thresh"],
+            box_detections_per_img=options["detections_per_img"],
+            **shared,
         )
-        net.rpn.min_size = max(proposal_min_size, torch.finfo(torch.float32).tiny)  # torchvision keeps what equals it
-        clamp_deltas((net.rpn, net.roi_heads), delta_clamp)
-        self.extend(net.roi_heads, neck_channels, len(names))
-        spec = DetectorSpec(
-            family=self.family,
-            outputs=self.view_class.outputs,
-            classes=names,
-            body=dict(zip(STRIDES[:4], body.channels, strict=True)),
-            neck=dict.fromkeys(STRIDES, neck_channels),
-            anchors=dict(zip(STRIDES, generator.num_anchors_per_location(), strict=True)),
-            mean=tuple(mean),
-            std=tuple(std),
-            norm=norm,
-        )
-        order_channels(net, channel_order)
-        super().__init__(net, spec, options, freeze(net.backbone.body, trainable_stages))
-        initialise(self, backbone_weights, weights, head)
+        # torchvision keeps proposals whose side equals the minimum.
+        net.rpn.min_size = max(options["proposal_min_size"], torch.finfo(torch.float32).tiny)
+        clamp_deltas((net.rpn, net.roi_heads), options["delta_clamp"])
+        self.extend(net.roi_heads, channels, classes)
+        return net
 
     @staticmethod
     def extend(heads: Any, channels: int, classes: int) -> None:

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos
 
-from distill.detectors.anchors import anchor_generator, order_channels, p6_p7
-from distill.detectors.backbones import build_backbone, freeze, resolved_options, with_fpn
-from distill.detectors.base import Detector, arguments
-from distill.detectors.retinanet import STRIDES, OneStageView, flatten
+from distill.detectors.anchors import anchor_generator, p6_p7
+from distill.detectors.backbones import with_fpn
+from distill.detectors.options import BACKBONE, PIXELS, BackboneOptions, PixelOptions
+from distill.detectors.pyramid import PyramidDetector
+from distill.detectors.retinanet import OneStageView, flatten
 from distill.detectors.roi_align import region_pool
 from distill.detectors.view import geometry, network
-from distill.detectors.weights import class_names, initialise
 from distill.precision import upcast
-from distill.types import DetectorSpec, DistillError, Pyramid
-
-PASSED_ON = (
-    "center_sampling_radius",
-    "topk_candidates",
-    "score_thresh",
-    "nms_thresh",
-    "detections_per_img",
-    "min_size",
-    "max_size",
-)
-"""The arguments that torchvision's constructor takes under the same names."""
+from distill.types import DistillError, Pyramid
 
 
 class AnchorFreeView(OneStageView):
@@ -91,7 +80,7 @@ class AnchorFreeView(OneStageView):
         return dict(self.net.compute_loss(self.targets, outputs, self._image_anchors, counts))
 
 
-class FCOS(Detector):
+class FCOS(PyramidDetector):
     """FCOS with a backbone and a feature pyramid of strides 8 to 128 (Tian et al. 2019), as torchvision has it.
 
     It differs from the paper: a cell's point is its corner and not its middle, distances pass a ReLU and not an
@@ -111,17 +100,21 @@ class FCOS(Detector):
     coco_eps = 1e-5
     class_layers: ClassVar[Mapping[str, int]] = {"head.classification_head.cls_logits": 1}
     view_class = AnchorFreeView
+    strides = (8, 16, 32, 64, 128)
+    passed_on = (
+        "center_sampling_radius",
+        "topk_candidates",
+        "score_thresh",
+        "nms_thresh",
+        "detections_per_img",
+        "min_size",
+        "max_size",
+    )
 
     def __init__(
         self,
         classes: Sequence[str] | None = None,
-        backbone: str = "resnet",
-        depth: int | None = None,
-        width: float = 1.0,
-        norm: str = "batch",
-        norm_eps: float | None = None,
-        stride_in_1x1: bool = False,
-        trainable_stages: int = 5,
+        backbone: BackboneOptions | Mapping[str, Any] = BACKBONE,
         neck_channels: int = 256,
         p6_from: str = "p5",
         p7_relu: bool = True,
@@ -130,44 +123,26 @@ class FCOS(Detector):
         score_thresh: float = 0.2,
         nms_thresh: float = 0.6,
         detections_per_img: int = 100,
-        channel_order: str = "rgb",
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        pixels: PixelOptions | Mapping[str, Any] = PIXELS,
         min_size: int = 800,
         max_size: int = 1333,
-        backbone_weights: str | None = None,
         weights: str | None = None,
         head: str = "keep",
     ) -> None:
-        options = arguments(locals())
         if neck_channels % 32 or neck_channels < 64:  # one channel a group has no statistics on a map of one cell
             raise DistillError(f"neck_channels: FCOS's group norm expects 64, 96, 128 or so on, got {neck_channels}")
         if not center_sampling_radius > 0:
             raise DistillError(f"center_sampling_radius: expected strides, above 0, got {center_sampling_radius}")
-        names = class_names(classes, weights, self.enum)
-        body = build_backbone(backbone, depth, width, norm, norm_eps, stride_in_1x1)
-        options |= resolved_options(body)
-        net = fcos.FCOS(
-            with_fpn(body, 2, neck_channels, p6_p7(body.channels[-1], neck_channels, p6_from, p7_relu)),
-            len(names) + 1,
-            anchor_generator=anchor_generator([(stride,) for stride in STRIDES], (1.0,), STRIDES),
-            image_mean=list(mean),
-            image_std=list(std),
-            **{name: options[name] for name in PASSED_ON},
-        )
-        spec = DetectorSpec(
-            family=self.family,
-            outputs=self.view_class.outputs,
-            classes=names,
-            body=dict(zip((4, 8, 16, 32), body.channels, strict=True)),
-            neck=dict.fromkeys(STRIDES, neck_channels),
-            anchors=dict.fromkeys(STRIDES, 1),
-            mean=tuple(mean),
-            std=tuple(std),
-            norm=norm,
-        )
-        order_channels(net, channel_order)
-        super().__init__(net, spec, options, freeze(net.backbone.body, trainable_stages))
-        self.pool = region_pool(STRIDES, 7, 2)
+        super().__init__(locals())
+        self.pool = region_pool(self.strides, 7, 2)
         """RoIAlign over P3..P7, for losses that look at regions; FCOS itself has none."""
-        initialise(self, backbone_weights, weights, head)
+
+    def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
+        """torchvision's network."""
+        channels = options["neck_channels"]
+        return fcos.FCOS(
+            with_fpn(body, 2, channels, p6_p7(body.channels[-1], channels, options["p6_from"], options["p7_relu"])),
+            classes + 1,
+            anchor_generator=anchor_generator([(stride,) for stride in self.strides], (1.0,), self.strides),
+            **shared,
+        )

@@ -87,7 +87,7 @@ def norm_layer(norm: str, eps: float) -> Callable[..., nn.Module]:
 def check_norm(norm: str) -> str:
     """The name of a norm, if it is one."""
     if norm not in NORMS:
-        raise DistillError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+        raise DistillError(f"backbone.norm: expected one of {', '.join(NORMS)}, got {norm!r}")
     return norm
 
 
@@ -99,7 +99,9 @@ def convert_norms(body: nn.Module, norm: str, eps: float | None) -> None:
     """
     found = {name: layer for name, layer in body.named_modules() if isinstance(layer, nn.BatchNorm2d)}
     if not found and (norm != "batch" or eps is not None):
-        raise DistillError(f"norm: this backbone has no batch norm to make {norm}; set norm=batch and norm_eps=null")
+        raise DistillError(
+            f"backbone.norm: this backbone has no batch norm to make {norm}; set backbone.norm=batch and backbone.norm_eps=null"
+        )
     for name, layer in found.items():
         body.set_submodule(name, _converted(layer, check_norm(norm), layer.eps if eps is None else eps))
 

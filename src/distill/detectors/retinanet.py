@@ -13,18 +13,17 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights, retinan
 from torchvision.models.detection.rpn import permute_and_flatten
 from torchvision.ops import box_iou
 
-from distill.detectors.anchors import anchor_generator, choose, clamp_deltas, order_channels, p6_p7
-from distill.detectors.backbones import build_backbone, freeze, resolved_options, with_fpn
-from distill.detectors.base import Detector, arguments
+from distill.detectors.anchors import anchor_generator, choose, clamp_deltas, p6_p7
+from distill.detectors.backbones import with_fpn
+from distill.detectors.options import BACKBONE, PIXELS, AnchorOptions, BackboneOptions, PixelOptions
+from distill.detectors.pyramid import PyramidDetector
 from distill.detectors.roi_align import region_pool
 from distill.detectors.view import PyramidView, geometry, network, temporarily
-from distill.detectors.weights import class_names, initialise
 from distill.precision import upcast
-from distill.types import AnchorTargets, Detections, DetectorSpec, DistillError, Pyramid
+from distill.types import AnchorTargets, Detections, DistillError, Pyramid
 
-STRIDES = (8, 16, 32, 64, 128)
-PASSED_ON = ("fg_iou", "bg_iou", "topk", "score_thresh", "nms_thresh", "detections_per_img", "min_size", "max_size")
-"""Beginnings of the arguments that torchvision's constructor takes under the same names."""
+ANCHORS = AnchorOptions(sizes=((32, 40, 50), (64, 80, 101), (128, 161, 203), (256, 322, 406), (512, 645, 812)))
+"""torchvision's, three for each of the strides 8, 16, 32, 64 and 128."""
 
 
 class OneStageView(PyramidView):
@@ -143,7 +142,7 @@ def _without_background(found: Detections) -> Detections:
     return Detections(found.boxes[keep], found.scores[keep], found.labels[keep])
 
 
-class RetinaNet(Detector):
+class RetinaNet(PyramidDetector):
     """RetinaNet with a backbone and a feature pyramid of strides 8 to 128 (Lin et al. 2017).
 
     The defaults are torchvision's first version; ``p6_from="c5", head_norm="group", box_loss="giou"`` is its second.
@@ -151,7 +150,7 @@ class RetinaNet(Detector):
 
     Args:
         classes: names in label order, background left out; None takes those of `weights`.
-        anchor_sizes: sides in pixels, a list for each of the strides 8, 16, 32, 64, 128.
+        anchors: of strides 8, 16, 32, 64 and 128, see `options.AnchorOptions`.
         p6_from: the map that stride 64 is convolved from: ``p5`` or ``c5`` (the paper's, Detectron2's).
         p7_relu: whether stride 128 is convolved from the ReLU of stride 64, or from itself (MMDetection).
         head_norm: normalisation in the heads: ``none`` or ``group`` (32 groups).
@@ -162,32 +161,18 @@ class RetinaNet(Detector):
     enum = RetinaNet_ResNet50_FPN_Weights
     class_layers: ClassVar[Mapping[str, int]] = {"head.classification_head.cls_logits": 1}
     view_class = OneStageView
+    strides = (8, 16, 32, 64, 128)
+    passed_on = ("fg_iou", "bg_iou", "topk", "score_thresh", "nms_thresh", "detections_per_img", "min_size", "max_size")
+    anchor_defaults = ANCHORS
 
     def __init__(
         self,
         classes: Sequence[str] | None = None,
-        backbone: str = "resnet",
-        depth: int | None = None,
-        width: float = 1.0,
-        norm: str = "batch",
-        norm_eps: float | None = None,
-        stride_in_1x1: bool = False,
-        trainable_stages: int = 5,
+        backbone: BackboneOptions | Mapping[str, Any] = BACKBONE,
         neck_channels: int = 256,
         p6_from: str = "p5",
         p7_relu: bool = True,
-        anchor_sizes: Sequence[Sequence[float]] = (
-            (32, 40, 50),
-            (64, 80, 101),
-            (128, 161, 203),
-            (256, 322, 406),
-            (512, 645, 812),
-        ),
-        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-        anchor_offset: float = 0.0,
-        anchor_rounded: bool = True,
-        anchor_order: str = "ratio",
-        anchor_step: str = "fitted",
+        anchors: AnchorOptions | Mapping[str, Any] = ANCHORS,
         delta_clamp: str = "upper",
         fg_iou_thresh: float = 0.5,
         bg_iou_thresh: float = 0.4,
@@ -197,49 +182,30 @@ class RetinaNet(Detector):
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_img: int = 300,
-        channel_order: str = "rgb",
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        pixels: PixelOptions | Mapping[str, Any] = PIXELS,
         min_size: int = 800,
         max_size: int = 1333,
-        backbone_weights: str | None = None,
         weights: str | None = None,
         head: str = "keep",
     ) -> None:
-        options = arguments(locals())
-        names = class_names(classes, weights, self.enum)
-        body = build_backbone(backbone, depth, width, norm, norm_eps, stride_in_1x1)
-        options |= resolved_options(body)
-        generator = anchor_generator(
-            anchor_sizes, anchor_ratios, STRIDES, anchor_offset, anchor_rounded, anchor_order, anchor_step
-        )
-        anchors = dict(zip(STRIDES, generator.num_anchors_per_location(), strict=True))
-        net = retinanet.RetinaNet(
-            with_fpn(body, 2, neck_channels, p6_p7(body.channels[-1], neck_channels, p6_from, p7_relu)),
-            len(names) + 1,
-            anchor_generator=generator,
-            head=_head(neck_channels, anchors[STRIDES[0]], len(names) + 1, head_norm, box_loss),
-            image_mean=list(mean),
-            image_std=list(std),
-            **{name: value for name, value in options.items() if name.startswith(PASSED_ON)},
-        )
-        clamp_deltas((net, net.head.regression_head), delta_clamp)
-        spec = DetectorSpec(
-            family=self.family,
-            outputs=self.view_class.outputs,
-            classes=names,
-            body=dict(zip((4, 8, 16, 32), body.channels, strict=True)),
-            neck=dict.fromkeys(STRIDES, neck_channels),
-            anchors=anchors,
-            mean=tuple(mean),
-            std=tuple(std),
-            norm=norm,
-        )
-        order_channels(net, channel_order)
-        super().__init__(net, spec, options, freeze(net.backbone.body, trainable_stages))
-        self.pool = region_pool(STRIDES, 7, 2)
+        super().__init__(locals())
+        self.pool = region_pool(self.strides, 7, 2)
         """RoIAlign over P3..P7, for losses that look at regions; RetinaNet itself has none."""
-        initialise(self, backbone_weights, weights, head)
+
+    def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
+        """torchvision's network."""
+        channels = options["neck_channels"]
+        generator = anchor_generator(strides=self.strides, **options["anchors"])
+        per_cell = generator.num_anchors_per_location()[0]
+        net = retinanet.RetinaNet(
+            with_fpn(body, 2, channels, p6_p7(body.channels[-1], channels, options["p6_from"], options["p7_relu"])),
+            classes + 1,
+            anchor_generator=generator,
+            head=_head(channels, per_cell, classes + 1, options["head_norm"], options["box_loss"]),
+            **shared,
+        )
+        clamp_deltas((net, net.head.regression_head), options["delta_clamp"])
+        return net
 
 
 def _head(channels: int, anchors: int, outputs: int, norm: str, box_loss: str) -> Any:

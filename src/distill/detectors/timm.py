@@ -26,7 +26,9 @@ class TimmBody(nn.Module):
         info = self.net.feature_info
         at = {stride: index for index, stride in enumerate(info.reduction())}  # the last map at each stride
         if not at.keys() >= {4, 8, 16, 32}:
-            raise DistillError(f"backbone: expected maps of strides 4, 8, 16, 32; {TIMM}{name} has {info.reduction()}")
+            raise DistillError(
+                f"backbone.name: expected maps of strides 4, 8, 16, 32; {TIMM}{name} has {info.reduction()}"
+            )
         self.chosen = [at[stride] for stride in (4, 8, 16, 32)]
         self.channels = tuple(info.channels()[index] for index in self.chosen)
         stages = [_below(self.net, info.module_name()[index]) for index in self.chosen]
@@ -49,10 +51,12 @@ class TimmBody(nn.Module):
         try:
             shapes = [tuple(x.shape) for x in self.eval().maps(torch.zeros(1, 3, 64, 96))]
         except Exception as error:  # whatever a network of a fixed size raises
-            raise DistillError(f"backbone: {TIMM}{name} does not take an image of 64 x 96 pixels: {error}") from error
+            raise DistillError(
+                f"backbone.name: {TIMM}{name} does not take an image of 64 x 96 pixels: {error}"
+            ) from error
         expected = [(1, c, 64 // s, 96 // s) for c, s in zip(self.channels, (4, 8, 16, 32), strict=True)]
         if shapes != expected:
-            raise DistillError(f"backbone: {TIMM}{name} gives maps of shapes {shapes}, expected {expected}")
+            raise DistillError(f"backbone.name: {TIMM}{name} gives maps of shapes {shapes}, expected {expected}")
         self.train()
 
 
@@ -65,17 +69,17 @@ def timm_network(name: str, **options: Any) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise DistillError(f"backbone: {TIMM}{name} needs timm: install 'distill[timm]'") from error
+        raise DistillError(f"backbone.name: {TIMM}{name} needs timm: install 'distill[timm]'") from error
     if ":" in name or "/" in name:  # to timm the address of a model, on the Hub or in a folder
         raise DistillError(
-            f"backbone: {TIMM}{name} is an address; expected one of timm's own names, timm.list_models()"
+            f"backbone.name: {TIMM}{name} is an address; expected one of timm's own names, timm.list_models()"
         )
     try:
         return timm.create_model(name, **options)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
         asked = ", ".join(f"{option}={value}" for option, value in options.items())
-        remedy = "timm.list_models() has the names; weights may come from a file, by backbone_weights"
-        raise DistillError(f"backbone: timm cannot make {name} with {asked} ({error}); {remedy}") from error
+        remedy = "timm.list_models() has the names; weights may come from a file, by backbone.weights"
+        raise DistillError(f"backbone.name: timm cannot make {name} with {asked} ({error}); {remedy}") from error
 
 
 def _below(net: nn.Module, name: str) -> str:

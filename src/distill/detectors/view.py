@@ -131,7 +131,11 @@ class LazyView:
     def images(self) -> Tensor:
         """(B, 3, H, W), normalised for this detector, then zero in the padding, in the dtype of its weights."""
         mean, std = self.detector.pixels(self.device)
-        pixels = self.batch.images.flip(1) if self.detector.options["channel_order"] == "bgr" else self.batch.images
+        pixels = (
+            self.batch.images.flip(1)
+            if self.detector.options["pixels"]["channel_order"] == "bgr"
+            else self.batch.images
+        )
         # Batches lie with their channels last; the layout that nets are given is theirs to choose.
         images = (pixels.to(torch.float32, memory_format=torch.contiguous_format) / 255 - mean) / std
         height, width = images.shape[-2:]

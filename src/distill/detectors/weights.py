@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distill.detectors import anchors
 from distill.detectors.backbones import body_state, imagenet_weights
 from distill.detectors.base import Detector, check_classes
-from distill.detectors.description import FORMAT, to_current_format
+from distill.detectors.description import FORMAT, leaves, to_current_format
 from distill.detectors.norms import set_eps
 from distill.detectors.timm import TIMM, timm_network
 from distill.files import atomic_write, load_tensors, read_json, write_text
@@ -30,10 +30,11 @@ from distill.types import DistillError
 State = Mapping[str, Tensor]
 
 MEANING = (
-    *("mean", "std", "stride_in_1x1", "anchor_sizes", "anchor_ratios", "box_sampling_ratio", "p6_from"),
+    *("pixels.mean", "pixels.std", "backbone.stride_in_1x1", "anchors.sizes", "anchors.ratios"),
+    *("box_sampling_ratio", "p6_from"),
     *anchors.DEFAULTS,
 )
-"""Options that weights depend on although they fit any value of them."""
+"""Dotted paths of options that weights depend on although they fit any value of them."""
 
 ADVICE = "Check family, depth, width and head sizes; if only the classes differ, set head=new (model.head=new, teacher.model.head=new)."
 
@@ -46,6 +47,7 @@ class Source:
     state: State
     classes: tuple[str, ...] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    """By dotted path, as far as they are known."""
 
 
 def save_student(detector: Detector, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
@@ -93,7 +95,6 @@ def class_names(classes: Sequence[str] | None, weights: str | None, enum: Any) -
 
 def initialise(detector: Detector, backbone_weights: str | None, weights: str | None, head: str) -> None:
     """Load what a constructor was told to, and settle the detector's options and report."""
-    detector.options["classes"] = list(detector.classes)
     if weights is not None:
         detector.report += load_weights(detector, weights, head)
     elif backbone_weights is not None:
@@ -139,7 +140,7 @@ def load_backbone(detector: Detector, source: str) -> list[str]:
 
     A timm backbone takes ``DEFAULT``, those of timm's own for its name, or a file of that network.
     """
-    backbone, depth, width = (detector.options[name] for name in ("backbone", "depth", "width"))
+    backbone, depth, width = (detector.options["backbone"][name] for name in ("name", "depth", "width"))
     body = detector.net.backbone.body
     if backbone.startswith(TIMM):
         state = _timm_state(backbone.removeprefix(TIMM), source)
@@ -147,11 +148,11 @@ def load_backbone(detector: Detector, source: str) -> list[str]:
         enum = imagenet_weights(backbone, depth)
         if enum is not None and source in enum.__members__:
             if width != 1:
-                raise DistillError(f"backbone_weights: {source} is for width 1, not {width}; give a file or null")
-            state = download(enum[source], "backbone_weights")
+                raise DistillError(f"backbone.weights: {source} is for width 1, not {width}; give a file or null")
+            state = download(enum[source], "backbone.weights")
         else:
             names = ", ".join(enum.__members__) if enum is not None else f"none, for depth {depth}"
-            state = read_state(_file(Path(source), f"backbone_weights: torchvision's names are {names}"))
+            state = read_state(_file(Path(source), f"backbone.weights: torchvision's names are {names}"))
     state = body_state(state, body)
     fit(body, state, source)
     return [f"backbone: {len(state)} tensors from {source}"]
@@ -162,7 +163,7 @@ def _timm_state(name: str, source: str) -> State:
     with torch.random.fork_rng(devices=[]):
         classifier = timm_network(name, pretrained=source == "DEFAULT")
     if source != "DEFAULT":
-        fit(classifier, read_state(_file(Path(source), "backbone_weights: timm's name is DEFAULT")), source)
+        fit(classifier, read_state(_file(Path(source), "backbone.weights: timm's name is DEFAULT")), source)
     state: State = classifier.state_dict()
     return state
 
@@ -216,11 +217,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def _source(source: str, detector: Detector) -> Source:
     if entry := _entry(source, detector.enum):
         eps = detector.coco_eps if entry is detector.enum.COCO_V1 else 1e-5
-        options = {**anchors.DEFAULTS, "norm": "frozen", "norm_eps": eps}
+        options = {**anchors.DEFAULTS, "backbone.norm": "frozen", "backbone.norm_eps": eps}
         return Source(str(entry), download(entry, "weights"), _categories(entry), options)
     path = weights_file(Path(source))
     facts = read_description(path.with_suffix(".json"))
-    return Source(str(path), read_state(path), _classes(facts), facts.get("model", {}))
+    return Source(str(path), read_state(path), _classes(facts), dict(leaves(facts.get("model", {}))))
 
 
 def _entry(source: str, enum: Any) -> Any:
@@ -286,7 +287,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def _check_meaning(detector: Detector, found: Source) -> None:
-    mine, theirs = detector.options, found.options
+    mine, theirs = dict(leaves(detector.options)), found.options
     differing = [
         f"{name}={theirs[name]} (here {mine[name]})"
         for name in MEANING
@@ -313,11 +314,12 @@ def class_rows(detector: Detector, state: State, classes: Sequence[str], remedy:
 
 def _settle_norm(detector: Detector, found: Source) -> list[str]:
     """Take over the epsilon that the weights were trained with, and say where the kind of norm changes."""
-    lines, mine, theirs = [], detector.options, found.options
-    if "norm" in theirs and theirs["norm"] != mine["norm"]:
-        lines.append(f"norm: {mine['norm']} here; the weights were made with {theirs['norm']}")
-    if theirs.get("norm_eps") not in (None, mine["norm_eps"]) and mine["norm"] in ("frozen", "batch_fixed_stats"):
-        mine["norm_eps"] = theirs["norm_eps"]
+    lines, mine = [], detector.options["backbone"]
+    norm, eps = (found.options.get(f"backbone.{name}") for name in ("norm", "norm_eps"))
+    if norm not in (None, mine["norm"]):
+        lines.append(f"norm: {mine['norm']} here; the weights were made with {norm}")
+    if eps not in (None, mine["norm_eps"]) and mine["norm"] in ("frozen", "batch_fixed_stats"):
+        mine["norm_eps"] = eps
         set_eps(detector.net, mine["norm_eps"])
         lines.append(f"norm_eps: {mine['norm_eps']}, as the weights need it")
     return lines

@@ -184,5 +184,5 @@ def _require_equal_anchor_counts(student: DetectorSpec, teacher: DetectorSpec) -
         raise DistillError(
             f"rpn: expected as many anchors per cell at the same strides, got (stride: anchors) {student.anchors} of "
             f"the student and {teacher.anchors} of the teacher. Set the weights of rpn to 0, or give both models equal "
-            "anchor_sizes and anchor_ratios"
+            "anchors.sizes and anchors.ratios"
         )

@@ -145,7 +145,7 @@ class EqualAnchors:
                 raise DistillError(
                     f"{self.name}: expected equal anchors, but those at stride {stride} differ: the student's first "
                     f"are {anchors[:3].tolist()}, the teacher's {teacher.anchors[stride][:3].tolist()}. "
-                    "Give both models the same anchor_sizes and anchor_ratios, or set the weights of "
+                    "Give both models the same anchors.sizes and anchors.ratios, or set the weights of "
                     f"{self.name} to 0"
                 )
         self.compared = True

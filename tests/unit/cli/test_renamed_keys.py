@@ -10,10 +10,16 @@ from distill.cli.renamed_keys import TARGETS, refuse_renamed, translated
 from distill.types import DistillError
 
 RENAMED = {
-    "model.norm=live": "model.norm=batch",
-    "++teacher.model.norm='fixed'": "++teacher.model.norm=batch_fixed_stats",
-    "model.norm=live,frozen": "model.norm=batch,frozen",
-    "teacher.run=[schedule.epochs=2, model.norm=fixed]": 'teacher.run=["schedule.epochs=2","model.norm=batch_fixed_stats"]',
+    "model.norm=live": "model.backbone.norm=batch",
+    "++teacher.model.norm='fixed'": "++teacher.model.backbone.norm=batch_fixed_stats",
+    "model.norm=live,frozen": "model.backbone.norm=batch,frozen",
+    'teacher.run=["schedule.epochs=2","model.norm=fixed"]': 'teacher.run=["schedule.epochs=2","model.backbone.norm=batch_fixed_stats"]',
+    "model.depth=18": "model.backbone.depth=18",
+    "model.backbone=mobilenet_v2": "model.backbone.name=mobilenet_v2",
+    "model.backbone_weights=null": "model.backbone.weights=null",
+    "teacher.model.anchor_sizes=[[8],[16],[32],[64],[128]]": "teacher.model.anchors.sizes=[[8],[16],[32],[64],[128]]",
+    "model.mean=[0.5,0.5,0.5]": "model.pixels.mean=[0.5,0.5,0.5]",
+    "~model.norm_eps": "~model.backbone.norm_eps",
     "model._target_=distill.detectors.two_stage.FasterRCNN": "model._target_=distill.FasterRCNN",
     "+callbacks.mine={_target_: distill.callbacks.panels.Panels, count: 2}": (
         "+callbacks.mine={_target_: distill.PredictionImages, count: 2}"
@@ -32,10 +38,12 @@ def test_an_old_override_is_translated_and_on_the_command_line_refused(old: str)
 @pytest.mark.parametrize(
     "line",
     [
-        "model.norm=sync",
+        "model.backbone.norm=sync",
+        "model.backbone={depth: 10, norm: batch}",
+        "model.pixels.mean=[0.5,0.5,0.5]",
         "~model.head_channels",
         "data.source.root='a path, with = and live'",
-        "teacher.run=[schedule.epochs=2]",
+        'teacher.run=["schedule.epochs=2"]',
         "teacher.run=[",
         "distill.losses.norm=live",
         "distill=[defeat,ssim]",

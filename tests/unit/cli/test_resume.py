@@ -33,7 +33,7 @@ def composed(*lines: str) -> Any:
         ("data.flip=0.0", ["data.flip: 0.5 there, 0.0 here"]),
         ("data.limit=3", ["data.limit: None there, 3 here"]),
         ("metric=val/AP50", ["metric: val/AP there", "callbacks.best.monitor: "]),
-        ("model.anchor_sizes=[[8],[16],[32],[64],[128]]", ["model.anchor_sizes: "]),
+        ("model.anchors.sizes=[[8],[16],[32],[64],[128]]", ["model.anchors.sizes: "]),
         ("+data.new=1", ["data.new: not there, 1 here"]),
     ],
 )

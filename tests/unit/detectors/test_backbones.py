@@ -24,6 +24,7 @@ from distill.detectors.fcos import FCOS
 from distill.detectors.norms import NORMS, FixedBatchNorm2d, SyncBatchNorm2d, set_eps
 from distill.detectors.retinanet import RetinaNet
 from distill.types import DistillError
+from helpers.detectors import nested
 from helpers.grids import exhaustive, mostly_exhaustive
 
 
@@ -106,7 +107,9 @@ def test_sync_norm_is_live_norm_on_a_cpu() -> None:
     ("stages", "trained"), [(0, ""), (3, "layer2 layer3 layer4"), (4, "layer1 layer2 layer3 layer4")]
 )
 def test_frozen_stages_rest_with_their_statistics(stages: int, trained: str) -> None:
-    detector = RetinaNet(["a"], depth=10, width=0.125, neck_channels=32, trainable_stages=stages).train()
+    detector = RetinaNet(
+        ["a"], backbone={"depth": 10, "width": 0.125, "trainable_stages": stages}, neck_channels=32
+    ).train()
     body = detector.net.backbone.body
     assert {n.split(".")[0] for n, p in body.named_parameters() if p.requires_grad} == set(trained.split())
     before = {name: value.clone() for name, value in body.state_dict().items()}
@@ -116,7 +119,7 @@ def test_frozen_stages_rest_with_their_statistics(stages: int, trained: str) -> 
 
 
 def test_all_five_stages_train_the_stem() -> None:
-    detector = RetinaNet(["a"], depth=10, width=0.125, neck_channels=32, trainable_stages=5)
+    detector = RetinaNet(["a"], backbone={"depth": 10, "width": 0.125, "trainable_stages": 5}, neck_channels=32)
     assert all(p.requires_grad for p in detector.parameters())
     assert detector.parameters_count == sum(p.numel() for p in detector.net.parameters())
 
@@ -133,25 +136,25 @@ BAD = [{"depth": 20}, {"width": 0}, {"width": -1}, {"norm": "layer"}, {"trainabl
 @pytest.mark.parametrize("options", BAD)
 def test_bad_options_are_refused_by_name(options: dict[str, object]) -> None:
     with pytest.raises(DistillError, match=next(iter(options))):
-        FasterRCNN(["a"], **{"depth": 10, "width": 0.1, **options})  # type: ignore[arg-type]
+        FasterRCNN(["a"], **nested({"depth": 10, "width": 0.1, **options}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sizes", [((8,),) * 4, ((8,), (8,), (8,), (8,), (8, 9)), ((),) * 5])
 def test_anchor_sizes_must_suit_five_levels(sizes: tuple[tuple[int, ...], ...]) -> None:
-    with pytest.raises(DistillError, match="anchor_sizes"):
-        RetinaNet(["a"], depth=10, width=0.1, anchor_sizes=sizes)
+    with pytest.raises(DistillError, match=r"anchors\.sizes"):
+        RetinaNet(["a"], backbone={"depth": 10, "width": 0.1}, anchors={"sizes": sizes})
 
 
 @pytest.mark.parametrize("options", [{"neck_channels": 80}, {"neck_channels": 32}, {"center_sampling_radius": 0}])
 def test_what_fcos_cannot_be_built_with_is_refused_by_name(options: dict[str, object]) -> None:
     with pytest.raises(DistillError, match=next(iter(options))):
-        FCOS(["a"], **{"depth": 10, "width": 0.1, **options})  # type: ignore[arg-type]
+        FCOS(["a"], **nested({"depth": 10, "width": 0.1, **options}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", [RetinaNet, FCOS])
 def test_p6_comes_from_where_it_is_said_even_when_c5_is_as_wide_as_the_neck(family: Any) -> None:
     for source in ("p5", "c5"):
-        net = family(["a"], depth=10, width=0.125, neck_channels=64, p6_from=source).net
+        net = family(["a"], backbone={"depth": 10, "width": 0.125}, neck_channels=64, p6_from=source).net
         body, seen = net.backbone.body(torch.rand(1, 3, 64, 64)), []
         net.backbone.fpn.extra_blocks.p6.register_forward_hook(lambda _, args, out, seen=seen: seen.append(args[0]))
         maps = net.backbone.fpn(body)
@@ -217,7 +220,7 @@ def test_a_body_has_torchvisions_keys_and_shapes_at_strides_4_to_32(backbone: st
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnext50_32x4d"])
 @pytest.mark.parametrize("stages", mostly_exhaustive(range(6), [0, 3]))
 def test_every_body_frees_its_stages_from_behind(backbone: str, stages: int) -> None:
-    detector = RetinaNet(["a"], backbone=backbone, neck_channels=32, trainable_stages=stages).train()
+    detector = RetinaNet(["a"], backbone={"name": backbone, "trainable_stages": stages}, neck_channels=32).train()
     body, seen = detector.net.backbone.body, {}
     x = torch.rand(2, 3, 64, 64)
     before = {name: value.clone() for name, value in body.state_dict().items()}
@@ -273,7 +276,7 @@ def test_mobilenets_come_in_torchvisions_widths() -> None:
     [
         (
             {"backbone": "mobilenet"},
-            "backbone: expected resnet, timm/NAME, or one of .*mobilenet_v2.*, got 'mobilenet'",
+            r"backbone\.name: expected resnet, timm/NAME, or one of .*mobilenet_v2.*, got 'mobilenet'",
         ),
         ({"backbone": "mobilenet_v2", "depth": 18}, "depth"),
         ({"backbone": "resnext50_32x4d", "stride_in_1x1": True}, "stride_in_1x1"),
@@ -285,7 +288,7 @@ def test_mobilenets_come_in_torchvisions_widths() -> None:
 )
 def test_an_option_that_a_backbone_lacks_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(DistillError, match=words):
-        FasterRCNN(["a"], **options)
+        FasterRCNN(["a"], **nested(options))
 
 
 def test_what_was_left_open_is_told() -> None:
@@ -295,8 +298,8 @@ def test_what_was_left_open_is_told() -> None:
         ({"backbone": "mobilenet_v3_large"}, (None, 1e-3)),
         ({"backbone": "efficientnet_b0", "norm": "frozen"}, (None, 1e-5)),
     ):
-        described = RetinaNet(["a"], neck_channels=32, **options).describe()  # type: ignore[arg-type]
-        assert (described["depth"], described["norm_eps"]) == expected
+        described = RetinaNet(["a"], neck_channels=32, **nested(options)).describe()  # type: ignore[arg-type]
+        assert (described["backbone"]["depth"], described["backbone"]["norm_eps"]) == expected
 
 
 # -- timm
@@ -305,7 +308,7 @@ def test_what_was_left_open_is_told() -> None:
 def test_without_timm_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(DistillError, match=r"install 'distill\[timm\]'"):
-        RetinaNet(["a"], backbone="timm/resnet18")
+        RetinaNet(["a"], backbone={"name": "timm/resnet18"})
 
 
 TIMM = [  # channels of C2..C5 as the papers have them; MobileNetV3-Small's 16, 24, 48, 576 halved, in multiples of 8
@@ -318,7 +321,9 @@ TIMM = [  # channels of C2..C5 as the papers have them; MobileNetV3-Small's 16, 
 @pytest.mark.parametrize(("name", "channels"), TIMM)
 @pytest.mark.parametrize("norm", list(NORMS))
 def test_a_timm_body_keeps_the_protocol(name: str, channels: tuple[int, ...], norm: str) -> None:
-    detector = RetinaNet(["a"], backbone=f"timm/{name}", norm=norm, neck_channels=32, trainable_stages=2)
+    detector = RetinaNet(
+        ["a"], backbone={"name": f"timm/{name}", "norm": norm, "trainable_stages": 2}, neck_channels=32
+    )
     body, x = detector.net.backbone.body, torch.rand(2, 3, 64, 64)
     theirs = timm.create_model(name, features_only=True)
     state = {key.removeprefix("net."): value for key, value in body.state_dict().items()}
@@ -333,7 +338,7 @@ def test_a_timm_body_keeps_the_protocol(name: str, channels: tuple[int, ...], no
 
 @pytest.mark.parametrize("name", [name for name, _ in TIMM])
 def test_a_timm_body_frees_its_stages_from_behind(name: str) -> None:
-    detector = RetinaNet(["a"], backbone=f"timm/{name}", neck_channels=32, trainable_stages=2).train()
+    detector = RetinaNet(["a"], backbone={"name": f"timm/{name}", "trainable_stages": 2}, neck_channels=32).train()
     body, x = detector.net.backbone.body, torch.rand(2, 3, 64, 64)
     before = {key: value.clone() for key, value in body.state_dict().items()}
     maps = body.maps(x)
@@ -355,5 +360,8 @@ def test_a_timm_network_of_other_strides_or_norms_is_refused() -> None:
         ({"backbone": "timm/resnet18", "width": 0.5}, "width"),
     ):
         with pytest.raises(DistillError, match=words):
-            RetinaNet(["a"], neck_channels=32, **options)  # type: ignore[arg-type]
-    assert RetinaNet(["a"], backbone="timm/convnext_atto", neck_channels=32).describe()["norm_eps"] is None
+            RetinaNet(["a"], neck_channels=32, **nested(options))  # type: ignore[arg-type]
+    assert (
+        RetinaNet(["a"], backbone={"name": "timm/convnext_atto"}, neck_channels=32).describe()["backbone"]["norm_eps"]
+        is None
+    )

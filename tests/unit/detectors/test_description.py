@@ -15,7 +15,8 @@ from helpers.old_run_folders import record
 def test_format_1_gets_the_norms_of_today(norm: str, today: str) -> None:
     old = {"format": 1, "model": {"family": "fcos", "norm": norm, "neck_channels": 64}, "extra": {"a": 1}}
     new = to_current_format(old, "student.json")
-    assert new == {"format": 2, "model": {"family": "fcos", "norm": today, "neck_channels": 64}, "extra": {"a": 1}}
+    model = {"family": "fcos", "backbone": {"norm": today}, "neck_channels": 64}
+    assert new == {"format": 2, "model": model, "extra": {"a": 1}}
     assert to_current_format(new, "student.json") == new
 
 

@@ -195,15 +195,18 @@ def test_what_cannot_be_folded_stays_as_it_is(name: str) -> None:
 
 DETECTORS: dict[str, Callable[[], Any]] = {
     "resnet, frozen": lambda: FasterRCNN(
-        ["a"], depth=50, width=0.25, norm="frozen", neck_channels=32, head_channels=16
+        ["a"], backbone={"depth": 50, "width": 0.25, "norm": "frozen"}, neck_channels=32, head_channels=16
     ),
     "resnet, eps 0": lambda: FasterRCNN(
-        ["a"], depth=18, width=0.25, norm="frozen", norm_eps=0.0, neck_channels=32, head_channels=16
+        ["a"],
+        backbone={"depth": 18, "width": 0.25, "norm": "frozen", "norm_eps": 0.0},
+        neck_channels=32,
+        head_channels=16,
     ),
-    "resnet, live": lambda: RetinaNet(["a"], depth=18, width=0.25, norm="batch", neck_channels=32),
-    "mobilenet, live": lambda: FCOS(["a"], backbone="mobilenet_v2", width=0.5, neck_channels=64),
+    "resnet, live": lambda: RetinaNet(["a"], backbone={"depth": 18, "width": 0.25, "norm": "batch"}, neck_channels=32),
+    "mobilenet, live": lambda: FCOS(["a"], backbone={"name": "mobilenet_v2", "width": 0.5}, neck_channels=64),
     "efficientnet, fixed": lambda: RetinaNet(
-        ["a"], backbone="efficientnet_b0", norm="batch_fixed_stats", neck_channels=32
+        ["a"], backbone={"name": "efficientnet_b0", "norm": "batch_fixed_stats"}, neck_channels=32
     ),
 }
 
@@ -256,7 +259,7 @@ def test_the_detector_stays_what_it_was(options: dict[str, Any]) -> None:
         assert torch.equal(value, before[name][0])
         assert value.stride() == before[name][1]
         assert value.dtype == before[name][0].dtype
-    student = FasterRCNN(["a"], depth=18, width=0.25, neck_channels=32, head_channels=16)
+    student = FasterRCNN(["a"], backbone={"depth": 18, "width": 0.25}, neck_channels=32, head_channels=16)
     inherit(student, teacher.detector)
     ours, theirs = student.net.backbone.fpn.state_dict(), detector.net.backbone.fpn.state_dict()
     same = [name for name in ours if name.startswith("layer_blocks")]

@@ -25,7 +25,7 @@ from distill.detectors.fcos import FCOS
 from distill.detectors.retinanet import RetinaNet
 from distill.labels import match_classes
 from distill.types import Batch, DistillError, Target
-from helpers.detectors import BOX_FAMILIES
+from helpers.detectors import BOX_FAMILIES, nested
 from helpers.grids import exhaustive
 
 ROWS = {row.detector: row for row in BOX_FAMILIES.values()}
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "neck_channels": 64}
 
 def small(family: Any, classes: Any = ("cat", "dog", "owl"), **options: Any) -> Any:
     extra = {"head_channels": 16, "rpn_post_nms_top_n_test": 20} if family is FasterRCNN else {"score_thresh": 0.001}
-    detector = family(classes, **{**SMALL, **extra, **options})
+    detector = family(classes, **nested({**SMALL, **extra, **options}))
     return detector
 
 
@@ -238,15 +238,15 @@ def test_classes_may_come_with_the_weights(tmp_path: Path) -> None:
 
 def test_facts_that_weights_depend_on_must_agree(tmp_path: Path) -> None:
     weights.save_student(small(RetinaNet, mean=(0.5, 0.5, 0.5), norm="frozen", norm_eps=1e-3), tmp_path)
-    with pytest.raises(DistillError, match=r"mean=\[0.5, 0.5, 0.5\] \(here \[0.485"):
+    with pytest.raises(DistillError, match=r"pixels.mean=\[0.5, 0.5, 0.5\] \(here \[0.485"):
         small(RetinaNet, weights=str(tmp_path))
     fixed = small(RetinaNet, weights=str(tmp_path), mean=(0.5, 0.5, 0.5), norm="batch_fixed_stats")
-    assert fixed.net.backbone.body["bn1"].eps == fixed.describe()["norm_eps"] == 1e-3
+    assert fixed.net.backbone.body["bn1"].eps == fixed.describe()["backbone"]["norm_eps"] == 1e-3
     report = "\n".join(fixed.report)
     assert "norm: batch_fixed_stats here; the weights were made with frozen" in report
     assert "norm_eps: 0.001" in report
     live = small(RetinaNet, weights=str(tmp_path), mean=(0.5, 0.5, 0.5), norm="batch")
-    assert live.net.backbone.body["bn1"].eps == live.describe()["norm_eps"] == 1e-5
+    assert live.net.backbone.body["bn1"].eps == live.describe()["backbone"]["norm_eps"] == 1e-5
 
 
 def test_a_json_that_is_no_detector_is_refused(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, state: Any = None) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"backbone_weights": "IMAGENET1K_V1"}, r"backbone_weights=/path/to/resnet18-f37072fd\.pth"),
+        ({"backbone_weights": "IMAGENET1K_V1"}, r"backbone.weights=/path/to/resnet18-f37072fd\.pth"),
         ({"weights": "COCO_V1", "classes": ["dog"]}, r" weights=/path/to/fasterrcnn_resnet50_fpn_coco-258fb6c6\.pth"),
     ],
 )
@@ -291,7 +291,7 @@ def test_without_a_network_the_file_option_is_named(
 ) -> None:
     offline(monkeypatch)
     with pytest.raises(DistillError, match=words):
-        FasterRCNN(**{"classes": ["dog"], "depth": 18, "neck_channels": 32, "head_channels": 16, **options})
+        FasterRCNN(**nested({"classes": ["dog"], "depth": 18, "neck_channels": 32, "head_channels": 16, **options}))
 
 
 def test_imagenet_weights_from_torchvision_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,7 @@ def test_imagenet_weights_from_torchvision_or_a_file(tmp_path: Path, monkeypatch
     asked = offline(monkeypatch, model.state_dict())
     torch.save(model.state_dict(), tmp_path / "r18.pth")
     for source in ("IMAGENET1K_V1", "DEFAULT", str(tmp_path / "r18.pth")):
-        detector = RetinaNet(["a"], depth=18, neck_channels=32, norm="frozen", backbone_weights=source)
+        detector = RetinaNet(["a"], backbone={"depth": 18, "norm": "frozen", "weights": source}, neck_channels=32)
         body = detector.net.backbone.body.state_dict()
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in body.items())
         assert source in detector.report[0]
@@ -311,7 +311,7 @@ def test_imagenet_weights_from_torchvision_or_a_file(tmp_path: Path, monkeypatch
         ({"depth": 34, "backbone_weights": str(tmp_path / "r18.pth")}, "missing"),
     ):
         with pytest.raises(DistillError, match=words):
-            RetinaNet(["a"], neck_channels=32, **options)
+            RetinaNet(["a"], neck_channels=32, **nested(options))
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_a_classifiers_weights_fill_every_body(
     torch.save(state, tmp_path / "classifier.pth")
     options: dict[str, Any] = {"backbone": backbone, "neck_channels": 32, "norm": norm}
     for source in ("IMAGENET1K_V1", str(tmp_path / "classifier.pth")):
-        detector = RetinaNet(["a"], **options, backbone_weights=source)
+        detector = RetinaNet(["a"], **nested({**options, "backbone_weights": source}))
         body = detector.net.backbone.body.state_dict()
         taken = {name.removeprefix("features."): value for name, value in state.items()}
         assert all(torch.equal(value, taken[name]) for name, value in body.items())
@@ -351,17 +351,17 @@ def test_a_classifiers_weights_fill_every_body(
     ):
         torch.save(changed, tmp_path / "classifier.pth")
         with pytest.raises(DistillError, match=words):
-            RetinaNet(["a"], **options, backbone_weights=str(tmp_path / "classifier.pth"))
+            RetinaNet(["a"], **nested({**options, "backbone_weights": str(tmp_path / "classifier.pth")}))
 
 
 def test_imagenet_weights_are_for_one_width(monkeypatch: pytest.MonkeyPatch) -> None:
     offline(monkeypatch)
     with pytest.raises(DistillError, match=r"width 1, not 0\.5"):
-        RetinaNet(["a"], backbone="mobilenet_v2", width=0.5, backbone_weights="DEFAULT")
-    with pytest.raises(DistillError, match=r"backbone_weights=/path/to/mobilenet_v2-7ebf99e0\.pth"):
-        RetinaNet(["a"], backbone="mobilenet_v2", backbone_weights="DEFAULT")
+        RetinaNet(["a"], backbone={"name": "mobilenet_v2", "width": 0.5, "weights": "DEFAULT"})
+    with pytest.raises(DistillError, match=r"backbone.weights=/path/to/mobilenet_v2-7ebf99e0\.pth"):
+        RetinaNet(["a"], backbone={"name": "mobilenet_v2", "weights": "DEFAULT"})
     with pytest.raises(DistillError, match="IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"):
-        RetinaNet(["a"], backbone="mobilenet_v2", backbone_weights="IMAGENET")
+        RetinaNet(["a"], backbone={"name": "mobilenet_v2", "weights": "IMAGENET"})
 
 
 @pytest.mark.parametrize("family", ROWS)
@@ -376,9 +376,9 @@ def test_a_mobilenet_student_comes_back_as_it_was(family: Any, tmp_path: Path) -
 
 def test_torchvisions_coco_weights_are_held_to_torchvisions_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
     offline(monkeypatch, {})
-    for options in ({"channel_order": "bgr"}, {"box_roi_aligned": True}, {"anchor_offset": 0.5}):
-        with pytest.raises(DistillError, match=f"made for {next(iter(options))}="):
-            FasterRCNN(["dog"], weights="COCO_V1", **options)  # type: ignore[arg-type]
+    for path, value in {"pixels.channel_order": "bgr", "box_roi_aligned": True, "anchors.offset": 0.5}.items():
+        with pytest.raises(DistillError, match=f"made for {path}="):
+            FasterRCNN(["dog"], weights="COCO_V1", **nested({path: value}))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "regnety_002"])
@@ -386,7 +386,7 @@ def test_a_timm_classifiers_file_fills_its_body(name: str, tmp_path: Path) -> No
     state = timm.create_model(name).state_dict()
     torch.save(state, tmp_path / "classifier.pth")
     options: dict[str, Any] = {"backbone": f"timm/{name}", "neck_channels": 32, "norm": "frozen"}
-    detector = RetinaNet(["a"], **options, backbone_weights=str(tmp_path / "classifier.pth"))
+    detector = RetinaNet(["a"], **nested({**options, "backbone_weights": str(tmp_path / "classifier.pth")}))
     body = {key.removeprefix("net."): v for key, v in detector.net.backbone.body.state_dict().items()}
     assert len(body) > 90
     assert all(torch.equal(value, state[key]) for key, value in body.items())
@@ -399,9 +399,9 @@ def test_a_timm_classifiers_file_fills_its_body(name: str, tmp_path: Path) -> No
     ):
         torch.save(changed, tmp_path / "classifier.pth")
         with pytest.raises(DistillError, match=words):
-            RetinaNet(["a"], **options, backbone_weights=str(tmp_path / "classifier.pth"))
+            RetinaNet(["a"], **nested({**options, "backbone_weights": str(tmp_path / "classifier.pth")}))
     with pytest.raises(DistillError, match="timm's name is DEFAULT"):
-        RetinaNet(["a"], **options, backbone_weights="IMAGENET1K_V1")
+        RetinaNet(["a"], **nested({**options, "backbone_weights": "IMAGENET1K_V1"}))
 
 
 def test_torchvisions_coco_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,13 +414,15 @@ def test_torchvisions_coco_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if "num_batches_tracked" not in name
     )
     offline(monkeypatch, state)
-    ours = FasterRCNN(weights="COCO_V1", norm="frozen")
+    ours = FasterRCNN(weights="COCO_V1", backbone={"norm": "frozen"})
     assert len(ours.classes) == 90
     assert (ours.classes[0], ours.classes[-1], ours.classes.count("N/A")) == ("person", "toothbrush", 10)
     assert {m.eps for m in ours.modules() if isinstance(m, FrozenBatchNorm2d)} == {0.0}
-    assert ours.describe()["norm_eps"] == 0.0
+    assert ours.describe()["backbone"]["norm_eps"] == 0.0
     assert torch.equal(ours.net.rpn.head.conv[0][0].weight, theirs.rpn.head.conv[0][0].weight)
-    own = FasterRCNN(["dog", "cat"], weights="FasterRCNN_ResNet50_FPN_Weights.COCO_V1", norm="batch_fixed_stats")
+    own = FasterRCNN(
+        ["dog", "cat"], weights="FasterRCNN_ResNet50_FPN_Weights.COCO_V1", backbone={"norm": "batch_fixed_stats"}
+    )
     score = "roi_heads.box_predictor.cls_score.weight"
     labels = [0, ours.classes.index("dog") + 1, ours.classes.index("cat") + 1]
     assert torch.equal(own.net.state_dict()[score], state[score][labels])
@@ -435,15 +437,19 @@ def test_torchvisions_coco_weights_of_fcos_keep_their_epsilon(monkeypatch: pytes
     monkeypatch.setattr(_api, "load_state_dict_from_url", lambda url, **_: state)
     reference = fcos_resnet50_fpn(weights="COCO_V1")
     offline(monkeypatch, state)
-    ours = FCOS(weights="COCO_V1", norm="frozen")
+    ours = FCOS(weights="COCO_V1", backbone={"norm": "frozen"})
     assert (len(ours.classes), ours.classes[0], ours.classes[-1]) == (90, "person", "toothbrush")
     expected = {m.eps for m in reference.modules() if isinstance(m, FrozenBatchNorm2d)}
     assert {m.eps for m in ours.modules() if isinstance(m, FrozenBatchNorm2d)} == expected == {1e-5}
-    assert ours.describe()["norm_eps"] == 1e-5
+    assert ours.describe()["backbone"]["norm_eps"] == 1e-5
     assert ours.parameters_count == FCOS_ResNet50_FPN_Weights.COCO_V1.meta["num_params"]
     assert ours.net.state_dict().keys() == reference.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in ours.net.state_dict().items())
-    own = FCOS(["dog", "cat"], weights="FCOS_ResNet50_FPN_Weights.COCO_V1", norm="batch_fixed_stats", norm_eps=1e-3)
+    own = FCOS(
+        ["dog", "cat"],
+        weights="FCOS_ResNet50_FPN_Weights.COCO_V1",
+        backbone={"norm": "batch_fixed_stats", "norm_eps": 1e-3},
+    )
     labels = [0, ours.classes.index("dog") + 1, ours.classes.index("cat") + 1]
     score = "head.classification_head.cls_logits.weight"
     assert torch.equal(own.net.state_dict()[score], state[score][labels])

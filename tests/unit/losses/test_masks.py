@@ -116,7 +116,7 @@ def test_fine_grained_equals_slow_loops(psi: float) -> None:
 def test_pseudo_anchors_are_squares_of_eight_strides_around_each_point() -> None:
     images = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
     truth = Target(torch.tensor([[8.0, 4.0, 72.0, 60.0]]), torch.tensor([1]))
-    view = FCOS(["a"], depth=10, width=0.125, neck_channels=64).view(
+    view = FCOS(["a"], backbone={"depth": 10, "width": 0.125}, neck_channels=64).view(
         Batch(images, ((64, 96),), ((64, 96),), (truth,), (1,))
     )
     pseudo = {}

@@ -27,8 +27,8 @@ from distill.training.callbacks.consistency import (
 from distill.types import DistillError
 
 CASES: dict[str, list[dict[str, str]]] = {  # what each of two processes was given
-    "equal": [{"seed": "0", "model.depth": "10"}, {"model.depth": "10", "seed": "0"}],
-    "seed": [{"seed": "0", "model.depth": "10"}, {"seed": "1", "model.depth": "10"}],
+    "equal": [{"seed": "0", "model.backbone.depth": "10"}, {"model.backbone.depth": "10", "seed": "0"}],
+    "seed": [{"seed": "0", "model.backbone.depth": "10"}, {"seed": "1", "model.backbone.depth": "10"}],
     "a key": [{"seed": "0"}, {"seed": "0", "guard.limit": "3"}],
     "many": [{f"k{number}": "0" for number in range(9)}, {f"k{number}": "1" for number in range(9)}],
 }
@@ -77,7 +77,7 @@ def test_a_difference_is_named_on_all_processes(case: str, both: list[dict[str, 
         "many": "  k4: 0 on rank 0, 1 on rank 1\n  … and 4 more\n",
     }
     assert expected[case] in first
-    assert "model.depth" not in first
+    assert "model.backbone.depth" not in first
 
 
 def test_a_process_that_does_not_answer_is_not_waited_for_for_ever(both: list[dict[str, Any]]) -> None:
@@ -98,7 +98,7 @@ def spec(*lines: str, run: str = "a", source: DetectionData | None = None) -> di
     ("line", "key"),
     [
         ("seed=3", "seed"),
-        ("model.depth=18", "model.depth"),
+        ("model.backbone.depth=18", "model.backbone.depth"),
         ("distill.losses.defeat.neck.foreground=1", "distill.losses.defeat.neck.foreground"),
         ("trainer.precision=16-mixed", "trainer.precision"),
         ("guard.limit=0", "guard.limit"),

@@ -1,0 +1,81 @@
+"""Nested options of detectors, with their defaults: `backbone`, `anchors` and `pixels`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """The network below the neck.
+
+    Args:
+        name: ``resnet``; one of torchvision's resnext50_32x4d, resnext101_32x8d, resnext101_64x4d, mobilenet_v2,
+            mobilenet_v3_large, mobilenet_v3_small, efficientnet_b0 to b7; or ``timm/NAME`` (see `backbones.build_backbone`).
+        depth: of the ResNet: 10 (one basic block a stage), 18, 34, 50 (also None), 101 or 152. None for other backbones.
+        width: factor on the channels of every stage, of a ResNet or MobileNet; 0.25 is the quarter ResNet of DeFeat.
+        norm: ``frozen`` (statistics and affine), ``batch_fixed_stats`` (statistics only), ``batch``, or ``sync`` (over all
+            processes; on a CPU like ``batch``).
+        norm_eps: epsilon of the norms. Weights that need another epsilon set it. None: the backbone's own (1e-5 of a ResNet).
+        stride_in_1x1: see `backbones.ResNet`.
+        trainable_stages: how many of C5, C4, C3, C2 and the stem are trained. The others keep their statistics too.
+        weights: ImageNet weights by torchvision's name (IMAGENET1K_V1, ...) or a file; unused with weights of the detector.
+    """
+
+    name: str = "resnet"
+    depth: int | None = None
+    width: float = 1.0
+    norm: str = "batch"
+    norm_eps: float | None = None
+    stride_in_1x1: bool = False
+    trainable_stages: int = 5
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class AnchorOptions:
+    """Anchors of five levels, see `anchors.anchor_generator`. The defaults are those of torchvision's Faster R-CNN.
+
+    Args:
+        sizes: sides in pixels, a list for each level.
+        ratios: height / width.
+        offset: where in its cell an anchor is centered: 0 the corner, 0.5 the middle.
+        rounded: whether corners are rounded to whole pixels around the center.
+        order: what changes last in a cell: ``ratio`` or ``size``.
+        step: from cell to cell: ``fitted`` to the padded image, or ``nominal``, the stride.
+    """
+
+    sizes: Sequence[Sequence[float]] = ((32,), (64,), (128,), (256,), (512,))
+    ratios: Sequence[float] = (0.5, 1.0, 2.0)
+    offset: float = 0.0
+    rounded: bool = True
+    order: str = "ratio"
+    step: str = "fitted"
+
+
+@dataclass(frozen=True)
+class PixelOptions:
+    """The pixels that the weights expect. Batches are RGB in any case.
+
+    Args:
+        channel_order: ``rgb`` or ``bgr``.
+        mean, std: statistics in [0, 1], in that order.
+    """
+
+    channel_order: str = "rgb"
+    mean: Sequence[float] = (0.485, 0.456, 0.406)
+    std: Sequence[float] = (0.229, 0.224, 0.225)
+
+
+BACKBONE, ANCHORS, PIXELS = BackboneOptions(), AnchorOptions(), PixelOptions()
+
+
+def to_plain(value: Any) -> Any:
+    """Options as JSON has them: dictionaries and lists."""
+    if isinstance(value, (BackboneOptions, AnchorOptions, PixelOptions)):
+        return to_plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {name: to_plain(inner) for name, inner in value.items()}
+    return [to_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
