@@ -1,4 +1,4 @@
-"""Detectors behind one grammar, a family a file (`two_stage`, `mask_rcnn`, `one_stage`, `anchor_free`), and their lazy Views.
+"""Detectors and their lazy Views, one file per family: `faster_rcnn`, `mask_rcnn`, `retinanet`, `fcos`.
 
-Nothing is imported here, so that naming a constructor in a config file costs nothing before it is built.
+Nothing is imported here, so that naming a constructor in a configuration costs nothing before the detector is built.
 """

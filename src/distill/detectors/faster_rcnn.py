@@ -184,8 +184,8 @@ class FasterRCNN(PyramidDetector):
         head_channels: width of the box head's two layers.
         box_sampling_ratio: RoIAlign's sample points a bin side; 0 adapts to the region's size.
         box_roi_aligned: whether RoIAlign takes pixel centres to lie at half coordinates.
-        box_level_rule: which level a region is pooled from at the bounds, see `pooling.LEVEL_RULES`.
-        box_roi_align: ``fast``, on a CPU equal to torchvision's but for rounding, or ``torchvision``; see `pooling.region_pool`.
+        box_level_rule: which level a region is pooled from at the bounds, see `roi_align.LEVEL_RULES`.
+        box_roi_align: ``fast``, on a CPU equal to torchvision's but for rounding, or ``torchvision``; see `roi_align.region_pool`.
         pixels: channel order and statistics that the weights expect, see `options.PixelOptions`.
         min_size, max_size: written into `net.transform` for those who use it without us; a View never resizes.
         weights: of the whole detector: torchvision's name (COCO_V1), a file, or the folder of a run.

@@ -86,12 +86,12 @@ class FCOS(PyramidDetector):
     It differs from the paper: a cell's point is its corner and not its middle, distances pass a ReLU and not an
     exponential with a scale a level, the score is the root of class times centerness, and the sums of all three losses
     are divided by the positive cells of the own process. Arguments that are not listed here are those of
-    `two_stage.FasterRCNN` or torchvision's.
+    `FasterRCNN` or torchvision's.
 
     Args:
         classes: names in label order, background left out; None takes those of `weights`.
         neck_channels: a multiple of 32 from 64 on, for the heads have group norm with 32 groups.
-        p6_from, p7_relu: as of `one_stage.RetinaNet`.
+        p6_from, p7_relu: as of `RetinaNet`.
         center_sampling_radius: how far from a box's centre a positive cell may lie, in strides.
     """
 

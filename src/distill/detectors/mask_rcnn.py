@@ -90,7 +90,7 @@ def paste(cells: Tensor, boxes: Tensor, size: Size) -> Tensor:
 class MaskRCNN(FasterRCNN):
     """Mask R-CNN with a ResNet and a feature pyramid of strides 4 to 64 (He et al. 2017).
 
-    Its arguments are those of `two_stage.FasterRCNN`. The mask head is torchvision's: four convolutions, a doubling, and a
+    Its arguments are those of `FasterRCNN`. The mask head is torchvision's: four convolutions, a doubling, and a
     map for every class; it is as wide as the neck, which at 256 channels is torchvision's default, and its RoIAlign
     samples as the box head's does. It is trained on targets with masks: ``data.masks=true``.
     """

@@ -146,7 +146,7 @@ class RetinaNet(PyramidDetector):
     """RetinaNet with a backbone and a feature pyramid of strides 8 to 128 (Lin et al. 2017).
 
     The defaults are torchvision's first version; ``p6_from="c5", head_norm="group", box_loss="giou"`` is its second.
-    Arguments that are not listed here are those of `two_stage.FasterRCNN` or torchvision's.
+    Arguments that are not listed here are those of `FasterRCNN` or torchvision's.
 
     Args:
         classes: names in label order, background left out; None takes those of `weights`.

@@ -223,7 +223,7 @@ class PyramidView(LazyView):
 
     @property
     def pool(self) -> Any:
-        """RoIAlign over this family's neck, made by `pooling.region_pool`."""
+        """RoIAlign over this family's neck, made by `roi_align.region_pool`."""
         raise NotImplementedError
 
     def roi_features(self, boxes: Sequence[Tensor]) -> Tensor:
