@@ -82,12 +82,12 @@ def config_groups() -> dict[str, list[str]]:
     """Config groups and their options."""
     conf = config_folder()
     files = [file.relative_to(conf).with_suffix("").as_posix() for file in conf.rglob("*.yaml")]
-    found: dict[str, list[str]] = {}
+    options: dict[str, list[str]] = {}
     for option in sorted({*files, *preset_options(conf)}):
         group, _, name = option.partition("/")
         if name:
-            found.setdefault(group, []).append(name)
-    return found
+            options.setdefault(group, []).append(name)
+    return options
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -104,7 +104,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 def quote_value(text: str) -> str:
     """A value in quotes, so that an override may contain any characters, such as spaces and commas in paths."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def read_overrides(run: Path) -> list[str]:
@@ -133,9 +133,9 @@ def recorded_overrides(run: Path) -> list[Override]:
         DistillError: ``overrides.yaml`` is not a list of overrides.
     """
     return [
-        each
-        for each in parse_overrides(read_overrides(run))
-        if not each.is_hydra_override() and each.key_or_group != "trust"
+        override
+        for override in parse_overrides(read_overrides(run))
+        if not override.is_hydra_override() and override.key_or_group != "trust"
     ]
 
 
@@ -169,7 +169,7 @@ def compose_with_hydra(overrides: Sequence[str]) -> DictConfig:
         cfg = compose(CONFIG_NAME, list(overrides), return_hydra_config=True)
     nodes: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
     require_nodes(nodes)
-    words = tuple(str(each.input_line) for each in parse_overrides(overrides) if each.is_hydra_override())
+    words = tuple(str(override.input_line) for override in parse_overrides(overrides) if override.is_hydra_override())
     target_policy.validate_config(
         nodes, overrides, _default_hydra(config_folder(), words, JobRuntime.instance().get("name"))
     )
@@ -243,11 +243,14 @@ def validate_overrides(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]
     for line in left_out:  # by some jobs; one that applies to none is refused here
         _validate_job([line, *jobs[most_losses][1]])
     partial = {
-        _override_key(each) for job, kept in jobs for each in parse_overrides(job) if each.input_line not in kept
+        _override_key(override)
+        for job, kept in jobs
+        for override in parse_overrides(job)
+        if override.input_line not in kept
     }
     forced = [
-        f"++{line}" if _override_key(each) in partial else line
-        for line, each in zip(overrides, parse_overrides(overrides), strict=True)
+        f"++{line}" if _override_key(override) in partial else line
+        for line, override in zip(overrides, parse_overrides(overrides), strict=True)
     ]
     return configs[0], forced
 
@@ -306,7 +309,7 @@ def _expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     # A key of a loss is checked in the jobs of all options: the first one may not have this loss.
     changed = [(axis[0], line) for axis in values for line in axis[1:]]
     return jobs + [
-        [*(each for each in job if each != first), line]
+        [*(override for override in job if override != first), line]
         for first, line in changed
         for job in (jobs if first.startswith("distill.losses.") else jobs[:1])
     ]

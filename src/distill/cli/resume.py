@@ -85,7 +85,7 @@ def _find_run(lines: list[str], must: bool) -> list[str]:
     if "ckpt_path=last" not in lines:
         return lines
     home = compose.runs_folder(lines)
-    if any(each.key_or_group == "hydra.run.dir" for each in compose.parse_overrides(lines)):
+    if any(override.key_or_group == "hydra.run.dir" for override in compose.parse_overrides(lines)):
         folder = Path(HydraConfig.get().run.dir)
         if must and not RunFolder(folder).resumable:
             raise DistillError(f"no checkpoint in {folder}")
@@ -184,11 +184,11 @@ def _read_part(file: Path | None, key: str) -> Any:
     return None if file is None else read_checkpoint(file, lazily=True).get(key)
 
 
-def _refuse(mode: str, file: Path | None, found: Sequence[str]) -> None:
-    if not found:
+def _refuse(mode: str, file: Path | None, differing: Sequence[str]) -> None:
+    if not differing:
         return
-    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    listed = "; ".join(found[:8]) + more
+    more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+    listed = "; ".join(differing[:8]) + more
     if mode == "anyway":
         warnings.warn(f"resume=anyway: this is not the run that made {file}: {listed}", stacklevel=3)
         return

@@ -215,16 +215,16 @@ def run_process(command: Sequence[str], sweep: str) -> tuple[int, str]:
 
 
 def _failure_reason(code: int, lines: Sequence[str]) -> str:
-    ours = [line.removeprefix("distill: ") for line in lines if line.startswith("distill: ")]
+    messages = [line.removeprefix("distill: ") for line in lines if line.startswith("distill: ")]
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    return (ours or [f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}"])[-1]
+    return (messages or [f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}"])[-1]
 
 
 def job_folders(folder: Path) -> list[Path]:
     """The folders of a sweep's jobs, by number."""
-    found = [job for job in folder.iterdir() if RunFolder(job).overrides.is_file()] if folder.is_dir() else []
-    return sorted(found, key=_job_order)
+    jobs = [job for job in folder.iterdir() if RunFolder(job).overrides.is_file()] if folder.is_dir() else []
+    return sorted(jobs, key=_job_order)
 
 
 def _job_order(job: Path) -> tuple[bool, int, str]:

@@ -28,9 +28,9 @@ def _number(expected: str, is_valid: Callable[[float], bool]) -> Rule:
 
 
 def _one_of(*known: Any) -> Rule:
-    expected = ", ".join(str(each).lower() if isinstance(each, bool) else str(each) for each in known)
+    expected = ", ".join(str(option).lower() if isinstance(option, bool) else str(option) for option in known)
     return f"one of {expected}", lambda value: any(
-        value is each or (isinstance(each, str) and value == each) for each in known
+        value is option or (isinstance(option, str) and value == option) for option in known
     )
 
 

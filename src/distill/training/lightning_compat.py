@@ -18,8 +18,8 @@ def data_module(trainer: L.Trainer) -> Any:
 
 def callbacks(trainer: L.Trainer) -> list[L.Callback]:
     """All callbacks; Lightning sets the attribute without declaring it."""
-    found: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return found
+    result: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return result
 
 
 def batch_progress(trainer: L.Trainer) -> Any:

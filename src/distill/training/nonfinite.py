@@ -101,9 +101,9 @@ class NonFiniteGuard:
             self._saved_statistics = [torch.empty_like(buffer) for buffer in self._norm_statistics]
         _copy_tensors(self._norm_statistics, self._saved_statistics)
 
-    def record(self, seen: StepRecord) -> None:
+    def record(self, record: StepRecord) -> None:
         """Keep a batch of the step, to describe it if the step is skipped. Nothing is read from the device."""
-        self._records.append(seen)
+        self._records.append(record)
 
     def skip_bad_step(self, module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Skip a step of a `Distiller` that is not finite by clearing its gradients, after they were reduced over processes.
@@ -114,7 +114,7 @@ class NonFiniteGuard:
         Raises:
             DistillError: too many consecutive skipped steps, or a loss scale below the floor.
         """
-        seen, self._records = self._records, []
+        records, self._records = self._records, []
         parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
         self.skipping = bool(gradients) and not _finite(gradients)
@@ -122,13 +122,13 @@ class NonFiniteGuard:
             self.consecutive = 0
             return
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-        bad = {number: terms for number, each in enumerate(seen) if (terms := _bad_terms(each))}
+        bad = {number: terms for number, record in enumerate(records) if (terms := _bad_terms(record))}
         guilty = gather(bool(bad))
         try:
             if scaler is not None and not any(guilty):
                 self._require_scale(scaler, module.global_step)
             else:
-                self._report_step(module, seen, bad, guilty)
+                self._report_step(module, records, bad, guilty)
         finally:
             if scaler is not None and unscales_in_step(optimizer):
                 scaler.unscale_(optimizer)
@@ -146,30 +146,32 @@ class NonFiniteGuard:
             )
 
     def _report_step(
-        self, module: Any, seen: Sequence[StepRecord], bad: Mapping[int, Sequence[str]], guilty: Sequence[bool]
+        self, module: Any, records: Sequence[StepRecord], bad: Mapping[int, Sequence[str]], guilty: Sequence[bool]
     ) -> None:
         self.consecutive, self.skipped = self.consecutive + 1, self.skipped + 1
         blamed = guilty if any(guilty) else [True] * len(guilty)
         terms = list(dict.fromkeys(term for terms in bad.values() for term in terms))
-        shown = [image for number, each in enumerate(seen) if number in bad or not bad for image in each.batch.ids]
-        said = gather((_describe(module, seen, terms), shown))
+        shown = [
+            image for number, record in enumerate(records) if number in bad or not bad for image in record.batch.ids
+        ]
+        descriptions = gather((_describe(module, records, terms), shown))
         ids: dict[tuple[str, str], list[int]] = {}
-        for (words, images), to_blame in zip(said, blamed, strict=True):
+        for (words, images), to_blame in zip(descriptions, blamed, strict=True):
             if to_blame:
                 ids[words] = [*ids.get(words, []), *images]
-        found = "; ".join(f"{what} (images {images}){where}" for (what, where), images in ids.items())
-        message = f"step {module.global_step}: {found}. No weight was changed by this step"
+        cause = "; ".join(f"{what} (images {images}){where}" for (what, where), images in ids.items())
+        message = f"step {module.global_step}: {cause}. No weight was changed by this step"
         if self.consecutive <= self.limit:
             how = f"{self.consecutive} skipped in a row, guard.limit={self.limit}"
             warnings.warn(f"{message}: it is skipped ({how})", stacklevel=2)
             return
         _copy_tensors(self._saved_statistics, self._norm_statistics)
-        files = gather(str(self._save(module, seen, message)) if blamed[module.global_rank] else None)
+        files = gather(str(self._save(module, records, message)) if blamed[module.global_rank] else None)
         again = "; ".join(f"python -m distill replay '{file}'" for file in files if file)
         before = f", nor by the {self.consecutive - 1} before it" if self.consecutive > 1 else ""
         raise DistillError(f"{message}{before}. {ADVICE}. Do the step again: {again}")
 
-    def _save(self, module: Any, seen: Sequence[StepRecord], message: str) -> Path:
+    def _save(self, module: Any, records: Sequence[StepRecord], message: str) -> Path:
         run = RunFolder(self.folder or module.trainer.default_root_dir)
         kept = {
             "kind": FILE_KIND,
@@ -182,7 +184,7 @@ class NonFiniteGuard:
             "student": module.student.describe(),
             "teacher": module.teacher.identity() if module.teacher else None,
             "state_dict": {name: value.detach().cpu() for name, value in module.state_dict().items()},
-            "batches": [_to_containers(each) for each in seen],
+            "batches": [_to_containers(record) for record in records],
         }
         name = f"step{module.global_step}-rank{module.global_rank}.pt"
         return atomic_write(run.non_finite / name, lambda file: torch.save(kept, file))
@@ -196,15 +198,15 @@ def unscales_in_step(optimizer: torch.optim.Optimizer) -> bool:
 # -- what was bad
 
 
-def _bad_terms(seen: StepRecord) -> list[str]:
-    finite = torch.stack([value.isfinite() for value in seen.terms.values()]).tolist()
-    return [name for name, fine in zip(seen.terms, finite, strict=True) if not fine]
+def _bad_terms(record: StepRecord) -> list[str]:
+    finite = torch.stack([value.isfinite() for value in record.terms.values()]).tolist()
+    return [name for name, fine in zip(record.terms, finite, strict=True) if not fine]
 
 
-def _describe(module: Any, seen: Sequence[StepRecord], terms: Sequence[str]) -> tuple[str, str]:
+def _describe(module: Any, records: Sequence[StepRecord], terms: Sequence[str]) -> tuple[str, str]:
     """What is not finite and where: found by a forward pass with the unchanged weights, else the gradient's parameters."""
     # All batches on all processes: otherwise synchronized batch norms would wait forever.
-    places = [place for each in seen for place in _non_finite_levels(module, each.batch)]
+    places = [place for record in records for place in _non_finite_levels(module, record.batch)]
     if terms:
         where = "; ".join(places) or "all maps are finite, so the box head or the term's own formula produced it"
         return f"the loss is not finite in {', '.join(terms)}", f". Levels: {where}"
@@ -260,17 +262,17 @@ def _copy_tensors(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 # -- the step in a file
 
 
-def _to_containers(seen: StepRecord) -> dict[str, Any]:
+def _to_containers(record: StepRecord) -> dict[str, Any]:
     """A record in tensors and plain containers."""
-    batch = seen.batch.to("cpu")
+    batch = record.batch.to("cpu")
     return {
         "images": batch.images,
         "sizes": batch.sizes,
         "original_sizes": batch.original_sizes,
         "targets": [{"boxes": t.boxes, "labels": t.labels, "masks": t.masks} for t in batch.targets],
         "ids": batch.ids,
-        "draw": seen.draw,
-        "progress": seen.progress,
-        "terms": {name: float(value) for name, value in seen.terms.items()},
-        "weights": seen.weights,
+        "draw": record.draw,
+        "progress": record.progress,
+        "terms": {name: float(value) for name, value in record.terms.items()},
+        "weights": record.weights,
     }

@@ -119,7 +119,7 @@ def _write_failure(path: Path, size: int, error: OSError) -> str:
     if error.errno in DISK_FULL:
         with suppress(OSError):
             why += f", {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free"
-    kept = [str(each) for each in (path, previous_checkpoint(path)) if each.is_file()]
+    kept = [str(file) for file in (path, previous_checkpoint(path)) if file.is_file()]
     rest = f"{kept[0]} is whole, ckpt_path=last goes on from it" if kept else "there is none from before"
     return (
         f"the checkpoint {path} of {size / 2**20:.0f} MiB could not be written: {why}. Make room, or choose another disk with "

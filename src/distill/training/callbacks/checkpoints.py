@@ -158,14 +158,14 @@ class LastCheckpoint(Checkpoint):
         self._clock, self._signal = time.monotonic(), None
         self._previous_handlers = _current_handlers()
         _set_handlers(dict.fromkeys(STOP_SIGNALS, self._record_signal))
-        found, self._resume_state = self._resume_state, {}
-        if not found:
+        state, self._resume_state = self._resume_state, {}
+        if not state:
             return
-        trainer.should_stop = found["stop"]
+        trainer.should_stop = state["stop"]
         if compat.between_epochs(trainer):
             compat.start_epoch_anew(trainer)
-        if trainer.global_rank < len(found["random"]):
-            set_random_states(found["random"][trainer.global_rank])
+        if trainer.global_rank < len(state["random"]):
+            set_random_states(state["random"][trainer.global_rank])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """If nothing is left to train, call the averages' `on_train_end`, which Lightning does not call."""
@@ -195,7 +195,7 @@ class BestCheckpoint(ModelCheckpoint):
             return
         there = Path(state_dict["best_model_path"])
         here = Path(str(self.dirpath)) / there.name
-        file = next((str(each) for each in (here, there) if each.is_file()), None)
+        file = next((str(place) for place in (here, there) if place.is_file()), None)
         if file is None:
             warnings.warn(
                 f"the best checkpoint so far, {there}, is gone. The best checkpoint is chosen from the epochs that follow",

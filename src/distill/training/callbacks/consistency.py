@@ -14,9 +14,9 @@ from distill.distributed import gather
 from distill.training.lightning_compat import data_module
 from distill.types import DistillError
 
-SHOWN = 5
+MAX_DIFFERENCES = 5
 """Maximum number of differences in a message."""
-LOST_PROCESS_WORDS = (
+LOST_PROCESS_MESSAGES = (
     "Timed out",
     "timed out",
     "timeout",
@@ -51,13 +51,14 @@ def require_equal_values(values: Mapping[str, str]) -> None:
     """
     if len(set(gather(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()))) == 1:
         return
-    everywhere = gather(dict(values))
-    names = sorted({name for each in everywhere for name in each})
-    different = [name for name in names if len({each.get(name) for each in everywhere}) > 1]
+    values_of_ranks = gather(dict(values))
+    names = sorted({name for values in values_of_ranks for name in values})
+    different = [name for name in names if len({values.get(name) for values in values_of_ranks}) > 1]
     lines = "\n".join(
-        f"  {name}: {_values_by_rank([each.get(name) for each in everywhere])}" for name in different[:SHOWN]
+        f"  {name}: {_values_by_rank([values.get(name) for values in values_of_ranks])}"
+        for name in different[:MAX_DIFFERENCES]
     )
-    more = f"\n  … and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
+    more = f"\n  … and {len(different) - MAX_DIFFERENCES} more" if len(different) > MAX_DIFFERENCES else ""
     raise DistillError(
         f"the processes of this run have different values:\n{lines}{more}\nStart all of them with the same "
         "overrides, configuration files and data. Start a sweep or a tuner once, not in every process"
@@ -86,4 +87,4 @@ def exchange_timeout(minutes: float = 10.0) -> timedelta:
 def is_lost_process(error: BaseException) -> bool:
     """Whether an error of an exchange means that another process has ended or does not answer."""
     words = str(error)
-    return isinstance(error, RuntimeError) and any(each in words for each in LOST_PROCESS_WORDS)
+    return isinstance(error, RuntimeError) and any(phrase in words for phrase in LOST_PROCESS_MESSAGES)

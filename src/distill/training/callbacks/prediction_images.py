@@ -62,9 +62,11 @@ class PredictionImages(L.Callback):
         batch = data.batch("val", range(shown)).to(pl_module.device)
         columns = predict_columns(pl_module, batch)
         for number, image in enumerate(unpadded_images(batch)):
-            found = {name: column[number] for name, column in columns.items()}
+            boxes_by_column = {name: column[number] for name, column in columns.items()}
             for logger in loggers:
-                log_image(logger, f"val/{number}", image, found, data.classes, self.score, trainer.global_step)
+                log_image(
+                    logger, f"val/{number}", image, boxes_by_column, data.classes, self.score, trainer.global_step
+                )
 
 
 def predict_columns(module: Distiller, batch: Batch) -> dict[str, Sequence[Target | Detections]]:
@@ -89,7 +91,7 @@ def log_image(
     logger: Any,
     key: str,
     image: Tensor,
-    found: Mapping[str, Target | Detections],
+    boxes_by_column: Mapping[str, Target | Detections],
     classes: Sequence[str],
     score: float,
     step: int,
@@ -98,13 +100,15 @@ def log_image(
     if isinstance(logger, WandbLogger):
         import wandb
 
-        boxes = {name.replace(" ", "_"): wandb_boxes(column, classes, score) for name, column in found.items()}
+        boxes = {
+            name.replace(" ", "_"): wandb_boxes(column, classes, score) for name, column in boxes_by_column.items()
+        }
         picture = wandb.Image(image.permute(1, 2, 0).numpy(), boxes=boxes)
         logger.experiment.log({key: picture, "trainer/global_step": step})
     else:
         import numpy as np
 
-        drawn = np.asarray(panel(image, dict(found), classes, min_score=score))
+        drawn = np.asarray(panel(image, dict(boxes_by_column), classes, min_score=score))
         logger.experiment.add_image(key, drawn, step, dataformats="HWC")
 
 

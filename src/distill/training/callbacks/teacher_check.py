@@ -33,11 +33,11 @@ class TeacherCheck(L.Callback):
         if self.evaluate and not guest.values:
             data = data_module(trainer)
             try:
-                found = evaluate(guest.detector, data, "val", pl_module.metrics, pl_module.device, "teacher, val")
+                metrics = evaluate(guest.detector, data, "val", pl_module.metrics, pl_module.device, "teacher, val")
             except DistillError as error:
                 warnings.warn(f"the teacher's AP is not known: {error}", stacklevel=2)
                 return
-            guest.values = {f"val/{name}": value for name, value in found.items()}
+            guest.values = {f"val/{name}": value for name, value in metrics.items()}
         ap = guest.values.get("val/AP", guest.values.get("val/mAP"))
         if ap is not None and self.min_ap is not None and ap < self.min_ap:
             warnings.warn(

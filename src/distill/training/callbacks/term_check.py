@@ -94,8 +94,8 @@ class TermCheck(L.Callback):
         assert isinstance(pl_module, Distiller)
         pl_module.observers.remove(self._observe)
 
-    def _warn(self, name: str, found: Mapping[str, str]) -> None:
-        for kind, words in found.items():
+    def _warn(self, name: str, problems: Mapping[str, str]) -> None:
+        for kind, words in problems.items():
             if (name, kind) not in self._warned:
                 self._warned.add((name, kind))
                 rank_zero_warn(f"the term {name} {words}, over the last {self.steps} steps")
@@ -120,27 +120,27 @@ def largest_gradient(term: Tensor, maps: Sequence[Tensor]) -> Tensor:
     """Largest entry of a term's gradient on the maps, times `GRADIENT_FACTOR`."""
     if not term.requires_grad:
         return term.detach().new_zeros(())
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         term, list(maps), torch.full_like(term, GRADIENT_FACTOR), retain_graph=True, allow_unused=True
     )
-    sizes = [each.abs().amax().to(term.dtype) for each in found if each is not None]
+    sizes = [gradient.abs().amax().to(term.dtype) for gradient in gradients if gradient is not None]
     return torch.stack(sizes).amax() if sizes else term.detach().new_zeros(())
 
 
 def term_faults(measured: Sequence[Measure], times: float) -> dict[str, str]:
     """Kind of problem -> description, for problems in all measurements of a term."""
-    values = [each.value for each in measured]
-    found = {}
+    values = [measure.value for measure in measured]
+    problems = {}
     if max(values) - min(values) <= 1e-6 * max(map(abs, values)):
-        found["constant"] = f"stays at {values[-1]:.6g}: it does not depend on the images, or has nothing to compare"
-    if all(each.gradient == 0 for each in measured):
-        found["gradient"] = (
+        problems["constant"] = f"stays at {values[-1]:.6g}: it does not depend on the images, or has nothing to compare"
+    if all(measure.gradient == 0 for measure in measured):
+        problems["gradient"] = (
             "has no gradient on the student's maps: it is cut off from the student, or its mask is always empty"
         )
-    if all(abs(each.loss) > times * abs(each.detection) for each in measured):
+    if all(abs(measure.loss) > times * abs(measure.detection) for measure in measured):
         ratio = abs(measured[-1].loss) / max(abs(measured[-1].detection), 1e-30)
-        found["size"] = (
+        problems["size"] = (
             f"is {ratio:.3g} times the detection loss (callbacks.terms.times={times:g}): lower its weight, or compare "
             "with the paper's weights for this detector"
         )
-    return found
+    return problems
