@@ -464,6 +464,6 @@ def test_an_experiment_says_of_its_teacher_what_it_says_of_its_student(experimen
 
 
 def test_the_table_of_methods_has_every_loss_of_an_option() -> None:
-    options = [OmegaConf.load(file) for file in (compose.folder() / "distill").glob("*.yaml")]
+    options = [OmegaConf.load(file) for file in (compose.config_folder() / "distill").glob("*.yaml")]
     targets = {option["_target_"].rpartition(".")[2] for option in options if "_target_" in option}
     assert targets == {method.loss.__name__ for method in METHODS.values()}
