@@ -129,7 +129,7 @@ def changed(distill: str, words: list[str]) -> DictConfig:
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
     except (HydraException, OmegaConfBaseException) as error:  # compose.validate_overrides makes a message of it
         raise DistillError(str(error)) from error
-    compose.require_groups(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
+    compose.require_nodes(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
     return cfg
 
 
@@ -192,7 +192,7 @@ def test_any_values_of_any_keys(data: st.DataObject, distill: str) -> None:
         (["teacher=null", "distill.losses=true"], "expected a mapping of names to parts"),
         (["teacher=null", "distill.losses=abc"], "expected a mapping of names to parts"),
         (["+metrics.coco={neck:1}"], "CocoMetric could not be built: got an unexpected keyword argument 'neck'"),
-        (["distill.losses.defeat=${model}"], r"losses\.defeat: expected a DistillLoss, got distill\..*\.FasterRCNN"),
+        (["distill.losses.defeat=${model}"], r"losses\.defeat: expected a DistillLoss, got distill\.FasterRCNN"),
     ],
 )
 def test_what_the_fuzz_found_once(words: list[str], message: str) -> None:
