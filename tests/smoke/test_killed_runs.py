@@ -172,7 +172,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(
     assert cli(["train", *SMALL, "distill=defeat", "hydra.run.dir=run", *known]) == 143
     assert went_on == []
     said = capsys.readouterr().err
-    assert "distill: stopped by a signal; start it again with the same words\n" in said
+    assert "distill: stopped by a signal; start it again with the same arguments\n" in said
     assert "Traceback" not in said
     assert asked.exists() == (number == signal.SIGUSR1)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
