@@ -18,7 +18,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def summed(values: Tensor) -> tuple[Tensor, int]:
+def sum_over_ranks(values: Tensor) -> tuple[Tensor, int]:
     """Sum of `values` over all processes, and their number. All must come here."""
     processes = world_size()
     if processes > 1:
@@ -27,7 +27,7 @@ def summed(values: Tensor) -> tuple[Tensor, int]:
     return values, processes
 
 
-def gather(own: Any) -> list[Any]:
+def gather_objects(own: Any) -> list[Any]:
     """What every process has to say, in the order of ranks. All must come here."""
     found: list[Any] = [own] * world_size()
     if len(found) > 1:

@@ -28,13 +28,13 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], keep: Path | N
         if keep is not None and path.exists():
             path.replace(keep)
         beside.replace(path)
-        _sync_folder(path.parent)
+        _fsync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
     return path
 
 
-def _sync_folder(folder: Path) -> None:
+def _fsync_folder(folder: Path) -> None:
     """Let the names, too, lie on the disk; where the system cannot, they will in a while."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)

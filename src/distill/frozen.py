@@ -37,20 +37,20 @@ class FrozenModel:
     def fingerprint(self) -> str:
         """SHA-256 of the weights and buffers: the same module has the same one."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self._module.state_dict)
+            self._fingerprint = state_fingerprint(self._module.state_dict)
         return self._fingerprint
 
     def identity(self) -> dict[str, Any]:
         """What is stored with a run, so that a resume finds the same module. Plain containers only."""
         return {"source": self.source, "sha256": self.fingerprint}
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         """Refuse to go on where weights or buffers are no longer those of the first call. Summed up on their device: cheap.
 
         Raises:
             DistillError: what has changed.
         """
-        found = bits(self.tensors())
+        found = bit_sums(self.tensors())
         before, self._bits = self._bits, found
         changed = [name for name in found if found[name] != before.get(name, found[name])]
         if changed:
@@ -79,7 +79,7 @@ def frozen_models(losses: nn.Module) -> list[FrozenModel]:
     return [each for module in losses.modules() for each in vars(module).values() if isinstance(each, FrozenModel)]
 
 
-def bits(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def bit_sums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Name -> the sum of its values' bits, read as whole numbers: another one after almost any change."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = {
@@ -92,7 +92,7 @@ def bits(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return found
 
 
-def fingerprint(state_dict: Callable[[], dict[str, Tensor]]) -> str:
+def state_fingerprint(state_dict: Callable[[], dict[str, Tensor]]) -> str:
     """SHA-256 over names, shapes and values of a state dict."""
     digest = hashlib.sha256()
     for name, value in state_dict().items():

@@ -102,7 +102,7 @@ class Teacher(FrozenModel):
         tensors = [*self.detector.parameters(), *self.detector.buffers()]
         twin = copy.deepcopy(self.detector, {id(tensor): tensor for tensor in tensors})
         if self.fold:
-            fold(twin.net, partial(_pyramid, twin, tensors[0].device))
+            fold(twin.net, partial(_probe_neck, twin, tensors[0].device))
         for module in twin.modules():
             for held in (module._parameters, module._buffers):
                 held.update({name: self._laid(each, device, dtype) for name, each in held.items() if each is not None})
@@ -129,7 +129,7 @@ class Teacher(FrozenModel):
 
 
 @torch.no_grad()
-def _pyramid(detector: Detector, device: torch.device) -> Mapping[int, Tensor]:
+def _probe_neck(detector: Detector, device: torch.device) -> Mapping[int, Tensor]:
     """Maps of the neck, or of a backbone without one, of a small picture in the weights' own precision."""
     pixels = torch.arange(3 * 64 * 96, device=device).remainder(251).to(torch.uint8).view(1, 3, 64, 96)
     nothing = Target(torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device))

@@ -15,49 +15,49 @@ from distill.types import DistillError
 
 Options = TypeVar("Options", bound=Any)
 
-PLAIN: dict[str, type | tuple[type, ...]] = {
+SCALAR_TYPES: dict[str, type | tuple[type, ...]] = {
     "int": int,
     "float": (int, float),
     "str": str,
     "bool": bool,
     "None": type(None),
 }
-LISTS = re.compile(r"(?:Sequence|list)\[(\w+)\]")
+LIST_ANNOTATION = re.compile(r"(?:Sequence|list)\[(\w+)\]")
 
 
 def type_errors(constructor: Callable[..., Any], options: Mapping[str, Any]) -> list[str]:
     """One line for each option of another kind than its parameter's annotation names. Only plain ones and lists are judged."""
     found = inspect.signature(constructor).parameters
     return [
-        f"{name}: expected {' | '.join(_kinds(found[name].annotation))}, got {shown(value)}"
+        f"{name}: expected {' | '.join(_annotation_parts(found[name].annotation))}, got {shown(value)}"
         for name, value in options.items()
-        if name in found and not fits(value, found[name].annotation)
+        if name in found and not matches_annotation(value, found[name].annotation)
     ]
 
 
-def fits(value: Any, annotation: Any) -> bool:
+def matches_annotation(value: Any, annotation: Any) -> bool:
     """Whether a plain value is what an annotation, as written in the source or as a type, asks for; so where that cannot
     be told.
     """
-    return any(_is(value, kind) for kind in _kinds(annotation))
+    return any(_matches_part(value, kind) for kind in _annotation_parts(annotation))
 
 
-def _kinds(annotation: Any) -> list[str]:
+def _annotation_parts(annotation: Any) -> list[str]:
     if isinstance(annotation, str):
         return annotation.split(" | ")
     if get_origin(annotation) in (Union, UnionType):
-        return [kind for part in get_args(annotation) for kind in _kinds(part)]
+        return [kind for part in get_args(annotation) for kind in _annotation_parts(part)]
     if annotation is type(None):
         return ["None"]
     return [annotation.__name__ if inspect.isclass(annotation) and not get_args(annotation) else str(annotation)]
 
 
-def _is(value: Any, kind: str) -> bool:
-    if kind in PLAIN:
-        right = isinstance(value, PLAIN[kind]) and isinstance(value, bool) == (kind == "bool")
+def _matches_part(value: Any, kind: str) -> bool:
+    if kind in SCALAR_TYPES:
+        right = isinstance(value, SCALAR_TYPES[kind]) and isinstance(value, bool) == (kind == "bool")
         return right and (kind != "float" or value == value)  # NaN is no number
-    each = LISTS.fullmatch(kind)
-    if each is None or each[1] not in PLAIN:
+    each = LIST_ANNOTATION.fullmatch(kind)
+    if each is None or each[1] not in SCALAR_TYPES:
         return True
     return isinstance(value, (list, tuple)) and all(_is(one, each[1]) for one in value)
 

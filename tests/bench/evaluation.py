@@ -143,11 +143,11 @@ def collection(detections: int, batches: int = 8, side: int = 320) -> dict[str, 
     detector = distill.FasterRCNN(data.classes, backbone={"depth": 18}, min_size=side, max_size=side, **options).eval()
     evaluation = Evaluation(detector, data.ground_truth("val"), data.classes, [CocoMetric], torch.device("cpu"))
     detect, collect, counts = [], [], []
-    for batch in data.loader("val"):
+    for batch in data.eval_dataloader("val"):
         start = time.process_time()
         found = detector.view(batch, training=False, frozen=True).detections
         middle = time.process_time()
-        evaluation.add(batch, found)
+        evaluation.add_detections(batch, found)
         detect.append((middle - start) / len(batch))
         collect.append((time.process_time() - middle) / len(batch))
         counts += [len(one.scores) for one in found]

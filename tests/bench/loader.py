@@ -96,7 +96,7 @@ def ours(args: argparse.Namespace, **options: Any) -> DetectionData:
 
 def check_equal(data: DetectionData, theirs: Theirs, scale: float) -> str:
     """How many images have the same pixels, mirrored or not; the rest has another size, by the rounding of one side."""
-    images, equal, other = data.images("train", training=True), 0, 0
+    images, equal, other = data.dataset("train", training=True), 0, 0
     place = {file: index for index, file in enumerate(images.files)}
     for row, file in zip(theirs.rows, theirs.files, strict=True):
         their = (theirs.data[row][0] * scale).round().to(torch.uint8)

@@ -410,7 +410,7 @@ def test_two_half_batches_accumulated_equal_one(tmp_path: Path) -> None:
 
 def test_norms_and_biases_of_a_detector_are_spared_decay() -> None:
     module = distiller(small_detector("retinanet", head_norm="group", neck_channels=32), losses=None)
-    optimizer, _ = sgd(decay_norms=False).build(module.student, module.losses, 10, 4)
+    optimizer, _ = sgd(decay_norms=False).build_optimizer(module.student, module.losses, 10, 4)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     named = {name: decay[id(p)] for name, p in module.student.named_parameters()}
     assert len(named) == len(decay)
@@ -469,7 +469,7 @@ def test_any_family_teaches_any_other_on_the_strides_they_share(
 
 
 def test_the_configuration_names_the_loss_terms_of_every_family() -> None:
-    batch = shapes_data().batch("train", range(2))
+    batch = shapes_data().load_batch("train", range(2))
     terms = [list(small_detector(family).view(batch).losses) for family in BOX_FAMILIES]
     terms.append(["loss_mask"])  # of Mask R-CNN, which needs masks: tests/smoke/test_train_masks.py trains it
     configured = yaml.safe_load((Path(__file__).parents[2] / "conf" / "config.yaml").read_text())["supervised"]
@@ -527,7 +527,7 @@ def test_the_student_left_behind_is_torchvisions_own_model(family: str, norm: st
     theirs = plain_torchvision(model).eval()
     theirs.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True), strict=True)
     data = shapes_data(source=Shapes(train=1, val=2, test=0, size=96), min_size=96, max_size=120)
-    batch = data.batch("val", range(2))
+    batch = data.load_batch("val", range(2))
     with torch.no_grad():
         expected = theirs([image.float() / 255 for image in batch.images])
     for ours, other in zip(student.view(batch, training=False).detections, expected, strict=True):
@@ -543,7 +543,7 @@ def test_a_narrow_student_comes_back_on_our_backbone(family: str, tmp_path: Path
     module = distiller(small_detector(family))
     fit(module, tmp_path, max_epochs=1)
     save_student(module.student, tmp_path)
-    batch = shapes_data().batch("val", range(4))
+    batch = shapes_data().load_batch("val", range(4))
     back = load_detector(tmp_path).eval()
     pairs = zip(
         module.student.eval().view(batch, training=False).detections,
@@ -612,7 +612,7 @@ def test_a_detector_of_another_class_list_is_measured_on_the_shared_names() -> N
     names = ("ring", "cat", "circle", "dog", "star")
     model, data = small_detector(classes=names).eval(), shapes_data()
     metric = CocoMetric(data.ground_truth("val"), data.classes)
-    for batch in data.loader("val"):
+    for batch in data.eval_dataloader("val"):
         shared = []
         for found in model.view(batch, training=False, frozen=True).detections:
             rows = [i for i, label in enumerate(found.labels.tolist()) if names[label - 1] in CLASSES]
@@ -720,7 +720,7 @@ def channels_last(module: nn.Module) -> bool:
 
 def test_the_layout_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
     plain, laid = (distiller(small_detector(), losses={"defeat": DeFeat}) for _ in range(2))
-    schedule.channels_last(laid)
+    schedule.use_channels_last(laid)
     trainers = [fit(module, tmp_path, max_steps=1) for module in (plain, laid)]
     assert not channels_last(plain)
     assert channels_last(laid.student)

@@ -44,7 +44,7 @@ def test_prototypes_are_features_of_boxes_of_their_class() -> None:
     for name, value in student.named_buffers():
         assert torch.equal(value, buffers[name]), name
 
-    whole = data.batch("train", range(10))
+    whole = data.load_batch("train", range(10))
     labels = torch.cat([target.labels for target in whole.targets])
     large = torch.cat([((t.boxes[:, 2:] - t.boxes[:, :2]) > 6).all(1) for t in whole.targets])
     student.eval()
@@ -84,7 +84,7 @@ def test_the_student_is_looked_at_anew_and_the_teacher_once() -> None:
 
 def test_so_many_images_a_class_and_no_small_box() -> None:
     loss, data, student, guest = setting(images=2)
-    chosen = list(select_candidates(data.images("train", training=False), 2, 6.0, loss.seed))
+    chosen = list(select_candidates(data.dataset("train", training=False), 2, 6.0, loss.seed))
     for label in range(1, len(data.classes) + 1):
         assert sum(bool((names == label).any()) for _, _, names in chosen) == 2
     loss, data, student, guest = setting(min_side=64.0)
@@ -101,8 +101,8 @@ class Uneven:
     def __init__(self) -> None:
         self.shapes = Shapes(train=8, val=2, test=0, size=64)
 
-    def read(self, split: str) -> tuple[Any, Any]:
-        classes, records = self.shapes.read(split)
+    def read_split(self, split: str) -> tuple[Any, Any]:
+        classes, records = self.shapes.read_split(split)
         cut = []
         for index, record in enumerate(records):
             boxes = np.clip(record.boxes, 0, 40 if index % 2 else 64)
@@ -125,11 +125,11 @@ class Uneven:
             )
         return classes, cut
 
-    def image(self, file: str) -> torch.Tensor:
+    def load_image(self, file: str) -> torch.Tensor:
         index = next(
-            i for split in self.splits for i, each in enumerate(self.shapes.read(split)[1]) if each.file == file
+            i for split in self.splits for i, each in enumerate(self.shapes.read_split(split)[1]) if each.file == file
         )
-        image = self.shapes.image(file)
+        image = self.shapes.load_image(file)
         return image[:, :40] if index % 2 else image
 
 

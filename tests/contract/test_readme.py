@@ -277,7 +277,7 @@ def test_quoted_messages_are_those_of_the_code() -> None:
 
 def test_the_python_of_the_readme_trains_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    classes = distill.Shapes(train=1, val=1, test=0).read("train")[0]
+    classes = distill.Shapes(train=1, val=1, test=0).read_split("train")[0]
     code = block("python", "load_detector")
     build = re.search(r"^student = (.+)$", code, re.MULTILINE)
     assert build is not None

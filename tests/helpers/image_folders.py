@@ -8,14 +8,14 @@ from typing import Any
 
 from PIL import Image
 
-from distill.data.records import Record, ground_truth
+from distill.data.records import Record, coco_ground_truth
 from distill.data.shapes import Shapes
 
 
 def drawn(split: str, count: int) -> tuple[tuple[str, ...], list[tuple[Record, Image.Image]]]:
     source = Shapes(**{"train": 0, "val": 0, "test": 0, "size": 64, split: count})
-    classes, records = source.read(split)
-    pictures = [Image.fromarray(source.image(each.file).permute(1, 2, 0).numpy()) for each in records]
+    classes, records = source.read_split(split)
+    pictures = [Image.fromarray(source.load_image(each.file).permute(1, 2, 0).numpy()) for each in records]
     return classes, list(zip(records, pictures, strict=True))
 
 
@@ -26,7 +26,7 @@ def write_coco(root: Path) -> None:
         folder = root / f"{split}2017"
         folder.mkdir()
         classes, images = drawn(split, count)
-        truth: dict[str, Any] = ground_truth([record for record, _ in images], classes)
+        truth: dict[str, Any] = coco_ground_truth([record for record, _ in images], classes)
         for entry, (_, picture) in zip(truth["images"], images, strict=True):
             entry["file_name"] = f"{entry['id']:012d}.png"
             picture.save(folder / entry["file_name"])

@@ -21,6 +21,6 @@ if __name__ == "__main__":
     ready.wait()
     data = DetectionData(Shapes(train=8, val=8, test=0, size=64), batch_size=2, workers=1, min_size=64, max_size=64)
     data.setup("fit")
-    left_open = iter(data.loader("val"))
+    left_open = iter(data.eval_dataloader("val"))
     next(left_open)
     print("took one", flush=True)

@@ -54,7 +54,7 @@ def test_a_fine_run_is_ready_and_nothing_is_left_behind(
 def test_data_is_counted_as_an_independent_count_has_it(ready: dict[str, Any]) -> None:
     names = list(CLASSES)
     for split, count in (("train", 8), ("val", 4)):
-        _, records = Shapes(**{"train": 0, "val": 0, "test": 0, "size": 64, split: count}).read(split)
+        _, records = Shapes(**{"train": 0, "val": 0, "test": 0, "size": 64, split: count}).read_split(split)
         expected: Counter[tuple[str, str]] = Counter()
         for record in records:
             for (x1, y1, x2, y2), label in zip(record.boxes.tolist(), record.labels.tolist(), strict=True):

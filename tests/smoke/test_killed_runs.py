@@ -18,8 +18,8 @@ import torch
 
 from distill.cli import report, teacher
 from distill.data.datamodule import DetectionData
-from distill.data.images import Images
-from distill.data.loader import GRACE
+from distill.data.images import ImageDataset
+from distill.data.loader import SIGTERM_GRACE
 from distill.training.callbacks.teacher_check import TeacherCheck
 from distill.training.distiller import Distiller
 from helpers import kill_runs, leave_loader_open
@@ -322,14 +322,14 @@ def test_a_full_disk_ends_the_run_with_one_message(
 def test_a_killed_loader_is_reported_and_not_waited_for(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main, read = os.getpid(), Images.__getitem__
+    main, read = os.getpid(), ImageDataset.__getitem__
 
-    def killed(self: Images, key: Any) -> Any:
+    def killed(self: ImageDataset, key: Any) -> Any:
         if os.getpid() != main and key[0] == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, key)
 
-    monkeypatch.setattr(Images, "__getitem__", killed)
+    monkeypatch.setattr(ImageDataset, "__getitem__", killed)
     assert cli(["train", *RUN, "data.workers=1"]) == 1
     said = capsys.readouterr().err
     assert "a loader process died" in said
@@ -358,6 +358,6 @@ def test_stopping_the_student_s_run_stops_its_teacher_s(tmp_path: Path) -> None:
 def test_a_script_that_lets_no_loader_go_ends_all_the_same_and_leaves_others_alone() -> None:
     """Its loaders outlive one SIGTERM, but not their script: it would wait for them for ever."""
     script = Path(leave_loader_open.__file__)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=GRACE)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=SIGTERM_GRACE)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "took one\nasked to end\n"

@@ -26,7 +26,7 @@ from distill.training.callbacks.checkpoints import RestoreSignalHandlers
 from distill.training.callbacks.consistency import ConsistencyCheck
 from distill.training.callbacks.provenance import Provenance
 from distill.training.distiller import Distiller
-from distill.training.schedule import channels_last
+from distill.training.schedule import use_channels_last
 from distill.types import DetectorSpec, DistillError
 
 
@@ -71,7 +71,7 @@ def assemble(
             student.report += inherit(student, teacher.detector)
     module = Distiller(student, teacher, losses, plan.schedule, plan.supervised, plan.metrics, plan.seed, plan.guard)
     if plan.channels_last:
-        channels_last(module)  # adapters too: mixed layouts would be converted in every step
+        use_channels_last(module)  # adapters too: mixed layouts would be converted in every step
     return module
 
 

@@ -20,7 +20,7 @@ from distill.diagnostics.bench.clock import Clock, Spread
 from distill.diagnostics.bench.report import Cost, OptionCost, Report, verdict
 from distill.diagnostics.bench.step import Step
 from distill.diagnostics.memory import Memory
-from distill.precision import autocast
+from distill.precision import autocast_context
 from distill.progress import track
 from distill.teacher import Teacher
 from distill.types import Batch, DistillError
@@ -45,7 +45,7 @@ def measure(plan: RunPlan, options: Mapping[str, Callable[[], RunPlan]], args: a
     timing.set_norm_statistics(student, batch)
     student.train()
     precision = plan.trainer.settings["precision"]
-    make_step = partial(Step, batch=batch, autocast=partial(autocast, precision, device))
+    make_step = partial(Step, batch=batch, autocast=partial(autocast_context, precision, device))
     alone = make_step(assemble(replace(plan, losses={}, inherit=False), data, student))
     teacher = bench_teacher(plan, data, batch) if options else None
     own = timing.measure_student(alone, clock, args.repeats, args.warmup)

@@ -31,10 +31,12 @@ def main(argv: Sequence[str]) -> int:
         raise DistillError("classifier: --epochs and --size start at 1, --rate is a number above 0")
     cfg = validate.compose_valid_config(args.overrides)
 
-    from distill.training.classifier import train
+    from distill.training.classifier import train_classifier
 
     data, device = instantiate.build_node(cfg.data), instantiate.trainer_device(cfg)
-    accuracy = train(data, args.file, args.arch, args.start, args.epochs, args.rate, args.size, device, cfg.seed)
+    accuracy = train_classifier(
+        data, args.file, args.arch, args.start, args.epochs, args.rate, args.size, device, cfg.seed
+    )
     print(f"{args.file}: {100 * accuracy:.1f} % of the validation objects are classified correctly; use it with")
     print(
         f"  distill=dicod distill.losses.dicod.classifier.arch={args.arch} distill.losses.dicod.classifier.weights={args.file}"

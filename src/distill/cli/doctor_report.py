@@ -19,7 +19,7 @@ from distill.cli.teacher import UNTRAINED, as_teacher, cache_entry, find_teacher
 from distill.cli.train import silence_known_warnings
 from distill.data.datamodule import DetectionData
 from distill.diagnostics import doctor
-from distill.precision import autocast
+from distill.precision import autocast_context
 from distill.run_folder import RunFolder
 from distill.teacher import Teacher
 from distill.training.callbacks.term_check import TermCheck
@@ -161,7 +161,7 @@ def _examine_step(report: Report, module: Distiller, data: DetectionData, traine
     device, precision, teacher = trainer.strategy.root_device, str(trainer.precision), module.teacher
     module.start_epoch(0, data)
     batch = next(iter(data.train_dataloader())).to(device)
-    with autocast(precision, device):
+    with autocast_context(precision, device):
         step = module.compute_step(batch, module.step_seed(0), 0.0)
         with torch.no_grad():
             planned = teacher.spec if teacher and teacher.source == UNTRAINED else None

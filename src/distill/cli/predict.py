@@ -76,7 +76,7 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
         binary = None if on_device.masks is None else on_device.masks.cpu()
         detections = Detections(on_device.boxes.cpu(), on_device.scores.cpu(), on_device.labels.cpu(), binary)
         images.append({"id": number, "file_name": str(file), "height": size[0], "width": size[1]})
-        masks = [] if binary is None else [rle.plain(code, size) for code in rle.encode(binary)]
+        masks = [] if binary is None else [rle.to_coco(code, size) for code in rle.encode_masks(binary)]
         rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
         for index, (box, value, label) in enumerate(rows):
             x1, y1, x2, y2 = box

@@ -23,9 +23,9 @@ from distill.cli.suggestions import nearest
 from distill.cli.teacher import TeacherOptions
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
-from distill.evaluation.evaluate import MakeMetric
+from distill.evaluation.evaluate import MetricFactory
 from distill.losses.base import DistillLoss
-from distill.precision import chosen
+from distill.precision import resolve_precision
 from distill.run_folder import RunFolder
 from distill.training.nonfinite import NonFiniteGuard
 from distill.training.schedule import Schedule
@@ -78,7 +78,7 @@ class RunPlan:
     teacher: TeacherOptions | None
     losses: Mapping[str, LossOptions]
     supervised: Mapping[str, float]
-    metrics: Sequence[MakeMetric]
+    metrics: Sequence[MetricFactory]
     schedule: Schedule
     guard: NonFiniteGuard
     trainer: TrainerOptions
@@ -172,13 +172,13 @@ def plan_losses(cfg: DictConfig) -> dict[str, LossOptions]:
     return losses
 
 
-def build_metrics(cfg: DictConfig) -> dict[str, MakeMetric]:
+def build_metrics(cfg: DictConfig) -> dict[str, MetricFactory]:
     """Constructors of the metrics by name. A metric that is null is left out."""
     return {name: instantiate.build_node(node) for name, node in instantiate.named_nodes(cfg.metrics).items()}
 
 
 def _plan_trainer(cfg: DictConfig) -> TrainerOptions:
-    precision = chosen(cfg.trainer.precision, instantiate.trainer_device(cfg).type == "cuda")
+    precision = resolve_precision(cfg.trainer.precision, instantiate.trainer_device(cfg).type == "cuda")
     settings = {name: value for name, value in instantiate.to_containers(cfg.trainer).items() if name != "save_every"}
     callbacks = instantiate.named_nodes(cfg.callbacks)
     return TrainerOptions(
@@ -212,7 +212,7 @@ def load_data(plan: RunPlan) -> tuple[DetectionData, list[str]]:
     data, splits = plan.data, ["val"]
     data.setup("fit")
     resume.validate_data(plan.resume, plan.checkpoint, data)
-    if plan.test and data.has("test"):
+    if plan.test and data.has_split("test"):
         try:
             data.setup("test")
             splits.append("test")

@@ -179,7 +179,7 @@ def _load_best(trainer: L.Trainer, module: Distiller) -> str | None:
 
 def _save_pictures(module: Distiller, data: DetectionData, count: int, folder: Path, device: torch.device) -> None:
     count = min(count, len(data.ground_truth("val")["images"]))
-    batch = data.batch("val", range(count)).to(device)
+    batch = data.load_batch("val", range(count)).to(device)
     columns = predict_columns(module, batch)
     for number, image in enumerate(unpadded_images(batch)):
         boxes = {name: column[number] for name, column in columns.items()}

@@ -266,7 +266,7 @@ def _known_values(source: str, metrics: Mapping[str, Any], data: DetectionData) 
     same = []
     for split, fingerprint in summary["measured"]["data"].items():
         with suppress(DistillError):  # the split cannot be read here
-            same += [split] * (data.has(split) and data.fingerprint(split) == fingerprint)
+            same += [split] * (data.has_split(split) and data.fingerprint(split) == fingerprint)
     return {name: value for name, value in summary["student"].items() if name.split("/")[0] in same}
 
 

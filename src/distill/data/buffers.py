@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.types import Batch, Size, Target
 
-MOST = 4
+MAX_BUFFERS = 4
 """Pieces that a process knows of: what a worker prepares ahead, and what the step and Lightning's look ahead hold."""
 
 
@@ -31,11 +31,11 @@ class BufferPool:
         most: pieces that are known; of more at once, the oldest are forgotten, and go when their batches do.
     """
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, most: int = MAX_BUFFERS) -> None:
         self._pieces: deque[Tensor] = deque(maxlen=most)
 
     @torch.inference_mode(False)  # else a mark that evaluation made could not be set by training
-    def take(self, count: int, shared: bool) -> Tensor:
+    def acquire(self, count: int, shared: bool) -> Tensor:
         """A piece, uint8, with room for ``count`` bytes and its mark, which is set."""
         held: list[Tensor] = []
         piece = None
@@ -55,21 +55,21 @@ class BufferPool:
         return piece
 
 
-def images_in(piece: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def wrap_images(piece: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Images (B, 3, H, W) of ``shape`` (B, H, W, 3), whatever lies there: their end gives the piece back."""
     pixels = piece.numpy()
     part = pixels[: math.prod(shape)]  # kept by the storage that torch makes of it, and by nothing else
-    weakref.finalize(part, _clear, pixels[-1:], os.getpid()).atexit = False
+    weakref.finalize(part, _release, pixels[-1:], os.getpid()).atexit = False
     return torch.from_numpy(part).view(shape).permute(0, 3, 1, 2)
 
 
-def _clear(mark: Any, process: int) -> None:
+def _release(mark: Any, process: int) -> None:
     if os.getpid() == process:  # a fork of it holds nothing
         mark[0] = 0
 
 
 @dataclass(frozen=True)
-class Posted(Batch):
+class WorkerBatch(Batch):
     """A worker's batch, which arrives as a `Batch` of its own on the same memory."""
 
     piece: Tensor
@@ -77,10 +77,10 @@ class Posted(Batch):
     def __reduce__(self) -> tuple[Any, ...]:
         count, channels, height, width = self.images.shape
         shape = (count, height, width, channels)
-        return _arrived, (self.piece, shape, self.sizes, self.original_sizes, self.targets, self.ids)
+        return _rebuild_batch, (self.piece, shape, self.sizes, self.original_sizes, self.targets, self.ids)
 
 
-def _arrived(
+def _rebuild_batch(
     piece: Tensor,
     shape: tuple[int, int, int, int],
     sizes: tuple[Size, ...],
@@ -88,4 +88,4 @@ def _arrived(
     targets: tuple[Target, ...],
     ids: tuple[int, ...],
 ) -> Batch:
-    return Batch(images_in(piece, shape), sizes, original_sizes, targets, ids)
+    return Batch(wrap_images(piece, shape), sizes, original_sizes, targets, ids)

@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 
 from distill.data import rle
-from distill.data.records import MAX_PIXELS, Record, opened, orientation, read_image
+from distill.data.records import MAX_PIXELS, Record, exif_orientation, open_image, read_image
 from distill.types import DistillError, Size
 
 MENDED = ("without area", "outside the image", "clipped", "with an empty mask")
 """Faults of boxes that are mended and counted."""
-SHOWN = 10
+MAX_LISTED = 10
 """Problems that one message lists."""
 THREADS = 16
-ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 """What the last bytes of a whole file hold; a file of another format is decoded to know that it is whole."""
-TURNED = (5, 6, 7, 8)
+TRANSPOSED = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 
 
@@ -89,23 +89,23 @@ def check_records(
     if not records:
         raise DistillError(f"{split}: the split is empty; check data.source.{split} and data.source.root")
     counts: Counter[str] = Counter()
-    _check_twice(records, files)
+    _find_duplicates(records, files)
     if files:
-        _check_images(records, counts, max_pixels)
+        _inspect_images(records, counts, max_pixels)
     for record in records:
         if not record.broken:
-            _mend(record, counts)
+            _repair_boxes(record, counts)
             if masks:
-                _code_masks(record, counts)
+                _encode_masks(record, counts)
     problems = [fault for record in records for fault in record.faults]
     good = [record for record in records if not record.broken]
     if problems and on_error == "raise":
-        raise DistillError(_listed(split, problems) + "\nMend them, or leave them out with data.on_error=skip")
+        raise DistillError(_list_problems(split, problems) + "\nMend them, or leave them out with data.on_error=skip")
     if not any(len(record.labels) for record in good):
         what = "box" if good else "image"
         raise DistillError(
             f"{split}: of {len(records)} images no usable {what} is left: there is nothing to learn from or to measure by. "
-            f"Check data.source.{split}" + ("\n" + _listed(split, problems) if problems else "")
+            f"Check data.source.{split}" + ("\n" + _list_problems(split, problems) if problems else "")
         )
     skipped = {
         "images skipped": sum(record.broken and bool(record.file) for record in records),
@@ -134,7 +134,7 @@ def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "war
     for later, earlier in (("val", "train"), ("test", "train"), ("test", "val")):
         if later not in splits or earlier not in splits:
             continue
-        shared = _shared(splits[later], splits[earlier])
+        shared = _find_shared_files(splits[later], splits[earlier])
         if shared:
             message = (
                 f"{len(shared)} images of {later} are in {earlier} as well, such as {', '.join(shared[:3])}: numbers measured "
@@ -145,41 +145,41 @@ def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "war
             warnings.warn(message, stacklevel=2)
 
 
-def _check_twice(records: Sequence[Record], files: bool) -> None:
+def _find_duplicates(records: Sequence[Record], files: bool) -> None:
     ids: set[int] = set()
     names: set[str] = set()
     for record in records:
         if record.broken:
             continue
         if record.id in ids:
-            _break(record, f"{record.file}: image id {record.id} is used twice; ids must differ")
+            _mark_broken(record, f"{record.file}: image id {record.id} is used twice; ids must differ")
         elif files and record.file in names:
-            _break(record, f"{record.file}: this image is listed twice; list it once, with all its boxes")
+            _mark_broken(record, f"{record.file}: this image is listed twice; list it once, with all its boxes")
         ids.add(record.id)
         names.add(record.file)
 
 
-def _check_images(records: Sequence[Record], counts: Counter[str], max_pixels: int) -> None:
+def _inspect_images(records: Sequence[Record], counts: Counter[str], max_pixels: int) -> None:
     sound = [record for record in records if not record.broken]
     # Filters of warnings are common to all threads. Pillow warns of large images and damaged tags, which both read well.
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")
-        looks = list(pool.map(partial(_look, max_pixels=max_pixels), sound))
+        looks = list(pool.map(partial(_inspect_file, max_pixels=max_pixels), sound))
     for record, look in zip(sound, looks, strict=True):
-        fault = look if isinstance(look, str) else _settle_size(record, *look)
+        fault = look if isinstance(look, str) else _set_size(record, *look)
         if fault:
-            _break(record, fault)
+            _mark_broken(record, fault)
         elif look[1] != 1:
             counts["turned by EXIF"] += 1
 
 
-def _break(record: Record, fault: str) -> None:
+def _mark_broken(record: Record, fault: str) -> None:
     record.faults.append(fault)
     record.broken = True
 
 
-def _look(record: Record, max_pixels: int) -> tuple[Size, int] | str:
-    """An image's (height, width) once upright and its EXIF orientation, or what is wrong with its file."""
+def _inspect_file(record: Record, max_pixels: int) -> tuple[Size, int] | str:
+    """An image's (height, width) once upright and its EXIF exif_orientation, or what is wrong with its file."""
     path = Path(record.file)
     try:
         if not path.is_file():
@@ -187,11 +187,13 @@ def _look(record: Record, max_pixels: int) -> tuple[Size, int] | str:
                 f"{path}: no such image, but {record.where or 'a record'} names it; add it, or remove its annotations"
             )
         record.file_size = path.stat().st_size
-        with opened(path, max_pixels) as image:
-            size, form, turn = (image.height, image.width), image.format, orientation(image)
-        if form in ENDS and _ends_with(path, ENDS[form]):
-            return (size[::-1] if turn in TURNED else size), turn
-        if form in ENDS and ENDS[form] not in path.read_bytes():  # decoders fill what is missing and say nothing
+        with open_image(path, max_pixels) as image:
+            size, form, turn = (image.height, image.width), image.format, exif_orientation(image)
+        if form in END_MARKERS and _ends_with(path, END_MARKERS[form]):
+            return (size[::-1] if turn in TRANSPOSED else size), turn
+        if (
+            form in END_MARKERS and END_MARKERS[form] not in path.read_bytes()
+        ):  # decoders fill what is missing and say nothing
             return f"{path}: cut off, its end is missing; replace it, or remove it from the split"
         height, width = read_image(path, max_pixels).shape[1:]
         return (height, width), turn
@@ -207,7 +209,7 @@ def _ends_with(path: Path, end: bytes) -> bool:
         return end in file.read()
 
 
-def _settle_size(record: Record, upright: Size, turn: int) -> str | None:
+def _set_size(record: Record, upright: Size, turn: int) -> str | None:
     """Note the true size, or say how it differs from the one that the annotation states."""
     if record.size in (None, upright):
         record.size = upright
@@ -215,7 +217,7 @@ def _settle_size(record: Record, upright: Size, turn: int) -> str | None:
     assert record.size is not None
     (height, width), (stated_height, stated_width) = upright, record.size
     where = f"{record.where}, the annotation," if record.where else "its annotation"
-    if turn in TURNED and record.size == upright[::-1]:
+    if turn in TRANSPOSED and record.size == upright[::-1]:
         return (
             f"{record.file}: its EXIF tag turns it to {width}x{height}, but {where} was made for {stated_width}x"
             f"{stated_height}; write the image again without the tag"
@@ -225,7 +227,7 @@ def _settle_size(record: Record, upright: Size, turn: int) -> str | None:
     )
 
 
-def _mend(record: Record, counts: Counter[str]) -> None:
+def _repair_boxes(record: Record, counts: Counter[str]) -> None:
     """Leave out impossible boxes with a fault each, clip the rest, drop those of no area."""
     assert record.size is not None
     height, width = record.size
@@ -237,7 +239,7 @@ def _mend(record: Record, counts: Counter[str]) -> None:
     inverted = finite & (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
     for rows, reason in ((~finite, "or area is not finite"), (inverted, "ends before it begins")):
         record.faults += [_box_fault(record, index, reason) for index in np.flatnonzero(rows).tolist()]
-    record.keep(finite & ~inverted)
+    record.keep_rows(finite & ~inverted)
     clipped = record.boxes.clip(0, [width, height, width, height])
     moved = (clipped != record.boxes).any(axis=1)
     area = (record.boxes[:, 2:] > record.boxes[:, :2]).all(axis=1)
@@ -247,45 +249,45 @@ def _mend(record: Record, counts: Counter[str]) -> None:
     counts["clipped"] += int((moved & inside).sum())
     if moved.any():
         record.annotated, record.boxes = record.boxes, clipped
-    record.keep(inside)
+    record.keep_rows(inside)
 
 
 def _box_fault(record: Record, index: int, reason: str) -> str:
     return (
-        f"{_place(record, index)}: the box {reason}: xyxy {record.boxes[index].tolist()}, area {record.area[index]}; "
+        f"{_describe_place(record, index)}: the box {reason}: xyxy {record.boxes[index].tolist()}, area {record.area[index]}; "
         "mend or remove it"
     )
 
 
-def _place(record: Record, index: int) -> str:
+def _describe_place(record: Record, index: int) -> str:
     place = index if record.entries is None else record.entries[index]
     of = f" of {Path(record.file).name}" if record.where else ""
     return f"{record.where or record.file}: annotation {place}{of}, counted from 0"
 
 
-def _code_masks(record: Record, counts: Counter[str]) -> None:
+def _encode_masks(record: Record, counts: Counter[str]) -> None:
     """Turn segmentations into run-length codes, and leave out the annotations of bad ones with a fault each."""
     assert record.size is not None
     codes: list[bytes | None] = []
     for index, shape in enumerate(record.segmentation or [None] * len(record.labels)):
         try:
-            codes.append(rle.read(shape, record.size))
+            codes.append(rle.encode_segmentation(shape, record.size))
         except ValueError as error:
             codes.append(None)
             remedy = "mend or remove it, or train on boxes alone with data.masks=false"
-            record.faults.append(f"{_place(record, index)}: its segmentation {error}; {remedy}")
-    record.segmentation = [code and rle.plain(code, record.size) for code in codes]
-    record.keep(np.array([code is not None for code in codes], dtype=bool))
-    counts["with an empty mask"] += sum(not rle.area(code, record.size) for code in codes if code)
+            record.faults.append(f"{_describe_place(record, index)}: its segmentation {error}; {remedy}")
+    record.segmentation = [code and rle.to_coco(code, record.size) for code in codes]
+    record.keep_rows(np.array([code is not None for code in codes], dtype=bool))
+    counts["with an empty mask"] += sum(not rle.mask_area(code, record.size) for code in codes if code)
 
 
-def _listed(split: str, problems: Sequence[str]) -> str:
-    lines = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
-    more = f"\n  … and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+def _list_problems(split: str, problems: Sequence[str]) -> str:
+    lines = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED])
+    more = f"\n  … and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
     return f"{split}: {len(problems)} problems in the data:\n{lines}{more}"
 
 
-def _shared(later: Sequence[Record], earlier: Sequence[Record]) -> list[str]:
+def _find_shared_files(later: Sequence[Record], earlier: Sequence[Record]) -> list[str]:
     sizes: dict[int | None, list[Path]] = {}
     for record in earlier:
         sizes.setdefault(record.file_size, []).append(Path(record.file))

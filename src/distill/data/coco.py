@@ -10,12 +10,12 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from distill.data.records import Note, Record, broken, record, uncollected
+from distill.data.records import Annotation, Record, make_broken_record, make_record, paused_garbage_collection
 from distill.types import DistillError, Size
 
-Files = Mapping[str, str | None]
+SplitFiles = Mapping[str, str | None]
 """``annotations`` and ``images`` of a split."""
-SMALLEST, LARGEST = -(2**63), 2**63 - 1
+MIN_ID, MAX_ID = -(2**63), 2**63 - 1
 """Of the ids that a tensor can hold."""
 
 
@@ -38,7 +38,7 @@ class Coco:
     masks = True
 
     def __init__(
-        self, root: str, train: Files | None = None, val: Files | None = None, test: Files | None = None
+        self, root: str, train: SplitFiles | None = None, val: SplitFiles | None = None, test: SplitFiles | None = None
     ) -> None:
         self.root = Path(root).expanduser()
         self.files = {"train": train, "val": val, "test": test}
@@ -55,8 +55,8 @@ class Coco:
         """The splits that are configured."""
         return tuple(split for split, files in self.files.items() if files and files.get("annotations"))
 
-    @uncollected()
-    def read(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
+    @paused_garbage_collection()
+    def read_split(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
         """Class names and records of a split. Entries that are wrong are left out, and named as faults of a record.
 
         Raises:
@@ -66,20 +66,20 @@ class Coco:
         if not files or not files.get("annotations"):
             raise DistillError(f"data=coco has no split '{split}': set data.source.{split}.annotations to its JSON")
         path = self.root / str(files["annotations"])
-        content = _load(path, split)
-        classes, self.category_ids = _categories(content["categories"], path)
+        content = _load_json(path, split)
+        classes, self.category_ids = _parse_categories(content["categories"], path)
         labels = {number: label for label, number in self.category_ids.items()}
         faults: list[str] = []
-        images = _images(content["images"], path, faults)
+        images = _parse_images(content["images"], path, faults)
         folder = self.root / str(files["images"]) if files.get("images") else self._folder(path, images)
-        notes = _notes(content["annotations"], images, labels, path, faults)
+        notes = _parse_annotations(content["annotations"], images, labels, path, faults)
         records = [
-            record(number, str(folder / name), size, notes.get(number, ()), str(path))
+            make_record(number, str(folder / name), size, notes.get(number, ()), str(path))
             if self._holds(folder / name, folder)
-            else broken(str(path), [f"{path}: image {number}: {_out(name, folder)}"], name)
+            else make_broken_record(str(path), [f"{path}: image {number}: {_outside_message(name, folder)}"], name)
             for number, (name, size) in images.items()
         ]
-        return classes, records + ([broken(str(path), faults)] if faults else [])
+        return classes, records + ([make_broken_record(str(path), faults)] if faults else [])
 
     def _folder(self, path: Path, images: Mapping[int, tuple[str, Size | None]]) -> Path:
         usual = (path.parent, self.root, self.root / "images", self.root / path.stem.rpartition("_")[2])
@@ -92,11 +92,11 @@ class Coco:
         return any(place.is_relative_to(os.path.abspath(home)) for home in (folder, self.root))
 
 
-def _out(name: str, folder: Path) -> str:
+def _outside_message(name: str, folder: Path) -> str:
     return f"'file_name' {shown(name)} leads out of {folder} and of data.source.root; name a file inside"
 
 
-def _load(path: Path, split: str) -> dict[str, list[Any]]:
+def _load_json(path: Path, split: str) -> dict[str, list[Any]]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             content: Any = json.load(file)
@@ -117,12 +117,12 @@ def _load(path: Path, split: str) -> dict[str, list[Any]]:
     return dict(content)
 
 
-def _categories(entries: list[Any], path: Path) -> tuple[tuple[str, ...], dict[int, int]]:
+def _parse_categories(entries: list[Any], path: Path) -> tuple[tuple[str, ...], dict[int, int]]:
     """Class names by label, and label -> category id."""
     names: dict[int, str] = {}
     for place, entry in enumerate(entries):
         try:
-            number, name = _integer(entry, "id"), _string(entry, "name")
+            number, name = _read_integer(entry, "id"), _read_string(entry, "name")
             if number in names or name in names.values():
                 raise ValueError(f"has id {number} or name '{name}' of another; both must differ")
         except ValueError as error:
@@ -134,18 +134,18 @@ def _categories(entries: list[Any], path: Path) -> tuple[tuple[str, ...], dict[i
     return tuple(names[number] for number in ids), dict(enumerate(ids, start=1))
 
 
-def _images(entries: list[Any], path: Path, faults: list[str]) -> dict[int, tuple[str, Size | None]]:
+def _parse_images(entries: list[Any], path: Path, faults: list[str]) -> dict[int, tuple[str, Size | None]]:
     """File and stated size by image id."""
     images: dict[int, tuple[str, Size | None]] = {}
     ambiguous = set()
     for place, entry in enumerate(entries):
         try:
-            number, name = _integer(entry, "id"), _string(entry, "file_name")
+            number, name = _read_integer(entry, "id"), _read_string(entry, "file_name")
             if number in images:
                 if images[number][0] != name:
                     ambiguous.add(number)
                 raise ValueError(f"({name}) has id {number} again, as {images[number][0]} has; give it its own")
-            images[number] = name, _size(entry)
+            images[number] = name, _stated_size(entry)
         except ValueError as error:
             faults.append(f"{path}: images[{place}] {error}")
     for number in ambiguous:  # whose annotations are whose cannot be told
@@ -153,59 +153,59 @@ def _images(entries: list[Any], path: Path, faults: list[str]) -> dict[int, tupl
     return images
 
 
-def _notes(
+def _parse_annotations(
     entries: list[Any], images: Mapping[int, Any], labels: Mapping[int, int], path: Path, faults: list[str]
-) -> dict[int, list[Note]]:
+) -> dict[int, list[Annotation]]:
     """Annotations by image id."""
-    notes: dict[int, list[Note]] = defaultdict(list)
+    notes: dict[int, list[Annotation]] = defaultdict(list)
     seen: set[int] = set()
     for place, entry in enumerate(entries):
         try:
-            image, category = _integer(entry, "image_id"), _integer(entry, "category_id")
+            image, category = _read_integer(entry, "image_id"), _read_integer(entry, "category_id")
             if image not in images:
                 raise ValueError(f"is of image {image}, which 'images' does not list (once); add it, or remove this")
             if category not in labels:
                 raise ValueError(f"has category {category}, which 'categories' does not list; add it, or remove this")
             if entry.get("id") is not None:
-                number = _integer(entry, "id")
+                number = _read_integer(entry, "id")
                 if number in seen:
                     raise ValueError(f"has id {number}, as another has; give it its own")
                 seen.add(number)
-            notes[image].append(_note(entry, labels[category], place))
+            notes[image].append(_parse_annotation(entry, labels[category], place))
         except ValueError as error:
             faults.append(f"{path}: annotations[{place}] {error}")
     return notes
 
 
-def _note(entry: Mapping[str, Any], label: int, place: int) -> Note:
+def _parse_annotation(entry: Mapping[str, Any], label: int, place: int) -> Annotation:
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4:
         raise ValueError(f"needs 'bbox' [x, y, width, height], got {shown(box)}; write it, or remove this")
-    x, y, width, height = (_number(value, "bbox") for value in box)
+    x, y, width, height = (_to_float(value, "bbox") for value in box)
     area, crowd = entry.get("area"), entry.get("iscrowd")
     if crowd not in (0, 1, None):
         raise ValueError(f"needs 'iscrowd' 0 or 1, got {shown(crowd)}; mend it")
-    area = width * height if area is None else _number(area, "area")
-    return Note((x, y, x + width, y + height), label, area, bool(crowd), False, place, entry.get("segmentation"))
+    area = width * height if area is None else _to_float(area, "area")
+    return Annotation((x, y, x + width, y + height), label, area, bool(crowd), False, place, entry.get("segmentation"))
 
 
-def _size(entry: Mapping[str, Any]) -> Size | None:
+def _stated_size(entry: Mapping[str, Any]) -> Size | None:
     stated = [entry.get(side) for side in ("height", "width")]
     if None in stated or 0 in stated:
         return None
-    return _integer(entry, "height"), _integer(entry, "width")
+    return _read_integer(entry, "height"), _read_integer(entry, "width")
 
 
-def _integer(entry: Any, key: str) -> int:
+def _read_integer(entry: Any, key: str) -> int:
     value = entry.get(key) if isinstance(entry, dict) else None
-    if type(value) is int and SMALLEST <= value <= LARGEST:
+    if type(value) is int and MIN_ID <= value <= MAX_ID:
         return value
-    if isinstance(value, float) and value.is_integer() and SMALLEST <= value <= LARGEST:
+    if isinstance(value, float) and value.is_integer() and MIN_ID <= value <= MAX_ID:
         return int(value)
     raise ValueError(f"needs an integer '{key}', got {shown(value if isinstance(entry, dict) else entry)}; mend it")
 
 
-def _string(entry: Mapping[str, Any], key: str) -> str:
+def _read_string(entry: Mapping[str, Any], key: str) -> str:
     value = entry.get(key)
     if not isinstance(value, str) or not value:
         raise ValueError(f"needs a text '{key}', got {shown(value)}; mend it")
@@ -214,7 +214,7 @@ def _string(entry: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _number(value: Any, key: str) -> float:
+def _to_float(value: Any, key: str) -> float:
     if type(value) is float:
         return value
     if type(value) is not int:

@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from distill.data.checks import SplitReport, check_overlap, check_records
-from distill.data.images import Images, usable
-from distill.data.loader import Loader
-from distill.data.records import MAX_PIXELS, Record, ground_truth, read_image
+from distill.data.images import ImageDataset, training_rows
+from distill.data.loader import DetectionLoader
+from distill.data.records import MAX_PIXELS, Record, coco_ground_truth, read_image
 from distill.data.sampler import BatchSampler
 from distill.data.transforms import Sample, Transform, collate, padded_size, resized_size
 from distill.types import Batch, DistillError, Size
@@ -35,11 +35,11 @@ class Source(Protocol):
     def splits(self) -> tuple[str, ...]:
         """The splits that it has."""
 
-    def read(self, split: str) -> tuple[Sequence[str], list[Record]]:
+    def read_split(self, split: str) -> tuple[Sequence[str], list[Record]]:
         """Class names, in the order of their labels from 1, and the records of a split as annotated."""
 
 
-def digest(records: Sequence[Record], masks: bool) -> dict[str, Any]:
+def digest_records(records: Sequence[Record], masks: bool) -> dict[str, Any]:
     """How many images and boxes there are, and a hash of all that is known of them but where their files lie."""
     seen = hashlib.sha256()
     for record in records:
@@ -52,7 +52,7 @@ def digest(records: Sequence[Record], masks: bool) -> dict[str, Any]:
     return {"images": len(records), "boxes": boxes, "sha256": seen.hexdigest()}
 
 
-def subset(records: list[Record], fraction: float, limit: int | None) -> list[Record]:
+def select_subset(records: list[Record], fraction: float, limit: int | None) -> list[Record]:
     """A part of the images for quick looks: the same for every seed, a larger part holds every smaller one."""
     order = np.random.default_rng(0).permutation(len(records))
     count = max(1, round(fraction * len(records)))
@@ -133,9 +133,9 @@ class DetectionData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size)
-        _choose("cache", cache, ("none", "ram"))
-        _choose("on_error", on_error, ("raise", "skip"))
-        _choose("on_overlap", on_overlap, ("warn", "raise"))
+        _validate_choice("cache", cache, ("none", "ram"))
+        _validate_choice("on_error", on_error, ("raise", "skip"))
+        _validate_choice("on_overlap", on_overlap, ("warn", "raise"))
         if masks and not getattr(source, "masks", False):
             raise DistillError(
                 f"data.masks=true: this source ({type(source).__name__}) has boxes only, no masks. Choose data=coco with "
@@ -161,12 +161,12 @@ class DetectionData(L.LightningDataModule):
         self.on_error, self.on_overlap, self.max_pixels = on_error, on_overlap, max_pixels
         self.train_transform = Transform(sizes, max_size, flip, photometric, antialias, seed)
         self.eval_transform = Transform((eval_min_size or sizes[-1],), eval_max_size or max_size, antialias=antialias)
-        self._drawn = hasattr(source, "image")
+        self._drawn = hasattr(source, "load_image")
         self.checked: dict[Split, SplitReport] = {}
         self.summary: list[str] = []
         self._classes: tuple[str, ...] | None = None
         self._records: dict[Split, list[Record]] = {}
-        self._images: dict[tuple[Split, bool], Images] = {}
+        self._images: dict[tuple[Split, bool], ImageDataset] = {}
         self._truth: dict[Split, dict[str, Any]] = {}
         self._identity: dict[str, Any] | None = None
 
@@ -176,7 +176,7 @@ class DetectionData(L.LightningDataModule):
         for split in wanted:
             self.records(split)
 
-    def has(self, split: Split) -> bool:
+    def has_split(self, split: Split) -> bool:
         """Whether the source has this split."""
         return split in self.source.splits
 
@@ -213,13 +213,13 @@ class DetectionData(L.LightningDataModule):
         """
         records = self.records(split)
         files = [record.file for record in records]
-        seen = [files, digest(records, self.masks), self.classes, self.input_size, self.resize]
+        seen = [files, digest_records(records, self.masks), self.classes, self.input_size, self.resize]
         return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data: its classes, and of train and val how many images and boxes, and a hash."""
         if self._identity is None:
-            splits = {split: digest(self.records(split), self.masks) for split in ("train", "val")}
+            splits = {split: digest_records(self.records(split), self.masks) for split in ("train", "val")}
             self._identity = {"classes": list(self.classes), **splits}
         return self._identity
 
@@ -254,56 +254,56 @@ class DetectionData(L.LightningDataModule):
     def ground_truth(self, split: Split) -> dict[str, Any]:
         """The split in COCO's JSON form, in original pixels; ``category_id`` is our label from 1 to K."""
         if split not in self._truth:
-            self._truth[split] = ground_truth(self.records(split), self.classes)
+            self._truth[split] = coco_ground_truth(self.records(split), self.classes)
         return self._truth[split]
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled, augmented batches of this process's share."""
-        images = self.images("train", training=True)
+        images = self.dataset("train", training=True)
         upright: list[Hashable] = [self.aspect_groups and height > width for height, width in images.sizes.tolist()]
         sampler = BatchSampler(upright, self.batch_size, True, self.seed, *self._place(), self.drop_last)
         return self._loader(images, sampler, None if self.trainer is None else self._position)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """The validation split, every image once over all processes."""
-        return self.loader("val")
+        return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader[Sample]:
         """The test split, every image once over all processes."""
-        return self.loader("test")
+        return self.eval_dataloader("test")
 
-    def loader(self, split: Split) -> DataLoader[Sample]:
+    def eval_dataloader(self, split: Split) -> DataLoader[Sample]:
         """A split for evaluation: not shuffled, not augmented, every image once over all processes.
 
         A batch holds images of one padded size, so that no image's padding, which a detector can see at the border,
         depends on its neighbours.
         """
-        images, groups = self.images(split, training=False), self.padded_sizes(split)
+        images, groups = self.dataset(split, training=False), self.padded_sizes(split)
         rank, world = self._place()
         return self._loader(images, BatchSampler(groups, self.eval_batch_size, False, rank=rank, world=world))
 
     def padded_sizes(self, split: Split) -> list[Size]:
         """(height, width) of each image of a split as evaluation resizes and pads it alone."""
-        images, (min_size, max_size) = self.images(split, training=False), self.input_size
+        images, (min_size, max_size) = self.dataset(split, training=False), self.input_size
         sizes = [resized_size(images.size(index), min_size, max_size) for index in range(len(images))]
         return [padded_size([size], self.pad_to) for size in sizes]
 
-    def batch(self, split: Split, indices: Sequence[int]) -> Batch:
+    def load_batch(self, split: Split, indices: Sequence[int]) -> Batch:
         """Some images of a split, by their place in ``ground_truth(split)["images"]``, as evaluation sees them."""
-        images = self.images(split, training=False)
+        images = self.dataset(split, training=False)
         return collate([images[0, index] for index in indices], self.pad_to)
 
-    def images(self, split: Split, training: bool) -> Images:
+    def dataset(self, split: Split, training: bool) -> ImageDataset:
         """The data set behind a loader."""
         if (split, training) not in self._images:
             records = self.records(split)
             if training and not self.keep_empty:
-                records = [record for record in records if usable(record, self.use_difficult).any()]
+                records = [record for record in records if training_rows(record, self.use_difficult).any()]
                 if not records:
                     raise DistillError(f"No {split} image has a box to train on. Check the annotations of {split}.")
-            load = getattr(self.source, "image", partial(read_image, max_pixels=self.max_pixels))
+            load = getattr(self.source, "load_image", partial(read_image, max_pixels=self.max_pixels))
             transform = self.train_transform if training else self.eval_transform
-            images = Images(records, load, transform, self.use_difficult, self.masks)
+            images = ImageDataset(records, load, transform, self.use_difficult, self.masks)
             if self.cache == "ram":
                 taken = images.keep_in_memory(self.workers)
                 self.summary.append(
@@ -323,7 +323,7 @@ class DetectionData(L.LightningDataModule):
         return self._records[split]
 
     def _read(self, split: Split) -> list[Record]:
-        classes, annotated = self.source.read(split)
+        classes, annotated = self.source.read_split(split)
         if self._classes not in (None, tuple(classes)):
             raise DistillError(
                 f"Expected the same classes in every split, got {list(classes)} in {split} and {list(self._classes or ())} "
@@ -334,7 +334,7 @@ class DetectionData(L.LightningDataModule):
             annotated, split, self.on_error, not self._drawn, self.masks, self.max_pixels
         )
         fraction, limit = (self.fraction, self.limit) if split == "train" else (1.0, self.limit_eval)
-        part = subset(records, fraction, limit)
+        part = select_subset(records, fraction, limit)
         used = "" if len(part) == len(records) else f"; {len(part)} of the images are used"
         self.summary.append(f"{self.checked[split]}{used}")
         return part
@@ -349,9 +349,9 @@ class DetectionData(L.LightningDataModule):
         return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.completed
 
     def _loader(
-        self, images: Images, sampler: BatchSampler, position: Callable[[], tuple[int, int]] | None = None
-    ) -> Loader:
-        return Loader(
+        self, images: ImageDataset, sampler: BatchSampler, position: Callable[[], tuple[int, int]] | None = None
+    ) -> DetectionLoader:
+        return DetectionLoader(
             images,
             position,
             batch_sampler=sampler,
@@ -364,6 +364,6 @@ class DetectionData(L.LightningDataModule):
         )
 
 
-def _choose(name: str, value: str, known: Sequence[str]) -> None:
+def _validate_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise DistillError(f"data.{name}: expected one of {', '.join(known)}, got {value!r}.")

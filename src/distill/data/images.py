@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill.data.records import Record
-from distill.data.sampler import Key
+from distill.data.sampler import SampleKey
 from distill.data.transforms import Sample, Transform, resized_size
 from distill.types import Size, Target
 
 
-class Images(Dataset[Sample]):
+class ImageDataset(Dataset[Sample]):
     """The images of one split, one sample a key (epoch, index).
 
     Annotations are packed into a few tensors: thousands of small Python objects would be copied into every worker as
@@ -44,19 +44,19 @@ class Images(Dataset[Sample]):
         self.files = [record.file for record in records]
         self.ids = torch.tensor([record.id for record in records], dtype=torch.int64)
         self.sizes = torch.tensor([record.size for record in records], dtype=torch.int64).reshape(-1, 2)
-        chosen = [usable(record, use_difficult) for record in records]
+        chosen = [training_rows(record, use_difficult) for record in records]
         self.ends = np.cumsum([int(keep.sum()) for keep in chosen])
         boxes = [record.boxes[keep] for record, keep in zip(records, chosen, strict=True)]
         labels = [record.labels[keep] for record, keep in zip(records, chosen, strict=True)]
         self.boxes = torch.from_numpy(np.concatenate([np.empty((0, 4)), *boxes])).float()
         self.labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels]))
-        self.codes = Codes(_codes(records, chosen)) if masks else None
-        self.cache: Cache | None = None
+        self.codes = MaskCodes(_training_codes(records, chosen)) if masks else None
+        self.cache: ImageCache | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: Key) -> Sample:
+    def __getitem__(self, key: SampleKey) -> Sample:
         """Load, resize and augment image ``index`` as it looks in ``epoch``."""
         epoch, index = key
         image = self.load(self.files[index]) if self.cache is None else self.cache[index]
@@ -79,7 +79,7 @@ class Images(Dataset[Sample]):
     def keep_in_memory(self, threads: int) -> int:
         """Decode and resize all images now; returns the bytes that they take."""
         transform, indices = self.transform, range(len(self))
-        cache = Cache(
+        cache = ImageCache(
             [resized_size(self.size(index), transform.min_sizes[-1], transform.max_size) for index in indices]
         )
 
@@ -92,7 +92,7 @@ class Images(Dataset[Sample]):
         return cache.pixels.numel()
 
 
-class Cache:
+class ImageCache:
     """Images of different sizes in one block of memory, which forked workers share and spawned ones map."""
 
     def __init__(self, sizes: Sequence[Size]) -> None:
@@ -107,7 +107,7 @@ class Cache:
         return self.pixels[end - 3 * height * width : end].view(height, width, 3).permute(2, 0, 1)
 
 
-class Codes:
+class MaskCodes:
     """Run-length codes of masks in one block of memory, which workers share as they do the boxes."""
 
     def __init__(self, codes: Sequence[bytes]) -> None:
@@ -120,7 +120,7 @@ class Codes:
         return [self.bytes[start:end].numpy().tobytes() for start, end in pairwise(ends)]
 
 
-def _codes(records: Sequence[Record], chosen: Sequence[np.ndarray[Any, np.dtype[np.bool_]]]) -> list[bytes]:
+def _training_codes(records: Sequence[Record], chosen: Sequence[np.ndarray[Any, np.dtype[np.bool_]]]) -> list[bytes]:
     return [
         shape["counts"].encode()
         for record, keep in zip(records, chosen, strict=True)
@@ -129,7 +129,7 @@ def _codes(records: Sequence[Record], chosen: Sequence[np.ndarray[Any, np.dtype[
     ]
 
 
-def usable(record: Record, use_difficult: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def training_rows(record: Record, use_difficult: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which annotations (N,) of an image are training targets."""
     keep: np.ndarray[Any, np.dtype[np.bool_]] = ~record.crowd
     return keep if use_difficult else keep & ~record.difficult

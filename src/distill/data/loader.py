@@ -11,16 +11,16 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from distill.data.images import Images
+from distill.data.images import ImageDataset
 from distill.data.transforms import Sample
 
-GRACE = 600
+SIGTERM_GRACE = 600
 """Seconds that a loader's process lives on after SIGTERM; a run that is gone ends it at once."""
-WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()
+LOADER_PROCESSES: weakref.WeakSet[Any] = weakref.WeakSet()
 """Processes of this process's loaders."""
 
 
-class Loader(DataLoader[Sample]):
+class DetectionLoader(DataLoader[Sample]):
     """Batches of samples. A training loader starts when its first one is asked for, at the epoch and batch where the run is then.
 
     Lightning makes the training loader, and its iterator, before it restores the counts of a resume; workers that started
@@ -31,8 +31,10 @@ class Loader(DataLoader[Sample]):
         options: see torch's own.
     """
 
-    def __init__(self, dataset: Images, position: Callable[[], tuple[int, int]] | None = None, **options: Any) -> None:
-        super().__init__(dataset, **{"worker_init_fn": _go_on, **options})
+    def __init__(
+        self, dataset: ImageDataset, position: Callable[[], tuple[int, int]] | None = None, **options: Any
+    ) -> None:
+        super().__init__(dataset, **{"worker_init_fn": _outlive_stop_signals, **options})
         self.position = position
         self._processes: list[Any] = []
 
@@ -48,7 +50,7 @@ class Loader(DataLoader[Sample]):
         others = multiprocessing.active_children()
         batches = super().__iter__()
         started = [child for child in multiprocessing.active_children() if child not in others]
-        WORKERS.update(started)
+        LOADER_PROCESSES.update(started)
         self._processes = started or self._processes  # those that persist
         try:
             yield from batches
@@ -65,19 +67,19 @@ class Loader(DataLoader[Sample]):
         """The same for the way back."""
 
 
-def _go_on(worker: int) -> None:
+def _outlive_stop_signals(worker: int) -> None:
     """Let a loader's process outlive what asks the run to stop: SLURM, terminals and process groups tell every process.
 
     The step that is made needs its batch, and the run lets its loaders go when it is done: it has `GRACE` for that.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE) and None)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SIGTERM_GRACE) and None)
 
 
 @atexit.register
-def _end_loaders() -> None:
+def _kill_loader_processes() -> None:
     """End those that are alive when the run exits: multiprocessing would send them SIGTERM and wait."""
     for process in multiprocessing.active_children():
-        if process in WORKERS:
+        if process in LOADER_PROCESSES:
             process.kill()

@@ -18,19 +18,19 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from distill.types import DistillError, Size
 
-ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112
 """EXIF's tag."""
 MAX_PIXELS = 150_000_000
 """Of an image that is decoded; it takes 450 MB. Below the limit at which Pillow refuses by itself."""
-FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """JPEG's markers of a frame header."""
-LONELY = frozenset({0x00, 0x01, *range(0xD0, 0xDA), 0xFF})
+BARE_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xDA), 0xFF})
 """What follows 0xFF in a JPEG without a length: no marker, markers without a segment, fill."""
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded. Pillow knows more, of which EPS is a program."""
 
 
-class Note(NamedTuple):
+class Annotation(NamedTuple):
     """One annotation as its source read it."""
 
     box: Sequence[float]
@@ -74,7 +74,7 @@ class Record:
     file_size: int | None = None
     """Bytes of the image's file, once checked."""
 
-    def keep(self, rows: NDArray[np.bool_]) -> None:
+    def keep_rows(self, rows: NDArray[np.bool_]) -> None:
         """Drop the annotations that are not in ``rows`` (N,)."""
         if rows.all():
             return
@@ -89,7 +89,7 @@ class Record:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def paused_garbage_collection() -> Iterator[None]:
     """Without the garbage collector, which walks the millions of objects of a large data set again and again."""
     was_on = gc.isenabled()
     gc.disable()
@@ -100,7 +100,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def record(id: int, file: str, size: Size | None, notes: Sequence[Note] = (), where: str = "") -> Record:
+def make_record(id: int, file: str, size: Size | None, notes: Sequence[Annotation] = (), where: str = "") -> Record:
     """A record from its annotations."""
     boxes, labels, area, crowd, difficult, entries, shapes = zip(*notes, strict=True) if notes else ((),) * 7
     return Record(
@@ -118,14 +118,14 @@ def record(id: int, file: str, size: Size | None, notes: Sequence[Note] = (), wh
     )
 
 
-def broken(where: str, faults: Sequence[str], file: str = "") -> Record:
+def make_broken_record(where: str, faults: Sequence[str], file: str = "") -> Record:
     """An image that cannot be used, or, without a file, what is wrong with an annotation file in other places."""
-    found = record(-1, file, None, where=where)
+    found = make_record(-1, file, None, where=where)
     found.faults, found.broken = list(faults), True
     return found
 
 
-def opened(file: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image of which the header is read, and no pixel yet.
 
     Raises:
@@ -151,18 +151,18 @@ def read_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
         DistillError: missing, unreadable, truncated, or larger than ``max_pixels`` by its header; names the file.
     """
     try:
-        decoded = _read_jpeg(str(file), max_pixels)
+        decoded = _decode_jpeg(str(file), max_pixels)
         if decoded is not None:
             return decoded
-        with opened(file, max_pixels) as image:
-            upright = image if orientation(image) == 1 else ImageOps.exif_transpose(image)
-            pixels = _rgb(upright)
+        with open_image(file, max_pixels) as image:
+            upright = image if exif_orientation(image) == 1 else ImageOps.exif_transpose(image)
+            pixels = _to_rgb(upright)
     except Exception as error:  # Pillow's decoders raise anything at damaged bytes
         raise DistillError(f"{file}: cannot be read as an image ({error}); replace it, or leave it out") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _read_jpeg(file: str, max_pixels: int) -> Tensor | None:
+def _decode_jpeg(file: str, max_pixels: int) -> Tensor | None:
     """The image of a JPEG. None of another file, a larger one, or one that torchvision cannot decode.
 
     Of those Pillow knows some, or says what is wrong. Pillow would read every header first, at a tenth of the decoder's time.
@@ -183,25 +183,25 @@ def jpeg_size(content: bytes | memoryview) -> Size | None:
     over before a marker is no order: read on there, a segment's content could be taken for another, smaller frame header.
     """
     place = 2 if content[:2] == b"\xff\xd8" else len(content)
-    while place + 9 <= len(content) and content[place] == 0xFF and content[place + 1] not in LONELY:
+    while place + 9 <= len(content) and content[place] == 0xFF and content[place + 1] not in BARE_MARKERS:
         length, height, width = (int.from_bytes(content[place + at : place + at + 2], "big") for at in (2, 5, 7))
-        if content[place + 1] in FRAMES:
+        if content[place + 1] in FRAME_MARKERS:
             return height, width
         place += 2 + length
     return None
 
 
-def orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """EXIF's orientation of an opened image, 1 where there is none; XMP's does not count, as torchvision ignores it."""
     exif = Image.Exif()
     try:
         exif.load(image.info.get("exif") or b"")
-        return int(exif.get(ORIENTATION, 1))
+        return int(exif.get(EXIF_ORIENTATION, 1))
     except Exception:  # a damaged tag is no tag
         return 1
 
 
-def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode == "F":
         raise ValueError("its pixels are floats; expected 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would cut all above 255
@@ -210,8 +210,8 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     return np.array(image.convert("RGB"))
 
 
-@uncollected()
-def ground_truth(records: Sequence[Record], classes: Sequence[str]) -> dict[str, Any]:
+@paused_garbage_collection()
+def coco_ground_truth(records: Sequence[Record], classes: Sequence[str]) -> dict[str, Any]:
     """Records in COCO's JSON form, in original pixels; ``category_id`` is the label, VOC's mark is ``difficult``."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from distill.types import Size
 
-FAR = 10
+MAX_POLYGON_REACH = 10
 """A polygon may leave the image by this many times its longer side; beyond, its unit is not the pixel."""
 
 
-def encode(masks: Tensor) -> list[bytes]:
+def encode_masks(masks: Tensor) -> list[bytes]:
     """Codes of masks (N, H, W), bool or uint8 of 0 and 1, on any device."""
     if not len(masks):
         return []
@@ -30,22 +30,22 @@ def encode(masks: Tensor) -> list[bytes]:
     return [each["counts"] for each in coco.encode(columns.T)]  # (H, W, N) in Fortran's order, without a copy
 
 
-def decode(code: bytes, size: Size) -> Tensor:
+def decode_mask(code: bytes, size: Size) -> Tensor:
     """The mask (H, W), uint8 of 0 and 1, behind a code for an image of this (height, width)."""
     return torch.from_numpy(coco.decode({"size": list(size), "counts": code}))
 
 
-def area(code: bytes, size: Size) -> int:
+def mask_area(code: bytes, size: Size) -> int:
     """Number of pixels of a mask."""
     return int(coco.area({"size": list(size), "counts": code}))
 
 
-def plain(code: bytes, size: Size) -> dict[str, Any]:
+def to_coco(code: bytes, size: Size) -> dict[str, Any]:
     """A code as COCO's JSON writes it."""
     return {"size": list(size), "counts": code.decode()}
 
 
-def read(segmentation: Any, size: Size) -> bytes:
+def encode_segmentation(segmentation: Any, size: Size) -> bytes:
     """The code of what a COCO file says of one object: polygons, or run lengths, compressed or not.
 
     Args:
@@ -56,40 +56,40 @@ def read(segmentation: Any, size: Size) -> bytes:
         ValueError: says what is wrong with it.
     """
     if isinstance(segmentation, Mapping):
-        return _from_runs(segmentation, size)
+        return _encode_runs(segmentation, size)
     if isinstance(segmentation, Sequence) and not isinstance(segmentation, str) and segmentation:
-        polygons = [_corners(polygon, size) for polygon in segmentation]
+        polygons = [_validate_polygon(polygon, size) for polygon in segmentation]
         return bytes(coco.merge(coco.frPyObjects(polygons, *size))["counts"])
     raise ValueError(f"needs polygons or run lengths, got {shown(segmentation)}")
 
 
-def _corners(polygon: Any, size: Size) -> list[float]:
+def _validate_polygon(polygon: Any, size: Size) -> list[float]:
     """x and y in turn. Four numbers would mean a box to pycocotools, and far corners cost it a run for each pixel."""
-    points = _numbers(polygon)
+    points = _to_array(polygon)
     if points.dtype.kind not in "iuf" or len(points) < 6 or len(points) % 2:
         raise ValueError(f"needs three or more corners a polygon, as [x1, y1, x2, y2, ...], got {shown(polygon)}")
-    if not np.isfinite(points).all() or np.abs(points).max() > FAR * max(size):
+    if not np.isfinite(points).all() or np.abs(points).max() > MAX_POLYGON_REACH * max(size):
         raise ValueError(f"has a polygon far outside its image of {size[1]}x{size[0]}: {shown(polygon)}")
     corners: list[float] = points.tolist()
     return corners
 
 
-def _from_runs(entry: Mapping[str, Any], size: Size) -> bytes:
+def _encode_runs(entry: Mapping[str, Any], size: Size) -> bytes:
     counts = entry.get("counts")
     if list(size) != entry.get("size"):
         raise ValueError(f"needs 'size' {list(size)}, its image's height and width, got {shown(entry.get('size'))}")
     if isinstance(counts, (str, bytes)):
         code = counts.encode() if isinstance(counts, str) else counts
-        _check_runs(_runs(code), size)
+        _validate_runs(_decode_runs(code), size)
         return code
-    runs = _numbers(counts)
+    runs = _to_array(counts)
     if runs.dtype.kind not in "iu":
         raise ValueError(f"needs 'counts', a text or a list of integers, got {shown(counts)}")
-    _check_runs(runs, size)
+    _validate_runs(runs, size)
     return bytes(coco.frPyObjects({"size": list(size), "counts": runs.tolist()}, *size)["counts"])
 
 
-def _numbers(values: Any) -> NDArray[Any]:
+def _to_array(values: Any) -> NDArray[Any]:
     """A flat list as an array; an empty one where it is none."""
     try:
         numbers = np.asarray(values)
@@ -98,7 +98,7 @@ def _numbers(values: Any) -> NDArray[Any]:
     return numbers if numbers.ndim == 1 else np.empty(0)
 
 
-def _check_runs(runs: NDArray[Any], size: Size) -> None:
+def _validate_runs(runs: NDArray[Any], size: Size) -> None:
     """What falls short of the image, pycocotools would fill with whatever lies in memory."""
     pixels = size[0] * size[1]
     if (runs < 0).any() or (runs > pixels).any() or runs.sum() != pixels:
@@ -107,7 +107,7 @@ def _check_runs(runs: NDArray[Any], size: Size) -> None:
         )
 
 
-def _runs(code: bytes) -> NDArray[np.int64]:
+def _decode_runs(code: bytes) -> NDArray[np.int64]:
     """The run lengths of a code.
 
     A number is written as digits to the base 32, the lowest first, each as the character 48 + digit, with 32 added if

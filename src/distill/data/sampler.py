@@ -10,11 +10,11 @@ from torch.utils.data import Sampler
 
 from distill.types import DistillError
 
-Key = tuple[int, int]
+SampleKey = tuple[int, int]
 """(epoch, index): all that a data set needs to make a sample, whichever worker is asked."""
 
 
-class BatchSampler(Sampler[list[Key]]):
+class BatchSampler(Sampler[list[SampleKey]]):
     """Yields lists of keys (epoch, index); goes into ``DataLoader(batch_sampler=...)``.
 
     Training (``shuffle=True``): images are shuffled by (seed, epoch) alone and cut into batches of
@@ -79,7 +79,7 @@ class BatchSampler(Sampler[list[Key]]):
         """Batches of this process in a whole epoch, whatever ``start`` is."""
         return len(self._training() if self.shuffle else self._evaluation())
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         """This process's batches of the current epoch."""
         epoch, batches = self.epoch, self._training() if self.shuffle else self._evaluation()
         for batch in batches[self.start :]:
@@ -95,9 +95,9 @@ class BatchSampler(Sampler[list[Key]]):
         # The rest is parted off before grouping: else a small group would be left out in every epoch.
         for members in self._by_group(order[:whole]):
             pure = len(members) // full * full
-            batches += _cut(members[:pure], full)
+            batches += _chunk(members[:pure], full)
             mixed += members[pure:]
-        batches += _cut(mixed, full)
+        batches += _chunk(mixed, full)
         rest = order[whole:]
         # A rest smaller than the number of processes would leave one of them without an image.
         if len(rest) >= self.world and not (self.drop_last and batches):
@@ -106,7 +106,7 @@ class BatchSampler(Sampler[list[Key]]):
 
     def _evaluation(self) -> list[list[int]]:
         size = min(self.batch_size, len(self.groups) // self.world)
-        batches = [batch for members in self._by_group(range(len(self.groups))) for batch in _cut(members, size)]
+        batches = [batch for members in self._by_group(range(len(self.groups))) for batch in _chunk(members, size)]
         return sorted(batches)[self.rank :: self.world]
 
     def _by_group(self, order: Sequence[int]) -> list[list[int]]:
@@ -116,5 +116,5 @@ class BatchSampler(Sampler[list[Key]]):
         return list(members.values())
 
 
-def _cut(indices: Sequence[int], size: int) -> list[list[int]]:
+def _chunk(indices: Sequence[int], size: int) -> list[list[int]]:
     return [list(indices[start : start + size]) for start in range(0, len(indices), size)]

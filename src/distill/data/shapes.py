@@ -22,69 +22,92 @@ from distill.data import rle
 from distill.data.records import Record
 from distill.types import DistillError
 
-VISIBLE = 0.5
+MIN_VISIBLE = 0.5
 """Least part of an object's pixels that nothing drawn later covers."""
-CONTRAST = 50
+MIN_CONTRAST = 50
 """Least difference, in at least one channel of 0-255, between an object and the ground under it."""
-TURN = 0.35
+MAX_TURN = 0.35
 """Most that a shape is turned, in radians either way."""
-NOISE = (2.0, 10.0)
+NOISE_RANGE = (2.0, 10.0)
 """Range of the standard deviation of an image's pixel noise, in grey levels."""
 SPLITS = ("train", "val", "test")
-_FINE = 4  # drawn this much larger, then averaged: smooth edges
-_TRIES = 20
+_SUPERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
+_MAX_TRIES = 20
 
 
-def _around(turns: NDArray[np.float64], radius: float | NDArray[np.float64] = 1.0) -> NDArray[np.float64]:
+def _polar_points(turns: NDArray[np.float64], radius: float | NDArray[np.float64] = 1.0) -> NDArray[np.float64]:
     directions = np.stack([np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)], axis=1)
     points: NDArray[np.float64] = directions * np.reshape(radius, (-1, 1))
     return points
 
 
-def _regular(corners: int, start: float = -0.25) -> NDArray[np.float64]:
-    return _around(start + np.arange(corners) / corners)
+def _regular_polygon(corners: int, start: float = -0.25) -> NDArray[np.float64]:
+    return _polar_points(start + np.arange(corners) / corners)
 
 
-def _spiked(spikes: int, inner: float) -> NDArray[np.float64]:
-    return _around(-0.25 + np.arange(2 * spikes) / (2 * spikes), np.tile([1.0, inner], spikes))
+def _star(spikes: int, inner: float) -> NDArray[np.float64]:
+    return _polar_points(-0.25 + np.arange(2 * spikes) / (2 * spikes), np.tile([1.0, inner], spikes))
 
 
-def _arc(part: float, inner: float) -> NDArray[np.float64]:
+def _ring(part: float, inner: float) -> NDArray[np.float64]:
     turns = np.linspace(0, part, 48)
-    return np.concatenate([_around(turns), _around(turns[::-1], inner)])
+    return np.concatenate([_polar_points(turns), _polar_points(turns[::-1], inner)])
 
 
-def _corners(*points: tuple[float, float]) -> NDArray[np.float64]:
+def _polygon(*points: tuple[float, float]) -> NDArray[np.float64]:
     return np.array(points) / max(math.hypot(*point) for point in points)
 
 
-_BAR = 0.34  # half the width of a cross's bars
+_BAR_HALF_WIDTH = 0.34  # half the width of a cross's bars
 CLASSES: dict[str, NDArray[np.float64]] = {
-    "circle": _regular(48),
-    "square": _regular(4, 0.125),
-    "triangle": _regular(3),
-    "star": _spiked(5, 0.42),
-    "ring": _arc(1.0, 0.55),
-    "cross": _corners(
-        *[(1, -_BAR), (1, _BAR), (_BAR, _BAR), (_BAR, 1), (-_BAR, 1), (-_BAR, _BAR)],
-        *[(-1, _BAR), (-1, -_BAR), (-_BAR, -_BAR), (-_BAR, -1), (_BAR, -1), (_BAR, -_BAR)],
+    "circle": _regular_polygon(48),
+    "square": _regular_polygon(4, 0.125),
+    "triangle": _regular_polygon(3),
+    "star": _star(5, 0.42),
+    "ring": _ring(1.0, 0.55),
+    "cross": _polygon(
+        *[
+            (1, -_BAR_HALF_WIDTH),
+            (1, _BAR_HALF_WIDTH),
+            (_BAR_HALF_WIDTH, _BAR_HALF_WIDTH),
+            (_BAR_HALF_WIDTH, 1),
+            (-_BAR_HALF_WIDTH, 1),
+            (-_BAR_HALF_WIDTH, _BAR_HALF_WIDTH),
+        ],
+        *[
+            (-1, _BAR_HALF_WIDTH),
+            (-1, -_BAR_HALF_WIDTH),
+            (-_BAR_HALF_WIDTH, -_BAR_HALF_WIDTH),
+            (-_BAR_HALF_WIDTH, -1),
+            (_BAR_HALF_WIDTH, -1),
+            (_BAR_HALF_WIDTH, -_BAR_HALF_WIDTH),
+        ],
     ),
 }
 """Class name -> outline (V, 2) in the unit circle."""
 NEAR_MISSES: dict[str, NDArray[np.float64]] = {
-    "hexagon": _regular(6),
-    "rectangle": _corners((1, 0.5), (-1, 0.5), (-1, -0.5), (1, -0.5)),
-    "kite": _corners((0, -1), (0.6, 0.35), (0, -0.05), (-0.6, 0.35)),
-    "four-star": _spiked(4, 0.42),
-    "open ring": _arc(0.78, 0.55),
-    "tee": _corners((-1, -1), (1, -1), (1, -0.3), (_BAR, -0.3), (_BAR, 1), (-_BAR, 1), (-_BAR, -0.3), (-1, -0.3)),
+    "hexagon": _regular_polygon(6),
+    "rectangle": _polygon((1, 0.5), (-1, 0.5), (-1, -0.5), (1, -0.5)),
+    "kite": _polygon((0, -1), (0.6, 0.35), (0, -0.05), (-0.6, 0.35)),
+    "four-star": _star(4, 0.42),
+    "open ring": _ring(0.78, 0.55),
+    "tee": _polygon(
+        (-1, -1),
+        (1, -1),
+        (1, -0.3),
+        (_BAR_HALF_WIDTH, -0.3),
+        (_BAR_HALF_WIDTH, 1),
+        (-_BAR_HALF_WIDTH, 1),
+        (-_BAR_HALF_WIDTH, -0.3),
+        (-1, -0.3),
+    ),
 }
 """What looks like a class and is background."""
 _OUTLINES = CLASSES | NEAR_MISSES
 
 
 @dataclass(frozen=True)
-class Item:
+class SceneItem:
     """One drawn thing: its kind, coverage (h, w) uint8 without empty borders, and left upper corner in pixels."""
 
     kind: str
@@ -110,35 +133,35 @@ class Item:
         patch += weight * (colour - patch)
 
 
-def stencil(kind: str, radius: float, angle: float) -> NDArray[np.uint8]:
+def render_shape(kind: str, radius: float, angle: float) -> NDArray[np.uint8]:
     """Coverage (h, w) of a shape inscribed in a circle of this radius in pixels, turned by ``angle`` radians."""
     side = 2 * math.ceil(radius) + 2
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    points = (_OUTLINES[kind] @ turn * radius + side / 2) * _FINE
-    fine = Image.new("L", (side * _FINE, side * _FINE))
+    points = (_OUTLINES[kind] @ turn * radius + side / 2) * _SUPERSAMPLING
+    fine = Image.new("L", (side * _SUPERSAMPLING, side * _SUPERSAMPLING))
     ImageDraw.Draw(fine).polygon([tuple(point) for point in points], fill=255)
-    alpha = np.array(fine.reduce(_FINE))
+    alpha = np.array(fine.reduce(_SUPERSAMPLING))
     alpha[alpha < 64] = 0  # a pixel hardly touched cannot be seen and must not widen the box
     rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
     return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def arrange(rng: np.random.Generator, size: tuple[int, int], classes: list[str]) -> list[Item]:
+def arrange_items(rng: np.random.Generator, size: tuple[int, int], classes: list[str]) -> list[SceneItem]:
     """Choose the things of one scene, back to front, so that every one of them stays visible.
 
     A thing that finds no such place in a few tries is left out.
     """
     wanted = [*rng.choice(classes, rng.integers(4, 11)), *rng.choice(list(NEAR_MISSES), rng.integers(1, 4))]
     owner = np.full(size, -1)  # the topmost item of each pixel
-    items: list[Item] = []
+    items: list[SceneItem] = []
     areas = visible = np.zeros(0)
     for kind in rng.permutation(wanted):
-        for _ in range(_TRIES):
-            item = _somewhere(rng, str(kind), size)
+        for _ in range(_MAX_TRIES):
+            item = _random_item(rng, str(kind), size)
             x1, y1, x2, y2 = item.box
             ink, under = item.ink, owner[y1:y2, x1:x2]
             left = visible - np.bincount(under[ink] + 1, minlength=len(items) + 1)[1:]
-            if (left >= VISIBLE * areas).all():
+            if (left >= MIN_VISIBLE * areas).all():
                 under[ink] = len(items)
                 areas, visible = np.append(areas, ink.sum()), np.append(left, ink.sum())
                 items.append(item)
@@ -146,15 +169,15 @@ def arrange(rng: np.random.Generator, size: tuple[int, int], classes: list[str])
     return items
 
 
-def _somewhere(rng: np.random.Generator, kind: str, size: tuple[int, int]) -> Item:
+def _random_item(rng: np.random.Generator, kind: str, size: tuple[int, int]) -> SceneItem:
     """A shape of random size, turn and place, wholly inside the image; small ones are as common as large ones."""
     radius = 0.5 * min(size) * math.exp(rng.uniform(math.log(0.12), math.log(0.8)))
-    alpha = stencil(kind, radius, rng.uniform(-TURN, TURN))
+    alpha = render_shape(kind, radius, rng.uniform(-MAX_TURN, MAX_TURN))
     y, x = (int(rng.integers(0, side - extent + 1)) for side, extent in zip(size, alpha.shape, strict=True))
-    return Item(kind, alpha, x, y)
+    return SceneItem(kind, alpha, x, y)
 
 
-def ground(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float32]:
+def draw_background(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float32]:
     """A textured canvas (H, W, 3) with lines and speckles on it."""
     height, width = size
     base, spread = rng.uniform(30, 225, 3), rng.uniform(5, 30)
@@ -170,22 +193,22 @@ def ground(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float3
     return np.array(image, dtype=np.float32)
 
 
-def draw_scene(rng: np.random.Generator, size: tuple[int, int], classes: list[str]) -> tuple[Tensor, list[Item]]:
+def draw_scene(rng: np.random.Generator, size: tuple[int, int], classes: list[str]) -> tuple[Tensor, list[SceneItem]]:
     """One image (3, H, W) uint8 and the things on it, back to front; those whose kind is no class are near misses."""
-    items = arrange(rng, size, classes)
-    canvas = ground(rng, size)
+    items = arrange_items(rng, size, classes)
+    canvas = draw_background(rng, size)
     for item in items:
         x1, y1, x2, y2 = item.box
         under = canvas[y1:y2, x1:x2][item.ink].mean(axis=0)
-        item.paint(canvas, _colour(rng, under))
-    canvas += rng.uniform(*NOISE) * rng.standard_normal(canvas.shape, dtype=np.float32)
+        item.paint(canvas, _contrasting_color(rng, under))
+    canvas += rng.uniform(*NOISE_RANGE) * rng.standard_normal(canvas.shape, dtype=np.float32)
     pixels = canvas.clip(0, 255).astype(np.uint8)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), items
 
 
-def _colour(rng: np.random.Generator, under: NDArray[np.float32]) -> NDArray[np.float32]:
+def _contrasting_color(rng: np.random.Generator, under: NDArray[np.float32]) -> NDArray[np.float32]:
     """A colour that can be told from the ground under it; faint ones are as common as strong ones."""
-    channel, contrast = rng.integers(3), rng.uniform(CONTRAST, 180)
+    channel, contrast = rng.integers(3), rng.uniform(MIN_CONTRAST, 180)
     colour = np.clip(under + rng.uniform(-contrast, contrast, 3), 0, 255)
     # Away from the nearer end of 0-255 the full contrast always fits, up to half the range.
     sign = 1 if under[channel] < 128 else -1
@@ -233,7 +256,7 @@ class Shapes:
         """The splits that hold images."""
         return tuple(split for split, count in self.counts.items() if count)
 
-    def read(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
+    def read_split(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
         """Class names and records of a split; its images are drawn now and kept, as uint8."""
         if split not in self.splits:
             raise DistillError(f"data=shapes has no {split} images. Set data.source.{split} to how many to draw.")
@@ -241,7 +264,7 @@ class Shapes:
             self._drawn[split] = self._draw(split)
         return self.classes, self._drawn[split][0]
 
-    def image(self, file: str) -> Tensor:
+    def load_image(self, file: str) -> Tensor:
         """The image (3, H, W) uint8 of a record's ``file``, such as ``shapes/train/12``."""
         _, split, index = file.split("/")
         return self._drawn[split][1][int(index)]
@@ -256,7 +279,7 @@ class Shapes:
             records.append(self._record(f"shapes/{split}/{index}", index, items))
         return records, images
 
-    def _record(self, file: str, index: int, items: list[Item]) -> Record:
+    def _record(self, file: str, index: int, items: list[SceneItem]) -> Record:
         side = (self.size, self.size)
         objects = [item for item in items if item.kind in self.classes]
         boxes = np.array([item.box for item in objects], dtype=np.float64).reshape(-1, 4)
@@ -269,10 +292,10 @@ class Shapes:
             crowd=np.zeros(len(objects), dtype=bool),
             difficult=np.zeros(len(objects), dtype=bool),
             area=(boxes[:, 2:] - boxes[:, :2]).prod(axis=1),
-            segmentation=[rle.plain(rle.encode(self._mask(item)[None])[0], side) for item in objects],
+            segmentation=[rle.to_coco(rle.encode_masks(self._mask(item)[None])[0], side) for item in objects],
         )
 
-    def _mask(self, item: Item) -> Tensor:
+    def _mask(self, item: SceneItem) -> Tensor:
         """The pixels (H, W) that an item's box is tight around."""
         mask = torch.zeros(self.size, self.size, dtype=torch.uint8)
         x1, y1, x2, y2 = item.box

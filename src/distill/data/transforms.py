@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from distill.data import rle
-from distill.data.buffers import BufferPool, Posted, images_in
+from distill.data.buffers import BufferPool, WorkerBatch, wrap_images
 from distill.types import Batch, DistillError, Size, Target
 
 MIN_SIDE = 1e-2
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
     id: int
 
 
-def generator(seed: int, epoch: int, image_id: int) -> np.random.Generator:
+def sample_generator(seed: int, epoch: int, image_id: int) -> np.random.Generator:
     """The image's own random stream in this epoch, counter-based (Philox), equal on every worker and process."""
     words = [word % 2**64 for word in (epoch, image_id)]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed % 2**64, spawn_key=words)))
@@ -53,7 +53,7 @@ def resized_size(size: Size, min_size: int, max_size: int) -> Size:
     return height, width
 
 
-def resize(image: Tensor, size: Size, antialias: bool = False, mirrored: bool = False) -> Tensor:
+def resize_image(image: Tensor, size: Size, antialias: bool = False, mirrored: bool = False) -> Tensor:
     """Bilinear resize of a uint8 image to (height, width), mirrored if so wanted.
 
     Mirroring before and after gives the same bits where torch weighs in whole numbers (x86), so the smaller image is mirrored.
@@ -79,7 +79,7 @@ def resize_masks(codes: Sequence[bytes], old: Size, new: Size) -> Tensor:
     """
     masks = torch.empty(len(codes), *new, dtype=torch.uint8)
     for row, code in zip(masks, codes, strict=True):
-        row.copy_(interpolate(rle.decode(code, old)[None, None], size=new, mode="nearest")[0, 0])
+        row.copy_(interpolate(rle.decode_mask(code, old)[None, None], size=new, mode="nearest")[0, 0])
     return masks
 
 
@@ -89,7 +89,7 @@ def flip_boxes(boxes: Tensor, width: int) -> Tensor:
     return torch.stack([width - x2, y1, width - x1, y2], dim=1)
 
 
-def distort(image: Tensor, rng: np.random.Generator) -> Tensor:
+def distort_colors(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Photometric distortion of SSD (Liu et al. 2016): each of five steps with probability one half.
 
     Brightness 0.875-1.125, contrast 0.5-1.5 (before or after the colour steps), saturation 0.5-1.5, hue +-0.05 of a
@@ -146,7 +146,7 @@ class Transform:
         """The resized image, without augmentation."""
         old = (image.shape[-2], image.shape[-1])
         new = resized_size(old, min_size or self.min_sizes[-1], self.max_size)
-        return resize(image, new, self.antialias)
+        return resize_image(image, new, self.antialias)
 
     def __call__(
         self,
@@ -167,18 +167,18 @@ class Transform:
             epoch: counts from 0.
             codes: the run-length code of each box's mask, at the original size; None: the sample has no masks.
         """
-        rng = generator(self.seed, epoch, image_id)
+        rng = sample_generator(self.seed, epoch, image_id)
         # Always drawn, in this order: switching one option on leaves the draws of the others as they were.
         choice, mirrored = int(rng.integers(len(self.min_sizes))), bool(rng.random() < self.flip)
         new = resized_size(original_size, self.min_sizes[choice], self.max_size)
-        image = resize(image, new, self.antialias, mirrored)
+        image = resize_image(image, new, self.antialias, mirrored)
         boxes = resize_boxes(target.boxes, original_size, new)
         masks = None if codes is None else resize_masks(codes, original_size, new)
         if mirrored:
             boxes = flip_boxes(boxes, new[1])
             masks = None if masks is None else masks.flip(-1)
         if self.photometric:
-            image = distort(image, rng)
+            image = distort_colors(image, rng)
         keep = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) >= MIN_SIDE
         kept = Target(boxes[keep], target.labels[keep], None if masks is None else masks[keep])
         return Sample(image, kept, original_size, image_id)
@@ -190,7 +190,7 @@ def padded_size(sizes: Sequence[Size], pad_to: int) -> Size:
     return height, width
 
 
-POOL = BufferPool()
+BUFFER_POOL = BufferPool()
 """Of this process."""
 
 
@@ -199,8 +199,8 @@ def collate(samples: Sequence[Sample], pad_to: int = 32) -> Batch:
     sizes = tuple((sample.image.shape[-2], sample.image.shape[-1]) for sample in samples)
     shape = (len(samples), *padded_size(sizes, pad_to), 3)
     worker = get_worker_info() is not None
-    piece = POOL.take(math.prod(shape), shared=worker)
-    images = piece[: math.prod(shape)].view(shape).permute(0, 3, 1, 2) if worker else images_in(piece, shape)
+    piece = BUFFER_POOL.acquire(math.prod(shape), shared=worker)
+    images = piece[: math.prod(shape)].view(shape).permute(0, 3, 1, 2) if worker else wrap_images(piece, shape)
     for canvas, sample, (height, width) in zip(images, samples, sizes, strict=True):
         canvas[:, :height, :width] = sample.image
         canvas[:, height:] = 0
@@ -208,5 +208,5 @@ def collate(samples: Sequence[Sample], pad_to: int = 32) -> Batch:
     original_sizes, ids = tuple(sample.original_size for sample in samples), tuple(sample.id for sample in samples)
     targets = tuple(sample.target for sample in samples)
     if worker:
-        return Posted(images, sizes, original_sizes, targets, ids, piece)
+        return WorkerBatch(images, sizes, original_sizes, targets, ids, piece)
     return Batch(images, sizes, original_sizes, targets, ids)

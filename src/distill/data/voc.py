@@ -12,19 +12,19 @@ from typing import Any
 
 from defusedxml.ElementTree import ParseError, parse
 
-from distill.data.records import Note, Record, broken, record
+from distill.data.records import Annotation, Record, make_broken_record, make_record
 from distill.types import DistillError, Size
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-IMAGES = ("JPEGImages", "images", "Images", "imgs")
-ANNOTATIONS = ("Annotations", "annotations", "xmls", "labels")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs")
+ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-NO_XML = "no such file; write it, or take the name from the list"
-SHARES = (("train", 80), ("val", 90), ("test", 100))
+MISSING_XML = "no such file; write it, or take the name from the list"
+SPLIT_BOUNDS = (("train", 80), ("val", 90), ("test", 100))
 
 
 @dataclass(frozen=True)
-class Page:
+class XmlAnnotation:
     """What one XML says."""
 
     xml: Path
@@ -78,7 +78,7 @@ class Voc:
             raise DistillError(f"data.source.classes: expected a list of different names, got {classes}")
         self.names = None if classes is None else tuple(classes)
         self.one_based, self.image_folder, self.xml_folder = one_based, images, annotations
-        self._pages: dict[str, list[Page]] = {}
+        self._pages: dict[str, list[XmlAnnotation]] = {}
         self._index: dict[Path, dict[str, Path]] = {}
 
     @property
@@ -86,7 +86,7 @@ class Voc:
         """The splits whose lists exist; the missing list of a split is only an error when it is read."""
         return tuple(split for split in self.lists if split == "train" or all(map(self._exists, self.lists[split])))
 
-    def read(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
+    def read_split(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
         """Class names and records of a split. Objects that are wrong are left out, and named as faults of the record.
 
         Raises:
@@ -111,15 +111,15 @@ class Voc:
             )
         return tuple(sorted(names))
 
-    def _read(self, split: str) -> list[Page]:
+    def _read(self, split: str) -> list[XmlAnnotation]:
         if split not in self._pages:
             self._pages[split] = [page for name in self.lists[split] for page in self._read_list(split, name)]
         return self._pages[split]
 
-    def _read_list(self, split: str, name: str) -> list[Page]:
+    def _read_list(self, split: str, name: str) -> list[XmlAnnotation]:
         folder, stems = self._members(split, name)
-        xmls = self._files(folder, self.xml_folder, ANNOTATIONS, (".xml",), "annotations")
-        images = self._files(folder, self.image_folder, IMAGES, SUFFIXES, "images")
+        xmls = self._files(folder, self.xml_folder, ANNOTATION_FOLDERS, (".xml",), "annotations")
+        images = self._files(folder, self.image_folder, IMAGE_FOLDERS, IMAGE_SUFFIXES, "images")
         if stems and not any(stem in xmls for stem in stems):
             raise DistillError(
                 f"{folder}: none of the {len(stems)} images of {split} has an XML: a split without labels can neither be "
@@ -128,7 +128,9 @@ class Voc:
         place = next(iter(xmls.values())).parent if xmls else folder
         # What a list names is looked up among the files that there are, so that no name leads out of the folder.
         return [
-            _page(xmls[stem], images.get(stem)) if stem in xmls else Page(place / f"{stem}.xml", None, fault=NO_XML)
+            _parse_xml(xmls[stem], images.get(stem))
+            if stem in xmls
+            else XmlAnnotation(place / f"{stem}.xml", None, fault=MISSING_XML)
             for stem in stems
         ]
 
@@ -141,10 +143,10 @@ class Voc:
                 f"{folder}: no such folder; set data.source.root to the one that holds annotations and images"
             )
         lists = folder / "ImageSets" / "Main"
-        xmls = self._files(folder, self.xml_folder, ANNOTATIONS, (".xml",), "annotations")
+        xmls = self._files(folder, self.xml_folder, ANNOTATION_FOLDERS, (".xml",), "annotations")
         if lists.is_dir():
-            return folder, _listed(lists / f"{members}.txt", split, xmls)
-        shares = _shares(xmls)
+            return folder, _read_names(lists / f"{members}.txt", split, xmls)
+        shares = _assign_splits(xmls)
         stems = [stem for stem in xmls if not members or shares[stem] == split]
         if not stems:
             raise DistillError(
@@ -169,14 +171,14 @@ class Voc:
             raise DistillError(f"{folder}: expected a folder {' or '.join(wanted)} in it; set data.source.{option}")
         key = place / suffixes[0]
         if key not in self._index:
-            self._index[key] = _by_stem(place, suffixes)
+            self._index[key] = _index_files(place, suffixes)
         return self._index[key]
 
-    def _record(self, number: int, page: Page, labels: Mapping[str, int]) -> Record:
+    def _record(self, number: int, page: XmlAnnotation, labels: Mapping[str, int]) -> Record:
         where = str(page.xml)
         if page.image is None or page.fault:
             fault = page.fault or "has no image of this name; add it, or take the name from the list"
-            return broken(where, [f"{where}: {fault}"], str(page.image or page.xml.stem))
+            return make_broken_record(where, [f"{where}: {fault}"], str(page.image or page.xml.stem))
         notes, faults = [], []
         for place, (name, corners, difficult) in enumerate(page.things):
             if name not in labels:
@@ -191,13 +193,13 @@ class Voc:
                 if self.one_based:
                     x1, y1 = x1 - 1, y1 - 1
                 area = (x2 - x1) * (y2 - y1)
-                notes.append(Note((x1, y1, x2, y2), labels[name], area, False, difficult, place, None))
-        found = record(number, str(page.image), page.size, notes, where)
+                notes.append(Annotation((x1, y1, x2, y2), labels[name], area, False, difficult, place, None))
+        found = make_record(number, str(page.image), page.size, notes, where)
         found.faults = faults
         return found
 
 
-def _by_stem(place: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+def _index_files(place: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(place.iterdir()):
         if file.suffix.lower() in suffixes and not file.name.startswith("."):
@@ -209,7 +211,7 @@ def _by_stem(place: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _listed(path: Path, split: str, xmls: Mapping[str, Path]) -> list[str]:
+def _read_names(path: Path, split: str, xmls: Mapping[str, Path]) -> list[str]:
     """Names in a list; in VOC's lists of one class a mark follows each."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -223,45 +225,45 @@ def _listed(path: Path, split: str, xmls: Mapping[str, Path]) -> list[str]:
     return [line if line in xmls else line.split()[0] for line in lines if line]
 
 
-def _page(xml: Path, image: Path | None) -> Page:
+def _parse_xml(xml: Path, image: Path | None) -> XmlAnnotation:
     try:
         tree = parse(xml).getroot()
     except FileNotFoundError:
-        return Page(xml, image, fault=NO_XML)
+        return XmlAnnotation(xml, image, fault=MISSING_XML)
     except (ParseError, OSError, ValueError, LookupError) as error:
-        return Page(xml, image, fault=f"cannot be read as XML ({error}); write it again")
+        return XmlAnnotation(xml, image, fault=f"cannot be read as XML ({error}); write it again")
     things = [
-        (_text(thing, "name"), _corners(thing), _text(thing, "difficult").lower() in ("1", "true"))
+        (_find_text(thing, "name"), _parse_corners(thing), _find_text(thing, "difficult").lower() in ("1", "true"))
         for thing in tree.iter("object")
     ]
-    return Page(xml, image, _stated_size(tree), things)
+    return XmlAnnotation(xml, image, _parse_size(tree), things)
 
 
-def _corners(thing: Any) -> tuple[float, ...]:
+def _parse_corners(thing: Any) -> tuple[float, ...]:
     try:
-        return tuple(float(_text(thing, f"bndbox/{corner}")) for corner in CORNERS)
+        return tuple(float(_find_text(thing, f"bndbox/{corner}")) for corner in CORNERS)
     except ValueError:
         return ()
 
 
-def _stated_size(tree: Any) -> Size | None:
+def _parse_size(tree: Any) -> Size | None:
     try:
-        height, width = (int(float(_text(tree, f"size/{side}"))) for side in ("height", "width"))
+        height, width = (int(float(_find_text(tree, f"size/{side}"))) for side in ("height", "width"))
     except (ValueError, OverflowError):
         return None
     return (height, width) if height and width else None
 
 
-def _text(node: Any, path: str) -> str:
+def _find_text(node: Any, path: str) -> str:
     return (node.findtext(path) or "").strip()
 
 
-def _shares(stems: Iterable[str]) -> dict[str, str]:
+def _assign_splits(stems: Iterable[str]) -> dict[str, str]:
     """Name -> split, by a hash of the name. Two names are enough for train and val: an empty one of these takes the name
     whose hash is nearest to its own range, where another split can spare it.
     """
     places = {stem: int(hashlib.sha1(stem.encode()).hexdigest(), 16) % 100 for stem in stems}
-    shares = {stem: next(split for split, end in SHARES if place < end) for stem, place in places.items()}
+    shares = {stem: next(split for split, end in SPLIT_BOUNDS if place < end) for stem, place in places.items()}
     for split, middle in (("train", 40), ("val", 85)):
         held = Counter(shares.values())
         spare = [stem for stem, share in shares.items() if share == "test" or held[share] > 1]

@@ -18,8 +18,8 @@ from distill.data.records import Record
 from distill.data.transforms import padded_size, resized_size
 from distill.detectors.base import Detector
 from distill.diagnostics.memory import peak
-from distill.evaluation.evaluate import Evaluation, MakeMetric, ground_truth_of
-from distill.precision import autocast
+from distill.evaluation.evaluate import Evaluation, MetricFactory, ground_truth_of
+from distill.precision import autocast_context
 from distill.training.callbacks.term_check import largest_gradient
 from distill.training.distiller import Distiller, StepResult
 from distill.training.schedule import Schedule
@@ -86,7 +86,7 @@ def sample_batches(data: DetectionData, limit: int) -> Iterator[list[int]]:
 def measure_ap(
     detector: Detector,
     data: DetectionData,
-    metrics: Sequence[MakeMetric],
+    metrics: Sequence[MetricFactory],
     device: torch.device,
     limit: int,
     patience: float,
@@ -98,14 +98,14 @@ def measure_ap(
     for indices in sample_batches(data, limit):
         if time.perf_counter() - start > patience:
             break
-        batch = data.batch("val", indices).to(device)
+        batch = data.load_batch("val", indices).to(device)
         results.append((batch, detector.view(batch, training=False, frozen=True).detections))
     _wait(device)
     seconds = time.perf_counter() - start
     ids = [image for batch, _ in results for image in batch.ids]
     evaluation = Evaluation(detector, ground_truth_of(data.ground_truth("val"), ids), data.classes, metrics, device)
     for batch, detections in results:
-        evaluation.add(batch, detections)
+        evaluation.add_detections(batch, detections)
     return {"images": len(ids), "seconds_per_image": seconds / max(1, len(ids)), "values": evaluation.compute()}
 
 
@@ -201,7 +201,7 @@ def measure_pace(
     def passes() -> None:
         start = began = time.perf_counter()
         for batch in islice(batches, count + 1):
-            with autocast(precision, device):
+            with autocast_context(precision, device):
                 loss = module.compute_step(batch.to(device), 0, 0.0).loss
             torch.autograd.backward(loss)
             module.zero_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distill.files import load_tensors
-from distill.precision import autocast
+from distill.precision import autocast_context
 from distill.run_folder import RunFolder
 from distill.training.nonfinite import FILE_KIND, poison_gradient
 from distill.types import Batch, DistillError, Target
@@ -58,7 +58,7 @@ def replay(module: Any, step: Mapping[str, Any], device: torch.device | str = "c
     module.set_epoch(step["epoch"])
     terms = []
     for record in step["batches"]:
-        with autocast(step["precision"], torch.device(device)):
+        with autocast_context(step["precision"], torch.device(device)):
             result = module.compute_step(_batch(record).to(device), record["draw"], record["progress"])
         torch.autograd.backward(poison_gradient(result.loss))
         terms.append({name: value.item() for name, value in result.terms.items()})

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from distill.data import rle
-from distill.evaluation.metric import Codes, DetectionMetric, Found, Truth
+from distill.evaluation.metric import CodeArray, DetectionArrays, DetectionMetric, GroundTruth
 from distill.types import DistillError
 
 # Where each number lies: table, IoU thresholds (0.5:0.05:0.95), area range (all, small, medium, large) and limit of
 # detections (1, 10, 100).
 _ALL = slice(None)
-_NUMBERS: dict[str, tuple[str, slice, int, int]] = {
+_NUMBER_SLICES: dict[str, tuple[str, slice, int, int]] = {
     "AP": ("precision", _ALL, 0, 2),
     "AP50": ("precision", slice(0, 1), 0, 2),
     "AP75": ("precision", slice(5, 6), 0, 2),
@@ -69,42 +69,45 @@ class CocoMetric(DetectionMetric):
         masks: bool = False,
     ) -> None:
         super().__init__(ground_truth, classes, seen_only, masks)
-        self.backend = _choose(backend)
+        self.backend = _choose_backend(backend)
         self.per_class = per_class
 
-    def evaluate(self, truth: Truth, found: Found) -> dict[str, float]:
+    def evaluate(self, truth: GroundTruth, found: DetectionArrays) -> dict[str, float]:
         """The numbers on arrays."""
         numbers = self._numbers(truth, found, "bbox")
         if self.masks:
             numbers |= {f"mask_{name}": value for name, value in self._numbers(truth, found, "segm").items()}
         return numbers
 
-    def _numbers(self, truth: Truth, found: Found, kind: str) -> dict[str, float]:
+    def _numbers(self, truth: GroundTruth, found: DetectionArrays, kind: str) -> dict[str, float]:
         if not truth.images.size or (kind == "segm" and any(code is None for code in found.code)):
             tables = {"precision": np.full((10, 101, len(self.classes), 4, 3), -1.0)}
             tables["recall"] = tables["precision"][:, 0]
         else:
             tables = self._tables(truth, found, kind)
         numbers = {
-            key: _mean(tables[table][ious, ..., area, limit]) for key, (table, ious, area, limit) in _NUMBERS.items()
+            key: _mean_measured(tables[table][ious, ..., area, limit])
+            for key, (table, ious, area, limit) in _NUMBER_SLICES.items()
         }
         if self.per_class:
-            numbers |= {f"AP/{name}": _mean(tables["precision"][:, :, k, 0, 2]) for k, name in enumerate(self.classes)}
+            numbers |= {
+                f"AP/{name}": _mean_measured(tables["precision"][:, :, k, 0, 2]) for k, name in enumerate(self.classes)
+            }
         return numbers
 
-    def _tables(self, truth: Truth, found: Found, kind: str) -> dict[str, Any]:
+    def _tables(self, truth: GroundTruth, found: DetectionArrays, kind: str) -> dict[str, Any]:
         """The backend's ``precision`` (10, 101, K, 4, 3) and ``recall`` (10, K, 4, 3)."""
-        api, evaluator = _load(self.backend)
+        api, evaluator = _import_backend(self.backend)
         frame = {
             "images": [{"id": image, **self._frame(image)} for image in truth.images.tolist()],
             "categories": [{"id": label, "name": name} for label, name in enumerate(self.classes, start=1)],
         }
-        rows = _truth_rows(truth), _found_rows(found)
+        rows = _ground_truth_rows(truth), _detection_rows(found)
         if kind == "segm":
             self._add_masks(rows[0], truth.code)
             self._add_masks(rows[1], found.code)
             for row, code in zip(rows[1], found.code, strict=True):
-                row["area"] = rle.area(code, self.sizes[row["image_id"]])
+                row["area"] = rle.mask_area(code, self.sizes[row["image_id"]])
         # Both backends print, or may print, their progress.
         with contextlib.redirect_stdout(io.StringIO()):
             tools = []
@@ -122,12 +125,12 @@ class CocoMetric(DetectionMetric):
     def _frame(self, image: int) -> dict[str, int]:
         return dict(zip(("height", "width"), self.sizes.get(image, ()), strict=False))
 
-    def _add_masks(self, rows: Sequence[dict[str, Any]], codes: Codes) -> None:
+    def _add_masks(self, rows: Sequence[dict[str, Any]], codes: CodeArray) -> None:
         for row, code in zip(rows, codes, strict=True):
-            row["segmentation"] = rle.plain(code, self.sizes[row["image_id"]])
+            row["segmentation"] = rle.to_coco(code, self.sizes[row["image_id"]])
 
 
-def _truth_rows(truth: Truth) -> list[dict[str, Any]]:
+def _ground_truth_rows(truth: GroundTruth) -> list[dict[str, Any]]:
     """New annotations: ids from 1, for 0 would mean "unmatched"; the backends write into them."""
     # Outside every area range: ignored with ordinary IoU. There is no flag for that; both backends overwrite "ignore".
     area = np.where(truth.difficult & ~truth.crowd, np.inf, truth.area)
@@ -138,7 +141,7 @@ def _truth_rows(truth: Truth) -> list[dict[str, Any]]:
     ]
 
 
-def _found_rows(found: Found) -> list[dict[str, Any]]:
+def _detection_rows(found: DetectionArrays) -> list[dict[str, Any]]:
     box = np.concatenate([found.box[:, :2], found.box[:, 2:] - found.box[:, :2]], axis=1)
     columns = (found.image, found.label, box, box[:, 2] * box[:, 3], found.score)
     return [
@@ -147,18 +150,18 @@ def _found_rows(found: Found) -> list[dict[str, Any]]:
     ]
 
 
-def _mean(values: Any) -> float:
+def _mean_measured(values: Any) -> float:
     """Mean over what could be measured, else -1."""
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else -1.0
 
 
-def _choose(backend: str) -> str:
+def _choose_backend(backend: str) -> str:
     if backend != "auto" and backend not in _BACKENDS:
         raise DistillError(f"Expected a COCO backend among auto, {', '.join(_BACKENDS)}, got '{backend}'.")
     for name in _BACKENDS if backend == "auto" else (backend,):
         with contextlib.suppress(ImportError):
-            _load(name)
+            _import_backend(name)
             return name
     raise DistillError(
         f"The COCO backend '{backend}' cannot be imported. Install it (pip install faster-coco-eval pycocotools) "
@@ -166,7 +169,7 @@ def _choose(backend: str) -> str:
     )
 
 
-def _load(backend: str) -> tuple[Any, Any]:
+def _import_backend(backend: str) -> tuple[Any, Any]:
     module, evaluator = _BACKENDS[backend]
     coco = importlib.import_module("pycocotools.coco" if backend == "pycocotools" else module)
     return coco.COCO, getattr(importlib.import_module(module), evaluator)

@@ -15,7 +15,7 @@ from distill.labels import shared_labels
 from distill.progress import track
 from distill.types import Batch, Detections, DistillError
 
-MakeMetric = Callable[[Mapping[str, Any], Sequence[str]], DetectionMetric]
+MetricFactory = Callable[[Mapping[str, Any], Sequence[str]], DetectionMetric]
 """(ground truth in COCO form, class names) -> metric."""
 
 
@@ -34,7 +34,7 @@ class Evaluation:
         detector: Detector,
         ground_truth: Mapping[str, Any],
         classes: Sequence[str],
-        metrics: Sequence[MakeMetric],
+        metrics: Sequence[MetricFactory],
         device: torch.device,
     ) -> None:
         self.detector = detector
@@ -43,11 +43,11 @@ class Evaluation:
 
     def update(self, batch: Batch) -> None:
         """Detect in a batch and remember what was found."""
-        self.add(batch, self.detector.view(batch, training=False, frozen=True).detections)
+        self.add_detections(batch, self.detector.view(batch, training=False, frozen=True).detections)
 
-    def add(self, batch: Batch, found: Sequence[Detections]) -> None:
+    def add_detections(self, batch: Batch, found: Sequence[Detections]) -> None:
         """Remember what the detector found in a batch."""
-        shared = [relabel(detections, self.labels) for detections in found]
+        shared = [relabel_detections(detections, self.labels) for detections in found]
         for metric in self.metrics:
             metric.update(batch.ids, shared)
 
@@ -71,7 +71,7 @@ def evaluate(
     detector: Detector,
     data: DetectionData,
     split: str = "val",
-    metrics: Sequence[MakeMetric] = (CocoMetric,),
+    metrics: Sequence[MetricFactory] = (CocoMetric,),
     device: torch.device | str = "cpu",
     bar: str | None = None,
 ) -> dict[str, float]:
@@ -89,7 +89,7 @@ def evaluate(
     before = detector.training
     detector.train(False)
     try:
-        for batch in track(data.loader(split), bar):
+        for batch in track(data.eval_dataloader(split), bar):
             evaluation.update(batch.to(place))
     finally:
         detector.train(before)
@@ -107,7 +107,7 @@ def ground_truth_of(truth: Mapping[str, Any], ids: Sequence[int]) -> dict[str, A
     }
 
 
-def relabel(found: Detections, labels: torch.Tensor) -> Detections:
+def relabel_detections(found: Detections, labels: torch.Tensor) -> Detections:
     """Detections in the data's labels, without those of classes that the data does not know."""
     mapped = labels[found.labels]
     keep = mapped > 0

@@ -24,42 +24,42 @@ from torchmetrics.utilities import dim_zero_cat
 from distill.data import rle
 from distill.types import Detections, DistillError, Size
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-Codes = npt.NDArray[np.object_]
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+CodeArray = npt.NDArray[np.object_]
 """Run-length codes (bytes) of masks; None where there is no mask."""
 
 
-class Truth(NamedTuple):
+class GroundTruth(NamedTuple):
     """Ground truth in original pixels: one row an object, in the order given."""
 
-    images: Ints
+    images: IntArray
     """Ids of the images to evaluate, sorted."""
-    image: Ints
-    label: Ints
-    box: Floats
+    image: IntArray
+    label: IntArray
+    box: FloatArray
     """(N, 4) xywh, as annotated."""
-    area: Floats
-    crowd: Bools
-    difficult: Bools
-    code: Codes
+    area: FloatArray
+    crowd: BoolArray
+    difficult: BoolArray
+    code: CodeArray
 
-    def of(self, images: Ints) -> Truth:
+    def of(self, images: IntArray) -> GroundTruth:
         """The ground truth of these images alone."""
         rows = np.isin(self.image, images)
-        return Truth._make((images, *(column[rows] for column in self[1:])))
+        return GroundTruth._make((images, *(column[rows] for column in self[1:])))
 
 
-class Found(NamedTuple):
+class DetectionArrays(NamedTuple):
     """Detections in original pixels: one row a box, by ascending image id, within an image in the detector's order."""
 
-    image: Ints
-    label: Ints
-    box: Floats
+    image: IntArray
+    label: IntArray
+    box: FloatArray
     """(N, 4) xyxy."""
-    score: Floats
-    code: Codes
+    score: FloatArray
+    code: CodeArray
 
 
 class DetectionMetric(Metric):
@@ -99,11 +99,11 @@ class DetectionMetric(Metric):
         self.classes = tuple(classes)
         self.seen_only = seen_only
         self.masks = masks
-        self.truth = read_truth(ground_truth, self.classes)
+        self.truth = parse_ground_truth(ground_truth, self.classes)
         self.sizes: dict[int, Size] = {}
         if masks:
-            self.sizes = _sizes(ground_truth)
-            self.truth = self.truth._replace(code=_codes(ground_truth, self.sizes))
+            self.sizes = _image_sizes(ground_truth)
+            self.truth = self.truth._replace(code=_encode_annotations(ground_truth, self.sizes))
         for state in ("ids", "counts", "boxes", "scores", "labels", *(("codes", "lengths") if masks else ())):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
@@ -118,7 +118,7 @@ class DetectionMetric(Metric):
         if len(ids) != len(detections):
             raise DistillError(f"Expected detections for each of {len(ids)} image ids, got {len(detections)} entries.")
         for image, found in zip(ids, detections, strict=True):
-            _check_shapes(image, found)
+            _validate_shapes(image, found)
         # float64 holds every number that a detector can give exactly; MPS has no such type.
         real = torch.float32 if self.device.type == "mps" else torch.float64
         counts = [len(found.scores) for found in detections]
@@ -143,7 +143,7 @@ class DetectionMetric(Metric):
                 f"Expected masks (N, H, W) {expected} for image {image}, in its original pixels, got "
                 f"{tuple(found.masks.shape)}."
             )
-        return rle.encode(found.masks)
+        return rle.encode_masks(found.masks)
 
     def _joined(self, parts: Sequence[Tensor], dtype: torch.dtype, empty: tuple[int, ...]) -> Tensor:
         moved = [part.detach().to(self.device, dtype) for part in parts]
@@ -169,17 +169,17 @@ class DetectionMetric(Metric):
         found, seen = self._collect()
         return self.evaluate(self.truth.of(seen) if self.seen_only else self.truth, found)
 
-    def evaluate(self, truth: Truth, found: Found) -> dict[str, float]:
+    def evaluate(self, truth: GroundTruth, found: DetectionArrays) -> dict[str, float]:
         """The metric itself, on arrays: called once, with the detections of all ranks."""
         raise NotImplementedError
 
-    def _collect(self) -> tuple[Found, Ints]:
+    def _collect(self) -> tuple[DetectionArrays, IntArray]:
         """All detections on the host, each image once, and the ids of the images seen."""
         states = (self.ids, self.counts, self.boxes, self.scores, self.labels)
         ids, counts, boxes, scores, labels = (dim_zero_cat(state).cpu().numpy() for state in states)
         seen, first = np.unique(ids, return_index=True)
-        rows = ranges((np.cumsum(counts) - counts)[first], counts[first])
-        found = Found(
+        rows = concatenate_ranges((np.cumsum(counts) - counts)[first], counts[first])
+        found = DetectionArrays(
             image=np.repeat(seen, counts[first]),
             label=labels[rows],
             box=boxes[rows].astype(np.float64),
@@ -189,7 +189,7 @@ class DetectionMetric(Metric):
         self._check(found, seen)
         return found, seen
 
-    def _gathered(self) -> Codes:
+    def _gathered(self) -> CodeArray:
         """The codes of all detections, in the order in which they were given."""
         content = dim_zero_cat(self.codes).cpu().numpy().tobytes()
         lengths = dim_zero_cat(self.lengths).tolist()
@@ -199,18 +199,18 @@ class DetectionMetric(Metric):
                 codes[index], end = content[end : end + length], end + length
         return codes
 
-    def _check(self, found: Found, seen: Ints) -> None:
+    def _check(self, found: DetectionArrays, seen: IntArray) -> None:
         unknown = np.setdiff1d(seen, self.truth.images)
         if unknown.size:
             raise DistillError(
                 f"Expected detections of the {len(self.truth.images)} images of the ground truth, got {unknown.size} "
-                f"other image ids: {_some(unknown)}. Evaluate on the data set and split that the metric was built for."
+                f"other image ids: {_first_values(unknown)}. Evaluate on the data set and split that the metric was built for."
             )
         strange = (found.label < 1) | (found.label > len(self.classes))
         if strange.any():
             raise DistillError(
-                f"Expected detection labels from 1 to {len(self.classes)}, got {_some(found.label[strange])} in images "
-                f"{_some(found.image[strange])}. Map the detector's class list to the data's by name first."
+                f"Expected detection labels from 1 to {len(self.classes)}, got {_first_values(found.label[strange])} in images "
+                f"{_first_values(found.image[strange])}. Map the detector's class list to the data's by name first."
             )
         broken = ~(np.isfinite(found.box).all(1) & np.isfinite(found.score)) | (
             found.box[:, 2:] < found.box[:, :2]
@@ -218,11 +218,11 @@ class DetectionMetric(Metric):
         if broken.any():
             raise DistillError(
                 f"Expected finite xyxy boxes and scores, got {int(broken.sum())} NaN, infinite or inverted ones in "
-                f"images {_some(found.image[broken])}. Look for NaN in the weights, or evaluate in float32."
+                f"images {_first_values(found.image[broken])}. Look for NaN in the weights, or evaluate in float32."
             )
 
 
-def read_truth(ground_truth: Mapping[str, Any], classes: Sequence[str]) -> Truth:
+def parse_ground_truth(ground_truth: Mapping[str, Any], classes: Sequence[str]) -> GroundTruth:
     """Ground truth as arrays, after checking that its ids and names fit together."""
     for key in ("images", "annotations", "categories"):
         if key not in ground_truth:
@@ -236,26 +236,26 @@ def read_truth(ground_truth: Mapping[str, Any], classes: Sequence[str]) -> Truth
         )
     notes = ground_truth["annotations"]
     ids = [image["id"] for image in ground_truth["images"]]
-    truth = Truth(
+    truth = GroundTruth(
         images=np.unique(np.array(ids, dtype=np.int64)),
         image=np.array([note["image_id"] for note in notes], dtype=np.int64),
         label=np.array([note["category_id"] for note in notes], dtype=np.int64),
         box=np.array([note["bbox"] for note in notes], dtype=np.float64).reshape(-1, 4),
-        area=np.array([_area(note) for note in notes], dtype=np.float64),
+        area=np.array([_annotation_area(note) for note in notes], dtype=np.float64),
         crowd=np.array([bool(note.get("iscrowd", 0)) for note in notes], dtype=np.bool_),
         difficult=np.array([bool(note.get("difficult", 0)) for note in notes], dtype=np.bool_),
         code=np.full(len(notes), None, dtype=object),
     )
-    _check_truth(truth, ids, len(classes))
+    _validate_ground_truth(truth, ids, len(classes))
     return truth
 
 
-def ranges(starts: Ints, counts: Ints) -> Ints:
+def concatenate_ranges(starts: IntArray, counts: IntArray) -> IntArray:
     """``start, start + 1, ...``, ``count`` of them, for each pair, one after the other."""
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
-def _sizes(ground_truth: Mapping[str, Any]) -> dict[int, Size]:
+def _image_sizes(ground_truth: Mapping[str, Any]) -> dict[int, Size]:
     """Image id -> (height, width)."""
     try:
         return {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
@@ -265,12 +265,12 @@ def _sizes(ground_truth: Mapping[str, Any]) -> dict[int, Size]:
         ) from None
 
 
-def _codes(ground_truth: Mapping[str, Any], sizes: Mapping[int, Size]) -> Codes:
+def _encode_annotations(ground_truth: Mapping[str, Any], sizes: Mapping[int, Size]) -> CodeArray:
     """The code of each annotation's mask."""
     codes = np.full(len(ground_truth["annotations"]), None, dtype=object)
     for index, note in enumerate(ground_truth["annotations"]):
         try:
-            codes[index] = rle.read(note.get("segmentation"), sizes[note["image_id"]])
+            codes[index] = rle.encode_segmentation(note.get("segmentation"), sizes[note["image_id"]])
         except ValueError as error:
             raise DistillError(
                 f"Expected a segmentation for every annotation to measure masks, but that of annotation {index} (image "
@@ -279,25 +279,27 @@ def _codes(ground_truth: Mapping[str, Any], sizes: Mapping[int, Size]) -> Codes:
     return codes
 
 
-def _area(note: Mapping[str, Any]) -> float:
+def _annotation_area(note: Mapping[str, Any]) -> float:
     area = note.get("area")
     return float(note["bbox"][2] * note["bbox"][3] if area is None else area)
 
 
-def _check_truth(truth: Truth, ids: Sequence[int], classes: int) -> None:
+def _validate_ground_truth(truth: GroundTruth, ids: Sequence[int], classes: int) -> None:
     if len(truth.images) != len(ids):
         raise DistillError(
             f"Expected different image ids in the ground truth, got {len(ids) - len(truth.images)} twice."
         )
     orphans = np.setdiff1d(truth.image, truth.images)
     if orphans.size:
-        raise DistillError(f"Expected annotations of the listed images, got some of other images: {_some(orphans)}.")
+        raise DistillError(
+            f"Expected annotations of the listed images, got some of other images: {_first_values(orphans)}."
+        )
     strange = truth.label[(truth.label < 1) | (truth.label > classes)]
     if strange.size:
-        raise DistillError(f"Expected annotations with category ids from 1 to {classes}, got {_some(strange)}.")
+        raise DistillError(f"Expected annotations with category ids from 1 to {classes}, got {_first_values(strange)}.")
 
 
-def _check_shapes(image: int, found: Detections) -> None:
+def _validate_shapes(image: int, found: Detections) -> None:
     boxes, scores, labels = (tuple(part.shape) for part in (found.boxes, found.scores, found.labels))
     if boxes != (*scores, 4) or scores != labels or len(scores) != 1:
         raise DistillError(
@@ -305,7 +307,7 @@ def _check_shapes(image: int, found: Detections) -> None:
         )
 
 
-def _some(values: Ints, most: int = 5) -> str:
+def _first_values(values: IntArray, most: int = 5) -> str:
     """The first few different values, for a message."""
     distinct = np.unique(values)
     return ", ".join(map(str, distinct[:most].tolist())) + (", ..." if len(distinct) > most else "")

@@ -15,14 +15,14 @@ from torch import Tensor
 from distill.files import atomic_write
 from distill.types import Detections, DistillError, Target
 
-_SIDES = (480, 800)
+_SIDE_RANGE = (480, 800)
 """Shortest and longest a picture's longer side is drawn, in pixels: small images are enlarged, large ones reduced."""
-_GAP, _BAR = 6, 26
-_VEIL = 110
+_GAP, _CAPTION_HEIGHT = 6, 26
+_MASK_OPACITY = 110
 """How much of a mask's colour lies over the image, of 255."""
-_PAPER, _INK = (24, 24, 27), (244, 244, 245)
+_BACKGROUND, _FOREGROUND = (24, 24, 27), (244, 244, 245)
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 _Box = tuple[float, float, float, float]
 
 
@@ -31,7 +31,7 @@ class _Mark(NamedTuple):
 
     box: _Box
     text: str
-    colour: Colour
+    colour: Color
     mask: Tensor | None
 
 
@@ -53,15 +53,15 @@ def panel(
             f"{tuple(image.shape)} and {len(columns)} columns. Draw Batch.images before normalisation."
         )
     height, width = image.shape[1:]
-    scale = min(max(1.0, _SIDES[0] / max(height, width)), _SIDES[1] / max(height, width))
+    scale = min(max(1.0, _SIDE_RANGE[0] / max(height, width)), _SIDE_RANGE[1] / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     plain = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(size, Image.Resampling.LANCZOS)
-    sheet = Image.new("RGB", ((size[0] + _GAP) * len(columns) + _GAP, size[1] + _BAR + _GAP), _PAPER)
+    sheet = Image.new("RGB", ((size[0] + _GAP) * len(columns) + _GAP, size[1] + _CAPTION_HEIGHT + _GAP), _BACKGROUND)
     for index, (caption, things) in enumerate(columns.items()):
         left = _GAP + index * (size[0] + _GAP)
-        marks = _marks(things, classes, min_score, (width, height), size)
-        sheet.paste(_drawn(plain, marks), (left, _BAR))
-        _caption(sheet, f"{caption}  ({len(marks)})", left, size[0])
+        marks = _make_marks(things, classes, min_score, (width, height), size)
+        sheet.paste(_draw_marks(plain, marks), (left, _CAPTION_HEIGHT))
+        _draw_caption(sheet, f"{caption}  ({len(marks)})", left, size[0])
     return sheet
 
 
@@ -74,14 +74,14 @@ def save_panel(path: str | os.PathLike[str], picture: Image.Image) -> Path:
     return atomic_write(path, lambda file: picture.save(file, format=formats[path.suffix.lower()]))
 
 
-def colour(label: int) -> Colour:
+def label_color(label: int) -> Color:
     """A bright colour for a label, far from its neighbours': hues a golden ratio of the circle apart."""
     hue, value = (label * 0.618034) % 1.0, (1.0, 0.8)[label // 8 % 2]
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def _marks(
+def _make_marks(
     things: Detections | Target,
     classes: Sequence[str],
     min_score: float,
@@ -105,15 +105,15 @@ def _marks(
         x1, y1, x2, y2 = boxes[index].tolist()
         box = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
         mask = None if things.masks is None else things.masks[index].detach().cpu()
-        marks.append(_Mark(box, f"{name} {scores[index]:.2f}" if scored else name, colour(label), mask))
+        marks.append(_Mark(box, f"{name} {scores[index]:.2f}" if scored else name, label_color(label), mask))
     return marks
 
 
-def _drawn(plain: Image.Image, marks: Sequence[_Mark]) -> Image.Image:
+def _draw_marks(plain: Image.Image, marks: Sequence[_Mark]) -> Image.Image:
     picture = plain.copy()
     for mark in marks:
         if mark.mask is not None:
-            veil = Image.fromarray(mark.mask.to(torch.uint8).numpy() * _VEIL).resize(picture.size)
+            veil = Image.fromarray(mark.mask.to(torch.uint8).numpy() * _MASK_OPACITY).resize(picture.size)
             picture.paste(mark.colour, mask=veil)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
     for mark in marks:
@@ -121,15 +121,17 @@ def _drawn(plain: Image.Image, marks: Sequence[_Mark]) -> Image.Image:
     taken: list[_Box] = []
     for mark in reversed(marks):
         left, top, right, bottom = pen.textbbox((0, 0), mark.text, font=font)
-        place = _place(mark.box, (right - left + 5, bottom - top + 5), picture.size, taken)
+        place = _find_label_place(mark.box, (right - left + 5, bottom - top + 5), picture.size, taken)
         if place is not None:
             taken.append(place)
             pen.rectangle(place, fill=mark.colour)
-            pen.text((place[0] + 3 - left, place[1] + 3 - top), mark.text, fill=_readable(mark.colour), font=font)
+            pen.text((place[0] + 3 - left, place[1] + 3 - top), mark.text, fill=_text_color(mark.colour), font=font)
     return picture
 
 
-def _place(box: _Box, size: tuple[float, float], picture: tuple[int, int], taken: Sequence[_Box]) -> _Box | None:
+def _find_label_place(
+    box: _Box, size: tuple[float, float], picture: tuple[int, int], taken: Sequence[_Box]
+) -> _Box | None:
     """A free place for a label: above its box, below or inside it; None where all are taken."""
     x = max(0.0, min(box[0], picture[0] - 1 - size[0]))
     for y in (box[1] - size[1], box[3] + 1, box[1], box[3] - size[1]):
@@ -140,14 +142,14 @@ def _place(box: _Box, size: tuple[float, float], picture: tuple[int, int], taken
     return None
 
 
-def _caption(sheet: Image.Image, text: str, left: int, width: int) -> None:
+def _draw_caption(sheet: Image.Image, text: str, left: int, width: int) -> None:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
     while len(text) > 1 and pen.textlength(text, font=font) > width:
         text = text[:-2] + "…"
-    pen.text((left + width / 2, _BAR / 2), text, fill=_INK, font=font, anchor="mm")
+    pen.text((left + width / 2, _CAPTION_HEIGHT / 2), text, fill=_FOREGROUND, font=font, anchor="mm")
 
 
-def _readable(background: Colour) -> Colour:
+def _text_color(background: Color) -> Color:
     """Black on bright, white on dark, by luma (ITU-R BT.601)."""
     red, green, blue = background
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from distill.evaluation.metric import Bools, DetectionMetric, Floats, Found, Ints, Truth, ranges
+from distill.evaluation.metric import (
+    BoolArray,
+    DetectionArrays,
+    DetectionMetric,
+    FloatArray,
+    GroundTruth,
+    IntArray,
+    concatenate_ranges,
+)
 from distill.types import DistillError
 
 
@@ -53,10 +61,10 @@ class VocMetric(DetectionMetric):
         self.inclusive = inclusive
         self.per_class = per_class
 
-    def evaluate(self, truth: Truth, found: Found) -> dict[str, float]:
+    def evaluate(self, truth: GroundTruth, found: DetectionArrays) -> dict[str, float]:
         """The numbers on arrays."""
         order = np.argsort(-found.score, kind="stable")
-        found = Found._make(column[order] for column in found)
+        found = DetectionArrays._make(column[order] for column in found)
         correct, counted = self._judge(truth, found)
         objects = ~(truth.difficult | truth.crowd)
         results = {}
@@ -68,7 +76,7 @@ class VocMetric(DetectionMetric):
         mean = {"mAP": float(np.mean(measured)) if measured else -1.0}
         return mean | results if self.per_class else mean
 
-    def _judge(self, truth: Truth, found: Found) -> tuple[Bools, Bools]:
+    def _judge(self, truth: GroundTruth, found: DetectionArrays) -> tuple[BoolArray, BoolArray]:
         """For detections best first: which are true positives, and which count at all."""
         objects, overlap = best_overlaps(truth, found, len(self.classes), self.inclusive)
         reached = np.flatnonzero(overlap >= self.iou)
@@ -82,7 +90,7 @@ class VocMetric(DetectionMetric):
         return correct, counted
 
 
-def average_precision(hits: Bools, positives: int, eleven_point: bool = False) -> float:
+def average_precision(hits: BoolArray, positives: int, eleven_point: bool = False) -> float:
     """Area under the precision-recall curve, each precision the best at its recall or beyond; -1 without positives.
 
     Args:
@@ -102,7 +110,9 @@ def average_precision(hits: Bools, positives: int, eleven_point: bool = False) -
     return float(np.sum(np.diff(recall, prepend=0.0) * best))
 
 
-def best_overlaps(truth: Truth, found: Found, classes: int, inclusive: bool) -> tuple[Ints, Floats]:
+def best_overlaps(
+    truth: GroundTruth, found: DetectionArrays, classes: int, inclusive: bool
+) -> tuple[IntArray, FloatArray]:
     """For each detection (D,): the row of the object of its image and class with the highest IoU, and that IoU.
 
     -1 and 0 where the image has no object of that class.
@@ -113,7 +123,7 @@ def best_overlaps(truth: Truth, found: Found, classes: int, inclusive: bool) -> 
     start = np.searchsorted(keys[grouped], key, side="left")
     count = np.searchsorted(keys[grouped], key, side="right") - start
     detection = np.repeat(np.arange(len(key)), count)
-    thing = grouped[ranges(start, count)]
+    thing = grouped[concatenate_ranges(start, count)]
     iou = _pair_iou(found.box[detection], truth.box[thing], float(inclusive))
     order = np.lexsort((-iou, detection))
     having, first = np.unique(detection[order], return_index=True)
@@ -123,7 +133,7 @@ def best_overlaps(truth: Truth, found: Found, classes: int, inclusive: bool) -> 
     return objects, overlap
 
 
-def _pair_iou(found: Floats, truth: Floats, extra: float) -> Floats:
+def _pair_iou(found: FloatArray, truth: FloatArray, extra: float) -> FloatArray:
     """IoU row by row: ``found`` (P, 4) xyxy, ``truth`` (P, 4) xywh, ``extra`` pixels added to every side."""
     last = truth[:, :2] + truth[:, 2:]
     sides = np.minimum(found[:, 2:], last) - np.maximum(found[:, :2], truth[:, :2]) + extra

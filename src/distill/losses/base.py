@@ -124,7 +124,7 @@ class DistillLoss(nn.Module):
             return {}
         summed, processes = torch.stack(counts), 1
         if self.normalizer == "global":
-            summed, processes = distributed.summed(summed)
+            summed, processes = distributed.sum_over_ranks(summed)
         factors = iter((processes / summed.clamp(min=1)).unbind())
         return {
             term: torch.stack([total * next(factors) for total, _ in pairs]).mean() for term, pairs in shares.items()

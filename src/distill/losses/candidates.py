@@ -74,9 +74,9 @@ class CandidateFeatures:
         student.eval()  # these images must not change the running statistics
         for places in _batches(candidates, data)[distributed.rank() :: distributed.world_size()]:
             indices = [candidates[place].image for place in places]
-            batch = data.batch("train", indices).to(device)
+            batch = data.load_batch("train", indices).to(device)
             # The targets of the batch lack boxes that became too thin; the candidates include them.
-            stored = [data.images("train", training=False).target(index).boxes for index in indices]
+            stored = [data.dataset("train", training=False).target(index).boxes for index in indices]
             boxes = [
                 resize_boxes(image_boxes[candidates[place].keep].to(device), before, after)
                 for image_boxes, place, before, after in zip(
@@ -90,7 +90,7 @@ class CandidateFeatures:
             for place, features, index in zip(places, student_features, indices, strict=True):
                 computed[place] = features, self.teacher_features[index]
         student.train(training)
-        gathered = {place: pair for share in distributed.gather(computed) for place, pair in share.items()}
+        gathered = {place: pair for share in distributed.gather_objects(computed) for place, pair in share.items()}
         return [gathered[place] for place in range(len(candidates))]
 
     def _pool(self, view: View, boxes: Sequence[Tensor]) -> list[Tensor]:

@@ -181,7 +181,7 @@ class GlobalKnowledge(DistillLoss):
         if not self.weights:
             return
         limit, min_side = self.prototypes["images"], self.prototypes["min_side"]
-        images = data.images("train", training=False)
+        images = data.dataset("train", training=False)
         candidates = list(select_candidates(images, limit, min_side, self.seed))
         device = self.student_prototypes.device
         pairs = self.candidates.compute(candidates, data, student, teacher, device)

@@ -21,8 +21,8 @@ from distill.progress import track
 from distill.types import Batch, DistillError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MAKE = "distill classifier FILE.pt data=…"
-ADVICE = "Set classifier.arch and classifier.classes to what the weights were made for."
+TRAIN_COMMAND = "distill classifier FILE.pt data=…"
+MISMATCH_ADVICE = "Set classifier.arch and classifier.classes to what the weights were made for."
 
 
 class Classifier(FrozenModel):
@@ -50,17 +50,17 @@ class Classifier(FrozenModel):
         if weights is None:
             raise DistillError(
                 "classifier.weights: expected a file, or a name of torchvision's such as IMAGENET1K_V1, whose classes include "
-                f"the student's; got null. Train one on the objects of the training images with\n  {MAKE}"
+                f"the student's; got null. Train one on the objects of the training images with\n  {TRAIN_COMMAND}"
             )
-        state, known = _read(arch, str(weights))
+        state, known = _load_weights(arch, str(weights))
         names = known if classes is None else tuple(classes)
         if names is None:
             raise DistillError(
                 f"classifier.classes: {weights} does not tell its classes: there is no {Path(weights).with_suffix('.json').name}"
                 " beside it. Give their names in the order of the outputs"
             )
-        net = build(arch, len(names))
-        fit(net, state, str(weights), what=f"classifier ({arch}, {len(names)} classes)", advice=ADVICE)
+        net = build_classifier(arch, len(names))
+        fit(net, state, str(weights), what=f"classifier ({arch}, {len(names)} classes)", advice=MISMATCH_ADVICE)
         super().__init__(net, str(weights))
         self.net, self.classes = net, names
         self.mean, self.std = tuple(mean), tuple(std)
@@ -68,7 +68,7 @@ class Classifier(FrozenModel):
     def images(self, batch: Batch) -> Tensor:
         """(B, 3, H, W) float32, normalised as the classifier expects, the padding too. It moves to the batch's device."""
         self.move(batch.images.device)
-        return normalised(batch, self.mean, self.std)
+        return normalize_batch(batch, self.mean, self.std)
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Classifier(FrozenModel):
         return found
 
 
-def build(arch: str, classes: int) -> torchvision.models.ResNet:
+def build_classifier(arch: str, classes: int) -> torchvision.models.ResNet:
     """A fresh classifier, whose start values cost no draw of the global stream.
 
     Raises:
@@ -97,30 +97,30 @@ def build(arch: str, classes: int) -> torchvision.models.ResNet:
     return net
 
 
-def _read(arch: str, source: str) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+def _load_weights(arch: str, source: str) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     """The weights of a file or of torchvision's name, and the class names that come along with them."""
     path = Path(source).expanduser()
     if path.is_file():
         facts = path.with_suffix(".json")
-        return read_state(path), _classes(facts) if facts.is_file() else None
-    build(arch, 1)
+        return read_state(path), _read_class_names(facts) if facts.is_file() else None
+    build_classifier(arch, 1)
     enum = torchvision.models.get_model_weights(arch).__members__
     if source not in enum:
         raise DistillError(
             f"classifier.weights: {source} is neither a file nor one of torchvision's names for {arch}, {', '.join(enum)}. "
-            f"Train a classifier with\n  {MAKE}"
+            f"Train a classifier with\n  {TRAIN_COMMAND}"
         )
     return dict(download(enum[source], "classifier.weights")), tuple(enum[source].value.meta["categories"])
 
 
-def _classes(path: Path) -> tuple[str, ...]:
+def _read_class_names(path: Path) -> tuple[str, ...]:
     names = read_json(path).get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DistillError(f"{path}: expected a list of names as 'classes'")
     return check_classes(names)
 
 
-def normalised(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize_batch(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The pixels of a batch (B, 3, H, W) float32 with these statistics."""
     center, scale = (
         torch.tensor(each).view(3, 1, 1).to(batch.images.device, non_blocking=True) for each in (mean, std)
@@ -131,15 +131,15 @@ def normalised(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Ten
 # -- making one
 
 
-def objects(batch: Batch, side: int) -> tuple[Tensor, Tensor]:
+def crop_objects(batch: Batch, side: int) -> tuple[Tensor, Tensor]:
     """Crops (N, 3, side, side) of all ground-truth boxes, normalised, and their classes (N,) from 0."""
     boxes = torch.cat([target.boxes for target in batch.targets])
     owner = torch.cat([torch.full_like(target.labels, index) for index, target in enumerate(batch.targets)])
     labels = torch.cat([target.labels for target in batch.targets]) - 1
-    return crops(normalised(batch, MEAN, STD), batch.sizes, boxes, owner, side), labels
+    return crops(normalize_batch(batch, MEAN, STD), batch.sizes, boxes, owner, side), labels
 
 
-def train(
+def train_classifier(
     data: DetectionData,
     file: Path,
     arch: str = "resnet50",
@@ -167,9 +167,9 @@ def train(
     """
     classes = check_classes(data.classes)
     torch.manual_seed(seed)
-    net = build(arch, len(classes)).to(device)
+    net = build_classifier(arch, len(classes)).to(device)
     if start is not None:
-        body = {name: value for name, value in _read(arch, start)[0].items() if not name.startswith("fc.")}
+        body = {name: value for name, value in _load_weights(arch, start)[0].items() if not name.startswith("fc.")}
         fit(
             net,
             body,
@@ -184,7 +184,7 @@ def train(
     for epoch in range(epochs):
         loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
         for batch in track(loader, f"epoch {epoch + 1} of {epochs}"):
-            pictures, labels = objects(batch.to(device), side)
+            pictures, labels = crop_objects(batch.to(device), side)
             if len(labels) > 1:  # batch norm has no statistics of one
                 optimizer.zero_grad()
                 torch.autograd.backward(F.cross_entropy(net(pictures), labels))
@@ -193,16 +193,16 @@ def train(
     state = {name: value.detach().cpu() for name, value in net.state_dict().items()}
     write_text(file.with_suffix(".json"), json.dumps({"arch": arch, "classes": list(classes)}, indent=2) + "\n")
     atomic_write(file, lambda handle: torch.save(state, handle))
-    return accuracy(net, data, side, device)
+    return measure_accuracy(net, data, side, device)
 
 
 @torch.no_grad()
-def accuracy(net: torch.nn.Module, data: DetectionData, side: int, device: torch.device | str) -> float:
+def measure_accuracy(net: torch.nn.Module, data: DetectionData, side: int, device: torch.device | str) -> float:
     """Part of the validation images' objects that are named rightly."""
     net.eval()
     right, count = 0, 0
-    for batch in track(data.loader("val"), "accuracy"):
-        pictures, labels = objects(batch.to(device), side)
+    for batch in track(data.eval_dataloader("val"), "accuracy"):
+        pictures, labels = crop_objects(batch.to(device), side)
         if len(labels):
             right += int((net(pictures).argmax(1) == labels).sum())
             count += len(labels)

@@ -17,7 +17,7 @@ from distill import __version__, distributed
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.detectors.description import FORMAT
-from distill.evaluation.evaluate import Evaluation, MakeMetric
+from distill.evaluation.evaluate import Evaluation, MetricFactory
 from distill.frozen import frozen_models
 from distill.losses.base import DistillLoss
 from distill.teacher import DEFAULT_PREFETCH, Teacher
@@ -76,7 +76,7 @@ class Distiller(L.LightningModule):
         losses: Mapping[str, DistillLoss] | None = None,
         schedule: Schedule | None = None,
         supervised: Mapping[str, float] | None = None,
-        metrics: Sequence[MakeMetric] = (),
+        metrics: Sequence[MetricFactory] = (),
         seed: int = 0,
         guard: NonFiniteGuard | None = None,
     ) -> None:
@@ -171,7 +171,7 @@ class Distiller(L.LightningModule):
         if every and (self.global_step + 1) % every == 0:
             # One all-reduce for all terms; Lightning's sync_dist would take one each.
             shares = torch.stack([value.detach().float() for value in (*terms.values(), loss)])
-            summed, processes = distributed.summed(shares)
+            summed, processes = distributed.sum_over_ranks(shares)
             *means, total = (summed / processes).unbind()
             values = {f"term/{name}": mean for name, mean in zip(terms, means, strict=True)}
             values |= {f"loss/{name}": weights[name] * mean for name, mean in zip(terms, means, strict=True)}
@@ -236,12 +236,12 @@ class Distiller(L.LightningModule):
     def _check_frozen_models(self) -> None:
         models = [self.teacher, *frozen_models(self.losses)]
         for model in {id(model): model for model in models if model}.values():
-            model.check()
+            model.check_unchanged()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer and learning rate of the schedule, for the student and the layers of the losses."""
         batch = self.trainer.datamodule.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
-        optimizer, scheduler = self.schedule.build(
+        optimizer, scheduler = self.schedule.build_optimizer(
             self.student, self.losses, int(self.trainer.estimated_stepping_batches), batch
         )
         if (

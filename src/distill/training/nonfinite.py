@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.distributed import gather
+from distill.distributed import gather_objects
 from distill.files import atomic_write
 from distill.run_folder import RunFolder
 from distill.types import MAPS, Batch, DistillError, View

@@ -105,7 +105,9 @@ class Schedule:
         if odd:
             raise DistillError(f"schedule.optimizer: expected finite numbers, got {odd}")
 
-    def build(self, student: nn.Module, adapters: nn.Module, steps: int, batch: int) -> tuple[Optimizer, LambdaLR]:
+    def build_optimizer(
+        self, student: nn.Module, adapters: nn.Module, steps: int, batch: int
+    ) -> tuple[Optimizer, LambdaLR]:
         """Optimiser and scheduler (stepped after each step) for ``steps`` steps at a total batch of ``batch``."""
         groups = [*self._groups(student, 1.0), *self._groups(adapters, self.adapter_rate)]
         optimizer = self.optimizer([{"params": group["params"]} for group in groups])
@@ -114,20 +116,20 @@ class Schedule:
             group["lr"] *= scale * ours["rate"]
             if not ours["decays"]:
                 group["weight_decay"] = 0.0
-        return optimizer, LambdaLR(optimizer, self.factor(steps))
+        return optimizer, LambdaLR(optimizer, self.learning_rate_factor(steps))
 
-    def factor(self, steps: int) -> Callable[[int], float]:
+    def learning_rate_factor(self, steps: int) -> Callable[[int], float]:
         """Multiplier of the base rate at each of ``steps`` steps."""
         total = max(1, steps)
         milestones = [round(milestone / self.epochs * total) for milestone in self.milestones]
         shapes: dict[str, Callable[[int], float]] = {
-            "step": lambda step: drops(step, milestones, self.gamma),
-            "cosine": lambda step: cosine(step, total),
-            "one_cycle": lambda step: one_cycle(step, total),
+            "step": lambda step: step_decay(step, milestones, self.gamma),
+            "cosine": lambda step: cosine_decay(step, total),
+            "one_cycle": lambda step: one_cycle_factor(step, total),
             "constant": lambda step: 1.0,
         }
         shape = shapes[self.shape]
-        return lambda step: warmup(step, self.warmup_steps, self.warmup_factor) * shape(step)
+        return lambda step: linear_warmup(step, self.warmup_steps, self.warmup_factor) * shape(step)
 
     def _groups(self, module: nn.Module, rate: float) -> list[dict[str, Any]]:
         decaying: list[Parameter] = []
@@ -139,16 +141,16 @@ class Schedule:
                     (plain if spared else decaying).append(parameter)
         return [
             {"params": params, "decays": decays, "rate": rate}
-            for params, decays in ((_unique(decaying), True), (_unique(plain), False))
+            for params, decays in ((_unique_parameters(decaying), True), (_unique_parameters(plain), False))
             if params
         ]
 
 
-def _unique(parameters: Sequence[Parameter]) -> list[Parameter]:
+def _unique_parameters(parameters: Sequence[Parameter]) -> list[Parameter]:
     return list({id(parameter): parameter for parameter in parameters}.values())
 
 
-def channels_last(module: nn.Module) -> None:
+def use_channels_last(module: nn.Module) -> None:
     """Lay the weights of convolutions out with their channels last, in place; maps follow. Only rounding differs.
 
     A 1x1 weight lies so already, and is left alone: ``module.to(memory_format=...)`` would give it other strides than its
@@ -162,27 +164,27 @@ def channels_last(module: nn.Module) -> None:
 # Factors of a base rate after `step` optimiser steps; multiply them for torch's LambdaLR.
 
 
-def warmup(step: int, steps: int, start: float) -> float:
+def linear_warmup(step: int, steps: int, start: float) -> float:
     """Linearly from `start` to 1 over the first `steps` steps."""
     return 1.0 if step >= steps else start + (1 - start) * step / steps
 
 
-def drops(step: int, milestones: Sequence[int], gamma: float = 0.1) -> float:
+def step_decay(step: int, milestones: Sequence[int], gamma: float = 0.1) -> float:
     """Times `gamma` from each of `milestones`, in steps, on."""
     return gamma ** sum(step >= milestone for milestone in milestones)
 
 
-def cosine(step: int, steps: int) -> float:
+def cosine_decay(step: int, steps: int) -> float:
     """Half a cosine from 1 to 0 over `steps` steps, 0 after them."""
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))
 
 
-def one_cycle(step: int, steps: int, rise: float = 0.3, start: float = 1 / 25) -> float:
+def one_cycle_factor(step: int, steps: int, rise: float = 0.3, start: float = 1 / 25) -> float:
     """Half a cosine from `start` up to 1 over the part `rise` of `steps` steps, then half a cosine down to 0.
 
     Source: Smith 2018, in the form of torch's ``OneCycleLR``.
     """
     up = round(rise * steps)
     if step < up:
-        return start + (1 - start) * (1 - cosine(step, up))
-    return cosine(step - up, steps - up)
+        return start + (1 - start) * (1 - cosine_decay(step, up))
+    return cosine_decay(step - up, steps - up)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from distill.data.buffers import BufferPool, Posted, images_in
-from distill.data.transforms import POOL, Sample, collate
+from distill.data.buffers import BufferPool, WorkerBatch, wrap_images
+from distill.data.transforms import BUFFER_POOL, Sample, collate
 from distill.types import Batch, Target
 
 SHAPE = (2, 4, 6, 3)
@@ -21,7 +21,7 @@ NUMBERS = itertools.count(1)
 
 
 def lent(pool: BufferPool, shape: tuple[int, int, int, int] = SHAPE) -> torch.Tensor:
-    return images_in(pool.take(torch.Size(shape).numel(), shared=False), shape)
+    return wrap_images(pool.acquire(torch.Size(shape).numel(), shared=False), shape)
 
 
 def test_memory_comes_again_when_nobody_holds_it():
@@ -82,8 +82,8 @@ def test_a_larger_batch_gets_larger_memory_and_smaller_pieces_go():
 
 
 def test_the_mark_of_a_piece_lies_behind_its_pixels():
-    piece = BufferPool().take(COUNT, shared=False)
-    images = images_in(piece, SHAPE).fill_(0)
+    piece = BufferPool().acquire(COUNT, shared=False)
+    images = wrap_images(piece, SHAPE).fill_(0)
     assert piece[-1] == 1
     del images
     assert piece[-1] == 0
@@ -101,8 +101,8 @@ def test_an_evaluations_batches_come_back_too():
 def test_a_fork_gives_nothing_back():
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system does not fork")
-    piece = BufferPool().take(COUNT, shared=True)
-    images = images_in(piece, SHAPE)
+    piece = BufferPool().acquire(COUNT, shared=True)
+    images = wrap_images(piece, SHAPE)
     child = os.fork()
     if not child:
         del images
@@ -115,16 +115,16 @@ def test_a_fork_gives_nothing_back():
 def test_a_worker_takes_no_memory_of_the_process_that_it_was_forked_from():
     pool = BufferPool()
     lent(pool)
-    assert pool.take(COUNT, shared=True).is_shared()
-    assert not pool.take(COUNT, shared=False).is_shared()
+    assert pool.acquire(COUNT, shared=True).is_shared()
+    assert not pool.acquire(COUNT, shared=False).is_shared()
 
 
 def test_a_posted_batch_arrives_as_a_batch():
     target = Target(torch.rand(1, 4), torch.ones(1, dtype=torch.int64))
-    piece = BufferPool().take(COUNT, shared=False)
+    piece = BufferPool().acquire(COUNT, shared=False)
     piece[:-1] = torch.arange(COUNT).to(torch.uint8)
     images = piece[:-1].view(SHAPE).permute(0, 3, 1, 2)
-    posted = Posted(images, ((4, 6), (3, 5)), ((8, 12), (6, 10)), (target, target), (1, 2**40), piece)
+    posted = WorkerBatch(images, ((4, 6), (3, 5)), ((8, 12), (6, 10)), (target, target), (1, 2**40), piece)
     batch = pickle.loads(pickle.dumps(posted))
     assert type(batch) is Batch
     assert torch.equal(batch.images, images)
@@ -151,9 +151,9 @@ def right(batch: Batch) -> bool:
 def numbered(samples: list[Sample]) -> tuple[Batch, int]:
     """A batch, and how many pieces this worker has had."""
     batch = collate(samples, pad_to=8)
-    for piece in POOL._pieces:
+    for piece in BUFFER_POOL._pieces:
         piece.number = getattr(piece, "number", None) or next(NUMBERS)
-    return batch, max(piece.number for piece in POOL._pieces)
+    return batch, max(piece.number for piece in BUFFER_POOL._pieces)
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])

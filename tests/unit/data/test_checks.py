@@ -8,7 +8,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from distill.data.checks import check_overlap, check_records
-from distill.data.records import Note, Record, ground_truth, read_image, record
+from distill.data.records import Annotation, Record, coco_ground_truth, make_record, read_image
 from distill.types import DistillError
 
 
@@ -25,8 +25,8 @@ def noise(width=300, height=200) -> Image.Image:
 
 
 def of(file, boxes=((1, 1, 9, 9),), size=None, number=1) -> Record:
-    notes = [Note(box, 1, 64.0, False, False, place, None) for place, box in enumerate(boxes)]
-    return record(number, str(file), size, notes, "notes.json")
+    notes = [Annotation(box, 1, 64.0, False, False, place, None) for place, box in enumerate(boxes)]
+    return make_record(number, str(file), size, notes, "notes.json")
 
 
 def fault(file, **options) -> str | None:
@@ -217,7 +217,7 @@ def test_boxes_are_mended_counted_and_remembered(tmp_path, picture):
     assert str(report) == "val: 1 images, 8 boxes, 3 usable, 2 without area, 3 outside the image, 1 clipped"
     assert one.boxes.tolist() == [[1, 1, 9, 9], [0, 2, 9, 20], [0, 0, 30, 20]]
     assert one.entries.tolist() == [0, 1, 7]
-    truth = ground_truth([one], ["thing"])
+    truth = coco_ground_truth([one], ["thing"])
     assert [note["bbox"] for note in truth["annotations"]] == [[1, 1, 8, 8], [-4, 2, 13, 38], [0, 0, 30, 20]]
 
 

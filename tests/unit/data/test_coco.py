@@ -10,7 +10,7 @@ from PIL import Image
 from distill.data.checks import check_records
 from distill.data.coco import Coco
 from distill.data.datamodule import DetectionData
-from distill.data.records import ground_truth
+from distill.data.records import coco_ground_truth
 from distill.types import DistillError
 
 BIG = 2**62 + 1
@@ -49,7 +49,7 @@ def write(folder, data, images=True) -> Coco:
 
 
 def faults(folder, data) -> list[str]:
-    return [fault for record in write(folder, data, images=False).read("train")[1] for fault in record.faults]
+    return [fault for record in write(folder, data, images=False).read_split("train")[1] for fault in record.faults]
 
 
 def entry(**changes) -> dict:
@@ -57,7 +57,7 @@ def entry(**changes) -> dict:
 
 
 def test_ids_of_all_kinds_arrive(tmp_path):
-    classes, records = write(tmp_path, content()).read("train")
+    classes, records = write(tmp_path, content()).read_split("train")
     assert classes == ("person", "never seen", "zebra")
     found = {record.id: record for record in records}
     assert set(found) == {0, 7, BIG}
@@ -73,13 +73,13 @@ def test_ids_of_all_kinds_arrive(tmp_path):
 
 def test_labels_map_back_to_the_files_ids(tmp_path):
     source = write(tmp_path, content())
-    source.read("train")
+    source.read_split("train")
     assert source.category_ids == {1: 0, 2: 13, 3: 90}
 
 
 def test_the_order_of_entries_changes_nothing(tmp_path):
     def seen(data):
-        classes, records = write(tmp_path, data, images=False).read("train")
+        classes, records = write(tmp_path, data, images=False).read_split("train")
         rows = [(r.id, r.file, sorted(zip(map(tuple, r.boxes), r.labels, r.crowd, strict=True))) for r in records]
         return classes, sorted(rows)
 
@@ -91,9 +91,9 @@ def test_the_order_of_entries_changes_nothing(tmp_path):
 
 def test_ground_truth_is_the_file_again_in_our_labels(tmp_path):
     source = write(tmp_path, content())
-    classes, records = source.read("train")
+    classes, records = source.read_split("train")
     records, _ = check_records(records, "train")
-    truth = ground_truth(records, classes)
+    truth = coco_ground_truth(records, classes)
     wanted = sorted(content()["annotations"], key=lambda entry: (entry["image_id"], entry["bbox"]))
     got = sorted(truth["annotations"], key=lambda entry: (entry["image_id"], entry["bbox"]))
     for ours, theirs in zip(got, wanted, strict=True):
@@ -120,7 +120,7 @@ def test_boxes_are_measured_as_annotated_and_trained_on_clipped(tmp_path):
     assert [note["bbox"] for note in truth] == [[-5, 3, 60, 4], [30, 10, 20, 20]]
     assert [note["area"] for note in truth] == [11, 2]
     assert [note.get("segmentation") for note in truth] == [None, RLE]
-    images = data.images("train", training=True)
+    images = data.dataset("train", training=True)
     index = images.ids.tolist().index(0)
     assert images.target(index).boxes.tolist() == [[0, 3, 40, 7], [30, 10, 40, 20]]
     assert "4 boxes, 3 usable, 1 without area, 2 clipped" in data.summary[0]
@@ -129,7 +129,7 @@ def test_boxes_are_measured_as_annotated_and_trained_on_clipped(tmp_path):
 def test_64_bit_ids_reach_the_batch(tmp_path):
     write(tmp_path, content())
     data = DetectionData(Coco(str(tmp_path), {"annotations": "train.json"}), 1, workers=0, min_size=20, max_size=40)
-    assert {number for batch in data.loader("train") for number in batch.ids} == {0, 7, BIG}
+    assert {number for batch in data.eval_dataloader("train") for number in batch.ids} == {0, 7, BIG}
     assert {len(batch.targets[0].labels) for batch in data.train_dataloader()} == {1}  # the crowd is no target
 
 
@@ -142,7 +142,7 @@ def test_images_may_lie_in_the_folder_of_the_json_or_in_another(tmp_path):
     other = Coco(str(tmp_path), None, {"annotations": "elsewhere/x.json", "images": "data"})
     assert (same.splits, other.splits) == (("train",), ("val",))
     for source, split in ((same, "train"), (other, "val")):
-        records, _ = check_records(source.read(split)[1], split)
+        records, _ = check_records(source.read_split(split)[1], split)
         assert {record.file for record in records} == {
             str(tmp_path / "data" / n) for n in ("a.png", "b.png", "sub/c.png")
         }
@@ -150,7 +150,7 @@ def test_images_may_lie_in_the_folder_of_the_json_or_in_another(tmp_path):
 
 def test_a_byte_order_mark_and_whole_floats_are_no_obstacle(tmp_path):
     data = content(annotations=[entry(id=1.0, image_id=0.0, category_id=90.0, iscrowd=False, area=None)])
-    records = write(tmp_path, "\ufeff" + json.dumps(data)).read("train")[1]
+    records = write(tmp_path, "\ufeff" + json.dumps(data)).read_split("train")[1]
     assert not any(record.faults for record in records)
     note = next(record for record in records if record.id == 0)
     assert (note.labels.tolist(), note.area.tolist()) == ([3], [4])
@@ -198,8 +198,8 @@ def test_a_wrong_annotation_is_named_with_file_and_place(tmp_path, change, words
     assert words in found[0]
     source = write(tmp_path, data)
     with pytest.raises(DistillError, match=r"annotations\[1\](?s:.)*on_error=skip"):
-        check_records(source.read("train")[1], "train")
-    records, line = check_records(source.read("train")[1], "train", "skip")
+        check_records(source.read_split("train")[1], "train")
+    records, line = check_records(source.read_split("train")[1], "train", "skip")
     assert sum(len(record.labels) for record in records) == 2
     assert str(line) == "train: 3 images, 2 boxes, 2 usable, 2 images without boxes, 1 problems skipped"
 
@@ -226,9 +226,9 @@ def test_an_impossible_box_is_named_with_its_place_in_the_file(tmp_path, box, ar
     text = json.dumps(content()).replace('"annotations": [', f'"annotations": [{json.dumps(entry())}, {wrong}, ')
     source = write(tmp_path, text)
     with pytest.raises(DistillError, match=words) as caught:
-        check_records(source.read("train")[1], "train")
+        check_records(source.read_split("train")[1], "train")
     assert f"{tmp_path / 'train.json'}: annotation 1 of a.png" in str(caught.value)
-    records, line = check_records(source.read("train")[1], "train", "skip")
+    records, line = check_records(source.read_split("train")[1], "train", "skip")
     assert sum(len(record.labels) for record in records) == 4
     assert str(line).endswith("1 problems skipped")
 
@@ -258,15 +258,15 @@ def test_two_images_with_one_id_are_refused_and_both_left_out_as_their_boxes_can
     images = [*content()["images"], {"id": 0, "file_name": "sub/c.png"}]
     source = write(tmp_path, content(images=images))
     with pytest.raises(DistillError, match=r"images\[3\] \(sub/c.png\) has id 0 again, as a.png has"):
-        check_records(source.read("train")[1], "train")
-    records, line = check_records(source.read("train")[1], "train", "skip")
+        check_records(source.read_split("train")[1], "train")
+    records, line = check_records(source.read_split("train")[1], "train", "skip")
     assert {record.id for record in records} == {7, BIG}
     assert "2 problems skipped" in str(line)  # the entry, and the annotation of image 0
 
 
 def test_an_image_listed_twice_with_the_same_id_stays_once(tmp_path):
     source = write(tmp_path, content(images=[*content()["images"], content()["images"][0]]))
-    records, _ = check_records(source.read("train")[1], "train", "skip")
+    records, _ = check_records(source.read_split("train")[1], "train", "skip")
     assert sorted(record.id for record in records) == [0, 7, BIG]
 
 
@@ -286,7 +286,7 @@ def test_an_image_listed_twice_with_the_same_id_stays_once(tmp_path):
 )
 def test_wrong_categories_are_refused(tmp_path, categories, words):
     with pytest.raises(DistillError, match=words):
-        write(tmp_path, content(categories=categories)).read("train")
+        write(tmp_path, content(categories=categories)).read_split("train")
 
 
 @pytest.mark.parametrize(
@@ -305,14 +305,14 @@ def test_wrong_categories_are_refused(tmp_path, categories, words):
 )
 def test_what_is_not_cocos_form_is_refused(tmp_path, text, words):
     with pytest.raises(DistillError, match=words):
-        write(tmp_path, text).read("train")
+        write(tmp_path, text).read_split("train")
 
 
 def test_bytes_that_are_no_text_and_files_that_are_not_there_are_refused(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00\x80")
     for name, words in (("x.json", "cannot be read"), ("y.json", "no such annotation file"), (".", "cannot be read")):
         with pytest.raises(DistillError, match=words):
-            Coco(str(tmp_path), {"annotations": name}).read("train")
+            Coco(str(tmp_path), {"annotations": name}).read_split("train")
 
 
 @pytest.mark.parametrize("files", ["train.json", ["train.json"], {"annotation": "train.json"}])
@@ -326,13 +326,13 @@ def test_splits_that_are_not_configured_are_refused(tmp_path):
     assert source.splits == ()
     for split in ("train", "val", "other"):
         with pytest.raises(DistillError, match=f"no split '{split}'"):
-            source.read(split)
+            source.read_split(split)
 
 
 @pytest.mark.parametrize("changes", [{"images": [], "annotations": []}, {"annotations": []}])
 def test_a_split_without_images_or_without_boxes_is_refused(tmp_path, changes):
     with pytest.raises(DistillError, match=r"empty|no usable box"):
-        check_records(write(tmp_path, content(**changes)).read("train")[1], "train")
+        check_records(write(tmp_path, content(**changes)).read_split("train")[1], "train")
 
 
 @pytest.mark.parametrize(("split", "boxes"), [("train", 470), ("val", 382)])
@@ -343,7 +343,7 @@ def test_real_coco_images(split, boxes):
     name = f"annotations/instances_{split}2017.json"
     files = {"annotations": name, "images": f"{split}2017"}
     source = Coco(f"{root}/tiny_coco", **{split: files})
-    classes, records = source.read(split)
+    classes, records = source.read_split(split)
     records, line = check_records(records, split)
     assert sum(len(record.labels) for record in records) == boxes
     assert sum(int(record.crowd.sum()) for record in records) == 5
@@ -352,7 +352,7 @@ def test_real_coco_images(split, boxes):
     with open(f"{root}/tiny_coco/{name}") as file:
         raw = json.load(file)
     notes = {(note["image_id"], *np.round(note["bbox"], 6)): note for note in raw["annotations"]}
-    truth = ground_truth(records, classes)
+    truth = coco_ground_truth(records, classes)
     assert len(truth["images"]) == len(raw["images"])
     for note in truth["annotations"]:
         theirs = notes[(note["image_id"], *np.round(note["bbox"], 6))]
@@ -368,7 +368,7 @@ def test_real_coco_images(split, boxes):
 def test_targets_are_tensors_of_the_promised_types(tmp_path):
     write(tmp_path, content())
     data = DetectionData(Coco(str(tmp_path), {"annotations": "train.json"}), 3, workers=0, min_size=20, max_size=40)
-    (batch,) = data.loader("train")
+    (batch,) = data.eval_dataloader("train")
     assert all(target.boxes.dtype == torch.float32 and target.labels.dtype == torch.int64 for target in batch.targets)
 
 
@@ -381,7 +381,7 @@ def test_images_are_found_where_they_usually_lie(tmp_path, folder):
     for name in ("a.png", "b.png", "sub/c.png"):
         Image.new("RGB", (40, 20)).save(tmp_path / folder / name)
     source = Coco(str(tmp_path), {"annotations": "annotations/instances_train2017.json"})
-    assert {record.file for record in check_records(source.read("train")[1], "train")[0]} == {
+    assert {record.file for record in check_records(source.read_split("train")[1], "train")[0]} == {
         str(tmp_path / folder / name) for name in ("a.png", "b.png", "sub/c.png")
     }
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from distill.data.datamodule import DetectionData, subset
+from distill.data.datamodule import DetectionData, select_subset
 from distill.data.records import Record
 from distill.data.shapes import Shapes
 from distill.data.voc import Voc
@@ -54,7 +54,7 @@ class Files:
     def side(number: int) -> tuple[int, int]:
         return (60, 90 + 8 * (number % 5)) if number % 3 else (100, 70)
 
-    def read(self, split: str):
+    def read_split(self, split: str):
         records = []
         for number in range(self.count):
             boxes = [[5, 6, 50, 40], [10, 10, 30, 50], [1, 1, 60, 60]]
@@ -206,12 +206,12 @@ def test_the_cache_reads_each_file_once(tmp_path, monkeypatch):
 
 def test_quick_looks_are_nested_and_the_same_for_every_seed():
     records = list(range(100))
-    small, large = subset(records, 0.1, None), subset(records, 0.3, None)
+    small, large = select_subset(records, 0.1, None), select_subset(records, 0.3, None)
     assert len(small) == 10
     assert set(small) < set(large)
     assert small == sorted(small)
-    assert subset(records, 0.3, 10) == small
-    assert subset(records, 1.0, None) == records
+    assert select_subset(records, 0.3, 10) == small
+    assert select_subset(records, 1.0, None) == records
     a, b = (shapes(limit=6, limit_eval=3, seed=seed, drop_last=False) for seed in (0, 1))
     assert sorted(ids(a.train_dataloader())) == sorted(ids(b.train_dataloader()))
     assert len(ids(a.train_dataloader())) == 6
@@ -220,7 +220,7 @@ def test_quick_looks_are_nested_and_the_same_for_every_seed():
 
 def test_pictures_get_the_images_they_ask_for(tmp_path):
     data = files(tmp_path, flip=1.0)
-    batch = data.batch("val", [7, 2])
+    batch = data.load_batch("val", [7, 2])
     truth = data.ground_truth("val")["images"]
     assert batch.ids == (truth[7]["id"], truth[2]["id"])
 
@@ -230,8 +230,8 @@ def test_facts_are_known():
     assert data.input_size == (64, 80)
     assert len(data.classes) == 6
     assert data.category_ids == {label: label for label in range(1, 7)}
-    assert data.has("test")
-    assert not data.has("other")
+    assert data.has_split("test")
+    assert not data.has_split("other")
     data.setup("fit")
     assert data.summary
 
@@ -307,7 +307,7 @@ def test_real_blood_cells_arrive_whole():
     data = DetectionData(Voc(f"{root}/bccd/BCCD"), 16, workers=0, min_size=120, max_size=160, eval_batch_size=16)
     images = boxes = 0
     for split in ("train", "val", "test"):
-        for batch in data.loader(split):
+        for batch in data.eval_dataloader(split):
             assert batch.images.shape[1:] == (3, 128, 160)
             assert set(batch.sizes) == {(120, 160)}
             images += len(batch)
@@ -322,18 +322,18 @@ def test_real_blood_cells_arrive_whole():
 
 def test_spawned_workers_get_the_same_images():
     data = shapes(cache="ram")
-    images = data.images("val", training=False)
+    images = data.dataset("val", training=False)
     there = ForkingPickler.loads(ForkingPickler.dumps(images))
     assert torch.equal(there[0, 3].image, images[0, 3].image)
-    drawn = shapes().images("val", training=False)
+    drawn = shapes().dataset("val", training=False)
     assert torch.equal(ForkingPickler.loads(ForkingPickler.dumps(drawn))[0, 3].image, images[0, 3].image)
 
 
 class Overlapping(Files):
     """Trains on what it validates on."""
 
-    def read(self, split: str):
-        return super().read("train")
+    def read_split(self, split: str):
+        return super().read_split("train")
 
 
 def test_overlap_is_said_once_or_raised(tmp_path):
@@ -363,8 +363,8 @@ def test_bad_data_is_named_before_the_first_step_or_skipped(tmp_path):
 
 def test_splits_with_different_classes_are_refused(tmp_path):
     class Changing(Files):
-        def read(self, split: str):
-            return (split,), super().read(split)[1]
+        def read_split(self, split: str):
+            return (split,), super().read_split(split)[1]
 
     with pytest.raises(DistillError, match=r"same classes.*\['val'\] in val and \['train'\]"):
         DetectionData(Changing(tmp_path), workers=0).setup("fit")
@@ -395,8 +395,8 @@ class Changed(Files):
         super().__init__(root)
         self.change = change
 
-    def read(self, split: str):
-        classes, records = super().read(split)
+    def read_split(self, split: str):
+        classes, records = super().read_split(split)
         return self.change(split, classes, records)
 
 
@@ -465,7 +465,7 @@ def test_a_loader_that_cannot_be_talked_to_is_named_where_it_died(monkeypatch, a
         return batches()
 
     monkeypatch.setattr(DataLoader, "__iter__", broken)
-    batches = iter(shapes().loader("val"))
+    batches = iter(shapes().eval_dataloader("val"))
     next(batches)
     with pytest.raises(
         ConnectionResetError if alive else RuntimeError, match="" if alive else "a DataLoader worker died"

@@ -32,7 +32,7 @@ SQUARE = [4, 6, 14, 6, 14, 16, 4, 16]
 def runs(x1: int, y1: int, x2: int, y2: int) -> dict[str, Any]:
     mask = torch.zeros(1, *SIZE, dtype=torch.uint8)
     mask[0, y1:y2, x1:x2] = 1
-    return rle.plain(rle.encode(mask)[0], SIZE)
+    return rle.to_coco(rle.encode_masks(mask)[0], SIZE)
 
 
 def uncompressed(x1: int, y1: int, x2: int, y2: int) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def test_without_being_asked_for_there_are_none_and_nothing_is_checked(tmp_path:
     target = first(data(write(tmp_path, [note("nonsense")]), masks=False))
     assert target.masks is None
     assert target.to("cpu").masks is None
-    assert DetectionData(Shapes(train=2, val=1, test=0)).batch("val", [0]).targets[0].masks is None
+    assert DetectionData(Shapes(train=2, val=1, test=0)).load_batch("val", [0]).targets[0].masks is None
 
 
 def test_crowds_are_kept_for_the_truth_only_and_dropped_boxes_take_their_masks_along(tmp_path: Path) -> None:
@@ -102,11 +102,11 @@ def test_crowds_are_kept_for_the_truth_only_and_dropped_boxes_take_their_masks_a
     assert [tight(mask) for mask in target.masks] == [[4, 6, 14, 16], [30, 2, 40, 20]]
     truth = loaded.ground_truth("train")["annotations"]
     assert [each["iscrowd"] for each in truth] == [1, 0, 0]
-    assert [rle.area(each["segmentation"]["counts"].encode(), SIZE) for each in truth] == [960, 100, 180]
+    assert [rle.mask_area(each["segmentation"]["counts"].encode(), SIZE) for each in truth] == [960, 100, 180]
 
 
 def test_a_box_too_thin_to_train_on_takes_its_mask_along() -> None:
-    codes = rle.encode(torch.ones(2, *SIZE))
+    codes = rle.encode_masks(torch.ones(2, *SIZE))
     boxes = torch.tensor([[3.0, 3.0, 3.001, 9.0], [4, 6, 14, 16]])
     sample = Transform((24,), 40)(
         torch.zeros(3, *SIZE, dtype=torch.uint8), Target(boxes, torch.tensor([1, 2])), SIZE, 1, 0, codes
@@ -132,7 +132,7 @@ def test_flip_and_resize_agree_with_a_loop_over_pixels(mirrored: bool, side: int
     masks = (torch.rand(4, *SIZE, generator=generator) < 0.5).to(torch.uint8)
     transform = Transform((side,), 400, flip=float(mirrored))
     target = Target(torch.tensor([[1.0, 1.0, 9.0, 9.0]] * 4), torch.arange(1, 5))
-    sample = transform(torch.zeros(3, *SIZE, dtype=torch.uint8), target, SIZE, 1, 0, rle.encode(masks))
+    sample = transform(torch.zeros(3, *SIZE, dtype=torch.uint8), target, SIZE, 1, 0, rle.encode_masks(masks))
     new = resized_size(SIZE, side, 400)
     assert sample.target.masks is not None
     for mask, found in zip(masks, sample.target.masks, strict=True):
@@ -147,13 +147,13 @@ def test_sizes_and_pixels_are_torchvisions_for_many_sizes() -> None:
         masks = torch.from_numpy(rng.integers(0, 2, (2, *size), dtype=np.uint8))
         target = {"boxes": torch.tensor([[0.0, 0, 9, 9]] * 2), "masks": masks}
         theirs = GeneralizedRCNNTransform(low, high, [0], [1]).resize(torch.rand(3, *size), target)[1]
-        ours = resize_masks(rle.encode(masks), size, resized_size(size, low, high))
+        ours = resize_masks(rle.encode_masks(masks), size, resized_size(size, low, high))
         assert torch.equal(ours, theirs["masks"])
 
 
 def test_drawn_masks_are_what_their_boxes_are_tight_around() -> None:
     loaded = DetectionData(Shapes(train=20, val=4, test=0), masks=True, min_size=128, max_size=128, workers=0)
-    batch = loaded.batch("train", range(20))
+    batch = loaded.load_batch("train", range(20))
     assert sum(len(target.boxes) for target in batch.targets) > 60
     for target in batch.targets:
         assert target.masks is not None
@@ -252,10 +252,10 @@ def test_real_masks_are_pycocotools_own(split: str) -> None:
     assert any(note["iscrowd"] for note in truth) == any(note["iscrowd"] for note in notes)
     for mine, theirs in zip(truth, notes, strict=True):
         size = tuple(mine["segmentation"]["size"])
-        mask = rle.decode(mine["segmentation"]["counts"].encode(), size)
+        mask = rle.decode_mask(mine["segmentation"]["counts"].encode(), size)
         assert np.array_equal(mask.numpy(), reference.annToMask(theirs))
     first = next(iter(reference.imgs))
-    target = loaded.batch(split, [0]).targets[0]
+    target = loaded.load_batch(split, [0]).targets[0]
     things = [note for note in reference.imgToAnns[first] if not note["iscrowd"]]
     assert target.masks is not None
     assert target.masks.shape[0] == len(things)

@@ -20,8 +20,8 @@ from PIL import Image
 from distill.data.checks import check_records
 from distill.data.coco import Coco
 from distill.data.datamodule import DetectionData
-from distill.data.images import Images
-from distill.data.records import Note, ground_truth, record
+from distill.data.images import ImageDataset
+from distill.data.records import Annotation, coco_ground_truth, make_record
 from distill.data.transforms import Transform, collate
 from distill.data.voc import Voc
 from distill.losses import masks
@@ -107,7 +107,7 @@ def ends_well(source: Any, **options: Any) -> None:
     """A batch, and ground truth that JSON can hold; or our own error, in few lines."""
     try:
         data = DetectionData(source, workers=0, batch_size=1, min_size=32, max_size=64, **options)
-        batch = next(iter(data.loader("train")))
+        batch = next(iter(data.eval_dataloader("train")))
         assert torch.isfinite(batch.targets[0].boxes).all()
         truth = json.dumps(data.ground_truth("train"), allow_nan=False)
         assert all(str(name).encode() for name in data.classes)
@@ -210,20 +210,20 @@ BOXES = st.lists(st.tuples(EDGES, EDGES, EDGES, EDGES), max_size=6)
 )
 def test_any_boxes(boxes: list[Any], height: int, width: int, min_size: int, flip: bool, kind: str) -> None:
     """From annotations through checks, resize, flip and padding to masks on maps: inside the image, and finite."""
-    notes = [Note(box, 1, 1.0, False, False, place, None) for place, box in enumerate(boxes)]
-    one = record(1, "a.png", (height, width), notes, "x.json")
+    notes = [Annotation(box, 1, 1.0, False, False, place, None) for place, box in enumerate(boxes)]
+    one = make_record(1, "a.png", (height, width), notes, "x.json")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
             (one,), _ = check_records([one], "train", "skip", files=False)
         except DistillError:
             return
-        json.dumps(ground_truth([one], ["a"]), allow_nan=False)
+        json.dumps(coco_ground_truth([one], ["a"]), allow_nan=False)
         assert (one.boxes[:, 2:] > one.boxes[:, :2]).all()
         assert (one.boxes >= 0).all()
         assert (one.boxes <= np.array([width, height, width, height])).all()
         transform = Transform((min_size,), 2 * min_size, flip=float(flip))
-        images = Images(
+        images = ImageDataset(
             [one], lambda file: torch.zeros(height, width, 3, dtype=torch.uint8).permute(2, 0, 1), transform
         )
         batch = collate([images[0, 0]])

@@ -70,7 +70,7 @@ BOMBS = {
 def test_xml_that_grows_is_named_and_not_expanded(xml: str, tmp_path: Path) -> None:
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(DistillError) as caught:
-        check_records(voc(tmp_path, xml).read("train")[1], "train")
+        check_records(voc(tmp_path, xml).read_split("train")[1], "train")
     assert "!ENTITY" not in xml or "cannot be read as XML" in str(caught.value)
     assert "root:" not in str(caught.value)
     assert len(str(caught.value)) < 2000
@@ -131,7 +131,7 @@ def test_the_limit_is_an_option_of_both_ways_to_decode(form: str, tmp_path: Path
     with pytest.raises(DistillError, match=r"data\.max_pixels=1199"):
         coco(tmp_path, *named("a.img"), max_pixels=1199).records("train")
     data = coco(tmp_path, *named("a.img"), max_pixels=1200, batch_size=1)
-    assert data.images("train", training=False)[0, 0].original_size == (30, 40)
+    assert data.dataset("train", training=False)[0, 0].original_size == (30, 40)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + b"x" * 999, "comment": b"ab"}])
@@ -205,7 +205,7 @@ def test_no_list_names_what_is_not_in_its_folder(stem: str, tmp_path: Path) -> N
     source = voc(tmp_path / "data", "<annotation/>", "a\n" + stem.format(tmp_path))
     for folder in (tmp_path, tmp_path / "data"):
         (folder / "secret.xml").write_text("<annotation><object><name>a</name></object></annotation>")
-    records = source.read("train")[1]
+    records = source.read_split("train")[1]
     assert records[1].broken
     assert "no such file" in records[1].faults[0]
 
@@ -243,7 +243,7 @@ for many in entries:
     json.loads((folder / "train.json").read_text())
     bare, start = peak(), time.process_time()
     try:
-        check_records(Coco(folder, {"annotations": "train.json"}).read("train")[1], "train")
+        check_records(Coco(folder, {"annotations": "train.json"}).read_split("train")[1], "train")
     except DistillError as error:
         print(json.dumps([many, str(error), time.process_time() - start, peak() - bare]))
 """
@@ -295,4 +295,4 @@ def test_a_folder_may_be_called_anything(folder: str, tmp_path: Path) -> None:
         shutil.move(home / "voc" / part / f"a{suffix}", home / "voc" / part / f"ein bild 中{suffix}")
     (home / "voc" / "ImageSets" / "Main" / "train.txt").write_text("ein bild 中\n", encoding="utf-8")
     data = DetectionData(source, workers=0, batch_size=1)
-    assert torch.equal(data.images("train", training=False)[0, 0].target.labels, torch.tensor([1]))
+    assert torch.equal(data.dataset("train", training=False)[0, 0].target.labels, torch.tensor([1]))

@@ -36,12 +36,12 @@ def slow_runs(mask: torch.Tensor) -> list[int]:
 def test_codes_hold_the_runs_of_the_columns_and_decode_to_the_mask(kind: torch.dtype) -> None:
     masks = random_masks(60)
     assert masks.flatten(1).any(1).sum() < 60
-    for mask, code in zip(masks, rle.encode(masks.to(kind)), strict=True):
-        assert rle._runs(code).tolist() == slow_runs(mask)
-        decoded = rle.decode(code, SIZE)
+    for mask, code in zip(masks, rle.encode_masks(masks.to(kind)), strict=True):
+        assert rle._decode_runs(code).tolist() == slow_runs(mask)
+        decoded = rle.decode_mask(code, SIZE)
         assert decoded.dtype == torch.uint8
         assert torch.equal(decoded, mask)
-        assert rle.area(code, SIZE) == int(mask.sum())
+        assert rle.mask_area(code, SIZE) == int(mask.sum())
 
 
 def test_long_runs_and_their_differences_are_read() -> None:
@@ -50,19 +50,19 @@ def test_long_runs_and_their_differences_are_read() -> None:
     mask[:, 100:600] = 1
     mask[3:5, 700] = 1
     mask[100:, 899] = 1
-    assert rle._runs(rle.encode(mask[None])[0]).tolist() == slow_runs(mask)
+    assert rle._decode_runs(rle.encode_masks(mask[None])[0]).tolist() == slow_runs(mask)
 
 
 def test_no_masks_have_no_codes() -> None:
-    assert rle.encode(torch.zeros(0, 5, 5, dtype=torch.bool)) == []
+    assert rle.encode_masks(torch.zeros(0, 5, 5, dtype=torch.bool)) == []
 
 
 def test_all_forms_of_a_file_mean_the_same_mask() -> None:
-    for mask, code in zip(random_masks(30, 1), rle.encode(random_masks(30, 1)), strict=True):
-        forms: list[Any] = [rle.plain(code, SIZE), {"size": list(SIZE), "counts": code}]
+    for mask, code in zip(random_masks(30, 1), rle.encode_masks(random_masks(30, 1)), strict=True):
+        forms: list[Any] = [rle.to_coco(code, SIZE), {"size": list(SIZE), "counts": code}]
         forms.append({"size": list(SIZE), "counts": slow_runs(mask)})
         for form in forms:
-            assert torch.equal(rle.decode(rle.read(form, SIZE), SIZE), mask)
+            assert torch.equal(rle.decode_mask(rle.encode_segmentation(form, SIZE), SIZE), mask)
 
 
 def test_polygons_fill_the_pixels_inside_and_are_joined() -> None:
@@ -70,11 +70,11 @@ def test_polygons_fill_the_pixels_inside_and_are_joined() -> None:
     first, second = [1, 2, 4, 2, 4, 6, 1, 6], [3.0, 4.0, 6.0, 4.0, 6.0, 10.0, 3.0, 10.0]
     expected = torch.zeros(SIZE, dtype=torch.uint8)
     expected[2:6, 1:4] = 1
-    assert torch.equal(rle.decode(rle.read([first], SIZE), SIZE), expected)
+    assert torch.equal(rle.decode_mask(rle.encode_segmentation([first], SIZE), SIZE), expected)
     expected[4:10, 3:6] = 1
-    assert torch.equal(rle.decode(rle.read([first, second], SIZE), SIZE), expected)
+    assert torch.equal(rle.decode_mask(rle.encode_segmentation([first, second], SIZE), SIZE), expected)
     over_the_edge = [-3, -3, 2, -3, 2, 30, -3, 30]
-    assert int(rle.decode(rle.read([over_the_edge], SIZE), SIZE).sum()) == 2 * 11
+    assert int(rle.decode_mask(rle.encode_segmentation([over_the_edge], SIZE), SIZE).sum()) == 2 * 11
 
 
 def test_polygons_are_filled_as_the_reference_fills_them() -> None:
@@ -82,7 +82,7 @@ def test_polygons_are_filled_as_the_reference_fills_them() -> None:
     for _ in range(50):
         polygons = [(rng.random(2 * rng.integers(3, 9)) * 60).tolist() for _ in range(rng.integers(1, 4))]
         expected = coco.decode(coco.merge(coco.frPyObjects(polygons, 50, 60)))
-        assert np.array_equal(rle.decode(rle.read(polygons, (50, 60)), (50, 60)).numpy(), expected)
+        assert np.array_equal(rle.decode_mask(rle.encode_segmentation(polygons, (50, 60)), (50, 60)).numpy(), expected)
 
 
 BAD: list[tuple[Any, str]] = [
@@ -121,4 +121,4 @@ BAD: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("segmentation", "words"), BAD, ids=lambda value: str(value)[:40])
 def test_what_is_no_mask_is_refused(segmentation: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        rle.read(segmentation, SIZE)
+        rle.encode_segmentation(segmentation, SIZE)

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from distill.data.transforms import Transform, collate, flip_boxes, padded_size, resize, resize_boxes, resized_size
+from distill.data.transforms import (
+    Transform,
+    collate,
+    flip_boxes,
+    padded_size,
+    resize_boxes,
+    resize_image,
+    resized_size,
+)
 from distill.types import DistillError, Target
 
 
@@ -45,7 +53,7 @@ def test_pixels_are_torchvisions_to_a_grey_level():
     image = picture(90, 131)
     theirs = GeneralizedRCNNTransform(64, 100, [0.0] * 3, [1.0] * 3).eval()
     wanted = theirs([image.float()])[0].tensors[0]
-    ours = resize(image, resized_size((90, 131), 64, 100))
+    ours = resize_image(image, resized_size((90, 131), 64, 100))
     _, height, width = ours.shape
     assert (ours.float() - wanted[:, :height, :width]).abs().max() < 1.01
     assert (ours.float() - wanted[:, :height, :width]).mean().abs() < 0.02
@@ -53,7 +61,7 @@ def test_pixels_are_torchvisions_to_a_grey_level():
 
 def test_antialias_is_an_option():
     image = picture(200, 200)
-    assert resize(image, (50, 50), True).float().std() < resize(image, (50, 50), False).float().std()
+    assert resize_image(image, (50, 50), True).float().std() < resize_image(image, (50, 50), False).float().std()
 
 
 def test_a_long_thin_image_keeps_a_pixel():
@@ -81,8 +89,8 @@ def test_mirroring_commutes_with_the_resize(antialias):
         size, new = ((rng.randint(1, 90), rng.choice([rng.randint(1, 300), 64, 128])) for _ in range(2))
         planar = picture(*size)
         for each in (planar, planar.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
-            wanted = resize(each, new, antialias).flip(-1)
-            found = resize(each, new, antialias, mirrored=True)
+            wanted = resize_image(each, new, antialias).flip(-1)
+            found = resize_image(each, new, antialias, mirrored=True)
             assert (found.int() - wanted.int()).abs().max() <= (0 if exact else 1), (size, new)
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 from distill.data.checks import check_overlap, check_records
 from distill.data.datamodule import DetectionData
-from distill.data.records import ground_truth
-from distill.data.voc import SHARES, Voc
+from distill.data.records import coco_ground_truth
+from distill.data.voc import SPLIT_BOUNDS, Voc
 from distill.types import DistillError
 
 
@@ -52,7 +52,7 @@ def plain(tmp_path):
 
 
 def checked(source, split="train", on_error="raise"):
-    classes, records = source.read(split)
+    classes, records = source.read_split(split)
     records, report = check_records(records, split, on_error)
     return classes, records, str(report)
 
@@ -67,14 +67,14 @@ def test_objects_arrive_with_their_marks(plain):
     assert records[0].boxes.tolist() == [[1, 2, 11, 12]] * 2
     assert records[0].area.tolist() == [100, 100]
     assert line == "train: 2 images, 3 boxes, 3 usable, 1 difficult"
-    truth = ground_truth(records, classes)
+    truth = coco_ground_truth(records, classes)
     assert [note["difficult"] for note in truth["annotations"]] == [0, 1, 0]
     assert [note["iscrowd"] for note in truth["annotations"]] == [0, 0, 0]
 
 
 def test_every_split_has_the_same_classes_discovered_or_given(plain):
     found = Voc(str(plain))
-    assert found.read("val")[0] == found.read("train")[0] == Voc(str(plain)).read("val")[0]
+    assert found.read_split("val")[0] == found.read_split("train")[0] == Voc(str(plain)).read_split("val")[0]
     given = Voc(str(plain), classes=["dog", "cat", "ant"])
     classes, records, _ = checked(given)
     assert classes == ("dog", "cat", "ant")
@@ -132,9 +132,9 @@ def test_a_test_set_without_labels_is_refused(plain):
     add(plain, "d", None)
     lists(plain, test="d\n")
     source = Voc(str(plain), classes=["ant", "cat", "dog"])
-    assert len(source.read("train")[1]) == 2
+    assert len(source.read_split("train")[1]) == 2
     with pytest.raises(DistillError, match=r"none of the 1 images of test has an XML.*data\.source\.test"):
-        source.read("test")
+        source.read_split("test")
     add(plain, "d", page())
     with pytest.raises(DistillError, match="test: of 1 images no usable box is left"):
         checked(Voc(str(plain)), "test")
@@ -144,9 +144,9 @@ def test_a_missing_list_is_named_with_those_that_there_are(plain):
     source = Voc(str(plain), "trainval", "val", "test")
     assert source.splits == ("train", "val")
     with pytest.raises(DistillError, match=r"trainval\.txt: no such list; there are train, val.*data\.source\.train"):
-        source.read("train")
+        source.read_split("train")
     with pytest.raises(DistillError, match="no split 'test'"):
-        Voc(str(plain), test=None).read("test")
+        Voc(str(plain), test=None).read_split("test")
 
 
 def test_an_empty_list_is_an_empty_split(plain):
@@ -158,11 +158,11 @@ def test_an_empty_list_is_an_empty_split(plain):
 def test_lists_of_one_class_and_names_with_spaces_are_read(plain):
     add(plain, "my photo 1", page(thing()))
     lists(plain, cat_train="\ufeffa  1\r\nb -1\r\nmy photo 1\r\n")
-    found = Voc(str(plain), "cat_train").read("train")[1]
+    found = Voc(str(plain), "cat_train").read_split("train")[1]
     assert [record.file.rsplit("/", 1)[1] for record in found] == ["a.jpg", "b.jpg", "my photo 1.jpg"]
     (plain / "ImageSets" / "Main" / "train.txt").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(DistillError, match="cannot be read as a list"):
-        Voc(str(plain)).read("train")
+        Voc(str(plain)).read_split("train")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_two_plain_folders_are_enough(tmp_path, images, annotations):
     add(tmp_path, "another", page(thing()), folders=(images, annotations))
     again = Voc(str(tmp_path), **own)
     for split, known in stems.items():
-        assert known <= {record.file for record in again.read(split)[1]}
+        assert known <= {record.file for record in again.read_split(split)[1]}
 
 
 def test_a_folder_with_a_slash_is_taken_whole(tmp_path):
@@ -190,28 +190,28 @@ def test_a_folder_with_a_slash_is_taken_whole(tmp_path):
         for number in range(count):
             add(tmp_path / folder, f"{folder}{number}", page(thing()), folders=("images", "annotations"))
     source = Voc(str(tmp_path), "mine/", "yours/", None)
-    assert [len(source.read(split)[1]) for split in source.splits] == [12, 3]
+    assert [len(source.read_split(split)[1]) for split in source.splits] == [12, 3]
 
 
 def test_two_plain_folders_that_leave_a_split_empty_say_how_to_fill_it(tmp_path):
     add(tmp_path, "a", page(thing()), folders=("images", "annotations"))
     source = Voc(str(tmp_path), classes=["cat"])
-    home = next(split for split, end in SHARES if int(hashlib.sha1(b"a").hexdigest(), 16) % 100 < end)
-    assert len(source.read(home)[1]) == 1
+    home = next(split for split, end in SPLIT_BOUNDS if int(hashlib.sha1(b"a").hexdigest(), 16) % 100 < end)
+    assert len(source.read_split(home)[1]) == 1
     for split in {"train", "val", "test"} - {home}:
         with pytest.raises(DistillError, match=rf"{split}\.txt, or set data\.source\.{split}=null"):
-            source.read(split)
+            source.read_split(split)
 
 
 def test_missing_folders_are_named(tmp_path):
     with pytest.raises(DistillError, match=r"no such folder; set data\.source\.root"):
-        Voc(str(tmp_path / "none")).read("train")
+        Voc(str(tmp_path / "none")).read_split("train")
     with pytest.raises(DistillError, match=r"Annotations or annotations.*data\.source\.annotations"):
-        Voc(str(tmp_path)).read("train")
+        Voc(str(tmp_path)).read_split("train")
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "Annotations" / "a.xml").write_text(page(thing()))
     with pytest.raises(DistillError, match=r"JPEGImages or images.*data\.source\.images"):
-        Voc(str(tmp_path), "/").read("train")
+        Voc(str(tmp_path), "/").read_split("train")
 
 
 def test_two_images_of_one_name_are_refused_and_hidden_files_are_not_seen(plain):
@@ -220,7 +220,7 @@ def test_two_images_of_one_name_are_refused_and_hidden_files_are_not_seen(plain)
     assert len(checked(Voc(str(plain)))[1]) == 2
     Image.new("RGB", (4, 4)).save(plain / "JPEGImages" / "a.png")
     with pytest.raises(DistillError, match=r"a\.png: a\.jpg has the same name"):
-        Voc(str(plain)).read("train")
+        Voc(str(plain)).read_split("train")
 
 
 def test_a_missing_image_and_a_missing_xml_are_named(plain):
@@ -295,7 +295,7 @@ def test_no_object_at_all_means_no_classes(tmp_path):
     add(tmp_path, "a", page())
     lists(tmp_path, train="a")
     with pytest.raises(DistillError, match=r"no classes; give data\.source\.classes"):
-        Voc(str(tmp_path)).read("train")
+        Voc(str(tmp_path)).read_split("train")
 
 
 def bccd() -> str:
@@ -314,7 +314,7 @@ def test_real_blood_cells():
     assert [sum(column) for column in zip(*counts, strict=True)] == [4888, 4886]
     assert sum(int(part.split()[0]) for line in lines for part in line.split(", ") if "without area" in part) == 2
     assert not any("skipped" in line for line in lines)
-    truth = [ground_truth(records, classes) for classes, records, _ in found.values()]
+    truth = [coco_ground_truth(records, classes) for classes, records, _ in found.values()]
     assert sum(len(each["annotations"]) for each in truth) == 4886
     check_overlap({split: records for split, (_, records, _) in found.items()}, "raise")
 
@@ -323,16 +323,16 @@ def test_real_blood_cells_as_two_plain_folders(tmp_path):
     for name, target in (("JPEGImages", "images"), ("Annotations", "annotations")):
         shutil.copytree(f"{bccd()}/{name}", tmp_path / target, copy_function=os.symlink)
     source = Voc(str(tmp_path))
-    assert sum(len(source.read(split)[1]) for split in source.splits) == 364
+    assert sum(len(source.read_split(split)[1]) for split in source.splits) == 364
 
 
 def test_a_test_set_without_labels_does_not_stop_training(plain):
     add(plain, "d", None)
     lists(plain, test="d\n")
     source = Voc(str(plain))
-    assert source.read("train")[0] == ("ant", "cat", "dog")
+    assert source.read_split("train")[0] == ("ant", "cat", "dog")
     with pytest.raises(DistillError, match="label"):
-        source.read("test")
+        source.read_split("test")
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -344,9 +344,9 @@ def test_a_few_images_in_plain_folders_are_enough_for_train_and_val(tmp_path, co
             add(root, f"{trial}-{number}", page(thing()), folders=("images", "annotations"))
         stems = {}
         for split in ("train", "val"):
-            stems[split] = {Path(each.file).stem for each in Voc(str(root)).read(split)[1]}
+            stems[split] = {Path(each.file).stem for each in Voc(str(root)).read_split(split)[1]}
             assert stems[split]
-            assert stems[split] == {Path(each.file).stem for each in Voc(str(root)).read(split)[1]}
+            assert stems[split] == {Path(each.file).stem for each in Voc(str(root)).read_split(split)[1]}
         assert not stems["train"] & stems["val"]
 
 
@@ -357,5 +357,5 @@ def test_two_names_of_one_split_by_their_hashes_are_parted(tmp_path, crowded):
     fitting = [n for n in names if int(hashlib.sha1(n.encode()).hexdigest(), 16) % 100 in ranges[crowded]][:2]
     for name in fitting:
         add(tmp_path, name, page(thing()), folders=("images", "annotations"))
-    found = [Path(each.file).stem for split in ("train", "val") for each in Voc(str(tmp_path)).read(split)[1]]
+    found = [Path(each.file).stem for split in ("train", "val") for each in Voc(str(tmp_path)).read_split(split)[1]]
     assert sorted(found) == sorted(fitting)

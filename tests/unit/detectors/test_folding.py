@@ -23,7 +23,7 @@ from distill.detectors.folding import fold
 from distill.detectors.inherit import inherit
 from distill.detectors.norms import FixedBatchNorm2d, FrozenBatchNormAct2d, SyncBatchNorm2d
 from distill.detectors.retinanet import RetinaNet
-from distill.frozen import fingerprint
+from distill.frozen import state_fingerprint
 from distill.teacher import Teacher
 from distill.types import Batch, DistillError, Target
 
@@ -249,7 +249,7 @@ def test_group_norm_in_the_heads_is_untouched() -> None:
 def test_the_detector_stays_what_it_was(options: dict[str, Any]) -> None:
     detector = lived(DETECTORS["resnet, frozen"]())
     before = {name: (value.clone(), value.stride()) for name, value in detector.state_dict().items()}
-    digest, described = fingerprint(detector.state_dict), detector.describe()
+    digest, described = state_fingerprint(detector.state_dict), detector.describe()
     teacher = Teacher(detector, **options)
     found = teacher.view(batch(), training=False).detections
     assert len(found) == 2

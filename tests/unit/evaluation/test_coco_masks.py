@@ -49,7 +49,7 @@ def truth(notes: list[dict[str, Any]], images: list[int]) -> dict[str, Any]:
 
 
 def thing(image: int, mask: torch.Tensor, label: int = 1, **more: Any) -> dict[str, Any]:
-    code = rle.plain(rle.encode(mask[None])[0], SIZE)
+    code = rle.to_coco(rle.encode_masks(mask[None])[0], SIZE)
     box = [0, 0, SIZE[1], SIZE[0]]
     note = {"image_id": image, "category_id": label, "bbox": box, "segmentation": code, "area": int(mask.sum())}
     return {**note, **more}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distill.evaluation.coco import CocoMetric
-from distill.evaluation.evaluate import relabel
+from distill.evaluation.evaluate import relabel_detections
 from distill.types import Detections
 
 CLASSES = ("cat", "dog")
@@ -45,7 +45,7 @@ def work(count: int) -> int:
     sys.setprofile(note)
     sys.settrace(note)
     try:
-        metric.update((1, 2), [relabel(one, labels) for one in found])
+        metric.update((1, 2), [relabel_detections(one, labels) for one in found])
     finally:
         sys.settrace(before[1])
         sys.setprofile(before[0])

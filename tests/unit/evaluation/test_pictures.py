@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.evaluation.pictures import colour, panel, save_panel
+from distill.evaluation.pictures import label_color, panel, save_panel
 from distill.types import Detections, DistillError, Target
 
 CLASSES = [f"class name {k}" for k in range(1, 4)]
@@ -23,7 +23,7 @@ def found(boxes: list[list[float]], scores: list[float], labels: list[int]) -> D
 
 
 def has(picture: Image.Image, label: int) -> bool:
-    return bool((np.asarray(picture) == colour(label)).all(-1).any())
+    return bool((np.asarray(picture) == label_color(label)).all(-1).any())
 
 
 def test_draws_each_column_with_its_own_boxes() -> None:
@@ -44,7 +44,7 @@ def test_boxes_lie_where_they_belong_at_every_scale() -> None:
         image = torch.zeros(3, side, side, dtype=torch.uint8)
         box = [0.25 * side, 0.5 * side, 0.75 * side, 0.875 * side]
         sheet = np.asarray(panel(image, {"t": Target(torch.tensor([box]), torch.tensor([1]))}, [" "]))
-        rows, columns = np.nonzero((sheet == colour(1)).all(-1))
+        rows, columns = np.nonzero((sheet == label_color(1)).all(-1))
         left, bottom = 6 + box[0] * scale, 26 + box[3] * scale
         assert abs(columns.min() - left) <= 1
         assert abs(columns.max() - (6 + box[2] * scale)) <= 1
@@ -60,7 +60,7 @@ def test_low_scores_are_left_out_of_detections_only() -> None:
 
 
 def test_neighbouring_labels_have_different_colours() -> None:
-    colours = np.array([colour(label) for label in range(1, 41)])
+    colours = np.array([label_color(label) for label in range(1, 41)])
     apart = np.abs(colours[:, None] - colours[None]).sum(-1) + 999 * np.eye(40)
     assert apart.min() > 10
     assert np.abs(np.diff(colours, axis=0)).sum(-1).min() > 150

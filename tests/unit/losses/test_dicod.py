@@ -305,7 +305,7 @@ def test_the_classifier_is_nowhere_in_what_is_trained_averaged_or_saved() -> Non
     assert not any(each.training for each in tiny.net.modules())
     assert not any(each.requires_grad for each in tiny.net.parameters())
     student = nn.Linear(2, 2)
-    optimizer, _ = Schedule().build(student, nn.ModuleDict({"dicod": loss}), 10, 8)
+    optimizer, _ = Schedule().build_optimizer(student, nn.ModuleDict({"dicod": loss}), 10, 8)
     trained = {id(each) for group in optimizer.param_groups for each in group["params"]}
     assert trained == {id(each) for each in student.parameters()}
 

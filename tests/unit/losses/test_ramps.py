@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, MultiStepLR
 
 from distill.losses.ramps import Ramp
-from distill.training.schedule import cosine, drops, warmup
+from distill.training.schedule import cosine_decay, linear_warmup, step_decay
 from distill.types import DistillError
 
 
@@ -63,17 +63,17 @@ def rates(make: object, steps: int) -> list[float]:
 
 def test_learning_rate_shapes_equal_torchs() -> None:
     pairs = [
-        (lambda step: warmup(step, 5, 0.001), lambda o: LinearLR(o, 0.001, 1.0, 5)),
-        (lambda step: drops(step, [4, 7], 0.1), lambda o: MultiStepLR(o, [4, 7], 0.1)),
-        (lambda step: cosine(step, 10), lambda o: CosineAnnealingLR(o, 10)),
+        (lambda step: linear_warmup(step, 5, 0.001), lambda o: LinearLR(o, 0.001, 1.0, 5)),
+        (lambda step: step_decay(step, [4, 7], 0.1), lambda o: MultiStepLR(o, [4, 7], 0.1)),
+        (lambda step: cosine_decay(step, 10), lambda o: CosineAnnealingLR(o, 10)),
     ]
     for ours, theirs in pairs:
         assert rates(lambda o, ours=ours: LambdaLR(o, ours), 10) == pytest.approx(rates(theirs, 10), abs=1e-12)
 
 
 def test_ends_of_the_learning_rate_shapes() -> None:
-    assert warmup(0, 0, 0.1) == 1
-    assert warmup(0, 200, 0.001) == 0.001
-    assert warmup(200, 200, 0.001) == 1
-    assert drops(100, []) == 1
-    assert cosine(20, 10) == pytest.approx(0)
+    assert linear_warmup(0, 0, 0.1) == 1
+    assert linear_warmup(0, 200, 0.001) == 0.001
+    assert linear_warmup(200, 200, 0.001) == 1
+    assert step_decay(100, []) == 1
+    assert cosine_decay(20, 10) == pytest.approx(0)

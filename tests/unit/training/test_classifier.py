@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import CLASSES, Shapes
 from distill.losses.crops import crops
-from distill.training.classifier import Classifier, objects, train
+from distill.training.classifier import Classifier, crop_objects, train_classifier
 from distill.types import Batch, DistillError, Target
 
 NAMES = ("cat", "dog", "owl")
@@ -121,7 +121,7 @@ def test_only_tensors_are_unpickled(tmp_path: Path) -> None:
 
 
 def test_objects_are_the_crops_of_boxes_with_their_classes() -> None:
-    pictures, labels = objects(batch(), 16)
+    pictures, labels = crop_objects(batch(), 16)
     assert labels.tolist() == [1, 2]
     images = (batch().images / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
         [0.229, 0.224, 0.225]
@@ -135,23 +135,26 @@ def test_objects_are_the_crops_of_boxes_with_their_classes() -> None:
 class Known(Shapes):
     """Shapes whose validation images are the training images: what can be learnt by heart."""
 
-    def read(self, split: str) -> Any:
-        return super().read("train")
+    def read_split(self, split: str) -> Any:
+        return super().read_split("train")
 
 
 def test_one_is_made_that_learns_and_can_be_read(tmp_path: Path) -> None:
     source = Known(train=6, val=6, test=0, size=64)
     data = DetectionData(source, batch_size=3, workers=0, min_size=64, max_size=64, flip=0.0)
-    right = train(data, tmp_path / "made.pt", "resnet18", epochs=20, side=32)
+    right = train_classifier(data, tmp_path / "made.pt", "resnet18", epochs=20, side=32)
     made = Classifier("resnet18", str(tmp_path / "made.pt"))
     assert made.classes == tuple(CLASSES)
     assert right > 0.6  # one in six by chance
     found = [
-        (made.logits(pictures).argmax(1), labels) for pictures, labels in (objects(b, 32) for b in data.loader("val"))
+        (made.logits(pictures).argmax(1), labels)
+        for pictures, labels in (crop_objects(b, 32) for b in data.eval_dataloader("val"))
     ]
     hits = torch.cat([names == labels for names, labels in found])
     assert hits.float().mean().item() == pytest.approx(right)
 
-    train(data, tmp_path / "on.pt", "resnet18", start=str(tmp_path / "made.pt"), epochs=1, rate=1e-6, side=32)
+    train_classifier(
+        data, tmp_path / "on.pt", "resnet18", start=str(tmp_path / "made.pt"), epochs=1, rate=1e-6, side=32
+    )
     stem = [torch.load(tmp_path / name, weights_only=True)["conv1.weight"] for name in ("made.pt", "on.pt")]
     torch.testing.assert_close(*stem, atol=1e-4, rtol=0)

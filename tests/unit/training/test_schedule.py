@@ -15,7 +15,7 @@ def model() -> nn.Module:
 
 
 def rates(schedule: Schedule, steps: int, batch: int = 16) -> list[float]:
-    optimizer, scheduler = schedule.build(model(), nn.ModuleDict(), steps, batch)
+    optimizer, scheduler = schedule.build_optimizer(model(), nn.ModuleDict(), steps, batch)
     found = []
     for _ in range(steps):
         found.append(optimizer.param_groups[0]["lr"])
@@ -74,7 +74,7 @@ def test_norms_and_biases_are_spared_decay_and_adapters_have_their_rate() -> Non
         adapter_rate=10,
         warmup_steps=0,
     )
-    optimizer, _ = schedule.build(student, adapters, 10, 16)
+    optimizer, _ = schedule.build_optimizer(student, adapters, 10, 16)
     found = {
         id(p): (group["weight_decay"], group["initial_lr"]) for group in optimizer.param_groups for p in group["params"]
     }
@@ -87,7 +87,7 @@ def test_norms_and_biases_are_spared_decay_and_adapters_have_their_rate() -> Non
 def test_frozen_parameters_stay_out() -> None:
     student = model()
     student[0].requires_grad_(False)
-    optimizer, _ = Schedule().build(student, nn.ModuleDict(), 10, 16)
+    optimizer, _ = Schedule().build_optimizer(student, nn.ModuleDict(), 10, 16)
     assert not {id(p) for p in student[0].parameters()} & {id(p) for g in optimizer.param_groups for p in g["params"]}
 
 

@@ -18,7 +18,7 @@ from distill.diagnostics.bench.clock import Clock, Spread
 from distill.diagnostics.bench.report import Cost, OptionCost
 from distill.diagnostics.bench.step import Step
 from distill.diagnostics.memory import Memory, live, peak, stored
-from distill.evaluation.evaluate import Evaluation, MakeMetric, ground_truth_of
+from distill.evaluation.evaluate import Evaluation, MetricFactory, ground_truth_of
 from distill.types import Batch
 
 MAX_OVERHEAD = {"neck": 0.03, "regions": 0.10}
@@ -145,7 +145,7 @@ def _endless(loader: Any) -> Iterator[Any]:
 def measure_evaluation(
     detector: Detector,
     data: DetectionData,
-    metrics: Sequence[MakeMetric],
+    metrics: Sequence[MetricFactory],
     device: torch.device,
     split: str = "val",
     images: int = 50,
@@ -155,7 +155,7 @@ def measure_evaluation(
     training = detector.training
     detector.train(False)
     try:
-        for batch in data.loader(split):
+        for batch in data.eval_dataloader(split):
             batches.append(batch)
             seen += len(batch)
             if seen >= images:

@@ -88,7 +88,7 @@ class Step:
     ) -> None:
         self.module, self.batch, self.autocast = module.to(batch.images.device), batch, autocast
         self.student, self.teacher, self.losses = module.student, module.teacher, module.losses
-        self.optimizer, _ = module.schedule.build(self.student, self.losses, 1, len(batch))
+        self.optimizer, _ = module.schedule.build_optimizer(self.student, self.losses, 1, len(batch))
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
 

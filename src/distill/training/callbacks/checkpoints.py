@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAvera
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from distill.distributed import gather
+from distill.distributed import gather_objects
 from distill.run_folder import BEST, LAST
 from distill.training import lightning_compat as compat
 from distill.types import DistillError
@@ -144,7 +144,7 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random states, and correct Lightning's progress, in every checkpoint of the run."""
         checkpoint["resume"] = {
-            "random": gather(random_states()),
+            "random": gather_objects(random_states()),
             "stop": trainer.should_stop,
         }
         compat.correct_loop_state(trainer, checkpoint)

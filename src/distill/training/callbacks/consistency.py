@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 
-from distill.distributed import gather
+from distill.distributed import gather_objects
 from distill.training.lightning_compat import data_module
 from distill.types import DistillError
 
@@ -49,7 +49,7 @@ def require_equal_values(values: Mapping[str, str]) -> None:
     Raises:
         DistillError: on every process, with the names and values that differ.
     """
-    if len(set(gather(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()))) == 1:
+    if len(set(gather_objects(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()))) == 1:
         return
     values_of_ranks = gather(dict(values))
     names = sorted({name for values in values_of_ranks for name in values})

@@ -59,7 +59,7 @@ class PredictionImages(L.Callback):
             return
         data = data_module(trainer)
         shown = min(self.images, len(data.ground_truth("val")["images"]))
-        batch = data.batch("val", range(shown)).to(pl_module.device)
+        batch = data.load_batch("val", range(shown)).to(pl_module.device)
         columns = predict_columns(pl_module, batch)
         for number, image in enumerate(unpadded_images(batch)):
             boxes_by_column = {name: column[number] for name, column in columns.items()}
