@@ -1,4 +1,4 @@
-"""The processes of a run, called ranks: how many there are, and what they tell one another. Alone, everything is its own."""
+"""Collective operations between the processes (ranks) of a run. A single process needs no process group."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """How many there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which one this is, from 0."""
+    """Return the index of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def sum_over_ranks(values: Tensor) -> tuple[Tensor, int]:
-    """Sum of `values` over all processes, and their number. All must come here."""
+    """Sum ``values`` over all processes. Every process must call this function.
+
+    Returns:
+        the sum, of the shape of ``values``, and the number of processes.
+    """
     processes = world_size()
     if processes > 1:
         values = values.clone()
@@ -27,9 +31,9 @@ def sum_over_ranks(values: Tensor) -> tuple[Tensor, int]:
     return values, processes
 
 
-def gather_objects(own: Any) -> list[Any]:
-    """What every process has to say, in the order of ranks. All must come here."""
-    found: list[Any] = [own] * world_size()
-    if len(found) > 1:
-        dist.all_gather_object(found, own)
-    return found
+def gather_objects(value: Any) -> list[Any]:
+    """Gather a picklable object from every process, in the order of ranks. Every process must call this function."""
+    values: list[Any] = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values

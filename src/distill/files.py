@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all, even if the power fails: whoever finds one can trust that it is whole."""
+"""Atomic writes, and reading of JSON and tensor files.
+
+An atomic write leaves either the complete new file or the previous one, also after a crash or a power failure. A reader
+never sees part of a file.
+"""
 
 from __future__ import annotations
 
@@ -12,68 +16,86 @@ from typing import Any, BinaryIO
 from distill.types import DistillError
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> Path:
-    """Hand a new file to ``write``, and put it in the place of ``path`` once it lies on the disk. Makes missing folders.
+def atomic_write(path: Path, write: Callable[[BinaryIO], object], backup: Path | None = None) -> Path:
+    """Write a file and move it to ``path`` once all bytes are on the disk. Create missing folders.
 
-    Until then what stood there before stands there still; nothing is left beside it where ``write`` fails. With ``keep``
-    it is not lost even then: it takes that name.
+    If ``write`` raises, ``path`` keeps its previous content, and no temporary file remains.
+
+    Args:
+        path: file to create or replace.
+        write: receives the open temporary file and writes the content.
+        backup: new name of the file that ``path`` replaces; None: the previous file is lost.
+
+    Returns:
+        ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            path.replace(keep)
-        beside.replace(path)
+        if backup is not None and path.exists():
+            path.replace(backup)
+        temporary.replace(path)
         _fsync_folder(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return path
 
 
 def _fsync_folder(folder: Path) -> None:
-    """Let the names, too, lie on the disk; where the system cannot, they will in a while."""
+    """Write the names in a folder to the disk.
+
+    Some systems do not support this. They write the names by themselves after some time.
+    """
     with suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(number)
+            os.fsync(descriptor)
         finally:
-            os.close(number)
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> Path:
-    """The same for a text, in UTF-8."""
+    """Write a text in UTF-8 by `atomic_write`. Line ends are not converted."""
     return atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a JSON file that holds an object.
 
     Raises:
-        DistillError: it cannot be read, is no JSON, or holds something else.
+        DistillError: the file cannot be read, is not JSON, or holds no object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DistillError(f"{path}: not JSON ({error}); write or copy it again") from error
-    if not isinstance(found, dict):
-        raise DistillError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
+        raise DistillError(f"{path}: not JSON ({error}); write or copy the file again") from error
+    if not isinstance(content, dict):
+        raise DistillError(
+            f"{path}: expected a JSON object, got {type(content).__name__}; write or copy the file again"
+        )
+    return content
 
 
-def load_tensors(path: Path, lazily: bool = False) -> Any:
-    """What a file holds, if it holds nothing but tensors and plain containers; ``lazily`` without the tensors' bytes.
+def load_tensors(path: Path, mmap: bool = False) -> Any:
+    """Load a file of ``torch.save`` onto the CPU. Only tensors and plain containers are accepted, so no code runs.
+
+    Args:
+        path: file to load.
+        mmap: whether to map the file instead of reading it. The bytes of a tensor are then read on first use.
 
     Raises:
-        DistillError: it cannot be read, or holds anything else, which is not looked at.
+        DistillError: the file cannot be read, is damaged, or holds other objects. Those are not unpickled.
     """
-    import torch  # takes seconds, and not every reader of files needs it
+    import torch  # the import takes seconds, and some callers of this module need no tensors
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except Exception as error:  # damaged bytes raise anything
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # damaged bytes raise exceptions of any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DistillError(f"{path}: not a file of tensors that torch.save wrote whole ({reason})") from error
+        raise DistillError(
+            f"{path}: not a file of tensors that torch.save wrote completely ({reason}); write or copy the file again"
+        ) from error

@@ -1,4 +1,4 @@
-"""Class lists meet here: by exact name, and in no other way."""
+"""Maps between the class lists of two models, or of a model and a data set. Classes match by exact name only."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from distill.types import DistillError
 
 
 def match_classes(wanted: Sequence[str], known: Sequence[str], remedy: str) -> list[int]:
-    """For each label of ``wanted``, background (0) first, the label of the same name in ``known``.
+    """Return, for the background and each class of ``wanted``, its label in ``known``.
 
-    So ``teacher_logits[:, match_classes(student, teacher, …)]`` has the student's K+1 columns.
+    ``teacher_logits[:, match_classes(student_classes, teacher_classes, …)]`` has the student's K+1 columns.
+
+    Args:
+        wanted: K class names; class ``i`` has label ``i + 1``.
+        known: class names to look them up in, in the order of their labels.
+        remedy: end of the error message: what the user can do besides renaming classes.
+
+    Returns:
+        K+1 labels. The first one is 0, the background.
 
     Raises:
-        DistillError: a wanted class is not known; ends with the remedy.
+        DistillError: a class of ``wanted`` is missing in ``known``.
     """
     missing = [name for name in wanted if name not in known]
     if missing:
@@ -25,15 +33,22 @@ def match_classes(wanted: Sequence[str], known: Sequence[str], remedy: str) -> l
 
 
 def shared_labels(model: Sequence[str], data: Sequence[str]) -> list[int]:
-    """For each label of a model, background first, the data's label of the same name, 0 where the data has none.
+    """Return, for the background and each class of a model, its label in the data; 0 where the data lacks the class.
+
+    Args:
+        model: the model's K class names; class ``i`` has label ``i + 1``.
+        data: the data's class names, in the order of their labels.
+
+    Returns:
+        K+1 labels. The first one is 0, the background.
 
     Raises:
-        DistillError: no name is shared.
+        DistillError: model and data share no class name.
     """
     labels = [list(data).index(name) + 1 if name in data else 0 for name in model]
     if not any(labels):
         raise DistillError(
-            f"the model's classes {list(model)[:10]} and the data's {list(data)[:10]} share no name, so its AP cannot be "
-            "measured here; class lists are matched by exact name"
+            f"the model's classes {list(model)[:10]} and the data's {list(data)[:10]} share no name, so AP cannot be "
+            "measured. Class lists are matched by exact name: rename the classes, or choose other data"
         )
     return [0, *labels]

@@ -1,4 +1,4 @@
-"""The precision of a run by its name, and the lift to float32 where half precision would spoil a number."""
+"""The numerical precision of a run, and the conversion to float32 of numbers that need its range or resolution."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ from torch import Tensor
 
 
 def upcast(x: Tensor) -> Tensor:
-    """At least float32: half precision is lifted, float32 and float64 stay the very same tensor."""
+    """Convert float16 and bfloat16 to float32. Return any other tensor unchanged, as the same object."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def resolve_precision(precision: str, cuda: bool) -> str:
-    """What ``trainer.precision`` means on such a device: ``auto`` is bf16-mixed on CUDA and 32-true elsewhere."""
+    """Replace ``auto`` by the precision of the device: ``bf16-mixed`` on CUDA, ``32-true`` elsewhere.
+
+    Args:
+        precision: the value of ``trainer.precision``.
+        cuda: whether the run computes on CUDA.
+    """
     if precision != "auto":
         return precision
     return "bf16-mixed" if cuda else "32-true"
 
 
 def autocast_context(precision: str, device: torch.device) -> torch.autocast:
-    """What Lightning's ``precision`` does to a forward pass."""
+    """Return the autocast context that Lightning enters for a forward pass at this precision.
+
+    Args:
+        precision: a precision of Lightning, such as ``bf16-mixed``. Only ``*-mixed`` enables autocast.
+        device: device of the forward pass.
+    """
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16
     return torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed"), cache_enabled=False)

@@ -1,9 +1,4 @@
-"""The teacher as a guest: near the student, but no part of it.
-
-A plain object, not a module, so that nothing that walks modules finds the teacher: not the optimiser, not
-``state_dict``, not DDP, not an averaged copy of the student (copying a guest gives the guest itself). Whatever else is
-frozen and only looked at, such as a loss's image classifier, is kept in the same way.
-"""
+"""The frozen teacher of a run, and the faster copy of it that computes the targets of the losses."""
 
 from __future__ import annotations
 
@@ -21,29 +16,31 @@ from distill.frozen import FrozenModel
 from distill.types import Batch, DetectorSpec, DistillError, Target, View
 
 DEFAULT_PREFETCH = ("neck",)
-"""Stages of a teacher that most losses read: a first step's, of which nobody knows what its losses will."""
+"""Stages prefetched in the first step, before it is known which ones the losses read. Most losses read the neck."""
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Teacher(FrozenModel):
     """A frozen teacher.
 
-    The detector itself stays as it is. What teaches, `optimized`, is the same network made cheap: it shares each tensor that
-    it does not change, and where the detector stays on the host, the device holds the weights once. On the host itself folding
-    holds body and neck's convolutions twice, as does another layout of them; `tensors` are all that lie there.
+    `detector` keeps its weights as loaded. Losses read Views of `optimized`, a copy that computes the same function
+    faster. The copy shares every tensor that needs no conversion with the detector. If the detector stays on the CPU
+    and the copy is on a GPU, the GPU holds the weights once. If both are on the CPU, folding and a layout change keep a
+    second copy of the convolution weights of body and neck. `tensors` returns the weights of both.
 
     Args:
-        detector: it is put into evaluation mode and frozen, for good.
-        source: where its weights came from: a run folder, a file, or a name.
-        values: what is already measured of it on this data, such as ``{"val/AP": 0.41}``.
-        fold: whether batch norms are folded into the convolutions of body and neck: equal to 1e-5 of a map's scale in
-            float32, and to 1e-10 in float64.
-        channels_last: whether weights, and with them maps, are laid out with the channels last: equal as far as rounding.
-        dtype: of the weights: ``float32``, ``bfloat16``, or ``auto``: on CUDA what autocast computes in, so that no step
-            has to cast them anew, and elsewhere as they are.
+        detector: the constructor switches it to evaluation mode and turns its gradients off, permanently.
+        source: origin of the weights: a run folder, a file, or a name.
+        values: results already measured on this data, such as ``{"val/AP": 0.41}``.
+        fold: whether the copy folds batch norms into the convolutions of body and neck. Feature maps then differ by
+            1e-5 of their scale in float32, and by 1e-10 in float64.
+        channels_last: whether the copy's weights, and so its feature maps, use the channels-last layout. Only rounding
+            differs.
+        dtype: type of the copy's weights: ``float32``, ``bfloat16`` or ``auto``. ``auto`` uses autocast's type on CUDA,
+            which saves the cast in every step, and keeps the weights' own type elsewhere.
 
     Raises:
-        DistillError: an unknown dtype.
+        DistillError: ``dtype`` is unknown.
     """
 
     def __init__(
@@ -69,59 +66,78 @@ class Teacher(FrozenModel):
         return self.detector.spec
 
     def identity(self) -> dict[str, Any]:
-        """Its classes and measured values besides."""
+        """Return what a checkpoint stores: in addition to the base class's entries, the classes and measured values."""
         return {**super().identity(), "classes": list(self.spec.classes), "values": self.values}
 
     def optimized(self, device: torch.device) -> Detector:
-        """The detector that teaches on this device, made when it is first asked for: with all options off, `detector`."""
-        key = device, self._dtype(device)
+        """Return the faster copy on this device. It is built on first use.
+
+        Without folding, layout change and type conversion, the result is `detector` itself, moved to the device.
+        """
+        key = device, self._resolve_dtype(device)
         if not (self.fold or self.channels_last or key[1]):
             self.move(device)
             return self.detector
         if self._optimized is None or self._optimized[0] != key:
-            self._optimized = None  # the old one goes before the new one comes
-            # Lightning evaluates in inference mode, whose tensors no later step could save for its backward pass.
+            self._optimized = None  # frees the old copy before the new one needs memory
+            # Lightning evaluates in inference mode. A later training step could not save inference tensors for
+            # backward.
             with torch.inference_mode(False), torch.no_grad():
-                self._optimized = key, self._made(*key)
+                self._optimized = key, self._build_optimized(*key)
         return self._optimized[1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The detector's, and those that teach in their place."""
+        """Return all weights and buffers of the detector and of its faster copy, by name."""
         if self._optimized is None:
             return super().tensors()
-        made, twin = self._optimized
-        return super().tensors() | {f"{name} as it teaches on {made}": each for name, each in twin.state_dict().items()}
+        key, detector = self._optimized
+        return super().tensors() | {
+            f"{name} of the optimized teacher for {key}": value for name, value in detector.state_dict().items()
+        }
 
-    def _dtype(self, device: torch.device) -> torch.dtype | None:
+    def _resolve_dtype(self, device: torch.device) -> torch.dtype | None:
         if self.dtype == "auto" and device.type == "cuda" and torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return DTYPES[self.dtype]
 
-    def _made(self, device: torch.device, dtype: torch.dtype | None) -> Detector:
-        # Tensors named in the memo are not copied, so the twin holds the very ones of the detector until they change.
+    def _build_optimized(self, device: torch.device, dtype: torch.dtype | None) -> Detector:
+        # deepcopy does not copy objects named in its memo, so both detectors share all tensors until one is converted.
         tensors = [*self.detector.parameters(), *self.detector.buffers()]
-        twin = copy.deepcopy(self.detector, {id(tensor): tensor for tensor in tensors})
+        optimized = copy.deepcopy(self.detector, {id(tensor): tensor for tensor in tensors})
         if self.fold:
-            fold(twin.net, partial(_probe_neck, twin, tensors[0].device))
-        for module in twin.modules():
-            for held in (module._parameters, module._buffers):
-                held.update({name: self._laid(each, device, dtype) for name, each in held.items() if each is not None})
-        return twin
+            fold(optimized.net, partial(_probe_neck, optimized, tensors[0].device))
+        for module in optimized.modules():
+            for registry in (module._parameters, module._buffers):
+                registry.update(
+                    {
+                        name: self._convert_tensor(value, device, dtype)
+                        for name, value in registry.items()
+                        if value is not None
+                    }
+                )
+        return optimized
 
-    def _laid(self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Any:
-        """A weight or buffer as it is wanted: the same memory where nothing has to change, but never the same object."""
+    def _convert_tensor(self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Any:
+        """Move a weight or buffer to the device, layout and type of the copy.
+
+        The result shares memory with the input if nothing has to change, but is always a new object.
+        """
         layout = torch.channels_last if self.channels_last and tensor.dim() == 4 else torch.preserve_format
-        wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-        moved = tensor.detach().to(device, wanted, memory_format=layout)
-        return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+        target_dtype = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        converted = tensor.detach().to(device, target_dtype, memory_format=layout)
+        return nn.Parameter(converted, requires_grad=False) if isinstance(tensor, nn.Parameter) else converted
 
     def view(
         self, batch: Batch, *, training: bool = True, seed: int | None = None, prefetch: Sequence[str] = ()
     ) -> View:
-        """A frozen View on the batch's device.
+        """Return a frozen View of the faster copy, on the batch's device.
 
-        `training` chooses the counts of proposals. The stages named in `prefetch` are computed at once: before the student's
-        own pass, what a teacher's needs on the way is gone when the student's activations come.
+        Args:
+            batch: the images to look at.
+            training: whether the numbers of proposals are those of training.
+            seed: seed of all random draws; None: they come from the global stream.
+            prefetch: names of the stages to compute at once. Before the student's forward pass, the teacher's
+                intermediate tensors are freed before the student's activations need memory.
         """
         return self.optimized(batch.images.device).view(
             batch, training=training, frozen=True, seed=seed, prefetch=prefetch
@@ -130,10 +146,13 @@ class Teacher(FrozenModel):
 
 @torch.no_grad()
 def _probe_neck(detector: Detector, device: torch.device) -> Mapping[int, Tensor]:
-    """Maps of the neck, or of a backbone without one, of a small picture in the weights' own precision."""
+    """Return the feature maps of a small synthetic image, in the precision of the weights.
+
+    The maps are the neck's, or the body's for a detector without a neck.
+    """
     pixels = torch.arange(3 * 64 * 96, device=device).remainder(251).to(torch.uint8).view(1, 3, 64, 96)
-    nothing = Target(torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device))
-    batch = Batch(pixels, ((64, 96),), ((64, 96),), (nothing,), (0,))
+    no_objects = Target(torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device))
+    batch = Batch(pixels, ((64, 96),), ((64, 96),), (no_objects,), (0,))
     with torch.autocast(device.type, enabled=False):
         view = detector.view(batch, training=False, frozen=True)
         return view.neck if "neck" in view.spec.outputs else view.body

@@ -1,4 +1,4 @@
-"""Whether options are of the kinds that a constructor says it takes: a file may hold anything."""
+"""Type checks of options from files, which may hold values of any type, against a constructor's annotations."""
 
 from __future__ import annotations
 
@@ -26,38 +26,45 @@ LIST_ANNOTATION = re.compile(r"(?:Sequence|list)\[(\w+)\]")
 
 
 def type_errors(constructor: Callable[..., Any], options: Mapping[str, Any]) -> list[str]:
-    """One line for each option of another kind than its parameter's annotation names. Only plain ones and lists are judged."""
-    found = inspect.signature(constructor).parameters
+    """Return one message for each option whose value does not have the type of its parameter.
+
+    Only annotations of scalars, lists of scalars, and unions of these are checked. Options without a parameter of this
+    name are skipped.
+    """
+    parameters = inspect.signature(constructor).parameters
     return [
-        f"{name}: expected {' | '.join(_annotation_parts(found[name].annotation))}, got {shown(value)}"
+        f"{name}: expected {' | '.join(_union_members(parameters[name].annotation))}, got {shorten(value)}"
         for name, value in options.items()
-        if name in found and not matches_annotation(value, found[name].annotation)
+        if name in parameters and not matches_annotation(value, parameters[name].annotation)
     ]
 
 
 def matches_annotation(value: Any, annotation: Any) -> bool:
-    """Whether a plain value is what an annotation, as written in the source or as a type, asks for; so where that cannot
-    be told.
+    """Whether a value has the annotated type; True for annotations that this module cannot check.
+
+    Args:
+        value: a value from a file: a scalar or a list.
+        annotation: a type, or the annotation's source text.
     """
-    return any(_matches_part(value, kind) for kind in _annotation_parts(annotation))
+    return any(_matches_member(value, member) for member in _union_members(annotation))
 
 
-def _annotation_parts(annotation: Any) -> list[str]:
+def _union_members(annotation: Any) -> list[str]:
     if isinstance(annotation, str):
         return annotation.split(" | ")
     if get_origin(annotation) in (Union, UnionType):
-        return [kind for part in get_args(annotation) for kind in _annotation_parts(part)]
+        return [member for part in get_args(annotation) for member in _union_members(part)]
     if annotation is type(None):
         return ["None"]
     return [annotation.__name__ if inspect.isclass(annotation) and not get_args(annotation) else str(annotation)]
 
 
-def _matches_part(value: Any, kind: str) -> bool:
-    if kind in SCALAR_TYPES:
-        right = isinstance(value, SCALAR_TYPES[kind]) and isinstance(value, bool) == (kind == "bool")
-        return right and (kind != "float" or value == value)  # NaN is no number
-    each = LIST_ANNOTATION.fullmatch(kind)
-    if each is None or each[1] not in SCALAR_TYPES:
+def _matches_member(value: Any, member: str) -> bool:
+    if member in SCALAR_TYPES:
+        matches = isinstance(value, SCALAR_TYPES[member]) and isinstance(value, bool) == (member == "bool")
+        return matches and (member != "float" or value == value)  # NaN does not count as a number
+    list_type = LIST_ANNOTATION.fullmatch(member)
+    if list_type is None or list_type[1] not in SCALAR_TYPES:
         return True
     return isinstance(value, (list, tuple)) and all(_is(one, each[1]) for one in value)
 

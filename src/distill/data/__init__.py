@@ -1,1 +1,1 @@
-"""From annotated files, or from nothing, to Batches."""
+"""Data sources, their checks, and the loaders that turn annotated images into Batches."""

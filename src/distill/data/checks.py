@@ -93,12 +93,12 @@ def check_records(
     if files:
         _inspect_images(records, counts, max_pixels)
     for record in records:
-        if not record.broken:
+        if not record.unusable:
             _repair_boxes(record, counts)
             if masks:
                 _encode_masks(record, counts)
     problems = [fault for record in records for fault in record.faults]
-    good = [record for record in records if not record.broken]
+    good = [record for record in records if not record.unusable]
     if problems and on_error == "raise":
         raise DistillError(_list_problems(split, problems) + "\nMend them, or leave them out with data.on_error=skip")
     if not any(len(record.labels) for record in good):
@@ -108,7 +108,7 @@ def check_records(
             f"Check data.source.{split}" + ("\n" + _list_problems(split, problems) if problems else "")
         )
     skipped = {
-        "images skipped": sum(record.broken and bool(record.file) for record in records),
+        "images skipped": sum(record.unusable and bool(record.file) for record in records),
         "problems skipped": len(problems),
     }
     report = SplitReport(
@@ -149,7 +149,7 @@ def _find_duplicates(records: Sequence[Record], files: bool) -> None:
     ids: set[int] = set()
     names: set[str] = set()
     for record in records:
-        if record.broken:
+        if record.unusable:
             continue
         if record.id in ids:
             _mark_broken(record, f"{record.file}: image id {record.id} is used twice; ids must differ")
@@ -160,7 +160,7 @@ def _find_duplicates(records: Sequence[Record], files: bool) -> None:
 
 
 def _inspect_images(records: Sequence[Record], counts: Counter[str], max_pixels: int) -> None:
-    sound = [record for record in records if not record.broken]
+    sound = [record for record in records if not record.unusable]
     # Filters of warnings are common to all threads. Pillow warns of large images and damaged tags, which both read well.
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")
@@ -175,7 +175,7 @@ def _inspect_images(records: Sequence[Record], counts: Counter[str], max_pixels:
 
 def _mark_broken(record: Record, fault: str) -> None:
     record.faults.append(fault)
-    record.broken = True
+    record.unusable = True
 
 
 def _inspect_file(record: Record, max_pixels: int) -> tuple[Size, int] | str:
@@ -183,9 +183,7 @@ def _inspect_file(record: Record, max_pixels: int) -> tuple[Size, int] | str:
     path = Path(record.file)
     try:
         if not path.is_file():
-            return (
-                f"{path}: no such image, but {record.where or 'a record'} names it; add it, or remove its annotations"
-            )
+            return f"{path}: no such image, but {record.annotation_file or 'a record'} names it; add it, or remove its annotations"
         record.file_size = path.stat().st_size
         with open_image(path, max_pixels) as image:
             size, form, turn = (image.height, image.width), image.format, exif_orientation(image)
@@ -216,7 +214,7 @@ def _set_size(record: Record, upright: Size, turn: int) -> str | None:
         return None
     assert record.size is not None
     (height, width), (stated_height, stated_width) = upright, record.size
-    where = f"{record.where}, the annotation," if record.where else "its annotation"
+    where = f"{record.annotation_file}, the annotation," if record.annotation_file else "its annotation"
     if turn in TRANSPOSED and record.size == upright[::-1]:
         return (
             f"{record.file}: its EXIF tag turns it to {width}x{height}, but {where} was made for {stated_width}x"
@@ -248,7 +246,7 @@ def _repair_boxes(record: Record, counts: Counter[str]) -> None:
     counts["outside the image"] += int((area & ~inside).sum())
     counts["clipped"] += int((moved & inside).sum())
     if moved.any():
-        record.annotated, record.boxes = record.boxes, clipped
+        record.annotated_boxes, record.boxes = record.boxes, clipped
     record.keep_rows(inside)
 
 
@@ -260,9 +258,9 @@ def _box_fault(record: Record, index: int, reason: str) -> str:
 
 
 def _describe_place(record: Record, index: int) -> str:
-    place = index if record.entries is None else record.entries[index]
-    of = f" of {Path(record.file).name}" if record.where else ""
-    return f"{record.where or record.file}: annotation {place}{of}, counted from 0"
+    place = index if record.annotation_indices is None else record.annotation_indices[index]
+    of = f" of {Path(record.file).name}" if record.annotation_file else ""
+    return f"{record.annotation_file or record.file}: annotation {place}{of}, counted from 0"
 
 
 def _encode_masks(record: Record, counts: Counter[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from distill.data.records import Annotation, Record, make_broken_record, make_record, paused_garbage_collection
+from distill.data.records import Annotation, Record, make_record, make_unusable_record, paused_garbage_collection
 from distill.types import DistillError, Size
 
 SplitFiles = Mapping[str, str | None]
@@ -76,10 +76,10 @@ class Coco:
         records = [
             make_record(number, str(folder / name), size, notes.get(number, ()), str(path))
             if self._holds(folder / name, folder)
-            else make_broken_record(str(path), [f"{path}: image {number}: {_outside_message(name, folder)}"], name)
+            else make_unusable_record(str(path), [f"{path}: image {number}: {_outside_message(name, folder)}"], name)
             for number, (name, size) in images.items()
         ]
-        return classes, records + ([make_broken_record(str(path), faults)] if faults else [])
+        return classes, records + ([make_unusable_record(str(path), faults)] if faults else [])
 
     def _folder(self, path: Path, images: Mapping[int, tuple[str, Size | None]]) -> Path:
         usual = (path.parent, self.root, self.root / "images", self.root / path.stem.rpartition("_")[2])

@@ -305,7 +305,7 @@ class DetectionData(L.LightningDataModule):
             transform = self.train_transform if training else self.eval_transform
             images = ImageDataset(records, load, transform, self.use_difficult, self.masks)
             if self.cache == "ram":
-                taken = images.keep_in_memory(self.workers)
+                taken = images.cache_in_memory(self.workers)
                 self.summary.append(
                     f"{split}: {len(images)} resized images in memory, {taken / 2**20:.0f} MiB per process"
                 )

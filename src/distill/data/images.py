@@ -1,4 +1,4 @@
-"""The images of one split, made ready one by one; what they need is kept so that worker processes share it."""
+"""The torch data set of one split. Its annotations and cached images lie in memory that worker processes share."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from distill.types import Size, Target
 
 
 class ImageDataset(Dataset[Sample]):
-    """The images of one split, one sample a key (epoch, index).
+    """The images of one split. A key (epoch, index) gives a sample.
 
-    Annotations are packed into a few tensors: thousands of small Python objects would be copied into every worker as
-    soon as it touches them.
+    Annotations are packed into a few tensors. Thousands of small Python objects would be copied into every worker as
+    soon as the worker reads them, because reading changes their reference counts.
 
     Args:
         records: checked records, with their true sizes.
-        load: file -> (3, H, W) uint8.
-        transform: what makes the samples.
+        load: reads an image file into (3, H, W) uint8.
+        transform: makes the samples.
         use_difficult: whether objects marked difficult are training targets. Crowds never are.
-        masks: whether targets have masks; the records have been checked for them.
+        masks: whether targets have masks. The records must have been checked for masks.
     """
 
     def __init__(
@@ -44,40 +44,40 @@ class ImageDataset(Dataset[Sample]):
         self.files = [record.file for record in records]
         self.ids = torch.tensor([record.id for record in records], dtype=torch.int64)
         self.sizes = torch.tensor([record.size for record in records], dtype=torch.int64).reshape(-1, 2)
-        chosen = [training_rows(record, use_difficult) for record in records]
-        self.ends = np.cumsum([int(keep.sum()) for keep in chosen])
-        boxes = [record.boxes[keep] for record, keep in zip(records, chosen, strict=True)]
-        labels = [record.labels[keep] for record, keep in zip(records, chosen, strict=True)]
+        rows = [training_rows(record, use_difficult) for record in records]
+        self.ends = np.cumsum([int(kept.sum()) for kept in rows])
+        boxes = [record.boxes[kept] for record, kept in zip(records, rows, strict=True)]
+        labels = [record.labels[kept] for record, kept in zip(records, rows, strict=True)]
         self.boxes = torch.from_numpy(np.concatenate([np.empty((0, 4)), *boxes])).float()
         self.labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels]))
-        self.codes = MaskCodes(_training_codes(records, chosen)) if masks else None
+        self.codes = MaskCodes(_training_codes(records, rows)) if masks else None
         self.cache: ImageCache | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """Load, resize and augment image ``index`` as it looks in ``epoch``."""
+        """Load, resize and augment an image. The key is (epoch, index)."""
         epoch, index = key
         image = self.load(self.files[index]) if self.cache is None else self.cache[index]
-        codes = None if self.codes is None else self.codes[self._part(index)]
+        codes = None if self.codes is None else self.codes[self._rows(index)]
         return self.transform(image, self.target(index), self.size(index), int(self.ids[index]), epoch, codes)
 
     def size(self, index: int) -> Size:
-        """(height, width) of an image before any resize."""
+        """Return (height, width) of an original image."""
         height, width = self.sizes[index].tolist()
         return height, width
 
     def target(self, index: int) -> Target:
-        """Training target of an image in pixels of the original, without its masks."""
-        part = self._part(index)
-        return Target(self.boxes[part], self.labels[part])
+        """Return the training target of an image, in pixels of the original image and without masks."""
+        rows = self._rows(index)
+        return Target(self.boxes[rows], self.labels[rows])
 
-    def _part(self, index: int) -> slice:
+    def _rows(self, index: int) -> slice:
         return slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
 
-    def keep_in_memory(self, threads: int) -> int:
-        """Decode and resize all images now; returns the bytes that they take."""
+    def cache_in_memory(self, threads: int) -> int:
+        """Decode and resize all images now, and keep them. Return the number of bytes of the cache."""
         transform, indices = self.transform, range(len(self))
         cache = ImageCache(
             [resized_size(self.size(index), transform.min_sizes[-1], transform.max_size) for index in indices]
@@ -93,7 +93,7 @@ class ImageDataset(Dataset[Sample]):
 
 
 class ImageCache:
-    """Images of different sizes in one block of memory, which forked workers share and spawned ones map."""
+    """Images of different sizes in one block of memory. Forked workers share the block, spawned workers map it."""
 
     def __init__(self, sizes: Sequence[Size]) -> None:
         self.sizes = sizes
@@ -101,35 +101,35 @@ class ImageCache:
         self.pixels = torch.zeros(int(self.ends[-1]) if sizes else 0, dtype=torch.uint8)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Image (3, H, W), a view into the block, channels last as decoders give them and batches hold them."""
+        """Return image (3, H, W), a view into the block in channels-last layout, like decoded images and batches."""
         height, width = self.sizes[index]
         end = int(self.ends[index])
         return self.pixels[end - 3 * height * width : end].view(height, width, 3).permute(2, 0, 1)
 
 
 class MaskCodes:
-    """Run-length codes of masks in one block of memory, which workers share as they do the boxes."""
+    """Run-length codes of masks in one block of memory, which workers share."""
 
     def __init__(self, codes: Sequence[bytes]) -> None:
         self.ends = np.cumsum([0, *map(len, codes)])
         self.bytes = torch.from_numpy(np.frombuffer(b"".join(codes), np.uint8).copy())
 
-    def __getitem__(self, part: slice) -> list[bytes]:
-        """The codes from ``part.start`` to ``part.stop``."""
-        ends = self.ends[part.start : part.stop + 1].tolist()
+    def __getitem__(self, rows: slice) -> list[bytes]:
+        """Return the codes from ``rows.start`` to ``rows.stop``."""
+        ends = self.ends[rows.start : rows.stop + 1].tolist()
         return [self.bytes[start:end].numpy().tobytes() for start, end in pairwise(ends)]
 
 
-def _training_codes(records: Sequence[Record], chosen: Sequence[np.ndarray[Any, np.dtype[np.bool_]]]) -> list[bytes]:
+def _training_codes(records: Sequence[Record], rows: Sequence[np.ndarray[Any, np.dtype[np.bool_]]]) -> list[bytes]:
     return [
-        shape["counts"].encode()
-        for record, keep in zip(records, chosen, strict=True)
-        for shape, kept in zip(record.segmentation or [None] * len(keep), keep, strict=True)
-        if kept
+        code["counts"].encode()
+        for record, kept in zip(records, rows, strict=True)
+        for code, is_kept in zip(record.segmentation or [None] * len(kept), kept, strict=True)
+        if is_kept
     ]
 
 
 def training_rows(record: Record, use_difficult: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which annotations (N,) of an image are training targets."""
-    keep: np.ndarray[Any, np.dtype[np.bool_]] = ~record.crowd
-    return keep if use_difficult else keep & ~record.difficult
+    """Return a mask (N,) of the annotations of an image that are training targets."""
+    rows: np.ndarray[Any, np.dtype[np.bool_]] = ~record.crowd
+    return rows if use_difficult else rows & ~record.difficult

@@ -1,4 +1,4 @@
-"""The loader, whose processes see a run to its end, and a resume's first batch."""
+"""The data loader: it resumes at any batch of an epoch, and its processes survive the signals that stop a run."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from distill.data.images import ImageDataset
 from distill.data.transforms import Sample
 
 SIGTERM_GRACE = 600
-"""Seconds that a loader's process lives on after SIGTERM; a run that is gone ends it at once."""
+"""Seconds that a loader process lives on after SIGTERM. When the run itself ends, the process ends at once."""
 LOADER_PROCESSES: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Processes of this process's loaders."""
+"""The processes of all loaders that this process started."""
 
 
 class DetectionLoader(DataLoader[Sample]):
-    """Batches of samples. A training loader starts when its first one is asked for, at the epoch and batch where the run is then.
+    """Loads batches of samples.
 
-    Lightning makes the training loader, and its iterator, before it restores the counts of a resume; workers that started
-    at once would bring the first images of the first epoch.
+    An iterator starts its workers when the first batch is requested, at the epoch and batch that ``position`` returns
+    then. Lightning creates the training loader and its iterator before it restores the progress of a resumed run.
+    Workers started at that point would load the first images of the first epoch.
 
     Args:
-        position: gives (epoch, batches already seen in it); None: every pass begins at the first.
-        options: see torch's own.
+        dataset: the images.
+        position: returns (epoch, number of batches of it that were already used); None: every iterator starts at the
+            first batch.
+        options: options of ``torch.utils.data.DataLoader``.
     """
 
     def __init__(
@@ -39,38 +42,39 @@ class DetectionLoader(DataLoader[Sample]):
         self._processes: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """The batches from there to the end of the epoch.
+        """Yield the batches from the current position to the end of the epoch.
 
         Raises:
-            RuntimeError: a process of the loader died, also where torch only finds that it cannot be talked to.
+            RuntimeError: a process of the loader died. Torch itself may report only a broken connection.
         """
         if self.position is not None:
             sampler: Any = self.batch_sampler
             sampler.set_epoch(*self.position())
-        others = multiprocessing.active_children()
+        processes_before = multiprocessing.active_children()
         batches = super().__iter__()
-        started = [child for child in multiprocessing.active_children() if child not in others]
+        started = [process for process in multiprocessing.active_children() if process not in processes_before]
         LOADER_PROCESSES.update(started)
-        self._processes = started or self._processes  # those that persist
+        self._processes = started or self._processes  # persistent workers are not started again
         try:
             yield from batches
         except (ConnectionError, EOFError, FileNotFoundError) as error:
-            if all(child.is_alive() for child in self._processes):
+            if all(process.is_alive() for process in self._processes):
                 raise
             raise RuntimeError(f"a DataLoader worker died: {error}.") from error
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning asks by this method whether a loader can go on inside an epoch; there is nothing to keep."""
+        """Return an empty state. Lightning resumes inside an epoch only with loaders that have this method."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The same for the way back."""
+        """Ignore the empty state of `state_dict`."""
 
 
 def _outlive_stop_signals(worker: int) -> None:
-    """Let a loader's process outlive what asks the run to stop: SLURM, terminals and process groups tell every process.
+    """Let a loader process survive the signals that stop a run.
 
-    The step that is made needs its batch, and the run lets its loaders go when it is done: it has `GRACE` for that.
+    SLURM, terminals and process groups signal every process. The current step still needs its batch. The run stops its
+    loaders when that step is done, within `SIGTERM_GRACE`.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -79,7 +83,7 @@ def _outlive_stop_signals(worker: int) -> None:
 
 @atexit.register
 def _kill_loader_processes() -> None:
-    """End those that are alive when the run exits: multiprocessing would send them SIGTERM and wait."""
+    """Kill the loader processes that are alive when the run exits. multiprocessing would send SIGTERM and wait."""
     for process in multiprocessing.active_children():
         if process in LOADER_PROCESSES:
             process.kill()

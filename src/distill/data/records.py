@@ -1,4 +1,4 @@
-"""One image and its annotations, as every source gives them: in original pixels, before any resize."""
+"""One image and its annotations, in pixels of the original image, and the decoding of image files."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from distill.types import DistillError, Size
 
 EXIF_ORIENTATION = 0x0112
-"""EXIF's tag."""
+"""EXIF's tag of the orientation."""
 MAX_PIXELS = 150_000_000
-"""Of an image that is decoded; it takes 450 MB. Below the limit at which Pillow refuses by itself."""
+"""Most pixels of an image that is decoded: 450 MB of memory. Above its own, higher limit Pillow raises by itself."""
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""JPEG's markers of a frame header."""
+"""Second bytes of the JPEG markers that begin a frame header."""
 BARE_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xDA), 0xFF})
-"""What follows 0xFF in a JPEG without a length: no marker, markers without a segment, fill."""
+"""Bytes after 0xFF in a JPEG that no length follows: escaped data, markers without a segment, and fill bytes."""
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded. Pillow knows more, of which EPS is a program."""
+"""Formats that are decoded. Pillow knows more, among them EPS, which is a program."""
 
 
 class Annotation(NamedTuple):
-    """One annotation as its source read it."""
+    """One annotated object, as its source read it."""
 
     box: Sequence[float]
     """xyxy in pixels, right and bottom edge exclusive."""
@@ -39,70 +39,74 @@ class Annotation(NamedTuple):
     area: float
     crowd: bool
     difficult: bool
-    entry: int
+    position: int
+    """Place of the annotation in its file, from 0."""
     segmentation: Any
 
 
 @dataclass
 class Record:
-    """An image as annotated. Row i of every array is annotation i, crowds and difficult objects included."""
+    """An annotated image. Row i of every array is annotation i. Crowds and difficult objects are included."""
 
     id: int
     file: str
     size: Size | None
-    """(height, width) that the annotation states; the true one once checked."""
+    """(height, width): after the checks the true size, before them the size that the annotation states."""
     boxes: NDArray[np.float64]
-    """(N, 4) xyxy in pixels, right and bottom edge exclusive; clipped to the image once checked."""
+    """(N, 4) xyxy in pixels, right and bottom edge exclusive. The checks clip them to the image."""
     labels: NDArray[np.int64]
     """(N,) from 1 to K."""
     crowd: NDArray[np.bool_]
     difficult: NDArray[np.bool_]
     area: NDArray[np.float64]
-    """(N,) as annotated: of the segmentation in COCO, of the box elsewhere."""
+    """(N,) as annotated: the area of the segmentation in COCO, of the box in other formats."""
     segmentation: list[Any] | None = None
-    """Per annotation polygons or RLE as they stand in the file; compressed RLE once checked for masks; or None."""
-    annotated: NDArray[np.float64] | None = None
-    """The boxes before they were clipped to the image, where that changed any: evaluation measures by these."""
-    where: str = ""
+    """Per annotation polygons or run lengths as in the file, or None. Checks for masks turn them into compressed RLE."""
+    annotated_boxes: NDArray[np.float64] | None = None
+    """(N, 4) the boxes before they were clipped; None if clipping changed none. Evaluation uses these."""
+    annotation_file: str = ""
     """The file that holds the annotations."""
-    entries: NDArray[np.int64] | None = None
+    annotation_indices: NDArray[np.int64] | None = None
     """(N,) places of the annotations in that file, from 0."""
     faults: list[str] = field(default_factory=list)
-    """What its source found wrong with it: annotations named here were left out."""
-    broken: bool = False
-    """Whether the image cannot be used at all."""
+    """Messages about faults of this image and of annotations that the source or the checks left out."""
+    unusable: bool = False
+    """Whether the whole image must be left out."""
     file_size: int | None = None
-    """Bytes of the image's file, once checked."""
+    """Bytes of the image file. The checks set it."""
 
     def keep_rows(self, rows: NDArray[np.bool_]) -> None:
-        """Drop the annotations that are not in ``rows`` (N,)."""
+        """Remove the annotations outside the mask ``rows`` (N,)."""
         if rows.all():
             return
         self.boxes, self.labels, self.area = self.boxes[rows], self.labels[rows], self.area[rows]
         self.crowd, self.difficult = self.crowd[rows], self.difficult[rows]
-        if self.annotated is not None:
-            self.annotated = self.annotated[rows]
-        if self.entries is not None:
-            self.entries = self.entries[rows]
+        if self.annotated_boxes is not None:
+            self.annotated_boxes = self.annotated_boxes[rows]
+        if self.annotation_indices is not None:
+            self.annotation_indices = self.annotation_indices[rows]
         if self.segmentation is not None:
-            self.segmentation = [each for each, kept in zip(self.segmentation, rows, strict=True) if kept]
+            self.segmentation = [entry for entry, kept in zip(self.segmentation, rows, strict=True) if kept]
 
 
 @contextmanager
 def paused_garbage_collection() -> Iterator[None]:
-    """Without the garbage collector, which walks the millions of objects of a large data set again and again."""
-    was_on = gc.isenabled()
+    """Pause the garbage collector, which otherwise scans the millions of objects of a large data set many times."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             gc.enable()
 
 
-def make_record(id: int, file: str, size: Size | None, notes: Sequence[Annotation] = (), where: str = "") -> Record:
-    """A record from its annotations."""
-    boxes, labels, area, crowd, difficult, entries, shapes = zip(*notes, strict=True) if notes else ((),) * 7
+def make_record(
+    id: int, file: str, size: Size | None, annotations: Sequence[Annotation] = (), annotation_file: str = ""
+) -> Record:
+    """Make a record from the annotations of one image."""
+    columns = zip(*annotations, strict=True) if annotations else ((),) * 7
+    boxes, labels, area, crowd, difficult, indices, segmentation = columns
     return Record(
         id=id,
         file=file,
@@ -112,28 +116,28 @@ def make_record(id: int, file: str, size: Size | None, notes: Sequence[Annotatio
         crowd=np.array(crowd, dtype=np.bool_),
         difficult=np.array(difficult, dtype=np.bool_),
         area=np.array(area, dtype=np.float64),
-        segmentation=None if all(shape is None for shape in shapes) else list(shapes),
-        where=where,
-        entries=np.array(entries, dtype=np.int64),
+        segmentation=None if all(entry is None for entry in segmentation) else list(segmentation),
+        annotation_file=annotation_file,
+        annotation_indices=np.array(indices, dtype=np.int64),
     )
 
 
-def make_broken_record(where: str, faults: Sequence[str], file: str = "") -> Record:
-    """An image that cannot be used, or, without a file, what is wrong with an annotation file in other places."""
-    found = make_record(-1, file, None, where=where)
-    found.faults, found.broken = list(faults), True
-    return found
+def make_unusable_record(annotation_file: str, faults: Sequence[str], file: str = "") -> Record:
+    """Make a record that carries faults: of an unusable image or, without ``file``, of the annotation file itself."""
+    record = make_record(-1, file, None, annotation_file=annotation_file)
+    record.faults, record.unusable = list(faults), True
+    return record
 
 
 def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An image of which the header is read, and no pixel yet.
+    """Open an image and read its header. No pixel is decoded yet.
 
     Raises:
-        ValueError: it says that there are more pixels than ``max_pixels``.
-        OSError: it is missing, or none of FORMATS.
+        ValueError: the header states more than ``max_pixels`` pixels.
+        OSError: the file is missing, or its format is not in FORMATS.
     """
     if max_pixels > 2 * (Image.MAX_IMAGE_PIXELS or max_pixels):
-        Image.MAX_IMAGE_PIXELS = max_pixels  # who asks for more than Pillow's own limit gets it
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow would refuse before the user's own, higher limit is reached
     image = Image.open(file, formats=FORMATS)
     if image.width * image.height > max_pixels:
         image.close()
@@ -142,13 +146,14 @@ def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def read_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode an image into (3, H, W) uint8 RGB, turned upright by its EXIF tag, whatever its extension says.
+    """Decode an image into (3, H, W) uint8 RGB and turn it upright by its EXIF tag.
 
-    Alpha is dropped, 16-bit greys keep their upper byte, of an animation the first picture counts. Pixels lie in memory
-    as (H, W, 3), whichever library decodes.
+    The file's extension does not matter. Alpha is dropped, 16-bit gray values keep their upper byte, and of an
+    animation the first frame is used. The memory layout is (H, W, 3), whichever library decodes.
 
     Raises:
-        DistillError: missing, unreadable, truncated, or larger than ``max_pixels`` by its header; names the file.
+        DistillError: the file is missing, unreadable, truncated, or its header states more than ``max_pixels`` pixels.
+            The message names the file.
     """
     try:
         decoded = _decode_jpeg(str(file), max_pixels)
@@ -157,15 +162,16 @@ def read_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
         with open_image(file, max_pixels) as image:
             upright = image if exif_orientation(image) == 1 else ImageOps.exif_transpose(image)
             pixels = _to_rgb(upright)
-    except Exception as error:  # Pillow's decoders raise anything at damaged bytes
+    except Exception as error:  # Pillow's decoders raise exceptions of any type for damaged bytes
         raise DistillError(f"{file}: cannot be read as an image ({error}); replace it, or leave it out") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _decode_jpeg(file: str, max_pixels: int) -> Tensor | None:
-    """The image of a JPEG. None of another file, a larger one, or one that torchvision cannot decode.
+    """Decode a JPEG by torchvision. Return None for other formats, larger images, and files that torchvision rejects.
 
-    Of those Pillow knows some, or says what is wrong. Pillow would read every header first, at a tenth of the decoder's time.
+    Pillow reads some of those, or reports what is wrong. Pillow is not asked first: reading the header of every file
+    would add a tenth of the decoding time.
     """
     with suppress(RuntimeError):
         content = read_file(file)
@@ -177,68 +183,74 @@ def _decode_jpeg(file: str, max_pixels: int) -> Tensor | None:
 
 
 def jpeg_size(content: bytes | memoryview) -> Size | None:
-    """(height, width) as the frame header of a JPEG says, which decoders go by; None where it does not come in order.
+    """Return (height, width) from the frame header of a JPEG; None if the header does not follow in strict order.
 
-    Source: ITU-T T.81, B.1.1 and B.2.2: segments of a marker, a length that counts itself, and content. What decoders pass
-    over before a marker is no order: read on there, a segment's content could be taken for another, smaller frame header.
+    The decoders allocate by this header. They skip unexpected bytes before a marker. This function stops there instead:
+    if it went on, the content of a segment could pass for another, smaller frame header.
+
+    Source: ITU-T T.81, B.1.1 and B.2.2: a segment is a marker, a length that includes its own two bytes, and content.
     """
-    place = 2 if content[:2] == b"\xff\xd8" else len(content)
-    while place + 9 <= len(content) and content[place] == 0xFF and content[place + 1] not in BARE_MARKERS:
-        length, height, width = (int.from_bytes(content[place + at : place + at + 2], "big") for at in (2, 5, 7))
-        if content[place + 1] in FRAME_MARKERS:
+    position = 2 if content[:2] == b"\xff\xd8" else len(content)
+    while position + 9 <= len(content) and content[position] == 0xFF and content[position + 1] not in BARE_MARKERS:
+        length, height, width = (
+            int.from_bytes(content[position + offset : position + offset + 2], "big") for offset in (2, 5, 7)
+        )
+        if content[position + 1] in FRAME_MARKERS:
             return height, width
-        place += 2 + length
+        position += 2 + length
     return None
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """EXIF's orientation of an opened image, 1 where there is none; XMP's does not count, as torchvision ignores it."""
+    """Return the EXIF orientation of an open image, 1 if there is none. XMP's tag is ignored, as by torchvision."""
     exif = Image.Exif()
     try:
         exif.load(image.info.get("exif") or b"")
         return int(exif.get(EXIF_ORIENTATION, 1))
-    except Exception:  # a damaged tag is no tag
+    except Exception:  # a damaged tag counts as no tag
         return 1
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode == "F":
-        raise ValueError("its pixels are floats; expected 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would cut all above 255
-        grey = (np.array(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        raise ValueError("expected pixels of 8 or 16 bits, got floats")
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip all values above 255
+        gray = (np.array(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2)
     return np.array(image.convert("RGB"))
 
 
 @paused_garbage_collection()
 def coco_ground_truth(records: Sequence[Record], classes: Sequence[str]) -> dict[str, Any]:
-    """Records in COCO's JSON form, in original pixels; ``category_id`` is the label, VOC's mark is ``difficult``."""
+    """Convert records into COCO's JSON form, in pixels of the original images.
+
+    ``category_id`` is the label. VOC's mark of difficult objects becomes the key ``difficult``.
+    """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for each in records:
-        height, width = each.size or (0, 0)
-        images.append({"id": each.id, "file_name": each.file, "height": height, "width": width})
-        boxes = each.boxes if each.annotated is None else each.annotated
-        shapes = each.segmentation or [None] * len(each.labels)
+    for record in records:
+        height, width = record.size or (0, 0)
+        images.append({"id": record.id, "file_name": record.file, "height": height, "width": width})
+        boxes = record.boxes if record.annotated_boxes is None else record.annotated_boxes
         rows = zip(
             boxes.tolist(),
-            each.labels.tolist(),
-            each.crowd,
-            each.difficult,
-            each.area.tolist(),
-            shapes,
+            record.labels.tolist(),
+            record.crowd,
+            record.difficult,
+            record.area.tolist(),
+            record.segmentation or [None] * len(record.labels),
             strict=True,
         )
-        for (x1, y1, x2, y2), label, crowd, difficult, area, shape in rows:
-            note = {
+        for (x1, y1, x2, y2), label, crowd, difficult, area, segmentation in rows:
+            annotation = {
                 "id": len(annotations) + 1,
-                "image_id": each.id,
+                "image_id": record.id,
                 "category_id": label,
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "area": area,
                 "iscrowd": int(crowd),
                 "difficult": int(difficult),
             }
-            annotations.append(note if shape is None else note | {"segmentation": shape})
+            annotations.append(annotation if segmentation is None else annotation | {"segmentation": segmentation})
     categories = [{"id": label, "name": name} for label, name in enumerate(classes, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}

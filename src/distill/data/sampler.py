@@ -1,4 +1,4 @@
-"""Which images form which batch, on which process, in which epoch."""
+"""The assignment of images to batches and processes in each epoch."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from torch.utils.data import Sampler
 from distill.types import DistillError
 
 SampleKey = tuple[int, int]
-"""(epoch, index): all that a data set needs to make a sample, whichever worker is asked."""
+"""(epoch, index): determines a sample completely, whichever worker makes it."""
 
 
 class BatchSampler(Sampler[list[SampleKey]]):
-    """Yields lists of keys (epoch, index); goes into ``DataLoader(batch_sampler=...)``.
+    """Yields batches as lists of keys (epoch, index), for ``DataLoader(batch_sampler=...)``.
 
-    Training (``shuffle=True``): images are shuffled by (seed, epoch) alone and cut into batches of
-    ``batch_size * world``, of which every process takes its share. So all processes have equally many batches, no image
-    comes twice in an epoch, and two processes with half the batch see what one process sees.
+    Training (``shuffle=True``): (seed, epoch) alone determines the order of the images. The order is cut into batches
+    of ``batch_size * world``, and every process takes its part of each. So all processes have the same number of
+    batches, no image occurs twice in an epoch, and two processes with half the batch size see the batches of one
+    process.
 
-    Evaluation (``shuffle=False``): every image exactly once, without padding. The same batches are formed whatever the
-    number of processes and then dealt out whole, so that a batch, and with it each number computed from it, does
-    not depend on that number.
+    Evaluation (``shuffle=False``): every image occurs exactly once, without padding. Whole batches are dealt out to the
+    processes, and their content does not depend on the number of processes. Numbers computed per batch do not either.
 
     Args:
-        groups: one hashable per image; a batch holds images of one group. In training what is left over in the groups
-            is pooled into mixed batches at the end of the epoch; in evaluation it stays apart.
+        groups: one hashable value per image. A batch holds images of one group. In training the images left over in the
+            groups form mixed batches. In evaluation they form smaller batches of their own.
         batch_size: images per process and batch.
-        shuffle: training or evaluation, as above.
-        seed: of the shuffling.
-        rank: this process, from 0.
+        shuffle: whether batches are for training, see above.
+        seed: seed of the shuffling.
+        rank: index of this process, from 0.
         world: number of processes.
-        drop_last: in training, leave out the last, incomplete batch, unless it is the epoch's only one.
+        drop_last: in training, leave out the last, incomplete batch, unless the epoch has no other.
 
     Raises:
-        DistillError: fewer images than processes: one of them would have nothing to do, and the others wait for it.
+        DistillError: the batch size is below 1, or there are fewer images than processes. In that case one process
+            would have no batch, and the others would wait for it.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class BatchSampler(Sampler[list[SampleKey]]):
         drop_last: bool = False,
     ) -> None:
         if batch_size < 1:
-            raise DistillError(f"A batch holds at least one image, got batch size {batch_size}. Set data.batch_size.")
+            raise DistillError(f"Expected a batch size of at least 1, got {batch_size}. Set data.batch_size.")
         if len(groups) < world:
             raise DistillError(
                 f"Expected at least one image per process, got {len(groups)} images for {world} processes. "
@@ -63,48 +64,51 @@ class BatchSampler(Sampler[list[SampleKey]]):
 
     @property
     def sampler(self) -> BatchSampler:
-        """Itself: Lightning sets the epoch on ``dataloader.batch_sampler.sampler``."""
+        """This object: Lightning sets the epoch on ``dataloader.batch_sampler.sampler``."""
         return self
 
     def set_epoch(self, epoch: int, start: int | None = None) -> None:
-        """Choose the epoch, counted from 0, and for a resume inside it the first batch to yield.
+        """Set the epoch and the first batch to yield.
 
-        The start survives a repeated call for the same epoch and is forgotten when another one begins.
+        Args:
+            epoch: index of the epoch, from 0.
+            start: index of the first batch, for a resume inside an epoch. None keeps the current start for the same
+                epoch, and starts at 0 for another epoch.
         """
         if start is not None or epoch != self.epoch:
             self.start = start or 0
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Batches of this process in a whole epoch, whatever ``start`` is."""
-        return len(self._training() if self.shuffle else self._evaluation())
+        """Number of batches of this process in a whole epoch. ``start`` does not change it."""
+        return len(self._training_batches() if self.shuffle else self._evaluation_batches())
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        """This process's batches of the current epoch."""
-        epoch, batches = self.epoch, self._training() if self.shuffle else self._evaluation()
+        """Yield this process's batches of the current epoch."""
+        epoch, batches = self.epoch, self._training_batches() if self.shuffle else self._evaluation_batches()
         for batch in batches[self.start :]:
             yield [(epoch, index) for index in batch]
 
-    def _training(self) -> list[list[int]]:
+    def _training_batches(self) -> list[list[int]]:
         rng = np.random.default_rng(np.random.SeedSequence(self.seed % 2**64, spawn_key=(self.epoch,)))
         order = rng.permutation(len(self.groups)).tolist()
-        full = self.batch_size * self.world
-        whole = len(order) // full * full
+        total_batch = self.batch_size * self.world
+        complete = len(order) // total_batch * total_batch
         batches: list[list[int]] = []
         mixed: list[int] = []
-        # The rest is parted off before grouping: else a small group would be left out in every epoch.
-        for members in self._by_group(order[:whole]):
-            pure = len(members) // full * full
-            batches += _chunk(members[:pure], full)
+        # The incomplete batch is taken off before grouping. Otherwise a small group would be left out in every epoch.
+        for members in self._by_group(order[:complete]):
+            pure = len(members) // total_batch * total_batch
+            batches += _chunk(members[:pure], total_batch)
             mixed += members[pure:]
-        batches += _chunk(mixed, full)
-        rest = order[whole:]
-        # A rest smaller than the number of processes would leave one of them without an image.
-        if len(rest) >= self.world and not (self.drop_last and batches):
-            batches.append(rest)
+        batches += _chunk(mixed, total_batch)
+        incomplete = order[complete:]
+        # With fewer images than processes, one process would have no image.
+        if len(incomplete) >= self.world and not (self.drop_last and batches):
+            batches.append(incomplete)
         return [batches[i][self.rank :: self.world] for i in rng.permutation(len(batches))]
 
-    def _evaluation(self) -> list[list[int]]:
+    def _evaluation_batches(self) -> list[list[int]]:
         size = min(self.batch_size, len(self.groups) // self.world)
         batches = [batch for members in self._by_group(range(len(self.groups))) for batch in _chunk(members, size)]
         return sorted(batches)[self.rank :: self.world]

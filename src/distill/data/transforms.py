@@ -1,11 +1,12 @@
-"""Pixels, boxes and masks on the workers: one resize for both models, flips, photometric distortion, padding.
+"""Transforms of pixels, boxes and masks in the workers: resize, flip, photometric distortion, padding.
 
-The size rule is that of torchvision's detection models: ``scale = min(min_size / shorter, max_size / longer)``, new
-side ``floor(side * scale)``, bilinear, no antialiasing unless asked for (their COCO weights were trained and measured
-without it). Unlike theirs, the result is uint8, rounded once per axis: less than one grey level apart.
+Student and teacher share one resize. Its size rule is that of torchvision's detection models: with ``scale =
+min(min_size / shorter, max_size / longer)``, the new side is ``floor(side * scale)``. The interpolation is bilinear, by
+default without antialiasing, because torchvision's COCO weights were trained and measured without it. Unlike
+torchvision's, the result is uint8, rounded once per axis: the difference is less than one gray level.
 
-What augmentation draws is a pure function of (seed, epoch, image id): workers, processes, batch size and order of
-reading change nothing. Images are (3, H, W) uint8 RGB tensors.
+The random numbers of the augmentation are a pure function of (seed, epoch, image id). The numbers of workers and
+processes, the batch size and the order of loading do not change them. Images are (3, H, W) uint8 RGB tensors.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from distill.data.buffers import BufferPool, WorkerBatch, wrap_images
 from distill.types import Batch, DistillError, Size, Target
 
 MIN_SIDE = 1e-2
-"""Boxes thinner than this many resized pixels are no training targets: their encoded sizes would be noise."""
+"""Least side of a training target in resized pixels: the encoded size of a thinner box would be noise."""
 
 
 class Sample(NamedTuple):
-    """One image made ready: resized and augmented, not yet padded."""
+    """One image after resize and augmentation, not yet padded, with its target in the same pixels."""
 
     image: Tensor
     target: Target
@@ -41,41 +42,56 @@ class Sample(NamedTuple):
 
 
 def sample_generator(seed: int, epoch: int, image_id: int) -> np.random.Generator:
-    """The image's own random stream in this epoch, counter-based (Philox), equal on every worker and process."""
-    words = [word % 2**64 for word in (epoch, image_id)]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed % 2**64, spawn_key=words)))
+    """Return the random stream of one image in one epoch, equal in every worker and process (Philox, counter-based)."""
+    spawn_key = [number % 2**64 for number in (epoch, image_id)]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed % 2**64, spawn_key=spawn_key)))
 
 
 def resized_size(size: Size, min_size: int, max_size: int) -> Size:
-    """(height, width) after the resize; no side falls below one pixel."""
+    """Return (height, width) after the resize. No side is below one pixel.
+
+    Args:
+        size: (height, width) of the original image.
+        min_size: wanted length of the shorter side.
+        max_size: greatest length of the longer side. It takes precedence over ``min_size``.
+    """
     scale = min(min_size / min(size), max_size / max(size))
     height, width = (max(1, math.floor(side * scale)) for side in size)
     return height, width
 
 
 def resize_image(image: Tensor, size: Size, antialias: bool = False, mirrored: bool = False) -> Tensor:
-    """Bilinear resize of a uint8 image to (height, width), mirrored if so wanted.
+    """Resize a uint8 image to (height, width) by bilinear interpolation, and optionally mirror it.
 
-    Mirroring before and after gives the same bits where torch weighs in whole numbers (x86), so the smaller image is mirrored.
+    The smaller of the two images is mirrored, which is faster. Mirroring before or after the resize gives the same bits
+    where torch interpolates with integer weights (x86).
     """
-    grows = image.shape[-2] < size[0]
-    if mirrored and grows:
+    enlarges = image.shape[-2] < size[0]
+    if mirrored and enlarges:
         image = image.flip(-1)
     if image.shape[-2:] != size:
         image = F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
-    return image.flip(-1) if mirrored and not grows else image
+    return image.flip(-1) if mirrored and not enlarges else image
 
 
 def resize_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
-    """Boxes (N, 4) xyxy scaled by the exact ratio of the sides, which the floor makes differ a little per axis."""
-    height, width = (after / before for before, after in zip(old, new, strict=True))
-    return boxes * torch.tensor([width, height, width, height])
+    """Scale boxes (N, 4) xyxy from an image of size ``old`` to one of size ``new``.
+
+    Each axis has its own ratio, because the size rule rounds each side down.
+    """
+    y_scale, x_scale = (after / before for before, after in zip(old, new, strict=True))
+    return boxes * torch.tensor([x_scale, y_scale, x_scale, y_scale])
 
 
 def resize_masks(codes: Sequence[bytes], old: Size, new: Size) -> Tensor:
-    """Masks (N, h, w) uint8 at a new size by the nearest pixel, as torchvision's detectors resize them.
+    """Decode masks and resize them to (N, h, w) uint8 by the nearest pixel, as torchvision's detectors do.
 
-    One by one, so that no more than one is ever held at the size of the original image.
+    Masks are processed one by one, so memory holds only one mask at the size of the original image.
+
+    Args:
+        codes: N run-length codes of masks of size ``old``.
+        old: (height, width) of the original image.
+        new: (height, width) of the result.
     """
     masks = torch.empty(len(codes), *new, dtype=torch.uint8)
     for row, code in zip(masks, codes, strict=True):
@@ -84,46 +100,50 @@ def resize_masks(codes: Sequence[bytes], old: Size, new: Size) -> Tensor:
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:
-    """Mirror boxes (N, 4) xyxy in an image of this width."""
+    """Mirror boxes (N, 4) xyxy horizontally in an image of this width."""
     x1, y1, x2, y2 = boxes.unbind(1)
     return torch.stack([width - x2, y1, width - x1, y2], dim=1)
 
 
 def distort_colors(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Photometric distortion of SSD (Liu et al. 2016): each of five steps with probability one half.
+    """Apply the photometric distortion of SSD (Liu et al. 2016). Each of five steps has probability one half.
 
-    Brightness 0.875-1.125, contrast 0.5-1.5 (before or after the colour steps), saturation 0.5-1.5, hue +-0.05 of a
-    turn, and a permutation of the channels: the ranges of torchvision's ``RandomPhotometricDistort``.
+    The steps are brightness 0.875-1.125, contrast 0.5-1.5 (before or after the color steps), saturation 0.5-1.5, hue
+    +-0.05 of a turn, and a permutation of the channels. The ranges are those of torchvision's
+    ``RandomPhotometricDistort``.
     """
     coins = rng.random(6) < 0.5
     brightness, contrast, saturation = rng.uniform([0.875, 0.5, 0.5], [1.125, 1.5, 1.5])
-    hue, order = rng.uniform(-0.05, 0.05), rng.permutation(3)
-    early = coins[5]
+    hue, channels = rng.uniform(-0.05, 0.05), rng.permutation(3)
+    contrast_first = coins[5]
     steps: list[tuple[bool, Callable[[Tensor], Tensor]]] = [
         (coins[0], lambda x: F.adjust_brightness(x, brightness)),
-        (coins[1] and early, lambda x: F.adjust_contrast(x, contrast)),
+        (coins[1] and contrast_first, lambda x: F.adjust_contrast(x, contrast)),
         (coins[2], lambda x: F.adjust_saturation(x, saturation)),
         (coins[3], lambda x: F.adjust_hue(x, hue)),
-        (coins[1] and not early, lambda x: F.adjust_contrast(x, contrast)),
-        (coins[4], lambda x: x[torch.from_numpy(order)]),
+        (coins[1] and not contrast_first, lambda x: F.adjust_contrast(x, contrast)),
+        (coins[4], lambda x: x[torch.from_numpy(channels)]),
     ]
-    for taken, step in steps:
-        if taken:
+    for enabled, step in steps:
+        if enabled:
             image = step(image)
     return image
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize, and in training flip and distort, as a pure function of (seed, epoch, image id).
+    """Resizes an image and, in training, flips it and distorts its colors: a pure function of (seed, epoch, image id).
 
     Args:
-        min_sizes: wanted shorter sides in pixels; in training one is drawn per image and epoch.
-        max_size: cap of the longer side in pixels.
+        min_sizes: wanted lengths of the shorter side in pixels. With several, one is drawn per image and epoch.
+        max_size: greatest length of the longer side in pixels.
         flip: probability of a horizontal flip.
-        photometric: whether colours are distorted.
-        antialias: whether the resize filters before it shrinks.
-        seed: of all draws.
+        photometric: whether to distort colors.
+        antialias: whether the resize applies a low-pass filter before it reduces the image.
+        seed: seed of all random draws.
+
+    Raises:
+        DistillError: a size or probability is out of range.
     """
 
     min_sizes: tuple[int, ...]
@@ -140,10 +160,10 @@ class Transform:
                 f"max_size={self.max_size}. Set data.min_size and data.max_size (pixels)."
             )
         if not 0 <= self.flip <= 1:
-            raise DistillError(f"data.flip is a probability from 0 to 1, got {self.flip}.")
+            raise DistillError(f"data.flip: expected a probability from 0 to 1, got {self.flip}.")
 
     def resize(self, image: Tensor, min_size: int | None = None) -> Tensor:
-        """The resized image, without augmentation."""
+        """Resize an image without augmentation. ``min_size`` defaults to the last of ``min_sizes``."""
         old = (image.shape[-2], image.shape[-1])
         new = resized_size(old, min_size or self.min_sizes[-1], self.max_size)
         return resize_image(image, new, self.antialias)
@@ -160,15 +180,17 @@ class Transform:
         """Make one sample.
 
         Args:
-            image: (3, H, W) uint8, as decoded or already resized (then ``min_sizes`` has one entry).
+            image: (3, H, W) uint8, as decoded or already resized. An image resized before needs ``min_sizes`` with one
+                entry.
             target: boxes in pixels of the original image.
-            original_size: (height, width) that the boxes refer to.
-            image_id: names the random stream, together with the seed and ``epoch``.
-            epoch: counts from 0.
-            codes: the run-length code of each box's mask, at the original size; None: the sample has no masks.
+            original_size: (height, width) of the original image.
+            image_id: selects the random stream, together with the seed and ``epoch``.
+            epoch: index of the epoch, from 0.
+            codes: run-length code of each box's mask, at the original size; None: the sample has no masks.
         """
         rng = sample_generator(self.seed, epoch, image_id)
-        # Always drawn, in this order: switching one option on leaves the draws of the others as they were.
+        # Both numbers are always drawn, in this order, so that one option does not change the random numbers of
+        # another.
         choice, mirrored = int(rng.integers(len(self.min_sizes))), bool(rng.random() < self.flip)
         new = resized_size(original_size, self.min_sizes[choice], self.max_size)
         image = resize_image(image, new, self.antialias, mirrored)
@@ -185,28 +207,28 @@ class Transform:
 
 
 def padded_size(sizes: Sequence[Size], pad_to: int) -> Size:
-    """The smallest (height, width) that holds all of these sizes and is a multiple of ``pad_to``."""
+    """Return the smallest (height, width) that holds all sizes. Both sides are multiples of ``pad_to``."""
     height, width = (math.ceil(max(sides) / pad_to) * pad_to for sides in zip(*sizes, strict=True))
     return height, width
 
 
 BUFFER_POOL = BufferPool()
-"""Of this process."""
+"""The batch memory of this process."""
 
 
 def collate(samples: Sequence[Sample], pad_to: int = 32) -> Batch:
-    """Pad with zeros to the right and below, and stack: samples -> Batch, its channels last in memory."""
+    """Pad the images with zeros to the right and below, and stack them to a Batch in channels-last layout."""
     sizes = tuple((sample.image.shape[-2], sample.image.shape[-1]) for sample in samples)
     shape = (len(samples), *padded_size(sizes, pad_to), 3)
-    worker = get_worker_info() is not None
-    piece = BUFFER_POOL.acquire(math.prod(shape), shared=worker)
-    images = piece[: math.prod(shape)].view(shape).permute(0, 3, 1, 2) if worker else wrap_images(piece, shape)
+    in_worker = get_worker_info() is not None
+    buffer = BUFFER_POOL.acquire(math.prod(shape), shared=in_worker)
+    images = buffer[: math.prod(shape)].view(shape).permute(0, 3, 1, 2) if in_worker else wrap_images(buffer, shape)
     for canvas, sample, (height, width) in zip(images, samples, sizes, strict=True):
         canvas[:, :height, :width] = sample.image
         canvas[:, height:] = 0
         canvas[:, :height, width:] = 0
     original_sizes, ids = tuple(sample.original_size for sample in samples), tuple(sample.id for sample in samples)
     targets = tuple(sample.target for sample in samples)
-    if worker:
-        return WorkerBatch(images, sizes, original_sizes, targets, ids, piece)
+    if in_worker:
+        return WorkerBatch(images, sizes, original_sizes, targets, ids, buffer)
     return Batch(images, sizes, original_sizes, targets, ids)

@@ -12,7 +12,7 @@ from typing import Any
 
 from defusedxml.ElementTree import ParseError, parse
 
-from distill.data.records import Annotation, Record, make_broken_record, make_record
+from distill.data.records import Annotation, Record, make_record, make_unusable_record
 from distill.types import DistillError, Size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -178,7 +178,7 @@ class Voc:
         where = str(page.xml)
         if page.image is None or page.fault:
             fault = page.fault or "has no image of this name; add it, or take the name from the list"
-            return make_broken_record(where, [f"{where}: {fault}"], str(page.image or page.xml.stem))
+            return make_unusable_record(where, [f"{where}: {fault}"], str(page.image or page.xml.stem))
         notes, faults = [], []
         for place, (name, corners, difficult) in enumerate(page.things):
             if name not in labels:

@@ -68,25 +68,25 @@ def test_a_piece_is_lent_once_and_of_many_few_are_kept():
     assert len({each.data_ptr() for each in held}) == 8
     assert all((each == number).all() for number, each in enumerate(held))
     del held
-    assert len(pool._pieces) == 3
+    assert len(pool._buffers) == 3
     again = [lent(pool) for _ in range(3)]
     assert len({each.data_ptr() for each in again}) == 3
 
 
-def test_a_larger_batch_gets_larger_memory_and_smaller_pieces_go():
+def test_a_larger_batch_gets_larger_memory_and_smaller_buffers_go():
     pool = BufferPool()
     lent(pool)
     large = lent(pool, (9, 4, 6, 3)).fill_(1)
-    assert [len(piece) for piece in pool._pieces] == [9 * 4 * 6 * 3 + 1]
+    assert [len(buffer) for buffer in pool._buffers] == [9 * 4 * 6 * 3 + 1]
     assert (large == 1).all()
 
 
 def test_the_mark_of_a_piece_lies_behind_its_pixels():
-    piece = BufferPool().acquire(COUNT, shared=False)
-    images = wrap_images(piece, SHAPE).fill_(0)
-    assert piece[-1] == 1
+    buffer = BufferPool().acquire(COUNT, shared=False)
+    images = wrap_images(buffer, SHAPE).fill_(0)
+    assert buffer[-1] == 1
     del images
-    assert piece[-1] == 0
+    assert buffer[-1] == 0
 
 
 def test_an_evaluations_batches_come_back_too():
@@ -101,14 +101,14 @@ def test_an_evaluations_batches_come_back_too():
 def test_a_fork_gives_nothing_back():
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system does not fork")
-    piece = BufferPool().acquire(COUNT, shared=True)
-    images = wrap_images(piece, SHAPE)
+    buffer = BufferPool().acquire(COUNT, shared=True)
+    images = wrap_images(buffer, SHAPE)
     child = os.fork()
     if not child:
         del images
         os._exit(0)
     os.waitpid(child, 0)
-    assert piece[-1] == 1
+    assert buffer[-1] == 1
     assert images.shape == (2, 3, 4, 6)
 
 
@@ -121,10 +121,10 @@ def test_a_worker_takes_no_memory_of_the_process_that_it_was_forked_from():
 
 def test_a_posted_batch_arrives_as_a_batch():
     target = Target(torch.rand(1, 4), torch.ones(1, dtype=torch.int64))
-    piece = BufferPool().acquire(COUNT, shared=False)
-    piece[:-1] = torch.arange(COUNT).to(torch.uint8)
-    images = piece[:-1].view(SHAPE).permute(0, 3, 1, 2)
-    posted = WorkerBatch(images, ((4, 6), (3, 5)), ((8, 12), (6, 10)), (target, target), (1, 2**40), piece)
+    buffer = BufferPool().acquire(COUNT, shared=False)
+    buffer[:-1] = torch.arange(COUNT).to(torch.uint8)
+    images = buffer[:-1].view(SHAPE).permute(0, 3, 1, 2)
+    posted = WorkerBatch(images, ((4, 6), (3, 5)), ((8, 12), (6, 10)), (target, target), (1, 2**40), buffer)
     batch = pickle.loads(pickle.dumps(posted))
     assert type(batch) is Batch
     assert torch.equal(batch.images, images)
@@ -151,9 +151,9 @@ def right(batch: Batch) -> bool:
 def numbered(samples: list[Sample]) -> tuple[Batch, int]:
     """A batch, and how many pieces this worker has had."""
     batch = collate(samples, pad_to=8)
-    for piece in BUFFER_POOL._pieces:
-        piece.number = getattr(piece, "number", None) or next(NUMBERS)
-    return batch, max(piece.number for piece in BUFFER_POOL._pieces)
+    for buffer in BUFFER_POOL._buffers:
+        buffer.number = getattr(buffer, "number", None) or next(NUMBERS)
+    return batch, max(buffer.number for buffer in BUFFER_POOL._buffers)
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])

@@ -216,7 +216,7 @@ def test_boxes_are_mended_counted_and_remembered(tmp_path, picture):
     assert report.mended == {"without area": 2, "outside the image": 3, "clipped": 1}
     assert str(report) == "val: 1 images, 8 boxes, 3 usable, 2 without area, 3 outside the image, 1 clipped"
     assert one.boxes.tolist() == [[1, 1, 9, 9], [0, 2, 9, 20], [0, 0, 30, 20]]
-    assert one.entries.tolist() == [0, 1, 7]
+    assert one.annotation_indices.tolist() == [0, 1, 7]
     truth = coco_ground_truth([one], ["thing"])
     assert [note["bbox"] for note in truth["annotations"]] == [[1, 1, 8, 8], [-4, 2, 13, 38], [0, 0, 30, 20]]
 

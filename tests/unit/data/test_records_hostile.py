@@ -206,7 +206,7 @@ def test_no_list_names_what_is_not_in_its_folder(stem: str, tmp_path: Path) -> N
     for folder in (tmp_path, tmp_path / "data"):
         (folder / "secret.xml").write_text("<annotation><object><name>a</name></object></annotation>")
     records = source.read_split("train")[1]
-    assert records[1].broken
+    assert records[1].unusable
     assert "no such file" in records[1].faults[0]
 
 
