@@ -102,7 +102,7 @@ class Voc:
     def _discover(self) -> tuple[str, ...]:
         names: set[str] = set()
         for split in self.splits:
-            # A test without labels, say, must not stop training; who reads that split is told.
+            # A split without labels, such as VOC2012's test, must not stop training. Reading that split raises.
             with suppress(DistillError):
                 names.update(name for page in self._read(split) for name, _, _ in page.things if name)
         if not names:
