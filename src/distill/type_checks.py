@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
-from reprlib import repr as shown
+from reprlib import repr as shorten
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -66,7 +66,7 @@ def _matches_member(value: Any, member: str) -> bool:
     list_type = LIST_ANNOTATION.fullmatch(member)
     if list_type is None or list_type[1] not in SCALAR_TYPES:
         return True
-    return isinstance(value, (list, tuple)) and all(_is(one, each[1]) for one in value)
+    return isinstance(value, (list, tuple)) and all(_matches_member(element, list_type[1]) for element in value)
 
 
 def parse_options(name: str, given: Any, default: Options) -> Options:

@@ -123,7 +123,7 @@ class NonFiniteGuard:
             return
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         bad = {number: terms for number, record in enumerate(records) if (terms := _bad_terms(record))}
-        guilty = gather(bool(bad))
+        guilty = gather_objects(bool(bad))
         try:
             if scaler is not None and not any(guilty):
                 self._require_scale(scaler, module.global_step)
@@ -154,7 +154,7 @@ class NonFiniteGuard:
         shown = [
             image for number, record in enumerate(records) if number in bad or not bad for image in record.batch.ids
         ]
-        descriptions = gather((_describe(module, records, terms), shown))
+        descriptions = gather_objects((_describe(module, records, terms), shown))
         ids: dict[tuple[str, str], list[int]] = {}
         for (words, images), to_blame in zip(descriptions, blamed, strict=True):
             if to_blame:
@@ -166,7 +166,7 @@ class NonFiniteGuard:
             warnings.warn(f"{message}: it is skipped ({how})", stacklevel=2)
             return
         _copy_tensors(self._saved_statistics, self._norm_statistics)
-        files = gather(str(self._save(module, records, message)) if blamed[module.global_rank] else None)
+        files = gather_objects(str(self._save(module, records, message)) if blamed[module.global_rank] else None)
         again = "; ".join(f"python -m distill replay '{file}'" for file in files if file)
         before = f", nor by the {self.consecutive - 1} before it" if self.consecutive > 1 else ""
         raise DistillError(f"{message}{before}. {ADVICE}. Do the step again: {again}")

@@ -51,7 +51,7 @@ def require_equal_values(values: Mapping[str, str]) -> None:
     """
     if len(set(gather_objects(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()))) == 1:
         return
-    values_of_ranks = gather(dict(values))
+    values_of_ranks = gather_objects(dict(values))
     names = sorted({name for values in values_of_ranks for name in values})
     different = [name for name in names if len({values.get(name) for values in values_of_ranks}) > 1]
     lines = "\n".join(
