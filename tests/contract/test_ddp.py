@@ -24,7 +24,7 @@ from distill.data.shapes import Shapes
 from distill.evaluation.coco import CocoMetric
 from distill.losses.defeat import DeFeat
 from distill.teacher import Teacher
-from distill.training.distiller import Distiller
+from distill.training.distiller import Distiller, StepResult
 from distill.training.schedule import Schedule
 from distill.types import Batch, Target
 from helpers.detectors import BOX_FAMILIES, FAMILIES, small_options
@@ -73,11 +73,11 @@ class Telling(Distiller):
 
     shares: dict[str, float]
 
-    def _log(self, terms: dict[str, Tensor], weights: dict[str, float], loss: Tensor) -> None:
-        self.shares = {f"term/{name}": value.item() for name, value in terms.items()}
-        self.shares |= {f"loss/{name}": weights[name] * value.item() for name, value in terms.items()}
-        self.shares["loss/total"] = loss.item()
-        super()._log(terms, weights, loss)
+    def _log(self, step: StepResult) -> None:
+        self.shares = {f"term/{name}": value.item() for name, value in step.terms.items()}
+        self.shares |= {f"loss/{name}": step.weights[name] * value.item() for name, value in step.terms.items()}
+        self.shares["loss/total"] = step.loss.item()
+        super()._log(step)
 
 
 class Counting(CocoMetric):
