@@ -16,7 +16,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torchvision.models import detection, resnet
@@ -24,6 +23,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
+from distill.cli.compose import compose_config
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.detectors.base import Detector
@@ -470,10 +470,16 @@ def test_any_family_teaches_any_other_on_the_strides_they_share(
 
 def test_the_configuration_names_the_loss_terms_of_every_family() -> None:
     batch = shapes_data().load_batch("train", range(2))
-    terms = [list(small_detector(family).view(batch).losses) for family in BOX_FAMILIES]
-    terms.append(["loss_mask"])  # of Mask R-CNN, which needs masks: tests/smoke/test_train_masks.py trains it
-    configured = yaml.safe_load((Path(__file__).parents[2] / "conf" / "config.yaml").read_text())["supervised"]
-    assert configured == {name: 1.0 for each in terms for name in each}
+    for family in BOX_FAMILIES:
+        detector = small_detector(family)
+        option = f"supervised={type(detector).__name__}"
+        configured = compose_config([option]).supervised
+        assert configured == dict.fromkeys(detector.view(batch).losses, 1.0)
+    # Mask R-CNN needs masks: tests/smoke/test_train_masks.py trains it with this option
+    assert set(compose_config(["supervised=MaskRCNN"]).supervised) == {
+        "loss_mask",
+        *compose_config(["supervised=FasterRCNN"]).supervised,
+    }
 
 
 # -- the student that is left

@@ -120,7 +120,7 @@ class Uneven:
                     difficult=record.difficult[keep],
                     area=record.area[keep],
                     segmentation=None,
-                    entries=None,
+                    annotation_indices=None,
                 )
             )
         return classes, cut

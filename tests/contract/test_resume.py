@@ -413,8 +413,8 @@ def one_rank(rank: int, port: int, folder: Path, killed: bool) -> None:
         return
     asked = [partial(SignalAt, 0, 0)] if rank == 1 else []  # the other one hears of it when they talk
     runs = {"whole": run("whole"), "after the kill": run("again", "killed")}
-    for name, steps in {"asked": 1, "asked late": checkpoints.AGREE}.items():
-        checkpoints.AGREE = steps
+    for name, steps in {"asked": 1, "asked late": checkpoints.EXCHANGE_STEPS}.items():
+        checkpoints.EXCHANGE_STEPS = steps
         assert run(name, None, *asked).stopped
         runs[f"after it was {name}"] = run(f"{name}, again", name)
     found = {name: {"journal": each.journal, "weights": each.weights} for name, each in runs.items()}

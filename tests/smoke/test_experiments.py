@@ -73,7 +73,7 @@ def test_header_says_command_and_expected_number(experiment: str) -> None:
     assert f"experiment={experiment} " in header
     if experiment == "bccd":  # no paper's
         assert "Measured values" in header
-        assert "README" in header
+        assert "docs/results.md" in header
         return
     assert re.search(r"arXiv \d{4}\.\d{5}|(CVPR|ICCV|ECCV|NeurIPS) \d{4}", header)
     expected = header.partition(" Expected ")[2]

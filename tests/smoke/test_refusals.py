@@ -120,7 +120,7 @@ UNREAD = [  # the word, and what the message names
 def test_a_wrong_value_is_named_before_an_image_is_read(
     line: str, message: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("distill.data.shapes.Shapes.read", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr("distill.data.shapes.Shapes.read_split", lambda *_: pytest.fail("data were read"))
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
     assert cli(["train", *TINY, line]) == 1
     said = capsys.readouterr().err

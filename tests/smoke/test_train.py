@@ -48,8 +48,10 @@ def classifier_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
 
 @pytest.fixture
 def made_classifier(classifier_file: tuple[Path, str]) -> list[str]:
-    """The overrides that name it, as the verb printed them."""
-    return classifier_file[1].splitlines()[-1].split()
+    """The overrides of the classifier, as the verb printed them, without the choice of the method."""
+    method, *overrides = classifier_file[1].splitlines()[-1].split()
+    assert method == "distill=dicod"
+    return overrides
 
 
 @pytest.mark.parametrize("option", mostly_exhaustive(DISTILL, DAILY))

@@ -111,7 +111,10 @@ def _full_key(node: Any) -> str:
 
 def without_weights(model: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments with which a detector is built with random weights, whatever weights its options name."""
-    return {"weights": None, "backbone": {**model.get("backbone", {}), "weights": None}}
+    backbone = model.get("backbone", {})
+    if isinstance(backbone, Mapping):  # the constructor refuses anything else
+        backbone = {**backbone, "weights": None}
+    return {"weights": None, "backbone": backbone}
 
 
 def trainer_device(cfg: DictConfig) -> torch.device:
