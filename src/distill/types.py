@@ -1,9 +1,9 @@
-"""The vocabulary: data that passes between data sources, detectors, losses and the Distiller.
+"""Shared types: the data that passes between data sources, detectors, losses and the Distiller.
 
-Axis letters, used in every docstring: B images, C channels, H W map height and width, L levels, A anchors per cell,
-K classes (background not counted), R regions. Boxes are ``xyxy`` in pixels of the *resized* image unless a name says
-otherwise. Labels are torchvision's: 0 is background, class ``i`` of ``classes`` has label ``i + 1``. Student first,
-teacher second, always.
+All docstrings use these axis letters: B images, C channels, H and W map height and width, L levels, A anchors per
+cell, K classes (background not counted), R regions. Boxes are ``xyxy`` in pixels of the *resized* image unless a name
+says otherwise. Labels follow torchvision: 0 is background, and class ``i`` of ``classes`` has label ``i + 1``.
+Arguments and results always give the student first and the teacher second.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a mistyped command line should not wait for it
+if TYPE_CHECKING:  # torch takes seconds to import; a mistyped command line should fail at once
     import torch
     from torch import Tensor
 
 Pyramid: TypeAlias = "dict[int, Tensor]"
-"""Maps (B, C, H, W) keyed by nominal stride in pixels, finest first."""
+"""Nominal stride in pixels -> map (B, C, H, W). The finest level comes first."""
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
 
 class DistillError(Exception):
-    """Something a user can mend: says what was expected, what came, where, and what to do next."""
+    """An error that the user can fix. The message says what was expected, what came, where, and the next step."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Ground truth of one image: boxes (N, 4) float32 and labels (N,) int64 from 1 to K. Crowds are left out."""
+    """Ground truth of one image: boxes (N, 4) float32 and labels (N,) int64 from 1 to K. Crowd boxes are left out."""
 
     boxes: Tensor
     labels: Tensor
     masks: Tensor | None = None
-    """(N, h, w) uint8 of 0 and 1, of the resized image **without** its padding; None where none were asked for."""
+    """(N, h, w) uint8, 0 or 1, of the resized image **without** its padding. None unless masks were requested."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
         parts = (self.boxes, self.labels, self.masks)
@@ -45,9 +45,9 @@ class Target:
         return Target(self.boxes.pin_memory(), self.labels.pin_memory(), masks)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled with boxes and labels as arrays, so that a worker sends them as bytes.
+        """Pickle boxes and labels as NumPy arrays, so that a worker process sends them as bytes.
 
-        Torch sends each tensor as a shared file of its own, which takes longer than a small picture takes to decode.
+        Torch sends each tensor through its own shared file. Opening that file takes longer than decoding a small image.
         """
         if self.boxes.device.type != "cpu":
             return Target, (self.boxes, self.labels, self.masks)
@@ -62,23 +62,26 @@ def _unpickled(boxes: Any, labels: Any, masks: Tensor | None) -> Target:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images made once, on the workers, and seen by both models: resized and padded, but **not** normalised.
+    """A batch of images, resized and padded but **not** normalised. Workers create a batch once, for both models.
 
-    A dataclass with ``to`` and ``pin_memory``, because torch would turn the tuples inside a NamedTuple into lists.
+    `Batch` is a dataclass with ``to`` and ``pin_memory``: torch would turn the tuples in a NamedTuple into lists.
     """
 
     images: Tensor
-    """(B, 3, H, W) uint8 RGB, zero-padded to the right and below; from our loaders channels last in memory, as decoded."""
+    """(B, 3, H, W) uint8 RGB, zero-padded on the right and at the bottom.
+
+    The memory format of our loaders is channels last, as decoders write it.
+    """
     sizes: tuple[Size, ...]
-    """Size of each resized image, without its padding."""
+    """(height, width) of each resized image, without its padding."""
     original_sizes: tuple[Size, ...]
-    """Size of each image as stored on disk."""
+    """(height, width) of each image as stored on disk."""
     targets: tuple[Target, ...]
     ids: tuple[int, ...]
-    """Image ids of the data set (64-bit)."""
+    """Image ids of the data set, 64-bit integers."""
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
-        """Move the tensors; asynchronously where the memory is pinned."""
+        """Move the tensors. With `non_blocking=None` the copy is asynchronous if the images are in pinned memory."""
         fast = self.images.is_pinned() if non_blocking is None else non_blocking
         moved = tuple(target.to(device, fast) for target in self.targets)
         return Batch(self.images.to(device, non_blocking=fast), self.sizes, self.original_sizes, moved, self.ids)
@@ -92,62 +95,75 @@ class Batch:
 
 
 class Detections(NamedTuple):
-    """What a detector found in one image: boxes (N, 4), scores (N,) in [0, 1], labels (N,) from 1 to K, best first."""
+    """Detections of one image, best first: boxes (N, 4), scores (N,) in [0, 1], labels (N,) from 1 to K."""
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
-    """(N, H, W) bool in the same image, from a detector of masks: probability above one half."""
+    """(N, H, W) bool in the same image: mask probability above 0.5. None from detectors without a mask head."""
 
 
 class Regions(NamedTuple):
-    """Sampled regions of a two-stage detector, one tensor per image, with what the box head should say of them."""
+    """Sampled regions of a two-stage detector and the targets of the box head. Each field has one tensor per image."""
 
     boxes: list[Tensor]
-    """(R, 4)."""
+    """(R, 4) region boxes."""
     labels: list[Tensor]
-    """(R,), 0 = background."""
+    """(R,) labels, 0 = background."""
     truth: list[Tensor]
-    """(R, 4): the matched ground truth; of a negative region the box that it overlaps most, or zeros in an image without."""
+    """(R, 4) ground-truth boxes.
+
+    A positive region has its matched box. A negative region has the box that it overlaps most. In an image without
+    boxes all rows are zeros.
+    """
     deltas: list[Tensor]
-    """(R, 4): regression targets, in the coding of ``roi_logits``."""
+    """(R, 4) regression targets, encoded like the deltas of `View.roi_logits`."""
 
 
 class AnchorTargets(NamedTuple):
-    """What the dense head should say, for all anchors N of all levels, in the order of ``anchors``."""
+    """Targets of the dense head for the N anchors of all levels, in the order of `View.anchors`."""
 
     labels: Tensor
-    """(B, N) int64: the class (one-stage) or 1 (RPN), 0 = background, -1 = neither."""
+    """(B, N) int64: the class label (one-stage) or 1 (RPN); 0 = background, -1 = ignored."""
     deltas: Tensor
-    """(B, N, 4): regression targets in the coding of ``deltas``; they mean something where the label is above 0."""
+    """(B, N, 4): regression targets, encoded like `View.deltas`. Only rows with a label above 0 are valid."""
     sampled: Tensor
-    """(B, N) bool: the anchors that the detector's own classification loss sees."""
+    """(B, N) bool: anchors that the detector's own classification loss uses."""
 
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """What a detector is, known before any forward pass: enough to build adapters and to refuse a bad match."""
+    """Facts about a detector that are known before any forward pass.
+
+    Losses build their adapters from the spec, and reject a student and teacher that do not fit together.
+    """
 
     family: str
     """``faster_rcnn``, ``mask_rcnn``, ``retinanet`` or ``fcos``."""
     outputs: frozenset[str]
-    """Names of the View's members that this family has, of those that not every family has: see `MAPS`, `ALTERNATIVES`."""
+    """Names of the View outputs that this family has, see `MAPS` and `ALTERNATIVES`.
+
+    Outputs that every family has are not listed, except ``body``.
+    """
     classes: tuple[str, ...]
+    """Class names in label order, without background."""
     body: dict[int, int]
-    """Stride -> channels of the backbone's stages (C2..C5)."""
+    """Stride -> channels of the backbone stages C2 to C5."""
     neck: dict[int, int]
-    """Stride -> channels of the feature pyramid; empty without one."""
+    """Stride -> channels of the feature pyramid levels. Empty if the detector has no feature pyramid."""
     anchors: dict[int, int]
-    """Stride -> anchors per cell (A); empty without anchors."""
+    """Stride -> anchors per cell (A). Empty if the detector has no anchors."""
     mean: tuple[float, ...]
+    """Channel means that normalise images in [0, 1], in the channel order of the detector."""
     std: tuple[float, ...]
+    """Channel standard deviations that normalise images in [0, 1], in the channel order of the detector."""
     norm: str
-    """Normalisation of the backbone: ``frozen``, ``batch_fixed_stats``, ``batch`` or ``sync``."""
+    """Normalisation layers of the backbone: ``frozen``, ``batch_fixed_stats``, ``batch`` or ``sync``."""
 
 
 MAPS = ("body", "neck", "objectness", "class_logits", "deltas", "centerness")
-"""Outputs that are maps by stride, in the order in which a detector computes them."""
+"""Outputs with one map per stride, in the order in which a detector computes them."""
 
 _PYRAMID = "choose a detector with a feature pyramid (model=frcnn_r50, model=retinanet_r50)"
 _TWO_STAGE = "choose a two-stage detector (model=frcnn_r50)"
@@ -159,22 +175,22 @@ ALTERNATIVES = {
     "class_logits": "choose a one-stage detector (model=retinanet_r50)",
     "mask_logits": "choose a detector with a mask head (model=mask_rcnn_r50)",
 }
-"""Output of some families -> which detector has it."""
+"""Output that only some families have -> advice on a detector that has the output."""
 
 
 class MissingOutputError(DistillError, AttributeError):
-    """A detector does not have an output that is read of it. An `AttributeError` too, so that `hasattr` works on Views."""
+    """The detector does not have a requested output. This is also an `AttributeError`: `hasattr` works on Views."""
 
 
 def require(spec: DetectorSpec, output: str, reader: str, role: str = "detector", remedy: str = "") -> None:
-    """Refuse a detector without an output.
+    """Raise an error if a detector does not have an output.
 
     Args:
-        spec: of the detector.
-        output: a name of `DetectorSpec.outputs`.
-        reader: the loss term, option or stage that needs the output, for the message.
-        role: ``student``, ``teacher`` or ``detector``.
-        remedy: what else helps besides another detector.
+        spec: the spec of the detector.
+        output: an output name, as in `DetectorSpec.outputs`.
+        reader: the loss term, option or stage that needs the output. The message names the reader.
+        role: the role of the detector in the message: ``student``, ``teacher`` or ``detector``.
+        remedy: a remedy that the message suggests before the advice to choose another detector.
 
     Raises:
         MissingOutputError: the detector does not have the output.
@@ -186,9 +202,10 @@ def require(spec: DetectorSpec, output: str, reader: str, role: str = "detector"
 
 
 class View(Protocol):
-    """One detector looking at one batch. Each stage is computed on first use and kept; the reading order changes nothing.
+    """The outputs of one detector on one batch.
 
-    A frozen (teacher's) View enters ``no_grad`` around each stage. Per-level entries are keyed by stride.
+    Each stage is computed on first use and cached. The order of reading does not change any value. A frozen View, which
+    the teacher has, computes each stage under ``no_grad``. Outputs per level are dictionaries keyed by stride.
     """
 
     batch: Batch
@@ -196,7 +213,10 @@ class View(Protocol):
 
     @property
     def stages(self) -> Sequence[str]:
-        """Names of the stages that were read, by others or by one another, in an order in which they may be read."""
+        """Names of the stages that were computed, in a valid order of computation.
+
+        The names include stages that only other stages read.
+        """
 
     @property
     def body(self) -> Pyramid: ...
@@ -206,64 +226,81 @@ class View(Protocol):
 
     @property
     def anchors(self) -> dict[int, Tensor]:
-        """Stride -> (H*W*A, 4) float32, shared by all images of the batch. Anchor-free: a square per cell, a stride wide."""
+        """Stride -> anchors (H*W*A, 4) float32. All images of the batch share the anchors.
+
+        An anchor-free detector has one square per cell, with the stride as its side.
+        """
 
     @property
     def points(self) -> dict[int, Tensor]:
-        """Anchor-free: stride -> (H*W, 2) float32, x and y of the centers of `anchors`."""
+        """Anchor-free detectors: stride -> (H*W, 2) float32, the centers (x, y) of `anchors`."""
 
     @property
     def class_logits(self) -> Pyramid:
-        """Dense class logits (B, A*K, H, W), one-stage only."""
+        """One-stage detectors: dense class logits (B, A*K, H, W)."""
 
     @property
     def objectness(self) -> Pyramid:
-        """RPN logits (B, A, H, W), two-stage only."""
+        """Two-stage detectors: RPN logits (B, A, H, W)."""
 
     @property
     def deltas(self) -> Pyramid:
-        """Dense box deltas (B, A*4, H, W); anchor-free: distances to left, top, right and bottom in strides, from 0 on."""
+        """Dense box deltas (B, A*4, H, W).
+
+        Deltas of an anchor-free detector are distances to the left, top, right and bottom side, in strides, at least 0.
+        """
 
     @property
     def centerness(self) -> Pyramid:
-        """Logits (B, 1, H, W) of how central a cell lies in its object, one-stage anchor-free only."""
+        """Anchor-free one-stage detectors: logits (B, 1, H, W), high for a cell near the center of its object."""
 
     @property
     def anchor_targets(self) -> AnchorTargets:
-        """What ground truth asks of each anchor, and the sample of them that the detector's own loss sees."""
+        """Targets of all anchors, and the sample of anchors that the detector's own loss uses."""
 
     def anchor_boxes(self, deltas: Tensor) -> Tensor:
-        """(B, N, 4) float32: all anchors as (B, N, 4) deltas, in the order and coding of `anchor_targets`, move them."""
+        """Apply deltas (B, N, 4) to all anchors; return boxes (B, N, 4) float32.
+
+        The deltas have the order and the encoding of `anchor_targets`.
+        """
 
     @property
     def proposals(self) -> list[Tensor]:
-        """Two-stage: (P, 4) float32 per image, detached."""
+        """Two-stage detectors: proposals (P, 4) float32 of each image, detached."""
 
     @property
     def rois(self) -> Regions:
-        """Two-stage: the regions sampled for the box head, ground truth added. Drawn once."""
+        """Two-stage detectors: regions for the box head, sampled once from proposals and ground truth."""
 
     def roi_features(self, boxes: Sequence[Tensor]) -> Tensor:
-        """(R, C, 7, 7) for the regions of all images in order; kept per box list."""
+        """Return the pooled features (R, C, 7, 7) of the regions of all images, in order. Cached for each box list."""
 
     def roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Two-stage: (R, K+1) class logits and (R, (K+1)*4) box deltas; kept per box list."""
+        """Two-stage detectors: return class logits (R, K+1) and box deltas (R, (K+1)*4). Cached for each box list."""
 
     def roi_boxes(self, boxes: Sequence[Tensor]) -> Tensor:
-        """Two-stage: (R, K+1, 4) float32, the regions as the box head moves them for each class, not clipped."""
+        """Two-stage detectors: return the regions moved by each class's deltas, (R, K+1, 4) float32, not clipped."""
 
     def mask_logits(self, boxes: Sequence[Tensor]) -> Tensor:
-        """Mask R-CNN: (R, K+1, 28, 28) for the regions of all images in order; kept per box list."""
+        """Mask R-CNN: return the mask logits (R, K+1, 28, 28) of all images' regions. Cached for each box list."""
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """The detector's own supervised losses, scalars by torchvision's names."""
+        """The detector's own supervised losses: torchvision's name -> scalar."""
 
     def predictions(
         self, score: float | None = None, nms: float | None = None, top: int | None = None
     ) -> list[Detections]:
-        """Detections in resized pixels; the thresholds default to the detector's own."""
+        """Return the detections of each image, in pixels of the resized image.
+
+        Args:
+            score: the lowest score.
+            nms: the highest IoU of two detections of one class.
+            top: the highest number of detections per image.
+
+        A threshold of None is the detector's own.
+        """
 
     @property
     def detections(self) -> list[Detections]:
-        """After NMS, in the original image's pixels; with masks from a detector of masks."""
+        """Detections after NMS, in pixels of the original image. A detector with a mask head adds masks."""

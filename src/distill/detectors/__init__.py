@@ -1,4 +1,4 @@
-"""Detectors and their lazy Views, one file per family: `faster_rcnn`, `mask_rcnn`, `retinanet`, `fcos`.
+"""Detectors and their lazy Views. Each family has its own module: `faster_rcnn`, `mask_rcnn`, `retinanet`, `fcos`.
 
-Nothing is imported here, so that naming a constructor in a configuration costs nothing before the detector is built.
+This package imports nothing here. A configuration can therefore name a constructor without importing torch.
 """

@@ -1,7 +1,7 @@
-"""Where detectors of other frameworks place boxes and pixels otherwise than torchvision's.
+"""Options for weights from other frameworks, whose anchors, boxes and pixels differ from torchvision's.
 
-Weights are bound to these choices although they fit any of them. Every default is torchvision's, and gives
-torchvision's own part.
+Weights load with any value of these options, but they give correct results only with the values used in training. Every
+default is torchvision's value. With the defaults, the functions return torchvision's own classes.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ DEFAULTS: dict[str, Any] = {
     "box_level_rule": "torchvision",
     "p7_relu": True,
 }
-"""Options of this module and of `roi_align` by dotted path -> torchvision's values."""
+"""Dotted path of an option of this module or of `roi_align` -> torchvision's value."""
 
 
 def choose(option: str, value: str, allowed: Sequence[str]) -> str:
-    """`value`, if it is one of the allowed words."""
+    """Return `value` if it is one of the allowed words.
+
+    Raises:
+        DistillError: `value` is not allowed. The message names `option`.
+    """
     if value not in allowed:
         raise DistillError(f"{option}: expected {' or '.join(allowed)}, got {value!r}")
     return value
 
 
 class Anchors(AnchorGenerator):  # type: ignore[misc]
-    """Anchors as `anchor_generator` describes them."""
+    """torchvision's AnchorGenerator with the options of `anchor_generator` that torchvision does not have."""
 
     def __init__(
         self, sizes: Any, ratios: Any, strides: Sequence[int] | None, offset: float, round: bool, by_size: bool
@@ -56,7 +60,7 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """(A, 4): the anchors of one cell, around 0."""
+        """Return the anchors (A, 4) of one cell, centered at 0."""
         sizes = torch.as_tensor(scales, dtype=dtype, device=device)
         roots = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
         sides = torch.stack(
@@ -67,7 +71,7 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]
         return anchors.round() if self.round else anchors
 
     def grid_anchors(self, grid_sizes: Any, strides: Any) -> list[Tensor]:
-        """(H*W*A, 4) of each level."""
+        """Return the anchors (H*W*A, 4) of each level."""
         steps = strides if self.strides is None else [[stride, stride] for stride in self.strides]
         anchors = super().grid_anchors(grid_sizes, steps)
         shifts = [
@@ -85,16 +89,22 @@ def anchor_generator(
     order: str = "ratio",
     step: str = "fitted",
 ) -> Any:
-    """torchvision's AnchorGenerator for five levels that share one head, so with equally many anchors on each.
+    """Return torchvision's AnchorGenerator, or `Anchors`, for five levels.
+
+    The levels share one head, so all levels have the same number of anchors per cell.
 
     Args:
-        sizes, ratios: sides in pixels of each level; height / width.
+        sizes: anchor sides in pixels, one list for each level.
+        ratios: height / width of the anchors.
         strides: nominal strides of the levels.
-        offset: where a cell's anchors are centred, in steps from its upper left corner; 0.5 is its middle.
-        rounded: whether the corners around a centre are rounded to whole pixels.
-        order: what changes last in a cell: its ``ratio``, or its ``size`` (Detectron2).
-        step: from cell to cell: ``fitted``, the image's side // the map's, or ``nominal``, the level's stride. They
-            differ where the padded side is no multiple of the stride.
+        offset: the center of a cell's anchors, in steps from the upper left corner of the cell; 0.5 is the middle.
+        rounded: whether anchor corners, relative to the center, are rounded to whole pixels.
+        order: the outer loop over the anchors of a cell: ``ratio`` (torchvision), or ``size`` (Detectron2).
+        step: the distance between neighbouring cells: ``fitted``, the image's side // the map's side, or ``nominal``,
+            the stride of the level. The two differ if the padded side is not a multiple of the stride.
+
+    Raises:
+        DistillError: an option has an invalid value.
     """
     if len(sizes) != 5 or len({len(level) for level in sizes}) != 1 or not all(sizes) or not ratios:
         raise DistillError(
@@ -114,10 +124,13 @@ def anchor_generator(
 
 
 class TwoSidedBoxCoder(BoxCoder):  # type: ignore[misc]
-    """Keeps the deltas of width and height from below too (MMDetection): no box under 1/62.5 of its anchor's side."""
+    """torchvision's BoxCoder that also clamps the deltas of width and height from below (MMDetection).
+
+    No side of a box is shorter than 1/62.5 of the side of its anchor.
+    """
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        """(N, 4*K) deltas and (N, 4) anchors to (N, 4*K) boxes."""
+        """Decode deltas (N, 4*K) at anchors (N, 4) to boxes (N, 4*K)."""
         codes = rel_codes.view(len(rel_codes), -1, 4)
         floor = torch.tensor(self.weights[2:], dtype=codes.dtype, device=codes.device) * -self.bbox_xform_clip
         codes = torch.cat([codes[..., :2], codes[..., 2:].maximum(floor)], dim=-1)
@@ -126,40 +139,66 @@ class TwoSidedBoxCoder(BoxCoder):  # type: ignore[misc]
 
 
 def clamp_deltas(parts: Sequence[Any], delta_clamp: str) -> None:
-    """Give each part, with a `box_coder`, one that clamps on the ``upper`` side only (torchvision) or on ``both``."""
+    """Set the clamping of width and height deltas in the `box_coder` of each part.
+
+    Args:
+        parts: modules with an attribute `box_coder`.
+        delta_clamp: ``upper`` clamps large deltas only (torchvision); ``both`` also clamps small deltas.
+
+    Raises:
+        DistillError: `delta_clamp` has another value.
+    """
     if choose("delta_clamp", delta_clamp, ("upper", "both")) == "both":
         for part in parts:
             part.box_coder = TwoSidedBoxCoder(part.box_coder.weights, part.box_coder.bbox_xform_clip)
 
 
 class LinearP6P7(LastLevelP6P7):  # type: ignore[misc]
-    """P7 convolved from P6 itself, without torchvision's ReLU between them."""
+    """torchvision's P6 and P7, without the ReLU between P6 and the convolution that computes P7."""
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        """The levels and their names with P6 and P7 behind them."""
+        """Append P6 and P7 to the levels, and their names to the names."""
         p6 = self.p6(p[-1] if self.use_P5 else c[-1])
         return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
 
 
 def p6_p7(c5_channels: int, neck_channels: int, p6_from: str, relu: bool) -> Any:
-    """The levels above a RetinaNet's P5, P6 from ``p5`` or ``c5``."""
+    """Return the module that computes P6 and P7 of a RetinaNet or FCOS.
+
+    Args:
+        c5_channels: channels of C5.
+        neck_channels: channels of P5, P6 and P7.
+        p6_from: the input of P6: ``p5`` or ``c5``.
+        relu: whether a ReLU stands between P6 and the convolution that computes P7.
+
+    Raises:
+        DistillError: `p6_from` has another value.
+    """
     from_p5 = choose("p6_from", p6_from, ("p5", "c5")) == "p5"
     levels = (LastLevelP6P7 if relu else LinearP6P7)(neck_channels if from_p5 else c5_channels, neck_channels)
-    levels.use_P5 = from_p5  # torchvision guesses it from the channels, wrongly where C5 is as wide as the neck
+    levels.use_P5 = from_p5  # torchvision infers it from the channels, wrongly if C5 is as wide as the neck
     return levels
 
 
 class BGRTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """Takes RGB images as torchvision's does, and hands them on as BGR."""
+    """torchvision's transform for RGB images, with BGR output."""
 
     def normalize(self, image: Tensor) -> Tensor:
-        """(3, H, W) RGB in [0, 1] to normalised BGR."""
+        """Return an RGB image (3, H, W) in [0, 1] as normalised BGR."""
         normalised: Tensor = super().normalize(image.flip(0))
         return normalised
 
 
 def order_channels(net: Any, channel_order: str) -> None:
-    """Let `net`, used without a View, turn RGB images into what its weights expect: ``rgb`` or ``bgr``."""
+    """Set the channel order that the weights of `net` expect, for uses of `net` without a View.
+
+    Args:
+        net: torchvision's network. Its transform takes RGB images.
+        channel_order: ``rgb`` or ``bgr``.
+
+    Raises:
+        DistillError: `channel_order` has another value.
+    """
     if choose("pixels.channel_order", channel_order, ("rgb", "bgr")) == "bgr":
         own = net.transform
         net.transform = BGRTransform(own.min_size, own.max_size, own.image_mean, own.image_std)

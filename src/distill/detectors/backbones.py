@@ -1,7 +1,8 @@
-"""Bodies that give C2..C5, and the feature pyramid on top.
+"""Bodies, which compute the maps C2 to C5, and the feature pyramid on top of a body.
 
-A body is a `Trunk`: a ResNet of ours, with a true width factor, any of torchvision's networks in `ENDS`, or one of
-timm's. Modules, keys and numbers are torchvision's (the ResNet's at width 1), without the classifier.
+A body is built from a `Trunk`: our `ResNet` with a width factor for every layer, one of torchvision's networks in
+`ENDS`, or a network of timm. Module names, state dict keys and outputs equal torchvision's (the ResNet's at width 1).
+The classifier is left out.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ DEPTHS: dict[int, tuple[Any, tuple[int, int, int, int]]] = {
     101: (Bottleneck, (3, 4, 23, 3)),
     152: (Bottleneck, (3, 8, 36, 3)),
 }
-"""Depth -> block and blocks per stage. Depth 10 has no ImageNet weights: one basic block a stage."""
+"""Depth -> block class and blocks per stage. Depth 10 has one basic block per stage, and no ImageNet weights."""
 
 RESNET = ("bn1", "layer1", "layer2", "layer3", "layer4")
+"""Children that end the stem and C2 to C5 of a ResNet."""
 
 ENDS: dict[str, tuple[str, ...]] = {
     "resnext50_32x4d": RESNET,
@@ -41,27 +43,37 @@ ENDS: dict[str, tuple[str, ...]] = {
     "mobilenet_v3_small": ("0", "1", "3", "8", "11"),
     **{f"efficientnet_b{size}": ("1", "2", "3", "5", "7") for size in range(8)},
 }
-"""torchvision's name -> the children that end the stem (stride 2) and C2..C5: the last block at each stride.
+"""torchvision's name -> the children that end the stem (stride 2) and C2 to C5: the last block at each stride.
 
-The 1x1 convolution with which MobileNets and EfficientNets only widen C5 for their classifier is left out.
+MobileNets and EfficientNets have a last 1x1 convolution that widens C5 for the classifier. It is left out.
 """
 
 WIDE = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
-"""Those of them that come in other widths (`width_mult`)."""
+"""Networks in `ENDS` that torchvision builds in other widths (`width_mult`)."""
 
 
 class Trunk(Protocol):
-    """A network whose children run in order; what it ends the stem and C2..C5 with, and the channels of C2..C5."""
+    """A network whose children run in order."""
 
     ends: tuple[str, ...]
+    """Names of the modules that end the stem and C2 to C5."""
     channels: tuple[int, ...]
+    """Channels of C2 to C5."""
 
 
 class ResNet(nn.Module):
-    """conv1, bn1, relu, maxpool, layer1..layer4, as torchvision names them, every width times `width`.
+    """ResNet without the classifier: conv1, bn1, relu, maxpool and layer1 to layer4, with torchvision's names.
 
-    `depth` is one of 10, 18, 34, 50, 101, 152; `stride_in_1x1` puts the stride of a bottleneck into its first
-    convolution (the original form, which Detectron2's weights expect) instead of its 3x3.
+    Args:
+        depth: 10, 18, 34, 50, 101 or 152.
+        width: factor on the channels of every layer.
+        norm: a name in `distill.detectors.norms.NORMS`.
+        norm_eps: epsilon of the norms.
+        stride_in_1x1: whether the first 1x1 convolution of a bottleneck has the stride, and not the 3x3 convolution.
+            The original ResNet has this form, and Detectron2's weights expect it.
+
+    Raises:
+        DistillError: an option has an invalid value.
     """
 
     def __init__(
@@ -97,7 +109,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> C5."""
+        """Compute C5 of images (B, 3, H, W)."""
         for module in self.children():
             images = module(images)
         return images
@@ -116,7 +128,7 @@ def _stage(
 
 
 class Layers(nn.Sequential):
-    """One of torchvision's networks in `ENDS` as a `Trunk`, up to C5."""
+    """A torchvision network in `ENDS` as a `Trunk`. The layers after C5 are left out."""
 
     def __init__(self, network: nn.Module, ends: tuple[str, ...]) -> None:
         super().__init__()
@@ -141,15 +153,18 @@ def build_backbone(
     norm_eps: float | None = None,
     stride_in_1x1: bool = False,
 ) -> Any:
-    """The `Trunk` behind a backbone's name, with random weights.
+    """Build the `Trunk` with a given name and random weights.
 
     Args:
         name: ``resnet``, one of torchvision's names in `ENDS`, or ``timm/NAME``.
-        depth: of the ResNet; None is 50 there, and all that another backbone takes.
-        width: factor on the channels, of the ResNet or one in `WIDE`.
-        norm: what becomes of every batch norm, see `distill.detectors.norms.NORMS`.
-        norm_eps: its epsilon; None keeps the network's own (1e-5 of the ResNet).
-        stride_in_1x1: see `ResNet`.
+        depth: depth of the ResNet; None means 50. Other backbones accept only None.
+        width: factor on the channels of the ResNet or of a network in `WIDE`. Other backbones accept only 1.
+        norm: the replacement of every batch norm, a name in `distill.detectors.norms.NORMS`.
+        norm_eps: epsilon of the norms. None keeps the network's own epsilon (1e-5 for the ResNet).
+        stride_in_1x1: see `ResNet`. Other backbones accept only false.
+
+    Raises:
+        DistillError: the name is unknown, or an option does not fit the network.
     """
     if name == "resnet":
         return ResNet(
@@ -158,8 +173,8 @@ def build_backbone(
     check_norm(norm)
     if depth is not None or stride_in_1x1:
         raise DistillError(
-            f"backbone.depth, backbone.stride_in_1x1: expected null and false, as only backbone.name=resnet has them, got {depth!r} and"
-            f" {stride_in_1x1!r} with {name!r}"
+            "backbone.depth, backbone.stride_in_1x1: expected null and false, as only backbone.name=resnet has them,"
+            f" got {depth!r} and {stride_in_1x1!r} with {name!r}"
         )
     if not 0 < width <= 8 or (width != 1 and name not in WIDE):
         wide = ", ".join(("resnet", *WIDE))
@@ -178,21 +193,28 @@ def _torchvisions(backbone: str, width: float) -> Layers:
 
 
 def resolved_options(body: nn.Module) -> dict[str, Any]:
-    """What `trunk` chose where it was given None: the ResNet's depth, and the epsilon if all norms share one."""
+    """Return the options that a body resolves from None.
+
+    ``depth`` is the depth of a ResNet, and None for other bodies. ``norm_eps`` is the epsilon that all norms share, and
+    None if the epsilons differ or no norm exists.
+    """
     kinds = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
     found = {layer.eps for layer in body.modules() if isinstance(layer, kinds)}
     return {"depth": getattr(body, "depth", None), "norm_eps": found.pop() if len(found) == 1 else None}
 
 
 def imagenet_weights(backbone: str, depth: int | None) -> Any:
-    """torchvision's enum of ImageNet weights for a backbone, or None."""
+    """Return torchvision's enum of ImageNet weights for a backbone, or None if torchvision has no such network."""
     name = f"resnet{depth}" if backbone == "resnet" else backbone
     return models.get_model_weights(name) if name in models.list_models(module=models) else None
 
 
 def body_state(state: Mapping[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
-    """What of a whole classifier's state dict belongs to the body, under the body's names: all but its head."""
-    if isinstance(body, TimmBody):  # timm joins the names of a sequence and its parts by underscores
+    """Select the tensors of a classifier's state dict that belong to the body, under the body's names.
+
+    All tensors except those of the classification head belong to the body.
+    """
+    if isinstance(body, TimmBody):  # `features_only` networks join the names of a sequence and its parts by underscores
         flat = {name.replace(".", "_"): value for name, value in state.items()}
         known = {name: name.removeprefix("net.").replace(".", "_") for name in body.state_dict()}
         return {name: flat[theirs] for name, theirs in known.items() if theirs in flat}
@@ -201,7 +223,18 @@ def body_state(state: Mapping[str, Tensor], body: nn.Module) -> dict[str, Tensor
 
 
 def freeze(body: Any, trainable_stages: int) -> list[str]:
-    """Stop the gradients of all but the last of C5, C4, C3, C2 and the stem; returns the names of the stopped parts."""
+    """Stop the gradients of the first stages of a body.
+
+    Args:
+        body: with the stages stem, C2, C3, C4 and C5.
+        trainable_stages: how many stages stay trainable, counted from C5 down: 0 freezes all, 5 freezes none.
+
+    Returns:
+        Names of the frozen modules.
+
+    Raises:
+        DistillError: `trainable_stages` is not from 0 to 5.
+    """
     if trainable_stages not in range(len(body.ends) + 1):
         raise DistillError(
             f"backbone.trainable_stages: expected 0 (all frozen) to 5 (all trained), got {trainable_stages!r}"
@@ -218,14 +251,19 @@ def freeze(body: Any, trainable_stages: int) -> list[str]:
 
 
 class Body(IntermediateLayerGetter):  # type: ignore[misc]
-    """torchvision's holder of a trunk's children, which hands out C2 too where the neck leaves it aside."""
+    """torchvision's `IntermediateLayerGetter` over a trunk, which also returns stages that the neck does not use.
+
+    Args:
+        trunk: a `Trunk`.
+        first: the first stage that the neck uses; 1 = C2.
+    """
 
     def __init__(self, trunk: Any, first: int) -> None:
         super().__init__(trunk, {end: str(index) for index, end in enumerate(trunk.ends[first:])})
         self.ends = trunk.ends
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> C2..C5."""
+        """Compute the maps C2 to C5 of images (B, 3, H, W)."""
         found = []
         for name, module in self.items():
             images = module(images)
@@ -235,7 +273,7 @@ class Body(IntermediateLayerGetter):  # type: ignore[misc]
 
 
 class Backbone(BackboneWithFPN):  # type: ignore[misc]
-    """torchvision's, over a body that is already there."""
+    """torchvision's `BackboneWithFPN`, built over an existing body."""
 
     def __init__(self, body: nn.Module, channels: Sequence[int], neck_channels: int, extra: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -245,7 +283,14 @@ class Backbone(BackboneWithFPN):  # type: ignore[misc]
 
 
 def with_fpn(trunk: Any, first: int, neck_channels: int, extra: nn.Module) -> Backbone:
-    """torchvision's backbone with a pyramid over stages `first` (1 = C2) to 4, and `extra` levels above."""
+    """Return torchvision's backbone with a feature pyramid.
+
+    Args:
+        trunk: a `Trunk`.
+        first: the first stage that the pyramid uses (1 = C2). The last stage is C5.
+        neck_channels: channels of every pyramid level.
+        extra: the module that computes the levels above P5.
+    """
     if isinstance(trunk, TimmBody):
         trunk.first, body = first, trunk
     else:
@@ -254,7 +299,7 @@ def with_fpn(trunk: Any, first: int, neck_channels: int, extra: nn.Module) -> Ba
 
 
 def _leaves(module: nn.Module) -> list[str]:
-    """Names of the modules without children, in order of execution, which is that of registration."""
+    """Names of the modules without children, in order of registration, which is the order of execution."""
     return [name for name, each in module.named_modules() if next(each.children(), None) is None]
 
 

@@ -1,4 +1,4 @@
-"""The grammar that every detector shares: what is known of it before any forward pass, and the View it opens."""
+"""The base class of all detectors: a torchvision network with a spec, a description and Views."""
 
 from __future__ import annotations
 
@@ -14,20 +14,31 @@ from distill.types import Batch, DetectorSpec, DistillError, View
 
 
 class Detector(nn.Module):
-    """A torchvision detection model, `net`, behind one grammar. Its state dict is torchvision's, prefixed by ``net.``.
+    """A torchvision detection model, `net`, with the interface that all families share.
 
-    A subclass builds `net` and hands over what no state dict holds: its `options`, which are the arguments of its
-    constructor. `report` says what was loaded at construction.
+    The state dict is torchvision's, with the prefix ``net.``. A subclass builds `net` and passes its `options`: the
+    arguments of its constructor, which no state dict holds. The lines in `report` say what was loaded at construction.
+
+    Args:
+        net: torchvision's network.
+        spec: the facts about the detector that Views and losses use.
+        options: the arguments of the subclass's constructor, in plain containers.
+        frozen: names of the body's modules that stay in evaluation mode.
     """
 
     family: ClassVar[str]
+    """Name of the family, see `DetectorSpec.family`."""
     enum: ClassVar[Any]
-    """torchvision's weights of this family (ResNet-50)."""
+    """torchvision's enum of weights of this family, with a ResNet-50."""
     coco_eps: ClassVar[float] = 0.0
-    """Epsilon of the norms under the enum's COCO_V1: 0 by torchvision's builders, but not by FCOS's."""
+    """Epsilon of the norms for the enum's COCO_V1. torchvision's builders set 0, except the builder of FCOS."""
     class_layers: ClassVar[Mapping[str, int]]
-    """Layers whose rows belong to classes -> neighbouring rows a class (background first; per anchor, if dense)."""
+    """Name of a layer whose output rows belong to classes -> number of consecutive rows per class.
+
+    The rows of the background come first. In a dense head the rows repeat for each anchor.
+    """
     view_class: ClassVar[type[LazyView]]
+    """The View of the family."""
 
     net: Any
 
@@ -50,21 +61,25 @@ class Detector(nn.Module):
         seed: int | None = None,
         prefetch: Sequence[str] = (),
     ) -> View:
-        """Open a View on `batch`, which must lie on the detector's device.
+        """Create a View on a batch.
 
-        `training` chooses between training and test counts of proposals, whatever `.training` says. `frozen` keeps
-        every stage out of autograd. With a `seed` all draws come from it and the global stream is left alone; without
-        one they come from the global stream in torchvision's order.
+        The View stores the autocast mode and the grad mode at its creation. All stages use these modes, in whatever
+        mode a stage is read.
 
-        The View keeps the autocast and grad mode it was opened under, so it does not matter where a stage is read. The stages
-        named in `prefetch` are computed at once, and nothing else that they are built on is kept.
+        Args:
+            batch: on the detector's device.
+            training: whether the numbers of proposals are those of training or of testing. `.training` is not used.
+            frozen: whether autograd records no stage.
+            seed: the seed of all random draws. The global random state does not change. Without a seed the draws come
+                from the global random state, in torchvision's order.
+            prefetch: names of stages to compute at once. Intermediate results of these stages are not kept.
         """
         view = self.view_class(self, batch, training, frozen, seed)
         view.prefetch(prefetch)
         return cast(View, view)
 
     def describe(self) -> dict[str, Any]:
-        """Everything that a state dict does not hold, as plain JSON: the family and the constructor's arguments."""
+        """Return what a state dict does not hold, in plain containers: the family and the constructor's arguments."""
         backbone = {**self.options["backbone"], "weights": None}
         return {"family": self.family, **self.options, "backbone": backbone, "weights": None, "head": "keep"}
 
@@ -79,14 +94,17 @@ class Detector(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> Detector:
-        """As in torch, but the statistics of frozen stages stay as they are, as their weights do."""
+        """Set the mode as in torch. Frozen stages stay in evaluation mode, so that their statistics do not change."""
         super().train(mode)
         for name in self._frozen:
             self.net.backbone.body.get_submodule(name).eval()
         return self
 
     def pixels(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and std as (3, 1, 1) float32. Not buffers: a teacher cast to bfloat16 must not round them."""
+        """Return mean and standard deviation, each (3, 1, 1) float32, on a device.
+
+        They are not buffers, because a cast of the teacher to bfloat16 must not round them.
+        """
         if device not in self._pixels:
             mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (self.spec.mean, self.spec.std))
             self._pixels[device] = mean, std
@@ -94,7 +112,13 @@ class Detector(nn.Module):
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
-    """Class names in label order, each once. ("N/A" fills the unused labels of torchvision's COCO weights.)"""
+    """Return the class names as a tuple in label order.
+
+    Each name may occur once, except "N/A", which fills the unused labels of torchvision's COCO weights.
+
+    Raises:
+        DistillError: the list is empty, or a name is repeated.
+    """
     names = tuple(classes)
     twice = sorted(name for name, count in Counter(names).items() if count > 1 and name != "N/A")
     if not names or twice:

@@ -1,6 +1,7 @@
-"""The description of a detector in `student.json` and in checkpoints, and its older formats.
+"""The description of a detector in `student.json` and in checkpoints, and the conversion of older formats.
 
-A description is ``{"format": 2, "model": {"family": ..., option: value, ...}, "extra": {...}}``. Nothing here imports torch.
+A description is ``{"format": 2, "model": {"family": ..., option: value, ...}, "extra": {...}}``. This module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -22,30 +23,34 @@ RENAMED_OPTIONS = {
     **{f"anchor_{name}": f"anchors.{name}" for name in ("sizes", "ratios", "offset", "rounded", "order", "step")},
     **{name: f"pixels.{name}" for name in ("channel_order", "mean", "std")},
 }
-"""Option of a detector in format 1 -> its dotted path today."""
+"""Option of a detector in format 1 -> its dotted path in the current format."""
 
 RENAMED_VALUES: dict[str, dict[str, str]] = {"backbone.norm": {"live": "batch", "fixed": "batch_fixed_stats"}}
-"""Dotted path of an option -> old value -> value today."""
+"""Dotted path of an option -> value in format 1 -> value in the current format."""
 
 
 def renamed_option(name: str, value: Any) -> tuple[str, Any]:
-    """An option of format 1 as its dotted path and value of today. Options that did not change are returned as given."""
+    """Return the current dotted path and value of an option in format 1. An unchanged option is returned as given."""
     path = RENAMED_OPTIONS.get(name, name)
     new_value = RENAMED_VALUES.get(path, {}).get(value, value) if isinstance(value, str) else value
     return path, new_value
 
 
 def to_current_format(description: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A description of any format, in today's format.
+    """Convert a description of any format to the current format.
+
+    Args:
+        description: the content of `student.json`, or its part in a checkpoint.
+        where: the file, for messages.
 
     Raises:
-        DistillError: a newer version of distill wrote it.
+        DistillError: the format is unknown, for example because a newer version of distill wrote the description.
     """
     written = description.get("format", 1)
     if isinstance(written, bool) or written not in range(1, FORMAT + 1):
         raise DistillError(
-            f"{where}: the detector's description has format {written!r}, and this version of distill reads formats 1 to "
-            f"{FORMAT}: install the version that wrote it, or a newer one"
+            f"{where}: the detector's description has format {written!r}, and this version of distill reads formats 1 "
+            f"to {FORMAT}: install the version that wrote it, or a newer one"
         )
     model = description.get("model")
     if written == FORMAT or not isinstance(model, Mapping):
@@ -62,13 +67,16 @@ def to_current_format(description: Mapping[str, Any], where: str) -> dict[str, A
 
 
 def checkpoint_model(checkpoint: Mapping[str, Any], where: str) -> Any:
-    """The student's description in a checkpoint of any format, in today's format; None where the checkpoint has none."""
+    """Return the student's model from a checkpoint of any format, in the current format.
+
+    The result is None if the checkpoint has no description.
+    """
     description = {"format": checkpoint.get("student_format", 1), "model": checkpoint.get("student")}
     return to_current_format(description, where)["model"]
 
 
 def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested options, by its dotted path."""
+    """Yield the dotted path and the value of every nested option."""
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{name}.")

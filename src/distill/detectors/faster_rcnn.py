@@ -1,4 +1,4 @@
-"""Faster R-CNN on a backbone with FPN: torchvision's own model, and its View."""
+"""Faster R-CNN with a backbone and a feature pyramid: torchvision's model and its View."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from distill.types import AnchorTargets, Detections, Pyramid, Regions
 
 
 class TwoStageView(PyramidView):
-    """A Faster R-CNN looking at a batch."""
+    """The View of a Faster R-CNN."""
 
     outputs = PyramidView.outputs | {"objectness", "proposals", "rois", "roi_logits", "roi_boxes"}
 
@@ -35,7 +35,7 @@ class TwoStageView(PyramidView):
 
     @property
     def pool(self) -> Any:
-        """RoIAlign over P2..P5."""
+        """RoIAlign over P2 to P5."""
         return self.net.roi_heads.box_roi_pool
 
     @network
@@ -68,7 +68,7 @@ class TwoStageView(PyramidView):
 
     @geometry
     def proposals(self) -> list[Tensor]:
-        """(P, 4) per image, clipped, after NMS, best first, detached."""
+        """Proposals (P, 4) of each image, clipped, after NMS, best first, detached."""
         rpn, (objectness, deltas) = self.net.rpn, self._flat
         boxes = rpn.box_coder.decode(deltas.detach(), self._image_anchors).view(len(self.batch), -1, 4)
         counts = [len(level) for level in self.anchors.values()]
@@ -77,16 +77,16 @@ class TwoStageView(PyramidView):
 
     @geometry
     def _rpn_targets(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Labels and regression targets of all anchors, a tensor an image."""
+        """Labels and regression targets of all anchors, one tensor per image."""
         rpn, anchors = self.net.rpn, self._image_anchors
         labels, truth = rpn.assign_targets_to_anchors(anchors, self.targets)
         return labels, rpn.box_coder.encode(truth, anchors)
 
     @geometry
     def _rpn_sample(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Positive and negative anchors that the RPN learns from, an indicator (N,) an image each. Drawn once."""
+        """Indicators (N,) of the sampled positive and of the sampled negative anchors of each image. Sampled once."""
         if self.seed is None:
-            _ = self.body  # a body that drops paths by chance draws before it in torchvision
+            _ = self.body  # a body with random drop path draws before the sampler in torchvision
         with self.draw(0):
             positive, negative = self.net.rpn.fg_bg_sampler(self._rpn_targets[0])
         return positive, negative
@@ -100,7 +100,7 @@ class TwoStageView(PyramidView):
 
     @geometry
     def anchor_targets(self) -> AnchorTargets:
-        """Label 1 for an object of any class."""
+        """Targets of the RPN: an anchor on an object of any class has label 1."""
         sampled = [positive | negative for positive, negative in zip(*self._rpn_sample, strict=True)]
         labels, deltas = self._rpn_targets
         return AnchorTargets(torch.stack(labels).long(), torch.stack(list(deltas)), torch.stack(sampled) > 0)
@@ -110,18 +110,18 @@ class TwoStageView(PyramidView):
 
     @geometry
     def _sample(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Boxes, indices of the matched truth, labels and regression targets of the regions that the heads learn from."""
+        """Boxes, indices of the matched ground truth, labels and regression targets of the sampled regions."""
         if self.seed is None:
-            _ = self._rpn_sample  # drawn first in torchvision; under a seed each draw has a stream of its own
+            _ = self._rpn_sample  # torchvision draws it first; with a seed, each draw has its own random stream
         with self.draw(1):
             sample = self.net.roi_heads.select_training_samples(self.proposals, self.targets)
         return cast("tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]", sample)
 
     @geometry
     def rois(self) -> Regions:
-        """The regions that the box head learns from: proposals and ground truth, sampled once."""
+        """Regions that the box head is trained on, sampled once from proposals and ground truth."""
         boxes, match, labels, deltas = self._sample
-        # An image without ground truth gets one zero box, as torchvision has it.
+        # As in torchvision, an image without ground truth gets one zero box.
         truths = [
             target["boxes"] if len(target["boxes"]) else F.pad(target["boxes"], (0, 0, 0, 1)) for target in self.targets
         ]
@@ -129,7 +129,7 @@ class TwoStageView(PyramidView):
         return Regions(boxes, labels, truth, list(deltas))
 
     def roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Class logits (R, K+1), background first, and deltas (R, (K+1)*4), class-major."""
+        """Return class logits (R, K+1) and deltas (R, (K+1)*4). Background is first; a class has 4 adjacent deltas."""
         return self.keep("roi_logits", boxes, self._roi_logits)
 
     def _roi_logits(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -139,14 +139,14 @@ class TwoStageView(PyramidView):
         return upcast(logits), upcast(deltas)
 
     def roi_boxes(self, boxes: Sequence[Tensor]) -> Tensor:
-        """(R, K+1, 4), by the deltas of `roi_logits`."""
+        """Apply the deltas of `roi_logits` to the regions; return boxes (R, K+1, 4), not clipped."""
         deltas = self.roi_logits(boxes)[1]
         with self.scope(autocast=False):
             return cast(Tensor, self.net.roi_heads.box_coder.decode(deltas, list(boxes)))
 
     @geometry
     def losses(self) -> dict[str, Tensor]:
-        """loss_classifier, loss_box_reg, loss_objectness, loss_rpn_box_reg."""
+        """The losses ``loss_classifier``, ``loss_box_reg``, ``loss_objectness`` and ``loss_rpn_box_reg``."""
         objectness, rpn_box = self._rpn_losses
         classifier, box = fastrcnn_loss(*self.roi_logits(self.rois.boxes), self.rois.labels, self.rois.deltas)
         return {
@@ -159,7 +159,7 @@ class TwoStageView(PyramidView):
     def predictions(
         self, score: float | None = None, nms: float | None = None, top: int | None = None
     ) -> list[Detections]:
-        """Detections in resized pixels; the thresholds default to the detector's own."""
+        """Return the detections in pixels of the resized image. A threshold of None is the detector's own."""
         heads, proposals = self.net.roi_heads, self.proposals
         logits, deltas = self.roi_logits(proposals)
         thresholds = {"score_thresh": score, "nms_thresh": nms, "detections_per_img": top}
@@ -171,25 +171,32 @@ class TwoStageView(PyramidView):
 class FasterRCNN(PyramidDetector):
     """Faster R-CNN with a backbone and a feature pyramid of strides 4 to 64 (Ren et al. 2015, Lin et al. 2017).
 
-    Arguments that torchvision has too carry its names and defaults; `score_thresh`, `nms_thresh` and
-    `detections_per_img` are its `box_...` ones.
+    Arguments that torchvision also has keep torchvision's names and defaults. `score_thresh`, `nms_thresh` and
+    `detections_per_img` are torchvision's arguments with the prefix `box_`. `backbone`, `anchors` and `pixels` also
+    accept a mapping with some of the options.
 
     Args:
-        classes: names in label order, background left out; None takes those of `weights`.
-        backbone: the network below the neck, see `options.BackboneOptions`; here and below a mapping of some options will do.
+        classes: class names in label order, without background. None means the classes of `weights`.
+        backbone: the network below the neck, see `options.BackboneOptions`.
         neck_channels: channels of every level of the feature pyramid.
-        anchors: of strides 4, 8, 16, 32 and 64, see `options.AnchorOptions`.
-        delta_clamp: whether deltas of width and height are clamped on the ``upper`` side only, or on ``both``.
-        proposal_min_size: narrower or lower proposals are dropped; 0 keeps all that have an area.
-        head_channels: width of the box head's two layers.
-        box_sampling_ratio: RoIAlign's sample points a bin side; 0 adapts to the region's size.
-        box_roi_aligned: whether RoIAlign takes pixel centres to lie at half coordinates.
-        box_level_rule: which level a region is pooled from at the bounds, see `roi_align.LEVEL_RULES`.
-        box_roi_align: ``fast``, on a CPU equal to torchvision's but for rounding, or ``torchvision``; see `roi_align.region_pool`.
+        anchors: anchors of the strides 4, 8, 16, 32 and 64, see `options.AnchorOptions`.
+        delta_clamp: whether deltas of width and height are clamped on the ``upper`` side only, or on ``both`` sides.
+        proposal_min_size: the smallest width and height of a proposal in pixels. 0 keeps every proposal with an area.
+        head_channels: width of the two layers of the box head.
+        box_sampling_ratio: RoIAlign's sample points per side of a bin. 0 adapts the number to the size of the region.
+        box_roi_aligned: whether RoIAlign assumes pixel centers at half coordinates.
+        box_level_rule: the formula that assigns a region to a pyramid level, see `roi_align.LEVEL_RULES`.
+        box_roi_align: ``fast``, which on a CPU equals torchvision's RoIAlign except for rounding, or ``torchvision``.
+            See `roi_align.region_pool`.
         pixels: channel order and statistics that the weights expect, see `options.PixelOptions`.
-        min_size, max_size: written into `net.transform` for those who use it without us; a View never resizes.
-        weights: of the whole detector: torchvision's name (COCO_V1), a file, or the folder of a run.
-        head: where classes differ, ``keep`` takes the rows of the same name over, ``new`` starts afresh.
+        min_size: set in `net.transform`, for uses of `net` without a View. A View never resizes images.
+        max_size: set in `net.transform`, see `min_size`.
+        weights: weights of the whole detector: torchvision's name (COCO_V1), a file, or the folder of a run.
+        head: what to do if the classes differ from those of `weights`: ``keep`` copies the rows of classes with the
+            same name, ``new`` initialises the layers that belong to classes.
+
+    Raises:
+        DistillError: an option has an invalid value, or the weights do not fit.
     """
 
     family = "faster_rcnn"
@@ -240,7 +247,7 @@ class FasterRCNN(PyramidDetector):
         super().__init__(locals())
 
     def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
-        """torchvision's network."""
+        """Build torchvision's Faster R-CNN."""
         channels, head_channels = options["neck_channels"], options["head_channels"]
         pool = {name: options[f"box_{name}"] for name in ("sampling_ratio", "roi_aligned", "level_rule", "roi_align")}
         net = faster_rcnn.FasterRCNN(
@@ -262,4 +269,10 @@ class FasterRCNN(PyramidDetector):
 
     @staticmethod
     def extend(heads: Any, channels: int, classes: int) -> None:
-        """Add to torchvision's `roi_heads` what a subclass needs, given the neck's channels and the number of classes."""
+        """Add the layers of a subclass to torchvision's `roi_heads`. A Faster R-CNN adds none.
+
+        Args:
+            heads: torchvision's `roi_heads`.
+            channels: channels of the neck.
+            classes: number of classes, without background.
+        """

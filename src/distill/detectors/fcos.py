@@ -1,4 +1,4 @@
-"""FCOS on a backbone with FPN: torchvision's own model, and its View."""
+"""FCOS with a backbone and a feature pyramid: torchvision's model and its View."""
 
 from __future__ import annotations
 
@@ -22,42 +22,47 @@ from distill.types import DistillError, Pyramid
 
 
 class AnchorFreeView(OneStageView):
-    """An FCOS looking at a batch. Boxes and centerness share a trunk, which runs once; their last layers run apart.
+    """The View of an FCOS.
 
-    Its anchors are points: one square a cell, a nominal stride wide, around the place that distances are measured from.
+    The box branch and the centerness branch share their convolutions, which run once. Their last layers run separately.
+    Each cell has one anchor: a square whose side is the nominal stride. Its center is the origin of the distances.
     """
 
     outputs = OneStageView.outputs | {"points", "centerness"}
 
     @geometry
     def points(self) -> dict[int, Tensor]:
-        """Stride -> (H*W, 2) float32: x and y that the distances of `deltas` are measured from."""
+        """Stride -> (H*W, 2) float32: the origins (x, y) of the distances in `deltas`."""
         return {stride: (boxes[:, :2] + boxes[:, 2:]) / 2 for stride, boxes in self.anchors.items()}
 
     @network
     def _trunk(self) -> Pyramid:
-        """(B, C, H, W): what the box layer and the centerness layer both read."""
+        """Stride -> (B, C, H, W): the input of both the box layer and the centerness layer."""
         return {stride: self.net.head.regression_head.conv(x) for stride, x in self.neck.items()}
 
     @network
     def deltas(self) -> Pyramid:
-        """Stride -> (B, 4, H, W): distances to left, top, right and bottom in strides, after the ReLU, so from 0 on."""
+        """Stride -> (B, 4, H, W): distances to the left, top, right and bottom side, in strides, after the ReLU."""
         layer = self.net.head.regression_head.bbox_reg
         return {stride: upcast(torch.relu(layer(x))) for stride, x in self._trunk.items()}
 
     @network
     def centerness(self) -> Pyramid:
-        """Stride -> logits (B, 1, H, W)."""
+        """Stride -> centerness logits (B, 1, H, W)."""
         layer = self.net.head.regression_head.bbox_ctrness
         return {stride: upcast(layer(x)) for stride, x in self._trunk.items()}
 
     def _flat(self) -> dict[str, list[Tensor]]:
-        """Logits (B, HW, K+1), distances (B, HW, 4) and centerness (B, HW, 1) of each level, by torchvision's names."""
+        """torchvision's name -> logits (B, HW, K+1), distances (B, HW, 4) or centerness (B, HW, 1) of each level."""
         return {**super()._flat(), "bbox_ctrness": [flatten(x, 1) for x in self.centerness.values()]}
 
     @geometry
     def _matches(self) -> list[Tensor]:
-        """torchvision matches inside its loss: its rule is run for a stand-in that keeps what the heads would be handed."""
+        """Index of each cell's box (N,) in each image; -1 is background.
+
+        torchvision computes the matches inside its loss. This method calls that loss with a substitute for the head,
+        which stores the matches.
+        """
         kept: list[list[Tensor]] = []
         head = SimpleNamespace(compute_loss=lambda *handed: kept.append(handed[3]))
         itself = SimpleNamespace(head=head, center_sampling_radius=self.net.center_sampling_radius)
@@ -66,7 +71,7 @@ class AnchorFreeView(OneStageView):
         return kept[0]
 
     def _encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
-        """Distances (N, 4) to the sides of the boxes, in strides."""
+        """Distances (N, 4) from the centers of the anchors to the sides of the boxes, in strides."""
         return cast(Tensor, self.net.box_coder.encode(anchors[None], boxes[None])[0])
 
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
@@ -74,25 +79,33 @@ class AnchorFreeView(OneStageView):
 
     @geometry
     def losses(self) -> dict[str, Tensor]:
-        """classification, bbox_regression and bbox_ctrness."""
+        """The losses ``classification``, ``bbox_regression`` and ``bbox_ctrness``."""
         outputs = {name: torch.cat(levels, dim=1) for name, levels in self._flat().items()}
         counts = [len(level) for level in self.anchors.values()]
         return dict(self.net.compute_loss(self.targets, outputs, self._image_anchors, counts))
 
 
 class FCOS(PyramidDetector):
-    """FCOS with a backbone and a feature pyramid of strides 8 to 128 (Tian et al. 2019), as torchvision has it.
+    """torchvision's FCOS with a backbone and a feature pyramid of strides 8 to 128 (Tian et al. 2019).
 
-    It differs from the paper: a cell's point is its corner and not its middle, distances pass a ReLU and not an
-    exponential with a scale a level, the score is the root of class times centerness, and the sums of all three losses
-    are divided by the positive cells of the own process. Arguments that are not listed here are those of
-    `FasterRCNN` or torchvision's.
+    torchvision differs from the paper in four points:
+
+    - The point of a cell is its corner. In the paper it is the middle.
+    - Distances pass a ReLU. In the paper they pass an exponential, with a scale for each level.
+    - The score is the square root of class probability times centerness.
+    - The sums of all three losses are divided by the number of positive cells in the own process.
+
+    Arguments that are not listed here are those of `FasterRCNN` or of torchvision.
 
     Args:
-        classes: names in label order, background left out; None takes those of `weights`.
-        neck_channels: a multiple of 32 from 64 on, for the heads have group norm with 32 groups.
-        p6_from, p7_relu: as of `RetinaNet`.
-        center_sampling_radius: how far from a box's centre a positive cell may lie, in strides.
+        classes: class names in label order, without background. None means the classes of `weights`.
+        neck_channels: a multiple of 32, at least 64: the heads have group norm with 32 groups.
+        p6_from: see `RetinaNet`.
+        p7_relu: see `RetinaNet`.
+        center_sampling_radius: the largest distance of a positive cell from the center of its box, in strides.
+
+    Raises:
+        DistillError: an option has an invalid value.
     """
 
     family = "fcos"
@@ -129,16 +142,17 @@ class FCOS(PyramidDetector):
         weights: str | None = None,
         head: str = "keep",
     ) -> None:
-        if neck_channels % 32 or neck_channels < 64:  # one channel a group has no statistics on a map of one cell
+        # With one channel per group, a map of one cell gives each group a single value: it has no statistics.
+        if neck_channels % 32 or neck_channels < 64:
             raise DistillError(f"neck_channels: FCOS's group norm expects 64, 96, 128 or so on, got {neck_channels}")
         if not center_sampling_radius > 0:
             raise DistillError(f"center_sampling_radius: expected strides, above 0, got {center_sampling_radius}")
         super().__init__(locals())
         self.pool = region_pool(self.strides, 7, 2)
-        """RoIAlign over P3..P7, for losses that look at regions; FCOS itself has none."""
+        """RoIAlign over P3 to P7 for losses that read regions. torchvision's FCOS has no RoIAlign."""
 
     def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
-        """torchvision's network."""
+        """Build torchvision's FCOS."""
         channels = options["neck_channels"]
         return fcos.FCOS(
             with_fpn(body, 2, channels, p6_p7(body.channels[-1], channels, options["p6_from"], options["p7_relu"])),

@@ -1,6 +1,6 @@
-"""Batch norm on fixed statistics, folded into the convolution before it: the same map for less work.
+"""Folding of batch norms with fixed statistics into the preceding convolutions. The maps stay the same and cost less.
 
-Which norm follows which convolution is not guessed from names: one forward pass is watched.
+Names do not decide which norm follows which convolution. Hooks record the pairs during one forward pass.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from torchvision.ops import FrozenBatchNorm2d
 
 NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
 ALIKE = 1e-3
-"""Relative to a map's largest value: far above rounding (some 1e-6), far below what a wrong fold does."""
+"""Tolerance relative to the largest value of a map: far above rounding errors (about 1e-6), far below a wrong fold."""
 
 Maps = Mapping[int, Tensor]
 
 
 @torch.no_grad()
 def fold(network: nn.Module, run: Callable[[], Maps]) -> int:
-    """Fold what can be folded, in place; the convolutions get new weights, and no tensor is written to.
+    """Fold all batch norms of a network that can be folded, in place.
 
-    ::
+    The convolutions get new weight tensors. No existing tensor is written to. ::
 
         (W x + c - mean) / sqrt(var + eps) * g + b  =  (W s) x + (c - mean) s + b,     s = g / sqrt(var + eps)
 
-    computed in float64. A norm that uses the statistics of its batch, or whose input is anything but the output of one
-    plain convolution that it alone reads, stays as it is.
+    The new weights are computed in float64. A norm is folded only if its statistics are fixed, its input is the output
+    of one plain convolution, and no other module reads that output.
 
     Args:
         network: in evaluation mode.
-        run: the forward pass to watch, and to compare by: maps of the network, from one and the same input.
+        run: a forward pass on a constant input, which returns maps of the network. The first call finds the pairs of
+            convolution and norm. A second call, after folding, compares the maps.
 
     Returns:
-        How many norms were folded: 0 if the maps then turned out to be others, and the network is as it was.
+        Number of folded norms. If the maps differ after folding, the network is restored and the result is 0.
     """
     pairs, before = _watched(network, run)
     undo = [(conv, dict(conv._parameters), name, norm) for conv, name, norm in pairs]
@@ -53,8 +54,8 @@ def fold(network: nn.Module, run: Callable[[], Maps]) -> int:
 
 
 def _watched(network: nn.Module, run: Callable[[], Maps]) -> tuple[list[tuple[nn.Conv2d, str, Any]], Maps]:
-    """Convolutions with the norms, and their names, that read each of their outputs; and the maps of that run."""
-    made: dict[int, tuple[nn.Module, Tensor, int]] = {}  # holds the outputs, or an id could come to mean another
+    """Convolutions with the names and modules of the norms that read each of their outputs; and the maps of the run."""
+    made: dict[int, tuple[nn.Module, Tensor, int]] = {}  # keeps the outputs alive, so that no id is reused
     calls: Counter[nn.Module] = Counter()
     followed: Counter[tuple[nn.Module, nn.Module]] = Counter()
 
@@ -65,7 +66,7 @@ def _watched(network: nn.Module, run: Callable[[], Maps]) -> tuple[list[tuple[nn
     def ahead(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         calls[module] += 1
         conv, output, version = made.get(id(inputs[0]), (None, inputs[0], -1))
-        if conv is not None and output._version == version:  # else something was written into it on the way
+        if conv is not None and output._version == version:  # else the output was changed in place
             followed[conv, module] += 1
 
     names = {module: name for name, module in network.named_modules()}
@@ -81,7 +82,10 @@ def _watched(network: nn.Module, run: Callable[[], Maps]) -> tuple[list[tuple[nn
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether its output is linear in the weight that it holds (not standardised, not padded by hand, not computed)."""
+    """Whether the output is linear in the module's weight parameter.
+
+    False for subclasses that standardise or compute the weight, or that pad the input themselves.
+    """
     if not isinstance(module, nn.Conv2d):
         return False
     kind = type(module)
@@ -90,7 +94,10 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _settled(module: nn.Module) -> bool:
-    """Whether it is a batch norm whose statistics are fixed, and finite where an epsilon of 0 meets a variance of 0."""
+    """Whether the module is a batch norm with fixed statistics and a finite affine form.
+
+    An epsilon of 0 with a variance of 0 is not finite.
+    """
     if not isinstance(module, NORMS) or module.running_var is None:
         return False
     scale, shift = _affine(module)
@@ -98,7 +105,7 @@ def _settled(module: nn.Module) -> bool:
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """What the norm multiplies by and adds, (C,) float64."""
+    """Scale and shift that the norm applies, each (C,) float64."""
     mean, var = norm.running_mean.double(), norm.running_var.double()
     one = torch.ones((), dtype=torch.float64, device=var.device)
     scale = (one if norm.weight is None else norm.weight.double()) * (var + norm.eps).rsqrt()
@@ -124,13 +131,13 @@ def _fold(conv: nn.Conv2d, norm: Any) -> None:
 
 
 def _rest(norm: Any) -> nn.Module:
-    """What stays of a norm: nothing, or timm's drop and activation behind it."""
+    """The module that replaces a folded norm: the identity, or timm's drop and activation of the norm."""
     rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()
     return rest.eval()
 
 
 def _alike(before: Maps, after: Maps) -> bool:
-    # A network that is not finite is none of ours to mend: its maps are compared where they are.
+    # The network may have had values that are not finite before folding: only finite values set the tolerance.
     scales = {level: float(maps.nan_to_num(0.0, 0.0, 0.0).abs().amax()) for level, maps in before.items()}
     return all(
         torch.allclose(after[level], maps, rtol=0, atol=ALIKE * scales[level], equal_nan=True)

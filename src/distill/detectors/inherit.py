@@ -1,4 +1,4 @@
-"""Inheriting: the student's neck and heads start from the teacher's, as several later papers have it (ICD, FGD, SSIM)."""
+"""Inheritance: the student's neck and heads start with the teacher's weights, as in several papers (ICD, FGD, SSIM)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ BODY = "backbone.body."
 
 
 def inherit(student: Detector, teacher: Detector) -> list[str]:
-    """Copy every layer outside the backbone's body whose tensors both have, all of them, under one name with one shape.
+    """Copy the teacher's layers into the student, except the layers of the backbone's body.
 
-    Layers that belong to classes are taken row by row, by the classes' exact names, where the lists differ.
+    A layer is copied only if both models have all of its tensors, with equal names and shapes. If the class lists
+    differ, layers that belong to classes are copied row by row, matched by exact class name.
 
     Returns:
-        Lines that say, part by part, how many tensors were taken and which were left.
+        One line per part of the network: how many tensors were copied, and which were not.
 
     Raises:
-        DistillError: the pyramids have other strides, so that equal names mean other levels; or nothing fits.
+        DistillError: the strides of the pyramids differ, so that equal names mean different levels; or no layer fits.
     """
     ours, theirs = list(student.spec.neck), list(teacher.spec.neck)
     if ours != theirs:
         raise DistillError(
-            f"init=inherit: expected pyramids of equal strides, got the student's {ours} and the teacher's {theirs}. Choose a "
-            "teacher of the same family, or set init=scratch"
+            f"init=inherit: expected pyramids of equal strides, got the student's {ours} and the teacher's {theirs}. "
+            "Choose a teacher of the same family, or set init=scratch"
         )
     own = {name: value for name, value in student.net.state_dict().items() if not name.startswith(BODY)}
     given = dict(teacher.net.state_dict())
@@ -36,8 +37,9 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
     taken = {name: given[name] for name in own if _layer(name) not in apart}
     if not taken:
         raise DistillError(
-            "init=inherit: no layer of neck and heads has the same name and shapes in both models; the student's neck has "
-            f"{sorted(set(student.spec.neck.values()))} channels, the teacher's {sorted(set(teacher.spec.neck.values()))}. "
+            "init=inherit: no layer of neck and heads has the same name and shapes in both models; the student's neck "
+            f"has {sorted(set(student.spec.neck.values()))} channels, the teacher's "
+            f"{sorted(set(teacher.spec.neck.values()))}. "
             "Set model.neck_channels and the head's sizes as the teacher has them, or set init=scratch"
         )
     student.net.load_state_dict(taken, strict=False)

@@ -1,4 +1,4 @@
-"""Mask R-CNN on a ResNet with FPN: a Faster R-CNN with torchvision's mask head, and its View."""
+"""Mask R-CNN with a backbone and a feature pyramid: a Faster R-CNN with torchvision's mask head, and its View."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from distill.precision import upcast
 from distill.types import Detections, DistillError, Size
 
 LAYERS = 4
-"""Convolutions of the mask head before it doubles the resolution."""
+"""Number of convolutions in the mask head, before the layer that doubles the resolution."""
 POOLED = 14
-"""Side of the features that the mask head sees; a mask has twice as many cells a side."""
+"""Side of the pooled features that the mask head reads. A mask has twice this side."""
 
 
 class MaskView(TwoStageView):
-    """A Mask R-CNN looking at a batch. Only its losses and detections run the mask head; every stage of boxes does not."""
+    """The View of a Mask R-CNN. Only `mask_logits`, `losses` and `detections` run the mask head."""
 
     outputs = TwoStageView.outputs | {"mask_logits"}
 
     @functools.cached_property
     def targets(self) -> list[dict[str, Tensor]]:
-        """Ground truth as torchvision wants it; without masks all but the losses can be read."""
+        """Ground truth in torchvision's format. If the batch has no masks, only `losses` fails."""
         rows = zip(super().targets, self.batch.targets, strict=True)
         return [{**each, "masks": cast(Tensor, target.masks)} for each, target in rows]
 
     def mask_logits(self, boxes: Sequence[Tensor]) -> Tensor:
-        """(R, K+1, 28, 28) for one (r, 4) tensor of boxes per image, in order; the background's map is never used."""
+        """Return mask logits (R, K+1, 28, 28) for one tensor of boxes (r, 4) per image, in order.
+
+        The map of the background is never used.
+        """
         return self.keep("mask_logits", boxes, self._mask_logits)
 
     def _mask_logits(self, boxes: Sequence[Tensor]) -> Tensor:
@@ -47,10 +50,14 @@ class MaskView(TwoStageView):
 
     @geometry
     def _mask_loss(self) -> Tensor:
-        """Binary cross entropy of the foreground regions' own class, against the truth cut out and resized (He 2017)."""
+        """Binary cross entropy of each foreground region's mask of its own class (He et al. 2017).
+
+        The target is the ground-truth mask, cropped to the region and resized.
+        """
         if any(target.masks is None for target in self.batch.targets):
             raise DistillError(
-                "view.losses: a Mask R-CNN learns from instance masks, but the batch's targets have none; set data.masks=true"
+                "view.losses: a Mask R-CNN learns from instance masks, but the batch's targets have none; "
+                "set data.masks=true"
             )
         boxes, matched, labels, _ = self._sample
         rows = [torch.where(each > 0)[0] for each in labels]
@@ -61,13 +68,13 @@ class MaskView(TwoStageView):
 
     @geometry
     def losses(self) -> dict[str, Tensor]:
-        """A Faster R-CNN's, and loss_mask, in torchvision's order."""
+        """The losses of a Faster R-CNN and ``loss_mask``, in torchvision's order."""
         classifier, box, objectness, rpn_box = super().losses.items()
         return dict([classifier, box, ("loss_mask", self._mask_loss), objectness, rpn_box])
 
     @geometry
     def detections(self) -> list[Detections]:
-        """After NMS, with masks, in the original images' pixels."""
+        """Detections after NMS, with masks, in pixels of the original images."""
         found = self.predictions()
         logits = self.mask_logits([one.boxes for one in found])
         cells = maskrcnn_inference(logits, [one.labels for one in found])
@@ -76,9 +83,10 @@ class MaskView(TwoStageView):
 
 
 def paste(cells: Tensor, boxes: Tensor, size: Size) -> Tensor:
-    """Masks (N, H, W) bool of an image of this size from probabilities (N, 1, 28, 28) in boxes (N, 4).
+    """Resize mask probabilities (N, 1, 28, 28) into their boxes (N, 4); return masks (N, H, W) bool of an image.
 
-    torchvision's own pasting, but one mask at a time: its result for all of them would take four bytes a pixel and object.
+    torchvision's function is called for one mask at a time, because its float32 result for all masks takes four bytes
+    per pixel and object.
     """
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
     for index in range(len(boxes)):
@@ -88,11 +96,11 @@ def paste(cells: Tensor, boxes: Tensor, size: Size) -> Tensor:
 
 
 class MaskRCNN(FasterRCNN):
-    """Mask R-CNN with a ResNet and a feature pyramid of strides 4 to 64 (He et al. 2017).
+    """Mask R-CNN with a backbone and a feature pyramid of strides 4 to 64 (He et al. 2017).
 
-    Its arguments are those of `FasterRCNN`. The mask head is torchvision's: four convolutions, a doubling, and a
-    map for every class; it is as wide as the neck, which at 256 channels is torchvision's default, and its RoIAlign
-    samples as the box head's does. It is trained on targets with masks: ``data.masks=true``.
+    The arguments are those of `FasterRCNN`. The mask head is torchvision's: four convolutions, a layer that doubles the
+    resolution, and one map per class. The mask head has as many channels as the neck, by default 256 as in torchvision.
+    Its RoIAlign has the options of the box head. Training needs targets with masks: ``data.masks=true``.
     """
 
     family = "mask_rcnn"
@@ -105,7 +113,7 @@ class MaskRCNN(FasterRCNN):
 
     @staticmethod
     def extend(heads: Any, channels: int, classes: int) -> None:
-        """The mask branch beside the box head, before any weights are loaded."""
+        """Add the mask head and its RoIAlign to `heads`, before any weights are loaded."""
         pool = copy.deepcopy(heads.box_roi_pool)
         pool.output_size = (POOLED, POOLED)
         heads.mask_roi_pool = pool

@@ -1,4 +1,4 @@
-"""What a norm's name means: whose statistics a backbone's batch norms use, and what of them is trained."""
+"""The kinds of batch norm that a backbone can have. They differ in their statistics and in what is trained."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from distill.types import DistillError
 
 
 class FixedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm on its running statistics, which never move; weight and bias are trained (mmdet's `norm_eval`).
+    """Batch norm with fixed running statistics and trainable weight and bias (MMDetection's `norm_eval`).
 
-    The behaviour does not hang on `.training`, so whatever switches modes cannot wake the statistics.
+    The layer ignores `.training`. A switch to training mode therefore does not change the statistics.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -25,7 +25,10 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
 
 
 class SyncBatchNorm2d(nn.SyncBatchNorm):
-    """Statistics over all processes on an accelerator; on a CPU, where torch has none, over the own process."""
+    """Batch norm with statistics over all processes.
+
+    Torch does not support this on a CPU. There the statistics are those of the own process.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
@@ -46,10 +49,11 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "batch": nn.BatchNorm2d,
     "sync": SyncBatchNorm2d,
 }
+"""Name of a norm -> class."""
 
 
 class _Activated(nn.Module):
-    """Puts timm's drop and activation behind a norm, as timm's own batch norms have them."""
+    """A norm followed by timm's drop and activation, as in timm's own batch norms."""
 
     drop: nn.Module
     act: nn.Module
@@ -77,30 +81,43 @@ ACTIVATED: dict[str, Callable[..., Any]] = {
     "batch_fixed_stats": FixedBatchNormAct2d,
     "sync": SyncBatchNormAct2d,
 }
+"""Name of a norm -> class with an activation. ``batch`` is missing: timm's own layer stays."""
 
 
 def norm_layer(norm: str, eps: float) -> Callable[..., nn.Module]:
-    """The constructor behind a norm's name: frozen, batch_fixed_stats, batch or sync."""
+    """Return the constructor of a norm: ``frozen``, ``batch_fixed_stats``, ``batch`` or ``sync``, with an epsilon."""
     return partial(NORMS[check_norm(norm)], eps=eps)
 
 
 def check_norm(norm: str) -> str:
-    """The name of a norm, if it is one."""
+    """Return `norm` if it is the name of a norm.
+
+    Raises:
+        DistillError: `norm` is not the name of a norm.
+    """
     if norm not in NORMS:
         raise DistillError(f"backbone.norm: expected one of {', '.join(NORMS)}, got {norm!r}")
     return norm
 
 
 def convert_norms(body: nn.Module, norm: str, eps: float | None) -> None:
-    """Turn every batch norm below `body`, timm's with an activation too, into `norm`; values stay, and `eps` if None.
+    """Replace every batch norm in a network by another kind, and keep its tensors.
+
+    timm's batch norms with an activation are replaced too; their activation stays.
+
+    Args:
+        body: the network, changed in place.
+        norm: a name in `NORMS`.
+        eps: the new epsilon; None keeps each layer's epsilon.
 
     Raises:
-        DistillError: there is no batch norm, so that nothing but ``batch`` with its own epsilon can be had.
+        DistillError: the body has no batch norm, and another norm than ``batch`` or an epsilon is requested.
     """
     found = {name: layer for name, layer in body.named_modules() if isinstance(layer, nn.BatchNorm2d)}
     if not found and (norm != "batch" or eps is not None):
         raise DistillError(
-            f"backbone.norm: this backbone has no batch norm to make {norm}; set backbone.norm=batch and backbone.norm_eps=null"
+            f"backbone.norm: this backbone has no batch norm to make {norm}; "
+            "set backbone.norm=batch and backbone.norm_eps=null"
         )
     for name, layer in found.items():
         body.set_submodule(name, _converted(layer, check_norm(norm), layer.eps if eps is None else eps))
@@ -120,7 +137,7 @@ def _converted(layer: nn.BatchNorm2d, norm: str, eps: float) -> nn.Module:
 
 
 def set_eps(module: nn.Module, eps: float) -> None:
-    """Give every normalisation on running statistics below `module` this epsilon; live ones keep theirs."""
+    """Set the epsilon of every norm with fixed statistics in `module`. Norms with batch statistics keep theirs."""
     for layer in module.modules():
         if isinstance(layer, (FrozenBatchNorm2d, FixedBatchNorm2d)):
             layer.eps = eps

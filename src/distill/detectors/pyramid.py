@@ -1,4 +1,4 @@
-"""What the constructors of detectors with a backbone and a feature pyramid share."""
+"""The base class of detectors with a backbone and a feature pyramid: it builds the detector from its options."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from distill.type_checks import parse_options
 from distill.types import DetectorSpec
 
 BODY_STRIDES = (4, 8, 16, 32)
-"""Of C2 to C5."""
+"""Strides of C2 to C5."""
 
 
 class PyramidDetector(Detector):
-    """A detector with a backbone and a feature pyramid. A family implements `build_network`."""
+    """A detector with a backbone and a feature pyramid. Each family implements `build_network`."""
 
     strides: ClassVar[tuple[int, ...]]
-    """Of the neck's levels."""
+    """Strides of the neck's levels."""
     passed_on: ClassVar[tuple[str, ...]]
-    """Beginnings of the options that torchvision's constructor takes under the same names."""
+    """Prefixes of options that torchvision's constructor takes under the same names."""
     anchor_defaults: ClassVar[AnchorOptions] = ANCHORS
+    """Defaults of the family's anchor options."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Build the network and load its weights; `arguments` are the `locals()` of the family's constructor."""
+        """Build the network and load its weights. `arguments` are the `locals()` of the family's constructor."""
         given = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
         names = class_names(given["classes"], given["weights"], self.enum)
         backbone = parse_options("backbone", given["backbone"], BACKBONE)
@@ -66,11 +67,11 @@ class PyramidDetector(Detector):
 
     @abstractmethod
     def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
-        """torchvision's network.
+        """Build torchvision's network.
 
         Args:
-            body: the backbone's layers, as `build_backbone` returns them.
-            classes: number of classes without background.
+            body: the `Trunk` that `build_backbone` returns.
+            classes: number of classes, without background.
             options: all options, in plain containers.
-            shared: arguments for torchvision's constructor: options of the same name, mean and std.
+            shared: arguments of torchvision's constructor: the options with the same name, and mean and std.
         """

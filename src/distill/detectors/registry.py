@@ -1,4 +1,4 @@
-"""The table of detector families, and detectors rebuilt from what a run left."""
+"""The detector families, and the reconstruction of a detector from the files of a run."""
 
 from __future__ import annotations
 
@@ -18,19 +18,35 @@ from distill.type_checks import type_errors
 from distill.types import DistillError
 
 FAMILIES: dict[str, type[Detector]] = {family.family: family for family in (FasterRCNN, MaskRCNN, RetinaNet, FCOS)}
-"""Family name -> class. A new family is one line here."""
+"""Family name -> class. A new family adds one entry."""
 
 
 def load_detector(path: str | Path) -> Detector:
-    """The detector that a run's folder, or its `student.pt` or `student.json`, holds."""
+    """Load the detector of a run.
+
+    Args:
+        path: the run's folder, its `student.pt` or its `student.json`.
+
+    Raises:
+        DistillError: a file is missing or invalid, or the weights do not fit the description.
+    """
     weights = weights_file(Path(path))
     model, state = read_description(weights.with_suffix(".json")).get("model"), read_state(weights)
     return restore_detector(model, state, str(weights))
 
 
 def restore_detector(model: Any, state: dict[str, torch.Tensor], where: str) -> Detector:
-    """The detector that a description and its weights belong to; `where` names their file in messages."""
-    with torch.device("meta"):  # takes no memory, whatever a file from outside asks for
+    """Build the detector of a description and load its weights.
+
+    Args:
+        model: the description, as `Detector.describe` returns it.
+        state: torchvision's state dict.
+        where: the file of the weights, for messages.
+
+    Raises:
+        DistillError: the description is invalid, or the weights do not fit.
+    """
+    with torch.device("meta"):  # allocates no memory, however large a detector an untrusted file describes
         fit_sizes(described(model, where).net, state, where)
     detector = described(model, where)
     fit(detector.net, state, where)
@@ -38,20 +54,24 @@ def restore_detector(model: Any, state: dict[str, torch.Tensor], where: str) -> 
 
 
 def described(model: Any, where: str) -> Detector:
-    """The detector that a description, as `describe` gives it, speaks of; its weights are yet to be loaded."""
+    """Build the detector of a description, as `Detector.describe` returns it. Its weights are random.
+
+    Raises:
+        DistillError: the description is invalid. The message names the file `where`.
+    """
     if not isinstance(model, dict) or not isinstance(model.get("family"), str) or model["family"] not in FAMILIES:
         raise DistillError(
-            f"{where}: expected {DESCRIPTION} beside it, naming one of {', '.join(FAMILIES)} as its model; for bare weights"
-            " build the detector and give it weights=FILE"
+            f"{where}: expected {DESCRIPTION} beside it, naming one of {', '.join(FAMILIES)} as its model; for bare"
+            " weights build the detector and give it weights=FILE"
         )
     options = {name: value for name, value in model.items() if name != "family"}
     if wrong := type_errors(FAMILIES[model["family"]], options):
         raise DistillError(f"{DESCRIPTION} of {where}: {'; '.join(wrong)}")
     try:
-        with torch.random.fork_rng(devices=[]):  # its start values are thrown away: they must not cost a draw
+        with torch.random.fork_rng(devices=[]):  # the random weights are not kept: restore the random state
             detector: Detector = FAMILIES[model["family"]](**options)
     except DistillError:
         raise
-    except Exception as error:  # a file may say anything
+    except Exception as error:  # the file is untrusted: its options may fail anywhere in a constructor
         raise DistillError(f"{DESCRIPTION} of {where}: not written by this version of distill: {error}") from error
     return detector

@@ -1,4 +1,4 @@
-"""RetinaNet on a backbone with FPN: torchvision's own model, and its View."""
+"""RetinaNet with a backbone and a feature pyramid: torchvision's model and its View."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from distill.precision import upcast
 from distill.types import AnchorTargets, Detections, DistillError, Pyramid
 
 ANCHORS = AnchorOptions(sizes=((32, 40, 50), (64, 80, 101), (128, 161, 203), (256, 322, 406), (512, 645, 812)))
-"""torchvision's, three for each of the strides 8, 16, 32, 64 and 128."""
+"""torchvision's anchors: three sizes for each of the strides 8, 16, 32, 64 and 128."""
 
 
 class OneStageView(PyramidView):
-    """A RetinaNet looking at a batch. Its class and box branches run apart: reading one does not pay for the other."""
+    """The View of a RetinaNet. The class branch and the box branch run separately, each only if its output is read."""
 
     outputs = PyramidView.outputs | {"class_logits"}
 
@@ -38,29 +38,29 @@ class OneStageView(PyramidView):
 
     @property
     def pool(self) -> Any:
-        """RoIAlign over P3..P7."""
+        """RoIAlign over P3 to P7."""
         return self.detector.pool
 
     @network
     def _logits(self) -> Pyramid:
-        """(B, A*(K+1), H, W): torchvision's labels begin at 1, so the first logit of each anchor is never a class."""
+        """Stride -> (B, A*(K+1), H, W). The first logit of each anchor is no class: torchvision's labels begin at 1."""
         branch = self.net.head.classification_head
         return {stride: upcast(branch.cls_logits(branch.conv(x))) for stride, x in self.neck.items()}
 
     @geometry
     def class_logits(self) -> Pyramid:
-        """Stride -> (B, A*K, H, W); channel a*K + i belongs to anchor a and class i, label i + 1."""
+        """Stride -> (B, A*K, H, W). Channel a*K + i belongs to anchor a and class i, which has label i + 1."""
         outputs = len(self.spec.classes) + 1
         return {stride: _classes_only(x, outputs) for stride, x in self._logits.items()}
 
     @network
     def deltas(self) -> Pyramid:
-        """Stride -> (B, A*4, H, W)."""
+        """Stride -> box deltas (B, A*4, H, W)."""
         branch = self.net.head.regression_head
         return {stride: upcast(branch.bbox_reg(branch.conv(x))) for stride, x in self.neck.items()}
 
     def _flat(self) -> dict[str, list[Tensor]]:
-        """Logits (B, HWA, K+1) and deltas (B, HWA, 4) of each level, by torchvision's names."""
+        """torchvision's name -> logits (B, HWA, K+1) or deltas (B, HWA, 4) of each level."""
         return {
             "cls_logits": [flatten(x, len(self.spec.classes) + 1) for x in self._logits.values()],
             "bbox_regression": [flatten(x, 4) for x in self.deltas.values()],
@@ -72,10 +72,10 @@ class OneStageView(PyramidView):
 
     @geometry
     def anchor_targets(self) -> AnchorTargets:
-        """All anchors but the ignored ones are sampled."""
+        """Targets of all anchors. All anchors except the ignored ones are sampled."""
         labels, deltas = [], []
         for target, match, anchors in zip(self.targets, self._matches, self._image_anchors, strict=True):
-            # The row of zeros stands for "no box", of an image without any too.
+            # The added row of zeros is the box of unmatched anchors, also in an image without boxes.
             boxes, names = F.pad(target["boxes"], (0, 0, 0, 1)), F.pad(target["labels"], (0, 1))
             labels.append(torch.where(match >= 0, names[match.clamp(min=-1)], 1 + match.clamp(max=-1)))
             deltas.append(self._encode(boxes[match.clamp(min=-1)], anchors))
@@ -84,7 +84,7 @@ class OneStageView(PyramidView):
 
     @geometry
     def _matches(self) -> list[Tensor]:
-        """Index of each anchor's box (N,) in each image; -1 background, -2 neither, as torchvision matches them."""
+        """torchvision's matches: index of each anchor's box (N,) in each image; -1 is background, -2 is ignored."""
         found, matcher = [], self.net.proposal_matcher
         for target, anchors in zip(self.targets, self._image_anchors, strict=True):
             boxes = target["boxes"]
@@ -93,7 +93,7 @@ class OneStageView(PyramidView):
         return found
 
     def _encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
-        """Deltas (N, 4) that lead from anchors to boxes."""
+        """Deltas (N, 4) that move the anchors to the boxes."""
         return cast(Tensor, self.net.box_coder.encode_single(boxes, anchors))
 
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
@@ -101,27 +101,27 @@ class OneStageView(PyramidView):
 
     @geometry
     def losses(self) -> dict[str, Tensor]:
-        """classification and bbox_regression."""
+        """The losses ``classification`` and ``bbox_regression``."""
         outputs = {name: torch.cat(levels, dim=1) for name, levels in self._flat().items()}
         return dict(self.net.compute_loss(self.targets, outputs, self._image_anchors))
 
     def predictions(
         self, score: float | None = None, nms: float | None = None, top: int | None = None
     ) -> list[Detections]:
-        """Detections in resized pixels; the thresholds default to the detector's own."""
+        """Return the detections in pixels of the resized image. A threshold of None is the detector's own."""
         anchors = [list(self.anchors.values())] * len(self.batch)
         thresholds = {"score_thresh": score, "nms_thresh": nms, "detections_per_img": top}
         with self.scope(autocast=False), temporarily(self.net, **thresholds):
             outputs = self._flat()
             if (score, nms, top) != (None, None, None):
-                # torchvision's own detections are left as they are: there the label that no class has takes places.
+                # With the detector's own thresholds the result stays torchvision's, where label 0 takes part in NMS.
                 outputs["cls_logits"] = list(map(_without_first, outputs["cls_logits"]))
             found = self.net.postprocess_detections(outputs, anchors, self.sizes)
         return [_without_background(Detections(one["boxes"], one["scores"], one["labels"])) for one in found]
 
 
 def flatten(x: Tensor, columns: int) -> Tensor:
-    """(B, A*columns, H, W) -> (B, H*W*A, columns), as torchvision flattens it."""
+    """Reshape (B, A*columns, H, W) to (B, H*W*A, columns), in torchvision's order."""
     batch, channels, height, width = x.shape
     flat: Tensor = permute_and_flatten(x, batch, channels // columns, columns, height, width)
     return flat
@@ -133,7 +133,7 @@ def _classes_only(x: Tensor, outputs: int) -> Tensor:
 
 
 def _without_first(logits: Tensor) -> Tensor:
-    """(B, N, K+1), the first column never found."""
+    """Logits (B, N, K+1) whose first column is -inf, so that label 0 is never detected."""
     return torch.cat([torch.full_like(logits[..., :1], -torch.inf), logits[..., 1:]], dim=-1)
 
 
@@ -145,16 +145,20 @@ def _without_background(found: Detections) -> Detections:
 class RetinaNet(PyramidDetector):
     """RetinaNet with a backbone and a feature pyramid of strides 8 to 128 (Lin et al. 2017).
 
-    The defaults are torchvision's first version; ``p6_from="c5", head_norm="group", box_loss="giou"`` is its second.
-    Arguments that are not listed here are those of `FasterRCNN` or torchvision's.
+    The defaults are torchvision's version 1. ``p6_from="c5", head_norm="group", box_loss="giou"`` is version 2.
+    Arguments that are not listed here are those of `FasterRCNN` or of torchvision.
 
     Args:
-        classes: names in label order, background left out; None takes those of `weights`.
-        anchors: of strides 8, 16, 32, 64 and 128, see `options.AnchorOptions`.
-        p6_from: the map that stride 64 is convolved from: ``p5`` or ``c5`` (the paper's, Detectron2's).
-        p7_relu: whether stride 128 is convolved from the ReLU of stride 64, or from itself (MMDetection).
+        classes: class names in label order, without background. None means the classes of `weights`.
+        anchors: anchors of the strides 8, 16, 32, 64 and 128, see `options.AnchorOptions`.
+        p6_from: the input of the convolution that computes P6 (stride 64): ``p5``, or ``c5`` (paper, Detectron2).
+        p7_relu: whether a ReLU stands between P6 and the convolution that computes P7 (stride 128). MMDetection has
+            none.
         head_norm: normalisation in the heads: ``none`` or ``group`` (32 groups).
         box_loss: ``l1``, ``smooth_l1``, ``giou``, ``diou`` or ``ciou``.
+
+    Raises:
+        DistillError: an option has an invalid value, or the weights do not fit.
     """
 
     family = "retinanet"
@@ -190,10 +194,10 @@ class RetinaNet(PyramidDetector):
     ) -> None:
         super().__init__(locals())
         self.pool = region_pool(self.strides, 7, 2)
-        """RoIAlign over P3..P7, for losses that look at regions; RetinaNet itself has none."""
+        """RoIAlign over P3 to P7 for losses that read regions. torchvision's RetinaNet has no RoIAlign."""
 
     def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
-        """torchvision's network."""
+        """Build torchvision's RetinaNet."""
         channels = options["neck_channels"]
         generator = anchor_generator(strides=self.strides, **options["anchors"])
         per_cell = generator.num_anchors_per_location()[0]

@@ -1,8 +1,8 @@
-"""RoIAlign over the levels of a neck (He et al. 2017): which level a region is pooled from, and how fast.
+"""RoIAlign over the levels of a neck (He et al. 2017), with a choice of level rules and a faster CPU version.
 
-On a CPU a region's bins are sums of cells, one row of channels each: that takes a fifth of the time of torchvision's kernel for
-512 regions an image, a tenth where maps have their channels last, and gives the same numbers but for the order in which they
-are added. torchvision's adds up channel by channel.
+On a CPU, each bin of a region is computed as a weighted sum of map cells, for all channels at once. torchvision's
+kernel sums channel by channel. For 512 regions per image the CPU version takes one fifth of the kernel's time, and one
+tenth if the maps are channels last. The results are equal except for the order of the additions.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from torchvision.ops.poolers import LevelMapper
 from distill.detectors.anchors import choose
 
 KERNELS = ("fast", "torchvision")
+"""Values of the option `box_roi_align`."""
 BY_CELLS = ("cpu",)
-"""Devices on which sums of cells are faster than torchvision's kernel."""
+"""Device types on which sums of cells are faster than torchvision's kernel."""
 
 
 class Levels(LevelMapper):  # type: ignore[misc]
-    """The level of a region with the epsilon inside the logarithm: floor(base + log2(side / scale + eps)) + lift."""
+    """LevelMapper with the epsilon inside the logarithm: floor(base + log2(side / scale + eps)) + lift."""
 
     def __init__(self, finest: int, coarsest: int, scale: int, base: int, lift: int, eps: float) -> None:
         super().__init__(finest, coarsest, scale, base, eps)
         self.lift = lift
 
     def __call__(self, boxlists: list[Tensor]) -> Tensor:
-        """(R,) int64 indices of levels, 0 the finest."""
+        """Return the level index (R,) int64 of each region; 0 is the finest level."""
         sides = torch.cat([box_area(boxes) for boxes in boxlists]).sqrt()
         levels = torch.floor(self.lvl0 + torch.log2(sides / self.s0 + self.eps)) + self.lift
         indices: Tensor = levels.clamp(self.k_min, self.k_max).long() - self.k_min
@@ -45,8 +46,12 @@ LEVEL_RULES: dict[str, Any] = {
     "detectron2": lambda finest, coarsest: Levels(finest, coarsest, 224, base=4, lift=0, eps=1e-8),
     "mmdetection": lambda finest, coarsest: Levels(finest, coarsest, 56, base=0, lift=2, eps=1e-6),
 }
-"""FPN paper, eq. 1, a side of 224 to level 4, by float32 formulas that part where a side is a hair below a bound:
-floor(4 + log2(s / 224) + 1e-6), floor(4 + log2(s / 224 + 1e-8)), and floor(log2(s / 56 + 1e-6)) + 2."""
+"""Name of a level rule -> constructor, given the finest and the coarsest level.
+
+All rules implement equation 1 of the FPN paper (Lin et al. 2017): a region with side 224 belongs to level 4. Their
+float32 formulas differ only for a side s slightly below a bound. In the order above: floor(4 + log2(s / 224) + 1e-6),
+floor(4 + log2(s / 224 + 1e-8)), and floor(log2(s / 56 + 1e-6)) + 2.
+"""
 
 
 def region_pool(
@@ -57,18 +62,22 @@ def region_pool(
     level_rule: str = "torchvision",
     kernel: str = "fast",
 ) -> MultiScaleRoIAlign:
-    """RoIAlign over the first levels of a neck, a region to its level by its size.
+    """Build a RoIAlign over the first levels of a neck. The size of a region decides its level.
 
-    torchvision guesses the scales from the first batch it sees and keeps them, wrong ones for tiny images too. Here
-    they are the nominal strides from the start.
+    torchvision infers the scales from its first batch and keeps them. For tiny images the inferred scales are wrong.
+    This function sets the scales to those of the nominal strides.
 
     Args:
-        strides: of the levels, fine to coarse.
-        output: cells a side that a region becomes.
-        sampling: points a side of a bin; 0: as many as the region asks for.
-        aligned: whether pixel centres lie at half coordinates.
-        level_rule: one of `LEVEL_RULES`.
-        kernel: ``fast``, by cells where that is faster: on a CPU, with a number of `sampling`; or always ``torchvision``.
+        strides: strides of the levels, fine to coarse.
+        output: side of the pooled features in cells.
+        sampling: sample points per side of a bin. 0 adapts the number to the size of the region.
+        aligned: whether pixel centers lie at half coordinates.
+        level_rule: a name in `LEVEL_RULES`.
+        kernel: ``fast`` uses sums of cells where they are faster: on a CPU, with a `sampling` above 0. ``torchvision``
+            always uses torchvision's kernel.
+
+    Raises:
+        DistillError: `level_rule` or `kernel` has another value.
     """
     names = [str(level) for level in range(len(strides))]
     if choose("box_roi_align", kernel, KERNELS) == "fast" or aligned:
@@ -82,14 +91,14 @@ def region_pool(
 
 
 class RegionPool(MultiScaleRoIAlign):  # type: ignore[misc]
-    """torchvision's over several levels, `aligned` or not, by cells where that is `fast`."""
+    """torchvision's MultiScaleRoIAlign with the options `aligned` and `fast`, see `region_pool`."""
 
     def __init__(self, names: list[str], output: int, sampling: int, aligned: bool, fast: bool) -> None:
         super().__init__(names, output, sampling)
         self.aligned, self.fast = aligned, fast
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Any) -> Tensor:
-        """(R, C, output, output) of the regions (r, 4) of each image in order."""
+        """Pool the features (R, C, output, output) of the regions (r, 4) of each image, in order."""
         maps = [x[name] for name in self.featmap_names]
         if self._by_cells(maps):
             regions, levels = self._regions(boxes)
@@ -109,27 +118,35 @@ class RegionPool(MultiScaleRoIAlign):  # type: ignore[misc]
         return pooled
 
     def _by_cells(self, maps: Sequence[Tensor]) -> bool:
-        # A traced or compiled program is for others, who know the kernel alone.
+        # Programs that load a traced or compiled network know only torchvision's kernel.
         able = {x.dtype for x in maps} in ({torch.float32}, {torch.float64}) and self.sampling_ratio > 0
         exported = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
         return self.fast and able and maps[0].device.type in BY_CELLS and not exported
 
     def _regions(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(R, 5): the image, x1, y1, x2, y2; and the level of each, (R,)."""
+        """Regions (R, 5) as (image index, x1, y1, x2, y2), and the level of each region (R,)."""
         images = torch.cat([each.new_full((len(each), 1), index) for index, each in enumerate(boxes)])
         return torch.cat([images, torch.cat(list(boxes))], dim=1), self.map_levels(list(boxes))
 
 
 class Grid(NamedTuple):
-    """The sample points of a region: bins, points a side of a bin, and whether pixel centres are at half coordinates."""
+    """The sample points of a region."""
 
     high: int
+    """Number of bins along the height."""
     wide: int
+    """Number of bins along the width."""
     points: int
+    """Sample points per side of a bin."""
     aligned: bool
+    """Whether pixel centers lie at half coordinates."""
 
     def cells(self, regions: Tensor, scale: float, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Rows of a map (B * H * W, C) and their weights, whose sum is a bin: twice (r * high * wide, (2 * points)^2)."""
+        """Return the cells and weights whose weighted sums are the bins of regions (r, 5).
+
+        Returns:
+            Row indices into a map of shape (B * H * W, C), and the weights, each (r * high * wide, (2 * points)^2).
+        """
         x1, y1, x2, y2 = (regions[:, 1:] * scale - (0.5 if self.aligned else 0.0)).unbind(1)
         rows, row_weights = self._axis(y1, y2, self.high, height)
         columns, column_weights = self._axis(x1, x2, self.wide, width)
@@ -139,9 +156,10 @@ class Grid(NamedTuple):
         return cells.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
 
     def _axis(self, low: Tensor, high: Tensor, bins: int, size: int) -> tuple[Tensor, Tensor]:
-        """Along an axis of `size` cells, those of a bin and their weights, (r, bins, 2 * points): two around each point.
+        """Cell indices and weights of each bin along an axis of `size` cells, each (r, bins, 2 * points).
 
-        In the order of torchvision's arithmetic, so that a point falls into the same cells.
+        Each sample point has two neighbouring cells. The order of operations is torchvision's, so that rounding selects
+        the same cells.
         """
         side = high - low if self.aligned else (high - low).clamp(min=1)
         step = (side / bins)[:, None, None]
@@ -151,13 +169,16 @@ class Grid(NamedTuple):
         at = at.clamp(min=0)
         before = at.int().clamp(0, size - 1)
         after = (before + 1).clamp(max=size - 1)
-        share = torch.where(before == after, 0.0, at - before)  # of the cell after it; at the border there is one cell
+        share = torch.where(before == after, 0.0, at - before)  # of `after`; 0 at the border, where both are one cell
         weights = torch.stack([1 - share, share], dim=-1).masked_fill(outside[..., None], 0.0) / self.points
         return torch.stack([before, after], dim=-1).flatten(2), weights.flatten(2)
 
 
 class _Pooled(torch.autograd.Function):
-    """All levels at once, so that regions are put into their order without a copy of all of them for each level."""
+    """RoIAlign of all levels in one autograd function.
+
+    Separate operations for each level would copy the features of all regions once per level.
+    """
 
     @staticmethod
     def forward(
@@ -174,14 +195,14 @@ class _Pooled(torch.autograd.Function):
             cells, weights = grid.cells(regions[rows], scale, *features.shape[2:])
             table = features.permute(0, 2, 3, 1).reshape(-1, channels).contiguous()
             bins = F.embedding_bag(cells, table, per_sample_weights=weights, mode="sum")
-            del cells, weights, table  # the next level's are to be made in their place
+            del cells, weights, table  # free the memory for the next level
             pooled[rows] = bins.view(-1, grid.high, grid.wide, channels).permute(0, 3, 1, 2)
         return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        """The same sums the other way round: of each cell over the bins that it was part of."""
+        """Compute the gradient of each cell: the weighted sum over the gradients of all bins that use the cell."""
         regions, levels = ctx.saved_tensors
         slopes: list[Tensor | None] = []
         for level, (shape, scale) in enumerate(zip(ctx.shapes, ctx.scales, strict=True)):

@@ -1,4 +1,4 @@
-"""Any convolutional network of timm's as a body, as far as its maps have the strides that a neck is built on."""
+"""timm's convolutional networks as bodies. A network must have maps of the strides 4, 8, 16 and 32."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from torch import Tensor, nn
 from distill.types import DistillError
 
 TIMM = "timm/"
-"""What the name of a timm backbone begins with."""
+"""Prefix of the name of a timm backbone."""
 
 
 class TimmBody(nn.Module):
-    """One of timm's ``features_only`` networks, `net`: a `Trunk`, and at once the body below a neck.
+    """A ``features_only`` network of timm, `net`. It is both a `Trunk` and the body below a neck.
+
+    Args:
+        name: timm's name of the network.
 
     Raises:
-        DistillError: timm is missing, does not know the name, or has no maps (B, C, H, W) of strides 4, 8, 16 and 32.
+        DistillError: timm is missing, timm does not know the name, or the network has no maps (B, C, H, W) of strides
+            4, 8, 16 and 32.
     """
 
     def __init__(self, name: str) -> None:
@@ -38,19 +42,19 @@ class TimmBody(nn.Module):
         self._check(name)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> C2..C5."""
+        """Compute the maps C2 to C5 of images (B, 3, H, W)."""
         found = self.net(images)
         return [found[index] for index in self.chosen]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> the stages that the neck is built on, by torchvision's names."""
+        """Compute the stages that the neck uses, of images (B, 3, H, W), with torchvision's names."""
         return {str(index): x for index, x in enumerate(self.maps(images)[self.first - 1 :])}
 
     @torch.no_grad()
     def _check(self, name: str) -> None:
         try:
             shapes = [tuple(x.shape) for x in self.eval().maps(torch.zeros(1, 3, 64, 96))]
-        except Exception as error:  # whatever a network of a fixed size raises
+        except Exception as error:  # networks with a fixed input size raise various errors
             raise DistillError(
                 f"backbone.name: {TIMM}{name} does not take an image of 64 x 96 pixels: {error}"
             ) from error
@@ -61,16 +65,20 @@ class TimmBody(nn.Module):
 
 
 def timm_network(name: str, **options: Any) -> Any:
-    """timm's network of that name, built with its `options`.
+    """Build timm's network with a given name.
+
+    Args:
+        name: a name in `timm.list_models()`.
+        options: arguments of `timm.create_model`.
 
     Raises:
-        DistillError: timm is missing, does not know the name, or cannot have the options or fetch its weights.
+        DistillError: timm is missing, does not know the name, rejects the options, or cannot fetch the weights.
     """
     try:
         import timm
     except ImportError as error:
         raise DistillError(f"backbone.name: {TIMM}{name} needs timm: install 'distill[timm]'") from error
-    if ":" in name or "/" in name:  # to timm the address of a model, on the Hub or in a folder
+    if ":" in name or "/" in name:  # timm reads such a name as the address of a model on the Hub or in a folder
         raise DistillError(
             f"backbone.name: {TIMM}{name} is an address; expected one of timm's own names, timm.list_models()"
         )
@@ -83,12 +91,12 @@ def timm_network(name: str, **options: Any) -> Any:
 
 
 def _below(net: nn.Module, name: str) -> str:
-    """Where timm put a module of the classifier: at its own path, or joined by underscores."""
+    """Path of a classifier's module in a ``features_only`` network: the same, or joined by underscores."""
     return name if name in dict(net.named_modules()) else name.replace(".", "_")
 
 
 def _before(net: nn.Module, name: str) -> str:
-    """The last leaf before the module `name`."""
+    """Path of the last module without children before the module `name`."""
     leaves: list[str] = [each for each, module in net.named_modules() if not list(module.children())]
     first = next(index for index, leaf in enumerate(leaves) if f"{leaf}.".startswith(f"{name}."))
     return leaves[max(0, first - 1)]

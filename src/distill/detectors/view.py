@@ -1,7 +1,7 @@
-"""The lazy View: each stage is computed on first use and kept, by explicit calls of torchvision's own parts.
+"""The lazy View. Each stage is computed on first use and cached. Stages call torchvision's own parts.
 
-Two kinds of stage: `network` ones run layers, under the autocast mode that the View was opened in; `geometry` ones
-handle boxes and losses, in float32 under any autocast, which in bfloat16 would move anchors and boxes by pixels.
+There are two kinds of stages. A `network` stage runs layers in the autocast mode of the View's creation. A `geometry`
+stage computes boxes or losses in float32, without autocast: in bfloat16, anchors and boxes would move by pixels.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ from distill.types import ALTERNATIVES, AnchorTargets, Batch, Detections, Detect
 
 
 class ViewedDetector(Protocol):
-    """What a View reads of its detector."""
+    """The parts of a detector that a View reads."""
 
     net: Any
+    """torchvision's network."""
     pool: Any
-    """RoIAlign over the neck, where the network itself has none."""
+    """RoIAlign over the neck, for networks without a RoIAlign."""
     spec: DetectorSpec
     options: dict[str, Any]
+    """Arguments of the detector's constructor."""
 
     def pixels(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and std, each (3, 1, 1) float32 on `device`."""
+        """Return mean and standard deviation, each (3, 1, 1) float32 on `device`."""
 
 
 T = TypeVar("T")
 V = TypeVar("V", bound="LazyView")
 
 BODY = 2**62
-"""The number of the body's draw, far from those of the regions."""
+"""Number of the body's draw for `LazyView.draw`. It is far from the numbers of the sampling draws."""
 
 
 def network(compute: Callable[[V], T]) -> functools.cached_property[T]:
-    """A stage that runs layers of the network."""
+    """Declare a stage that runs layers of the network."""
     return _stage(compute, autocast=True)
 
 
 def geometry(compute: Callable[[V], T]) -> functools.cached_property[T]:
-    """A stage that handles boxes or losses."""
+    """Declare a stage that computes boxes or losses."""
     return _stage(compute, autocast=False)
 
 
@@ -65,12 +67,22 @@ def _stage(compute: Callable[[V], T], autocast: bool) -> functools.cached_proper
 class LazyView:
     """The part of `distill.types.View` that all families share: images, body and detections.
 
-    A family's View names in `outputs` the members that it adds. Reading a member that only other families have raises
-    `MissingOutputError`.
+    The View of a family lists the members that it adds in `outputs`. Reading a member that only other families have
+    raises a `MissingOutputError`.
+
+    Args:
+        detector: the detector.
+        batch: uint8 images on the detector's device.
+        training: whether the numbers of proposals are those of training or of testing.
+        frozen: whether autograd records no stage.
+        seed: the seed of all random draws; None draws from the global random state.
+
+    Raises:
+        DistillError: the images are not uint8.
     """
 
     outputs: ClassVar[frozenset[str]] = frozenset({"body"})
-    """What `DetectorSpec.outputs` of the family is."""
+    """Value of `DetectorSpec.outputs` for the family."""
 
     def __init__(self, detector: ViewedDetector, batch: Batch, training: bool, frozen: bool, seed: int | None) -> None:
         if batch.images.dtype != torch.uint8:
@@ -80,18 +92,18 @@ class LazyView:
         self._grad = torch.is_grad_enabled() and not frozen
         self._autocast = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
         self.prefetched: dict[str, Any] = {}
-        """Stages that were computed ahead and that nobody has read."""
+        """Prefetched stages that were not read yet."""
         self._kept: dict[tuple[str, tuple[int, ...]], tuple[Sequence[Tensor], Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        """Called for a name that the View does not have, and after a property raised an `AttributeError`."""
+        """Raise the error for a missing member. Python also calls this after a property raised an `AttributeError`."""
         if name in ALTERNATIVES and name not in self.outputs:
             require(self.spec, name, f"view.{name}")
-        return object.__getattribute__(self, name)  # raises the property's own error again
+        return object.__getattribute__(self, name)  # raises the property's error again
 
     @contextmanager
     def scope(self, autocast: bool) -> Iterator[None]:
-        """The grad mode that the View was opened in, with its autocast mode or with none."""
+        """Set the grad mode of the View's creation, and the autocast mode of its creation or none."""
         enabled, dtype = self._autocast
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self._grad))
@@ -100,7 +112,11 @@ class LazyView:
 
     @contextmanager
     def draw(self, number: int) -> Iterator[None]:
-        """The random stream of one draw: the global one, or one of this View's own that leaves the global one alone."""
+        """Set the random state for one draw.
+
+        With a seed, the state follows from the seed and `number`, and the global random state is restored afterwards.
+        Without a seed, the draw uses the global random state.
+        """
         if self.seed is None:
             yield
             return
@@ -114,7 +130,10 @@ class LazyView:
 
     @property
     def stages(self) -> list[str]:
-        """Names of the stages that were read, by others or by one another, in an order in which they may be read."""
+        """Names of the stages that were computed, in a valid order of computation.
+
+        The names include stages that only other stages read.
+        """
         kinds = reversed(type(self).__mro__)
         named = {name: each for kind in kinds for name, each in vars(kind).items()}
         return [
@@ -122,21 +141,24 @@ class LazyView:
         ]
 
     def prefetch(self, stages: Sequence[str]) -> None:
-        """Compute `stages` now, those that this View has. Reading an intermediate stage recomputes it."""
+        """Compute the given stages now. Names of stages that this View does not have are ignored.
+
+        Only the given stages are kept. Reading an intermediate stage recomputes it.
+        """
         self.prefetched = {stage: getattr(self, stage) for stage in stages if hasattr(type(self), stage)}
         for stage in self.stages:
             del vars(self)[stage]
 
     @geometry
     def images(self) -> Tensor:
-        """(B, 3, H, W), normalised for this detector, then zero in the padding, in the dtype of its weights."""
+        """Images (B, 3, H, W), normalised for this detector, with zero padding, in the dtype of the weights."""
         mean, std = self.detector.pixels(self.device)
         pixels = (
             self.batch.images.flip(1)
             if self.detector.options["pixels"]["channel_order"] == "bgr"
             else self.batch.images
         )
-        # Batches lie with their channels last; the layout that nets are given is theirs to choose.
+        # Batches are channels last. Images are contiguous, so that the network's weights decide the memory format.
         images = (pixels.to(torch.float32, memory_format=torch.contiguous_format) / 255 - mean) / std
         height, width = images.shape[-2:]
         if any(size != (height, width) for size in self.batch.sizes):
@@ -148,39 +170,39 @@ class LazyView:
 
     @network
     def body(self) -> Pyramid:
-        """C2..C5 by stride, whichever of them the neck is built on."""
+        """Stride -> map, for all of C2 to C5, also for stages that the neck does not use."""
         images = self.images
-        with self.draw(BODY):  # a body that is trained may drop paths by chance
+        with self.draw(BODY):  # a body in training mode may drop paths at random
             return dict(zip(self.spec.body, self.net.backbone.body.maps(images), strict=True))
 
     @functools.cached_property
     def targets(self) -> list[dict[str, Tensor]]:
-        """Ground truth as torchvision wants it."""
+        """Ground truth in torchvision's format."""
         return [{"boxes": target.boxes, "labels": target.labels} for target in self.batch.targets]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each image without its padding."""
+        """(height, width) of each resized image, without its padding."""
         return list(self.batch.sizes)
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """The detector's own supervised losses, by torchvision's names."""
+        """The detector's own supervised losses: torchvision's name -> scalar."""
         raise NotImplementedError
 
     def predictions(
         self, score: float | None = None, nms: float | None = None, top: int | None = None
     ) -> list[Detections]:
-        """Detections in resized pixels; the thresholds default to the detector's own."""
+        """Return the detections in pixels of the resized image. A threshold of None is the detector's own."""
         raise NotImplementedError
 
     @geometry
     def detections(self) -> list[Detections]:
-        """The detector's own predictions, in the original images' pixels."""
+        """Predictions with the detector's own thresholds, in pixels of the original images."""
         return self.enlarged(self.predictions())
 
     def enlarged(self, found: Sequence[Detections]) -> list[Detections]:
-        """Detections in resized pixels, given in the original images' pixels."""
+        """Scale detections from pixels of the resized images to pixels of the original images."""
         sizes = zip(self.batch.sizes, self.batch.original_sizes, strict=True)
         return [
             Detections(resize_boxes(one.boxes, size, original), one.scores, one.labels)
@@ -195,7 +217,7 @@ class PyramidView(LazyView):
 
     @network
     def neck(self) -> Pyramid:
-        """The feature pyramid by nominal stride."""
+        """The feature pyramid: nominal stride -> map."""
         fpn = self.net.backbone.fpn
         stages = list(self.body.values())[-len(fpn.inner_blocks) :]
         maps = fpn({str(index): x for index, x in enumerate(stages)})
@@ -203,14 +225,14 @@ class PyramidView(LazyView):
 
     @geometry
     def anchors(self) -> dict[int, Tensor]:
-        """Stride -> (H*W*A, 4) float32, rows in the order (row, column, anchor), shared by all images."""
-        # Every stage halves with ceil, so the grids follow from the image alone: anchors cost no forward pass.
+        """Stride -> (H*W*A, 4) float32 in the order (row, column, anchor). All images share the anchors."""
+        # Every stage halves the size and rounds up. The image size therefore gives the grids, without a forward pass.
         height, width = self.batch.images.shape[-2:]
         grids = [(math.ceil(height / stride), math.ceil(width / stride)) for stride in self.spec.neck]
         generator = self.generator
-        if generator.cell_anchors[0].dtype != torch.float32:  # torchvision's own forward rounds them under autocast
+        if generator.cell_anchors[0].dtype != torch.float32:  # torchvision's forward pass rounds them under autocast
             generator.cell_anchors = list(map(generator.generate_anchors, generator.sizes, generator.aspect_ratios))
-        # torchvision makes anchors in the dtype of the maps it is shown, so it is shown float32 ones.
+        # The anchors get the dtype of the maps. These empty maps are float32.
         maps = [torch.empty((), device=self.device).expand(1, 1, *grid) for grid in grids]
         (flat,) = generator(ImageList(self.batch.images, [(height, width)]), maps)
         counts = [h * w * a for (h, w), a in zip(grids, self.spec.anchors.values(), strict=True)]
@@ -223,25 +245,36 @@ class PyramidView(LazyView):
 
     @property
     def pool(self) -> Any:
-        """RoIAlign over this family's neck, made by `roi_align.region_pool`."""
+        """RoIAlign over this family's neck, built by `roi_align.region_pool`."""
         raise NotImplementedError
 
     def roi_features(self, boxes: Sequence[Tensor]) -> Tensor:
-        """(R, C, 7, 7) for one (r, 4) tensor of boxes per image, in order."""
+        """Return the pooled features (R, C, 7, 7) for one tensor of boxes (r, 4) per image, in order."""
         return self.keep("roi_features", boxes, self._roi_features)
 
     def _roi_features(self, boxes: Sequence[Tensor]) -> Tensor:
         return self.pooled(self.pool, boxes)
 
     def pooled(self, pool: Any, boxes: Sequence[Tensor]) -> Tensor:
-        """RoIAlign of the neck's maps, in float32, then in the maps' own dtype."""
+        """Apply a RoIAlign to the neck's maps in float32; return the features in the dtype of the maps."""
         neck = self.neck
         with self.scope(autocast=False):
             maps = {str(level): upcast(x) for level, x in enumerate(neck.values())}
             return cast(Tensor, pool(maps, list(boxes), self.sizes)).to(next(iter(neck.values())).dtype)
 
     def keep(self, name: str, boxes: Sequence[Tensor], compute: Callable[[Sequence[Tensor]], T]) -> T:
-        """Compute once per box list, known by its tensors; they are kept too, or an id could come to mean another."""
+        """Compute a result once for each box list, and cache it.
+
+        The ids of the box tensors identify a list. The cache also holds the tensors, so that no id is reused.
+
+        Args:
+            name: name of the result.
+            boxes: one tensor (r, 4) per image.
+            compute: computes the result from `boxes`.
+
+        Raises:
+            DistillError: the number of box tensors is not the number of images.
+        """
         if len(boxes) != len(self.batch):
             raise DistillError(f"{name}: expected one box tensor per image ({len(self.batch)}), got {len(boxes)}")
         key = name, tuple(map(id, boxes))
@@ -256,22 +289,22 @@ class PyramidView(LazyView):
 
     @property
     def anchor_targets(self) -> AnchorTargets:
-        """What ground truth asks of each anchor, and the sample that the detector's own loss sees."""
+        """Targets of all anchors, and the sample of anchors that the detector's own loss uses."""
         raise NotImplementedError
 
     def anchor_boxes(self, deltas: Tensor) -> Tensor:
-        """(B, N, 4): all anchors as deltas (B, N, 4) move them, not clipped."""
+        """Apply deltas (B, N, 4) to all anchors; return boxes (B, N, 4), not clipped."""
         with self.scope(autocast=False):
             anchors = torch.cat(list(self.anchors.values()))
             return torch.stack([self._decode(each, anchors) for each in upcast(deltas)])
 
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
-        """Boxes (N, 4) that deltas lead to from anchors."""
+        """Apply deltas (N, 4) to anchors (N, 4); return boxes (N, 4)."""
         raise NotImplementedError
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """The global random generator that torch draws from on this device."""
+    """Torch's global random generator of a device."""
     if device.type == "cpu":
         return torch.default_generator
     module = torch.get_device_module(device)
@@ -281,7 +314,7 @@ def _generator(device: torch.device) -> torch.Generator:
 
 @contextmanager
 def temporarily(module: Any, **attributes: Any) -> Iterator[None]:
-    """Set attributes of a torchvision part just around a call; those given as None stay as they are."""
+    """Set attributes of a torchvision module inside the context, and restore them afterwards. None changes nothing."""
     before = {name: getattr(module, name) for name, value in attributes.items() if value is not None}
     for name in before:
         setattr(module, name, attributes[name])

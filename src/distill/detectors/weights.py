@@ -1,7 +1,9 @@
-"""Weights in and out: torchvision's enums, plain files, and what a run of ours leaves, `student.pt` + `student.json`.
+"""Loading and saving of weights: torchvision's enums, files with a state dict, and the files of a run.
 
-Only tensors are ever unpickled. What a state dict cannot say (classes, norm and its epsilon, anchors, pixel
-statistics) travels in the JSON beside it, because weights load into another norm or other anchors without a word.
+A run writes `student.pt` and `student.json`.
+Only tensors are unpickled. `student.json` holds the facts that a state dict lacks: classes, norm and its epsilon,
+anchors and pixel statistics. Without these facts, weights load into a network with another norm or other anchors
+without an error.
 """
 
 from __future__ import annotations
@@ -34,26 +36,41 @@ MEANING = (
     *("box_sampling_ratio", "p6_from"),
     *anchors.DEFAULTS,
 )
-"""Dotted paths of options that weights depend on although they fit any value of them."""
+"""Dotted paths of options that change the results of weights, although the weights load with any value."""
 
-ADVICE = "Check family, depth, width and head sizes; if only the classes differ, set head=new (model.head=new, teacher.model.head=new)."
+ADVICE = (
+    "Check family, depth, width and head sizes; if only the classes differ, set head=new "
+    "(model.head=new, teacher.model.head=new)."
+)
+"""Advice in the message about weights that do not fit."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights of a whole detector, and what is known of them."""
+    """Weights of a whole detector, and the known facts about them."""
 
     name: str
+    """File or torchvision's entry, for messages."""
     state: State
     classes: tuple[str, ...] | None = None
+    """Class names in label order; None if they are unknown."""
     options: dict[str, Any] = field(default_factory=dict)
-    """By dotted path, as far as they are known."""
+    """Dotted path -> value, for the options that are known."""
 
 
 def save_student(detector: Detector, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-    """Write `student.pt`, torchvision's state dict, and `student.json`: ``{"format": 2, "model": describe(), "extra": extra}``.
+    """Write a detector to `student.pt` and `student.json`. Each file is written atomically.
 
-    Each file appears whole or not at all. Returns the path of `student.pt`.
+    `student.pt` holds torchvision's state dict. `student.json` holds
+    ``{"format": 2, "model": describe(), "extra": extra}``.
+
+    Args:
+        detector: the detector.
+        folder: the run's folder.
+        extra: further facts, which `read_extra` returns.
+
+    Returns:
+        The path of `student.pt`.
     """
     run = RunFolder(folder)
     text = json.dumps({"format": FORMAT, "model": detector.describe(), "extra": dict(extra or {})}, indent=2) + "\n"
@@ -63,10 +80,10 @@ def save_student(detector: Detector, folder: str | Path, extra: Mapping[str, Any
 
 
 def fit_sizes(module: nn.Module, state: State, where: str) -> None:
-    """Refuse to make a module that is far larger than the weights that are there for it.
+    """Raise an error if a module is far larger than its weights. Such a module must not be allocated.
 
     Raises:
-        DistillError: it has more than twice as many numbers.
+        DistillError: the module has more than 2 n + 1000 values, where `state` has n. The message names the file `where`.
     """
     wanted, held = (sum(each.numel() for each in of.values()) for of in (module.state_dict(), state))
     if wanted > 2 * held + 1000:
@@ -76,13 +93,20 @@ def fit_sizes(module: nn.Module, state: State, where: str) -> None:
 
 
 def read_extra(path: str | Path) -> dict[str, Any]:
-    """What a run wrote beside its detector's facts: category ids, measured values; empty where there is nothing."""
+    """Return the further facts in a run's `student.json`, such as category ids and measured values.
+
+    The result is empty if there is no such file or no such entry.
+    """
     extra: dict[str, Any] = read_description(weights_file(Path(path)).with_suffix(".json")).get("extra", {})
     return extra
 
 
 def class_names(classes: Sequence[str] | None, weights: str | None, enum: Any) -> tuple[str, ...]:
-    """The class list to build for: the given one, or else the one that belongs to `weights`."""
+    """Return the class names of a new detector: `classes`, or the classes of `weights` if `classes` is None.
+
+    Raises:
+        DistillError: neither gives the class names, or the names are invalid.
+    """
     if classes is None and weights is not None:
         if entry := _entry(weights, enum):
             classes = _categories(entry)
@@ -94,7 +118,14 @@ def class_names(classes: Sequence[str] | None, weights: str | None, enum: Any) -
 
 
 def initialise(detector: Detector, backbone_weights: str | None, weights: str | None, head: str) -> None:
-    """Load what a constructor was told to, and settle the detector's options and report."""
+    """Load the weights that a constructor was given, and add to the detector's report.
+
+    Args:
+        detector: with random weights.
+        backbone_weights: see `load_backbone`; not used if `weights` is given.
+        weights: see `load_weights`.
+        head: see `load_weights`.
+    """
     if weights is not None:
         detector.report += load_weights(detector, weights, head)
     elif backbone_weights is not None:
@@ -102,16 +133,22 @@ def initialise(detector: Detector, backbone_weights: str | None, weights: str | 
 
 
 def load_weights(detector: Detector, source: str | Path, head: str = "keep") -> list[str]:
-    """Load a whole detector's weights; returns lines that say what was taken.
+    """Load the weights of a whole detector.
 
     Args:
+        detector: the detector, changed in place.
         source: torchvision's name (``COCO_V1``, or in full ``FasterRCNN_ResNet50_FPN_Weights.COCO_V1``), a file with
             a state dict, or the folder of a run.
-        head: where the class lists differ, ``keep`` takes over the rows of the detector's classes by exact name and
-            refuses if one is missing, ``new`` leaves the layers that belong to classes as they are, freshly drawn.
+        head: what to do if the class lists differ. ``keep`` copies the rows of the detector's classes by exact name,
+            and raises an error if a class is missing. ``new`` keeps the random weights of the layers that belong to
+            classes.
+
+    Returns:
+        Lines for the report that say what was loaded.
 
     Raises:
-        DistillError: unreadable, not fitting, or made for other pixel statistics, anchors or strides.
+        DistillError: the weights cannot be read, do not fit, or were made for other pixel statistics, anchors or
+            strides.
     """
     if head not in ("keep", "new"):
         raise DistillError(f"head: expected keep or new, got {head!r}")
@@ -136,9 +173,18 @@ def load_weights(detector: Detector, source: str | Path, head: str = "keep") -> 
 
 
 def load_backbone(detector: Detector, source: str) -> list[str]:
-    """Load ImageNet weights into the body: torchvision's name (``IMAGENET1K_V1``, ``DEFAULT``) or a classifier's file.
+    """Load the ImageNet weights of a classifier into the body.
 
-    A timm backbone takes ``DEFAULT``, those of timm's own for its name, or a file of that network.
+    Args:
+        detector: the detector, changed in place.
+        source: torchvision's name (``IMAGENET1K_V1``, ``DEFAULT``) or a file with a classifier's state dict. For a timm
+            backbone: ``DEFAULT``, timm's own weights for its name, or a file with the state dict of that network.
+
+    Returns:
+        Lines for the report that say what was loaded.
+
+    Raises:
+        DistillError: the weights cannot be read or fetched, or do not fit.
     """
     backbone, depth, width = (detector.options["backbone"][name] for name in ("name", "depth", "width"))
     body = detector.net.backbone.body
@@ -159,7 +205,10 @@ def load_backbone(detector: Detector, source: str) -> list[str]:
 
 
 def _timm_state(name: str, source: str) -> State:
-    """The state dict of timm's whole classifier, which tells what a file lacks or has too much."""
+    """The state dict of timm's whole classifier.
+
+    A file is loaded into the classifier, because this reports missing and unexpected tensors.
+    """
     with torch.random.fork_rng(devices=[]):
         classifier = timm_network(name, pretrained=source == "DEFAULT")
     if source != "DEFAULT":
@@ -176,10 +225,18 @@ def fit(
     what: str = "detector",
     advice: str = ADVICE,
 ) -> None:
-    """Strictly load `state`; only names that begin with one of `fresh` may be missing. `what` and `advice` are for the error.
+    """Load a state dict into a module. All names and shapes must match.
+
+    Args:
+        module: the module, changed in place.
+        state: the state dict.
+        where: the source of the weights, for the message.
+        fresh: prefixes of names that may be missing.
+        what: the kind of module, for the message.
+        advice: the end of the message.
 
     Raises:
-        DistillError: listing what is missing, unexpected, or of another shape.
+        DistillError: the message lists missing tensors, unexpected tensors, and tensors of another shape.
     """
     own = module.state_dict()
     missing, unexpected = list(own.keys() - state.keys()), list(state.keys() - own.keys())
@@ -189,7 +246,7 @@ def fit(
         if name in own and value.shape != own[name].shape
     ]
     if not shapes:
-        try:  # torchvision translates names of older files while it loads, so what it reports counts
+        try:  # torchvision renames tensors of older files while it loads: use its report
             missing, unexpected = module.load_state_dict(dict(state), strict=False)
         except RuntimeError as error:
             missing, unexpected, shapes = [], [], [str(error)]
@@ -204,7 +261,13 @@ def fit(
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file: bare, or under ``model`` or ``state_dict`` as common trainers write it."""
+    """Return the state dict in a file: the content itself, or its entry ``model`` or ``state_dict``.
+
+    Common trainers write these entries. A prefix ``module.`` of the names is removed.
+
+    Raises:
+        DistillError: the file cannot be read, or it holds no state dict.
+    """
     content = load_tensors(path)
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -225,7 +288,7 @@ def _source(source: str, detector: Detector) -> Source:
 
 
 def _entry(source: str, enum: Any) -> Any:
-    """torchvision's entry of that name, or None if it is none of its names."""
+    """torchvision's entry with the name `source`, or None if torchvision has no such entry."""
     if source in enum.__members__:
         return enum[source]
     try:
@@ -235,7 +298,7 @@ def _entry(source: str, enum: Any) -> Any:
 
 
 def _categories(entry: Any) -> tuple[str, ...]:
-    """The class names of torchvision's weights; the first category is the background."""
+    """Class names of torchvision's weights, without the first category, which is the background."""
     return tuple(entry.meta["categories"][1:])
 
 
@@ -245,20 +308,33 @@ def _classes(facts: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def download(entry: Any, option: str) -> State:
-    """The state dict of an entry of torchvision's; `option` is where the user gave its name."""
+    """Download torchvision's weights, or read them from torch's cache.
+
+    Args:
+        entry: a member of torchvision's enum.
+        option: the option with which the user chose the entry, for the message.
+
+    Raises:
+        DistillError: the weights cannot be fetched. The message says how to provide them without a network.
+    """
     try:
         state: State = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, or a broken download
         name = Path(entry.url).name
         raise DistillError(
             f"{option}: {entry} could not be fetched ({error}). Get {entry.url} on a machine with a network and set"
-            f" {option}=/path/to/{name} (of the student: model.{option}), or put it into {torch.hub.get_dir()}/checkpoints"
+            f" {option}=/path/to/{name} (of the student: model.{option}), or put it into "
+            f"{torch.hub.get_dir()}/checkpoints"
         ) from error
     return state
 
 
 def weights_file(path: Path) -> Path:
-    """The file of weights that is meant by a run's folder, by its JSON, or by itself."""
+    """Return the file of weights for a path: a run's folder, a `student.json`, or the file itself.
+
+    Raises:
+        DistillError: there is no such file.
+    """
     path = RunFolder(path).student if path.is_dir() else path.with_suffix(".pt") if path.suffix == ".json" else path
     return _file(path, "weights")
 
@@ -270,10 +346,12 @@ def _file(path: Path, option: str) -> Path:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The description beside a file of weights, in today's format; empty where there is none.
+    """Read a description, such as `student.json`, in the current format.
+
+    The result is empty if the file does not exist.
 
     Raises:
-        DistillError: unreadable, or written by a newer version.
+        DistillError: the file is invalid, or a newer version of distill wrote it.
     """
     if not path.is_file():
         return {}
@@ -298,22 +376,32 @@ def _check_meaning(detector: Detector, found: Source) -> None:
 
 
 def class_rows(detector: Detector, state: State, classes: Sequence[str], remedy: str) -> dict[str, Tensor]:
-    """The rows that belong to the detector's classes, in their order, of every layer that belongs to classes.
+    """Select the rows of the detector's classes, in the detector's order, from every layer that belongs to classes.
 
-    `state` was made for `classes`; where a class of the detector is not among them, the error ends with `remedy`.
+    Args:
+        detector: the detector that will load the rows.
+        state: a state dict that was made for `classes`.
+        classes: class names in label order.
+        remedy: the end of the message if a class is missing.
+
+    Returns:
+        Name of a weight or bias -> its selected rows.
+
+    Raises:
+        DistillError: a class of the detector is not in `classes`.
     """
     chosen, taken = torch.tensor(match_classes(detector.classes, classes, remedy)), {}
     for layer, rows in detector.class_layers.items():
         for name in (f"{layer}.weight", f"{layer}.bias"):
             if name not in state or len(state[name]) % ((len(classes) + 1) * rows):
-                continue  # fit() names what is wrong
+                continue  # `fit` reports the error
             split = state[name].reshape(-1, len(classes) + 1, rows, *state[name].shape[1:])
             taken[name] = split[:, chosen].flatten(0, 2)
     return taken
 
 
 def _settle_norm(detector: Detector, found: Source) -> list[str]:
-    """Take over the epsilon that the weights were trained with, and say where the kind of norm changes."""
+    """Set the epsilon that the weights need. Return report lines about the epsilon and the kind of norm."""
     lines, mine = [], detector.options["backbone"]
     norm, eps = (found.options.get(f"backbone.{name}") for name in ("norm", "norm_eps"))
     if norm not in (None, mine["norm"]):
