@@ -1,1 +1,1 @@
-"""Diagnostics: checks before a run, the costs of a step, and the replay of a failed step."""
+"""Diagnostics: checks before a run, costs of a training step, and the replay of a failed step."""

@@ -1,4 +1,7 @@
-"""Measurements before a run, without training: data, classes, shapes, terms, time and memory, in plain containers."""
+"""Measurements before a run, without training: data, classes, shapes, terms, time and memory.
+
+All functions return plain containers.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,23 @@ from distill.training.schedule import Schedule
 from distill.types import Batch, DetectorSpec, Pyramid, View
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
-"""COCO's size classes, by the area in pixels of the original image."""
+"""COCO's size class -> lowest area and upper bound (exclusive), in pixels of the original image."""
 
 
 # -- data
 
 
 def describe_split(data: DetectionData, split: str) -> dict[str, Any]:
-    """Counts of a split as it is used: boxes per class and size (without crowds), crowds, empty images, mended faults."""
+    """Count the images and boxes of a split, after faults were mended.
+
+    Args:
+        data: the data set.
+        split: name of the split.
+
+    Returns:
+        Numbers of images, boxes, crowds, difficult boxes and empty images; ``mended``: fault -> number; ``classes``:
+        class -> size -> number of boxes, without crowds.
+    """
     records = data.records(split)
     checked = data.checked[split]
     mended = {**checked.mended, "turned by EXIF": checked.turned, **checked.skipped}
@@ -59,7 +71,10 @@ def _per_class(records: Sequence[Record], classes: Sequence[str]) -> dict[str, d
 
 
 def padding_share(data: DetectionData) -> float:
-    """Share of the pixels in the training batches of the first epoch that is padding, at the last of the configured sizes."""
+    """Return the share of padding in all pixels of the training batches of the first epoch.
+
+    All images are resized to the last of the configured sizes.
+    """
     loader: Any = data.train_dataloader()
     images, transform = loader.dataset, data.train_transform
     used = total = 0
@@ -75,7 +90,10 @@ def padding_share(data: DetectionData) -> float:
 
 
 def sample_batches(data: DetectionData, limit: int) -> Iterator[list[int]]:
-    """Batches of indices of up to `limit` validation images, spread evenly. Images of one batch have one padded size."""
+    """Yield batches of indices of up to `limit` evenly spread validation images.
+
+    All images of a batch have the same padded size.
+    """
     count, sizes = len(data.records("val")), data.padded_sizes("val")
     chosen = {round(i * (count - 1) / max(1, limit - 1)) for i in range(limit)} if count > limit else range(count)
     for _, group in groupby(sorted(chosen, key=lambda index: (sizes[index], index)), key=lambda index: sizes[index]):
@@ -91,7 +109,13 @@ def measure_ap(
     limit: int,
     patience: float,
 ) -> dict[str, Any]:
-    """A detector's metrics on up to `limit` validation images, and seconds per image. Ends after `patience` seconds."""
+    """Measure a detector's metrics and its seconds per image on up to `limit` validation images.
+
+    Detection ends after `patience` seconds.
+
+    Returns:
+        ``images``: number of measured images; ``seconds_per_image``; ``values``: the metrics.
+    """
     detector.to(device).eval()
     results: list[tuple[Batch, Any]] = []
     start = time.perf_counter()
@@ -110,7 +134,12 @@ def measure_ap(
 
 
 def class_lists(data: Sequence[str], student: Sequence[str], teacher: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Class names of data, student and teacher for each label, and whether the teacher knows the class of the data."""
+    """Compare the class lists of data, student and teacher.
+
+    Returns:
+        For each label, the class names in ``data``, ``student`` and ``teacher``, and ``taught``: whether the teacher
+        knows the class of the data. ``taught`` is None without a teacher, or for a label that the data does not have.
+    """
     lists = {"data": data, "student": student, "teacher": teacher or ()}
     return [
         {"label": index + 1}
@@ -124,7 +153,10 @@ def class_lists(data: Sequence[str], student: Sequence[str], teacher: Sequence[s
 
 
 def shapes(student: View, teacher: View | DetectorSpec | None) -> list[dict[str, Any]]:
-    """(C, H, W) of the maps of student and teacher at each stride; (C,) for a teacher that is given by its spec."""
+    """Return the shapes (C, H, W) of the student's and the teacher's maps for each stride.
+
+    A teacher that is given by its spec has shapes (C,).
+    """
     columns: dict[str, Mapping[int, list[int]]] = {
         "student body": _sizes(student.body),
         "student neck": _sizes(student.neck),
@@ -143,7 +175,7 @@ def _sizes(maps: Pyramid) -> dict[int, list[int]]:
 
 
 def adapters(losses: nn.ModuleDict) -> list[dict[str, Any]]:
-    """The layers that the losses train."""
+    """List the layers that the losses train, with name, layer and number of parameters."""
     return [
         {"name": name, "layer": str(layer), "parameters": count}
         for name, layer in losses.named_modules()
@@ -152,10 +184,10 @@ def adapters(losses: nn.ModuleDict) -> list[dict[str, Any]]:
 
 
 def measure_terms(step: StepResult) -> dict[str, dict[str, float | bool]]:
-    """Each term of a step: value, weight, weighted value, and its share of the gradient at the neck.
+    """Measure each term of a step: value, weight, weighted value, and share of the gradient at the neck.
 
-    The share is the L2 norm of the weighted term's gradient on all maps of the neck over the sum of these norms.
-    ``reaches`` says whether the term has a gradient on any map of the student's neck or body.
+    The share is the L2 norm of the weighted term's gradient on all maps of the neck, divided by the sum of these norms
+    over all terms. ``reaches`` says whether the term has a gradient on any map of the student's neck or body.
     """
     student, weights = step.student, step.weights
     neck = [x for x in student.neck.values() if x.requires_grad]
@@ -192,9 +224,13 @@ def measure_pace(
     count: int,
     patience: float,
 ) -> dict[str, Any]:
-    """Seconds per batch for loading, forward and backward pass, after a warm-up batch; and the peak memory.
+    """Measure the seconds per batch for loading, forward and backward pass, and the peak memory.
 
-    No weight changes. The measurement ends after `count` batches, or after `patience` seconds.
+    No weight changes. The first batch is a warm-up. The measurement ends after `count` further batches, or after
+    `patience` seconds.
+
+    Returns:
+        ``seconds_per_batch``: the median; ``batches``: number of measured batches; ``peak_bytes``.
     """
     times: list[float] = []
 
@@ -222,14 +258,14 @@ def measure_pace(
 
 
 def device_bytes(device: torch.device) -> int:
-    """Size of the device's memory."""
+    """Return the size of the device's memory in bytes; for a CPU, the size of the main memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def state_bytes(module: nn.Module, schedule: Schedule) -> int:
-    """Bytes of the optimizer's state, which is allocated in its first step."""
+    """Estimate the bytes of the optimizer's state, which the optimizer allocates in its first step."""
     trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     optimizer = getattr(schedule.optimizer, "func", schedule.optimizer)
     return trained * (2 if "adam" in optimizer.__name__.lower() else 1)

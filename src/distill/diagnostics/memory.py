@@ -1,4 +1,4 @@
-"""Bytes of memory: at the peak of a call, in the tensors of a step, and in the tensors that autograd saves."""
+"""Measurements of memory in bytes: the peak of a call, the tensors of a step, and the tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_leaves
 class Memory:
     """Bytes on the device in a step with losses. The peak should not exceed the sum of the parts.
 
-    On the CPU only tensors are counted. On CUDA everything that torch's allocator hands out is counted, with the scratch
+    On the CPU, only tensors are counted. On CUDA, all memory from torch's allocator is counted, including the scratch
     memory of kernels.
     """
 
     student: float
     """Peak of the student-only step, with weights, gradients and optimizer state."""
     teacher: float
-    """Weights and buffers of the teacher and of the losses' frozen models, with the copies that folding makes."""
+    """Weights and buffers of the teacher and of the losses' frozen models, including the copies that folding makes."""
     losses: float
     """Weights of the losses, with gradients, optimizer state and buffers."""
     held: float
@@ -34,7 +34,10 @@ class Memory:
     peak: float
     """Peak of the step with losses."""
     kept: float
-    """Bytes between forward and backward pass, in addition to those of the student-only step. At most `held`."""
+    """Bytes between forward and backward pass, in addition to those of the student-only step.
+
+    Expected to be at most `held`.
+    """
 
     @property
     def sum(self) -> float:
@@ -43,12 +46,12 @@ class Memory:
 
     @property
     def spared(self) -> float:
-        """Bytes kept between the passes that no backward pass needs. About 0, unless a loss keeps a View."""
+        """Bytes between the passes that no backward pass needs. The value is about 0 unless a loss keeps a View."""
         return self.kept - self.held
 
 
 def peak(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Peak bytes during a call: ``host``, on Linux, and ``device``, on CUDA."""
+    """Measure the peak bytes during a call: ``host`` (only on Linux) and ``device`` (only on CUDA)."""
     found: dict[str, float] = {}
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -64,15 +67,15 @@ def peak(run: Callable[[], object], device: torch.device) -> dict[str, float]:
 
 
 def stored(tensors: Iterable[Tensor], device: torch.device) -> float:
-    """Bytes of these tensors on a device. Shared memory counts once."""
+    """Return the bytes of tensors that lie on `device`. Memory that several tensors share counts once."""
     pieces = [each.untyped_storage() for each in tensors if each.device == device]
     return float(sum({id(piece): piece.nbytes() for piece in pieces}.values()))
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While open, counts the bytes of new tensors that are alive: ``now``, and at ``most``.
+    """Context that counts the bytes of new tensors that are alive: currently (`now`) and at the peak (`most`).
 
-    Exact and repeatable on every device. The scratch memory inside an operator is not counted.
+    The counts are exact and repeatable on every device. The scratch memory inside an operator is not counted.
     """
 
     def __init__(self) -> None:
@@ -83,7 +86,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operator, then count the memory of its results that is not memory of its inputs."""
+        """Run an operator, then count the memory of its results, without memory that its inputs share."""
         given = {id(piece) for piece in _pieces((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for piece in _pieces(result):
@@ -91,7 +94,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._pieces.add(id(piece))
                 self.now += piece.nbytes()
                 self.most = max(self.most, self.now)
-                # Torch keeps the storage's Python object alive as long as the memory, so that both end together.
+                # Torch keeps the storage's Python object alive as long as its memory, so both are freed together.
                 weakref.finalize(piece, self._gone, id(piece), piece.nbytes()).atexit = False
         return result
 
@@ -101,7 +104,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Allocated:
-    """As `Live`, by the statistics of torch's CUDA allocator."""
+    """Context with the counts of `Live`, from the statistics of torch's CUDA allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -117,22 +120,22 @@ class Allocated:
 
     @property
     def now(self) -> float:
-        """Bytes that are allocated."""
+        """Bytes that are allocated now, in addition to those at the start of the context."""
         return float(torch.cuda.memory_allocated(self._device) - self._before)
 
     @property
     def most(self) -> float:
-        """Bytes at the peak."""
+        """Bytes at the peak, in addition to those at the start of the context."""
         return float(torch.cuda.max_memory_allocated(self._device) - self._before)
 
 
 def live(device: torch.device) -> Live | Allocated:
-    """The best counter for a device."""
+    """Return the counter for a device: `Allocated` on CUDA, else `Live`."""
     return Allocated(device) if device.type == "cuda" else Live()
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """While open, records the storages that autograd saves, each once, without those in `but`."""
+    """Context that records the storages that autograd saves, each once. The storages in `but` are not recorded."""
 
     def __init__(self, but: Iterable[torch.UntypedStorage] = ()) -> None:
         super().__init__(self._keep, lambda x: x)
@@ -146,7 +149,7 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
     @property
     def bytes(self) -> float:
-        """Their size."""
+        """Size of the recorded storages in bytes."""
         return float(sum(piece.nbytes() for piece in self.pieces))
 
     def _keep(self, x: Tensor) -> Tensor:

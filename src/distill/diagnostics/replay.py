@@ -1,4 +1,4 @@
-"""Repeats a step from the file that a stopped run wrote."""
+"""Replay of a training step from the file that a stopped run wrote."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from distill.types import Batch, DistillError, Target
 
 
 def read_step(file: Path) -> dict[str, Any]:
-    """The step that `NonFiniteGuard` wrote. Only tensors and plain containers are loaded, so that no code can run.
+    """Read the step that `NonFiniteGuard` wrote. Only tensors and plain containers are loaded, so that no code can run.
 
     Raises:
-        DistillError: there is no such file, or its content is something else.
+        DistillError: the file does not exist, or it holds no step.
     """
     if not file.is_file():
         raise DistillError(
@@ -36,19 +36,19 @@ def read_step(file: Path) -> dict[str, Any]:
 def replay(module: Any, step: Mapping[str, Any], device: torch.device | str = "cpu") -> list[dict[str, float]]:
     """Repeat the forward and backward passes of a step with its own weights. No weight changes.
 
-    The gradients of all batches are summed, and stay on the parameters. Counts over all processes
+    The gradients of all batches are summed and stay on the parameters. Counts over all processes
     (``normalizer="global"``) cover this process only.
 
     Args:
         module: a `Distiller` with the run's configuration.
-        step: from `read_step`.
-        device: to compute on.
+        step: the step that `read_step` returns.
+        device: the device of the computation.
 
     Returns:
-        the unweighted terms of each batch.
+        For each batch, term name -> unweighted value.
 
     Raises:
-        DistillError: the step has another student than the module.
+        DistillError: the student of the step and the student of the module differ.
     """
     if module.student.describe() != step["student"]:
         raise DistillError("replay: the step has another student; build the student from the run's own configuration")

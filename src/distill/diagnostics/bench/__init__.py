@@ -1,5 +1,5 @@
-"""The bench: what distillation costs, part by part, measured in one process.
+"""The bench: measurements of the cost of distillation, part by part, in one process.
 
-Each round measures every part once, and a ratio is the median of the ratios of all rounds. A machine that slows down for a
-while slows all parts of a round alike, so that the ratios stay reliable.
+Each round measures every part once. A ratio is the median of the ratios of all rounds. If the machine slows down for
+some time, all parts of a round slow down alike, so that the ratios stay reliable.
 """

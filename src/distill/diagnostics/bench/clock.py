@@ -13,6 +13,7 @@ import torch
 from distill.types import DistillError
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Kind of a clock -> function that returns seconds."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """Compute the spread of at least one value."""
         ordered = sorted(values)
         return cls(statistics.median(ordered), ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4])
 
@@ -34,11 +35,11 @@ class Clock:
     """Seconds between two marks: CUDA events on CUDA, wall clock or processor time elsewhere.
 
     Args:
-        device: that is measured.
-        kind: ``wall``, or ``cpu``: processor time of all threads, which varies less on a busy machine.
+        device: the measured device.
+        kind: ``wall``, or ``cpu``, which is the processor time of all threads and varies less on a busy machine.
 
     Raises:
-        DistillError: an unknown kind.
+        DistillError: the kind is unknown.
     """
 
     def __init__(self, device: torch.device, kind: str = "wall") -> None:
@@ -49,7 +50,7 @@ class Clock:
         self._now = CLOCKS[kind]
 
     def mark(self) -> Any:
-        """A mark at the end of the work that is queued so far."""
+        """Return a mark at the end of the work that is queued so far."""
         if not self.cuda:
             return self._now()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -57,14 +58,14 @@ class Clock:
         return event
 
     def seconds(self, *spans: tuple[Any, Any]) -> float:
-        """Sum over pairs of marks. Waits for the device."""
+        """Return the seconds between the marks of each pair, summed over all pairs. The method waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
             return sum(float(start.elapsed_time(end)) / 1000 for start, end in spans)
         return float(sum(end - start for start, end in spans))
 
     def time(self, run: Callable[[], object]) -> float:
-        """Seconds that a call takes."""
+        """Return the seconds that a call takes."""
         if self.cuda:
             torch.cuda.synchronize()  # do not count work that was queued before
         start = self.mark()

@@ -1,4 +1,4 @@
-"""The measurements of the bench: steps, FLOPs, memory, data loader and evaluation."""
+"""The measurements of the bench: training steps, FLOPs, memory, data loader and evaluation."""
 
 from __future__ import annotations
 
@@ -22,19 +22,29 @@ from distill.evaluation.evaluate import Evaluation, MetricFactory, ground_truth_
 from distill.types import Batch
 
 MAX_OVERHEAD = {"neck": 0.03, "regions": 0.10}
-"""Highest expected `OptionCost.loss_overhead` of losses that read maps only, and of losses that read regions."""
+"""Highest expected `OptionCost.loss_overhead`: ``neck`` for losses that read only maps, ``regions`` for the others."""
 REGIONS = {"roi_features", "roi_logits", "roi_boxes", "rois", "proposals", "predictions"}
-"""Stages of a View that belong to regions."""
+"""Stages of a View that compute regions or outputs of regions."""
 
 
 def measure_student(alone: Step, clock: Clock, repeats: int = 10, warmup: int = 2) -> Cost:
-    """Costs of the student-only step."""
+    """Measure the costs of the student-only step."""
     (seconds,) = _rounds([partial(clock.time, alone.run)], repeats, warmup)
     return Cost(Spread.of(seconds), _flops(alone.run), peak(alone.run, alone.batch.images.device))
 
 
 def measure_option(alone: Step, step: Step, clock: Clock, repeats: int = 10, warmup: int = 2) -> OptionCost:
-    """Costs of a step with losses. Each round times the student-only step, the whole step and its parts once."""
+    """Measure the costs of a step with losses.
+
+    Each round times the student-only step, the whole step and the parts of the whole step once.
+
+    Args:
+        alone: the student-only step.
+        step: the step with losses.
+        clock: measures the seconds.
+        repeats: number of measured rounds.
+        warmup: number of rounds before the measurement.
+    """
     teacher, student = step.record_reads()
     parts = (partial(clock.time, alone.run), partial(clock.time, step.run), partial(_teacher_seconds, step, clock))
     layers = (partial(clock.time, step.adapter_passes()), partial(clock.time, step.recompute_passes()))
@@ -81,7 +91,7 @@ def _option_cost(
 
 
 def _teacher_seconds(step: Step, clock: Clock) -> float:
-    """Seconds that the losses wait for stages of the teacher, and for frozen models of their own."""
+    """Seconds that the losses wait for stages of the teacher and for the losses' frozen models."""
     return clock.seconds(*step.record_reads(clock.mark)[0].spans)
 
 
@@ -98,7 +108,10 @@ def _teacher_flops(step: Step) -> float:
 
 
 def measure_memory(alone: Step, step: Step) -> Memory:
-    """The parts of a step's memory, and its peak. Both steps must have run before, so that the optimizers have a state."""
+    """Measure the parts of a step's memory, and the peak.
+
+    Both steps must have run before, so that the optimizers have a state.
+    """
     device = step.batch.images.device
     lists = (step.teacher_tensors(), step.trained_tensors(), alone.trained_tensors())
     teacher, trained, student = (stored(tensors, device) for tensors in lists)
@@ -106,7 +119,7 @@ def measure_memory(alone: Step, step: Step) -> Memory:
     return Memory(
         student=student + peak_alone,
         teacher=teacher,
-        losses=trained - student + stored(step.losses.parameters(), device),  # their gradients are as large
+        losses=trained - student + stored(step.losses.parameters(), device),  # their gradients have equal size
         held=step.kept_bytes(),
         peak=trained + teacher + peak_bytes,
         kept=kept - kept_alone,
@@ -114,7 +127,7 @@ def measure_memory(alone: Step, step: Step) -> Memory:
 
 
 def _allocated(step: Step) -> tuple[float, float]:
-    """Bytes that a step allocates: at its peak, and between forward and backward pass."""
+    """Bytes that a step allocates: at the peak, and between forward and backward pass."""
     kept: list[float] = []
     step.optimizer.zero_grad(set_to_none=True)
     with live(step.batch.images.device) as count:
@@ -123,7 +136,10 @@ def _allocated(step: Step) -> tuple[float, float]:
 
 
 def measure_loader(data: DetectionData, batches: int = 20) -> dict[str, float]:
-    """``images_per_second`` of the warm training loader, by the wall clock, and its number of ``workers``."""
+    """Measure ``images_per_second`` of the training loader by the wall clock, after a warm-up.
+
+    The result also has the number of ``workers``.
+    """
     loader = data.train_dataloader()
     stream = iter(_endless(loader))
     for _ in range(2 + data.workers * data.prefetch):  # batches that the workers prefetched
@@ -150,7 +166,12 @@ def measure_evaluation(
     split: str = "val",
     images: int = 50,
 ) -> dict[str, float]:
-    """Wall-clock seconds per 1,000 images: ``detect``, with loading, and ``metric``; and the number of ``images`` measured."""
+    """Measure the wall-clock seconds per 1,000 images of an evaluation.
+
+    Returns:
+        ``detect``: seconds for loading and detection; ``metric``: seconds for the metrics; ``images``: number of
+        measured images.
+    """
     batches, seen = [], 0
     training = detector.training
     detector.train(False)
@@ -167,7 +188,7 @@ def measure_evaluation(
             metrics,
             device,
         )
-        evaluation.update(batches[0].to(device))  # warm-up; an image given twice counts once
+        evaluation.update(batches[0].to(device))  # warm-up; a repeated image counts once
         start = time.perf_counter()
         for batch in batches:
             evaluation.update(batch.to(device))
@@ -186,7 +207,10 @@ def measure_evaluation(
 
 
 def set_norm_statistics(detector: Detector, batch: Batch) -> None:
-    """Set the batch norm statistics of an untrained detector to those of a batch. Else its maps grow from block to block."""
+    """Set the batch norm statistics of an untrained detector to those of a batch.
+
+    Without this, the values of the maps grow from block to block.
+    """
     norms = [layer for layer in detector.modules() if type(layer) is nn.BatchNorm2d and layer.track_running_stats]
     before = [layer.momentum for layer in norms]
     for layer in norms:

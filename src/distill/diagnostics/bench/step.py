@@ -1,4 +1,7 @@
-"""A training step that can be taken apart: the stages that losses read, their adapters, and the memory they keep."""
+"""A training step that the bench runs as a whole and in parts.
+
+The parts are the stages that the losses read, the losses' adapters, and the memory that the losses keep.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,23 @@ from distill.training.distiller import Distiller, weighted
 from distill.types import Batch, View
 
 SEED = 0
-"""Of all random draws in the step."""
+"""Seed of all random draws in the step."""
 PROGRESS = 0.5
-"""Finished part of the training, by which ramps scale the weights. Few ramps are 0 in the middle of the training."""
+"""Finished share of the training. Ramps scale the weights by it; few ramps are 0 in the middle of the training."""
 
 
 @dataclass
 class StageReads:
-    """StageReads of a View: the names of the stages, each once, and the marks before and after each read."""
+    """The recorded reads of a View."""
 
     stages: list[str] = field(default_factory=list)
+    """Names of the stages that were read, each once."""
     spans: list[tuple[Any, Any]] = field(default_factory=list)
+    """Marks before and after each read."""
 
 
 class WatchedView:
-    """A View, or a frozen model of a loss, that records every read, with a `mark` before and after."""
+    """A View or a frozen model of a loss that records every read, with a `mark` before and after the read."""
 
     def __init__(self, view: View | FrozenModel, mark: Callable[[], Any], reads: StageReads) -> None:
         self._view, self._mark, self._reads = view, mark, reads
@@ -58,7 +63,7 @@ class WatchedView:
 
 @contextmanager
 def _watched_models(losses: nn.Module, mark: Callable[[], Any], reads: StageReads) -> Iterator[None]:
-    """Record the reads of the frozen models that losses hold, such as an image classifier."""
+    """Record the reads of the losses' frozen models, such as an image classifier."""
     models = [
         (vars(module), name, value)
         for module in losses.modules()
@@ -75,12 +80,15 @@ def _watched_models(losses: nn.Module, mark: Callable[[], Any], reads: StageRead
 
 
 class Step:
-    """A training step of a Distiller on one batch, whole and in parts. The learning rate is 0, so that no weight changes.
+    """A training step of a Distiller on one batch, as a whole and in parts.
+
+    The learning rate is 0, so that no weight changes.
 
     Args:
-        module: with the student, and with teacher and losses if the step has them.
-        batch: moved to its device.
-        autocast: opens the precision of the run.
+        module: a Distiller with a student, and with a teacher and losses if the step has them. The module is moved to
+            the batch's device.
+        batch: the batch, on the measured device.
+        autocast: returns the autocast context of the run's precision.
     """
 
     def __init__(
@@ -93,7 +101,7 @@ class Step:
             group["lr"] = 0.0
 
     def run(self, between: Callable[[], object] = float) -> None:
-        """Forward pass, backward pass, optimizer step. `between` is called between forward and backward pass."""
+        """Run the forward pass, `between`, the backward pass and the optimizer step, in this order."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             loss = self.module.compute_step(self.batch, SEED, PROGRESS).loss
@@ -102,23 +110,26 @@ class Step:
         self.optimizer.step()
 
     def supervised(self, student: View) -> Tensor:
-        """The weighted sum of the student's own terms."""
+        """Return the weighted sum of the student's own terms."""
         return weighted(*self.module.supervised_terms(student))
 
     def distilled(self, student: Any, teacher: Any) -> Tensor:
-        """The weighted sum of the terms of all distillation losses."""
+        """Return the weighted sum of the terms of all distillation losses."""
         return weighted(*self.module.distillation_terms(student, teacher, PROGRESS))
 
     def student_view(self) -> View:
-        """A new View of the student, with the draws of the step."""
+        """Create a new View of the student, with the random draws of the step."""
         return self.student.view(self.batch, training=True, seed=SEED)
 
     def teacher_view(self) -> View | None:
-        """A new View of the teacher, with the draws of the step and without prefetched stages."""
+        """Create a new View of the teacher, with the random draws of the step and without prefetched stages."""
         return self.module.teacher_view(self.batch, SEED)
 
     def record_reads(self, mark: Callable[[], Any] = float) -> tuple[StageReads, StageReads]:
-        """Compute the losses without gradients; their reads of the teachers, and of the student."""
+        """Compute the losses without gradients. Return their reads of the teachers, and their reads of the student.
+
+        The teachers are the teacher and the losses' frozen models. Only the spans of their reads come from `mark`.
+        """
         teacher_reads, student_reads = StageReads(), StageReads()
         if self.losses:
             with torch.no_grad(), self.autocast(), _watched_models(self.losses, mark, teacher_reads):
@@ -128,11 +139,17 @@ class Step:
         return teacher_reads, student_reads
 
     def adapter_passes(self) -> Callable[[], None]:
-        """Forward and backward pass of each layer that the losses train, on its inputs in the step."""
+        """Return a function that runs the forward and backward pass of each layer that the losses train.
+
+        The inputs of the layers are those in the step.
+        """
         return self._passes(self.losses)
 
     def recompute_passes(self) -> Callable[[], None]:
-        """Forward and backward pass of each student layer that the losses recompute, such as the head on the teacher's RoIs."""
+        """Return a function that runs the forward and backward pass of each student layer that the losses recompute.
+
+        An example is the head on the teacher's RoIs. The inputs of the layers are those in the step.
+        """
         return self._passes(self.student)
 
     def _passes(self, module: nn.Module) -> Callable[[], None]:
@@ -162,17 +179,17 @@ class Step:
         return run if calls else _nothing
 
     def trained_tensors(self) -> list[Tensor]:
-        """Weights and buffers of the student and the losses, and the optimizer's state."""
+        """Return the weights and buffers of the student and the losses, and the optimizer's state."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         return [*_tensors(self.student, self.losses), *(value for value in states if isinstance(value, Tensor))]
 
     def teacher_tensors(self) -> list[Tensor]:
-        """Weights and buffers of the teacher and of the losses' frozen models, with all copies in memory."""
+        """Return the weights and buffers of the teacher and of the losses' frozen models, with all copies in memory."""
         teachers = [*frozen_models(self.losses), *([self.teacher] if self.teacher and self.losses else [])]
         return [tensor for teacher in teachers for tensor in teacher.tensors().values()]
 
     def kept_bytes(self) -> float:
-        """Bytes that the losses keep for the backward pass, in addition to those of the student's own terms."""
+        """Return the bytes that the losses keep for the backward pass, besides those of the student's own terms."""
         own = Saved()
         with self.autocast(), own:
             student = self.student_view()
