@@ -83,7 +83,7 @@ def fit_sizes(module: nn.Module, state: State, where: str) -> None:
     """Raise an error if a module is far larger than its weights. Such a module must not be allocated.
 
     Raises:
-        DistillError: the module has more than 2 n + 1000 values, where `state` has n. The message names the file `where`.
+        DistillError: the module has more than 2 n + 1000 values, where `state` has n. The message names `where`.
     """
     wanted, held = (sum(each.numel() for each in of.values()) for of in (module.state_dict(), state))
     if wanted > 2 * held + 1000:
