@@ -1,9 +1,16 @@
-"""Bad data is named before the first step: what is safe to mend is mended and counted, the rest is an error or skipped.
+"""Checks that report invalid data before the first step.
 
-Mended: a box over the image's edge is clipped (for training; evaluation keeps it as annotated), a box of no area, or
-of none inside the image, is dropped. Errors: what a source could not read, an image that is missing, unreadable, cut
-off, listed twice, or of another size than its annotation says, a box that is inverted or not finite; and where masks are
-asked for, a segmentation that is missing or none.
+Faults that are safe to repair are repaired and counted:
+
+* A box that crosses the image's edge is clipped for training. Evaluation uses the box as annotated.
+* A box without area, or without area inside the image, is removed.
+
+Other faults are errors. With `on_error="skip"` the affected images or annotations are left out instead:
+
+* an entry that the source cannot read,
+* an image that is missing, unreadable, truncated, listed twice, or of another size than its annotation states,
+* a box that is inverted or not finite,
+* with masks: a segmentation that is missing or invalid.
 """
 
 from __future__ import annotations
@@ -24,36 +31,36 @@ from distill.data.records import MAX_PIXELS, Record, exif_orientation, open_imag
 from distill.types import DistillError, Size
 
 MENDED = ("without area", "outside the image", "clipped", "with an empty mask")
-"""Faults of boxes that are mended and counted."""
+"""Kinds of faults that are repaired and counted. A box with an empty mask is only counted."""
 MAX_LISTED = 10
-"""Problems that one message lists."""
+"""Largest number of problems that one message lists."""
 THREADS = 16
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
-"""What the last bytes of a whole file hold; a file of another format is decoded to know that it is whole."""
+"""Bytes at the end of a complete file. Files of other formats are decoded to find out whether they are complete."""
 TRANSPOSED = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Counts of a checked split. As a string it is one line with all counts that are not 0."""
+    """Counts of a checked split. `str` gives one line; counts of 0 are left out, except the first three."""
 
     split: str
     images: int
     boxes: int
-    """As annotated."""
+    """Number of boxes as annotated."""
     usable: int
-    """Boxes that are left."""
+    """Number of boxes that are left after the checks."""
     crowds: int
     difficult: int
     without_boxes: int
     """Images without boxes."""
     mended: Mapping[str, int]
-    """Number of boxes by kind of fault, one of `MENDED`."""
+    """Number of boxes by kind of fault; the kinds are in `MENDED`."""
     turned: int
-    """Images turned by their EXIF tag."""
+    """Number of images that their EXIF tag turns."""
     skipped: Mapping[str, int]
-    """Images and problems that ``on_error="skip"`` left out."""
+    """Number of images and of problems that `on_error="skip"` left out."""
 
     def __str__(self) -> str:
         parts = [f"{self.images} images", f"{self.boxes} boxes", f"{self.usable} usable"]
@@ -70,21 +77,21 @@ def check_records(
     masks: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[list[Record], SplitReport]:
-    """Check and mend the records of a split, in place.
+    """Check and repair the records of a split, in place.
 
     Args:
-        records: as a source gives them.
-        split: for messages.
-        on_error: ``raise`` lists the problems, ``skip`` leaves out the images or annotations concerned.
-        files: whether ``file`` names a file; a source that draws its images has none to look into.
-        masks: whether every annotation needs a segmentation; it is turned into a compressed run-length code.
-        max_pixels: most pixels of an image.
+        records: the records as the source returns them.
+        split: name of the split, for messages.
+        on_error: `raise` raises an error that lists the problems; `skip` leaves out the affected images or annotations.
+        files: whether a record's `file` is a path; False for a source that draws its images.
+        masks: whether every annotation needs a segmentation. Segmentations become compressed run-length codes.
+        max_pixels: largest number of pixels of an image.
 
     Returns:
-        the usable records, and the counts of the split.
+        The usable records, and the counts of the split.
 
     Raises:
-        DistillError: an empty split, one without any usable box, or under ``raise`` any problem that cannot be mended.
+        DistillError: the split is empty or has no usable box, or, with `raise`, has a problem that cannot be repaired.
     """
     if not records:
         raise DistillError(f"{split}: the split is empty; check data.source.{split} and data.source.root")
@@ -104,8 +111,8 @@ def check_records(
     if not any(len(record.labels) for record in good):
         what = "box" if good else "image"
         raise DistillError(
-            f"{split}: of {len(records)} images no usable {what} is left: there is nothing to learn from or to measure by. "
-            f"Check data.source.{split}" + ("\n" + _list_problems(split, problems) if problems else "")
+            f"{split}: of {len(records)} images no usable {what} is left: there is nothing to learn from or to "
+            f"measure by. Check data.source.{split}" + ("\n" + _list_problems(split, problems) if problems else "")
         )
     skipped = {
         "images skipped": sum(record.unusable and bool(record.file) for record in records),
@@ -127,9 +134,16 @@ def check_records(
 
 
 def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "warn") -> None:
-    """Warn or raise when images stand in two splits: the same file, or a file of the same content.
+    """Warn or raise if two splits share an image: the same file, or two files with the same content.
 
-    Only files of equal size are read. A student measured on images that it was trained on is measured wrongly.
+    The AP on images that the student was trained on is too high. Only files of equal size are read.
+
+    Args:
+        splits: split name to records. A split may be missing.
+        on_overlap: `warn` or `raise`.
+
+    Raises:
+        DistillError: with `raise`, two splits share an image.
     """
     for later, earlier in (("val", "train"), ("test", "train"), ("test", "val")):
         if later not in splits or earlier not in splits:
@@ -137,8 +151,8 @@ def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "war
         shared = _find_shared_files(splits[later], splits[earlier])
         if shared:
             message = (
-                f"{len(shared)} images of {later} are in {earlier} as well, such as {', '.join(shared[:3])}: numbers measured "
-                f"on {later} are too good. Remove them from one split"
+                f"{len(shared)} images of {later} are in {earlier} as well, such as {', '.join(shared[:3])}: numbers "
+                f"measured on {later} are too good. Remove them from one split"
             )
             if on_overlap == "raise":
                 raise DistillError(message + ", or go on with data.on_overlap=warn")
@@ -161,7 +175,8 @@ def _find_duplicates(records: Sequence[Record], files: bool) -> None:
 
 def _inspect_images(records: Sequence[Record], counts: Counter[str], max_pixels: int) -> None:
     sound = [record for record in records if not record.unusable]
-    # Filters of warnings are common to all threads. Pillow warns of large images and damaged tags, which both read well.
+    # Pillow warns of large images and of damaged tags; both are readable. Warning filters apply to all threads, so the
+    # filter is set once, outside the pool.
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")
         looks = list(pool.map(partial(_inspect_file, max_pixels=max_pixels), sound))
@@ -179,25 +194,27 @@ def _mark_broken(record: Record, fault: str) -> None:
 
 
 def _inspect_file(record: Record, max_pixels: int) -> tuple[Size, int] | str:
-    """An image's (height, width) once upright and its EXIF exif_orientation, or what is wrong with its file."""
+    """Return the (height, width) of the upright image and its EXIF orientation, or a message about a faulty file."""
     path = Path(record.file)
     try:
         if not path.is_file():
-            return f"{path}: no such image, but {record.annotation_file or 'a record'} names it; add it, or remove its annotations"
+            return (
+                f"{path}: no such image, but {record.annotation_file or 'a record'} names it; add it, or remove its "
+                "annotations"
+            )
         record.file_size = path.stat().st_size
         with open_image(path, max_pixels) as image:
             size, form, turn = (image.height, image.width), image.format, exif_orientation(image)
         if form in END_MARKERS and _ends_with(path, END_MARKERS[form]):
             return (size[::-1] if turn in TRANSPOSED else size), turn
-        if (
-            form in END_MARKERS and END_MARKERS[form] not in path.read_bytes()
-        ):  # decoders fill what is missing and say nothing
+        # Decoders fill the missing part of a truncated file without an error.
+        if form in END_MARKERS and END_MARKERS[form] not in path.read_bytes():
             return f"{path}: cut off, its end is missing; replace it, or remove it from the split"
         height, width = read_image(path, max_pixels).shape[1:]
         return (height, width), turn
     except DistillError as error:
         return str(error)
-    except Exception as error:  # Pillow raises anything at damaged bytes
+    except Exception as error:  # Pillow raises errors of any type for damaged bytes
         return f"{path}: unreadable ({error}); replace it, or remove it from the split"
 
 
@@ -208,7 +225,7 @@ def _ends_with(path: Path, end: bytes) -> bool:
 
 
 def _set_size(record: Record, upright: Size, turn: int) -> str | None:
-    """Note the true size, or say how it differs from the one that the annotation states."""
+    """Set the record's size to the true size. Return a message if the annotation states another size."""
     if record.size in (None, upright):
         record.size = upright
         return None
@@ -226,12 +243,12 @@ def _set_size(record: Record, upright: Size, turn: int) -> str | None:
 
 
 def _repair_boxes(record: Record, counts: Counter[str]) -> None:
-    """Leave out impossible boxes with a fault each, clip the rest, drop those of no area."""
+    """Remove invalid boxes and add a fault for each, clip the others, and remove those without area in the image."""
     assert record.size is not None
     height, width = record.size
     boxes = record.boxes
     counts["boxes"] += len(boxes)
-    with np.errstate(over="ignore", invalid="ignore"):  # sides of finite corners may be infinite
+    with np.errstate(over="ignore", invalid="ignore"):  # finite corners may have infinite sides
         sides = boxes[:, 2:] - boxes[:, :2]
     finite = np.isfinite(boxes).all(axis=1) & np.isfinite(sides).all(axis=1) & np.isfinite(record.area)
     inverted = finite & (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
@@ -252,8 +269,8 @@ def _repair_boxes(record: Record, counts: Counter[str]) -> None:
 
 def _box_fault(record: Record, index: int, reason: str) -> str:
     return (
-        f"{_describe_place(record, index)}: the box {reason}: xyxy {record.boxes[index].tolist()}, area {record.area[index]}; "
-        "mend or remove it"
+        f"{_describe_place(record, index)}: the box {reason}: xyxy {record.boxes[index].tolist()}, "
+        f"area {record.area[index]}; mend or remove it"
     )
 
 
@@ -264,7 +281,7 @@ def _describe_place(record: Record, index: int) -> str:
 
 
 def _encode_masks(record: Record, counts: Counter[str]) -> None:
-    """Turn segmentations into run-length codes, and leave out the annotations of bad ones with a fault each."""
+    """Encode segmentations as run-length codes. Remove annotations with an invalid one and add a fault for each."""
     assert record.size is not None
     codes: list[bytes | None] = []
     for index, shape in enumerate(record.segmentation or [None] * len(record.labels)):

@@ -1,4 +1,4 @@
-"""COCO's format: one JSON of images, annotations and categories per split."""
+"""The source of data sets in COCO's format: one JSON file of images, annotations and categories for each split."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ from distill.data.records import Annotation, Record, make_record, make_unusable_
 from distill.types import DistillError, Size
 
 SplitFiles = Mapping[str, str | None]
-"""``annotations`` and ``images`` of a split."""
+"""The entries `annotations` (JSON file) and `images` (folder) of a split."""
 MIN_ID, MAX_ID = -(2**63), 2**63 - 1
-"""Of the ids that a tensor can hold."""
+"""Smallest and largest id that an int64 tensor can hold."""
 
 
 class Coco:
-    """The source ``data=coco``: any file in the format of COCO's ``instances_*.json``.
+    """The source `data=coco` reads any file in the format of COCO's `instances_*.json`.
+
+    The categories are the classes, in ascending order of their ids. The ids may start at 0 and may have gaps. The
+    attribute `category_ids` maps each label to its category id in the last file read. Crowds are no training targets.
+    The records keep them because evaluation ignores detections on crowds.
+
+    If `images` is None, the image folder is the first of these that contains the first image of the JSON file: the
+    folder of the JSON file, `root`, `root/images`, and the folder in `root` that is named like the last part of the
+    JSON file's name (`train2017` for `instances_train2017.json`). If none of them contains it, the folder of the JSON
+    file is used. A `file_name` must not lead out of both the image folder and `root`.
 
     Args:
-        root: folder that all paths below are relative to.
-        train, val, test: ``annotations``, the JSON, and ``images``, the folder of the files that it names (None: the
-            first of the JSON's own, root, root/images, and the one in root named like the JSON's end, train2017 say, that
-            holds the file named first), out of which and of root no name may lead; None for a split that there is not.
-
-    Categories are the classes, in ascending order of their ids, which may start at 0 and have gaps. Crowds are kept for
-    evaluation, which ignores them, and are no training targets. ``category_ids`` maps label to id in the file read last.
+        root: folder that all paths of the splits are relative to.
+        train, val, test: a mapping with `annotations` (the JSON file) and `images` (the folder of the image files, or
+            None). None if the data set has no such split.
 
     Raises:
-        DistillError: a split that is given in another form.
+        DistillError: a split is not a mapping of these two keys.
     """
 
     masks = True
@@ -52,15 +57,18 @@ class Coco:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that are configured."""
+        """Names of the splits that have an annotation file."""
         return tuple(split for split, files in self.files.items() if files and files.get("annotations"))
 
     @paused_garbage_collection()
     def read_split(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
-        """Class names and records of a split. Entries that are wrong are left out, and named as faults of a record.
+        """Read the class names and records of a split.
+
+        Invalid images and annotations are left out. An unusable record lists them as faults.
 
         Raises:
-            DistillError: the file is missing, no JSON, or lacks what evaluation and training need.
+            DistillError: the split is not configured, its file is missing or is not JSON, one of the lists `images`,
+                `annotations` and `categories` is missing, or a category is invalid.
         """
         files = self.files.get(split)
         if not files or not files.get("annotations"):
@@ -87,7 +95,10 @@ class Coco:
         return next((folder for folder in usual if os.path.isfile(folder / first)), path.parent)
 
     def _holds(self, file: Path, folder: Path) -> bool:
-        """Whether a file lies in the folder of images or in root, by its name: links inside may lead where their owner wants."""
+        """Whether the path of a file lies in the image folder or in `root`.
+
+        Symbolic links are not resolved: the owner of the folder may link to files elsewhere.
+        """
         place = Path(os.path.abspath(file))
         return any(place.is_relative_to(os.path.abspath(home)) for home in (folder, self.root))
 
@@ -108,8 +119,8 @@ def _load_json(path: Path, split: str) -> dict[str, list[Any]]:
         raise DistillError(f"{path}: cannot be read as JSON ({error}); write or download it again") from error
     if isinstance(content, dict) and "images" in content and "annotations" not in content:
         raise DistillError(
-            f"{path}: has no 'annotations' (COCO's test files do not): there is nothing to learn from or to measure by. "
-            f"Use an instances_*.json, or data.source.{split}=null"
+            f"{path}: has no 'annotations' (COCO's test files do not): there is nothing to learn from or to measure "
+            f"by. Use an instances_*.json, or data.source.{split}=null"
         )
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -118,7 +129,7 @@ def _load_json(path: Path, split: str) -> dict[str, list[Any]]:
 
 
 def _parse_categories(entries: list[Any], path: Path) -> tuple[tuple[str, ...], dict[int, int]]:
-    """Class names by label, and label -> category id."""
+    """Return the class names in the order of their labels, and a mapping of label to category id."""
     names: dict[int, str] = {}
     for place, entry in enumerate(entries):
         try:
@@ -135,7 +146,7 @@ def _parse_categories(entries: list[Any], path: Path) -> tuple[tuple[str, ...], 
 
 
 def _parse_images(entries: list[Any], path: Path, faults: list[str]) -> dict[int, tuple[str, Size | None]]:
-    """File and stated size by image id."""
+    """Return a mapping of image id to file name and stated size. Add a message to `faults` for each invalid entry."""
     images: dict[int, tuple[str, Size | None]] = {}
     ambiguous = set()
     for place, entry in enumerate(entries):
@@ -148,7 +159,7 @@ def _parse_images(entries: list[Any], path: Path, faults: list[str]) -> dict[int
             images[number] = name, _stated_size(entry)
         except ValueError as error:
             faults.append(f"{path}: images[{place}] {error}")
-    for number in ambiguous:  # whose annotations are whose cannot be told
+    for number in ambiguous:  # the annotations of two files with one id cannot be told apart
         del images[number]
     return images
 
@@ -156,7 +167,7 @@ def _parse_images(entries: list[Any], path: Path, faults: list[str]) -> dict[int
 def _parse_annotations(
     entries: list[Any], images: Mapping[int, Any], labels: Mapping[int, int], path: Path, faults: list[str]
 ) -> dict[int, list[Annotation]]:
-    """Annotations by image id."""
+    """Return a mapping of image id to annotations. Add a message to `faults` for each invalid entry."""
     notes: dict[int, list[Annotation]] = defaultdict(list)
     seen: set[int] = set()
     for place, entry in enumerate(entries):

@@ -1,4 +1,4 @@
-"""The data of a run: a source, checked once, and the loaders that feed it as Batches."""
+"""The data of a run: a source, whose records are checked once, and loaders that yield instances of `Batch`."""
 
 from __future__ import annotations
 
@@ -22,25 +22,30 @@ from distill.data.transforms import Sample, Transform, collate, padded_size, res
 from distill.types import Batch, DistillError, Size
 
 Split = str
-"""``train``, ``val`` or ``test``."""
+"""`train`, `val` or `test`."""
 
 
 class Source(Protocol):
-    """A data set in some format. One that does not keep its images in files has ``image(file) -> Tensor`` too.
+    """A data set in some format.
 
-    One whose records hold a segmentation for every annotation says so by ``masks = True``.
+    A source without image files also has a method `load_image(file) -> Tensor`. A source whose records have a
+    segmentation for every annotation has the attribute `masks = True`. A source with category ids of its own has the
+    attribute `category_ids`, a mapping of label to id.
     """
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that it has."""
+        """Names of the splits that the source has."""
 
     def read_split(self, split: str) -> tuple[Sequence[str], list[Record]]:
-        """Class names, in the order of their labels from 1, and the records of a split as annotated."""
+        """Return the class names, in the order of their labels from 1, and the records of a split as annotated."""
 
 
 def digest_records(records: Sequence[Record], masks: bool) -> dict[str, Any]:
-    """How many images and boxes there are, and a hash of all that is known of them but where their files lie."""
+    """Return the numbers of images and boxes, and a SHA-256 hash of the records without the paths of their files.
+
+    The hash includes the segmentations only with `masks`.
+    """
     seen = hashlib.sha256()
     for record in records:
         seen.update(json.dumps([record.id, record.size, record.file_size, len(record.labels)]).encode())
@@ -53,7 +58,15 @@ def digest_records(records: Sequence[Record], masks: bool) -> dict[str, Any]:
 
 
 def select_subset(records: list[Record], fraction: float, limit: int | None) -> list[Record]:
-    """A part of the images for quick looks: the same for every seed, a larger part holds every smaller one."""
+    """Choose a part of the records for quick runs.
+
+    The choice is the same for every seed. A larger part contains every smaller one. At least one record is kept.
+
+    Args:
+        records: all records of a split.
+        fraction: part to keep, in (0, 1].
+        limit: largest number of records to keep; None for no limit.
+    """
     order = np.random.default_rng(0).permutation(len(records))
     count = max(1, round(fraction * len(records)))
     chosen = order[: count if limit is None else min(count, limit)]
@@ -61,43 +74,43 @@ def select_subset(records: list[Record], fraction: float, limit: int | None) -> 
 
 
 class DetectionData(L.LightningDataModule):
-    """Everything between annotated files and Batches, for training and evaluation.
+    """The data pipeline from annotated files to instances of `Batch`, for training and evaluation.
 
-    Splits are read and checked on first use, or all that a stage needs in ``setup(stage)``.
+    `setup(stage)` reads and checks the splits of a stage. Any other split is read and checked on first use.
 
     Args:
-        source: where images and annotations come from.
+        source: source of the images and annotations.
         batch_size: training images per process and step.
-        eval_batch_size: the same for evaluation; None: as in training.
+        eval_batch_size: evaluation images per process and step; None: `batch_size`.
         workers: loader processes per loader; 0 loads in the main process.
-        min_size: shorter side after the resize in pixels, or a list of them, of which training draws one per image.
-        max_size: cap of the longer side in pixels.
-        eval_min_size, eval_max_size: the same for evaluation; None: the last of ``min_size``, and ``max_size``.
-        antialias: whether the resize filters before it shrinks; torchvision's detectors do not.
-        pad_to: batches are padded to a multiple of this many pixels.
+        min_size: shorter side after the resize in pixels, or a list of sizes; training draws one size per image.
+        max_size: upper limit of the longer side after the resize in pixels.
+        eval_min_size, eval_max_size: the same for evaluation; None: the last of `min_size`, and `max_size`.
+        antialias: whether the resize filters images before it shrinks them; torchvision's detectors do not.
+        pad_to: batches are padded to a multiple of this number of pixels.
         flip: probability of a horizontal flip in training.
-        photometric: whether colours are distorted in training, as SSD does.
-        aspect_groups: whether a training batch holds only upright or only broad images, which saves padding.
-        drop_last: leave out a last, incomplete training batch (unless it is the only one).
-        keep_empty: whether images without training targets are trained on.
+        photometric: whether training distorts the colors as SSD does.
+        aspect_groups: whether a training batch contains only upright or only broad images, which saves padding.
+        drop_last: whether the last training batch is left out if it is incomplete and not the only one.
+        keep_empty: whether training uses images without training targets.
         use_difficult: whether VOC's difficult objects are training targets. Off, as in VOC's own protocol and
-            MMDetection (torchvision and Detectron2 train on them); evaluation ignores them in either case.
-        masks: whether targets have instance masks, which a Mask R-CNN learns from, and the ground truth codes of them.
-            The source's segmentations are read, checked and coded at the start.
-        cache: ``none``, or ``ram``: decode and resize all images once, before the workers start.
-        fraction: part of the training images that is used.
-        limit: most training images.
-        limit_eval: most images of val and of test.
-        on_error: ``raise`` at bad data that cannot be mended safely, or ``skip`` it and count.
-        on_overlap: ``warn`` or ``raise`` when an image is in more than one split.
-        max_pixels: most pixels of an image file; a larger one is a fault of the data, found in its header.
-        prefetch: batches that a worker prepares ahead.
+            MMDetection; torchvision and Detectron2 train on them. Evaluation ignores them in either case.
+        masks: whether targets have instance masks, which a Mask R-CNN needs, and the ground truth has their codes. The
+            source's segmentations are read, checked and encoded at the start.
+        cache: `none`, or `ram`: all images are decoded and resized once, before the workers start.
+        fraction: part of the training images to use, in (0, 1].
+        limit: largest number of training images; None for no limit.
+        limit_eval: largest number of images of val and of test; None for no limit.
+        on_error: `raise` for invalid data that cannot be repaired safely, or `skip` to leave it out and count it.
+        on_overlap: `warn` or `raise` if an image is in more than one split.
+        max_pixels: largest number of pixels of an image file. The header of a larger file is enough to report a fault.
+        prefetch: number of batches that a worker prepares ahead.
         persistent_workers: whether workers stay alive between epochs.
-        pin_memory: page-locked batches; None: where CUDA is available.
-        seed: of shuffling and augmentation.
+        pin_memory: whether batches are in page-locked memory; None: if CUDA is available.
+        seed: seed of shuffling and augmentation.
 
     Raises:
-        DistillError: options that contradict each other, and all that the checks of the data find.
+        DistillError: an option is out of range, options contradict each other, or a check of the data fails.
     """
 
     def __init__(
@@ -138,8 +151,8 @@ class DetectionData(L.LightningDataModule):
         _validate_choice("on_overlap", on_overlap, ("warn", "raise"))
         if masks and not getattr(source, "masks", False):
             raise DistillError(
-                f"data.masks=true: this source ({type(source).__name__}) has boxes only, no masks. Choose data=coco with "
-                "segmentations, or data=shapes; or set data.masks=false and choose a model without masks."
+                f"data.masks=true: this source ({type(source).__name__}) has boxes only, no masks. Choose data=coco "
+                "with segmentations, or data=shapes; or set data.masks=false and choose a model without masks."
             )
         if cache == "ram" and len(sizes) > 1:
             raise DistillError(
@@ -171,7 +184,11 @@ class DetectionData(L.LightningDataModule):
         self._identity: dict[str, Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and check what a stage needs: fit train and val, validate val, test test, None all there is."""
+        """Read and check the splits of a stage.
+
+        Args:
+            stage: `fit` for train and val, `validate` for val, `test` for test, None for all splits.
+        """
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", self.source.splits)
         for split in wanted:
             self.records(split)
@@ -190,26 +207,27 @@ class DetectionData(L.LightningDataModule):
 
     @property
     def category_ids(self) -> dict[int, int]:
-        """Label -> category id of the source's own files; the label itself where those have none."""
-        labels = range(1, len(self.classes) + 1)  # asks for the classes first: a source knows its ids once it has read
+        """Label to category id of the source's files, or to the label itself if the source has no category ids."""
+        labels = range(1, len(self.classes) + 1)  # read the classes first: a source knows its ids only then
         own: dict[int, int] | None = getattr(self.source, "category_ids", None)
         return dict(own) if own else {label: label for label in labels}
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(min_size, max_size) of evaluation: what a deployed student is to be fed with."""
+        """(min_size, max_size) of evaluation, in pixels. A deployed student needs inputs of this size."""
         return self.eval_transform.min_sizes[-1], self.eval_transform.max_size
 
     @property
     def resize(self) -> dict[str, Any]:
-        """What else decides how an image is made ready for evaluation: goes with a deployed student, too."""
+        """The other settings of the resize for evaluation, which a deployed student needs too."""
         return {"antialias": self.eval_transform.antialias, "pad_to": self.pad_to}
 
     def fingerprint(self, split: Split) -> str:
-        """SHA-256 of a split as evaluation sees it: what `digest` sees, and its images by name, classes, sizes and resize.
+        """Return the SHA-256 hash of a split as evaluation sees it.
 
-        A checkpoint keeps the digests alone: a run may go on where the files lie elsewhere, but what was measured there says
-        nothing of other files of the same annotations.
+        The hash covers the digest of the records, the paths of the image files, the classes, the input size and the
+        resize. A checkpoint stores only the digests: a run may continue after the files were moved. A measured AP, in
+        contrast, is not valid for other image files with the same annotations.
         """
         records = self.records(split)
         files = [record.file for record in records]
@@ -217,27 +235,27 @@ class DetectionData(L.LightningDataModule):
         return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the data: its classes, and of train and val how many images and boxes, and a hash."""
+        """Return the classes and, of train and val, the numbers of images and boxes and a hash, for a checkpoint."""
         if self._identity is None:
             splits = {split: digest_records(self.records(split), self.masks) for split in ("train", "val")}
             self._identity = {"classes": list(self.classes), **splits}
         return self._identity
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume on other data.
+        """Compare the data with the state in a checkpoint.
 
         Raises:
-            DistillError: names what differs.
+            DistillError: the data differs. The message lists the differences.
         """
         found = self.differences(state_dict)
         if found:
             raise DistillError(
-                f"resume: the checkpoint was made on other data: {'; '.join(found)}. Set data as it was in that run, or "
-                "start a new one without ckpt_path"
+                f"resume: the checkpoint was made on other data: {'; '.join(found)}. Set data as it was in that run, "
+                "or start a new one without ckpt_path"
             )
 
     def differences(self, before: dict[str, Any]) -> list[str]:
-        """What of the data is not as a checkpoint's ``before`` says, in words."""
+        """Describe the differences between a checkpoint's state `before` and this data, one text each."""
         now = self.state_dict()
         found = []
         if before["classes"] != now["classes"]:
@@ -252,49 +270,53 @@ class DetectionData(L.LightningDataModule):
         return found
 
     def ground_truth(self, split: Split) -> dict[str, Any]:
-        """The split in COCO's JSON form, in original pixels; ``category_id`` is our label from 1 to K."""
+        """Return a split in COCO's JSON form, in original pixels. Its `category_id` is the label, from 1 to K."""
         if split not in self._truth:
             self._truth[split] = coco_ground_truth(self.records(split), self.classes)
         return self._truth[split]
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled, augmented batches of this process's share."""
+        """Return a loader of this process's share of the training images, shuffled and augmented."""
         images = self.dataset("train", training=True)
         upright: list[Hashable] = [self.aspect_groups and height > width for height, width in images.sizes.tolist()]
         sampler = BatchSampler(upright, self.batch_size, True, self.seed, *self._place(), self.drop_last)
         return self._loader(images, sampler, None if self.trainer is None else self._position)
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """The validation split, every image once over all processes."""
+        """Return a loader of the validation split. Every image occurs once over all processes."""
         return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """The test split, every image once over all processes."""
+        """Return a loader of the test split. Every image occurs once over all processes."""
         return self.eval_dataloader("test")
 
     def eval_dataloader(self, split: Split) -> DataLoader[Sample]:
-        """A split for evaluation: not shuffled, not augmented, every image once over all processes.
+        """Return a loader of a split for evaluation, without shuffling or augmentation.
 
-        A batch holds images of one padded size, so that no image's padding, which a detector can see at the border,
-        depends on its neighbours.
+        Every image occurs once over all processes. All images of a batch have the same padded size. So the padding of
+        an image, which affects detections at the border, does not depend on the other images of the batch.
         """
         images, groups = self.dataset(split, training=False), self.padded_sizes(split)
         rank, world = self._place()
         return self._loader(images, BatchSampler(groups, self.eval_batch_size, False, rank=rank, world=world))
 
     def padded_sizes(self, split: Split) -> list[Size]:
-        """(height, width) of each image of a split as evaluation resizes and pads it alone."""
+        """Return the (height, width) of each image of a split after evaluation's resize and padding."""
         images, (min_size, max_size) = self.dataset(split, training=False), self.input_size
         sizes = [resized_size(images.size(index), min_size, max_size) for index in range(len(images))]
         return [padded_size([size], self.pad_to) for size in sizes]
 
     def load_batch(self, split: Split, indices: Sequence[int]) -> Batch:
-        """Some images of a split, by their place in ``ground_truth(split)["images"]``, as evaluation sees them."""
+        """Load images of a split as evaluation sees them, by their indices in `ground_truth(split)["images"]`."""
         images = self.dataset(split, training=False)
         return collate([images[0, index] for index in indices], self.pad_to)
 
     def dataset(self, split: Split, training: bool) -> ImageDataset:
-        """The data set behind a loader."""
+        """Return the data set of a loader.
+
+        Raises:
+            DistillError: no image has a training target, in training without `keep_empty`.
+        """
         if (split, training) not in self._images:
             records = self.records(split)
             if training and not self.keep_empty:
@@ -313,7 +335,7 @@ class DetectionData(L.LightningDataModule):
         return self._images[split, training]
 
     def records(self, split: Split) -> list[Record]:
-        """The checked records of a split, or the part of them that the options leave."""
+        """Return the checked records of a split, limited by `fraction`, `limit` and `limit_eval`."""
         if split not in self._records:
             found = self._read(split)
             if not self._drawn:
@@ -326,8 +348,8 @@ class DetectionData(L.LightningDataModule):
         classes, annotated = self.source.read_split(split)
         if self._classes not in (None, tuple(classes)):
             raise DistillError(
-                f"Expected the same classes in every split, got {list(classes)} in {split} and {list(self._classes or ())} "
-                "before. Give all annotation files the same categories."
+                f"Expected the same classes in every split, got {list(classes)} in {split} and "
+                f"{list(self._classes or ())} before. Give all annotation files the same categories."
             )
         self._classes = tuple(classes)
         records, self.checked[split] = check_records(
@@ -343,7 +365,7 @@ class DetectionData(L.LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _position(self) -> tuple[int, int]:
-        """(epoch, batches of it that this process has seen): the trainer's own counts."""
+        """Return the trainer's counts: (epoch, number of its batches that this process has completed)."""
         assert self.trainer is not None
         loop: Any = self.trainer.fit_loop
         return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.completed
@@ -360,7 +382,7 @@ class DetectionData(L.LightningDataModule):
             persistent_workers=self.persistent_workers and self.workers > 0,
             prefetch_factor=self.prefetch if self.workers else None,
             pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # else each new iterator draws from the global stream that the models use
+            generator=torch.Generator(),  # else each iterator would draw from the global stream, which the models use
         )
 
 

@@ -1,7 +1,7 @@
-"""Instance masks as run-length codes: a few hundred bytes where the pixels of an image take a megabyte.
+"""Instance masks as run-length codes. A code takes a few hundred bytes; the pixels of an image take a megabyte.
 
-A code is the ``counts`` of COCO's compressed form: column by column, the lengths of runs of 0 and of 1 in turn, written
-as printable bytes. pycocotools codes and decodes; what it would take without a look is checked here first.
+A code is the `counts` of COCO's compressed form: the lengths of alternating runs of 0 and 1, column by column, written
+as printable bytes. pycocotools encodes and decodes. It does not validate its input, so this module does that first.
 """
 
 from __future__ import annotations
@@ -19,41 +19,44 @@ from torch import Tensor
 from distill.types import Size
 
 MAX_POLYGON_REACH = 10
-"""A polygon may leave the image by this many times its longer side; beyond, its unit is not the pixel."""
+"""Largest absolute coordinate of a polygon, in units of the image's longer side.
+
+Larger coordinates are no pixels.
+"""
 
 
 def encode_masks(masks: Tensor) -> list[bytes]:
-    """Codes of masks (N, H, W), bool or uint8 of 0 and 1, on any device."""
+    """Encode masks (N, H, W), bool or uint8 of 0 and 1, on any device, as N codes."""
     if not len(masks):
         return []
     columns = masks.detach().to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
-    return [each["counts"] for each in coco.encode(columns.T)]  # (H, W, N) in Fortran's order, without a copy
+    return [each["counts"] for each in coco.encode(columns.T)]  # (H, W, N) in Fortran order, without a copy
 
 
 def decode_mask(code: bytes, size: Size) -> Tensor:
-    """The mask (H, W), uint8 of 0 and 1, behind a code for an image of this (height, width)."""
+    """Decode the code of an image of this (height, width) to a mask (H, W), uint8 of 0 and 1."""
     return torch.from_numpy(coco.decode({"size": list(size), "counts": code}))
 
 
 def mask_area(code: bytes, size: Size) -> int:
-    """Number of pixels of a mask."""
+    """Return the number of pixels of a mask. `size` is (height, width)."""
     return int(coco.area({"size": list(size), "counts": code}))
 
 
 def to_coco(code: bytes, size: Size) -> dict[str, Any]:
-    """A code as COCO's JSON writes it."""
+    """Return a code in the form of COCO's JSON files: `size` (height, width) and `counts` as text."""
     return {"size": list(size), "counts": code.decode()}
 
 
 def encode_segmentation(segmentation: Any, size: Size) -> bytes:
-    """The code of what a COCO file says of one object: polygons, or run lengths, compressed or not.
+    """Encode the segmentation of one object of a COCO file.
 
     Args:
-        segmentation: the annotation's entry.
+        segmentation: the entry of the annotation: polygons, or run lengths, compressed or not.
         size: (height, width) of the image.
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: the segmentation is invalid. The message says why.
     """
     if isinstance(segmentation, Mapping):
         return _encode_runs(segmentation, size)
@@ -64,7 +67,10 @@ def encode_segmentation(segmentation: Any, size: Size) -> bytes:
 
 
 def _validate_polygon(polygon: Any, size: Size) -> list[float]:
-    """x and y in turn. Four numbers would mean a box to pycocotools, and far corners cost it a run for each pixel."""
+    """Return the corners of a polygon as a list [x1, y1, x2, y2, ...].
+
+    Two kinds are refused: pycocotools takes four numbers for a box, and spends a run per pixel on corners far outside.
+    """
     points = _to_array(polygon)
     if points.dtype.kind not in "iuf" or len(points) < 6 or len(points) % 2:
         raise ValueError(f"needs three or more corners a polygon, as [x1, y1, x2, y2, ...], got {shown(polygon)}")
@@ -90,7 +96,7 @@ def _encode_runs(entry: Mapping[str, Any], size: Size) -> bytes:
 
 
 def _to_array(values: Any) -> NDArray[Any]:
-    """A flat list as an array; an empty one where it is none."""
+    """Return a flat list as an array. Any other value gives an empty array."""
     try:
         numbers = np.asarray(values)
     except ValueError:  # lists of different lengths
@@ -99,7 +105,7 @@ def _to_array(values: Any) -> NDArray[Any]:
 
 
 def _validate_runs(runs: NDArray[Any], size: Size) -> None:
-    """What falls short of the image, pycocotools would fill with whatever lies in memory."""
+    """Require that the runs add up to the image: pycocotools fills missing pixels with uninitialized memory."""
     pixels = size[0] * size[1]
     if (runs < 0).any() or (runs > pixels).any() or runs.sum() != pixels:
         raise ValueError(
@@ -108,11 +114,12 @@ def _validate_runs(runs: NDArray[Any], size: Size) -> None:
 
 
 def _decode_runs(code: bytes) -> NDArray[np.int64]:
-    """The run lengths of a code.
+    """Decode a code to its run lengths.
 
-    A number is written as digits to the base 32, the lowest first, each as the character 48 + digit, with 32 added if
-    another follows; the last digit's highest bit is the sign. From the fourth on, it is the difference to the last but
-    one (rleFrString of the COCO API).
+    The format is that of `rleFrString` in the COCO API. A number is written as digits to the base 32, the lowest digit
+    first. A digit is written as the character 48 + digit; 32 is added if another digit follows. The highest bit of the
+    last digit is the sign. From the fourth number on, the code holds the difference to the run length two places
+    before.
     """
     digits = np.frombuffer(code, np.uint8).astype(np.int64) - 48
     if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:

@@ -1,10 +1,13 @@
-"""Drawn shapes: a small detection data set made on the spot, hard enough to tell a large detector from a small one.
+"""Drawn shapes: a small synthetic detection data set on which large detectors measurably outperform small ones.
 
-Every image holds four to ten objects on textured ground among clutter: lines, speckles, pixel noise, and near misses
-of each class (a hexagon for the circle, a rectangle for the square, an open ring ...) that must not be detected. Sizes
-reach from a tenth of the image to most of it, colours say nothing about the class, contrast varies, objects overlap.
-Boxes are amodal: tight around all pixels of the object, those covered by later objects included; at least
-``VISIBLE`` of them can be seen; so are masks, which hold these pixels. Nothing is downloaded, and (seed, split, index) alone decides an image.
+Every image contains four to ten objects on a textured background. The clutter consists of lines, speckles, pixel noise
+and near misses of each class that must not be detected: a hexagon for the circle, a rectangle for the square, an open
+ring for the ring. Object sizes range from a tenth of the image to most of it. Colors are independent of the class. The
+contrast varies, and objects overlap.
+
+Boxes and masks are amodal: they include the pixels that later objects cover. A box is tight around these pixels, and a
+mask consists of them. At least the part `MIN_VISIBLE` of each object's pixels is visible. Nothing is downloaded. An
+image depends on (seed, split, index) alone.
 """
 
 from __future__ import annotations
@@ -23,15 +26,15 @@ from distill.data.records import Record
 from distill.types import DistillError
 
 MIN_VISIBLE = 0.5
-"""Least part of an object's pixels that nothing drawn later covers."""
+"""Smallest visible part of an object's pixels, between 0 and 1. Objects drawn later cover at most the rest."""
 MIN_CONTRAST = 50
-"""Least difference, in at least one channel of 0-255, between an object and the ground under it."""
+"""Smallest difference between an object and the background under it, in at least one channel of 0-255."""
 MAX_TURN = 0.35
-"""Most that a shape is turned, in radians either way."""
+"""Largest rotation of a shape in either direction, in radians."""
 NOISE_RANGE = (2.0, 10.0)
-"""Range of the standard deviation of an image's pixel noise, in grey levels."""
+"""Range of the standard deviation of an image's pixel noise, in gray levels."""
 SPLITS = ("train", "val", "test")
-_SUPERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
+_SUPERSAMPLING = 4  # shapes are drawn this much larger, then averaged, which smooths the edges
 _MAX_TRIES = 20
 
 
@@ -58,7 +61,7 @@ def _polygon(*points: tuple[float, float]) -> NDArray[np.float64]:
     return np.array(points) / max(math.hypot(*point) for point in points)
 
 
-_BAR_HALF_WIDTH = 0.34  # half the width of a cross's bars
+_BAR_HALF_WIDTH = 0.34  # half the width of the bars of a cross, for a bar of length 2
 CLASSES: dict[str, NDArray[np.float64]] = {
     "circle": _regular_polygon(48),
     "square": _regular_polygon(4, 0.125),
@@ -84,7 +87,7 @@ CLASSES: dict[str, NDArray[np.float64]] = {
         ],
     ),
 }
-"""Class name -> outline (V, 2) in the unit circle."""
+"""Class name to outline: V vertices (V, 2) in the unit circle."""
 NEAR_MISSES: dict[str, NDArray[np.float64]] = {
     "hexagon": _regular_polygon(6),
     "rectangle": _polygon((1, 0.5), (-1, 0.5), (-1, -0.5), (1, -0.5)),
@@ -102,13 +105,16 @@ NEAR_MISSES: dict[str, NDArray[np.float64]] = {
         (-1, -0.3),
     ),
 }
-"""What looks like a class and is background."""
+"""Outlines (V, 2) that resemble a class but belong to the background."""
 _OUTLINES = CLASSES | NEAR_MISSES
 
 
 @dataclass(frozen=True)
 class SceneItem:
-    """One drawn thing: its kind, coverage (h, w) uint8 without empty borders, and left upper corner in pixels."""
+    """One drawn shape: its kind, its coverage and the pixel coordinates of its upper left corner.
+
+    The coverage `alpha` (h, w) is uint8, from 0 to 255. It has no empty rows or columns at its borders.
+    """
 
     kind: str
     alpha: NDArray[np.uint8]
@@ -117,39 +123,43 @@ class SceneItem:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """Tight xyxy box in pixels."""
+        """The tight xyxy box in pixels; right and bottom edges are exclusive."""
         height, width = self.alpha.shape
         return self.x, self.y, self.x + width, self.y + height
 
     @property
     def ink(self) -> NDArray[np.bool_]:
-        """The pixels (h, w) that it covers by half or more."""
+        """Mask (h, w) of the pixels that the shape covers by half or more."""
         return self.alpha >= 128
 
     def paint(self, canvas: NDArray[np.float32], colour: NDArray[np.float32]) -> None:
-        """Lay it over a canvas (H, W, 3), in place."""
+        """Paint the shape over a canvas (H, W, 3), in place."""
         x1, y1, x2, y2 = self.box
         patch, weight = canvas[y1:y2, x1:x2], self.alpha[..., None].astype(np.float32) / 255
         patch += weight * (colour - patch)
 
 
 def render_shape(kind: str, radius: float, angle: float) -> NDArray[np.uint8]:
-    """Coverage (h, w) of a shape inscribed in a circle of this radius in pixels, turned by ``angle`` radians."""
+    """Render the coverage (h, w), uint8, of a shape.
+
+    The shape is inscribed in a circle with this radius in pixels and rotated by `angle` radians.
+    """
     side = 2 * math.ceil(radius) + 2
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     points = (_OUTLINES[kind] @ turn * radius + side / 2) * _SUPERSAMPLING
     fine = Image.new("L", (side * _SUPERSAMPLING, side * _SUPERSAMPLING))
     ImageDraw.Draw(fine).polygon([tuple(point) for point in points], fill=255)
     alpha = np.array(fine.reduce(_SUPERSAMPLING))
-    alpha[alpha < 64] = 0  # a pixel hardly touched cannot be seen and must not widen the box
+    alpha[alpha < 64] = 0  # barely covered pixels are invisible and must not widen the box
     rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
     return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def arrange_items(rng: np.random.Generator, size: tuple[int, int], classes: list[str]) -> list[SceneItem]:
-    """Choose the things of one scene, back to front, so that every one of them stays visible.
+    """Choose the shapes of one scene of this (height, width), from back to front.
 
-    A thing that finds no such place in a few tries is left out.
+    The scene has shapes of these classes and near misses. Every shape stays visible: at least the part `MIN_VISIBLE` of
+    its pixels is uncovered. A shape is left out if `_MAX_TRIES` random placements would violate this.
     """
     wanted = [*rng.choice(classes, rng.integers(4, 11)), *rng.choice(list(NEAR_MISSES), rng.integers(1, 4))]
     owner = np.full(size, -1)  # the topmost item of each pixel
@@ -170,7 +180,7 @@ def arrange_items(rng: np.random.Generator, size: tuple[int, int], classes: list
 
 
 def _random_item(rng: np.random.Generator, kind: str, size: tuple[int, int]) -> SceneItem:
-    """A shape of random size, turn and place, wholly inside the image; small ones are as common as large ones."""
+    """Draw a shape of random size, rotation and position inside the image. The logarithm of its radius is uniform."""
     radius = 0.5 * min(size) * math.exp(rng.uniform(math.log(0.12), math.log(0.8)))
     alpha = render_shape(kind, radius, rng.uniform(-MAX_TURN, MAX_TURN))
     y, x = (int(rng.integers(0, side - extent + 1)) for side, extent in zip(size, alpha.shape, strict=True))
@@ -178,7 +188,7 @@ def _random_item(rng: np.random.Generator, kind: str, size: tuple[int, int]) -> 
 
 
 def draw_background(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float32]:
-    """A textured canvas (H, W, 3) with lines and speckles on it."""
+    """Draw a textured canvas (H, W, 3), float32 of 0-255, with lines and speckles."""
     height, width = size
     base, spread = rng.uniform(30, 225, 3), rng.uniform(5, 30)
     coarse = (base + rng.normal(0, spread, (5, 5, 3))).clip(0, 255).astype(np.uint8)
@@ -194,7 +204,10 @@ def draw_background(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[
 
 
 def draw_scene(rng: np.random.Generator, size: tuple[int, int], classes: list[str]) -> tuple[Tensor, list[SceneItem]]:
-    """One image (3, H, W) uint8 and the things on it, back to front; those whose kind is no class are near misses."""
+    """Draw one image (3, H, W), uint8, and return it with its shapes, from back to front.
+
+    Shapes whose kind is not in `classes` are background: the near misses.
+    """
     items = arrange_items(rng, size, classes)
     canvas = draw_background(rng, size)
     for item in items:
@@ -207,28 +220,28 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int], classes: list[st
 
 
 def _contrasting_color(rng: np.random.Generator, under: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A colour that can be told from the ground under it; faint ones are as common as strong ones."""
+    """Choose a color that contrasts with the background color under the shape. The contrast is uniform."""
     channel, contrast = rng.integers(3), rng.uniform(MIN_CONTRAST, 180)
     colour = np.clip(under + rng.uniform(-contrast, contrast, 3), 0, 255)
-    # Away from the nearer end of 0-255 the full contrast always fits, up to half the range.
+    # The shift goes away from the nearer end of 0-255, so a contrast of up to half the range always fits.
     sign = 1 if under[channel] < 128 else -1
     colour[channel] = under[channel] + sign * min(contrast, 127)
     return colour.astype(np.float32)
 
 
 class Shapes:
-    """The source `data=shapes`.
+    """The source `data=shapes` draws its images.
 
     Args:
         train: number of training images.
         val: number of validation images.
         test: number of test images; 0 for none.
-        size: side of the square images in pixels.
-        classes: some of circle, square, triangle, star, ring and cross, in this order of labels; None takes all.
-        seed: of the drawing. It is the data set's own and not the run's: runs with other seeds see the same images.
+        size: side of the square images in pixels, at least 64.
+        classes: some of circle, square, triangle, star, ring and cross, in the order of their labels; None takes all.
+        seed: seed of the drawing. It is independent of the run's seed: runs with different seeds use the same images.
 
     Raises:
-        DistillError: unknown or repeated classes, an image too small to draw on, or a negative count.
+        DistillError: `classes` is empty or has unknown or repeated names, `size` is below 64, or a count is negative.
     """
 
     masks = True
@@ -253,11 +266,17 @@ class Shapes:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that hold images."""
+        """Names of the splits that have images."""
         return tuple(split for split, count in self.counts.items() if count)
 
     def read_split(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
-        """Class names and records of a split; its images are drawn now and kept, as uint8."""
+        """Return the class names and records of a split.
+
+        The first call draws the images of the split and keeps them in memory as uint8.
+
+        Raises:
+            DistillError: the split has no images.
+        """
         if split not in self.splits:
             raise DistillError(f"data=shapes has no {split} images. Set data.source.{split} to how many to draw.")
         if split not in self._drawn:
@@ -265,7 +284,7 @@ class Shapes:
         return self.classes, self._drawn[split][0]
 
     def load_image(self, file: str) -> Tensor:
-        """The image (3, H, W) uint8 of a record's ``file``, such as ``shapes/train/12``."""
+        """Return the image (3, H, W), uint8, of a record's `file`, such as `shapes/train/12`. Read its split first."""
         _, split, index = file.split("/")
         return self._drawn[split][1][int(index)]
 
@@ -296,7 +315,7 @@ class Shapes:
         )
 
     def _mask(self, item: SceneItem) -> Tensor:
-        """The pixels (H, W) that an item's box is tight around."""
+        """Return the mask (H, W), uint8, of all pixels that an item touches. The item's box is tight around them."""
         mask = torch.zeros(self.size, self.size, dtype=torch.uint8)
         x1, y1, x2, y2 = item.box
         mask[y1:y2, x1:x2] = torch.from_numpy(item.alpha > 0)

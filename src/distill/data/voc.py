@@ -1,4 +1,7 @@
-"""Pascal VOC's format: one XML per image, splits as lists of names, or two plain folders."""
+"""The source of data sets in Pascal VOC's format: one XML file per image, and splits as lists of image names.
+
+Two folders, one of images and one of XML files, are enough.
+"""
 
 from __future__ import annotations
 
@@ -25,36 +28,38 @@ SPLIT_BOUNDS = (("train", 80), ("val", 90), ("test", 100))
 
 @dataclass(frozen=True)
 class XmlAnnotation:
-    """What one XML says."""
+    """The content of one XML file."""
 
     xml: Path
     image: Path | None
     size: Size | None = None
     things: Sequence[tuple[str, Sequence[float], bool]] = ()
-    """Name, corners as they stand (none where they are no numbers), difficult."""
+    """Name, corners and `difficult` flag of each object. The corners are unchanged, or empty if one is not a number."""
     fault: str | None = None
-    """Why it cannot be used."""
+    """Why the image and its annotations cannot be used; None if they can."""
 
 
 class Voc:
-    """The source ``data=voc``.
+    """The source `data=voc` reads XML annotations in the format of Pascal VOC.
+
+    If `ImageSets/Main` does not exist, the folders of images and XML files are enough. A hash of its name then assigns
+    each image with an XML file to train (80 %), val (10 %) or test (10 %). New images do not move old ones to another
+    split. With two or more images, train and val get at least one image each. `train=mine/` uses all images of the
+    folder `mine` instead. File extensions may be in upper or lower case.
 
     Args:
-        root: folder of the data set, with ``Annotations``, ``JPEGImages`` and ``ImageSets/Main``; or of several such.
-        train, val, test: names of lists in ``ImageSets/Main``, one or several; ``VOC2007/trainval`` is list trainval in
-            the folder VOC2007 below root, so that years can be joined. None for a split that there is not.
+        root: folder of the data set, with `Annotations`, `JPEGImages` and `ImageSets/Main`, or a folder of several data
+            sets.
+        train, val, test: one or several names of lists in `ImageSets/Main`. `VOC2007/trainval` is the list `trainval`
+            in the folder `VOC2007` below `root`, so several years can be joined. None if the data set has no such
+            split.
         classes: class names in the order of their labels; None: all names that occur in any split, sorted.
-        one_based: whether corners count pixels from 1 and include the last one, as in VOC's own files: 1 is then
-            subtracted from xmin and ymin. By default they are taken as they stand, as most tools write them.
-        images, annotations: names of the two folders; None: the first of the usual ones that exists.
-
-    Without ``ImageSets/Main`` the two folders alone are enough: each image with an XML goes, by a hash of its name, to
-    train (80 %), val or test (10 % each), so that new images do not move old ones; a few images are shared out such that
-    train and val have at least one. ``train=mine/`` takes all of the
-    folder mine instead. Extensions may be in any case.
+        one_based: whether corners count pixels from 1 and include the last pixel, as in VOC's own files. If so, 1 is
+            subtracted from `xmin` and `ymin`. By default corners are not changed, because most tools count from 0.
+        images, annotations: names of the two folders; None: the first of the usual names that exists.
 
     Raises:
-        DistillError: a class that is listed twice.
+        DistillError: `classes` is not a list of different names.
     """
 
     def __init__(
@@ -83,14 +88,17 @@ class Voc:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits whose lists exist; the missing list of a split is only an error when it is read."""
+        """Names of the splits whose lists exist, and train always. Reading a split with a missing list raises."""
         return tuple(split for split in self.lists if split == "train" or all(map(self._exists, self.lists[split])))
 
     def read_split(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
-        """Class names and records of a split. Objects that are wrong are left out, and named as faults of the record.
+        """Read the class names and records of a split.
+
+        Invalid objects are left out. The record of their image lists them as faults.
 
         Raises:
-            DistillError: missing lists or folders, or a split without any label (VOC2012's test, say).
+            DistillError: the split is not configured, a list or folder is missing, or no image of a list has an XML
+                file (as in VOC2012's test).
         """
         if split not in self.lists:
             raise DistillError(f"data=voc has no split '{split}': set data.source.{split} to a list in ImageSets/Main")
@@ -122,11 +130,11 @@ class Voc:
         images = self._files(folder, self.image_folder, IMAGE_FOLDERS, IMAGE_SUFFIXES, "images")
         if stems and not any(stem in xmls for stem in stems):
             raise DistillError(
-                f"{folder}: none of the {len(stems)} images of {split} has an XML: a split without labels can neither be "
-                f"learned from nor measured by. Choose another list for data.source.{split}, or null"
+                f"{folder}: none of the {len(stems)} images of {split} has an XML: a split without labels can neither "
+                f"be learned from nor measured by. Choose another list for data.source.{split}, or null"
             )
         place = next(iter(xmls.values())).parent if xmls else folder
-        # What a list names is looked up among the files that there are, so that no name leads out of the folder.
+        # Names are looked up among the existing files, so no name in a list can lead out of the folder.
         return [
             _parse_xml(xmls[stem], images.get(stem))
             if stem in xmls
@@ -135,7 +143,7 @@ class Voc:
         ]
 
     def _members(self, split: str, name: str) -> tuple[Path, list[str]]:
-        """Folder and image names of a list."""
+        """Return the folder and the image names of a list."""
         year, _, members = name.rpartition("/")
         folder = self.root / year
         if not folder.is_dir():
@@ -150,8 +158,8 @@ class Voc:
         stems = [stem for stem in xmls if not members or shares[stem] == split]
         if not stems:
             raise DistillError(
-                f"{folder}: of its {len(xmls)} XMLs none is for {split}, as their names are hashed to splits (train and val need two "
-                f"images, test more); add images, write the names "
+                f"{folder}: of its {len(xmls)} XMLs none is for {split}, as their names are hashed to splits (train "
+                f"and val need two images, test more); add images, write the names "
                 f"of its images into {lists / f'{members or split}.txt'}, or set data.source.{split}=null"
             )
         return folder, stems
@@ -164,7 +172,7 @@ class Voc:
     def _files(
         self, folder: Path, given: str | None, usual: Sequence[str], suffixes: Sequence[str], option: str
     ) -> dict[str, Path]:
-        """Name without extension -> file."""
+        """Return a mapping of name without extension to file."""
         wanted = [given] if given else usual
         place = next((folder / name for name in wanted if (folder / name).is_dir()), None)
         if place is None:
@@ -212,7 +220,7 @@ def _index_files(place: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 
 def _read_names(path: Path, split: str, xmls: Mapping[str, Path]) -> list[str]:
-    """Names in a list; in VOC's lists of one class a mark follows each."""
+    """Read the image names of a list. In VOC's lists of one class a mark follows each name; it is removed."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
@@ -259,8 +267,10 @@ def _find_text(node: Any, path: str) -> str:
 
 
 def _assign_splits(stems: Iterable[str]) -> dict[str, str]:
-    """Name -> split, by a hash of the name. Two names are enough for train and val: an empty one of these takes the name
-    whose hash is nearest to its own range, where another split can spare it.
+    """Return a mapping of name to split, by a hash of the name.
+
+    If train or val is empty, it gets the name whose hash is nearest to the middle of its own range. Only test may
+    become empty by this. So two names are enough for train and val.
     """
     places = {stem: int(hashlib.sha1(stem.encode()).hexdigest(), 16) % 100 for stem in stems}
     shares = {stem: next(split for split, end in SPLIT_BOUNDS if place < end) for stem, place in places.items()}
