@@ -1,1 +1,3 @@
-"""Evaluation: :class:`distill.evaluation.coco.CocoMetric` and :class:`distill.evaluation.voc.VocMetric`."""
+"""Evaluation of detectors: the metrics :class:`distill.evaluation.coco.CocoMetric`
+and :class:`distill.evaluation.voc.VocMetric`.
+"""

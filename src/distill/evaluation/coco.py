@@ -1,4 +1,4 @@
-"""COCO's twelve numbers for boxes, and for masks, by faster-coco-eval or pycocotools."""
+"""COCO's twelve metrics for boxes and for masks, computed by faster-coco-eval or pycocotools."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from distill.data import rle
 from distill.evaluation.metric import CodeArray, DetectionArrays, DetectionMetric, GroundTruth
 from distill.types import DistillError
 
-# Where each number lies: table, IoU thresholds (0.5:0.05:0.95), area range (all, small, medium, large) and limit of
-# detections (1, 10, 100).
+# The place of each metric in the results: table, IoU thresholds (0.5:0.05:0.95), area range (all, small, medium, large)
+# and limit of detections (1, 10, 100).
 _ALL = slice(None)
 _NUMBER_SLICES: dict[str, tuple[str, slice, int, int]] = {
     "AP": ("precision", _ALL, 0, 2),
@@ -38,25 +38,28 @@ _BACKENDS = {
 
 
 class CocoMetric(DetectionMetric):
-    """AP and AR of COCO boxes, and of masks if asked for, on original annotations: their areas, their crowds.
+    """COCO's AP and AR of boxes and, optionally, of masks, on the original annotations with their areas and crowds.
 
-    Keys: ``AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl`` in [0, 1], and with ``per_class`` one
-    ``AP/<name>`` a class. A number without ground truth is -1, as in pycocotools. Equal scores rank by image id, then
-    by the detector's order. With ``masks`` the same again for masks, as ``mask_AP``, ..., ``mask_AP/<name>``: the overlap is
-    that of pixels. They are -1 if a detection has no mask.
+    Keys: `AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl`, in [0, 1], and with `per_class` one
+    `AP/<name>` per class. A metric without ground truth is -1, as in pycocotools. Detections with equal scores are
+    ranked by image id, then in the detector's order. With `masks` there are the same keys for masks, `mask_AP`, ...,
+    `mask_AP/<name>`: their overlap is that of pixels. They are -1 if a detection has no mask.
 
-    A crowd (``iscrowd``) is ignored as COCO ignores it: it absorbs any number of detections, by intersection over the
-    detection's own area. An object marked ``difficult`` (VOC) is ignored too, but as a single object: one detection may
-    match it by ordinary IoU and then counts neither way. pycocotools by itself would count it.
+    A crowd (`iscrowd`) is ignored as in COCO: it matches any number of detections, by intersection over the detection's
+    own area. A VOC object marked `difficult` is ignored too, but as a single object: one detection may match it by
+    ordinary IoU, and is then neither a true nor a false positive. pycocotools alone would count it.
 
     Source: cocodataset.org/#detection-eval; Lin et al. 2014, arXiv 1405.0312.
 
     Args:
         ground_truth, classes, seen_only: see :class:`DetectionMetric`.
-        backend: ``faster_coco_eval``, ``pycocotools`` (the reference; same numbers, slower) or ``auto``: the first
-            that is installed.
-        per_class: add ``AP/<name>`` for every class.
-        masks: measure masks too.
+        backend: `faster_coco_eval`, `pycocotools` (the reference; equal results, slower), or `auto`: the first of the
+            two that is installed.
+        per_class: whether to add `AP/<name>` for every class.
+        masks: whether to measure masks too.
+
+    Raises:
+        DistillError: `backend` is unknown or not installed, or the ground truth is invalid.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class CocoMetric(DetectionMetric):
         self.per_class = per_class
 
     def evaluate(self, truth: GroundTruth, found: DetectionArrays) -> dict[str, float]:
-        """The numbers on arrays."""
+        """Compute all metrics from arrays. Keys and values are those of the class."""
         numbers = self._numbers(truth, found, "bbox")
         if self.masks:
             numbers |= {f"mask_{name}": value for name, value in self._numbers(truth, found, "segm").items()}
@@ -96,7 +99,10 @@ class CocoMetric(DetectionMetric):
         return numbers
 
     def _tables(self, truth: GroundTruth, found: DetectionArrays, kind: str) -> dict[str, Any]:
-        """The backend's ``precision`` (10, 101, K, 4, 3) and ``recall`` (10, K, 4, 3)."""
+        """Run the backend and return its tables `precision` (10, 101, K, 4, 3) and `recall` (10, K, 4, 3).
+
+        The axes are IoU thresholds, recalls (of `precision` only), classes, area ranges and limits of detections.
+        """
         api, evaluator = _import_backend(self.backend)
         frame = {
             "images": [{"id": image, **self._frame(image)} for image in truth.images.tolist()],
@@ -108,7 +114,7 @@ class CocoMetric(DetectionMetric):
             self._add_masks(rows[1], found.code)
             for row, code in zip(rows[1], found.code, strict=True):
                 row["area"] = rle.mask_area(code, self.sizes[row["image_id"]])
-        # Both backends print, or may print, their progress.
+        # Both backends may print their progress.
         with contextlib.redirect_stdout(io.StringIO()):
             tools = []
             for annotations in rows:
@@ -131,8 +137,9 @@ class CocoMetric(DetectionMetric):
 
 
 def _ground_truth_rows(truth: GroundTruth) -> list[dict[str, Any]]:
-    """New annotations: ids from 1, for 0 would mean "unmatched"; the backends write into them."""
-    # Outside every area range: ignored with ordinary IoU. There is no flag for that; both backends overwrite "ignore".
+    """Make a new annotation for every object: the backends write into them. Ids start at 1, as 0 means "unmatched"."""
+    # An area outside every range makes the backends ignore an object with ordinary IoU. No flag does that: both
+    # overwrite "ignore".
     area = np.where(truth.difficult & ~truth.crowd, np.inf, truth.area)
     columns = (truth.image, truth.label, truth.box, area, truth.crowd.astype(int))
     return [
@@ -151,7 +158,7 @@ def _detection_rows(found: DetectionArrays) -> list[dict[str, Any]]:
 
 
 def _mean_measured(values: Any) -> float:
-    """Mean over what could be measured, else -1."""
+    """Return the mean of the measured values, those above -1, or -1 without any."""
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else -1.0
 

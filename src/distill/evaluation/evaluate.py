@@ -1,4 +1,4 @@
-"""AP of any detector on any split: the one road that validation, teachers and the command line all take."""
+"""Evaluation of any detector on any split. Validation, teachers and the command line share this code."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ from distill.progress import track
 from distill.types import Batch, Detections, DistillError
 
 MetricFactory = Callable[[Mapping[str, Any], Sequence[str]], DetectionMetric]
-"""(ground truth in COCO form, class names) -> metric."""
+"""A function of the ground truth in COCO form and the class names that returns a metric."""
 
 
 class Evaluation:
-    """Collects a detector's detections batch by batch, then gives the numbers of all metrics.
+    """Collects the detections of a detector batch by batch and computes all metrics.
 
-    A detector whose class list differs from the data's is measured on the classes that both name; what it finds of other
-    classes is dropped.
+    If the class list of the detector differs from that of the data, the classes in both are measured. Detections of
+    other classes are dropped.
+
+    Args:
+        detector: the detector to evaluate.
+        ground_truth: ground truth in COCO form; its labels are those of `classes`.
+        classes: class names of the data; class `i` has label `i + 1`.
+        metrics: factories of the metrics.
+        device: device of the metrics and of the detections.
 
     Raises:
         DistillError: detector and data share no class name.
@@ -42,20 +49,20 @@ class Evaluation:
         self.metrics = [make(ground_truth, classes).to(device) for make in metrics]
 
     def update(self, batch: Batch) -> None:
-        """Detect in a batch and remember what was found."""
+        """Run the detector on a batch and add its detections to all metrics."""
         self.add_detections(batch, self.detector.view(batch, training=False, frozen=True).detections)
 
     def add_detections(self, batch: Batch, found: Sequence[Detections]) -> None:
-        """Remember what the detector found in a batch."""
+        """Add the detector's detections in a batch, with the detector's labels, to all metrics."""
         shared = [relabel_detections(detections, self.labels) for detections in found]
         for metric in self.metrics:
             metric.update(batch.ids, shared)
 
     def compute(self) -> dict[str, float]:
-        """Every metric's numbers; equal on all ranks.
+        """Compute all metrics, by name. The values are equal on all ranks.
 
         Raises:
-            DistillError: two of them have one name.
+            DistillError: two metrics return the same name.
         """
         values: dict[str, float] = {}
         for metric in self.metrics:
@@ -75,12 +82,26 @@ def evaluate(
     device: torch.device | str = "cpu",
     bar: str | None = None,
 ) -> dict[str, float]:
-    """AP and the rest of a detector on a split, in evaluation mode; equal on all ranks. It comes back to where it was.
+    """Evaluate a detector on a split, in evaluation mode.
 
-    On a terminal a progress bar runs along where ``bar`` is its caption.
+    Afterwards the detector has its previous mode and device again.
+
+    Args:
+        detector: the detector to evaluate.
+        data: the data set.
+        split: `train`, `val` or `test`.
+        metrics: factories of the metrics.
+        device: device of the evaluation.
+        bar: caption of a progress bar, which is shown on terminals only; None for no bar.
+
+    Returns:
+        The metrics by name. The values are equal on all ranks.
+
+    Raises:
+        DistillError: detector and data share no class name, or two metrics return the same name.
 
     Example:
-        ``evaluate(detector, data)["AP"]``
+        `evaluate(detector, data)["AP"]`
     """
     place = torch.device(device)
     evaluation = Evaluation(detector, data.ground_truth(split), data.classes, metrics, place)
@@ -98,7 +119,7 @@ def evaluate(
 
 
 def ground_truth_of(truth: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
-    """The part of a ground truth in COCO form that belongs to these images."""
+    """Return the part of a ground truth in COCO form that belongs to the images with these ids."""
     wanted = set(ids)
     return {
         **truth,
@@ -108,7 +129,10 @@ def ground_truth_of(truth: Mapping[str, Any], ids: Sequence[int]) -> dict[str, A
 
 
 def relabel_detections(found: Detections, labels: torch.Tensor) -> Detections:
-    """Detections in the data's labels, without those of classes that the data does not know."""
+    """Replace the detector's labels by the data's labels. Drop detections of classes that the data does not have.
+
+    `labels` maps each label of the detector to the label of the data, or to 0 if the data has no such class.
+    """
     mapped = labels[found.labels]
     keep = mapped > 0
     masks = None if found.masks is None else found.masks[keep]

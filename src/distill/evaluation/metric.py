@@ -1,12 +1,12 @@
-"""What every detection metric shares: collecting detections over ranks, and ground truth as arrays.
+"""The common base of detection metrics: collection of detections over all ranks, and ground truth as arrays.
 
-A metric is fed batch by batch and answers once::
+A metric gets detections batch by batch and computes its values once::
 
     metric = CocoMetric(ground_truth, classes)
     metric.update(batch.ids, view.detections)
     numbers = metric.compute()
 
-The detections live in torchmetrics list states: torchmetrics gathers them, and every rank computes the same numbers.
+The detections are list states of torchmetrics. torchmetrics gathers them, so every rank computes the same values.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 CodeArray = npt.NDArray[np.object_]
-"""Run-length codes (bytes) of masks; None where there is no mask."""
+"""Run-length codes (bytes) of masks; None for an object or detection without a mask."""
 
 
 class GroundTruth(NamedTuple):
-    """Ground truth in original pixels: one row an object, in the order given."""
+    """Ground truth in original pixels. Each of the N rows is an object, in the given order."""
 
     images: IntArray
-    """Ids of the images to evaluate, sorted."""
+    """Ids of the images to evaluate, unique and sorted."""
     image: IntArray
     label: IntArray
     box: FloatArray
@@ -46,13 +46,16 @@ class GroundTruth(NamedTuple):
     code: CodeArray
 
     def of(self, images: IntArray) -> GroundTruth:
-        """The ground truth of these images alone."""
+        """Return the ground truth of the images with these ids."""
         rows = np.isin(self.image, images)
         return GroundTruth._make((images, *(column[rows] for column in self[1:])))
 
 
 class DetectionArrays(NamedTuple):
-    """Detections in original pixels: one row a box, by ascending image id, within an image in the detector's order."""
+    """Detections in original pixels. Each of the N rows is a box.
+
+    Rows are sorted by ascending image id, and within an image by the detector's order.
+    """
 
     image: IntArray
     label: IntArray
@@ -63,19 +66,23 @@ class DetectionArrays(NamedTuple):
 
 
 class DetectionMetric(Metric):
-    """Collects detections and hands them, with the ground truth, to ``evaluate``, which a subclass writes.
+    """Collects detections and passes them with the ground truth to `evaluate`, which a subclass implements.
+
+    If an image is added twice, for example because a sampler pads its last batch, only the first one counts, in the
+    order of the ranks.
 
     Args:
-        ground_truth: a COCO-form dict: ``images`` (``id``), ``annotations`` (``image_id``, ``category_id``, ``bbox``
-            xywh in original pixels; optional ``area``, else w*h, ``iscrowd`` and ``difficult``, else 0), ``categories``
-            (``id`` equal to the label, ``name``). It is read once and never changed.
-        classes: the K class names; class ``i`` has label ``i + 1``.
-        seen_only: evaluate only the images that ``update`` has seen. By default every image of the ground truth counts,
-            as benchmarks have it: an image that was never given counts as one where nothing was found.
-        masks: collect masks too, as run-length codes; every annotation then needs its ``segmentation``, and every image
-            ``height`` and ``width``.
+        ground_truth: a dict in COCO form: `images` (`id`), `annotations` (`image_id`, `category_id`, `bbox` xywh in
+            original pixels; optional `area`, default w*h, `iscrowd` and `difficult`, default 0), and `categories` (`id`
+            equal to the label, `name`). It is read once and never changed.
+        classes: the K class names; class `i` has label `i + 1`.
+        seen_only: whether to evaluate only the images that `update` has added. By default every image of the ground
+            truth counts, as in the benchmarks: an image that was never added counts as an image without detections.
+        masks: whether to collect masks too, as run-length codes. Every annotation then needs its `segmentation`, and
+            every image `height` and `width`.
 
-    An image that is given twice (a sampler's padding, say) counts once: the first time, ranks in order.
+    Raises:
+        DistillError: the ground truth is not in this form, or does not fit the classes.
     """
 
     is_differentiable: bool | None = False
@@ -88,9 +95,9 @@ class DetectionMetric(Metric):
     scores: list[Tensor]
     labels: list[Tensor]
     codes: list[Tensor]
-    """The bytes of all codes, one after the other."""
+    """The bytes of all codes, concatenated."""
     lengths: list[Tensor]
-    """How many of them belong to each detection; -1 for one without a mask."""
+    """Number of bytes of each detection's code; -1 for a detection without a mask."""
 
     def __init__(
         self, ground_truth: Mapping[str, Any], classes: Sequence[str], seen_only: bool = False, masks: bool = False
@@ -108,18 +115,22 @@ class DetectionMetric(Metric):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
     def update(self, ids: Sequence[int], detections: Sequence[Detections]) -> None:
-        """Remember what was found in some images.
+        """Add the detections of some images.
 
         Args:
             ids: image ids of the ground truth.
-            detections: one entry an image, boxes xyxy in original pixels, labels from 1 to K, on any device. Masks, of
-                the original image's size, are coded at once where they are to be collected, and ignored elsewhere.
+            detections: one entry per image, with boxes xyxy in original pixels and labels from 1 to K, on any device.
+                If masks are collected, they need the size of the original image and are encoded at once. Otherwise
+                masks are ignored.
+
+        Raises:
+            DistillError: `ids` and `detections` differ in length, or shapes do not fit together.
         """
         if len(ids) != len(detections):
             raise DistillError(f"Expected detections for each of {len(ids)} image ids, got {len(detections)} entries.")
         for image, found in zip(ids, detections, strict=True):
             _validate_shapes(image, found)
-        # float64 holds every number that a detector can give exactly; MPS has no such type.
+        # float64 represents every value of a detector exactly. MPS does not support float64.
         real = torch.float32 if self.device.type == "mps" else torch.float64
         counts = [len(found.scores) for found in detections]
         self.ids.append(torch.tensor(ids, dtype=torch.int64, device=self.device))
@@ -156,25 +167,31 @@ class DetectionMetric(Metric):
         should_sync: bool = True,
         distributed_available: Callable[..., Any] | None = None,
     ) -> None:
-        """Gather the states. A rank without images joins with empty tensors of the right type and rank.
+        """Gather the states of all ranks. A rank without images contributes empty tensors of the right type and shape.
 
-        torchmetrics would send a one-dimensional float in their place, and the gather of the others would hang.
+        torchmetrics would contribute a one-dimensional float tensor instead, and the gather of the other ranks would
+        hang.
         """
         if isinstance(self.ids, list) and not self.ids:
             self.update((), ())
         super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 
     def compute(self) -> dict[str, float]:
-        """The numbers by name; -1 where there is nothing to measure."""
+        """Compute the values by name. A value is -1 if there is nothing to measure.
+
+        Raises:
+            DistillError: detections have unknown image ids or labels, or boxes and scores that are NaN, infinite or
+                inverted.
+        """
         found, seen = self._collect()
         return self.evaluate(self.truth.of(seen) if self.seen_only else self.truth, found)
 
     def evaluate(self, truth: GroundTruth, found: DetectionArrays) -> dict[str, float]:
-        """The metric itself, on arrays: called once, with the detections of all ranks."""
+        """Compute the metric from arrays. `compute` calls this once, with the detections of all ranks."""
         raise NotImplementedError
 
     def _collect(self) -> tuple[DetectionArrays, IntArray]:
-        """All detections on the host, each image once, and the ids of the images seen."""
+        """Return all detections as arrays, each image once, and the sorted ids of the added images."""
         states = (self.ids, self.counts, self.boxes, self.scores, self.labels)
         ids, counts, boxes, scores, labels = (dim_zero_cat(state).cpu().numpy() for state in states)
         seen, first = np.unique(ids, return_index=True)
@@ -190,7 +207,7 @@ class DetectionMetric(Metric):
         return found, seen
 
     def _gathered(self) -> CodeArray:
-        """The codes of all detections, in the order in which they were given."""
+        """Return the codes of all detections, in the order in which they were added."""
         content = dim_zero_cat(self.codes).cpu().numpy().tobytes()
         lengths = dim_zero_cat(self.lengths).tolist()
         codes, end = np.full(len(lengths), None, dtype=object), 0
@@ -204,13 +221,15 @@ class DetectionMetric(Metric):
         if unknown.size:
             raise DistillError(
                 f"Expected detections of the {len(self.truth.images)} images of the ground truth, got {unknown.size} "
-                f"other image ids: {_first_values(unknown)}. Evaluate on the data set and split that the metric was built for."
+                f"other image ids: {_first_values(unknown)}. Evaluate on the data set and split that the metric was "
+                "built for."
             )
         strange = (found.label < 1) | (found.label > len(self.classes))
         if strange.any():
             raise DistillError(
-                f"Expected detection labels from 1 to {len(self.classes)}, got {_first_values(found.label[strange])} in images "
-                f"{_first_values(found.image[strange])}. Map the detector's class list to the data's by name first."
+                f"Expected detection labels from 1 to {len(self.classes)}, got {_first_values(found.label[strange])} "
+                f"in images {_first_values(found.image[strange])}. Map the detector's class list to the data's by name "
+                "first."
             )
         broken = ~(np.isfinite(found.box).all(1) & np.isfinite(found.score)) | (
             found.box[:, 2:] < found.box[:, :2]
@@ -223,7 +242,11 @@ class DetectionMetric(Metric):
 
 
 def parse_ground_truth(ground_truth: Mapping[str, Any], classes: Sequence[str]) -> GroundTruth:
-    """Ground truth as arrays, after checking that its ids and names fit together."""
+    """Convert a ground truth in COCO form to arrays.
+
+    Raises:
+        DistillError: a key is missing, image ids repeat, or the ids and names do not fit together.
+    """
     for key in ("images", "annotations", "categories"):
         if key not in ground_truth:
             raise DistillError(f"Expected ground truth in COCO form with '{key}', got the keys {sorted(ground_truth)}.")
@@ -251,12 +274,12 @@ def parse_ground_truth(ground_truth: Mapping[str, Any], classes: Sequence[str]) 
 
 
 def concatenate_ranges(starts: IntArray, counts: IntArray) -> IntArray:
-    """``start, start + 1, ...``, ``count`` of them, for each pair, one after the other."""
+    """Concatenate the ranges `start, start + 1, ..., start + count - 1` of all pairs of start and count."""
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
 def _image_sizes(ground_truth: Mapping[str, Any]) -> dict[int, Size]:
-    """Image id -> (height, width)."""
+    """Return a mapping of image id to (height, width)."""
     try:
         return {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
     except KeyError as error:
@@ -266,15 +289,16 @@ def _image_sizes(ground_truth: Mapping[str, Any]) -> dict[int, Size]:
 
 
 def _encode_annotations(ground_truth: Mapping[str, Any], sizes: Mapping[int, Size]) -> CodeArray:
-    """The code of each annotation's mask."""
+    """Return the run-length code of each annotation's mask."""
     codes = np.full(len(ground_truth["annotations"]), None, dtype=object)
     for index, note in enumerate(ground_truth["annotations"]):
         try:
             codes[index] = rle.encode_segmentation(note.get("segmentation"), sizes[note["image_id"]])
         except ValueError as error:
             raise DistillError(
-                f"Expected a segmentation for every annotation to measure masks, but that of annotation {index} (image "
-                f"{note['image_id']}) {error}. Load the data with data.masks=true, or set metrics.coco.masks=false."
+                f"Expected a segmentation for every annotation to measure masks, but that of annotation {index} "
+                f"(image {note['image_id']}) {error}. Load the data with data.masks=true, or set "
+                "metrics.coco.masks=false."
             ) from error
     return codes
 
@@ -308,6 +332,6 @@ def _validate_shapes(image: int, found: Detections) -> None:
 
 
 def _first_values(values: IntArray, most: int = 5) -> str:
-    """The first few different values, for a message."""
+    """Return the first few distinct values as text, for a message."""
     distinct = np.unique(values)
     return ", ".join(map(str, distinct[:most].tolist())) + (", ..." if len(distinct) > most else "")

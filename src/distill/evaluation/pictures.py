@@ -1,4 +1,4 @@
-"""Pictures to look at: ground truth, teacher and student side by side."""
+"""Pictures that compare ground truth, teacher and student side by side."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from distill.files import atomic_write
 from distill.types import Detections, DistillError, Target
 
 _SIDE_RANGE = (480, 800)
-"""Shortest and longest a picture's longer side is drawn, in pixels: small images are enlarged, large ones reduced."""
+"""Smallest and largest longer side of a drawn image, in pixels. Smaller images are enlarged, larger ones reduced."""
 _GAP, _CAPTION_HEIGHT = 6, 26
 _MASK_OPACITY = 110
-"""How much of a mask's colour lies over the image, of 255."""
+"""Opacity of a mask's color over the image, from 0 to 255."""
 _BACKGROUND, _FOREGROUND = (24, 24, 27), (244, 244, 245)
 
 Color = tuple[int, int, int]
@@ -27,7 +27,7 @@ _Box = tuple[float, float, float, float]
 
 
 class _Mark(NamedTuple):
-    """One box to draw, in pixels of the drawn picture, and its mask, in pixels of the image."""
+    """One box to draw, in pixels of the picture, and its mask (H, W), in pixels of the image, or None."""
 
     box: _Box
     text: str
@@ -38,14 +38,17 @@ class _Mark(NamedTuple):
 def panel(
     image: Tensor, columns: Mapping[str, Detections | Target], classes: Sequence[str], min_score: float = 0.5
 ) -> Image.Image:
-    """The image once per column, each with its boxes, masks (if any), class names and scores, under a caption.
+    """Draw the image once per column, with boxes, masks (if any), class names and scores, under a caption.
 
     Args:
         image: (3, H, W) uint8 RGB.
-        columns: caption -> boxes, in pixels **of this image**, and labels from 1 to K; detections also have scores. Masks
-            are of this image's size.
-        classes: names of the K classes; each has its own colour, the same in every column.
-        min_score: detections below are left out.
+        columns: caption to detections or targets. Boxes are in pixels **of this image**, masks have its size, and
+            labels are from 1 to K. Detections also have scores.
+        classes: names of the K classes. Each class has a color, the same in every column.
+        min_score: detections with a lower score are left out.
+
+    Raises:
+        DistillError: `image` is not (3, H, W) uint8, or there is no column.
     """
     if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8 or not columns:
         raise DistillError(
@@ -66,7 +69,13 @@ def panel(
 
 
 def save_panel(path: str | os.PathLike[str], picture: Image.Image) -> Path:
-    """Write a picture, whole or not at all; its format follows the suffix. Missing folders are made."""
+    """Write a picture to a file, completely or not at all. The suffix of `path` determines the format.
+
+    Missing folders are created.
+
+    Raises:
+        DistillError: the suffix is not that of a picture format.
+    """
     path = Path(path)
     formats = Image.registered_extensions()
     if path.suffix.lower() not in formats:
@@ -75,7 +84,10 @@ def save_panel(path: str | os.PathLike[str], picture: Image.Image) -> Path:
 
 
 def label_color(label: int) -> Color:
-    """A bright colour for a label, far from its neighbours': hues a golden ratio of the circle apart."""
+    """Return a bright color for a label.
+
+    Hues of successive labels differ by the golden ratio of the color circle, so their colors are easy to distinguish.
+    """
     hue, value = (label * 0.618034) % 1.0, (1.0, 0.8)[label // 8 % 2]
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
     return round(red * 255), round(green * 255), round(blue * 255)
@@ -88,9 +100,10 @@ def _make_marks(
     source: tuple[int, int],
     drawn: tuple[int, int],
 ) -> list[_Mark]:
-    """What is drawn, worst first, so that the best lies on top. ``source`` and ``drawn`` are (width, height).
+    """Make the marks of a column, by ascending score, so that the box with the best score is drawn on top.
 
-    Boxes that are not finite cannot be drawn; corners outside the picture are moved to its edge.
+    Boxes that are not finite are left out. Corners outside the picture are moved to its edge. `source` and `drawn` are
+    (width, height) of the image and of the drawn image.
     """
     scored = isinstance(things, Detections)
     scores = things.scores.detach().float().cpu() if isinstance(things, Detections) else torch.ones(len(things.labels))
@@ -132,7 +145,7 @@ def _draw_marks(plain: Image.Image, marks: Sequence[_Mark]) -> Image.Image:
 def _find_label_place(
     box: _Box, size: tuple[float, float], picture: tuple[int, int], taken: Sequence[_Box]
 ) -> _Box | None:
-    """A free place for a label: above its box, below or inside it; None where all are taken."""
+    """Find a free place for a label above, below or inside its box. Return None if all of them overlap other labels."""
     x = max(0.0, min(box[0], picture[0] - 1 - size[0]))
     for y in (box[1] - size[1], box[3] + 1, box[1], box[3] - size[1]):
         place = (x, y, x + size[0], y + size[1])
@@ -150,6 +163,6 @@ def _draw_caption(sheet: Image.Image, text: str, left: int, width: int) -> None:
 
 
 def _text_color(background: Color) -> Color:
-    """Black on bright, white on dark, by luma (ITU-R BT.601)."""
+    """Return black for a bright background and white for a dark one, by its luma (ITU-R BT.601)."""
     red, green, blue = background
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)

@@ -1,4 +1,4 @@
-"""Pascal VOC's average precision at one IoU."""
+"""Pascal VOC's average precision at one IoU threshold."""
 
 from __future__ import annotations
 
@@ -20,27 +20,31 @@ from distill.types import DistillError
 
 
 class VocMetric(DetectionMetric):
-    """AP of VOC: per class the area under the precision-recall curve; ``mAP``, its mean over the classes with objects.
+    """VOC's AP: the area under the precision-recall curve of each class, and `mAP`, the mean over classes with objects.
 
-    A detection, best first, is compared with the object of its image and class that it overlaps most (the first
-    annotated at equal overlap). From ``iou`` on it is a true positive, once per object; a second one on the same object
-    is a false positive, as is one below. Detections on difficult objects, and on crowds, count neither way. Equal
-    scores rank by image id, then by the detector's order.
+    Detections are processed by descending score. Those with equal scores are ranked by image id, then in the detector's
+    order. Each detection is compared with the object of its image and class that has the highest IoU with it; of
+    objects with equal IoU, the one annotated first. If the IoU is at least `iou` and no earlier detection matched the
+    object, the detection is a true positive. Otherwise it is a false positive. A detection that matches a difficult
+    object or a crowd is neither.
 
-    Keys: ``mAP`` and, with ``per_class``, ``mAP/<name>``, in [0, 1]; -1 for a class without objects.
+    Keys: `mAP` and, with `per_class`, `mAP/<name>`, in [0, 1]; -1 for a class without objects.
 
-    Source: VOC development kit (``VOCevaldet.m``, ``VOCap.m``); Everingham et al. 2010, 10.1007/s11263-009-0275-4.
-    The eleven points are multiples of 0.1 in floating point, as in the evaluators that published numbers come from: a
-    recall of exactly 3/10 (6/10, 7/10) stays just below its point.
+    Source: VOC development kit (`VOCevaldet.m`, `VOCap.m`); Everingham et al. 2010, 10.1007/s11263-009-0275-4. The
+    eleven recalls are multiples of 0.1 in floating point, as in the evaluators that published values come from. So a
+    recall of exactly 3/10, 6/10 or 7/10 is just below its point.
 
     Args:
         ground_truth, classes, seen_only: see :class:`DetectionMetric`.
-        iou: overlap from which a detection is right.
-        eleven_point: VOC2007's mean of the best precision at recall 0, 0.1, ..., 1, instead of the area.
-        inclusive: boxes name their last pixel, so sides are one longer. Off where the data set is read with
-            ``one_based``, which takes 1 off ``xmin`` and ``ymin`` only: its sides are already the development kit's
-            ``xmax - xmin + 1``. On for raw VOC coordinates.
-        per_class: add ``mAP/<name>`` for every class.
+        iou: smallest IoU of a true positive, in (0, 1].
+        eleven_point: whether AP is VOC2007's mean of the best precision at recall 0, 0.1, ..., 1, instead of the area.
+        inclusive: whether corners include the last pixel, so that sides are longer by 1. Use True for raw VOC
+            coordinates. Use False for data that is read with `one_based`, which subtracts 1 from `xmin` and `ymin`
+            only: its sides already equal the development kit's `xmax - xmin + 1`.
+        per_class: whether to add `mAP/<name>` for every class.
+
+    Raises:
+        DistillError: `iou` is not in (0, 1], or the ground truth is invalid.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class VocMetric(DetectionMetric):
         self.per_class = per_class
 
     def evaluate(self, truth: GroundTruth, found: DetectionArrays) -> dict[str, float]:
-        """The numbers on arrays."""
+        """Compute `mAP` and the AP of every class from arrays."""
         order = np.argsort(-found.score, kind="stable")
         found = DetectionArrays._make(column[order] for column in found)
         correct, counted = self._judge(truth, found)
@@ -77,7 +81,7 @@ class VocMetric(DetectionMetric):
         return mean | results if self.per_class else mean
 
     def _judge(self, truth: GroundTruth, found: DetectionArrays) -> tuple[BoolArray, BoolArray]:
-        """For detections best first: which are true positives, and which count at all."""
+        """Return two masks (D,) of detections, sorted by descending score: true positives, and those that count."""
         objects, overlap = best_overlaps(truth, found, len(self.classes), self.inclusive)
         reached = np.flatnonzero(overlap >= self.iou)
         ignored = (truth.difficult | truth.crowd)[objects[reached]]
@@ -91,12 +95,14 @@ class VocMetric(DetectionMetric):
 
 
 def average_precision(hits: BoolArray, positives: int, eleven_point: bool = False) -> float:
-    """Area under the precision-recall curve, each precision the best at its recall or beyond; -1 without positives.
+    """Compute the area under the precision-recall curve. It is -1 without positives.
+
+    The precision at a recall is the highest precision at this recall or above.
 
     Args:
-        hits: (D,) whether each detection, best first, is a true positive.
-        positives: number of objects to find.
-        eleven_point: mean at recall 0, 0.1, ..., 1 instead of the area.
+        hits: (D,) whether each detection is a true positive, by descending score.
+        positives: number of objects.
+        eleven_point: whether to return the mean of the precision at recall 0, 0.1, ..., 1 instead of the area.
     """
     if positives == 0:
         return -1.0
@@ -113,9 +119,16 @@ def average_precision(hits: BoolArray, positives: int, eleven_point: bool = Fals
 def best_overlaps(
     truth: GroundTruth, found: DetectionArrays, classes: int, inclusive: bool
 ) -> tuple[IntArray, FloatArray]:
-    """For each detection (D,): the row of the object of its image and class with the highest IoU, and that IoU.
+    """Find the object of the same image and class with the highest IoU for each of D detections.
 
-    -1 and 0 where the image has no object of that class.
+    Args:
+        truth: the ground truth.
+        found: the detections.
+        classes: number of classes.
+        inclusive: whether corners include the last pixel.
+
+    Returns:
+        Two arrays (D,): the row of the object in `truth` and the IoU; -1 and 0 for a detection without such an object.
     """
     key = np.searchsorted(truth.images, found.image) * (classes + 1) + found.label
     keys = np.searchsorted(truth.images, truth.image) * (classes + 1) + truth.label
@@ -134,7 +147,7 @@ def best_overlaps(
 
 
 def _pair_iou(found: FloatArray, truth: FloatArray, extra: float) -> FloatArray:
-    """IoU row by row: ``found`` (P, 4) xyxy, ``truth`` (P, 4) xywh, ``extra`` pixels added to every side."""
+    """Return the IoU (P,) of pairs of `found` (P, 4) xyxy and `truth` (P, 4) xywh. `extra` pixels lengthen sides."""
     last = truth[:, :2] + truth[:, 2:]
     sides = np.minimum(found[:, 2:], last) - np.maximum(found[:, :2], truth[:, :2]) + extra
     shared = sides.clip(min=0).prod(axis=1)
