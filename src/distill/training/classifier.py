@@ -1,4 +1,4 @@
-"""An image classifier as a guest: for losses that a classifier teaches, read from a file, or trained on the data's crops."""
+"""An image classifier as the teacher of a loss. It is loaded from a file or trained on crops of the training images."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ MISMATCH_ADVICE = "Set classifier.arch and classifier.classes to what the weight
 
 
 class Classifier(FrozenModel):
-    """A frozen torchvision ResNet that names what a crop shows. It has no background class.
+    """A frozen torchvision ResNet that classifies crops of objects. It has no background class.
 
     Args:
         arch: torchvision's name of a ResNet, ResNeXt or wide ResNet.
-        weights: a file with a state dict, as the verb ``classifier`` writes it, or torchvision's name (IMAGENET1K_V1).
-        classes: names in the order of the outputs; None takes those of torchvision's weights, or of the JSON that the verb
-            writes beside the file.
-        mean, std: pixel statistics that it was trained with, of RGB in [0, 1].
+        weights: a file with a state dict, as the command `distill classifier` writes it, or the name of a weights enum
+            of torchvision (IMAGENET1K_V1).
+        classes: class names in the order of the outputs; None: the names stored with torchvision's weights, or in the
+            JSON file that `distill classifier` writes beside the weights.
+        mean, std: pixel statistics of the classifier's training, of RGB in [0, 1].
 
     Raises:
-        DistillError: no weights, or weights that are unreadable, do not fit, or do not tell their classes.
+        DistillError: `weights` is None, or the weights are unreadable, do not fit, or have no class names.
     """
 
     def __init__(
@@ -49,15 +50,16 @@ class Classifier(FrozenModel):
     ) -> None:
         if weights is None:
             raise DistillError(
-                "classifier.weights: expected a file, or a name of torchvision's such as IMAGENET1K_V1, whose classes include "
-                f"the student's; got null. Train one on the objects of the training images with\n  {TRAIN_COMMAND}"
+                "classifier.weights: expected a file, or a name of torchvision's such as IMAGENET1K_V1, whose classes "
+                f"include the student's; got null. Train one on the objects of the training images with\n"
+                f"  {TRAIN_COMMAND}"
             )
         state, known = _load_weights(arch, str(weights))
         names = known if classes is None else tuple(classes)
         if names is None:
             raise DistillError(
-                f"classifier.classes: {weights} does not tell its classes: there is no {Path(weights).with_suffix('.json').name}"
-                " beside it. Give their names in the order of the outputs"
+                f"classifier.classes: {weights} does not tell its classes: there is no "
+                f"{Path(weights).with_suffix('.json').name} beside it. Give their names in the order of the outputs"
             )
         net = build_classifier(arch, len(names))
         fit(net, state, str(weights), what=f"classifier ({arch}, {len(names)} classes)", advice=MISMATCH_ADVICE)
@@ -66,28 +68,39 @@ class Classifier(FrozenModel):
         self.mean, self.std = tuple(mean), tuple(std)
 
     def images(self, batch: Batch) -> Tensor:
-        """(B, 3, H, W) float32, normalised as the classifier expects, the padding too. It moves to the batch's device."""
+        """Normalize the images of a batch for the classifier, including their padding.
+
+        The classifier moves to the device of the batch.
+
+        Returns:
+            (B, 3, H, W) float32.
+        """
         self.move(batch.images.device)
         return normalize_batch(batch, self.mean, self.std)
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """(N, 3, h, w), normalised -> (N, classes)."""
+        """Compute the class logits (N, K) of normalized images (N, 3, h, w), without a gradient."""
         found: Tensor = self.net(images)
         return found
 
     def stem(self, images: Tensor) -> Tensor:
-        """(N, 3, h, w), normalised -> (N, 64, h/4, w/4), after the max-pool; a gradient flows to the images."""
+        """Compute the maps (N, 64, h/4, w/4) after the max-pool from normalized images (N, 3, h, w).
+
+        A gradient flows to the images.
+        """
         net = self.net
         found: Tensor = net.maxpool(net.relu(net.bn1(net.conv1(images))))
         return found
 
 
 def build_classifier(arch: str, classes: int) -> torchvision.models.ResNet:
-    """A fresh classifier, whose start values cost no draw of the global stream.
+    """Build a classifier with random weights and `classes` outputs.
+
+    The state of torch's global random number generator is restored afterwards.
 
     Raises:
-        DistillError: torchvision has no ResNet of this name.
+        DistillError: torchvision has no ResNet with this name.
     """
     known = torchvision.models.list_models(torchvision.models, include=["*resnet*", "resnext*"])
     if arch not in known:
@@ -98,7 +111,7 @@ def build_classifier(arch: str, classes: int) -> torchvision.models.ResNet:
 
 
 def _load_weights(arch: str, source: str) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """The weights of a file or of torchvision's name, and the class names that come along with them."""
+    """Load weights from a file or from torchvision. Return them with the stored class names, or None without names."""
     path = Path(source).expanduser()
     if path.is_file():
         facts = path.with_suffix(".json")
@@ -107,8 +120,8 @@ def _load_weights(arch: str, source: str) -> tuple[dict[str, Tensor], tuple[str,
     enum = torchvision.models.get_model_weights(arch).__members__
     if source not in enum:
         raise DistillError(
-            f"classifier.weights: {source} is neither a file nor one of torchvision's names for {arch}, {', '.join(enum)}. "
-            f"Train a classifier with\n  {TRAIN_COMMAND}"
+            f"classifier.weights: {source} is neither a file nor one of torchvision's names for {arch}, "
+            f"{', '.join(enum)}. Train a classifier with\n  {TRAIN_COMMAND}"
         )
     return dict(download(enum[source], "classifier.weights")), tuple(enum[source].value.meta["categories"])
 
@@ -121,18 +134,18 @@ def _read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def normalize_batch(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The pixels of a batch (B, 3, H, W) float32 with these statistics."""
+    """Return the pixels of a batch as (B, 3, H, W) float32, normalized with these statistics of RGB in [0, 1]."""
     center, scale = (
         torch.tensor(each).view(3, 1, 1).to(batch.images.device, non_blocking=True) for each in (mean, std)
     )
     return (batch.images.to(torch.float32, memory_format=torch.contiguous_format) / 255 - center) / scale
 
 
-# -- making one
+# -- training a classifier
 
 
 def crop_objects(batch: Batch, side: int) -> tuple[Tensor, Tensor]:
-    """Crops (N, 3, side, side) of all ground-truth boxes, normalised, and their classes (N,) from 0."""
+    """Crop all ground-truth boxes of a batch. Return normalized crops (N, 3, side, side) and classes (N,) from 0."""
     boxes = torch.cat([target.boxes for target in batch.targets])
     owner = torch.cat([torch.full_like(target.labels, index) for index, target in enumerate(batch.targets)])
     labels = torch.cat([target.labels for target in batch.targets]) - 1
@@ -150,20 +163,26 @@ def train_classifier(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> float:
-    """Train a classifier on the objects of the training images; returns its accuracy on those of the validation images.
+    """Train a classifier on crops of the objects in the training images.
 
-    Plain: cross-entropy, SGD with momentum, one cycle of the learning rate, the data's own augmentation.
+    The training uses cross-entropy, SGD with momentum, the one-cycle learning rate and the augmentation of `data`.
 
     Args:
-        data: where the boxes come from.
-        file: the state dict is written there, and a JSON with the class names beside it.
-        arch: torchvision's name.
-        start: weights to start from, but for the last layer: a file or torchvision's name; None: from scratch.
-        epochs: how often each training image is seen.
+        data: source of the images and boxes.
+        file: path of the state dict to write. A JSON file with the class names is written beside it.
+        arch: torchvision's name of a ResNet, ResNeXt or wide ResNet.
+        start: initial weights of all layers but the last: a file or a name of torchvision; None: random weights.
+        epochs: passes over the training images.
         rate: highest learning rate.
-        side: of a crop in pixels.
-        device: to train on.
-        seed: of the start values.
+        side: side of a crop in pixels.
+        device: device of the training.
+        seed: seed of the random initial weights.
+
+    Returns:
+        The accuracy on the objects in the validation images, in [0, 1].
+
+    Raises:
+        DistillError: `arch` is unknown, or the weights `start` cannot be read or do not fit.
     """
     classes = check_classes(data.classes)
     torch.manual_seed(seed)
@@ -185,7 +204,7 @@ def train_classifier(
         loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
         for batch in track(loader, f"epoch {epoch + 1} of {epochs}"):
             pictures, labels = crop_objects(batch.to(device), side)
-            if len(labels) > 1:  # batch norm has no statistics of one
+            if len(labels) > 1:  # batch norm needs more than one sample
                 optimizer.zero_grad()
                 torch.autograd.backward(F.cross_entropy(net(pictures), labels))
                 optimizer.step()
@@ -198,7 +217,7 @@ def train_classifier(
 
 @torch.no_grad()
 def measure_accuracy(net: torch.nn.Module, data: DetectionData, side: int, device: torch.device | str) -> float:
-    """Part of the validation images' objects that are named rightly."""
+    """Return the fraction of the objects in the validation images that the classifier labels correctly."""
     net.eval()
     right, count = 0, 0
     for batch in track(data.eval_dataloader("val"), "accuracy"):

@@ -1,4 +1,4 @@
-"""How the weights move: optimiser, parameter groups, learning rate over the steps, and for how long."""
+"""The training schedule: optimizer, parameter groups, learning rate at each step, and length of the training."""
 
 from __future__ import annotations
 
@@ -23,29 +23,36 @@ SHAPES = ("step", "cosine", "one_cycle", "constant")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimiser and learning rate of a run.
+    """Optimizer and learning rate of a run.
 
-    The rate is ``lr * warmup * shape``: a linear warm-up over ``warmup_steps`` from ``warmup_factor``, and one of
+    The learning rate is `lr * warmup * shape`. `warmup` rises linearly from `warmup_factor` to 1 over `warmup_steps`.
+    `shape` is one of
 
-    * ``step``: times ``gamma`` after each of ``milestones`` (epochs),
-    * ``cosine``: half a cosine from 1 to 0,
-    * ``one_cycle``: half a cosine up from 1/25 over the first 30 % of the steps, and one down to 0 (Smith 2018, as
-      torch's ``OneCycleLR`` has it),
-    * ``constant``.
+    * `step`: times `gamma` after each of `milestones`,
+    * `cosine`: half a cosine from 1 to 0,
+    * `one_cycle`: half a cosine from 1/25 up to 1 over the first 30 % of the steps, then half a cosine down to 0 (Smith
+      2018, in the form of torch's `OneCycleLR`),
+    * `constant`.
 
     Args:
         epochs: passes over the training split.
-        steps: optimiser steps at most; -1 for no limit.
-        optimizer: called with parameter groups; gives the optimiser and its base rate.
-        base_batch: scale the rate by (total batch / ``base_batch``), where the total counts processes and accumulation.
-        decay_norms: whether weight decay applies to norms and biases as well.
-        adapter_rate: rate of the distillation losses' own parameters relative to the student's.
-        clip: L2 norm that the gradient is clipped to.
-        accumulate: batches per optimiser step.
+        steps: largest number of optimizer steps; -1 for no limit.
+        optimizer: called with parameter groups, returns the optimizer, which has the base learning rate.
+        shape: shape of the learning rate after the warm-up.
+        milestones: epochs after which `step` multiplies the learning rate by `gamma`.
+        gamma: factor of `step`, 0 or more.
+        warmup_steps: length of the warm-up in optimizer steps.
+        warmup_factor: factor of the learning rate at the first step of the warm-up, in [0, 1].
+        base_batch: the learning rate is multiplied by (total batch / `base_batch`), where the total batch includes all
+            processes and accumulated batches; None for no scaling.
+        decay_norms: whether weight decay applies to norms and biases too.
+        adapter_rate: learning rate of the distillation losses' own parameters, relative to that of the student.
+        clip: L2 norm that the gradient is clipped to; None for no clipping.
+        accumulate: batches per optimizer step.
         evaluate_every: epochs between evaluations.
 
     Raises:
-        DistillError: a value out of its range, or an optimiser that cannot be made: it is made once for show.
+        DistillError: a value is out of its range, or `optimizer` cannot be called. It is called once to find out.
     """
 
     epochs: int = 12
@@ -83,13 +90,13 @@ class Schedule:
         wrong = [f"{name}={getattr(self, name)}" for name, fine in ranges.items() if not fine]
         if wrong:
             raise DistillError(
-                f"schedule: {', '.join(wrong)}: expected steps of -1 or from 1, gamma and adapter_rate from 0, warmup_factor "
-                "in 0..1, clip above 0 or null, base_batch from 1 or null"
+                f"schedule: {', '.join(wrong)}: expected steps of -1 or from 1, gamma and adapter_rate from 0, "
+                "warmup_factor in 0..1, clip above 0 or null, base_batch from 1 or null"
             )
         self._try()
 
     def _try(self) -> None:
-        """Make the optimiser for a weight that does not count, so that a wrong argument is named before the first image."""
+        """Build the optimizer for a dummy parameter, to report invalid arguments before any data is read."""
         groups = [{"params": [Parameter(torch.zeros(1))]} for _ in range(2)]
         try:
             made = self.optimizer(groups)
@@ -108,7 +115,14 @@ class Schedule:
     def build_optimizer(
         self, student: nn.Module, adapters: nn.Module, steps: int, batch: int
     ) -> tuple[Optimizer, LambdaLR]:
-        """Optimiser and scheduler (stepped after each step) for ``steps`` steps at a total batch of ``batch``."""
+        """Build the optimizer and the learning rate scheduler. Call `scheduler.step()` after each optimizer step.
+
+        Args:
+            student: trained at the base learning rate.
+            adapters: trained at the base learning rate times `adapter_rate`.
+            steps: number of optimizer steps of the run.
+            batch: total batch of a step, for `base_batch`.
+        """
         groups = [*self._groups(student, 1.0), *self._groups(adapters, self.adapter_rate)]
         optimizer = self.optimizer([{"params": group["params"]} for group in groups])
         scale = 1.0 if self.base_batch is None else batch / self.base_batch
@@ -119,7 +133,7 @@ class Schedule:
         return optimizer, LambdaLR(optimizer, self.learning_rate_factor(steps))
 
     def learning_rate_factor(self, steps: int) -> Callable[[int], float]:
-        """Multiplier of the base rate at each of ``steps`` steps."""
+        """Return the function from a step to the factor of the base learning rate, for a run of `steps` steps."""
         total = max(1, steps)
         milestones = [round(milestone / self.epochs * total) for milestone in self.milestones]
         shapes: dict[str, Callable[[int], float]] = {
@@ -151,38 +165,39 @@ def _unique_parameters(parameters: Sequence[Parameter]) -> list[Parameter]:
 
 
 def use_channels_last(module: nn.Module) -> None:
-    """Lay the weights of convolutions out with their channels last, in place; maps follow. Only rounding differs.
+    """Convert the weights of convolutions to the memory format channels-last, in place.
 
-    A 1x1 weight lies so already, and is left alone: ``module.to(memory_format=...)`` would give it other strides than its
-    gradient gets, by which torch's multi-tensor optimisers lose their fast path.
+    The feature maps then use the same format. Results differ by rounding only. 1x1 weights already have this format and
+    are not changed: `module.to(memory_format=...)` would give them other strides than their gradients have, and torch's
+    multi-tensor optimizers would lose their fast path.
     """
     for parameter in module.parameters():
         if parameter.dim() == 4 and not parameter.is_contiguous(memory_format=torch.channels_last):
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-# Factors of a base rate after `step` optimiser steps; multiply them for torch's LambdaLR.
+# Factors of the base learning rate after `step` optimizer steps. torch's LambdaLR gets their product.
 
 
 def linear_warmup(step: int, steps: int, start: float) -> float:
-    """Linearly from `start` to 1 over the first `steps` steps."""
+    """Return a factor that rises linearly from `start` to 1 over the first `steps` steps."""
     return 1.0 if step >= steps else start + (1 - start) * step / steps
 
 
 def step_decay(step: int, milestones: Sequence[int], gamma: float = 0.1) -> float:
-    """Times `gamma` from each of `milestones`, in steps, on."""
+    """Return the product of one `gamma` for each of `milestones`, in steps, that `step` has reached."""
     return gamma ** sum(step >= milestone for milestone in milestones)
 
 
 def cosine_decay(step: int, steps: int) -> float:
-    """Half a cosine from 1 to 0 over `steps` steps, 0 after them."""
+    """Return half a cosine from 1 to 0 over `steps` steps, and 0 after them."""
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))
 
 
 def one_cycle_factor(step: int, steps: int, rise: float = 0.3, start: float = 1 / 25) -> float:
-    """Half a cosine from `start` up to 1 over the part `rise` of `steps` steps, then half a cosine down to 0.
+    """Return half a cosine from `start` to 1 over the part `rise` of `steps` steps, then half a cosine down to 0.
 
-    Source: Smith 2018, in the form of torch's ``OneCycleLR``.
+    Source: Smith 2018, in the form of torch's `OneCycleLR`.
     """
     up = round(rise * steps)
     if step < up:
