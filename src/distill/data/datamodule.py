@@ -199,7 +199,7 @@ class DetectionData(L.LightningDataModule):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; the label of ``classes[i]`` is ``i + 1``."""
+        """Class names; the label of `classes[i]` is `i + 1`."""
         if self._classes is None:
             self.records(self.source.splits[0])
         assert self._classes is not None
