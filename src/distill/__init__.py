@@ -1,7 +1,7 @@
 """distill: a large, accurate object detector trains a small, fast one.
 
-Every public name is ``distill.<Name>``. A name is imported on first use, so ``import distill`` loads neither torchvision nor
-Lightning.
+Every public name is ``distill.<Name>``. A name is imported on first use, so ``import distill`` loads neither
+torchvision nor Lightning.
 """
 
 from __future__ import annotations

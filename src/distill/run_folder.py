@@ -1,4 +1,4 @@
-"""The file names of a run folder. Every module takes them from here."""
+"""The file names of a run folder, for all modules."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run has finished."""
         return self.summary.is_file() and self.description.is_file()
 
     @property
     def resumable(self) -> list[Path]:
-        """The last checkpoint and the one before, as far as they exist.
+        """The last checkpoint and the previous one, if they exist.
 
         Only the previous one exists if the process was killed between the two renames.
         """
@@ -57,5 +57,5 @@ class RunFolder:
 
 
 def previous_checkpoint(path: Path) -> Path:
-    """Where the checkpoint that `path` replaced is kept: ``last.ckpt`` -> ``last-1.ckpt``."""
+    """Path that keeps the checkpoint that `path` replaced: ``last.ckpt`` -> ``last-1.ckpt``."""
     return path.with_name(f"{path.stem}-1{path.suffix}")

@@ -48,22 +48,23 @@ def assemble(
     """Student, teacher and losses of a plan, for this data.
 
     Args:
-        plan: of the run.
-        data: read.
-        student: if built before; None: build the configured one.
-        teacher: if found before; None: find the configured one where the plan needs one, and train it if it is not cached.
+        plan: plan of the run.
+        data: the data, already read.
+        student: an existing student; None builds the configured student.
+        teacher: an existing teacher. None finds the configured teacher if the plan needs one, and trains a teacher that
+            is not cached.
 
     Raises:
         DistillError: student, teacher, losses and data do not fit together.
     """
     student = student or build_student(plan, data)
     losses: dict[str, DistillLoss] = {}
-    with isolate_rng():  # the student's weights and the draws of the steps are those of a run without distillation
+    with isolate_rng():  # student weights and random draws equal those of a run without distillation
         if not plan.needs_teacher:
             teacher = None
         elif teacher is None:
             assert plan.teacher is not None  # checked in the preflight
-            if plan.teacher.weights is None:  # refuse an impossible pair before its teacher is trained
+            if plan.teacher.weights is None:  # refuse an impossible pair before the teacher is trained
                 build_losses(plan.losses, student.spec, planned_spec(plan.teacher, data.classes))
             teacher = find_teacher(plan.teacher, data)
         losses = build_losses(plan.losses, student.spec, teacher.spec if teacher else None)
@@ -112,9 +113,10 @@ def build_trainer(plan: RunPlan) -> L.Trainer:
     strategy = options.settings["strategy"]
     if trainer.world_size > 1 and isinstance(strategy, str) and (strategy == "auto" or strategy.startswith("ddp")):
         raise DistillError(
-            f"trainer.strategy={strategy} with {trainer.world_size} processes: Lightning's own settings would copy rank 0's "
-            "batch norm statistics to all before each step, and wait half an hour for a process that is gone. Add trainer=ddp "
-            f"(trainer=ddp_cpu without GPUs), and trainer.devices={trainer.num_devices} where that is not all of them"
+            f"trainer.strategy={strategy} with {trainer.world_size} processes: Lightning's own settings would copy "
+            "rank 0's batch norm statistics to all before each step, and wait half an hour for a process that is gone. "
+            f"Add trainer=ddp (trainer=ddp_cpu without GPUs), and trainer.devices={trainer.num_devices} where that is "
+            "not all of them"
         )
     return trainer
 

@@ -1,4 +1,4 @@
-"""The verb bench: what distillation costs on this machine, with this data and these models, and what is the bottleneck."""
+"""The verb bench: the cost of distillation and the bottleneck, on this machine with this data and these models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from distill.cli import compose
 from distill.types import DistillError
 
 COLUMNS = (
-    "Columns of the table: teacher, adapters and recompute (student layers that the losses recompute) are relative to the "
-    "student's own step. Overhead (loss_overhead) is the part of the step beyond the student's step and these three: losses, "
-    "masks, and all operations without weights."
+    "Columns of the table: teacher, adapters and recompute (student layers that the losses recompute) are relative to "
+    "the student's own step. Overhead (loss_overhead) is the part of the step beyond the student's step and these "
+    "three: losses, masks, and all operations without weights."
 )
 
 

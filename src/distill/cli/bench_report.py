@@ -27,12 +27,12 @@ from distill.types import Batch, DistillError
 
 
 def measure(plan: RunPlan, options: Mapping[str, Callable[[], RunPlan]], args: argparse.Namespace) -> Report:
-    """Measure the student's step, the step of each distill option, the data loader and the evaluation.
+    """Measure the student's step, the step of every distill option, the data loader and the evaluation.
 
     Args:
-        plan: of student, teacher and data.
-        options: make the plan of each distill option, by name.
-        args: of the command line.
+        plan: describes student, teacher and data.
+        options: name of a distill option -> function that makes its plan.
+        args: command line arguments.
 
     Raises:
         DistillError: an option cannot be built; with ``--all`` the report lists the options that cannot.
@@ -55,7 +55,7 @@ def measure(plan: RunPlan, options: Mapping[str, Callable[[], RunPlan]], args: a
         try:
             module = assemble(make_plan(), data, student, teacher)
             module.start_epoch(0, data)
-            # One option after another, so that each has all of the memory.
+            # One option at a time, so that it has all of the memory.
             costs[name] = timing.measure_option(alone, make_step(module), clock, args.repeats, args.warmup)
         except DistillError as error:
             if not args.all:
@@ -82,7 +82,7 @@ def measure(plan: RunPlan, options: Mapping[str, Callable[[], RunPlan]], args: a
 
 
 def bench_teacher(plan: RunPlan, data: DetectionData, batch: Batch) -> Teacher | None:
-    """The teacher that ``teacher.weights`` names, else an untrained one whose norms have the statistics of the batch."""
+    """The teacher of ``teacher.weights``, else an untrained teacher whose norms have the statistics of the batch."""
     if plan.teacher is None:
         return None
     if plan.teacher.weights is not None:
@@ -133,7 +133,8 @@ def print_report(report: Report) -> None:
     rate = setting["batch"][0] / report.student.step.median
     print_line(
         "loader",
-        f"{loader['images_per_second']:.1f} images/s from {loader['workers']:.0f} workers; the student alone consumes {rate:.1f}",
+        f"{loader['images_per_second']:.1f} images/s from {loader['workers']:.0f} workers; the student alone consumes "
+        f"{rate:.1f}",
     )
     print_line(
         "evaluation",
@@ -157,7 +158,10 @@ def _memory_sum(memory: Memory) -> str:
         "maps kept by the losses": memory.held,
     }
     words = " + ".join(f"{_mib(value)} {name}" for name, value in parts.items())
-    return f"{words} = {_mib(memory.sum)} MiB; the step's peak is {_mib(memory.peak)} MiB, {memory.peak / memory.sum:.3f} of it"
+    return (
+        f"{words} = {_mib(memory.sum)} MiB; "
+        f"the step's peak is {_mib(memory.peak)} MiB, {memory.peak / memory.sum:.3f} of it"
+    )
 
 
 def _mib(size: float) -> str:

@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     )
     print(f"{args.file}: {100 * accuracy:.1f} % of the validation objects are classified correctly; use it with")
     print(
-        f"  distill=dicod distill.losses.dicod.classifier.arch={args.arch} distill.losses.dicod.classifier.weights={args.file}"
+        f"  distill=dicod distill.losses.dicod.classifier.arch={args.arch} "
+        f"distill.losses.dicod.classifier.weights={args.file}"
     )
     return 0

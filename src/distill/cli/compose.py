@@ -65,7 +65,7 @@ def config_folder() -> Path:
 
 
 def register_resolvers() -> None:
-    """Register the resolvers of our own that a configuration may use.
+    """Register distill's own resolvers for configurations.
 
     ``${names:node}`` joins a mapping's keys, for the names of run folders; ``${sweep:mode,folder}`` is the name of a
     sweep's folder inside a sweep, and in the processes of its jobs, and null elsewhere.
@@ -103,12 +103,12 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def quote_value(text: str) -> str:
-    """A value in quotes, so that an override may contain any characters, such as spaces and commas in paths."""
+    """Quote a value, so that an override may contain any characters, such as spaces and commas in paths."""
     return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def read_overrides(run: Path) -> list[str]:
-    """The overrides that a run recorded, with today's keys. They may come from anybody, so they are not trusted.
+    """The overrides that a run recorded, with current keys. Their origin is unknown, so they are not trusted.
 
     Raises:
         DistillError: ``overrides.yaml`` is not a list of overrides.
@@ -199,7 +199,7 @@ def require_nodes(nodes: Mapping[str, Any]) -> None:
 
 
 def runs_folder(overrides: Sequence[str]) -> Path:
-    """The parent folder of all runs with the name that these overrides give."""
+    """The parent folder of all runs whose name these overrides determine."""
     from hydra.core.hydra_config import HydraConfig
 
     cfg = compose_with_hydra(overrides)
@@ -214,7 +214,7 @@ def compose_without_run(overrides: Sequence[str]) -> DictConfig:
         DistillError: an override is invalid; see `validate_overrides`.
     """
     validate_overrides(overrides)
-    runs_folder(overrides)  # sets HydraConfig, as a run has it
+    runs_folder(overrides)  # sets HydraConfig, as in a run
     cfg = compose_config(overrides)
     cfg.paths.run = "run"  # a placeholder: nothing is written there
     return cfg
@@ -223,13 +223,13 @@ def compose_without_run(overrides: Sequence[str]) -> DictConfig:
 def validate_overrides(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
     """Compose the configuration without running anything, so that mistakes are reported within a second.
 
-    A sweep is checked by every combination of its groups' options, and by every single value of a key. In a sweep a key of
-    one loss, ``distill.losses.CONFIG_NAME.KEY``, applies to the jobs that have this loss.
+    A sweep is checked by every combination of its groups' options, and by every single value of a key. In a sweep a key
+    of one loss, ``distill.losses.CONFIG_NAME.KEY``, applies to the jobs that have this loss.
 
     Returns:
-        The configuration of the run, or of a sweep's first job, with the ``hydra`` node; and the overrides for Hydra. In
-        these a key that applies to some jobs only begins with ``++``, so that it composes in all jobs; `applicable_overrides` leaves
-        it out of the jobs where it does not apply.
+        The configuration of the run, or of a sweep's first job, with the ``hydra`` node; and the overrides for Hydra. A
+        key that applies only to some jobs gets the prefix ``++`` in these overrides, so that the key composes in all
+        jobs. `applicable_overrides` leaves the key out of the jobs where it does not apply.
 
     Raises:
         DistillError: names the invalid override and the nearest valid names.
@@ -240,7 +240,7 @@ def validate_overrides(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]
     left_out = {line for job, kept in jobs for line in job} - {line for _, kept in jobs for line in kept}
     configs = [_validate_job(kept) for _, kept in jobs]
     most_losses = max(range(len(jobs)), key=lambda index: len(configs[index].distill.losses or {}))
-    for line in left_out:  # by some jobs; one that applies to none is refused here
+    for line in left_out:  # keys that some jobs leave out; a key that applies to no job is refused here
         _validate_job([line, *jobs[most_losses][1]])
     partial = {
         _override_key(override)
@@ -256,13 +256,13 @@ def validate_overrides(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]
 
 
 def _sweep_jobs(overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
-    """The overrides of the jobs to check, and those that apply to each job: all of them where there is one job."""
+    """Overrides of the jobs to check, and the overrides that apply to each job. A single job has all of them."""
     jobs = _expand_sweep(overrides)
     return [(job, applicable_overrides(job) if len(jobs) > 1 else job) for job in jobs]
 
 
 def applicable_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides of a sweep's job, less the keys of losses that the job does not have."""
+    """The overrides of a sweep's job, without the keys of losses that the job does not have."""
     of_losses = {
         line: match[1] for line in overrides if (match := re.match(r"(?:\+\+)?distill\.losses\.(\w+)\.", line))
     }
@@ -288,8 +288,9 @@ def _try_to_compose(overrides: list[str]) -> DictConfig:
 
 
 def _expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Overrides of jobs that together have all combinations of groups' options and all values of keys. The first job has
-    the first value of each axis.
+    """Overrides of jobs that together have all combinations of groups' options and all values of keys.
+
+    The first job has the first value of every axis.
     """
     fixed: list[str] = []
     options: list[list[str]] = []
@@ -306,7 +307,7 @@ def _expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
             fixed.append(str(override.input_line))
     firsts = [axis[0] for axis in values if axis]
     jobs = [[*fixed, *chosen, *firsts] for chosen in product(*(axis for axis in options if axis))]
-    # A key of a loss is checked in the jobs of all options: the first one may not have this loss.
+    # A key of a loss is checked in the jobs of all options, because the first job may not have this loss.
     changed = [(axis[0], line) for axis in values for line in axis[1:]]
     return jobs + [
         [*(override for override in job if override != first), line]
@@ -318,20 +319,21 @@ def _expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
 def _refuse_shared_losses(overrides: Sequence[str]) -> None:
     """Refuse two options of ``distill`` that define the same loss: the second one would overwrite the first one."""
     if not any(re.match(r"\+*(distill=.*\[|experiment=)", line) for line in overrides):
-        return  # one option alone
+        return  # a single option
     writers: dict[str, str] = {}
     for option, losses in _chosen_losses(overrides).items():
         for name in losses:
             if (first := writers.setdefault(name, option)) != option:
                 raise DistillError(
-                    f"distill: {first} and {option} both write the loss '{name}', so that only the settings of the last one "
-                    f"would be left. Choose one of them, or give the second a name of its own: in an option of yours, "
-                    f"{config_folder() / 'distill' / 'mine.yaml'}, or by '+distill.losses.{name}_2={{_target_: …}}'"
+                    f"distill: {first} and {option} both write the loss '{name}', so that only the settings of the "
+                    "last one would be left. Choose one of them, or give the second a name of its own: in an option of "
+                    f"yours, {config_folder() / 'distill' / 'mine.yaml'}, "
+                    f"or by '+distill.losses.{name}_2={{_target_: …}}'"
                 )
 
 
 def _chosen_losses(overrides: Sequence[str]) -> dict[str, set[str]]:
-    """Option of ``distill`` that was chosen -> the losses that it writes, with those that it inherits."""
+    """Chosen option of ``distill`` -> the losses that the option defines or inherits."""
     with _initialized_hydra():
         loader = GlobalHydra.instance().config_loader()
         files = loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN).defaults

@@ -11,7 +11,7 @@ from distill.cli import compose
 
 
 def main(argv: Sequence[str]) -> int:
-    """``distill doctor [--json FILE] [overrides as for train]``; exit code 0 if the run is ready, 1 if there are faults."""
+    """``distill doctor [--json FILE] [overrides as for train]``: exit code 0 for a run that is ready, 1 for faults."""
     parser = argparse.ArgumentParser(prog="distill doctor", description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the report to this file")
     parser.add_argument("overrides", nargs="*", help="as for train: data=voc data.source.root=… distill=ssim")

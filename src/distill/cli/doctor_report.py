@@ -27,22 +27,22 @@ from distill.training.distiller import Distiller
 from distill.types import DistillError
 
 SAMPLE = 100
-"""Most validation images that the teacher is evaluated on."""
+"""Maximum number of validation images on which the teacher is evaluated."""
 PATIENCE = 15.0
-"""Seconds that one measurement may take."""
+"""Maximum duration of one measurement, in seconds."""
 BATCHES = 3
 """Batches whose forward and backward passes are timed."""
 Report = dict[str, Any]
 
 
 def examine(cfg: DictConfig) -> Report:
-    """All sections that can be reached. A part that cannot be built is a fault, and ends the report."""
+    """Examine section by section. A part that cannot be built is a fault and ends the report."""
     silence_known_warnings()
     start = time.monotonic()
     report: Report = {"faults": [], "notes": []}
     try:
         plan = preflight.plan_run(cfg)
-        trainer = build_trainer(plan)  # not run: it tells device, precision, number of processes and limits
+        trainer = build_trainer(plan)  # not run: provides device, precision, number of processes and limits
         data = _examine_data(plan, report)
         preflight.check_metrics(plan, data)
         student = build_student(plan, data)
@@ -62,7 +62,7 @@ def _examine_data(plan: RunPlan, report: Report) -> DetectionData:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data, splits = preflight.load_data(plan)
-    # Images in two splits among them: only data.on_overlap=raise makes them a fault, as in the run.
+    # The notes include images in two splits. They are a fault only with data.on_overlap=raise, as in the run.
     report["notes"] += [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     report["data"] = {split: doctor.describe_split(data, split) for split in ("train", *splits)}
     report["padding"] = doctor.padding_share(data)
@@ -74,7 +74,7 @@ def _examine_data(plan: RunPlan, report: Report) -> DetectionData:
 
 
 def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, report: Report) -> Teacher | None:
-    """The teacher, evaluated; an untrained one where none is cached; None where the run needs none."""
+    """The evaluated teacher; an untrained teacher if none is cached; None if the run needs no teacher."""
     options = plan.teacher
     if not plan.needs_teacher or options is None:
         report["teacher"] = {"state": "not needed"}
@@ -125,7 +125,7 @@ def _compare_ap(min_ap: float | None, section: Report, report: Report) -> None:
     remedy = "check its weights, its class list and the image size that it was trained with"
     expected = section["promised"] if section["here"] is None else section["here"]
     if expected is not None and ap < expected / 2:
-        # A result on other images may not hold for these.
+        # A result on other images may not hold for this data.
         kind = "notes" if section["here"] is None else "faults"
         report[kind].append(f"{result}, but {section['source']} promises {expected:.3f}: {remedy}")
     if min_ap is not None and ap < min_ap:
@@ -133,7 +133,7 @@ def _compare_ap(min_ap: float | None, section: Report, report: Report) -> None:
 
 
 def _ap(values: Mapping[str, float], split: str = "") -> float | None:
-    """COCO's or VOC's AP, whichever was measured."""
+    """COCO's or VOC's AP, depending on the metric that was measured."""
     return values.get(f"{split}AP", values.get(f"{split}mAP"))
 
 
@@ -157,7 +157,7 @@ def _examine_classes(report: Report, data: DetectionData, student: Sequence[str]
 
 
 def _examine_step(report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer) -> None:
-    """Maps, adapters and terms of the first step. Notes the terms above the limit of the run's own `TermCheck`."""
+    """Report maps, adapters and terms of the first step, and note terms above the limit of the run's `TermCheck`."""
     device, precision, teacher = trainer.strategy.root_device, str(trainer.precision), module.teacher
     module.start_epoch(0, data)
     batch = next(iter(data.train_dataloader())).to(device)
@@ -184,8 +184,8 @@ def _examine_step(report: Report, module: Distiller, data: DetectionData, traine
         if not name.startswith("student/") and abs(term["loss"]) > times * abs(detection):
             ratio = abs(term["loss"]) / max(abs(detection), 1e-30)
             report["notes"].append(
-                f"the term {name} is {ratio:.3g} times the detection loss at step 0 (callbacks.terms.times={times:g}): lower "
-                "its weight"
+                f"the term {name} is {ratio:.3g} times the detection loss at step 0 (callbacks.terms.times={times:g}): "
+                "lower its weight"
             )
 
 
@@ -194,8 +194,9 @@ def _estimate_run(plan: RunPlan, report: Report, module: Distiller, data: Detect
     estimate["bytes"] += doctor.state_bytes(module, plan.schedule)
     if estimate["bytes"] > estimate["device_bytes"]:
         report["faults"].append(
-            f"a step takes about {gib(estimate['bytes'])}, but {estimate['device']} has {gib(estimate['device_bytes'])}: "
-            "lower data.batch_size (with schedule.accumulate for the same total), or data.max_size"
+            f"a step takes about {gib(estimate['bytes'])}, but {estimate['device']} has "
+            f"{gib(estimate['device_bytes'])}: lower data.batch_size (with schedule.accumulate for the same total), or "
+            "data.max_size"
         )
 
 
@@ -203,10 +204,10 @@ def _estimate(limits: Any, module: Distiller, data: DetectionData, trainer: L.Tr
     """Time and memory of a run on this machine, measured on a few batches.
 
     Args:
-        limits: a trainer, or a configuration node ``trainer``, which ends the run.
-        module: of the run.
-        data: read.
-        trainer: tells device, precision and number of processes.
+        limits: a trainer, or a configuration node ``trainer``, with the limits that end the run.
+        module: module of the run.
+        data: the data, already read.
+        trainer: provides device, precision and number of processes.
     """
     device: torch.device = trainer.strategy.root_device
     processes = trainer.num_devices * trainer.num_nodes
@@ -231,7 +232,7 @@ def _estimate(limits: Any, module: Distiller, data: DetectionData, trainer: L.Tr
 
 
 def planned_batches(limits: Any, batches: int) -> tuple[int, int]:
-    """Number of training batches of a process at `batches` an epoch, and of evaluations, the one after training included."""
+    """Number of training batches per process, with `batches` per epoch, and of evaluations, with the final one."""
     part = 1.0 if limits.limit_train_batches is None else limits.limit_train_batches
     an_epoch = min(batches, part) if isinstance(part, int) else max(1, int(batches * part))
     total = an_epoch * limits.max_epochs

@@ -70,8 +70,8 @@ def _print_estimate(estimate: Mapping[str, Any]) -> None:
     seconds = estimate["seconds"]
     print_line(
         "time",
-        f"about {_duration(seconds['total'])}: {estimate['batches']} batches of {estimate['seconds_per_batch']:.3f} s on each "
-        f"of {estimate['processes']} {estimate['device']} at {estimate['precision']}, and "
+        f"about {_duration(seconds['total'])}: {estimate['batches']} batches of {estimate['seconds_per_batch']:.3f} s "
+        f"on each of {estimate['processes']} {estimate['device']} at {estimate['precision']}, and "
         f"{_duration(seconds['evaluation'])} of evaluation",
     )
     print_line("memory", f"about {gib(estimate['bytes'])} of {gib(estimate['device_bytes'])}")

@@ -22,14 +22,14 @@ CONFIGURATION_FLAGS = (
     ("--config-dir", "-cd"),
     ("--experimental-rerun",),
 )
-"""Flags of Hydra that would put another configuration in place of ours."""
+"""Flags of Hydra that would replace distill's configuration."""
 
 
 def parse_words(words: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """The flags of Hydra that matter before Hydra runs, with ``overrides`` among them; and all words but the overrides.
+    """The flags that are needed before Hydra runs, including ``overrides``; and all words that are not overrides.
 
     Raises:
-        DistillError: a flag that would put another configuration in place of ours, or two flags that exclude each other.
+        DistillError: a flag that would replace distill's configuration, or two flags that exclude each other.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
@@ -45,14 +45,14 @@ def parse_words(words: Sequence[str]) -> tuple[Namespace, list[str]]:
     for option in (("--cfg", "-c"), ("--package", "-p"), *configuration):
         parser.add_argument(*option)
     flags, unknown = parser.parse_known_args(list(words))
-    flags.overrides += [word for word in unknown if not word.startswith("-")]  # that stand behind a flag
+    flags.overrides += [word for word in unknown if not word.startswith("-")]  # overrides after a flag
     if flags.cfg and flags.multirun:
         raise DistillError("--cfg shows the configuration of one run: leave out -m, and give each key one value")
     for name in (flag[0] for flag in CONFIGURATION_FLAGS):
         if getattr(flags, name[2:].replace("-", "_")) is not None:
             raise DistillError(
-                f"{name}: the configuration is {compose.config_folder()}; put a file of yours there, experiment/mine.yaml "
-                "say, and choose it by experiment=mine"
+                f"{name}: the configuration is {compose.config_folder()}; put a file of yours there, "
+                "experiment/mine.yaml say, and choose it by experiment=mine"
             )
     flags.runs = not (flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion)
     return flags, [word for word in words if word not in flags.overrides]
@@ -61,15 +61,15 @@ def parse_words(words: Sequence[str]) -> tuple[Namespace, list[str]]:
 def run_hydra(words: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
     """Let Hydra compose the configuration of these words and call the task, or answer a flag such as ``--help``.
 
-    Hydra reads the words from ``sys.argv``. A task that starts processes of its own restores ``sys.argv`` first, since
-    Lightning starts them by the command line of this process.
+    Hydra reads the words from ``sys.argv``. A task that starts processes restores ``sys.argv`` first, because
+    Lightning starts the processes with the command line of this process.
 
     Args:
         words: overrides and flags.
-        task: what to do with the configuration; a function of a module for a sweep, because launchers pickle it.
+        task: called with the configuration; a module-level function for a sweep, because launchers pickle it.
 
     Raises:
-        DistillError: Hydra cannot do as the words say.
+        DistillError: Hydra cannot execute these words.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints an error and exits; messages are main's task
     command_line = sys.argv

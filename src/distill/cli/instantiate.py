@@ -1,4 +1,4 @@
-"""Builds objects from nodes of the configuration. Every object of a run that a configuration describes is built here."""
+"""Builds objects from nodes of the configuration. All objects that a configuration describes are built here."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build_node(node: Any, **given: Any) -> Any:
         given: further arguments, known at run time only.
 
     Raises:
-        DistillError: raised by the constructor, or the arguments do not fit; then the message names the target.
+        DistillError: raised by the constructor, or the arguments do not fit. The message then names the target.
     """
     _require_target(node)
     options = to_containers(node)
@@ -90,7 +90,8 @@ def load_target(node: Any) -> Any:
 def _require_target(node: Any) -> None:
     if not (isinstance(node, dict) or OmegaConf.is_dict(node)) or node.get("_target_") is None:
         raise DistillError(
-            f"{_full_key(node) or 'a part of the configuration'}: expected a mapping whose _target_ names a class, got {node}"
+            f"{_full_key(node) or 'a part of the configuration'}: expected a mapping whose _target_ names a class, got "
+            f"{node}"
         )
 
 

@@ -72,5 +72,5 @@ def _run(verb: str, words: Sequence[str]) -> int:
 
 
 def _printable(text: str) -> str:
-    """A message without control characters: names in it may come from files of unknown origin."""
+    """A message without control characters, because names in the message may come from files of unknown origin."""
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The image files of these paths; those of a folder sorted by name."""
+    """The image files of these paths. The files of a folder are sorted by name."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():

@@ -41,7 +41,7 @@ class LossOptions(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """What Lightning's trainer is built from."""
+    """Options from which Lightning's trainer is built."""
 
     settings: Mapping[str, Any]
     """The node ``trainer``, with the precision resolved."""
@@ -55,7 +55,7 @@ class TrainerOptions:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Typed values of a run's configuration. Parts that depend on data or models are constructors with their options."""
+    """Typed values of a run's configuration. Parts that depend on data or models are constructors with options."""
 
     config: Mapping[str, Any]
     """The resolved configuration in plain containers, for files and loggers."""
@@ -85,7 +85,7 @@ class RunPlan:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a loss, or the start of the student, reads a teacher."""
+        """Whether a loss, or the initialization of the student, reads a teacher."""
         return self.inherit or any(loss.kind.needs_teacher for loss in self.losses.values())
 
 
@@ -93,7 +93,7 @@ def plan_run(cfg: DictConfig, run: Path | None = None) -> RunPlan:
     """Check a configuration and turn it into typed values. Seeds the global random generators.
 
     Args:
-        cfg: composed.
+        cfg: the composed configuration.
         run: folder of the run, for the verb ``train``: its checkpoints are searched for ``ckpt_path=last``.
 
     Raises:
@@ -129,13 +129,14 @@ def plan_run(cfg: DictConfig, run: Path | None = None) -> RunPlan:
     if plan.needs_teacher and plan.teacher is None:
         user = f"distillation losses {list(plan.losses)}" if plan.losses else "init=inherit"
         raise DistillError(
-            f"{user} cannot do without a teacher: choose teacher=MODEL, or give the student a line in conf/teachers.yaml"
+            f"{user} cannot do without a teacher: choose teacher=MODEL, or give the student a line in "
+            "conf/teachers.yaml"
         )
     return plan
 
 
 def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:
-    """Options of the teacher; None where the configuration has no teacher, or only keys that an experiment sets for one."""
+    """Options of the teacher. None without a teacher, or with only the keys that an experiment sets for a teacher."""
     options = cfg.teacher
     model = options.get("model") if isinstance(options, DictConfig) else None
     if not (isinstance(model, DictConfig) and "_target_" in model):
@@ -202,12 +203,12 @@ def shared_config(cfg: DictConfig) -> dict[str, Any]:
 
 
 def load_data(plan: RunPlan) -> tuple[DetectionData, list[str]]:
-    """Read and check the data; the splits that the final student is evaluated on.
+    """Read and check the data. Returns the data and the splits on which the final student is evaluated.
 
     A test split that cannot be read causes a warning, and does not stop the run.
 
     Raises:
-        DistillError: what the checks of the data found, or the checkpoint was made with other data.
+        DistillError: the data fail a check, or the checkpoint was made with other data.
     """
     data, splits = plan.data, ["val"]
     data.setup("fit")
@@ -222,7 +223,7 @@ def load_data(plan: RunPlan) -> tuple[DetectionData, list[str]]:
 
 
 def check_metrics(plan: RunPlan, data: DetectionData) -> None:
-    """Refuse names that validation does not measure, for a sweep or a callback, and two metrics that measure the same.
+    """Refuse two metrics with the same values, and a sweep or callback that reads a value that validation lacks.
 
     The measured names are those of an evaluation without detections.
     """
@@ -252,6 +253,6 @@ def check_masks(plan: RunPlan, student: Detector, data: DetectionData) -> None:
         )
     if "/mask_" in plan.metric and "mask_logits" not in student.spec.outputs:
         raise DistillError(
-            f"metric={plan.metric} measures masks, but the student, a {student.spec.family}, finds none: set metric=val/AP, "
-            "or choose a model with masks (model=mask_rcnn_r50)"
+            f"metric={plan.metric} measures masks, but the student, a {student.spec.family}, finds none: set "
+            "metric=val/AP, or choose a model with masks (model=mask_rcnn_r50)"
         )

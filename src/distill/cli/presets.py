@@ -1,9 +1,9 @@
-"""Config options that are derived in place of one file each: default teachers, default metrics and loss names.
+"""Config options that are derived instead of stored in files: default teachers, default metrics and loss names.
 
-``conf/teachers.yaml`` holds the default teacher of each student, ``conf/metrics.yaml`` the default metrics of each data set.
-Each line becomes an option of Hydra: ``teacher=of/STUDENT``, ``metrics=of/DATA``. Each model becomes a teacher as well:
-``teacher=MODEL``. ``supervised=of/MODEL`` has the loss names of the model's family. A file of the same name in ``conf`` takes
-precedence.
+``conf/teachers.yaml`` holds the default teacher of each student, ``conf/metrics.yaml`` the default metrics of each data
+set. Each line becomes an option of Hydra: ``teacher=of/STUDENT``, ``metrics=of/DATA``. Each model becomes a teacher as
+well: ``teacher=MODEL``. ``supervised=of/MODEL`` has the loss names of the model's family. A file of the same name in
+``conf`` takes precedence.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ def register_presets(conf: Path) -> None:
 
 
 class _SharedGroup(dict[str, Any]):
-    """A group of the store that is not copied with the store. Hydra copies the whole store before each look-up of a group's
-    options, a hundred times for ``--help``; the store copies each option anyway when it hands out the option.
+    """A group of the store that is not copied with the store.
+
+    Hydra copies the whole store before every look-up of a group's options, a hundred times for ``--help``. The store
+    copies an option anyway when it returns the option.
     """
 
     def __deepcopy__(self, memo: Any) -> _SharedGroup:
@@ -75,7 +77,7 @@ def _mapping(file: Path) -> Mapping[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        DistillError: it cannot be read, or holds something else.
+        DistillError: the file cannot be read, or holds no mapping.
     """
     try:
         content = _parse(file, file.stat().st_mtime_ns)
@@ -93,7 +95,7 @@ def _parse(file: Path, modified: int) -> Any:
 
 
 def _rows(file: Path, names: Iterable[str], key: str) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Name, value under ``key`` and further options of each line. A name without a line has that of ``default``."""
+    """Name, value under ``key`` and further options of every name. A name without a line has those of ``default``."""
     table = _mapping(file)
     if "default" not in table:
         raise DistillError(f"{file}: expected a mapping of names with a line 'default'")

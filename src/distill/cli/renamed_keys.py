@@ -31,7 +31,7 @@ TARGETS = {
     "metrics.voc.VocMetric": "VocMetric",
     "optimization.Schedule": "Schedule",
 }
-"""Path of a class or function that moved since version 0.1.0 -> its path today, both below ``distill``."""
+"""Path of a class or function that moved since version 0.1.0 -> its current path, both below ``distill``."""
 
 _TARGET = re.compile(rf"\bdistill\.({'|'.join(map(re.escape, TARGETS))})\b")
 _MODEL_KEY = re.compile(r"([+~]*(?:teacher\.)?model\.)(\w+)")
@@ -39,14 +39,14 @@ _QUOTES = "'\""
 
 
 def translated(override: str) -> str:
-    """An override of version 0.1.0, with the keys, values and class paths of today."""
+    """Translate an override of version 0.1.0 to the current keys, values and class paths."""
     key, equals, value = override.partition("=")
     value = _TARGET.sub(lambda match: f"distill.{TARGETS[match[1]]}", value)
     if key.lstrip("+") == "teacher.run":
         value = _translated_list(value)
     elif match := _MODEL_KEY.fullmatch(key):
         path, _ = renamed_option(match[2], value)
-        if not value.startswith("{"):  # a mapping is already in the form of today
+        if not value.startswith("{"):  # a mapping already has the current form
             key = match[1] + path
             value = ",".join(_renamed_value(match[2], text) for text in value.split(","))
     return key + equals + value

@@ -13,9 +13,9 @@ from distill.cli import compose
 def main(argv: Sequence[str]) -> int:
     """``distill replay RUN/non_finite/step….pt [overrides]``: terms of the step, and parameters with bad gradients.
 
-    The models are built from the run's configuration, with the run's teacher. Overrides show whether a change would have
-    helped (``distill.losses.ssim.neck.foreground=0``, ``distill=none``). The exit code is 1 if a term or a gradient is
-    still not finite.
+    The models are built from the run's configuration, with the run's teacher. Overrides show whether a change would
+    have helped (``distill.losses.ssim.neck.foreground=0``, ``distill=none``). The exit code is 1 if a term or a
+    gradient is still not finite.
     """
     parser = argparse.ArgumentParser(prog="distill replay", description=__doc__)
     parser.add_argument("file", type=Path, help="the file that the stopped run named; it must lie in the run's folder")

@@ -100,7 +100,7 @@ def open_loggers(plan: RunPlan, trainer: L.Trainer) -> Iterator[None]:
         failed = False
     finally:
         for logger in trainer.loggers:
-            # A logger that did not open cannot close either; the first failure is the one to report.
+            # A logger that failed to open cannot close. Only the first failure is reported.
             with suppress(Exception) if failed else nullcontext():
                 logger.finalize("failed" if failed else "success")
                 if isinstance(logger, WandbLogger):
@@ -109,7 +109,10 @@ def open_loggers(plan: RunPlan, trainer: L.Trainer) -> Iterator[None]:
 
 @rank_zero_only
 def _set_metrics_aside(run: RunFolder) -> None:
-    """Rename the metrics file of the training before a resume to ``metrics.1.csv`` and so on: the logger writes a new one."""
+    """Rename the metrics file of the training before a resume to ``metrics.1.csv`` and so on.
+
+    The logger writes a new metrics file.
+    """
     if run.metrics.is_file():
         stem, suffix = run.metrics.stem, run.metrics.suffix
         number = 1 + len(list(run.path.glob(f"{stem}.*{suffix}")))

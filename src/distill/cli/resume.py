@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from distill.data.datamodule import DetectionData
 
 LOADING_KEYS = ("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "eval_batch_size")
-"""Keys of ``data`` that change how images are loaded, and not which images."""
+"""Keys of ``data`` that change how images are loaded, but not which images."""
 OTHER_RUN_PREFIXES = (
     "ckpt_path",
     "resume=",
@@ -39,7 +39,7 @@ OTHER_RUN_PREFIXES = (
 """Prefixes of overrides that do not identify a run."""
 MAY_DIFFER = (
     *("ckpt_path", "resume", "name", "test", "pictures", "paths.*", "logger.*", "guard.*", "callbacks.terms*"),
-    # The machine and the screen.
+    # The machine, saving and the terminal.
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy*", "benchmark", "profiler")),
     *(f"trainer.{key}" for key in ("log_every_n_steps", "enable_*", "default_root_dir", "save_every", "num_sanity*")),
     *("callbacks.last*", "callbacks.teacher*", "callbacks.rate*", "callbacks.panels*", "callbacks.progress*"),
@@ -50,13 +50,13 @@ MAY_DIFFER = (
     *(f"teacher.{key}" for key in ("weights", "train", "seed", "run*", "min_ap", "evaluate", "model*")),
     *("init", "model.weights", "model.backbone.weights"),
 )
-"""Keys that may differ when a run resumes: they do not change the training, or they are compared in another way."""
+"""Keys that may differ when a run resumes: they do not change the training, or are compared in another way."""
 IDENTITY_KEYS = ("made_by", "teacher", "guests", "DetectionData")
 """Entries of a checkpoint that are compared with the run before a resume."""
 
 
 def add_run_to_resume(overrides: Sequence[str]) -> list[str]:
-    """Add the folder of the run that ``ckpt_path=last`` means: the newest run of the same overrides, unless one is given.
+    """Add the folder of the run that ``ckpt_path=last`` means: by default the newest run of the same overrides.
 
     A job that SLURM started again resumes without ``ckpt_path=last`` if it has a checkpoint.
     """
@@ -99,8 +99,8 @@ def _find_run(lines: list[str], must: bool) -> list[str]:
         f"the newest, {runs[0]}, was made by: {' '.join(_recorded_words(runs[0]))}" if runs else "none has a checkpoint"
     )
     raise DistillError(
-        f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. Repeat the overrides of the run "
-        "that is to go on, or name it: hydra.run.dir=RUN, or ckpt_path=FILE"
+        f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. Repeat the overrides of the "
+        "run that is to go on, or name it: hydra.run.dir=RUN, or ckpt_path=FILE"
     )
 
 
@@ -116,7 +116,7 @@ def _made_by_this_job(run: Path) -> bool:
 
 
 def resume_advice(run: Path) -> str:
-    """How to resume a stopped run."""
+    """Text that says how to resume a stopped run."""
     return "ckpt_path=last goes on from the last checkpoint" if RunFolder(run).resumable else RESTART_ADVICE
 
 
@@ -148,8 +148,8 @@ def find_checkpoint(cfg: DictConfig, run: Path) -> Path | None:
     file = RunFolder(run).last if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
     if not file.is_file() and not previous_checkpoint(file).is_file():
         raise DistillError(
-            f"ckpt_path={cfg.ckpt_path}: there is no file {file}. Give ckpt_path=FILE, or hydra.run.dir=RUN ckpt_path=last with "
-            "the folder of a run that has checkpoints"
+            f"ckpt_path={cfg.ckpt_path}: there is no file {file}. Give ckpt_path=FILE, or hydra.run.dir=RUN "
+            "ckpt_path=last with the folder of a run that has checkpoints"
         )
     return latest_intact_checkpoint(file)
 
@@ -166,8 +166,8 @@ def _refuse_older(file: Path | None) -> None:
     """Refuse a checkpoint of version 0.1.0, which did not record its version: its configuration has other keys."""
     if file is not None and _read_part(file, "distill_version") is None:
         raise DistillError(
-            f"resume: {file} was written by distill 0.1.0, which alone can resume that run: install distill 0.1.0, or start "
-            "a new run without ckpt_path"
+            f"resume: {file} was written by distill 0.1.0, which alone can resume that run: install distill 0.1.0, or "
+            "start a new run without ckpt_path"
         )
 
 
@@ -193,13 +193,13 @@ def _refuse(mode: str, file: Path | None, differing: Sequence[str]) -> None:
         warnings.warn(f"resume=anyway: this is not the run that made {file}: {listed}", stacklevel=3)
         return
     raise DistillError(
-        f"resume: {file} was made by another run: {listed}. Set them as they were ({OVERRIDES} in that run's folder), or "
-        "go on nevertheless with resume=anyway"
+        f"resume: {file} was made by another run: {listed}. Set them as they were ({OVERRIDES} in that run's folder), "
+        "or go on nevertheless with resume=anyway"
     )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``key: value there, value here`` of each key that differs and must not."""
+    """Lines ``key: value there, value here`` of all keys that differ but must be equal."""
     there, here = dict(flatten(before)), dict(flatten(now))
     keys = [key for key in {**there, **here} if not any(fnmatchcase(key, free) for free in MAY_DIFFER)]
     return [
@@ -218,7 +218,7 @@ def _describe_value(values: Mapping[str, Any], key: str, place: str = "there") -
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of each leaf of a nested mapping."""
+    """Dotted path and value of every leaf of a nested mapping."""
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")

@@ -1,7 +1,7 @@
 """Signals that stop a run: SIGTERM, SIGUSR1 and ctrl-C.
 
-A stopped run prints how to resume it. If SLURM stopped the run, the run asks SLURM to start the job again. SIGTERM ends the
-run at once, except during training: there `callbacks.checkpoints.LastCheckpoint` finishes the step and saves first.
+A stopped run prints how to resume it. If SLURM stopped the run, the run asks SLURM to start the job again. SIGTERM ends
+the run at once, except during training: there `callbacks.checkpoints.LastCheckpoint` finishes the step and saves first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RESTART_ADVICE = "start it again with the same arguments"
 """Printed for a run that has no checkpoint."""
 
 REPEATED_SIGNAL_SECONDS = 10.0
-"""A SIGTERM within this time after another one is ignored, so that it does not interrupt the reaction to the first one."""
+"""A SIGTERM within this time after another one is ignored, so that the reaction to the first is not interrupted."""
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def stop_on_signals() -> Iterator[None]:
 
 @contextmanager
 def signal_handler(number: signal.Signals, handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle a signal this way inside the context. Other threads than the main one cannot set handlers and do nothing."""
+    """Set a signal handler inside the context. Only the main thread can set handlers; other threads do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -82,8 +82,9 @@ def signal_handler(number: signal.Signals, handler: Callable[[int, Any], None]) 
 def wait_for_process(
     process: subprocess.Popen[str] | subprocess.Popen[bytes], work: Callable[[], Any] | None = None
 ) -> int:
-    """Wait for a run in another process, and return its exit code. If this process has to stop, the run is stopped first
-    and gets the time to save.
+    """Wait for a run in another process, and return its exit code.
+
+    If this process has to stop, it first stops the run, and the run gets the time to save.
 
     Args:
         process: a run of distill.
@@ -100,7 +101,7 @@ def wait_for_process(
             code = process.wait()
             break
         except (Terminated, KeyboardInterrupt) as stopped:
-            # Send SIGTERM after ctrl-C too: a terminal signals all processes, but `kill` may have signalled this one only.
+            # Send SIGTERM after ctrl-C too: a terminal signals all processes, but `kill` may signal this process only.
             stop = stop or stopped
             process.terminate()
         except BaseException:

@@ -1,12 +1,13 @@
-"""The jobs of a sweep, each a process of its own, and their table: one row a job, on the terminal and as ``sweep.csv``.
+"""The jobs of a sweep and their table. Every job runs in a separate process.
 
-A job that fails is recorded, and the others go on. With the same ``hydra.sweep.dir`` again, a sweep continues: of the jobs in
-that folder the finished ones are not run again, and those with a checkpoint are resumed.
+The table has one row per job, on the terminal and in ``sweep.csv``. A job that fails is recorded, and the other jobs go
+on. A sweep with the same ``hydra.sweep.dir`` continues the earlier sweep: finished jobs in that folder are not run
+again, and jobs with a checkpoint are resumed.
 
 Any launcher of Hydra can start the jobs: one after another (the default), several at once (``hydra/launcher=joblib
-hydra.launcher.n_jobs=2``, ``hydra/launcher=submitit_local``) or on a cluster (``hydra/launcher=submitit_slurm``, which has
-not been tested). Jobs at once share the machine's GPUs as they are. The launchers of submitit end a job after
-``hydra.launcher.timeout_min=60`` minutes; submitit_local starts all jobs together.
+hydra.launcher.n_jobs=2``, ``hydra/launcher=submitit_local``) or on a cluster (``hydra/launcher=submitit_slurm``, which
+has not been tested). Jobs that run at the same time share all GPUs of the machine. The launchers of submitit end a job
+after ``hydra.launcher.timeout_min=60`` minutes; submitit_local starts all jobs together.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class JobFailed(DistillError):
 
 
 def run_job(cfg: DictConfig) -> float:
-    """Run or resume one job of a sweep in a process of its own, unless it is already finished.
+    """Run or resume one job of a sweep in a separate process, unless the job is already finished.
 
     Hydra's launchers call this function, some of them in other processes. Jobs share nothing but the sweep's folder.
 
@@ -60,7 +61,7 @@ def run_job(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir)
     words = [str(line) for line in hydra.overrides.task]
-    target_policy.set_trusted(words)  # which the process of a launcher does not know yet
+    target_policy.set_trusted(words)  # the process of a launcher does not know them yet
     overrides = compose.applicable_overrides(words)
     run = claim_folder(sweep, Path(hydra.runtime.output_dir), overrides)
     with FileLock(f"{run}.lock"):  # jobs that differ only in a key that applies to neither are the same job
@@ -82,15 +83,15 @@ def _run_process_of_job(run: Path, overrides: Sequence[str], sweep: str) -> None
 
 
 class SweepTable(Callback):
-    """Hydra's callback that writes ``sweep.csv`` from the folders of the jobs, whichever process each job runs in."""
+    """Hydra's callback that writes ``sweep.csv`` from the folders of the jobs, which may run in any process."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """After a job, in the process that ran it."""
+        """Write the table after a job, in the process that ran the job."""
         if config.hydra.mode == RunMode.MULTIRUN:
             write_table(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """After all jobs, in the process that started the sweep."""
+        """Write the table after all jobs, in the process that started the sweep."""
         write_table(Path(config.hydra.sweep.dir))
 
 
@@ -108,8 +109,8 @@ def run(words: Sequence[str], cfg: DictConfig) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise DistillError(
-            "a sweep (-m) under torchrun or in several tasks of SLURM: each process would start the sweep anew. Start it "
-            "once; every job starts its own processes (trainer=ddp)"
+            "a sweep (-m) under torchrun or in several tasks of SLURM: each process would start the sweep anew. Start "
+            "it once; every job starts its own processes (trainer=ddp)"
         )
     if any(word.startswith("ckpt_path=") for word in words):
         raise DistillError("ckpt_path with -m: a sweep goes on by itself where it stopped: hydra.sweep.dir=DIR")
@@ -145,7 +146,7 @@ def count_failed(folder: Path) -> int:
 
 
 def show_table(folder: Path) -> None:
-    """Print the table: the varied keys, the main metrics, and the errors of failed jobs. No job, no table."""
+    """Print the table: the varied keys, the main metrics, and the errors of failed jobs; nothing without jobs."""
     if not job_folders(folder):
         return
     rows = write_table(folder)
@@ -159,12 +160,12 @@ def show_table(folder: Path) -> None:
 
 
 def continuation_advice(folder: Path) -> str:
-    """How to continue a sweep."""
+    """Text that says how to continue a sweep."""
     return f"hydra.sweep.dir='{folder}' with the same words again runs what is not done"
 
 
 def claim_folder(sweep: Path, given: Path, overrides: Sequence[str]) -> Path:
-    """Choose the folder of a job: the folder with these overrides, else the given one if it is free, else the next number.
+    """Choose the folder of a job: the folder with these overrides, else the given folder if free, else the next number.
 
     The overrides are written at once, so that no other job takes the folder, and a job that dies early is in the table.
     """
@@ -179,7 +180,7 @@ def _choose_folder(sweep: Path, given: Path, overrides: Sequence[str]) -> Path:
     for job in job_folders(sweep):
         if recorded_words(job) == set(overrides):
             if job.absolute() != given.absolute() and given.is_dir() and not any(given.iterdir()):
-                given.rmdir()  # Hydra made it
+                given.rmdir()  # Hydra created it
             return job
     if not RunFolder(given).overrides.is_file():
         return given
@@ -193,10 +194,10 @@ def recorded_words(job: Path) -> set[str]:
 
 
 def run_process(command: Sequence[str], sweep: str) -> tuple[int, str]:
-    """Run a job, its words passed on; its exit code and, for the case that it failed, its last word in one line.
+    """Run a job and pass on its messages. Returns its exit code, and one line with its last message, for a failure.
 
     Raises:
-        Terminated, KeyboardInterrupt: the sweep was asked to stop; the job has saved, and wait_for_process.
+        Terminated, KeyboardInterrupt: the sweep was asked to stop, and the job has saved; see `wait_for_process`.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
     last: deque[str] = deque(maxlen=20)

@@ -17,11 +17,11 @@ MISSING = "–"
 def print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1, compact: bool = False
 ) -> None:
-    """Print a table; nothing where it has no rows. None is a missing value.
+    """Print a table, or nothing if it has no rows. None is a missing value.
 
     Args:
-        title: above the table.
-        columns: their names.
+        title: title above the table.
+        columns: names of the columns.
         rows: cells of any type.
         left: number of columns that are aligned to the left; numbers are aligned to the right.
         compact: leave out lines between columns, for narrow terminals.

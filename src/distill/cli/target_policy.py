@@ -36,7 +36,7 @@ ALLOWED = (
 )
 """Packages whose classes a configuration may name. None of these classes downloads, unpickles or starts anything."""
 ALLOWED_IN_HYDRA = ("hydra_plugins", "optuna.samplers", "optuna.pruners")
-"""Packages whose classes the ``hydra`` node may name: the plugins, which Hydra imports in any case, and Optuna's parts."""
+"""Packages whose classes the ``hydra`` node may name: plugins, which Hydra always imports, and parts of Optuna."""
 HYDRA_DEFAULTS = (
     "distill.cli.sweep.SweepTable",
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
@@ -76,22 +76,22 @@ def _parse_trust(word: str) -> tuple[str, ...]:
 
 
 def validate_config(config: dict[str, Any], overrides: Sequence[str], default_hydra: Mapping[str, Any]) -> None:
-    """Refuse a composed configuration whose files go beyond the rules.
+    """Refuse a composed configuration whose files break the rules.
 
     Args:
-        config: all nodes with the ``hydra`` node, not resolved.
+        config: all nodes including ``hydra``, not resolved.
         overrides: the words that composed the configuration.
         default_hydra: the ``hydra`` node composed of the same words on Hydra alone, without any other group or key.
 
     Raises:
-        DistillError: names the key, and what to say on the command line to allow the setting.
+        DistillError: names the key, and the override that allows the setting on the command line.
     """
     tasks = {key: node for key, node in config.items() if key != "hydra"}
     trust = tasks.get("trust")
     if foreign := [name for name in (trust if isinstance(trust, list) else [trust]) if name not in (None, *_trusted)]:
         raise DistillError(
-            f"a configuration file sets trust={foreign}: trust counts on the command line only. If you know this code and "
-            f"want it to run, add trust=[{','.join(map(str, foreign))}] to the command line"
+            f"a configuration file sets trust={foreign}: trust counts on the command line only. If you know this code "
+            f"and want it to run, add trust=[{','.join(map(str, foreign))}] to the command line"
         )
     for where, name in _target_names(tasks):
         _validate_name(name, where)
@@ -102,8 +102,9 @@ def validate_config(config: dict[str, Any], overrides: Sequence[str], default_hy
     allowed["job"] = {**default_hydra["job"], "override_dirname": hydra["job"]["override_dirname"]}
     if changed := next(_differing_keys(hydra, allowed, "hydra"), None):
         raise DistillError(
-            f"a configuration file sets {changed}, and Hydra acts on this key before anything is checked. Files may set "
-            f"{', '.join(f'hydra.{key}' for key in FILE_KEYS)}. If you want the setting, say {changed}=… on the command line"
+            f"a configuration file sets {changed}, and Hydra acts on this key before anything is checked. Files may "
+            f"set {', '.join(f'hydra.{key}' for key in FILE_KEYS)}. If you want the setting, say {changed}=… on the "
+            "command line"
         )
     if hydra["sweeper"] != default_hydra["sweeper"]:
         for where, key, value in walk(hydra["sweeper"], "hydra.sweeper"):  # its params become overrides of the jobs
@@ -146,7 +147,8 @@ def validate_targets(node: Any, where: str = "") -> None:
             load_class(value, full_key)
         elif isinstance(value, str) and "${" in value:
             raise DistillError(
-                f"{full_key}={value}: this text would be resolved a second time. Write the value without an escaped '${{'"
+                f"{full_key}={value}: this text would be resolved a second time. Write the value without "
+                "an escaped '${'"
             )
 
 
@@ -154,7 +156,7 @@ def load_class(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> Any:
     """Import the class that a name refers to.
 
     Raises:
-        DistillError: it does not exist, is not a class, or is defined outside of the allowed and trusted packages.
+        DistillError: the name does not exist, is not a class, or is defined outside of the allowed and trusted packages.
     """
     if name is None:
         raise DistillError(f"{where}: expected the dotted name of a class, got None")
@@ -172,7 +174,7 @@ def load_class(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> Any:
 
 
 def _validate_name(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> None:
-    """Check the spelling, so that no module outside of the allowed packages is imported in order to look at it."""
+    """Check the spelling, so that no module outside of the allowed packages is imported for the look-up of a name."""
     if name is None or name == "???" or _is_within(name, _trusted):
         return
     if not isinstance(name, str):
@@ -189,6 +191,6 @@ def _is_within(name: Any, packages: Sequence[str]) -> bool:
 
 def _refusal(name: str, where: str, why: str) -> DistillError:
     return DistillError(
-        f"{where}={name}: {why}. Expected a public class of {', '.join(ALLOWED)}. If you know this code and want it to run, "
-        f"add trust=[{name}] to the command line"
+        f"{where}={name}: {why}. Expected a public class of {', '.join(ALLOWED)}. If you know this code and want it to "
+        f"run, add trust=[{name}] to the command line"
     )

@@ -1,4 +1,4 @@
-"""The teacher of a run: where its weights come from, and the run that trains one where none is cached.
+"""The teacher of a run: the source of its weights, and the run that trains a teacher that is not cached.
 
 A cached teacher is a finished run of ``distill=none``.
 """
@@ -41,7 +41,7 @@ KEPT_GROUPS = ("data", "trainer", "experiment", "paths", "trust")
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")  # no num_nodes: one machine trains it
 # Keys that do not change the teacher's weights. Runs that differ in these keys only share one teacher.
 IGNORED_DATA = (*LOADING_KEYS, "on_overlap")
-IGNORED_MODEL = ("box_roi_align",)  # another order of the same additions
+IGNORED_MODEL = ("box_roi_align",)  # changes only the order of additions
 IGNORED_CALLBACKS = ("terms",)  # checks distillation terms, and a teacher's run has none
 # Keys of Lightning's trainer that change the teacher's weights.
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
@@ -64,7 +64,7 @@ RANK_VARIABLES = (
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """The values below ``teacher``, and what the run that trains a teacher takes over from the student's run."""
+    """The values below ``teacher``, and the settings that the teacher's run takes over from the student's run."""
 
     build: Callable[..., Detector]
     """The constructor of ``teacher.model``, with its options."""
@@ -110,9 +110,9 @@ def find_teacher(options: TeacherOptions, data: DetectionData) -> Teacher:
     """The teacher that ``teacher.weights`` names, or the cached teacher, which is trained first if it does not exist.
 
     Args:
-        options: of the run.
-        data: its classes are those of a plain weights file, which lists none. Its fingerprints decide whether the results
-            that a run measured of its student are valid here.
+        options: teacher options of the run.
+        data: provides the classes for a plain weights file, which lists none. The fingerprints of the data decide
+            whether the results that a run measured for its student are valid here.
 
     Raises:
         DistillError: no teacher is cached and ``teacher.train=never``, or the weights do not fit.
@@ -122,8 +122,8 @@ def find_teacher(options: TeacherOptions, data: DetectionData) -> Teacher:
     if options.weights is None:
         if options.student_backbone and not options.model.get("backbone", {}).get("weights"):
             warnings.warn(
-                f"the student's backbone starts from {options.student_backbone}, its teacher's from random weights: set "
-                "teacher.model.backbone.weights too, or start=imagenet for both",
+                f"the student's backbone starts from {options.student_backbone}, its teacher's from random weights: "
+                "set teacher.model.backbone.weights too, or start=imagenet for both",
                 stacklevel=2,
             )
         source = str(cached_run(*cache_entry(options), options.train))
@@ -141,14 +141,16 @@ def find_teacher(options: TeacherOptions, data: DetectionData) -> Teacher:
 def as_teacher(
     options: TeacherOptions, detector: Detector, source: str, values: Mapping[str, float] | None = None
 ) -> Teacher:
-    """A detector as this run's teacher, optimized as ``teacher.fold``, ``channels_last`` and ``dtype`` say."""
+    """Make a detector this run's teacher, optimized by ``teacher.fold``, ``channels_last`` and ``dtype``."""
     from distill.teacher import Teacher
 
     return Teacher(detector, source, values, **options.optimization)
 
 
 def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[str]) -> Detector:
-    """A detector from a run folder or an exported student, which describe themselves, or from plain or torchvision weights.
+    """Load a detector from a run folder, an exported student, a plain weights file or torchvision weights.
+
+    Run folders and exported students describe their model.
 
     Raises:
         DistillError: the weights do not describe their model, and the configuration has no teacher that does.
@@ -160,7 +162,7 @@ def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[
         return load_detector(path)
     if options is None:
         raise DistillError(f"{source} does not describe its model: choose its teacher=…, not none")
-    # torchvision's names know their classes, a plain file does not. Frozen norms compute what evaluation mode computes.
+    # torchvision's names determine the classes, a plain file does not. Frozen norms compute as in evaluation mode.
     backbone = {**options.model.get("backbone", {}), "norm": "frozen"}
     return options.build(classes=list(classes) if path.is_file() else None, weights=source, backbone=backbone)
 
@@ -169,7 +171,7 @@ def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
     """The folder of the finished teacher run; rank 0 trains the teacher if it is missing.
 
     Raises:
-        DistillError: it is missing and `train` is ``never``, or its run failed.
+        DistillError: the teacher is missing and `train` is ``never``, or its run failed.
     """
     if RunFolder(folder).finished:
         return folder
@@ -202,7 +204,7 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
         group, _, rest = key.partition(".")
         if group in KEPT_GROUPS and (group != "trainer" or not rest or rest.split(".")[0] in KEPT_TRAINER):
             kept.append(line)
-    for override in parse_overrides(options.run):  # may come from a shared file, and becomes a command line
+    for override in parse_overrides(options.run):  # may come from a shared file, and become a command line
         if override.is_hydra_override() or override.key_or_group == "trust":
             raise DistillError(f"teacher.run: '{override.input_line}' may not be said here; remove it")
     lines = [
@@ -213,7 +215,7 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
 
 
 def _model_overrides(wanted: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
-    """Overrides that turn the model of these lines into the wanted one, whatever an experiment sets for its student."""
+    """Overrides that turn the model of `lines` into the wanted model, whatever an experiment sets for its student."""
     given = dict(flatten(to_containers(compose_config([*lines, "hydra.run.dir=."]).model)))
     wanted = dict(flatten(wanted))
     removed = [f"~model.{key}" for key in given if key not in wanted]
@@ -259,7 +261,7 @@ def read_summary(source: str) -> dict[str, Any]:
 
 
 def _known_values(source: str, metrics: Mapping[str, Any], data: DetectionData) -> dict[str, float]:
-    """Results that a finished run measured of its student on the same images by the same metrics."""
+    """Results that a finished run measured for its student on the same images with the same metrics."""
     summary = read_summary(source)
     if not summary or summary["measured"].get("metrics") != json.loads(json.dumps(metrics)):
         return {}
@@ -278,9 +280,9 @@ def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
     if RunFolder(folder).resumable:
         command = [*command, "ckpt_path=last"]
     print(f"distill: no teacher is cached; training one first:\n  {shlex.join(command[1:])}", flush=True)
-    # A process of its own, so that neither its random state nor its memory reaches this run.
+    # A separate process, so that neither its random state nor its memory affects this run.
     env = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
-    # The process holds the lock as well: if this run is killed, the teacher's run continues, and no other may start.
+    # The process inherits the lock: if this run is killed, the teacher's run continues, and no other one may start.
     held = [fd for fd in (lock._context.lock_file_fd,) if fd is not None]
     with subprocess.Popen(command, env=env, pass_fds=held) as process:
         code = wait_for_process(process)

@@ -49,7 +49,7 @@ def _run_once(words: Sequence[str]) -> None:
         sys.argv = command_line
         try:
             return train(cfg)
-        except DistillError as error:  # past Hydra, which would print all overrides in front of it
+        except DistillError as error:  # bypasses Hydra, which would print all overrides before the message
             refused.append(error)
             return float("nan")
 
@@ -59,7 +59,7 @@ def _run_once(words: Sequence[str]) -> None:
 
 
 def train(cfg: DictConfig) -> float:
-    """One run. Returns the metric that the configuration names, for sweeps and tuners."""
+    """Train one run. Returns the metric that the configuration names, for sweeps and tuners."""
     run = Path(HydraConfig.get().runtime.output_dir)
     try:
         return _train(cfg, run)
@@ -91,7 +91,7 @@ def translated_errors(trainer: L.Trainer) -> Iterator[None]:
 
     Raises:
         Terminated, KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint.
-        DistillError: an error whose own message does not tell the cause.
+        DistillError: an error whose own message does not name the cause.
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -108,7 +108,7 @@ def translated_errors(trainer: L.Trainer) -> Iterator[None]:
 
 
 def explain(error: RuntimeError, rank: int) -> Exception:
-    """A clear message for errors whose own message does not tell the cause; other errors unchanged."""
+    """A clear message for errors whose own message does not name the cause; other errors unchanged."""
     from distill.training.callbacks import consistency
 
     text = str(error)
@@ -119,8 +119,9 @@ def explain(error: RuntimeError, rank: int) -> Exception:
         )
     if "DataLoader worker" in text or "Pin memory thread" in text:
         return DistillError(
-            f"a loader process died: {text.splitlines()[0]} Most often memory ran out: lower data.workers, data.prefetch or "
-            "data.batch_size, or set data.workers=0 to see the cause. ckpt_path=last goes on from the last checkpoint"
+            f"a loader process died: {text.splitlines()[0]} Most often memory ran out: lower data.workers, "
+            "data.prefetch or data.batch_size, or set data.workers=0 to see the cause. ckpt_path=last goes on from the "
+            "last checkpoint"
         )
     if "loading state_dict" in text:
         return DistillError(f"resume: the checkpoint's weights do not fit this run's models: {text}")

@@ -1,5 +1,7 @@
-"""Range checks for settings that no constructor validates: those of the run and the teacher, and some settings of torch and
-Lightning that would otherwise fail only after a teacher has been trained.
+"""Range checks for settings that no constructor validates.
+
+These are the settings of the run and the teacher, and some settings of torch and Lightning that would otherwise fail
+only after a teacher has been trained.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def _or_null(rule: Rule) -> Rule:
 BOOLEAN = _one_of(True, False)
 POSITIVE_OR_NULL = _or_null(_number("a number above 0", lambda value: 0 < value < math.inf))
 RULES: dict[str, Rule] = {
-    "seed": _integer_from(0, 2**32 - 1),  # numpy's
+    "seed": _integer_from(0, 2**32 - 1),  # numpy's range
     "init": _one_of("scratch", "inherit"),
     "test": BOOLEAN,
     "pictures": _integer_from(0),

@@ -1,1 +1,1 @@
-"""Distillation losses, one file per method. Nothing is imported here, so naming one in a config file costs nothing."""
+"""Distillation losses, one file per method. Nothing is imported here, so a config loads only its own losses."""

@@ -1,6 +1,6 @@
 """Adapters: convolutions from the student's channels to the teacher's.
 
-The channels are known at construction, so no layer is lazy. Start values come from generators of their own: building an
+The channels are known at construction, so no layer is lazy. Start values come from separate generators, so building an
 adapter does not change the global random stream.
 """
 

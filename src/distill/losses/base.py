@@ -1,6 +1,6 @@
 """The base class of all distillation losses: named weights, the ramp, averages over all processes, and shared checks.
 
-A method is a subclass in a file of its own: the mathematics as pure functions, and below them the class that binds the
+A method is one subclass in one file: pure functions with the mathematics, and below them the class that applies the
 functions to Views.
 """
 
@@ -41,7 +41,7 @@ class DistillLoss(nn.Module):
         seed: of the loss's random draws and of the start values of its adapters.
 
     Raises:
-        DistillError: a weight is no number of 0 or more; unknown normalizer or ramp option.
+        DistillError: a weight is not a number of at least 0; unknown normalizer or ramp option.
     """
 
     needs_teacher: bool = True
@@ -68,7 +68,7 @@ class DistillLoss(nn.Module):
         self.seed = seed
         self.epoch = 0
         self.supervised: dict[str, float] = {}
-        """Factors on the student's own loss terms, by torchvision's names, where a method asks for them."""
+        """Factors on the student's own loss terms, by torchvision's names; empty unless a method sets them."""
 
     def _build_ramp(self, options: dict[str, Any], terms: Sequence[str]) -> tuple[Ramp, tuple[str, ...]]:
         """The ramp, and the terms that it scales."""
@@ -151,7 +151,7 @@ def merge_options(name: str, given: Mapping[str, Any], defaults: Mapping[str, An
     """`defaults` updated by `given`.
 
     Raises:
-        DistillError: `given` is no mapping, or has a key that `defaults` lacks.
+        DistillError: `given` is not a mapping, or has a key that `defaults` lacks.
     """
     if not isinstance(given, Mapping):
         first = next(iter(defaults))

@@ -32,10 +32,10 @@ def select_candidates(images: Any, limit: int, min_side: float, seed: int) -> It
     """Boxes of the training images, taken in an order that the seed and the image ids determine.
 
     Args:
-        images: of a split, with `ids` and `target(index)`.
+        images: images of a split, with `ids` and `target(index)`.
         limit: number of images per class.
         min_side: boxes with a smaller side, in pixels of the stored image, are left out.
-        seed: of the order.
+        seed: determines the order.
     """
     left: dict[int, int] = {}
     for index in sorted(range(len(images)), key=lambda index: derive_seed(seed, int(images.ids[index]))):

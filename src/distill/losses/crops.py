@@ -12,7 +12,7 @@ from distill.types import Size
 
 
 def crops(images: Tensor, sizes: Sequence[Size], boxes: Tensor, owner: Tensor, side: int) -> Tensor:
-    """Each box, clamped to its image, as ``side`` x ``side`` bilinear samples at the centers of a regular grid.
+    """Crop boxes, clamped to their images, by ``side`` x ``side`` bilinear samples at the centers of a regular grid.
 
     This is the crop of a spatial transformer (Jaderberg et al. 2015) with an affine grid and unaligned corners, with
     one difference: a sample within half a pixel of the image's edge takes the edge's value and nothing of the padding.
@@ -24,7 +24,7 @@ def crops(images: Tensor, sizes: Sequence[Size], boxes: Tensor, owner: Tensor, s
         sizes: (height, width) of each image without its padding.
         boxes: (R, 4), xyxy in pixels.
         owner: (R,) index of each box's image.
-        side: of a crop, in pixels.
+        side: side of a crop, in pixels.
 
     Returns:
         (R, C, side, side), in the dtype of ``images``.

@@ -160,7 +160,7 @@ class DICOD(DistillLoss):
         self.divergence = softmax_divergence if "rois" in student.outputs else sigmoids[sigmoid]
 
     def identity(self) -> dict[str, Any]:
-        """The classifier's."""
+        """Source and sha256 of the classifier's weights."""
         return self.classifier.identity()
 
     def forward(self, student: View, teacher: View | None = None) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ class DICOD(DistillLoss):
             positives = select(student)
             zero = (
                 upcast(positives.logits).sum() + upcast(positives.boxes).sum()
-            )  # attached, where there are no positives
+            )  # stays attached if there are no positives
             sums = (
                 self._compare(student.batch, positives) if len(positives.image) else dict.fromkeys(self.weights, zero)
             )

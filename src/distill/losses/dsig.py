@@ -27,7 +27,7 @@ MASK = {"kind": "none", "scale": 56.0, "threshold": 0.5}
 ADAPTER = {"kernel": "auto", "start": "default", "relu": False}
 
 IMAGES_PER_GPU = 2
-"""The released code sums over the images of a GPU, two of them: its sum is twice the mean over images."""
+"""The released code sums over the two images of a GPU, so its sum is twice the mean over images."""
 OPTIONS = {True: "dsig, dsig_r50_r101 or dsig_r101_r152", False: "dsig_retinanet or dsig_retinanet_small"}
 """Options of the config group ``distill``, by whether the student is two-stage, for messages."""
 
@@ -109,7 +109,7 @@ class DSIG(DistillLoss):
     Shapes: maps (B, C, H, W), regions (R, C, 7, 7), logits (R, K+1) or (B, A*K, H, W). The released weights for a
     ResNet-18, MobileNetV2 or EfficientNet-B0 are the defaults; those for other students are config options. "classes"
     is a mean over elements, not regions: 3 corresponds to 3/81 of the divergence of a COCO region. An edge weight of 2
-    is the paper's lambda of 1 on the mean error. alpha is no settled constant: earlier versions have 0.025 and no
+    is the paper's lambda of 1 on the mean error. alpha is not a settled constant: earlier versions have 0.025 and no
     adaptive factor.
 
     Args:

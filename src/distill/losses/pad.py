@@ -54,9 +54,9 @@ class PAD(DistillLoss):
 
         e -> e / (eps + exp(v)) + v          e the mean squared error of a cell or region, eps = 1e-6
 
-    What the student cannot imitate counts less, and the term + v limits the variance. The terms, their masks, sums and
-    weights are those of the wrapped loss. At the start v = 0, so PAD equals the wrapped loss up to eps. Terms can be
-    negative.
+    Features that the student cannot imitate count less, and the term + v limits the variance. The terms, their masks,
+    sums and weights are those of the wrapped loss. At the start v = 0, so PAD equals the wrapped loss up to eps. Terms
+    can be negative.
 
     Source: Zhang et al., "Prime-Aware Adaptive Distillation", ECCV 2020, arXiv 2008.01458, second-hand: from the loss
     for classification in torchdistill, which follows code of the authors and has a variance per sample and dimension.
@@ -72,7 +72,7 @@ class PAD(DistillLoss):
         student, teacher: specs of both detectors.
         of: builds the wrapped loss: ``of(student=..., teacher=...)``, such as ``partial(FGFI, neck=...)``.
         warmup: number of epochs at the start with v = 0, the plain loss. The paper trains the plain loss first, in a
-            stage of its own. The warm-up ends with a whole epoch.
+            separate stage. The warm-up ends with a whole epoch.
 
     Raises:
         DistillError: that of the wrapped loss; or the wrapped loss compares no maps or regions, or compares maps by

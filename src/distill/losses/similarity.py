@@ -1,4 +1,4 @@
-"""Local dissimilarity of feature maps: SSIM and its l1 and l2 rivals, as plain functions and as one error of maps."""
+"""Local dissimilarity of feature maps: SSIM and its alternatives l1 and l2, as functions and as an error of maps."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class SSIM(DistillLoss):
     Args:
         student, teacher: specs of both detectors.
         neck: weights of its terms; ``levels``: strides, None for all that both models have.
-        error: ``ssim``, or the paper's rivals in the same frame: ``l1``, ``l2``.
+        error: ``ssim``, or the alternatives that the paper compares in the same frame: ``l1``, ``l2``.
         window: its ``size``, odd, and ``sigma``, in cells.
         exponents: of ``luminance`` (alpha), ``contrast`` (beta) and ``structure`` (gamma); 0 leaves a factor out.
         normalize: the scope of one minimum and maximum: ``plane``, ``image``, ``tensor`` (of this process), ``none``.

@@ -50,8 +50,9 @@ def paired_iou(boxes: Tensor, truth: Tensor) -> Tensor:
 
 
 class TADF(DistillLoss):
-    """Imitate the neck under a Gaussian mask, and the box head on positives, boxes only where the teacher improves
-    them.
+    """Imitate the neck under a Gaussian mask, and the box head on positives.
+
+    Boxes are imitated only where the teacher improves them.
 
     ::
 
@@ -65,7 +66,7 @@ class TADF(DistillLoss):
     student's regions for both models, the positives and the decay come from its abstract and from later works. The mask
     is the one in DeFeat's repository, with the level rule of DeFeat and FGFI. The condition on boxes is second-hand.
 
-    Our choices, where facts are missing: the weights (0.01 is FGFI's for the same sum; 10 stands beside such a
+    Our choices, where facts are missing: the weights (0.01 is FGFI's for the same sum; 10 is the weight of such a
     cross-entropy in DeFeat's repository; 1); the smooth L1 on the deltas of the true class, with torchvision's beta;
     its mean over all positives; a weight that falls with each step, not each epoch. Where the teacher knows more
     classes, its softmax is over the student's classes and background.

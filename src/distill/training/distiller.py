@@ -1,4 +1,4 @@
-"""The Distiller: student, teacher and named losses, summed. Lightning trains it."""
+"""The Distiller: a Lightning module that trains a student with its own losses and the distillation losses."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Distiller(L.LightningModule):
     """Trains a student with its own losses and the named distillation losses.
 
     The loss of a step is ``sum(weight * term)`` over the student's supervised terms plus
-    ``sum(weight * ramp(progress) * term)`` over the distillation terms. Each term is logged twice: ``term/...`` unweighted,
-    ``loss/...`` weighted. With several processes the mean is logged.
+    ``sum(weight * ramp(progress) * term)`` over the distillation terms. Each term is logged twice: ``term/...``
+    unweighted, ``loss/...`` weighted. With several processes the mean is logged.
 
     Args:
         student: the detector that is trained and saved.
@@ -62,7 +62,7 @@ class Distiller(L.LightningModule):
         schedule: optimizer, learning rate and length of the training.
         supervised: weights of the student's own loss terms by torchvision's names; 1 for names that are missing.
         metrics: constructors of the evaluation metrics. Their values are logged as ``val/<name>``.
-        seed: together with step and rank the seed of all random draws in a step.
+        seed: determines, together with epoch, step and rank, all random draws of a step.
         guard: skips steps that are not finite; None: a guard with default options.
 
     Raises:
@@ -91,7 +91,7 @@ class Distiller(L.LightningModule):
         self._evaluation: Evaluation | None = None
         self.guard = guard or NonFiniteGuard()
         self.observers: list[Callable[[View, dict[str, Tensor], dict[str, float]], None]] = []
-        """Functions that are called in each step with the student's View, the terms with their graph, and their weights."""
+        """Functions that every step calls with the student's View, the terms with their graph, and their weights."""
         needy = [name for name, loss in self.losses.items() if loss.needs_teacher]
         if needy and teacher is None:
             raise DistillError(f"losses {needy} need a teacher, but none was given; use distill=none")
@@ -113,11 +113,11 @@ class Distiller(L.LightningModule):
         return poison_gradient(step.loss)
 
     def compute_step(self, batch: Batch, seed: int, progress: float) -> StepResult:
-        """Views, terms and loss of a training step. Training, doctor, bench and replay take a step's numbers from here.
+        """Compute the Views, terms and loss of a training step. Training, doctor, bench and replay call this method.
 
         Args:
             batch: on the device of the student.
-            seed: of all random draws in the step.
+            seed: seed of all random draws in the step.
             progress: finished part of the training, from 0 to 1, by which ramps scale the weights.
         """
         teacher = self.teacher_view(batch, seed, self._prefetch)
@@ -128,7 +128,7 @@ class Distiller(L.LightningModule):
         return StepResult(terms, weights, weighted(terms, weights), student, teacher)
 
     def teacher_view(self, batch: Batch, seed: int, prefetch: Sequence[str] = ()) -> View | None:
-        """The teacher's View in a step of this seed; None where no loss could read the View."""
+        """The teacher's View in the step with this seed; None without a teacher or without distillation losses."""
         if self.teacher is None or not self.losses:
             return None
         return self.teacher.view(batch, seed=seed + 1, prefetch=prefetch)
@@ -148,7 +148,7 @@ class Distiller(L.LightningModule):
         return terms
 
     def _supervised_weight(self, name: str) -> float:
-        """The configured weight of one of the student's own terms, times what the distillation losses ask for."""
+        """Weight of a supervised term: the configured weight times the factors that the distillation losses set."""
         return math.prod(
             [loss.supervised.get(name, 1.0) for loss in self.losses.values()], start=self.supervised.get(name, 1.0)
         )
@@ -165,11 +165,11 @@ class Distiller(L.LightningModule):
 
     def _log(self, step: StepResult) -> None:
         terms, weights, loss = step.terms, step.weights, step.loss
-        size = 1  # not used for values of steps, but Lightning would search the batch for a size
+        size = 1  # unused for values of steps; without it Lightning would search the batch for a size
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=size)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            # One all-reduce for all terms; Lightning's sync_dist would take one each.
+            # One all-reduce for all terms; Lightning's sync_dist would need one per term.
             shares = torch.stack([value.detach().float() for value in (*terms.values(), loss)])
             summed, processes = distributed.sum_over_ranks(shares)
             *means, total = (summed / processes).unbind()
@@ -201,10 +201,10 @@ class Distiller(L.LightningModule):
         self.log_dict({f"val/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
 
     def _share_buffers(self) -> None:
-        """Copy the buffers of rank 0, which writes the checkpoint, to all ranks: batch norm statistics differ between ranks.
+        """Copy the buffers of rank 0, which writes the checkpoint, to all ranks.
 
-        DDP's own ``broadcast_buffers`` does so in every forward pass. During evaluation a rank with fewer batches would then
-        block the others forever.
+        Batch norm statistics differ between ranks. DDP's own ``broadcast_buffers`` copies them in every forward pass.
+        During evaluation a rank with fewer batches would then block the others forever.
         """
         if distributed.world_size() > 1:
             for buffer in self.buffers():
@@ -213,7 +213,7 @@ class Distiller(L.LightningModule):
     # -- epoch hooks, optimizer, checkpoints
 
     def on_train_epoch_start(self) -> None:
-        """Let losses rebuild their state of an epoch, and check that no frozen model has changed."""
+        """Let losses rebuild their state for the epoch, and check that no frozen model has changed."""
         self.start_epoch(self.current_epoch, self.trainer.datamodule)  # type: ignore[attr-defined]
         self._check_frozen_models()
 
@@ -223,13 +223,13 @@ class Distiller(L.LightningModule):
             loss.on_epoch_start(epoch, data, self.student, self.teacher)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of all losses, nested ones too. It is part of the seed of their draws."""
+        """Set the epoch of all losses, including nested ones. The epoch is part of the seed of their draws."""
         for loss in self.losses.modules():
             if isinstance(loss, DistillLoss):
                 loss.epoch = epoch
 
     def on_train_epoch_end(self) -> None:
-        """Continue on all ranks with the buffers that the checkpoint holds, and check the frozen models."""
+        """Copy rank 0's buffers, which the checkpoint holds, to all ranks, and check the frozen models."""
         self._share_buffers()
         self._check_frozen_models()
 
@@ -239,7 +239,7 @@ class Distiller(L.LightningModule):
             model.check_unchanged()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimizer and learning rate of the schedule, for the student and the layers of the losses."""
+        """Build the schedule's optimizer and learning rate for the student and the layers of the losses."""
         batch = self.trainer.datamodule.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
         optimizer, scheduler = self.schedule.build_optimizer(
             self.student, self.losses, int(self.trainer.estimated_stepping_batches), batch
@@ -250,14 +250,17 @@ class Distiller(L.LightningModule):
             and unscales_in_step(optimizer)
         ):
             raise DistillError(
-                f"schedule.clip={self.schedule.clip:g} with trainer.precision=16-mixed and a fused {type(optimizer).__name__}, "
-                "which unscales the gradients in its own step: there is no moment to clip them. Set "
-                "schedule.optimizer.fused=false, schedule.clip=null or trainer.precision=bf16-mixed"
+                f"schedule.clip={self.schedule.clip:g} with trainer.precision=16-mixed and a fused "
+                f"{type(optimizer).__name__}, which unscales the gradients in its own step: there is no moment to clip "
+                "them. Set schedule.optimizer.fused=false, schedule.clip=null or trainer.precision=bf16-mixed"
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The version, the student's description, and the identities of teacher and frozen models, never their weights."""
+        """Store the version, the student's description, and the identities of teacher and frozen models.
+
+        The weights of teacher and frozen models are never stored.
+        """
         checkpoint["distill_version"] = __version__
         checkpoint["student_format"] = FORMAT
         checkpoint["student"] = self.student.describe()
@@ -278,8 +281,8 @@ class Distiller(L.LightningModule):
         ]
         if other:
             raise DistillError(
-                f"resume: the checkpoint holds another student: {', '.join(other)}. Set model as it was in that run, or start "
-                "a new run without ckpt_path"
+                f"resume: the checkpoint holds another student: {', '.join(other)}. Set model as it was in that run, "
+                "or start a new run without ckpt_path"
             )
         for name, before in checkpoint.get("guests", {}).items():
             now = self.losses[name].identity() if name in self.losses else before
@@ -300,6 +303,6 @@ def _require_same(model: str, before: Mapping[str, Any] | None, now: Mapping[str
     if (before or {}).get("sha256") != (now or {}).get("sha256"):
         there, here = (f"{x['source']} (sha256 {x['sha256'][:12]})" if x else "none" for x in (before, now))
         raise DistillError(
-            f"resume: the checkpoint was made with {model} {there}, but this run has {here}. Set {keys} as in that run, or "
-            "start a new run without ckpt_path"
+            f"resume: the checkpoint was made with {model} {there}, but this run has {here}. Set {keys} as in that "
+            "run, or start a new run without ckpt_path"
         )

@@ -1,6 +1,7 @@
-"""Lightning's private state that callbacks read and change. Each use of it stands here, with the behavior that it rests on.
+"""Access to Lightning's private state that callbacks read and change.
 
-Written for Lightning 2.6; ``pyproject.toml`` bounds the version, and tests/contract/test_lightning_compat.py checks the behavior.
+All uses of private state are in this file, with the behavior of Lightning on which they depend. The file is written for
+Lightning 2.6. ``pyproject.toml`` bounds the version, and tests/contract/test_lightning_compat.py checks the behavior.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ def callbacks(trainer: L.Trainer) -> list[L.Callback]:
 
 
 def batch_progress(trainer: L.Trainer) -> Any:
-    """Counts of training batches: ``current`` of this epoch, ``total`` of all, each with ready, started, processed and
-    completed; and ``is_last_batch``. In `on_train_batch_end` the batch is processed and not yet completed.
+    """Counts of training batches: ``current`` in this epoch, ``total`` in the run; and ``is_last_batch``.
+
+    Both have the counts ready, started, processed and completed. In `on_train_batch_end` the batch is processed and not
+    yet completed.
     """
     return trainer.fit_loop.epoch_loop.batch_progress
 
 
 def step_completed(trainer: L.Trainer) -> bool:
-    """Whether the last batch was the last one of an optimizer step, whose gradients may be accumulated over batches."""
+    """Whether the last batch completed an optimizer step. A step may accumulate gradients over several batches."""
     progress = batch_progress(trainer)
     return bool(progress.is_last_batch or progress.current.processed % trainer.accumulate_grad_batches == 0)
 
@@ -48,21 +51,22 @@ def between_epochs(trainer: L.Trainer) -> bool:
 
 
 def start_epoch_anew(trainer: L.Trainer) -> None:
-    """Let a run that resumes between two epochs begin the next one; with max_steps Lightning would end it at once."""
+    """Let a run that resumes between two epochs start the next epoch. With max_steps Lightning would end the run."""
     trainer.fit_loop.epoch_loop.restarting = False
 
 
 def correct_loop_state(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Correct the progress that a checkpoint of a callback's hook holds, so that a resume goes on at this very place.
+    """Correct the progress in a checkpoint that a callback's hook saves, so that a resume continues at the same place.
 
-    Saved after an epoch's last batch and before its evaluation, the checkpoint makes a resume begin with the evaluation.
-    Saved at the end of an epoch, it counts the epoch as completed: Lightning does so after the hooks that save.
+    A checkpoint saved after an epoch's last batch and before its evaluation makes a resume begin with the evaluation. A
+    checkpoint saved at the end of an epoch counts the epoch as completed: Lightning counts it only after the hooks that
+    save.
     """
     loops = checkpoint["loops"]["fit_loop"]
     progress = batch_progress(trainer)
     unfinished = progress.current.completed < progress.current.processed
     if unfinished and progress.is_last_batch and evaluation_follows(trainer):
-        # Lightning returns only to an evaluation that was interrupted in a batch, after a batch of training that was not.
+        # Lightning resumes an evaluation only if it was interrupted in a batch, and the training batch was completed.
         _complete(loops["epoch_loop.batch_progress"])
         evaluated = loops["epoch_loop.val_loop.batch_progress"]
         for count in (evaluated["total"], evaluated["current"]):
@@ -77,5 +81,5 @@ def _complete(progress: dict[str, Any]) -> None:
 
 
 def leave_out_of_average(callback: EMAWeightAveraging, step: int) -> None:
-    """Let the average pass over an optimizer step, by this batch, by later ones of the same step, and after a resume."""
+    """Exclude an optimizer step from the average: in this batch, in later batches of the step, and after a resume."""
     callback._latest_update_step = step

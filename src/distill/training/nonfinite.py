@@ -1,11 +1,12 @@
 """Skips steps whose loss or gradient is not finite, and saves such a step to a file so that it can be repeated.
 
-A loss that is not finite makes its own gradient NaN (`poison_gradient`). The exchange of gradients between processes carries
-the NaN to all of them. The gradient's norm is therefore finite on all processes or on none: all of them skip the step
-together, without further communication. The norm is read before the weights change. This is the only synchronization with
-the device that this project adds to a step. On CUDA the host cannot queue the next step during the backward pass, so the
-device idles until the optimizer's first kernels arrive (reasoned, not measured). Reading the flag one step later would need a
-copy of all weights and optimizer states; a loss scaler synchronizes at the same place.
+A loss that is not finite makes its own gradient NaN (`poison_gradient`). The exchange of gradients between processes
+carries the NaN to all of them. The gradient's norm is therefore finite on all processes or on none: all of them skip
+the step together, without further communication. The norm is read before the weights change. Reading the norm is the
+only synchronization with the device that this project adds to a step. On CUDA the host cannot queue the next step
+during the backward pass, so the device idles until the optimizer's first kernels arrive (reasoned, not measured).
+Reading the flag one step later would need a copy of all weights and optimizer states; a loss scaler synchronizes at the
+same place.
 """
 
 from __future__ import annotations
@@ -52,13 +53,15 @@ def poison_gradient(loss: Tensor) -> Tensor:
 class NonFiniteGuard:
     """Skips steps whose loss or gradient is not finite, and stops the run after too many consecutive ones.
 
-    A skipped step does not change weights, optimizer state or running statistics. It counts as a step of the schedule. With a
-    loss scaler (fp16), the scaler skips gradients that overflow under a finite loss, until its scale falls below a floor.
+    A skipped step does not change weights, optimizer state or running statistics. It counts as a step of the schedule.
+    With a loss scaler (fp16), the scaler skips gradients that overflow under a finite loss, until its scale falls below
+    a floor.
 
     Args:
         limit: consecutive steps that may be skipped; the next one stops the run. 0 stops at the first one.
         scale_floor: fp16: the run stops if the loss scale falls below this value. 0 for no floor.
-        folder: folder for ``non_finite/``, where the step that stops the run is saved; None: Lightning's default folder.
+        folder: folder for ``non_finite/``, where the step that stops the run is saved. None uses Lightning's default
+            folder.
 
     Raises:
         DistillError: a limit or floor below 0.
@@ -67,8 +70,8 @@ class NonFiniteGuard:
     def __init__(self, limit: int = 3, scale_floor: float = 1.0, folder: str | None = None) -> None:
         if limit < 0 or scale_floor < 0:
             raise DistillError(
-                f"guard: expected limit and scale_floor of 0 or more, got {limit} and {scale_floor}; limit=0 stops at the "
-                "first step that is not finite"
+                f"guard: expected limit and scale_floor of 0 or more, got {limit} and {scale_floor}; limit=0 stops at "
+                "the first step that is not finite"
             )
         self.limit, self.scale_floor, self.folder = limit, scale_floor, folder
         self.skipped = 0
@@ -102,14 +105,16 @@ class NonFiniteGuard:
         _copy_tensors(self._norm_statistics, self._saved_statistics)
 
     def record(self, record: StepRecord) -> None:
-        """Keep a batch of the step, to describe it if the step is skipped. Nothing is read from the device."""
+        """Keep the record of a batch, to describe the batch if the step is skipped. Reads nothing from the device."""
         self._records.append(record)
 
     def skip_bad_step(self, module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Skip a step of a `Distiller` that is not finite by clearing its gradients, after they were reduced over processes.
+        """Skip a step of a `Distiller` that is not finite by clearing its gradients.
 
-        With a fused optimizer the fp16 scaler has not unscaled the gradients yet. The scaler raises if it finds no gradients,
-        so they are unscaled before they are cleared.
+        The gradients are already reduced over processes.
+
+        With a fused optimizer the fp16 scaler has not unscaled the gradients yet. The scaler raises if it finds no
+        gradients, so they are unscaled before they are cleared.
 
         Raises:
             DistillError: too many consecutive skipped steps, or a loss scale below the floor.
@@ -140,9 +145,9 @@ class NonFiniteGuard:
         scale = scaler.get_scale() * scaler.get_backoff_factor()
         if scale < self.scale_floor:
             raise DistillError(
-                f"step {step}: the fp16 scaler collapsed: the gradient overflows at every scale, down to {scale:g}, below "
-                f"guard.scale_floor={self.scale_floor:g}, and each such step is skipped. Set trainer.precision=bf16-mixed or "
-                "32-true, or lower the learning rate"
+                f"step {step}: the fp16 scaler collapsed: the gradient overflows at every scale, down to {scale:g}, "
+                f"below guard.scale_floor={self.scale_floor:g}, and each such step is skipped. Set "
+                "trainer.precision=bf16-mixed or 32-true, or lower the learning rate"
             )
 
     def _report_step(
@@ -191,11 +196,11 @@ class NonFiniteGuard:
 
 
 def unscales_in_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a fused optimizer unscales fp16 gradients in its own step; torch and Lightning test the same attribute."""
+    """Whether a fused optimizer unscales fp16 gradients in its own step. torch and Lightning test it too."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-# -- what was bad
+# -- description of a skipped step
 
 
 def _bad_terms(record: StepRecord) -> list[str]:
@@ -204,7 +209,11 @@ def _bad_terms(record: StepRecord) -> list[str]:
 
 
 def _describe(module: Any, records: Sequence[StepRecord], terms: Sequence[str]) -> tuple[str, str]:
-    """What is not finite and where: found by a forward pass with the unchanged weights, else the gradient's parameters."""
+    """Message parts: what is not finite, and where.
+
+    A forward pass with the unchanged weights finds the levels of a loss that is not finite. If the loss is finite, the
+    message names the parameters of the gradient.
+    """
     # All batches on all processes: otherwise synchronized batch norms would wait forever.
     places = [place for record in records for place in _non_finite_levels(module, record.batch)]
     if terms:
@@ -225,7 +234,7 @@ def _non_finite_levels(module: Any, batch: Batch) -> list[str]:
 
 
 def non_finite_levels(who: str, view: View) -> list[str]:
-    """The levels of a detector's first stage with infinite or NaN values, and the images there."""
+    """Levels with infinite or NaN values in the first stage of a detector that has any, with the images."""
     for stage in MAPS:
         if stage not in view.spec.outputs:
             continue
@@ -247,23 +256,23 @@ def bad_gradients(module: nn.Module) -> list[str]:
 
 
 def _finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether all values are finite. The 2-norm is fast; only if it overflows, the maximum norm decides."""
+    """Whether all values are finite. The 2-norm is fast; the maximum norm decides only if the 2-norm overflows."""
     return any(math.isfinite(nn.utils.get_total_norm(gradients, norm).item()) for norm in (2.0, math.inf))
 
 
 def _copy_tensors(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Copy many small tensors with few kernel launches, grouped by kind of data type."""
+    """Copy many small tensors with few kernel launches, grouped into floating-point and other tensors."""
     for floating in (True, False):
         chosen = [pair for pair in zip(sources, targets, strict=True) if pair[0].is_floating_point() == floating]
         if chosen:
             torch._foreach_copy_([target for _, target in chosen], [source for source, _ in chosen])
 
 
-# -- the step in a file
+# -- file format of a saved step
 
 
 def _to_containers(record: StepRecord) -> dict[str, Any]:
-    """A record in tensors and plain containers."""
+    """Convert a record to tensors and plain containers."""
     batch = record.batch.to("cpu")
     return {
         "images": batch.images,

@@ -1,1 +1,1 @@
-"""What happens around the training, and is no part of it."""
+"""Lightning callbacks: checkpoints, checks and logging around the training steps."""

@@ -15,8 +15,8 @@ class WeightAverage(EMAWeightAveraging):
     """Lightning's exponential moving average, without the steps that were skipped.
 
     ``average = decay * average + (1 - decay) * weights`` after each optimizer step that changed the weights; the first
-    update copies the weights. The average is evaluated, saved as the best checkpoint and exported. Training continues with
-    the weights themselves.
+    update copies the weights. The average is evaluated, saved as the best checkpoint and exported. Training continues
+    with the weights, not with the average.
 
     Args:
         decay: factor of the previous average in an update.

@@ -26,8 +26,8 @@ class CheckpointFiles(CheckpointIO):
     """Lightning's plugin for checkpoint files: ``Trainer(plugins=[CheckpointFiles()])``.
 
     A checkpoint is written to a temporary file, which is renamed once it is on the disk. A new ``last.ckpt`` keeps the
-    previous one as ``last-1.ckpt``. Before a checkpoint is read, its checksums are compared. It is read as plain data, so
-    that no code in it can run.
+    previous one as ``last-1.ckpt``. Before a checkpoint is read, its checksums are compared. The checkpoint is read as
+    plain data, so that no code in it can run.
 
     Args:
         forget: entries of a checkpoint that are ignored when it is read.
@@ -75,7 +75,7 @@ def latest_intact_checkpoint(path: Path) -> Path:
     A damaged file is renamed to ``last.ckpt.damaged``, so that it never replaces the previous checkpoint.
 
     Raises:
-        DistillError: neither of them is intact.
+        DistillError: neither checkpoint is intact.
     """
     other = previous_checkpoint(path)
     fault = "it is missing" if not path.is_file() else _damage(path)
@@ -83,8 +83,8 @@ def latest_intact_checkpoint(path: Path) -> Path:
         return path
     if not other.is_file() or _damage(other) is not None:
         raise DistillError(
-            f"the checkpoint {path} cannot be read: {fault}, and there is none before it that could be. Name another one "
-            "with ckpt_path=FILE, or start anew without ckpt_path"
+            f"the checkpoint {path} cannot be read: {fault}, and there is none before it that could be. Name another "
+            "one with ckpt_path=FILE, or start anew without ckpt_path"
         )
     with suppress(FileNotFoundError):  # another process has renamed it
         path.replace(path.with_name(f"{path.name}.damaged"))
@@ -103,10 +103,10 @@ def _damage(path: Path) -> str | None:
 
 
 def read_checkpoint(path: Path, lazily: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU. ``lazily`` reads the bytes of a tensor on first use.
+    """Read the content of a checkpoint, on the CPU. ``lazily`` reads the bytes of a tensor on first use.
 
     Raises:
-        DistillError: the file is not a checkpoint, or contains anything but data.
+        DistillError: the file is not a checkpoint, or contains more than plain data.
     """
     content = load_tensors(path, lazily)
     if not isinstance(content, dict) or "state_dict" not in content:
@@ -122,6 +122,6 @@ def _write_failure(path: Path, size: int, error: OSError) -> str:
     kept = [str(file) for file in (path, previous_checkpoint(path)) if file.is_file()]
     rest = f"{kept[0]} is whole, ckpt_path=last goes on from it" if kept else "there is none from before"
     return (
-        f"the checkpoint {path} of {size / 2**20:.0f} MiB could not be written: {why}. Make room, or choose another disk with "
-        f"paths.outputs; {rest}"
+        f"the checkpoint {path} of {size / 2**20:.0f} MiB could not be written: {why}. Make room, or choose another "
+        f"disk with paths.outputs; {rest}"
     )

@@ -32,7 +32,7 @@ EXCHANGE_STEPS = 10
 class RestoreSignalHandlers(L.Callback):
     """Restores the signal handlers that Lightning replaces in `fit`. Must be the first callback.
 
-    Lightning's handler of SIGTERM waits for the other processes at any point, even during the evaluation of the teacher.
+    Lightning's handler of SIGTERM waits for the other processes at any point, even while the teacher is evaluated.
     """
 
     def __init__(self) -> None:
@@ -50,10 +50,11 @@ class RestoreSignalHandlers(L.Callback):
 class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt``: after each epoch, before each evaluation, and at an interval inside an epoch.
 
-    A failed evaluation therefore loses no training. After SIGTERM or ctrl-C all processes finish the optimizer step, save and
-    stop together; a second ctrl-C stops at once. Lightning itself would stop between two batches, possibly in the middle of an
-    accumulated step, and its handlers would make the processes wait for one another at arbitrary points. In addition to
-    Lightning's state, a checkpoint holds the random states of all processes, and whether the run was about to stop.
+    A failed evaluation therefore loses no training. After SIGTERM or ctrl-C all processes finish the optimizer step,
+    save and stop together; a second ctrl-C stops at once. Lightning itself would stop between two batches, possibly in
+    the middle of an accumulated step, and its handlers would make the processes wait for one another at arbitrary
+    points. In addition to Lightning's state, a checkpoint holds the random states of all processes, and whether the run
+    was about to stop.
 
     Args:
         dirpath: folder of the checkpoints.
@@ -72,7 +73,7 @@ class LastCheckpoint(Checkpoint):
         self._signal: int | None = None
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
-    # -- when
+    # -- when to save
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -115,12 +116,12 @@ class LastCheckpoint(Checkpoint):
         self._clock = time.monotonic()
         self._saved_batches = compat.batch_progress(trainer).total.processed
 
-    # -- when asked to stop
+    # -- stopping
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the signal handlers; after a failure Lightning restores them."""
         _set_handlers(self._previous_handlers)
-        if self._signal is not None:  # since the last check
+        if self._signal is not None:  # a signal since the last check
             raise self._stop_exception()
 
     def _record_signal(self, number: int, frame: Any) -> None:
@@ -139,7 +140,7 @@ class LastCheckpoint(Checkpoint):
     def _stop_exception(self) -> BaseException:
         return KeyboardInterrupt() if self._signal == signal.SIGINT else SIGTERMException()
 
-    # -- what
+    # -- content of a checkpoint
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random states, and correct Lightning's progress, in every checkpoint of the run."""
@@ -198,7 +199,8 @@ class BestCheckpoint(ModelCheckpoint):
         file = next((str(place) for place in (here, there) if place.is_file()), None)
         if file is None:
             warnings.warn(
-                f"the best checkpoint so far, {there}, is gone. The best checkpoint is chosen from the epochs that follow",
+                f"the best checkpoint so far, {there}, is gone. The best checkpoint is chosen from the epochs that "
+                "follow",
                 stacklevel=2,
             )
             return

@@ -1,4 +1,4 @@
-"""Compares configuration and data of all processes before the first step, and limits how long they wait for one another."""
+"""Compares configuration and data of all processes before the first step, and limits the time of an exchange."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ LOST_PROCESS_MESSAGES = (
 
 
 class ConsistencyCheck(L.Callback):
-    """Refuses to start if the processes of a run have different configurations or data.
+    """Refuses to start a run whose processes have different configurations or data.
 
     Args:
-        values: of the run's data module, name -> value of all that must be equal; called only where there are several
-            processes.
+        values: function of the run's data module. Returns name -> value of everything that must be equal. Called only
+            with several processes.
     """
 
     def __init__(self, values: Callable[[Any], Mapping[str, str]]) -> None:
@@ -66,7 +66,7 @@ def require_equal_values(values: Mapping[str, str]) -> None:
 
 
 def _values_by_rank(values: list[str | None]) -> str:
-    """Each value, shortened, with its ranks."""
+    """Every distinct value, shortened, with the ranks that have it."""
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault("missing" if value is None else value[:80], []).append(rank)
@@ -74,7 +74,7 @@ def _values_by_rank(values: list[str | None]) -> str:
 
 
 def exchange_timeout(minutes: float = 10.0) -> timedelta:
-    """Time that a process waits for the others in one exchange.
+    """Maximum time that a process waits for the others in one exchange.
 
     Raises:
         DistillError: the time is not above 0.

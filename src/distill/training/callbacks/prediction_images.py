@@ -42,7 +42,7 @@ class PredictionImages(L.Callback):
         self._evaluations = 0
 
     def state_dict(self) -> dict[str, int]:
-        """The number of evaluations, so that a resume logs after the same ones."""
+        """The number of evaluations, so that a resumed run logs after the same evaluations."""
         return {"seen": self._evaluations}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

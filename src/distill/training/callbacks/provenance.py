@@ -30,6 +30,6 @@ class Provenance(L.Callback):
         before = checkpoint.get(KEY, {}).get("processes", trainer.world_size)
         if before != trainer.world_size:
             raise DistillError(
-                f"resume: the run had {before} processes, this one has {trainer.world_size}, so the batch of a step would differ. Set "
-                "trainer.devices and trainer.num_nodes as they were, or resume with resume=anyway"
+                f"resume: the run had {before} processes, this one has {trainer.world_size}, so the batch of a step "
+                "would differ. Set trainer.devices and trainer.num_nodes as they were, or resume with resume=anyway"
             )

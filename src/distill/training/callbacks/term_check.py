@@ -1,4 +1,4 @@
-"""Warns of distillation terms that do not train the student: constant, without a gradient, or far above the detection loss."""
+"""Warns of distillation terms that are constant, have no gradient, or are far larger than the detection loss."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Measure(NamedTuple):
     """One term at one step."""
 
     value: float
-    """Unweighted."""
+    """Unweighted value."""
     loss: float
-    """Weighted, as in the sum."""
+    """Weighted value, as in the total loss."""
     gradient: float
     """Largest entry of its gradient on the student's maps, times `GRADIENT_FACTOR`."""
     detection: float
-    """The student's own weighted terms together."""
+    """Sum of the student's own weighted terms."""
 
 
 class TermCheck(L.Callback):
@@ -39,8 +39,9 @@ class TermCheck(L.Callback):
     * without a gradient: the term reaches no map of the student's body or neck;
     * too large: the weighted value is more than ``times`` the student's own loss.
 
-    A measurement costs one backward pass per term down to the maps. It changes no weights, no random draws and no gradients
-    of the training. Terms with a ramp at 0 are skipped. With several processes the batches of the first one are measured.
+    A measurement costs one backward pass per term down to the maps. It changes no weights, no random draws and no
+    gradients of the training. Terms with a ramp at 0 are skipped. With several processes the batches of the first one
+    are measured.
 
     Args:
         every: steps between two measurements.
