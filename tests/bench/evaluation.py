@@ -1,12 +1,14 @@
-"""AP of a COCO-sized evaluation, ours against pycocotools' own, on synthetic detections: seconds, their ratio, the numbers.
+"""Compares our AP of a COCO-sized evaluation with pycocotools on synthetic detections: seconds, ratio and numbers.
 
     python tests/bench/evaluation.py [--images 5000] [--detections 100] [--classes 80] [--masks]
 
-Ours is all from the first `update` to the numbers. Theirs is all from tensors in memory: the list of COCO results,
-`loadRes`, `evaluate`, `accumulate` and `summarize`. Both include the reading of the ground truth, given as a dict. With
-`--masks` every object and detection has the disc in its box as a mask; ours codes them, theirs is given codes.
+Our time runs from the first `update` to the numbers. The time of pycocotools starts from tensors in memory: the list of
+COCO results, `loadRes`, `evaluate`, `accumulate` and `summarize`. Both include reading the ground truth from a dict.
+With `--masks` every object and detection has the disc in its box as a mask; our code encodes the masks, pycocotools
+gets codes.
 
-Then what the collection of 100 detections an image adds to inference, at its dearest: a ResNet-18 Faster R-CNN at 320 pixels.
+Then the script measures what collecting 100 detections per image adds to inference, in the most expensive case: a
+ResNet-18 Faster R-CNN at 320 pixels.
 """
 
 from __future__ import annotations
@@ -72,9 +74,14 @@ def made(images: int, detections: int, classes: int, masks: bool = False) -> tup
     guesses, names, scores = guesses[rows, order], names[rows, order], scores[rows, order]
     corners = box_convert(torch.from_numpy(guesses).float(), "xywh", "xyxy")
     found = [
-        Detections(corners[i], torch.from_numpy(scores[i]).float(), torch.from_numpy(names[i]), discs(guesses[i]) if masks else None)
+        Detections(
+            corners[i],
+            torch.from_numpy(scores[i]).float(),
+            torch.from_numpy(names[i]),
+            discs(guesses[i]) if masks else None,
+        )
         for i in range(images)
-    ]  # fmt: skip
+    ]
     annotations: list[dict[str, Any]] = []
     for image in range(images):
         part = slice(0, int(objects[image]))
@@ -137,8 +144,12 @@ def _numbers(coco: COCO, results: list[dict[str, Any]], kind: str) -> list[float
 def collection(detections: int, batches: int = 8, side: int = 320) -> dict[str, float]:
     """Seconds per image of a small detector on the CPU, of the collection of what it finds, and their ratio."""
     data = distill.DetectionData(
-        distill.Shapes(train=2, val=4 * batches, test=0, size=side), batch_size=4, workers=0, min_size=side, max_size=side
-    )  # fmt: skip
+        distill.Shapes(train=2, val=4 * batches, test=0, size=side),
+        batch_size=4,
+        workers=0,
+        min_size=side,
+        max_size=side,
+    )
     options = {"score_thresh": 0.0, "detections_per_img": detections}
     detector = distill.FasterRCNN(data.classes, backbone={"depth": 18}, min_size=side, max_size=side, **options).eval()
     evaluation = Evaluation(detector, data.ground_truth("val"), data.classes, [CocoMetric], torch.device("cpu"))

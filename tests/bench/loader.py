@@ -3,10 +3,10 @@
     python tests/bench/loader.py --images DIR --annotations FILE.json [--min-size 800 --max-size 1333] [--rounds 9]
         [--workers 0] [--decoder pil] [--float] [--planar]
 
-Both decode, resize without antialiasing, flip half of the images at random, and give padded batches with boxes and labels;
-that the pixels are equal is checked first. The share of padding is printed with batches of one aspect and without. Rounds
-are taken in turn, with one thread a process, and the ratio is the median of the rounds' own. Time is processor time, of the
-workers as well (read from `/proc`, so with workers on Linux only).
+Both loaders decode, resize without antialiasing, flip half of the images at random, and give padded batches with boxes
+and labels. The script first checks that the pixels are equal. It prints the share of padding with and without batches
+of one aspect. The loaders take turns, with one thread per process, and the ratio is the median over the rounds' ratios.
+Time is processor time, including the workers (read from `/proc`, so workers need Linux).
 
 By default both batches are uint8, with the channels last as decoders give them; `--planar` gives torchvision the planar
 batches that `torch.stack` would make, `--float` asks both for floats in [0, 1], and `--decoder torchvision` gives

@@ -2,10 +2,11 @@
 
     python tests/bench/soak.py --minutes 60 [--folder DIR] [overrides of train.py ...]
 
-Trains for as long as is said, with loader workers, an evaluation and a checkpoint each epoch and a save every 50 steps; then sends SIGTERM
-and expects 143. Sampled every few seconds: memory of the run and its children, open files and threads of the run itself. The
-first third is warm-up; over the rest, growth is how far the median of the last quarter is above that of the first. Exit code 1
-where something grew, or the run did not end as it should. A minute of the same is `soaked.py`.
+Trains for the given time, with loader workers, an evaluation and a checkpoint each epoch and a save every 50 steps.
+Then sends SIGTERM and expects exit code 143. Samples every few seconds the memory of the run and its children, and the
+open files and threads of the run itself. The first third is warm-up. In the rest, growth is the median of the last
+quarter compared with the median of the first quarter. The exit code is 1 if something grew or the run did not end as
+expected. `soaked.py` does the same in a minute.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python tests/bench/soaked.py FOLDER [overrides of train.py ...]
 
-A third of the clean epochs is warm-up. The others must not grow; those that leak must, in everything that is sampled, which
-shows that a leak of this size would have been seen. Prints both as JSON, by name: [before, after, whether it grew].
+A third of the clean epochs is warm-up. The other clean epochs must not grow. The leaking epochs must grow in everything
+that is sampled, which shows that a leak of this size is detected. Prints both as JSON, by name: [before, after, whether
+it grew].
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from distill.training.distiller import Distiller
 CLEAN, LEAKING = 24, 12
 """Epochs."""
 STRICT = {**LIMITS, "memory, MiB": 0.01}
-"""With ``MALLOC``, the memory at an epoch's end repeats to a tenth of a MiB; a hundredth is half of what the images of 12 epochs
-take: six batches each of four of 128 pixels.
+"""Limits for the clean epochs.
+
+With ``MALLOC``, the memory at an epoch's end repeats to a tenth of a MiB. A hundredth is half of the memory of the
+images of 12 epochs: six batches per epoch of four images of 128 pixels.
 """
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Environment in which glibc gives back at once what is freed, instead of when it pleases."""
 
 
 def watched(folder: Path, lines: list[str]) -> list[dict[str, float]]:
-    """The samples of the run. A leak is an image batch kept in each step, and an open file, a thread and a child an epoch."""
+    """The samples of the run. The leak is one image batch per step, and one open file, thread and child per epoch."""
     samples: list[dict[str, float]] = []
     kept: list[Any] = []
     children: list[subprocess.Popen[bytes]] = []

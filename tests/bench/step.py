@@ -4,12 +4,12 @@
     pip install torchdistill==1.1.5
     python tests/bench/step.py torchdistill                     # ResNet-101 teaches ResNet-18, the neck's maps imitated
     python tests/bench/step.py torchdistill --teacher-dtype bfloat16
-    python tests/bench/step.py torchdistill --proposals default # torchvision's numbers of proposals, not a tenth to a fifth
+    python tests/bench/step.py torchdistill --proposals default # torchvision's proposals, not a tenth to a fifth
 
-Both train the same torchvision Faster R-CNN on the same images with the same counts of proposals, in one process and turn by
-turn, so that whatever else the machine does falls on both. Ours is the ``Distiller`` under Lightning's trainer; theirs is
-torchvision's model called with images and targets, or a ``DistillationBox`` with forward hooks on the neck, whose teacher is
-run as a whole detector, as it does.
+Both train the same torchvision Faster R-CNN on the same images with the same counts of proposals. They take turns in
+one process, so that other load of the machine affects both. Ours is the ``Distiller`` under Lightning's trainer. The
+other is torchvision's model called with images and targets, or torchdistill's ``DistillationBox`` with forward hooks on
+the neck, which runs its teacher as a whole detector.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def torchvision(*setting: Any) -> Callable[[Batch], None]:
 
 
 def torchdistill(*setting: Any) -> Callable[[Batch], None]:
-    """torchdistill's box around two torchvision detectors: squared error of the four maps, and the student's own losses."""
+    """torchdistill's box around two torchvision detectors: squared error of four maps, and the student's losses."""
     from torchdistill.core.distillation import DistillationBox
 
     maps = [f"backbone.fpn.layer_blocks.{level}" for level in range(len(STRIDES))]

@@ -1,4 +1,4 @@
-"""Every option composes, names its constructor's every parameter, and a mistyped one is answered with the nearest name."""
+"""Every option composes and names all parameters of its constructor; a mistyped key gets the nearest name."""
 
 from __future__ import annotations
 
@@ -318,7 +318,10 @@ def test_a_key_of_one_method_composes_in_the_sweep_s_other_jobs(words: list[str]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([SWEEP, "distill.losses.dsig.neck.al=1"], "no key 'distill.losses.dsig.neck.al'; did you mean distill.losses.dsig.neck.all"),
+        (
+            [SWEEP, "distill.losses.dsig.neck.al=1"],
+            "no key 'distill.losses.dsig.neck.al'; did you mean distill.losses.dsig.neck.all",
+        ),
         ([SWEEP, "distill.losses.dsig.neck.all=1", "distill.losses.dsg.neck.all=1,2"], "no key 'distill.losses.dsg'"),
         (["seed=1,2", "distill=none", "distill.losses.dsig.neck.all=1"], "no key 'distill.losses.dsig'"),
         (["distill=defeat", "distill.losses.dsig.neck.all=1"], "no key 'distill.losses.dsig'"),
@@ -373,8 +376,16 @@ def test_a_file_of_a_users_own_takes_precedence_over_a_line(conf: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("teachers.yaml", "default: none\nfrcnn_r50: frcnn_r11", "frcnn_r50: there is no option 'frcnn_r11'; did you mean frcnn_r10"),
-        ("teachers.yaml", "default: none\nfrcnn_r51: frcnn_r101", "there is no option 'frcnn_r51'; did you mean frcnn_r50"),
+        (
+            "teachers.yaml",
+            "default: none\nfrcnn_r50: frcnn_r11",
+            "frcnn_r50: there is no option 'frcnn_r11'; did you mean frcnn_r10",
+        ),
+        (
+            "teachers.yaml",
+            "default: none\nfrcnn_r51: frcnn_r101",
+            "there is no option 'frcnn_r51'; did you mean frcnn_r50",
+        ),
         ("teachers.yaml", "frcnn_r50: frcnn_r101", "a line 'default'"),
         ("teachers.yaml", "[frcnn_r50]", "expected a mapping"),
         ("teachers.yaml", "frcnn_r50: [", "cannot be read"),
@@ -409,7 +420,10 @@ def test_help_and_completion_know_the_options_of_the_tables(capsys: pytest.Captu
 @pytest.mark.parametrize("line", ["--help", "model=frcnn_r5"])
 def test_help_and_mistakes_come_before_anything_heavy(line: str) -> None:
     heavy = "{'torch', 'lightning', 'torchvision'} & set(sys.modules) or 'light'"
-    code = f"import atexit, sys; atexit.register(lambda: print({heavy})); from distill.cli.main import main; main(['train', sys.argv[1]])"
+    code = (
+        f"import atexit, sys; atexit.register(lambda: print({heavy})); "
+        "from distill.cli.main import main; main(['train', sys.argv[1]])"
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code, line], capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -419,7 +433,10 @@ def test_help_and_mistakes_come_before_anything_heavy(line: str) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, distill; assert not {'torch', 'lightning', 'torchvision', 'hydra'} & set(sys.modules); dir(distill)"
+    code = (
+        "import sys, distill; "
+        "assert not {'torch', 'lightning', 'torchvision', 'hydra'} & set(sys.modules); dir(distill)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,4 +1,4 @@
-"""The Distiller's promises: weights of zero change nothing, the teacher is a guest, a bad loss stops, a resume goes on."""
+"""The Distiller: weights of zero change nothing, no teacher is saved, a bad loss stops the run, a resume continues."""
 
 from __future__ import annotations
 

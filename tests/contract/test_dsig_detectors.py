@@ -145,10 +145,23 @@ def test_an_option_of_the_other_family_says_which_to_choose(family: str, option:
 @pytest.mark.parametrize(
     ("option", "weights"),
     [
-        ("dsig", {"nodes.foreground": 0.5, "nodes.background": 0.5, "edges.all": 2, "neck.all": 0.5, "logits.classes": 3, "logits.boxes": 1}),
+        (
+            "dsig",
+            {
+                "nodes.foreground": 0.5,
+                "nodes.background": 0.5,
+                "edges.all": 2,
+                "neck.all": 0.5,
+                "logits.classes": 3,
+                "logits.boxes": 1,
+            },
+        ),
         ("dsig_r50_r101", {"nodes.foreground": 0.5, "nodes.background": 0.5, "edges.all": 1}),
         ("dsig_r101_r152", {"nodes.foreground": 0.5, "edges.all": 1}),
-        ("dsig_retinanet", {"nodes.predicted": 0.5, "edges.all": 1, "neck.all": 0.5, "logits.classes": 1, "logits.boxes": 1}),
+        (
+            "dsig_retinanet",
+            {"nodes.predicted": 0.5, "edges.all": 1, "neck.all": 0.5, "logits.classes": 1, "logits.boxes": 1},
+        ),
         ("dsig_retinanet_small", {"nodes.predicted": 0.5, "edges.all": 1, "neck.all": 0.5}),
     ],
 )  # fmt: skip

@@ -46,15 +46,22 @@ def test_the_deed_is_one_that_hydra_would_do(tmp_path: Path, monkeypatch: pytest
 HYDRA_NODE = {
     "callback": f"hydra: {{callbacks: {{x: {CALL}}}}}",
     "handler": "hydra: {job_logging: {version: 1, handlers: {x: {(): os.mkdir, path: mark}}, root: {handlers: [x]}}}",
-    "hydra's handler": "hydra: {hydra_logging: {version: 1, handlers: {x: {(): os.mkdir, path: mark}}, root: {handlers: [x]}}}",
-    "log file": "hydra: {job_logging: {version: 1, handlers: {x: {class: logging.FileHandler, filename: mark}}, root: {handlers: [x]}}}",
+    "hydra's handler": (
+        "hydra: {hydra_logging: {version: 1, handlers: {x: {(): os.mkdir, path: mark}}, root: {handlers: [x]}}}"
+    ),
+    "log file": (
+        "hydra: {job_logging: {version: 1, handlers: {x: {class: logging.FileHandler, filename: mark}}, "
+        "root: {handlers: [x]}}}"
+    ),
     "environment": "hydra: {job: {env_set: {PYTHONPATH: /evil}}}",
     "folder": "hydra: {job: {chdir: true}}",
     "launcher": f"hydra: {{launcher: {CALL}}}",
     "sweeper": f"hydra: {{mode: MULTIRUN, sweeper: {CALL}}}",
     "part of a sweeper": f"hydra: {{mode: MULTIRUN, sweeper: {{+x: {CALL}}}}}",
     "interpolated": "hydra: {callbacks: {x: \"${oc.create:'{_target_: os.mkdir, path: mark}'}\"}}",
-    "interpolated sweeper": "hydra: {mode: MULTIRUN, sweeper: {params: \"${oc.create:'{_target_: os.mkdir, path: mark}'}\"}}",
+    "interpolated sweeper": (
+        "hydra: {mode: MULTIRUN, sweeper: {params: \"${oc.create:'{_target_: os.mkdir, path: mark}'}\"}}"
+    ),
     "jobs' hydra": "hydra: {mode: MULTIRUN, sweeper: {params: {hydra.job.env_set.PATH: x}}}",
     "jobs' added hydra": "hydra: {mode: MULTIRUN, sweeper: {params: {++hydra.job.env_set.PATH: x}}}",
     "jobs' trust": f"data: {{source: {CALL}}}\nhydra: {{mode: MULTIRUN, sweeper: {{params: {{trust: '[os]'}}}}}}",

@@ -1,4 +1,4 @@
-"""A step that is not finite changes nothing, on any process; too many of them stop the run, and a file does it again."""
+"""A step that is not finite changes nothing on any process; too many of them stop the run; a file repeats the step."""
 
 from __future__ import annotations
 
@@ -294,7 +294,7 @@ FUSED = {
 def test_a_fused_optimiser_and_a_scaler_skip_the_first_step_and_a_later_one(
     name: str, case: str, tmp_path: Path
 ) -> None:
-    """A loss that is bad, or a gradient that overflows: the scale is halved, nothing else changes, and the run goes on."""
+    """For a bad loss or an overflowing gradient, the scale is halved, nothing else changes, and the run continues."""
     module = distiller(
         small_detector("retinanet"), losses={"mine": partial(FormulaLoss, formula=at({0, 2}, WRONG[case]))}
     )

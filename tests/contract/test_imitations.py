@@ -1,6 +1,6 @@
-"""Mimic, FGFI and PAD through real detectors of each family: one step's gradient reaches student and loss, and only them.
+"""Mimic, FGFI and PAD with real detectors of each family: the gradient of a step reaches only student and loss.
 
-And what can teach across families and backbones does so for some steps, down to the student's body.
+Losses that can teach across families and backbones do so for some steps, down to the student's body.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The import contracts count lazy imports and imports under TYPE_CHECKING: each kind, planted in a copy, breaks them."""
+"""The import contracts count lazy and TYPE_CHECKING imports: both kinds break the contracts in a changed copy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CIRCLE = "distill.data.datamodule"
 
 
 def broken_contracts(folder: Path, planted: str = "") -> list[str]:
-    """The contracts that break when `planted` ends a module of a copy of the package: the first word or two of each name."""
+    """First words of the names of contracts that break when `planted` is appended to a module of a package copy."""
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     with (folder / "src" / "distill" / HOST).open("a") as module:

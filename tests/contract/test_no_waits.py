@@ -26,8 +26,8 @@ WAITS = {
 """Operators whose result, or its size, the host has to know."""
 IMAGES = 4
 KNOWN: Mapping[str, Mapping[str, int]] = {
-    # Only positive regions are pooled and compared: their boxes and their labels, image by image; then those of the term
-    # on labels, and its backward pass.
+    # Only positive regions are pooled and compared, so their boxes and labels are selected image by image. The term on
+    # labels selects once more, and so does its backward pass.
     "global_knowledge": {"aten.index": 2 * IMAGES + 1, "aten.index_put": 1},
 }
 """Option -> operator -> how often in a step, each with its reason."""
@@ -121,7 +121,7 @@ def test_no_loss_waits_but_where_it_is_said(name: str) -> None:
 
 
 def test_a_two_stage_step_waits_less_often_than_torchvisions() -> None:
-    """Not for a random size, for a look at the boxes, or, in a first step, for the scales of pooling: strides say them."""
+    """No wait for a random size, a check of the boxes or, in a first step, pooling scales: strides define them."""
     torch.manual_seed(0)
     student = FasterRCNN(["a", "b"], backbone={"depth": 18}, min_size=192, max_size=256)
     boxes = torch.tensor([[10.0, 10.0, 100.0, 100.0], [50.0, 60.0, 150.0, 120.0]])

@@ -1,4 +1,4 @@
-"""What a detector offers is declared once, in its spec, and a detector without neck, anchors and regions can be added."""
+"""A detector declares its outputs once, in its spec. Detectors without neck, anchors and regions can be added."""
 
 from __future__ import annotations
 
@@ -143,7 +143,8 @@ def test_not_finite_maps_are_found_without_a_neck() -> None:
     [
         (
             FGFI,
-            r"neck: the {} has no feature pyramid\. Set the weights of neck to 0, or choose a detector with a feature pyramid",
+            r"neck: the {} has no feature pyramid\. Set the weights of neck to 0, "
+            r"or choose a detector with a feature pyramid",
         ),
         (SSIM, r"neck: the {} has no feature pyramid"),
         (TADF, r"neck: the {} has no feature pyramid"),

@@ -1,4 +1,4 @@
-"""README and docs say what is there: commands compose, keys, options, files and links exist, the example method works."""
+"""README and docs match the code: commands compose; keys, options, files and links exist; the example method works."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from helpers.detectors import FAMILIES, random_detector
 
 
 class Recipe(NamedTuple):
-    """`student` and `teacher`: family and backbone; `rate` at a total batch of `batch`; epochs, and those of the drops."""
+    """`student`, `teacher`: family and backbone; `rate` for a total batch of `batch`; `milestones`: epochs of drops."""
 
     student: str
     teacher: str
@@ -33,8 +33,9 @@ def weights(loss: str, **terms: float) -> dict[str, float]:
     return {f"{loss}/{term.replace('_', '.', 1)}": weight for term, weight in terms.items()}
 
 
-# DeFeat, arXiv 2103.14475: 0.04 (Faster R-CNN) and 0.02 (RetinaNet) on 8 x 4 images, 12 epochs, drops at 8 and 11; weights 4
-# and 16, proposals 0.05 and 2 (table 5). VOC as in its released configuration: 0.01 on 2 x 8, one drop after 9 of 12; 3 and 12.
+# DeFeat, arXiv 2103.14475: 0.04 (Faster R-CNN) and 0.02 (RetinaNet) on 8 x 4 images, 12 epochs, drops at 8 and 11;
+# weights 4 and 16, proposals 0.05 and 2 (table 5). VOC as in its released configuration: 0.01 on 2 x 8 images, one drop
+# after 9 of 12 epochs; weights 3 and 12.
 COCO = {"rate": 0.04, "batch": 32, "milestones": (8, 11), "epochs": 12}
 COCO_ONE_STAGE = {**COCO, "rate": 0.02}
 VOC = {"rate": 0.01, "batch": 16, "milestones": (9,), "epochs": 12}
@@ -48,7 +49,8 @@ DEFEAT = {
     "defeat_voc_frcnn_r152_r50": Recipe("frcnn r50", "frcnn r152", **VOC, weights=NECK_VOC),
 }
 
-# FGFI (arXiv 1906.03609) as DeFeat reran it: its schedule; weight 4 on COCO (the paper's of objects), 3 on VOC (released).
+# FGFI (arXiv 1906.03609) as DeFeat reran it, with DeFeat's schedule; weight 4 on COCO (the paper's weight of objects),
+# 3 on VOC (released).
 # PAD (arXiv 2008.01458) keeps the weights of what it wraps.
 FGFI = {
     "fgfi_coco_frcnn_r101_r50": Recipe("frcnn r50", "frcnn r101", **COCO, weights=weights("fgfi", neck_foreground=4)),
@@ -66,7 +68,8 @@ FGFI = {
     ),
 }
 
-# Mimic on the whole neck (DeFeat's table 3) and TADF-style (arXiv 2006.13108; DeFeat's tables 2 and 3): DeFeat's schedule.
+# Mimic on the whole neck (DeFeat's table 3) and TADF-style (arXiv 2006.13108; DeFeat's tables 2 and 3), with DeFeat's
+# schedule.
 # The weights are ours, none is published: DeFeat's 3 of objects; FGFI's 0.01 for the same sum, and 10 and 1.
 MIMIC = {
     "mimic_voc_frcnn_r101_r50": Recipe("frcnn r50", "frcnn r101", **VOC, weights=weights("mimic", neck_all=3)),
@@ -78,8 +81,9 @@ TADF = {
     "tadf_voc_frcnn_r152_r50": Recipe("frcnn r50", "frcnn r152", **VOC, weights=STYLE),
 }
 
-# DSIG, arXiv 2109.12862, as released: 0.01 (Faster R-CNN) and 0.005 (RetinaNet) on 4 x 2 images, drops after 120k and 160k of
-# 180k steps, which are 12 epochs here; weights per pair. Mask R-CNN has no released configuration: Faster R-CNN's.
+# DSIG, arXiv 2109.12862, as released: 0.01 (Faster R-CNN) and 0.005 (RetinaNet) on 4 x 2 images, drops after 120k and
+# 160k of 180k steps, which are 12 epochs here; weights per pair. Mask R-CNN has no released configuration and uses the
+# one of Faster R-CNN.
 STEPS = {"milestones": (round(12 * 120 / 180, 2), round(12 * 160 / 180, 2)), "epochs": 12}
 TWO_STAGE, ONE_STAGE = {"rate": 0.01, "batch": 8, **STEPS}, {"rate": 0.005, "batch": 8, **STEPS}
 BIGGEST = weights("dsig", nodes_foreground=0.5, edges_all=1)
@@ -103,8 +107,9 @@ DSIG = {
     "dsig_coco_retinanet_r101_eb0": Recipe("retinanet efficientnet_b0", "retinanet r101", **ONE_STAGE, weights=DENSE),
 }
 
-# SSIM, arXiv 2211.13133: lambda 4 (2 or 4 are best). Its schedule is not given: the detectors' 1x defaults, 0.02 (Faster R-CNN)
-# and 0.01 (RetinaNet) on 8 x 2 images. The teacher of the second is a Cascade R-CNN in the paper, here the nearest that there is.
+# SSIM, arXiv 2211.13133: lambda 4 (2 or 4 are best). The paper gives no schedule, so the recipes use the detectors' 1x
+# defaults: 0.02 (Faster R-CNN) and 0.01 (RetinaNet) on 8 x 2 images. The teacher of the second recipe is a Cascade
+# R-CNN in the paper; here it is the nearest available detector.
 DEFAULTS = {"batch": 16, "milestones": (8, 11), "epochs": 12, "weights": weights("ssim", neck_foreground=4)}
 SSIM = {
     "ssim_coco_retinanet_r101_r50": Recipe("retinanet r50", "retinanet r101", rate=0.01, **DEFAULTS),

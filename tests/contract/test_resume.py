@@ -169,7 +169,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> None:
-    """Inside an epoch, before an evaluation, after it: the same images, rates, losses, evaluations, weights and best."""
+    """In an epoch, before and after an evaluation: equal images, rates, losses, evaluations, weights and best score."""
     whole = Ended(tmp_path / "whole", **SETTINGS[name])
     assert len(whole.files) >= 4
     lengths = set()
@@ -261,7 +261,7 @@ class DiesAt(L.Callback):
 
 
 def test_a_scaler_comes_back_as_it_was(tmp_path: Path) -> None:
-    """Killed or asked to stop where it has another scale than at first, and has counted so many steps to the next one."""
+    """The run ends, killed or asked to stop, where the scale has changed and steps to the next change are counted."""
     setting = {**SETTINGS["loss scaler"], "images": 20}
     whole = Ended(tmp_path / "whole", **setting)
     steps = [line for line in whole.journal if line != "evaluation"]
@@ -283,9 +283,9 @@ def test_a_scaler_comes_back_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:step")
 def test_a_step_of_several_batches_is_begun_anew_wherever_it_was_left(tmp_path: Path) -> None:
-    """Five batches an epoch in steps of three and two, of which one is skipped; killed or asked to stop in each of them.
+    """Five batches per epoch, in steps of three and two, one skipped; the run is killed or stopped in all batches.
 
-    Half a step would be gradients, running statistics from before it, and what the guard has seen of it.
+    The state of half a step would be gradients, the running statistics before the step, and the guard's records of it.
     """
     setting: dict[str, Any] = {"loss": "poisoned", "accumulate": 3, "images": 20, "norm": "batch"}
     whole = Ended(tmp_path / "whole", **setting)

@@ -1,4 +1,4 @@
-"""A distillation term that cannot teach is called by its name, once; a healthy one is not, and looking changes nothing."""
+"""A term that cannot teach is reported once by name; a healthy term is not reported; a measurement changes nothing."""
 
 from __future__ import annotations
 

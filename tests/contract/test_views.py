@@ -441,7 +441,7 @@ def rounded(one: tuple[float, int, list[float]]) -> tuple[int, list[float]]:
 
 
 def slow_fcos_target(points: dict[int, Tensor], boxes: list[list[float]]) -> list[tuple[int, int, int]]:
-    """(stride, row of points, box) of the positive cells: Tian et al. 2019, section 3, and center sampling of 1.5 strides."""
+    """(stride, row of points, box) of positive cells: Tian et al. 2019, section 3, center sampling of 1.5 strides."""
     ranges = {8: (0, 64), 16: (64, 128), 32: (128, 256), 64: (256, 512), 128: (512, math.inf)}
     positive = []
     for stride, squares in points.items():

@@ -62,7 +62,7 @@ FEW = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 40, "rpn_post_nm
 
 
 def nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for a constructor. Those of `backbone`, `anchors` and `pixels` may be given flat: width, anchor_sizes, mean."""
+    """Constructor options. Options of `backbone`, `anchors` and `pixels` may be flat: width, anchor_sizes, mean."""
     result: dict[str, Any] = {}
     for name, value in options.items():
         group, _, key = (name if isinstance(value, dict) else RENAMED_OPTIONS.get(name, name)).partition(".")

@@ -47,8 +47,11 @@ def batch(boxes: Sequence[Sequence[Sequence[float]]], height: int = 64, width: i
 
 
 class FakeView:
-    """`stages` holds any of body, neck, anchors, class_logits, objectness, deltas, anchor_targets, proposals, rois, losses,
-    and the results of roi_features, roi_logits, roi_boxes and predictions, each in the shape that `distill.types.View` promises."""
+    """A View of given stages, in the shapes of `distill.types.View`.
+
+    `stages` holds any of body, neck, anchors, class_logits, objectness, deltas, anchor_targets, proposals, rois and
+    losses, and the results of roi_features, roi_logits, roi_boxes and predictions.
+    """
 
     def __init__(self, batch: Batch, spec: DetectorSpec, **stages: Any) -> None:
         self.batch, self.spec, self.stages = batch, spec, stages
@@ -139,7 +142,7 @@ def random_view(
 
 
 def _anchor_targets(batch: Batch, count: int, outputs: int, draw: Any) -> AnchorTargets:
-    """Of seven anchors each two are positive, where the image has boxes, four negative, of which half is sampled, one neither."""
+    """Of seven anchors two are positive (if the image has boxes), four negative (half of them sampled), one ignored."""
     kind = torch.arange(count) % 7
     labels = torch.where(kind < 2, 1 + torch.arange(count) % outputs, torch.where(kind == 6, -1, 0))
     rows = [labels if len(target.boxes) else labels.clamp(max=0) for target in batch.targets]
@@ -155,7 +158,7 @@ def corners(count: int, height: int, width: int, generator: torch.Generator) -> 
 
 
 def anchors(height: int, width: int, stride: int, count: int) -> Tensor:
-    """(H*W*count, 4), rows in the order (row, column, anchor): around each cell's corner, of growing size and elongation."""
+    """(H*W*count, 4), rows in the order (row, column, anchor), around cell corners, of growing size and elongation."""
     rows = []
     for row in range(height):
         for column in range(width):

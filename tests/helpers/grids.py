@@ -9,7 +9,7 @@ import pytest
 
 
 def mostly_exhaustive(values: Iterable[Any], daily: Iterable[Any] | Callable[[Any], bool]) -> list[Any]:
-    """Parameters of which those in `daily`, or for which it is true, run in ``make test``, and the others in ``make test-all``.
+    """Parameters. Those in `daily`, or for which it is true, run in ``make test``, the others in ``make test-all``.
 
     `daily` must name values of the grid, so that a renamed one is noticed.
     """

@@ -1,7 +1,7 @@
-"""Kills runs again and again, and lets them go on each time: ``python kill_runs.py events|moments FOLDER SEED OVERRIDES...``.
+"""Kills runs repeatedly and resumes them: ``python kill_runs.py events|moments FOLDER SEED OVERRIDES...``.
 
-Every attempt is a process of its own, forked from this one before it has computed anything, and killed by SIGKILL: at an
-event that the seed chose, or at a moment, whatever it is doing then. Prints one line an attempt.
+Every attempt is a separate process, forked from this process before it has computed anything. SIGKILL ends the attempt:
+at an event that the seed chooses, or at a moment in time, whatever the attempt does then. Prints one line per attempt.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def members(group: int) -> list[psutil.Process]:
 
 
 def kill_after(seconds: float, child: int) -> tuple[int, int]:
-    """The exit code of a process that is killed after so long, unless it has ended; and how many loaders it then had."""
+    """Exit code of a process that is killed after `seconds` unless it has ended, and its number of loaders then."""
     deadline, loaders = time.monotonic() + seconds, 0
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         time.sleep(0.002)
@@ -142,7 +142,7 @@ def kill_after(seconds: float, child: int) -> tuple[int, int]:
 
 
 def kill_at_moments(folder: Path, seed: int, lines: list[str], kills: int = 10) -> None:
-    """Moments drawn evenly from the time that the whole run takes. Where a run ends before its moment, the next is begun."""
+    """Kill at moments drawn uniformly from the duration of a whole run. If a run ends earlier, the next one starts."""
     rng = random.Random(seed)
     begun = time.monotonic()
     assert attempt(None, 0, folder, [*lines, *going_on(folder / "whole")]) == 0

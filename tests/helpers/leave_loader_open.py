@@ -1,4 +1,4 @@
-"""A script that takes one batch of a loader with a process of its own, and ends without letting it go, nor a child of its own."""
+"""Takes one batch of a loader with a worker process, and ends without closing the loader or its own child process."""
 
 import multiprocessing
 import signal

@@ -1,4 +1,4 @@
-"""Run folders as version 0.1.0 wrote them, with weights from a formula, and the numbers that 0.1.0 computed with them."""
+"""Run folders as version 0.1.0 wrote them, with weights from a formula, and the numbers that 0.1.0 computed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_old_run(name: str, folder: Path) -> Path:
 
 
 def tensor_by_formula(name: str, shape: Sequence[int], kind: str) -> Tensor:
-    """The tensor of that name: a sine wave whose phase depends on the name. The formula made ``expected`` and must stay."""
+    """Sine wave whose phase depends on the name. ``expected`` was computed with this formula, so it must stay."""
     dtype: torch.dtype = getattr(torch, kind)
     if not dtype.is_floating_point:
         return torch.ones(tuple(shape), dtype=dtype)

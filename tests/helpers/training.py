@@ -126,6 +126,6 @@ class FormulaLoss(DistillLoss):
 
 
 def half_precision(scale: float, interval: int = 2000) -> MixedPrecision:
-    """16-mixed with a scaler on the CPU, where Lightning by itself would take bf16; a larger scale is tried so often."""
+    """16-mixed with a scaler on the CPU, where Lightning would use bf16. The scale grows every `interval` steps."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=interval)  # type: ignore[attr-defined]
     return MixedPrecision("16-mixed", "cpu", scaler=scaler)

@@ -18,7 +18,7 @@ from distill.types import AnchorTargets, Regions
 from helpers.fake_view import PYRAMIDS, FakeView
 
 Make = Callable[[str], DistillLoss]
-"""Normalizer -> the loss, in float64. It and `Scene` are functions of a test module, so that a new process finds them."""
+"""Normalizer -> the loss, in float64. Like `Scene` a function of a test module, so that a new process finds it."""
 Scene = Callable[[], tuple[FakeView, FakeView]]
 """Student's and teacher's view of four images, six regions each."""
 Found = tuple[dict[str, float], list[torch.Tensor], list[torch.Tensor]]
@@ -31,7 +31,7 @@ def process_pair() -> ProcessPoolExecutor:
 
 
 def run_in_two_processes(work: Callable[..., object], *arguments: Any) -> None:
-    """Call ``work(rank, *arguments)`` in two processes at once. `work` is a function of a module, and sets up the group itself."""
+    """Call ``work(rank, *arguments)`` in two processes. `work` is a module-level function and sets up the group."""
     results = [process_pair().submit(work, rank, *arguments) for rank in (0, 1)]
     try:
         for result in results:

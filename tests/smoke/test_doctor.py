@@ -1,4 +1,4 @@
-"""The doctor: every section, its numbers counted again by other means, a verdict, and nothing trained or left behind."""
+"""The doctor: every section with numbers counted in another way, a verdict, and nothing trained or left behind."""
 
 from __future__ import annotations
 

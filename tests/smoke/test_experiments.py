@@ -1,4 +1,4 @@
-"""Every recipe composes with its settings, runs two steps on a stand-in data set, and is a clean baseline without losses."""
+"""Every recipe composes with its settings, runs two steps on small data, and is a clean baseline without losses."""
 
 from __future__ import annotations
 

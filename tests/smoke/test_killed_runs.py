@@ -40,7 +40,7 @@ def assert_same_student(left: Path, right: Path) -> None:
 
 
 def killed(how: str, seed: int, lines: list[str], teacher: Path, folder: Path) -> list[str]:
-    """What kill_runs.py tells of a run with prototypes, adapters, a ramp and an average, which all have to come back."""
+    """Output of kill_runs.py for a run with prototypes, adapters, a ramp and an average, which must all be restored."""
     method = ["distill=global_knowledge", "distill.losses.global_knowledge.prototypes.min_side=6.0"]
     lines = [*SMALL, *method, f"teacher.weights={teacher}", "callbacks=ema", "callbacks.ema.decay=0.8", *lines]
     lines += ["data.photometric=true", "data.eval_batch_size=2", "metric=val/AP50"]

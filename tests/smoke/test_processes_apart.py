@@ -1,4 +1,4 @@
-"""Two processes of one run, from the command line: given different words none starts, and none waits for ever for another."""
+"""Two processes of one run, from the command line: with different words none starts, and none waits forever."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TWO = [*TINY_MODEL, *TINY_HEADS, "distill=none", "trainer=ddp_cpu", "schedule.ep
 TWO += ["trainer.save_every=1 steps", "trainer.log_every_n_steps=1", "hydra.run.dir=run"]
 DRAWN = [*TINY_DATA, "data.batch_size=2"]
 PATIENCE = 45.0
-"""Seconds that a process waits for another one; with imports that are made by the time they first meet, on a busy machine."""
+"""Seconds that a process waits for another one, with the imports before the first exchange, on a busy machine."""
 WAITING = f"trainer.strategy.timeout.minutes={PATIENCE / 60}"
 GONE = "rank 0: another process of this run is gone or does not answer"
 

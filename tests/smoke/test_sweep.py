@@ -1,4 +1,4 @@
-"""A sweep: a job that fails is a row and no end, one that is done is not done again, and each is a process of its own."""
+"""A sweep: a failed job is a row and does not end the sweep, a finished job is not repeated, every job is a process."""
 
 from __future__ import annotations
 

@@ -12,7 +12,10 @@ from distill.cli import compose
 from distill.run_folder import RunFolder, previous_checkpoint
 
 SOURCE = Path(distill.__file__).parent
-FILES = r"overrides\.yaml|(?<!conf/)config\.yaml|summary\.json|student\.(pt|json)|(last|last-1|best)\.ckpt|metrics\.csv|error\.txt"
+FILES = (
+    r"overrides\.yaml|(?<!conf/)config\.yaml|summary\.json|student\.(pt|json)|(last|last-1|best)\.ckpt|metrics\.csv"
+    r"|error\.txt"
+)
 FOLDERS = {"checkpoints", "pictures", "non_finite", "slurm_job"}
 
 

@@ -156,7 +156,7 @@ def load_class(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> Any:
     """Import the class that a name refers to.
 
     Raises:
-        DistillError: the name does not exist, is not a class, or is defined outside of the allowed and trusted packages.
+        DistillError: the name does not exist, is not a class, or is defined outside the allowed and trusted packages.
     """
     if name is None:
         raise DistillError(f"{where}: expected the dotted name of a class, got None")

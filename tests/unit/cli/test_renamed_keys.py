@@ -13,7 +13,9 @@ RENAMED = {
     "model.norm=live": "model.backbone.norm=batch",
     "++teacher.model.norm='fixed'": "++teacher.model.backbone.norm=batch_fixed_stats",
     "model.norm=live,frozen": "model.backbone.norm=batch,frozen",
-    'teacher.run=["schedule.epochs=2","model.norm=fixed"]': 'teacher.run=["schedule.epochs=2","model.backbone.norm=batch_fixed_stats"]',
+    'teacher.run=["schedule.epochs=2","model.norm=fixed"]': (
+        'teacher.run=["schedule.epochs=2","model.backbone.norm=batch_fixed_stats"]'
+    ),
     "model.depth=18": "model.backbone.depth=18",
     "model.backbone=mobilenet_v2": "model.backbone.name=mobilenet_v2",
     "model.backbone_weights=null": "model.backbone.weights=null",

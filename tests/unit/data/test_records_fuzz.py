@@ -1,4 +1,4 @@
-"""Whatever an annotation file says: good records, or one message of ours. DISTILL_FUZZ=20000 tries that many files a test."""
+"""Any annotation file gives good records or one DistillError. DISTILL_FUZZ=20000 tries that many files per test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data from outside that means harm: bombs of XML and of pixels, names that lead away, programs that look like images."""
+"""Hostile data: XML bombs, pixel bombs, file names that leave the folder, programs that look like images."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def bomb_jpeg(file: Path, width: int = 65_000, height: int = 65_000) -> Path:
 
 
 def hidden_bomb_jpeg(file: Path) -> Path:
-    """The same behind a fill byte and a segment that holds the frame header of a small one where a naive reader falls on it."""
+    """`bomb_jpeg` behind a fill byte and a segment with a small image's frame header, where a naive reader finds it."""
     content = bomb_jpeg(file).read_bytes()
     fake = b"\xff\xc0" + struct.pack(">HBHHB", 11, 8, 30, 40, 1) + b"\x01\x11\x00"
     segment = bytearray(60_000)
@@ -289,7 +289,10 @@ def test_a_folder_may_be_called_anything(folder: str, tmp_path: Path) -> None:
     home = tmp_path / folder
     picture(home / "bild é.png")
     assert len(coco(home, *named("bild é.png")).records("train")) == 1
-    xml = "<annotation><object><name>a</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>"
+    xml = (
+        "<annotation><object><name>a</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+        "</object></annotation>"
+    )
     source = voc(home / "voc", xml)
     for part, suffix in (("JPEGImages", ".png"), ("Annotations", ".xml")):
         shutil.move(home / "voc" / part / f"a{suffix}", home / "voc" / part / f"ein bild 中{suffix}")

@@ -1,4 +1,4 @@
-"""Each geometry that torchvision does not have is what its name says, against slow loops; the default is torchvision's."""
+"""Anchor geometries that torchvision lacks match slow loops; the default geometry is torchvision's."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ HEIGHT, WIDTH = 96, 128
 
 
 def regions(dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Of three images, the second without any: of all sizes, across each border, far outside, on lines, points, inside out."""
+    """Boxes of three images, none in the second: all sizes, across borders, far outside, lines, points, inverted."""
     generator = torch.Generator().manual_seed(seed)
     ends = torch.tensor([WIDTH, HEIGHT])
     corner = (torch.rand(60, 2, generator=generator) * 1.6 - 0.3) * ends

@@ -1,4 +1,4 @@
-"""What memory is counted: each byte once, for as long as it lives; and a step's peak is that of its parts, or it is found out."""
+"""Memory: every byte is counted once, while it lives; a step's peak is that of its parts, or the test finds it."""
 
 from __future__ import annotations
 

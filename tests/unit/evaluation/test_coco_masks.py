@@ -155,7 +155,7 @@ def test_equals_pycocotools_on_random_data(seed: int, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_by_hand(backend: str) -> None:
-    """One object of 10 x 10, a mask of 10 x 9 in it: pixel overlap 0.9, right at nine of ten thresholds; boxes equal."""
+    """An object of 10 x 10 and a mask of 10 x 9: pixel overlap 0.9, correct at nine of ten thresholds; equal boxes."""
     ground_truth = truth([thing(1, rectangle(0, 0, 10, 10))], [1])
     numbers = measure(ground_truth, {1: found(rectangle(0, 0, 10, 9)[None], [0.9], [1])}, backend=backend)
     assert numbers["mask_AP"] == pytest.approx(0.9)

@@ -54,7 +54,7 @@ def scene(images: Batch, known: DetectorSpec, seed: int, **options: Any) -> Scen
 
 
 def near(images: Batch, anchors: Tensor, classes: int) -> AnchorTargets:
-    """Anchors, all of whose sides are within 16 pixels of an object's, are positive; a third of the others is ignored."""
+    """Anchors with all sides within 16 pixels of an object's are positive; a third of the other anchors is ignored."""
     labels = torch.zeros(len(images), len(anchors), dtype=torch.int64)
     labels[:, ::3] = -1
     deltas = torch.zeros(len(images), len(anchors), 4)

@@ -546,7 +546,10 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
 
 
 def test_settings_of_the_other_family_name_the_option_to_choose() -> None:
-    choose = "Choose distill=dsig_retinanet or dsig_retinanet_small, or set nodes.foreground=0, nodes.background=0, edges.mining=null"
+    choose = (
+        "Choose distill=dsig_retinanet or dsig_retinanet_small, "
+        "or set nodes.foreground=0, nodes.background=0, edges.mining=null"
+    )
     with pytest.raises(DistillError, match=choose):
         DSIG(ONE_STAGE, ONE_STAGE)
     with pytest.raises(DistillError, match=r"the student is a retinanet.*or set nodes.background=0$"):
@@ -644,7 +647,7 @@ CASES: list[tuple[DetectorSpec, dict[str, Mapping[str, Any]]]] = [(spec(), {}), 
 
 
 def gradients(rows: slice, normalizer: str, known: DetectorSpec, options: dict[str, Mapping[str, Any]]) -> list[Tensor]:
-    """Of each term, by the adapters and by one factor on all that the student says, for no adapter follows its heads."""
+    """Gradients of all terms by the adapters and by a factor on the student's outputs; no adapter follows the heads."""
     images = batch([OBJECTS[0], OBJECTS[1], NOTHING, NOTHING])
     student, teacher = (part_of(random_view(images, known, seed), rows) for seed in (1, 2))
     factor = torch.ones((), dtype=torch.float64, requires_grad=True)

@@ -297,7 +297,7 @@ ERRORS: dict[str, dict[str, Any]] = {
 def test_blocks_give_what_whole_maps_give(name: str, scope: str, dtype: torch.dtype, tolerance: float) -> None:
     """With flat planes, and with many cells that are the smallest or the largest of theirs.
 
-    A flat plane that is left as it is has a variance that is nothing but rounding, of which some exponents take the root.
+    An unscaled flat plane has a variance that is only rounding error, and some exponents take its root.
     """
     student, teacher = (x.clamp(0, 1) for x in pair(2, 5, 9, 23, dtype=dtype))
     student[1, 3] = teacher[1, 3]
