@@ -108,7 +108,7 @@ def pool_all_levels(view: View, levels: Sequence[int], boxes: Sequence[Tensor]) 
 
 
 def _batches(candidates: Sequence[ImageCandidates], data: Any) -> list[list[int]]:
-    """Places in `candidates`, batch by batch. A batch has one padded size, so that no neighbor changes the features."""
+    """Indices of `candidates` by batch. A batch has one padded size, so that other images do not change features."""
     sizes = data.padded_sizes("train")
     groups: dict[Size, list[int]] = {}
     for place, candidate in enumerate(candidates):

@@ -66,9 +66,9 @@ class DeFeat(DistillLoss):
     and adapters follow its released code (ggjy/DeFeat.pytorch), with the level rule's constant of 56 for RetinaNet too.
 
     Where we differ: regions have the labels that the sampler gave to *them* (the released code pairs the teacher's
-    regions with the labels of the student's); each group has its own temperature (the released code never reads one of
-    them); RetinaNet works; counts are summed over all processes (``normalizer="process"`` for the original). Where the
-    teacher knows more classes, its softmax is over the student's classes and background.
+    regions with the labels of the student's); each group has its own temperature (the released code ignores one of
+    the temperatures); RetinaNet works; counts are summed over all processes (``normalizer="process"`` for the
+    original). Where the teacher knows more classes, its softmax is over the student's classes and background.
 
     Shapes: maps (B, C, H, W), logits (R, K+1). The paper's weights: COCO neck 4 and 16, VOC 3 and 12 (released);
     proposals 0.05 at temperature 3 and 2 at temperature 1. The paper gives no weights for the backbone.

@@ -101,10 +101,10 @@ class DICOD(DistillLoss):
     The sums, eps, pooling, crops and weights are those of its released code, which has SSD300 only: weights for other
     detectors are not known.
 
-    Where we differ: crops have the pixels that the *classifier* was trained on (there: those of the detector), and
-    repeat the last pixel at the image's edge (there: black); N_pos is counted over all processes
-    (``normalizer="process"`` for the original); of the feature layers only the first one is here, which is the released
-    choice. The matched object of an anchor is the box nearest to its decoded target.
+    Where we differ: crops have the pixels that the *classifier* was trained on (in the released code: those of the
+    detector), and repeat the last pixel at the image's edge (in the released code: black); N_pos is counted over all
+    processes (``normalizer="process"`` for the original); only the first feature layer is implemented, which is the
+    released choice. The matched object of an anchor is the box nearest to its decoded target.
 
     Shapes: logits (P, K+1) or (P, K), boxes (P, 4), crops (P, 3, size, size). Released weights: 0.4 at T = 2, and 0.15
     on the sum of both localization terms. No detector teacher is needed. Selecting the positive regions waits for the

@@ -29,7 +29,7 @@ class FGFI(DistillLoss):
     (``mse``). The original weight of 0.01 corresponds to 0.01 C in the form of the reruns, 2.56 for 256 channels.
 
     Source: Wang et al., "Distilling Object Detectors with Fine-grained Feature Imitation", CVPR 2019, arXiv 1906.03609,
-    from its released code (twangnh/Distilling-Object-Detectors); the text of the paper was not at hand.
+    from its released code (twangnh/Distilling-Object-Detectors); we did not have the text of the paper.
 
     Where we differ: the original has a single map. For a pyramid its authors say that a box belongs to one level, but
     not to which one: ``fine_grained`` takes DeFeat's level rule and the best anchor of that level;

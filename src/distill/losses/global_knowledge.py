@@ -58,9 +58,9 @@ class GlobalKnowledge(DistillLoss):
     relation fall linearly to 0. The released configuration never switches the relation on, hence 0 here. Its student
     starts from a finished detector (``model.weights``), so its gain adds to that of a longer training.
 
-    Where we differ: where proposals overlap, the largest rho counts (there the last one drawn); the density filter also
-    keeps features at the quantile, and all features where none passes in both spaces; rho is never negative, which
-    would teach the opposite; features are pooled in full precision.
+    Where we differ: where proposals overlap, the largest rho counts (in the released code, the rho of the last one
+    drawn); the density filter also keeps features at the quantile, and all features where none passes in both spaces;
+    rho is never negative, which would teach the opposite; features are pooled in full precision.
 
     Shapes: maps (B, C, H, W), logits (R, K+1). For two-stage detectors. Before each epoch the student's neck runs over
     up to ``images`` images per class, before the first one also the teacher's: half of the training images of COCO.

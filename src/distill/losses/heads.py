@@ -40,7 +40,7 @@ class ClassMap(nn.Module):
     """
 
     columns: Tensor | None
-    """(K+1,) the teacher's label of each of the student's labels, background first; None where the lists are equal."""
+    """(K+1,) the teacher's labels of the student's labels, background first; None if both class lists are equal."""
 
     def __init__(self, name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def anchor_outputs(place: str, stage: str, student: View, teacher: View, width: 
 
 
 class EqualAnchors:
-    """Refuses Views with unequal anchors, whose equal deltas would mean different boxes.
+    """Refuses Views with unequal anchors, because equal deltas would then mean different boxes.
 
     No field of the spec holds the sizes of anchors. The comparison waits for the device, so only the first call
     compares.

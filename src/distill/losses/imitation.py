@@ -65,7 +65,7 @@ def masked(error: Tensor, mask: Tensor, divisor: float) -> SumAndCount:
 
 
 def mask_parts(mask: masks.Masks, names: Sequence[str]) -> dict[str, masks.Masks]:
-    """The mask under each of the names, its complement under the name ``background``."""
+    """The mask under all `names`, except for ``background``, which gets the complement of the mask."""
     return {
         name: {level: 1 - inside for level, inside in mask.items()} if name == "background" else mask for name in names
     }

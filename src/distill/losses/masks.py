@@ -81,7 +81,7 @@ class Mask:
         return random(mask, seeds) if self.kind == "random" else mask
 
     def on_stages(self, view: View, sizes: Mapping[int, Size], seeds: Sequence[int] = ()) -> Masks:
-        """Masks of backbone stages: one mask of all boxes at the neck's finest stride, resized to each (nearest)."""
+        """Masks of backbone stages: one of all boxes at the neck's finest stride, resized to all stages (nearest)."""
         require(view.spec, "neck", "mask")
         finest = min(view.spec.neck)
         mask = self(view, {finest: map_size(view.neck[finest])}, seeds)[finest][:, None]

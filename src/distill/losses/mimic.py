@@ -36,8 +36,8 @@ class Mimic(DistillLoss):
     Where we differ: RoIAlign pools regions to 7x7, from the level that each detector's own rule selects. The default
     regions are those from which the box head learns, so that the student pools once. One-stage detectors have no
     proposals: their best predictions of any score are the regions (``kind="predictions"``). The paper's half-size
-    images and its second stage, where the student's head imitates the teacher's outputs, are left out: neither its form
-    nor its weight is at hand.
+    images and its second stage, where the student's head imitates the teacher's outputs, are left out: we know neither
+    the form nor the weight of the second stage.
 
     Shapes: pooled features (R, C, 7, 7), maps (B, C, H, W). The paper's weight is not known to us; 1 is a choice.
 

@@ -105,7 +105,7 @@ class PAD(DistillLoss):
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of the wrapped loss."""
-        # Not in `on_epoch_start`, which a run that resumes inside an epoch does not call.
+        # Set here and not in `on_epoch_start`, which a run that resumes inside an epoch does not call.
         on = float(self.epoch >= self.warmup)
         for part in self.modules():
             if isinstance(part, Variance):

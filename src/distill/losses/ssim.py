@@ -38,10 +38,10 @@ class SSIM(DistillLoss):
     arXiv 2211.13133, known to us second-hand (its abstract and readings of it); there is no public code. The local loss
     equals ``kornia.losses.ssim_loss`` with its reflect padding, on which the paper is said to rest.
 
-    Where we differ, or had to choose: the scope of psi is not stated; ours is kornia's, a plane, and a flat plane
-    passes no gradient. A map with a side below 6 cells, which kornia refuses, is reflected repeatedly. A plane of a
-    single cell has nothing to compare, and gives 0. With a mask, the mean of each level is over the cells of the part,
-    and windows reach across its border. Counts are summed over all processes.
+    Where we differ, or had to choose: the paper does not state the scope of psi; ours is a plane, as in kornia, and
+    a flat plane passes no gradient. A map with a side below 6 cells, which kornia refuses, is reflected repeatedly. A
+    plane of a single cell has nothing to compare, and gives 0. With a mask, the mean of each level is over the cells of
+    the part, and windows reach across its border. Counts are summed over all processes.
 
     Shapes: maps (B, C, H, W). The paper's weight is an open point: one source reports one lambda for both of its
     detectors, best at 2 or 4; our default is 4. No weight is reported for a mask.

@@ -62,7 +62,7 @@ class TADF(DistillLoss):
         weight(t) = weight * (1 - (t - 1) / t_max)
 
     In the style of: Sun et al., "Distilling Object Detectors with Task Adaptive Regularization", 2020, arXiv
-    2006.13108. There is no released code, and this was not written from the paper's text. The three places, the
+    2006.13108. There is no released code, and this file was not written from the paper's text. The three places, the
     student's regions for both models, the positives and the decay come from its abstract and from later works. The mask
     is the one in DeFeat's repository, with the level rule of DeFeat and FGFI. The condition on boxes is second-hand.
 
