@@ -223,9 +223,9 @@ def load_data(plan: RunPlan) -> tuple[DetectionData, list[str]]:
 
 
 def check_metrics(plan: RunPlan, data: DetectionData) -> None:
-    """Refuse two metrics with the same values, and a sweep or callback that reads a value that validation lacks.
+    """Refuse two metrics that give the same name, and a name for a sweep or callback that no metric gives.
 
-    The measured names are those of an evaluation without detections.
+    The known names are those of an evaluation without detections.
     """
     known: list[str] = []
     for make in plan.metrics:

@@ -100,7 +100,7 @@ def open_loggers(plan: RunPlan, trainer: L.Trainer) -> Iterator[None]:
         failed = False
     finally:
         for logger in trainer.loggers:
-            # A logger that failed to open cannot close. Only the first failure is reported.
+            # A logger that did not open cannot close. Only the first failure is reported.
             with suppress(Exception) if failed else nullcontext():
                 logger.finalize("failed" if failed else "success")
                 if isinstance(logger, WandbLogger):
