@@ -138,6 +138,7 @@ def test_a_two_stage_step_waits_less_often_than_torchvisions() -> None:
         student.net(list(images / 255), targets)
     assert dict(theirs.found - ours.found) == {"aten._local_scalar_dense": 4}
     assert not ours.found - theirs.found
-    # The totals depend on the version of torch (61, 51 and 47 with 2.15; 77, 67 and 63 with 2.14), the differences do not.
+    # The totals depend on the version of torch (61, 51 and 47 with 2.15; 77, 67 and 63 with 2.14).
+    # The differences do not.
     assert first.found.total() - theirs.found.total() == 10
     assert theirs.found.total() - ours.found.total() == 4

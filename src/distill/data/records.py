@@ -61,7 +61,8 @@ class Record:
     area: NDArray[np.float64]
     """(N,) as annotated: the area of the segmentation in COCO, of the box in other formats."""
     segmentation: list[Any] | None = None
-    """Per annotation polygons or run lengths as in the file, or None. Checks for masks turn them into compressed RLE."""
+    """Per annotation polygons or run lengths as in the file, or None. Checks for masks turn them into compressed
+    RLE."""
     annotated_boxes: NDArray[np.float64] | None = None
     """(N, 4) the boxes before they were clipped; None if clipping changed none. Evaluation uses these."""
     annotation_file: str = ""
