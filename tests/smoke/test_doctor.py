@@ -30,7 +30,7 @@ def visit(cli: Cli, *lines: str) -> dict[str, Any]:
     """What the doctor writes; its exit code says the verdict."""
     code = cli(["doctor", "--json", "doctor.json", *lines])
     report: dict[str, Any] = json.loads(Path("doctor.json").read_text())
-    assert code == {"ready": 0, "mend": 1}[report["verdict"]]
+    assert code == {"ready": 0, "not ready": 1}[report["verdict"]]
     assert bool(report["faults"]) == bool(code)
     return report
 
@@ -191,7 +191,7 @@ def test_crowds_empties_clips_and_padding_are_counted(cli: Cli, tmp_path: Path) 
     report = visit(cli, *lines, "data.keep_empty=true", "data.batch_size=8")
     found = report["data"]["train"]
     assert (found["images"], found["crowds"], found["empty"]) == (8, 1, 1)
-    assert found["mended"] == {"clipped": 1}
+    assert found["corrected"] == {"clipped": 1}
     assert found["boxes"] == len(truth["annotations"])
     assert sum(counts["all"] for counts in found["classes"].values()) == len(truth["annotations"]) - 1
     assert report["padding"] == pytest.approx(1 - (7 * 64 * 64 + 64 * 128) / (8 * 64 * 128))
@@ -212,7 +212,7 @@ def test_broken_data_is_named_with_what_to_mend(trouble: str, cli: Cli, tmp_path
         second.write_bytes(first.read_bytes())
     lines = ["data=voc", "data.source.root=voc", "distill=none", *OWN_DATA, "data.min_size=64"]
     report = visit(cli, *lines, "data.on_overlap=raise")
-    assert report["verdict"] == "mend"
+    assert report["verdict"] == "not ready"
     (fault,) = report["faults"]
     expected = {"box": xml.name, "image": f"{xml.stem}.jpg", "overlap": "1 images of val are in train as well"}
     assert expected[trouble] in fault
@@ -271,7 +271,7 @@ def test_a_term_is_too_large_where_the_run_would_say_so(times: str, cli: Cli, ti
 @pytest.mark.parametrize("line", ["callbacks.best.mode=maxx", "seed=-1", "schedule.optimizer.lr=-1"])
 def test_what_training_would_refuse_is_a_fault(line: str, cli: Cli) -> None:
     report = visit(cli, *TINY, "distill=none", line)
-    assert report["verdict"] == "mend"
+    assert report["verdict"] == "not ready"
     assert "data" not in report
 
 

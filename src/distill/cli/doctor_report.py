@@ -54,7 +54,7 @@ def examine(cfg: DictConfig) -> Report:
     except DistillError as error:
         report["faults"].append(str(error))
     report["seconds"] = round(time.monotonic() - start, 1)
-    report["verdict"] = "mend" if report["faults"] else "ready"
+    report["verdict"] = "not ready" if report["faults"] else "ready"
     return report
 
 

@@ -16,10 +16,10 @@ def print_report(report: Mapping[str, Any]) -> None:
     data = report.get("data", {})
     rows: list[list[Any]] = []
     for split, counts in data.items():
-        mended = ", ".join(f"{number} {name}" for name, number in counts["mended"].items())
-        rows.append([split, *(counts[name] for name in COUNTED), mended or "nothing"])
+        corrected = ", ".join(f"{number} {name}" for name, number in counts["corrected"].items())
+        rows.append([split, *(counts[name] for name in COUNTED), corrected or "nothing"])
     share = f"{100 * report.get('padding', 0):.1f} % of the training batches' pixels are padding"
-    print_table(f"data; {share}", ("", *COUNTED, "mended"), rows)
+    print_table(f"data; {share}", ("", *COUNTED, "corrected"), rows)
     classes = next(iter(data.values()))["classes"] if data else {}
     rows = [[name, *("/".join(map(str, data[split]["classes"][name].values())) for split in data)] for name in classes]
     print_table("boxes: small/medium/large/all", ("class", *data), rows)
@@ -47,7 +47,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         for text in report[kind]:
             print_line(kind.removesuffix("s"), text, color)
     ready = report["verdict"] == "ready"
-    verdict = "ready" if ready else f"{len(report['faults'])} to mend, named above"
+    verdict = "ready" if ready else f"{len(report['faults'])} to fix, named above"
     print_line("verdict", f"{verdict} ({report['seconds']:.0f} s)", "green" if ready else "red")
 
 

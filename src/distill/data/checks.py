@@ -30,7 +30,7 @@ from distill.data import rle
 from distill.data.records import MAX_PIXELS, Record, exif_orientation, open_image, read_image
 from distill.types import DistillError, Size
 
-MENDED = ("without area", "outside the image", "clipped", "with an empty mask")
+CORRECTED = ("without area", "outside the image", "clipped", "with an empty mask")
 """Kinds of faults that are repaired and counted. A box with an empty mask is only counted."""
 MAX_LISTED = 10
 """Largest number of problems that one message lists."""
@@ -55,8 +55,8 @@ class SplitReport:
     difficult: int
     without_boxes: int
     """Images without boxes."""
-    mended: Mapping[str, int]
-    """Number of boxes by kind of fault; the kinds are in `MENDED`."""
+    corrected: Mapping[str, int]
+    """Number of boxes by kind of fault; the kinds are in `CORRECTED`."""
     turned: int
     """Number of images that their EXIF tag turns."""
     skipped: Mapping[str, int]
@@ -65,7 +65,7 @@ class SplitReport:
     def __str__(self) -> str:
         parts = [f"{self.images} images", f"{self.boxes} boxes", f"{self.usable} usable"]
         counts = {"crowds": self.crowds, "difficult": self.difficult, "images without boxes": self.without_boxes}
-        named = {**self.mended, **counts, "turned by EXIF": self.turned, **self.skipped}
+        named = {**self.corrected, **counts, "turned by EXIF": self.turned, **self.skipped}
         return f"{self.split}: {', '.join([*parts, *(f'{count} {name}' for name, count in named.items() if count)])}"
 
 
@@ -126,7 +126,7 @@ def check_records(
         crowds=sum(int(record.crowd.sum()) for record in good),
         difficult=sum(int(record.difficult.sum()) for record in good),
         without_boxes=sum(not len(record.labels) for record in good),
-        mended={name: counts[name] for name in MENDED if counts[name]},
+        corrected={name: counts[name] for name in CORRECTED if counts[name]},
         turned=counts["turned by EXIF"],
         skipped={name: count for name, count in skipped.items() if count},
     )
@@ -238,7 +238,7 @@ def _set_size(record: Record, upright: Size, turn: int) -> str | None:
             f"{stated_height}; write the image again without the tag"
         )
     return (
-        f"{record.file}: the image is {width}x{height}, but {where} says {stated_width}x{stated_height}; mend the size"
+        f"{record.file}: the image is {width}x{height}, but {where} says {stated_width}x{stated_height}; fix the size"
     )
 
 
@@ -270,7 +270,7 @@ def _repair_boxes(record: Record, counts: Counter[str]) -> None:
 def _box_fault(record: Record, index: int, reason: str) -> str:
     return (
         f"{_describe_place(record, index)}: the box {reason}: xyxy {record.boxes[index].tolist()}, "
-        f"area {record.area[index]}; mend or remove it"
+        f"area {record.area[index]}; fix or remove it"
     )
 
 
@@ -289,7 +289,7 @@ def _encode_masks(record: Record, counts: Counter[str]) -> None:
             codes.append(rle.encode_segmentation(shape, record.size))
         except ValueError as error:
             codes.append(None)
-            remedy = "mend or remove it, or train on boxes alone with data.masks=false"
+            remedy = "fix or remove it, or train on boxes alone with data.masks=false"
             record.faults.append(f"{_describe_place(record, index)}: its segmentation {error}; {remedy}")
     record.segmentation = [code and rle.to_coco(code, record.size) for code in codes]
     record.keep_rows(np.array([code is not None for code in codes], dtype=bool))

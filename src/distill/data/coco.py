@@ -137,7 +137,7 @@ def _parse_categories(entries: list[Any], path: Path) -> tuple[tuple[str, ...], 
             if number in names or name in names.values():
                 raise ValueError(f"has id {number} or name '{name}' of another; both must differ")
         except ValueError as error:
-            raise DistillError(f"{path}: categories[{place}] {error}; mend the file") from error
+            raise DistillError(f"{path}: categories[{place}] {error}; fix the file") from error
         names[number] = name
     if not names:
         raise DistillError(f"{path}: 'categories' is empty, so there are no classes; list them with 'id' and 'name'")
@@ -195,7 +195,7 @@ def _parse_annotation(entry: Mapping[str, Any], label: int, place: int) -> Annot
     x, y, width, height = (_to_float(value, "bbox") for value in box)
     area, crowd = entry.get("area"), entry.get("iscrowd")
     if crowd not in (0, 1, None):
-        raise ValueError(f"needs 'iscrowd' 0 or 1, got {shown(crowd)}; mend it")
+        raise ValueError(f"needs 'iscrowd' 0 or 1, got {shown(crowd)}; fix it")
     area = width * height if area is None else _to_float(area, "area")
     return Annotation((x, y, x + width, y + height), label, area, bool(crowd), False, place, entry.get("segmentation"))
 
@@ -213,15 +213,15 @@ def _read_integer(entry: Any, key: str) -> int:
         return value
     if isinstance(value, float) and value.is_integer() and MIN_ID <= value <= MAX_ID:
         return int(value)
-    raise ValueError(f"needs an integer '{key}', got {shown(value if isinstance(entry, dict) else entry)}; mend it")
+    raise ValueError(f"needs an integer '{key}', got {shown(value if isinstance(entry, dict) else entry)}; fix it")
 
 
 def _read_string(entry: Mapping[str, Any], key: str) -> str:
     value = entry.get(key)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"needs a text '{key}', got {shown(value)}; mend it")
+        raise ValueError(f"needs a text '{key}', got {shown(value)}; fix it")
     if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"has a '{key}' that is no text, {shown(value)}; mend it")
+        raise ValueError(f"has a '{key}' that is no text, {shown(value)}; fix it")
     return value
 
 
@@ -229,7 +229,7 @@ def _to_float(value: Any, key: str) -> float:
     if type(value) is float:
         return value
     if type(value) is not int:
-        raise ValueError(f"needs numbers in '{key}', got {shown(value)}; mend it, or remove this")
+        raise ValueError(f"needs numbers in '{key}', got {shown(value)}; fix it, or remove this")
     try:
         return float(value)
     except OverflowError:

@@ -195,7 +195,7 @@ class Voc:
                     f"{where}: object {place} is a '{name}', which is no class ({known}); see data.source.classes"
                 )
             elif not corners:
-                faults.append(f"{where}: object {place} ({name}) needs a bndbox of four numbers; mend or remove it")
+                faults.append(f"{where}: object {place} ({name}) needs a bndbox of four numbers; fix or remove it")
             else:
                 x1, y1, x2, y2 = corners
                 if self.one_based:

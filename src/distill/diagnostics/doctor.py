@@ -36,26 +36,26 @@ SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("
 
 
 def describe_split(data: DetectionData, split: str) -> dict[str, Any]:
-    """Count the images and boxes of a split, after faults were mended.
+    """Count the images and boxes of a split, after faults were corrected.
 
     Args:
         data: the data set.
         split: name of the split.
 
     Returns:
-        Numbers of images, boxes, crowds, difficult boxes and empty images; ``mended``: fault -> number; ``classes``:
+        Numbers of images, boxes, crowds, difficult boxes and empty images; ``corrected``: fault -> number; ``classes``:
         class -> size -> number of boxes, without crowds.
     """
     records = data.records(split)
     checked = data.checked[split]
-    mended = {**checked.mended, "turned by EXIF": checked.turned, **checked.skipped}
+    corrected = {**checked.corrected, "turned by EXIF": checked.turned, **checked.skipped}
     return {
         "images": len(records),
         "boxes": sum(len(record.labels) for record in records),
         "crowds": sum(int(record.crowd.sum()) for record in records),
         "difficult": sum(int(record.difficult.sum()) for record in records),
         "empty": sum(not (~record.crowd).any() for record in records),
-        "mended": {fault: count for fault, count in mended.items() if count},
+        "corrected": {fault: count for fault, count in corrected.items() if count},
         "classes": _per_class(records, data.classes),
     }
 

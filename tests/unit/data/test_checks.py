@@ -213,7 +213,7 @@ def test_boxes_are_mended_counted_and_remembered(tmp_path, picture):
     (same,), report = check_records([one], "val")
     assert same is one
     assert (report.split, report.images, report.boxes, report.usable) == ("val", 1, 8, 3)
-    assert report.mended == {"without area": 2, "outside the image": 3, "clipped": 1}
+    assert report.corrected == {"without area": 2, "outside the image": 3, "clipped": 1}
     assert str(report) == "val: 1 images, 8 boxes, 3 usable, 2 without area, 3 outside the image, 1 clipped"
     assert one.boxes.tolist() == [[1, 1, 9, 9], [0, 2, 9, 20], [0, 0, 30, 20]]
     assert one.annotation_indices.tolist() == [0, 1, 7]

@@ -115,7 +115,7 @@ def slow_heads(student: FakeView, teacher: FakeView) -> tuple[float, float, int]
 def pair_of(
     images: Any, student: DetectorSpec, teacher: DetectorSpec, dtype: torch.dtype = torch.float64
 ) -> tuple[FakeView, FakeView]:
-    """Every other positive is mended by the teacher, all the way to its truth, the others are not."""
+    """Every other positive is corrected by the teacher, all the way to its truth, the others are not."""
     ours, theirs = random_view(images, student, 1, dtype=dtype), random_view(images, teacher, 2, dtype=dtype)
     boxes, truth = torch.cat(ours.rois.boxes), torch.cat(ours.rois.truth)
     steps = torch.tensor([1.0, 0, 0, -1.0, 0, 0]).repeat(len(images))[: len(boxes)]
@@ -203,7 +203,7 @@ def test_iou_is_torchvision_s_row_by_row_and_survives_empty_boxes() -> None:
 
 
 def test_only_positives_that_the_teacher_mends_are_taught_their_box() -> None:
-    """Regions: mended, left alone, made worse, mended in the column of another class only, and a mended negative."""
+    """Regions: corrected, unchanged, made worse, corrected in the column of another class only, corrected negative."""
     known = spec(classes=("cat", "dog"))
     student, teacher = (random_view(batch(OBJECTS[:1]), known, seed, regions=5) for seed in (1, 2))
     truth = torch.tensor([[10.0, 10.0, 30.0, 30.0]]).repeat(5, 1)
@@ -234,7 +234,7 @@ def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
 
 
 def test_the_columns_of_boxes_follow_the_teacher_s_list() -> None:
-    """Only the teacher's dog, its third label, mends the student's dog, its first."""
+    """Only the teacher's dog, its third label, corrects the student's dog, its first."""
     ours, theirs = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
     values = []
     for column in (1, 3):

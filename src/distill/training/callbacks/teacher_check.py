@@ -27,21 +27,21 @@ class TeacherCheck(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure before the first step, also after a resume."""
         assert isinstance(pl_module, Distiller)
-        guest = pl_module.teacher
-        if guest is None:
+        teacher = pl_module.teacher
+        if teacher is None:
             return
-        if self.evaluate and not guest.values:
+        if self.evaluate and not teacher.values:
             data = data_module(trainer)
             try:
-                metrics = evaluate(guest.detector, data, "val", pl_module.metrics, pl_module.device, "teacher, val")
+                metrics = evaluate(teacher.detector, data, "val", pl_module.metrics, pl_module.device, "teacher, val")
             except DistillError as error:
                 warnings.warn(f"the teacher's AP is not known: {error}", stacklevel=2)
                 return
-            guest.values = {f"val/{name}": value for name, value in metrics.items()}
-        ap = guest.values.get("val/AP", guest.values.get("val/mAP"))
+            teacher.values = {f"val/{name}": value for name, value in metrics.items()}
+        ap = teacher.values.get("val/AP", teacher.values.get("val/mAP"))
         if ap is not None and self.min_ap is not None and ap < self.min_ap:
             warnings.warn(
                 f"the teacher's AP is {ap:.3f}, below teacher.min_ap={self.min_ap}: check its weights, its class list "
-                f"and the image size (data.min_size) that it was trained with ({guest.source})",
+                f"and the image size (data.min_size) that it was trained with ({teacher.source})",
                 stacklevel=2,
             )
