@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of N parts of the tests, keep the one that ``--part`` names. A test's part depends on its name alone."""
+    """Keep part K of the tests for ``--part K/N``. The name of a test alone decides its part."""
     if config.getoption("--part"):
         part, parts = map(int, config.getoption("--part").split("/"))
         assert 0 <= part < parts, f"--part: expected K/N with 0 <= K < N, got {part}/{parts}"
