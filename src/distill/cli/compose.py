@@ -10,7 +10,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -31,24 +31,10 @@ from distill.cli.suggestions import nearest
 from distill.run_folder import RunFolder
 from distill.types import DistillError
 
-if TYPE_CHECKING:
-    pass
-
 CONFIG_NAME = "config"
 REQUIRED_NODES = (
-    *(
-        "data",
-        "model",
-        "schedule",
-        "supervised",
-        "distill",
-        "metrics",
-        "trainer",
-        "callbacks",
-        "logger",
-        "paths",
-        "guard",
-    ),
+    *("data", "model", "schedule", "supervised", "distill", "metrics"),
+    *("trainer", "callbacks", "logger", "paths", "guard"),
 )
 """Nodes that every run reads."""
 MESSAGE_LENGTH = 600
@@ -169,10 +155,12 @@ def compose_with_hydra(overrides: Sequence[str]) -> DictConfig:
         cfg = compose(CONFIG_NAME, list(overrides), return_hydra_config=True)
     nodes: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
     require_nodes(nodes)
-    words = tuple(str(override.input_line) for override in parse_overrides(overrides) if override.is_hydra_override())
-    target_policy.validate_config(
-        nodes, overrides, _default_hydra(config_folder(), words, JobRuntime.instance().get("name"))
-    )
+    words = [str(override.input_line) for override in parse_overrides(overrides) if override.is_hydra_override()]
+    acted_on = tuple(word for word in words if not word.startswith(("hydra.run.", "hydra.sweep.")))
+    default = _default_hydra(config_folder(), acted_on, JobRuntime.instance().get("name"))
+    # Any file may name the folders of runs, so these words are not composed: hundreds of folders share one default.
+    default = default | {"overrides": default["overrides"] | {"hydra": words}}
+    target_policy.validate_config(nodes, overrides, default)
     return cfg
 
 
@@ -235,10 +223,13 @@ def validate_overrides(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]
         DistillError: names the invalid override and the nearest valid names.
     """
     refuse_renamed(overrides)
-    params = _validate_job(_sweep_jobs(overrides)[0][1]).hydra.sweeper.get("params") or {}
-    jobs = _sweep_jobs([*(f"{key}={value}" for key, value in params.items()), *overrides])
+    jobs = _sweep_jobs(overrides)
+    configs = [_validate_job(jobs[0][1])]
+    if params := configs[0].hydra.sweeper.get("params"):
+        jobs = _sweep_jobs([*(f"{key}={value}" for key, value in params.items()), *overrides])
+        configs = [_validate_job(jobs[0][1])]
+    configs += [_validate_job(kept) for _, kept in jobs[1:]]
     left_out = {line for job, kept in jobs for line in job} - {line for _, kept in jobs for line in kept}
-    configs = [_validate_job(kept) for _, kept in jobs]
     most_losses = max(range(len(jobs)), key=lambda index: len(configs[index].distill.losses or {}))
     for line in left_out:  # keys that some jobs leave out; a key that applies to no job is refused here
         _validate_job([line, *jobs[most_losses][1]])
