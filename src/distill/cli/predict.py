@@ -50,7 +50,7 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     import torch
 
     from distill.data import rle
-    from distill.data.records import read_image
+    from distill.data.decoding import read_image
     from distill.data.transforms import Sample, Transform, collate
     from distill.detectors.registry import load_detector
     from distill.detectors.weights import read_extra

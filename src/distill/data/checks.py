@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from distill.data import rle
-from distill.data.records import MAX_PIXELS, Record, exif_orientation, open_image, read_image
+from distill.data.decoding import MAX_PIXELS, TRANSPOSED, ImageInfo, inspect_image
+from distill.data.records import Record
 from distill.types import DistillError, Size
 
 CORRECTED = ("without area", "outside the image", "clipped", "with an empty mask")
@@ -35,10 +36,6 @@ CORRECTED = ("without area", "outside the image", "clipped", "with an empty mask
 MAX_LISTED = 10
 """Largest number of problems that one message lists."""
 THREADS = 16
-END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
-"""Bytes at the end of a complete file. Files of other formats are decoded to find out whether they are complete."""
-TRANSPOSED = (5, 6, 7, 8)
-"""EXIF orientations that swap height and width."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +56,16 @@ class SplitReport:
     """Number of boxes by kind of fault; the kinds are in `CORRECTED`."""
     turned: int
     """Number of images that their EXIF tag turns."""
+    scaled: int
+    """Number of images of more than 8 bits per channel, which are scaled to 8 bits."""
     skipped: Mapping[str, int]
     """Number of images and of problems that `on_error="skip"` left out."""
 
     def __str__(self) -> str:
         parts = [f"{self.images} images", f"{self.boxes} boxes", f"{self.usable} usable"]
         counts = {"crowds": self.crowds, "difficult": self.difficult, "images without boxes": self.without_boxes}
-        named = {**self.corrected, **counts, "turned by EXIF": self.turned, **self.skipped}
+        named = {**self.corrected, **counts, "turned by EXIF": self.turned}
+        named |= {"scaled to 8 bits": self.scaled, **self.skipped}
         return f"{self.split}: {', '.join([*parts, *(f'{count} {name}' for name, count in named.items() if count)])}"
 
 
@@ -128,6 +128,7 @@ def check_records(
         without_boxes=sum(not len(record.labels) for record in good),
         corrected={name: counts[name] for name in CORRECTED if counts[name]},
         turned=counts["turned by EXIF"],
+        scaled=counts["scaled to 8 bits"],
         skipped={name: count for name, count in skipped.items() if count},
     )
     return good, report
@@ -181,11 +182,12 @@ def _inspect_images(records: Sequence[Record], counts: Counter[str], max_pixels:
         warnings.simplefilter("ignore")
         looks = list(pool.map(partial(_inspect_file, max_pixels=max_pixels), sound))
     for record, look in zip(sound, looks, strict=True):
-        fault = look if isinstance(look, str) else _set_size(record, *look)
-        if fault:
-            _mark_broken(record, fault)
-        elif look[1] != 1:
-            counts["turned by EXIF"] += 1
+        fault = look if isinstance(look, str) else _set_size(record, look.size, look.orientation)
+        if fault or isinstance(look, str):
+            _mark_broken(record, str(fault))
+        else:
+            counts["turned by EXIF"] += look.orientation != 1
+            counts["scaled to 8 bits"] += look.bits > 8
 
 
 def _mark_broken(record: Record, fault: str) -> None:
@@ -193,8 +195,8 @@ def _mark_broken(record: Record, fault: str) -> None:
     record.unusable = True
 
 
-def _inspect_file(record: Record, max_pixels: int) -> tuple[Size, int] | str:
-    """Return the (height, width) of the upright image and its EXIF orientation, or a message about a faulty file."""
+def _inspect_file(record: Record, max_pixels: int) -> ImageInfo | str:
+    """Return the facts of an image file, or a message about a faulty file."""
     path = Path(record.file)
     try:
         if not path.is_file():
@@ -203,25 +205,9 @@ def _inspect_file(record: Record, max_pixels: int) -> tuple[Size, int] | str:
                 "annotations"
             )
         record.file_size = path.stat().st_size
-        with open_image(path, max_pixels) as image:
-            size, form, turn = (image.height, image.width), image.format, exif_orientation(image)
-        if form in END_MARKERS and _ends_with(path, END_MARKERS[form]):
-            return (size[::-1] if turn in TRANSPOSED else size), turn
-        # Decoders fill the missing part of a truncated file without an error.
-        if form in END_MARKERS and END_MARKERS[form] not in path.read_bytes():
-            return f"{path}: cut off, its end is missing; replace it, or remove it from the split"
-        height, width = read_image(path, max_pixels).shape[1:]
-        return (height, width), turn
-    except DistillError as error:
+        return inspect_image(path, max_pixels)
+    except (DistillError, OSError, ValueError) as error:
         return str(error)
-    except Exception as error:  # Pillow raises errors of any type for damaged bytes
-        return f"{path}: unreadable ({error}); replace it, or remove it from the split"
-
-
-def _ends_with(path: Path, end: bytes) -> bool:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 64))
-        return end in file.read()
 
 
 def _set_size(record: Record, upright: Size, turn: int) -> str | None:

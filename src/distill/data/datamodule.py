@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from distill.data.checks import SplitReport, check_overlap, check_records
+from distill.data.decoding import MAX_PIXELS, read_image
 from distill.data.images import ImageDataset, training_rows
 from distill.data.loader import DetectionLoader
-from distill.data.records import MAX_PIXELS, Record, coco_ground_truth, read_image
+from distill.data.records import Record, coco_ground_truth
 from distill.data.sampler import BatchSampler
 from distill.data.transforms import Sample, Transform, collate, padded_size, resized_size
 from distill.types import Batch, DistillError, Size
