@@ -8,8 +8,8 @@ Arguments and results always give the student first and the teacher second.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # torch takes seconds to import; a mistyped command line should fail at once
@@ -114,8 +114,8 @@ class Regions(NamedTuple):
     truth: list[Tensor]
     """(R, 4) ground-truth boxes.
 
-    A positive region has its matched box. A negative region has the box that it overlaps most. In an image without
-    boxes all rows are zeros.
+    A positive region has its matched box. The row of a negative region has no meaning (torchvision fills in the image's
+    first box). In an image without boxes all rows are zeros.
     """
     deltas: list[Tensor]
     """(R, 4) regression targets, encoded like the deltas of `View.roi_logits`."""
@@ -160,6 +160,9 @@ class DetectorSpec:
     """Channel standard deviations that normalise images in [0, 1], in the channel order of the detector."""
     norm: str
     """Normalisation layers of the backbone: ``frozen``, ``batch_fixed_stats``, ``batch`` or ``sync``."""
+    anchor_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options that decide the anchors at every image size (``sizes``, ``ratios``, ``step``, ...). Detectors with equal
+    `anchors` and `anchor_options` have the same anchors."""
 
 
 MAPS = ("body", "neck", "objectness", "class_logits", "deltas", "centerness")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from distill.cli import compose
+from distill.losses.chen import Chen
 from distill.losses.dsig import DSIG
-from distill.types import DistillError
+from distill.types import Batch, DistillError
 from helpers.detectors import BOX_FAMILIES, FAMILIES, count_calls, padded_batch, random_detector
 from helpers.runs import TINY, Cli, summary
 
@@ -183,6 +185,21 @@ def test_dsig_adds_to_defeat(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> No
 def test_boxes_of_other_anchors_are_not_compared() -> None:
     sizes = [[2 * side for side in level] for level in random_detector("retinanet").options["anchors"]["sizes"]]
     student, teacher = pair("retinanet", anchor_sizes=sizes)
-    loss, data = DSIG(student.spec, teacher.spec, **settings("dsig_retinanet")), padded_batch()
-    with pytest.raises(DistillError, match="logits: expected equal anchors, but those at stride 8 differ"):
-        loss(student.view(data, seed=3), teacher.view(data, frozen=True))
+    with pytest.raises(DistillError, match=r"logits: expected equal anchors, but anchors\.sizes is \[\[32, 40"):
+        DSIG(student.spec, teacher.spec, **settings("dsig_retinanet"))
+
+
+@pytest.mark.parametrize("loss", [partial(DSIG, **settings("dsig_retinanet")), Chen])
+def test_anchors_that_are_equal_at_some_image_sizes_alone_are_not_compared(loss: Any) -> None:
+    """`fitted` and `nominal` steps agree at 128 x 128 and differ at 96 x 160, at stride 64."""
+    family = "faster_rcnn" if loss is Chen else "retinanet"
+    fitted, nominal = (random_detector(family, anchor_step=step) for step in ("fitted", "nominal"))
+    square, oblong = (
+        Batch(torch.zeros(1, 3, *size, dtype=torch.uint8), (size,), (size,), (), (0,))
+        for size in ((128, 128), (96, 160))
+    )
+    grids = [[model.view(batch).anchors[64] for model in (fitted, nominal)] for batch in (square, oblong)]
+    assert [torch.equal(*pair_of_grids) for pair_of_grids in grids] == [True, False]
+    with pytest.raises(DistillError, match=r"expected equal anchors, but anchors\.step is fitted .* and nominal"):
+        loss(fitted.spec, nominal.spec)
+    loss(fitted.spec, fitted.spec)

@@ -61,6 +61,7 @@ class PyramidDetector(Detector):
             mean=tuple(pixels.mean),
             std=tuple(pixels.std),
             norm=backbone.norm,
+            anchor_options=options.get("anchors", {}),
         )
         super().__init__(net, spec, options, freeze(net.backbone.body, backbone.trainable_stages))
         initialise(self, backbone.weights, given["weights"], given["head"])

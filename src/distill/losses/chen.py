@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.losses import base, heads
 from distill.losses.base import DistillLoss, SumAndCount
-from distill.losses.heads import ClassMap, EqualAnchors
+from distill.losses.heads import ClassMap
 from distill.losses.imitation import MapError, MapImitation, squared_error
 from distill.precision import upcast
 from distill.types import DetectorSpec, DistillError, View
@@ -34,8 +34,10 @@ def soft_labels(student: Tensor, teacher: Tensor, background: float) -> Tensor:
 def bounded(student: Tensor, teacher: Tensor, truth: Tensor, positive: Tensor, margin: float) -> Tensor:
     """||S - Y||^2 where ||S - Y||^2 + margin > ||T - Y||^2, else 0; deltas (..., 4), positive (...) -> (...).
 
-    Only positives count: elsewhere Y has no meaning, and may be infinite.
+    Only positives count: elsewhere Y has no meaning, and may be infinite. A positive whose box has no area counts 0,
+    because its Y is infinite too.
     """
+    positive = positive & truth.isfinite().all(-1)
     truth = truth.masked_fill(~positive[..., None], 0.0)
     student_error = (upcast(student) - truth).square().sum(-1)
     teacher_error = (upcast(teacher.detach()) - truth).square().sum(-1)
@@ -128,8 +130,8 @@ class Chen(DistillLoss):
                 "hint", student.neck, teacher.neck, hint["levels"], adapter, error, normalization="mse", seed=seed
             )
         if self.terms("rpn"):
-            _require_equal_anchor_counts(student, teacher)
-        self._require_equal_anchors = EqualAnchors("rpn")
+            base.require_outputs("rpn", student, teacher, "objectness")
+            heads.require_equal_anchors("rpn", student, teacher)
         if self.terms("rcn"):
             base.require_outputs("rcn", student, teacher, "rois", "roi_logits")
             self.classes = ClassMap("rcn", student, teacher)
@@ -148,7 +150,6 @@ class Chen(DistillLoss):
 
     def _compare_rpn(self, student: View, teacher: View) -> dict[str, list[SumAndCount]]:
         """Shares of the terms of ``rpn``, on the anchors that the student's own losses sample."""
-        self._require_equal_anchors(student, teacher)
         targets, shares = student.anchor_targets, {}
         if "rpn.soft" in self.weights:
             # The sigmoid of z is the softmax over (0, z).
@@ -176,13 +177,3 @@ class Chen(DistillLoss):
             error = bounded(*outputs.label_deltas(), truth, outputs.labels > 0, self.margin)
             shares["rcn.box"] = [base.sum_and_count(error, every_region)]
         return shares
-
-
-def _require_equal_anchor_counts(student: DetectorSpec, teacher: DetectorSpec) -> None:
-    base.require_outputs("rpn", student, teacher, "objectness")
-    if student.anchors != teacher.anchors:
-        raise DistillError(
-            f"rpn: expected as many anchors per cell at the same strides, got (stride: anchors) {student.anchors} of "
-            f"the student and {teacher.anchors} of the teacher. Set the weights of rpn to 0, or give both models equal "
-            "anchors.sizes and anchors.ratios"
-        )

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from distill.losses import adapters, base, heads
 from distill.losses.base import DistillLoss, SumAndCount, is_number
-from distill.losses.heads import ClassMap, EqualAnchors
+from distill.losses.heads import ClassMap
 from distill.losses.imitation import MapImitation, RegionErrors
 from distill.losses.kernels.graph import graph_errors
 from distill.precision import upcast
@@ -160,7 +160,6 @@ class DSIG(DistillLoss):
             base.require_outputs("nodes and edges", student, teacher, "roi_features")
         self._validate_regions(student)
         self._match_heads(student, teacher)
-        self._require_equal_anchors = EqualAnchors("logits")
 
         adapter = base.merge_options("adapter", adapter, ADAPTER)
         self.maps = self.regions = self.nodes = None
@@ -221,6 +220,8 @@ class DSIG(DistillLoss):
                 f"the teacher a {teacher.family} with {teacher.anchors}. Choose another teacher, or set "
                 f"{', '.join(settings)}"
             )
+        if self.terms("logits") and not self.two_stage:
+            heads.require_equal_anchors("logits", student, teacher)
         if "logits.classes" in self.weights and not self.two_stage and len(student.classes) == 1:
             raise DistillError(
                 "logits.classes: a softmax over the classes of a one-stage detector is constant with only one class, "
@@ -297,7 +298,6 @@ class DSIG(DistillLoss):
 
     def _compare_anchors(self, student: View, teacher: View) -> dict[str, SumAndCount]:
         """The terms of ``logits``, on all anchors. Outputs that no term needs are not read."""
-        self._require_equal_anchors(student, teacher)
         labels, shares = student.anchor_targets.labels, {}
         if "logits.classes" in self.weights:
             student_logits, teacher_logits = (

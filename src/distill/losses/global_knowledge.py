@@ -15,6 +15,7 @@ from distill.losses.base import DistillLoss, SumAndCount, is_number
 from distill.losses.candidates import CandidateFeatures, pool_all_levels, select_candidates
 from distill.losses.heads import ClassMap
 from distill.losses.imitation import MapImitation
+from distill.losses.kernels.graph import SHORTEST
 from distill.losses.prototypes import choose_prototypes
 from distill.precision import upcast
 from distill.types import DetectorSpec, DistillError, View
@@ -29,9 +30,17 @@ RAMP = {**base.RAMP, "shape": "linear", "terms": ["neck", "relation"]}
 
 
 def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
-    """(R, C) and (R, P, C) or (P, C) -> (R, P)."""
-    features, prototypes = F.normalize(upcast(features), dim=-1), F.normalize(upcast(prototypes), dim=-1)
-    return (features[:, None] * prototypes).sum(-1)
+    """(R, C) and (R, P, C) or (P, C) -> (R, P).
+
+    A feature shorter than a thousandth of the mean prototype is divided by that length instead of its own: the
+    gradient of the cosine of a region without signal would be any number.
+    """
+    features, prototypes = upcast(features), upcast(prototypes)
+    typical = torch.linalg.vector_norm(prototypes, dim=-1).mean()
+    lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    shortest = (SHORTEST * typical).clamp(min=torch.finfo(features.dtype).tiny)
+    directions = features / torch.maximum(lengths, shortest)
+    return (directions[:, None] * F.normalize(prototypes, dim=-1)).sum(-1)
 
 
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:
@@ -60,7 +69,9 @@ class GlobalKnowledge(DistillLoss):
 
     Where we differ: where proposals overlap, the largest rho counts (in the released code, the rho of the last one
     drawn); the density filter also keeps features at the quantile, and all features where none passes in both spaces;
-    rho is never negative, which would teach the opposite; features are pooled in full precision.
+    rho is never negative, which would teach the opposite; features are pooled in full precision. Boxes are pooled at
+    the scale of the map over the padded image, for the prototypes and in training alike; in the released code the two
+    scales differ where a padded side is not a multiple of 64.
 
     Shapes: maps (B, C, H, W), logits (R, K+1). For two-stage detectors. Before each epoch the student's neck runs over
     up to ``images`` images per class, before the first one also the teacher's: half of the training images of COCO.
@@ -73,8 +84,8 @@ class GlobalKnowledge(DistillLoss):
         prototypes: ``count`` per class and level; ``alpha``, ``bandwidth`` and ``quantile`` of their choice;
             ``images``: upper bound per class; ``min_side`` of a box in pixels of the stored image.
         mask: options of :class:`distill.losses.masks.Mask`, around positive proposals instead of ground truth. Kind
-            ``ground_truth`` is all of their cells; with ``none`` the whole neck is foreground, without rho. ``scale``
-            also decides the level on which a proposal is pooled.
+            ``ground_truth`` is all of their cells; with ``none`` the whole neck is foreground, without rho, and there
+            is no background term. ``scale`` also decides the level on which a proposal is pooled.
         adapter: ``kernel``, ``start`` and ``relu`` of :func:`distill.losses.adapters.adapter`.
         ramp, normalizer, seed: see :class:`DistillLoss`. The mask ``random`` draws from the seed.
     """
@@ -100,12 +111,13 @@ class GlobalKnowledge(DistillLoss):
         seed: int = 0,
     ) -> None:
         neck, labels = base.merge_options("neck", neck, NECK), base.merge_options("labels", labels, LABELS)
-        weights = {f"neck.{part}": neck[part] for part in ("foreground", "background")}
+        self.mask = masks.Mask(**base.merge_options("mask", mask, MASK))
+        parts = ("foreground",) if self.mask.kind == "none" else ("foreground", "background")
+        weights = {f"neck.{part}": neck[part] for part in parts}
         weights["labels"] = labels["weight"]
         weights["relation"] = base.merge_options("relation", relation, RELATION)["weight"]
         super().__init__(weights, base.merge_options("ramp", ramp, RAMP), normalizer, seed)
         self.temperature = float(labels["temperature"])
-        self.mask = masks.Mask(**base.merge_options("mask", mask, MASK))
         if not self.terms("neck"):  # the other terms read only the scale
             base.build_mask("neck", False, {**mask, "scale": MASK["scale"]}, MASK)
         self.prototypes = base.merge_options("prototypes", prototypes, PROTOTYPES)

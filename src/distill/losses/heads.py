@@ -119,36 +119,30 @@ def anchor_outputs(place: str, stage: str, student: View, teacher: View, width: 
     return flatten_anchors(student_maps, width), flatten_anchors(teacher_maps, width)
 
 
-class EqualAnchors:
-    """Refuses Views with unequal anchors, because equal deltas would then mean different boxes.
-
-    No field of the spec holds the sizes of anchors. The comparison waits for the device, so only the first call
-    compares.
+def require_equal_anchors(name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Refuse a pair with unequal anchors, because equal deltas then mean different boxes.
 
     Args:
         name: of the terms, for the message.
+        student, teacher: specs of both detectors.
+
+    Raises:
+        DistillError: the anchors differ at some image size.
     """
-
-    def __init__(self, name: str) -> None:
-        self.name, self.compared = name, False
-
-    def __call__(self, student: View, teacher: View) -> None:
-        """Compare the anchors of both Views.
-
-        Raises:
-            DistillError: they differ.
-        """
-        if self.compared:
-            return
-        for stride, anchors in student.anchors.items():
-            if not torch.equal(anchors, teacher.anchors[stride]):
-                raise DistillError(
-                    f"{self.name}: expected equal anchors, but those at stride {stride} differ: the student's first "
-                    f"are {anchors[:3].tolist()}, the teacher's {teacher.anchors[stride][:3].tolist()}. "
-                    "Give both models the same anchors.sizes and anchors.ratios, or set the weights of "
-                    f"{self.name} to 0"
-                )
-        self.compared = True
+    remedy = f"Give both models the same options of anchors, or set the weights of {name} to 0"
+    if student.anchors != teacher.anchors:
+        raise DistillError(
+            f"{name}: expected as many anchors per cell at the same strides, got (stride: anchors) {student.anchors} "
+            f"of the student and {teacher.anchors} of the teacher. {remedy}"
+        )
+    options = student.anchor_options.keys() | teacher.anchor_options.keys()
+    for option in sorted(options):
+        values = [spec.anchor_options.get(option) for spec in (student, teacher)]
+        if values[0] != values[1]:
+            raise DistillError(
+                f"{name}: expected equal anchors, but anchors.{option} is {values[0]} for the student and {values[1]} "
+                f"for the teacher. {remedy}"
+            )
 
 
 class Positives(NamedTuple):

@@ -26,13 +26,21 @@ BETA = 1 / 9
 
 
 def binary_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over classes of -t log s - (1 - t) log(1 - s), with s, t softmax of logits (R, K+1) -> (R,).
+    """Mean over classes of -t log s - (1 - t) log(1 - s), with s, t softmax of logits (R, K+1) -> (R,)."""
+    logits, t = upcast(student), F.softmax(upcast(teacher.detach()), dim=1)
+    return -(t * F.log_softmax(logits, dim=1) + (1 - t) * log_complement(logits)).mean(1)
 
-    1 - s is at least the dtype's epsilon, which bounds the loss of a confident wrong student.
+
+def log_complement(logits: Tensor) -> Tensor:
+    """log(1 - softmax) of logits (R, K+1), exact where the softmax is nearly 1.
+
+    1 - s cancels only for the largest class. There the value is logsumexp over the other classes minus logsumexp over
+    all classes.
     """
-    log_s, t = F.log_softmax(upcast(student), dim=1), F.softmax(upcast(teacher.detach()), dim=1)
-    log_rest = torch.log(-torch.expm1(log_s.clamp(max=-torch.finfo(log_s.dtype).eps)))
-    return -(t * log_s + (1 - t) * log_rest).mean(1)
+    largest = F.one_hot(logits.argmax(1), logits.shape[1]).bool()
+    others = logits.masked_fill(largest, -torch.inf).logsumexp(1, keepdim=True) - logits.logsumexp(1, keepdim=True)
+    rest = torch.log1p(-F.softmax(logits, dim=1).masked_fill(largest, 0.0))
+    return torch.where(largest, others, rest)
 
 
 def smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:

@@ -225,8 +225,8 @@ def test_hard_and_soft_labels_share_one_weight(options: dict[str, Any], factors:
 @pytest.mark.parametrize(
     ("options", "reads"),
     [
-        ({"rpn": {"soft": 1, "box": 0}}, {"anchors", "anchor_targets", "objectness"}),
-        ({"rpn": {"soft": 0, "box": 1}}, {"anchors", "anchor_targets", "deltas"}),
+        ({"rpn": {"soft": 1, "box": 0}}, {"anchor_targets", "objectness"}),
+        ({"rpn": {"soft": 0, "box": 1}}, {"anchor_targets", "deltas"}),
         ({"rcn": {"soft": 0, "box": 1}}, {"rois", "roi_logits"}),
         ({"hint": {"neck": 1}}, {"neck"}),
         ({}, set()),
@@ -354,11 +354,23 @@ def test_hints_serve_every_pair_that_shares_strides() -> None:
     assert loss(student, teacher)["hint.neck"] > 0
 
 
-def test_anchors_of_other_sizes_are_refused_in_the_first_step() -> None:
-    student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
-    teacher.stages["anchors"] = {stride: 2 * each for stride, each in teacher.anchors.items()}
-    with pytest.raises(DistillError, match="rpn: expected equal anchors, but those at stride 4 differ"):
-        Chen(spec(), spec(), **only(rpn={}))(student, teacher)
+def test_anchors_of_other_sizes_are_refused() -> None:
+    larger = replace(spec(), anchor_options={"sizes": [[64]] * 5})
+    with pytest.raises(DistillError, match=r"rpn: expected equal anchors, but anchors\.sizes is None .* \[\[64\]"):
+        Chen(spec(), larger, **only(rpn={}))
+    Chen(spec(), larger, **only(rcn={}))
+
+
+def test_a_box_without_area_counts_nothing() -> None:
+    """Its targets are log(0); the other positives count as before."""
+    student, teacher, truth = torch.zeros(3, 4), torch.full((3, 4), 2.0), torch.ones(3, 4)
+    truth[1, 2] = -torch.inf
+    student.requires_grad_()
+    errors = bounded(student, teacher, truth, torch.tensor([True, True, False]), margin=0.01)
+    assert errors.tolist() == [4.0, 0.0, 0.0]
+    errors.sum().backward()
+    assert student.grad is not None
+    assert student.grad.tolist() == [[-2.0] * 4, [0.0] * 4, [0.0] * 4]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.losses import masks
 from distill.losses.base import DistillLoss
-from distill.losses.global_knowledge import GlobalKnowledge, agreement
+from distill.losses.global_knowledge import GlobalKnowledge, agreement, cosines
 from distill.types import Batch, DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import OBJECTS, LossGrid
@@ -142,7 +142,7 @@ def test_the_neck_takes_any_mask_and_the_other_terms_none(kind: str) -> None:
     if kind == "none":
         errors = [float((x - teacher.neck[s]).square().mean()) / 2 for s, x in student.neck.items()]
         assert values["neck.foreground"].item() == pytest.approx(sum(errors) / len(errors))
-        assert values["neck.background"] == 0
+        assert "neck.background" not in values
 
 
 def test_logits_of_a_wrong_shape_are_refused() -> None:
@@ -218,3 +218,19 @@ def test_opposite_places_are_not_trusted_at_all() -> None:
 def test_it_needs_regions() -> None:
     with pytest.raises(DistillError, match="the teacher is a retinanet, which has no rois"):
         GlobalKnowledge(spec(), spec(two_stage=False))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_a_region_without_signal_has_a_bounded_gradient(scale: float) -> None:
+    """The other regions keep the plain cosine, at any scale of the features."""
+    torch.manual_seed(0)
+    features, prototypes = scale * torch.randn(3, 8), scale * torch.randn(4, 8)
+    features[1] *= 1e-12
+    features.requires_grad_()
+    values = cosines(features, prototypes)
+    plain = torch.nn.functional.cosine_similarity(features[:, None], prototypes, dim=-1, eps=0.0)
+    assert torch.allclose(values[[0, 2]], plain[[0, 2]], rtol=1e-6, atol=1e-7)
+    values.sum().backward()
+    assert features.grad is not None
+    typical = torch.linalg.vector_norm(prototypes, dim=-1).mean()
+    assert torch.linalg.vector_norm(features.grad[1]) <= 4 / (0.999e-3 * typical)

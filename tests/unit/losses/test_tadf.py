@@ -54,6 +54,27 @@ def slow_gaussian(boxes: list[list[float]], stride: int, height: int, width: int
     return mask
 
 
+@pytest.mark.parametrize("largest", [12.0, 16.0, 18.0, 30.0, 300.0])
+def test_the_cross_entropy_of_a_confident_wrong_student_keeps_its_digits(largest: float) -> None:
+    """-log(1 - s) of a softmax s that rounds to 1 in float32, with its gradient, against float64 without 1 - s."""
+    values, teacher = (0.0, largest, 0.3), torch.tensor([[2.0, 0.0, 1.0]])
+    t = [math.exp(z) / sum(math.exp(other) for other in teacher[0].tolist()) for z in teacher[0].tolist()]
+    exact = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    total = exact.logsumexp(0)
+    expected = exact.new_zeros(())
+    for k in range(3):
+        others = torch.stack([exact[j] for j in range(3) if j != k]).logsumexp(0)
+        expected = expected - (t[k] * (exact[k] - total) + (1 - t[k]) * (others - total)) / 3
+    expected.backward()
+    student = torch.tensor([values], requires_grad=True)
+    loss = tadf.binary_cross_entropy(student, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert student.grad is not None
+    assert exact.grad is not None
+    assert student.grad[0].tolist() == pytest.approx(exact.grad.tolist(), rel=1e-5, abs=1e-7)
+
+
 def slow_neck(student: FakeView, teacher: FakeView) -> float:
     levels = []
     for level, (stride, ours) in enumerate(student.neck.items()):

@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from distill.precision import upcast
 
+SHORTEST = 1e-3
+"""Smallest divisor in a cosine, as a fraction of a typical length of the features."""
+
 
 def graph_errors(student: Tensor, teacher: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Errors of the nodes (B, R) and of the edges (B,) of two graphs with node features (B, R, F).
@@ -33,14 +36,14 @@ class _GraphErrors(torch.autograd.Function):
         if member is None:
             ctx.save_for_backward(student, teacher)
             return nodes, edges
-        scale, cosines = _cosines(student)
+        scale, cosines, short = _cosines(student)
         difference = (cosines - _cosines(teacher)[1]).mul_(member[:, :, None] & member[:, None])
         count = 2 * member.sum(1).square().clamp(min=1).to(student.dtype)
         edges = difference.square().sum((1, 2)) / count
         # With N the unit vectors and D the difference, the gradient of the edges with respect to the features is
         # 4 / count (D - diag(row sums of D * cosines)) N, each row divided by the length of its feature.
         slopes = difference * (4 / count)[:, None, None]
-        along = (slopes * cosines).sum(2)
+        along = (slopes * cosines).sum(2).masked_fill_(short, 0.0)  # a short feature's divisor is a constant
         slopes = slopes.mul_(scale[:, :, None]).mul_(scale[:, None])
         slopes.diagonal(dim1=1, dim2=2).sub_(along * scale.square())
         ctx.save_for_backward(student, teacher, slopes)
@@ -63,9 +66,15 @@ def _blocks(student: Tensor, teacher: Tensor) -> Iterator[tuple[Tensor, Tensor]]
     return zip(torch.split(student_nodes, size), torch.split(teacher_nodes, size), strict=True)
 
 
-def _cosines(x: Tensor, blocks: int = 4) -> tuple[Tensor, Tensor]:
-    """1 / length (B, R) of nodes (B, R, F), and their cosines (B, R, R), each pair of which is computed once."""
-    scale = 1 / torch.linalg.vector_norm(x, dim=2).clamp(min=1e-12)
+def _cosines(x: Tensor, blocks: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """1 / length (B, R) of nodes (B, R, F), their cosines (B, R, R), and which nodes are short (B, R).
+
+    Each pair is computed once. A short node is divided by `SHORTEST` of the image's longest node instead of its own
+    length: the gradient of the cosine of a region without signal would be any number.
+    """
+    lengths = torch.linalg.vector_norm(x, dim=2)
+    shortest = (SHORTEST * lengths.amax(1, keepdim=True)).clamp(min=1e-12)
+    scale, short = 1 / torch.maximum(lengths, shortest), lengths < shortest
     count = x.shape[1]
     cosines = x.new_empty(len(x), count, count)
     step = -(-count // blocks)
@@ -73,4 +82,4 @@ def _cosines(x: Tensor, blocks: int = 4) -> tuple[Tensor, Tensor]:
         part = slice(start, start + step)
         cosines[:, part, start:] = x[:, part] @ x[:, start:].mT
         cosines[:, start + step :, part] = cosines[:, part, start + step :].mT
-    return scale, cosines.mul_(scale[:, :, None]).mul_(scale[:, None])
+    return scale, cosines.mul_(scale[:, :, None]).mul_(scale[:, None]), short
