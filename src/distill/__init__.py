@@ -50,7 +50,7 @@ _MODULES = {
     "evaluate": "evaluation.evaluate",
     "load_detector": "detectors.registry",
     "panel": "evaluation.pictures",
-    "save_student": "detectors.weights",
+    "save_student": "detectors.student_files",
 }
 """Public name -> the module below ``distill`` that defines it."""
 

@@ -156,13 +156,13 @@ def test_an_option_that_inherits_says_only_what_it_changes(option: str) -> None:
 
 @pytest.mark.parametrize("option", ["none", "defeat", "dsig"])
 def test_options_of_one_sweep_build_on_a_pair_of_unequal_necks(option: str) -> None:
-    from distill.detectors.faster_rcnn import TwoStageView
+    from distill.detectors.faster_rcnn import FasterRCNNView
     from distill.types import DetectorSpec
 
     student, teacher = (
         DetectorSpec(
             family="faster_rcnn",
-            outputs=TwoStageView.outputs,
+            outputs=FasterRCNNView.outputs,
             classes=("cat", "dog"),
             body=dict.fromkeys((4, 8, 16, 32), channels),
             neck=dict.fromkeys((4, 8, 16, 32, 64), channels),

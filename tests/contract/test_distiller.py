@@ -28,7 +28,7 @@ from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.detectors.base import Detector
 from distill.detectors.registry import load_detector
-from distill.detectors.weights import save_student
+from distill.detectors.student_files import save_student
 from distill.evaluation.coco import CocoMetric
 from distill.evaluation.evaluate import evaluate
 from distill.frozen import FrozenModel

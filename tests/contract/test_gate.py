@@ -182,7 +182,7 @@ def test_no_text_becomes_a_call(source: str, conf: Path, tmp_path: Path, monkeyp
         "distill.detectors.weights.Path",
         "distill.data.records.Image.open",
         "distill.files.write_text",
-        "distill.detectors.weights.save_student",
+        "distill.detectors.student_files.save_student",
         "distill.cli.main",
         "distill.cli.sweep.SweepTable",
         "distill.cli.teacher.subprocess.Popen",

@@ -26,7 +26,7 @@ class Knowing:
     @property
     def objectness(self) -> dict[int, Tensor]:
         wanted = 100.0 * (2 * (self.student.anchor_targets.labels > 0) - 1)
-        parts = wanted.split([len(each) for each in self.anchors.values()], dim=1)
+        parts = wanted.split([len(boxes) for boxes in self.anchors.values()], dim=1)
         return {
             stride: part.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
             for (stride, x), part in zip(self.student.objectness.items(), parts, strict=True)
@@ -65,12 +65,12 @@ def test_a_real_pair_is_taught_down_to_the_body(method: type[Any], family: str) 
     assert all(value.isfinite() for value in values.values())
     torch.stack(list(values.values())).sum().backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
-    found = gradients(student)
-    assert all(each.isfinite().all() for each in found.values())
-    assert any(name.startswith("backbone.body") and each.any() for name, each in found.items())
+    student_gradients = gradients(student)
+    assert all(gradient.isfinite().all() for gradient in student_gradients.values())
+    assert any(name.startswith("backbone.body") and gradient.any() for name, gradient in student_gradients.items())
     if "rois" in student.spec.outputs:
-        assert found["roi_heads.box_predictor.cls_score.weight"].any()
-        assert ("rpn.head.cls_logits.weight" in found) == (method is Chen)
+        assert student_gradients["roi_heads.box_predictor.cls_score.weight"].any()
+        assert ("rpn.head.cls_logits.weight" in student_gradients) == (method is Chen)
 
 
 @pytest.mark.parametrize("method", MAPS_ONLY)

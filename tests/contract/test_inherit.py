@@ -15,13 +15,13 @@ def test_neck_and_heads_are_the_teacher_s_and_the_body_is_not(family: str) -> No
     student, teacher = random_detector(family, seed=1), random_detector(family, seed=2)
     before = {name: value.clone() for name, value in student.net.state_dict().items()}
     lines = inherit(student, teacher)
-    theirs = teacher.net.state_dict()
+    teacher_state = teacher.net.state_dict()
     for name, value in student.net.state_dict().items():
-        assert torch.equal(value, (before if name.startswith("backbone.body.") else theirs)[name]), name
+        assert torch.equal(value, (before if name.startswith("backbone.body.") else teacher_state)[name]), name
     counts = [line.split(": ")[2] for line in lines]
     assert len(lines) > 2
     assert all(count.split(" of ")[0] == count.split(" of ")[1] for count in counts)
-    teacher.net.state_dict()[next(name for name in theirs if "fpn" in name)].fill_(7)
+    teacher.net.state_dict()[next(name for name in teacher_state if "fpn" in name)].fill_(7)
     assert not any((value == 7).all() for value in student.net.state_dict().values() if value.numel() > 3)
 
 
@@ -46,9 +46,12 @@ def test_classes_are_matched_by_name() -> None:
         ["owl", "bat", "cat", "dog"], **{k: v for k, v in teacher.options.items() if k != "classes"}
     )
     inherit(student, renamed)
-    ours, theirs = student.net.roi_heads.box_predictor.cls_score, renamed.net.roi_heads.box_predictor.cls_score
-    for mine, other in ((0, 0), (1, 3), (2, 4), (3, 1)):
-        assert torch.equal(ours.weight[mine], theirs.weight[other])
+    student_layer, teacher_layer = (
+        student.net.roi_heads.box_predictor.cls_score,
+        renamed.net.roi_heads.box_predictor.cls_score,
+    )
+    for row, other in ((0, 0), (1, 3), (2, 4), (3, 1)):
+        assert torch.equal(student_layer.weight[row], teacher_layer.weight[other])
     fewer = type(teacher)(["cat", "dog"], **{k: v for k, v in teacher.options.items() if k != "classes"})
     with pytest.raises(DistillError, match=r"\['owl'\] of .*set init=scratch"):
         inherit(student, fewer)

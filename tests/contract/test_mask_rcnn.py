@@ -16,7 +16,7 @@ from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.registry import load_detector
 from distill.detectors.retinanet import RetinaNet
-from distill.detectors.weights import save_student
+from distill.detectors.student_files import save_student
 from distill.types import Batch, DistillError, Target
 from helpers.detectors import nested
 
@@ -68,14 +68,14 @@ def batch(masks: bool = True, seed: int = 1, empty: tuple[int, ...] = (1,)) -> B
 
 def torchvision_input(data: Batch) -> tuple[list[Tensor], list[dict[str, Any]]]:
     images = [image[:, :h, :w].float() / 255 for image, (h, w) in zip(data.images, data.sizes, strict=True)]
-    return images, [{"boxes": each.boxes, "labels": each.labels, "masks": each.masks} for each in data.targets]
+    return images, [{"boxes": target.boxes, "labels": target.labels, "masks": target.masks} for target in data.targets]
 
 
 def reference(detector: Any, width: int) -> Any:
     """torchvision's own MaskRCNN with the same weights; it takes the images as they are."""
     backbone = detector.net.backbone
     options = {name: value for name, value in FEW.items() if name.startswith("rpn")}
-    theirs = detection.MaskRCNN(
+    model = detection.MaskRCNN(
         backbone,
         box_head=detection.faster_rcnn.TwoMLPHead(width * 49, FEW["head_channels"]),
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(FEW["head_channels"], 4),
@@ -83,21 +83,21 @@ def reference(detector: Any, width: int) -> Any:
         mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(width, width, 4),
         **options,
     )
-    theirs.load_state_dict(detector.net.state_dict(), strict=True)
-    for module in (theirs.roi_heads.box_roi_pool, theirs.roi_heads.mask_roi_pool):
+    model.load_state_dict(detector.net.state_dict(), strict=True)
+    for module in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
         # its guess from the first, tiny batch would be wrong scales: see pooling.region_pool
         module.scales, module.map_levels = (
             detector.net.roi_heads.box_roi_pool.scales,
             detector.net.roi_heads.box_roi_pool.map_levels,
         )
-    theirs.transform.resize = lambda image, target: (image, target)
-    return theirs
+    model.transform.resize = lambda image, target: (image, target)
+    return model
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients_by_name = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return gradients_by_name
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
@@ -109,39 +109,41 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("options", [{}, {"norm": "batch", "depth": 18}])
 def test_losses_and_gradients_equal_torchvision_bit_for_bit(options: dict[str, Any]) -> None:
     detector, data = build(**options, box_roi_align="torchvision"), batch()
-    theirs = reference(detector, 32).train()
+    model = reference(detector, 32).train()
     torch.manual_seed(7)
-    ours = detector.view(data).losses
-    sum(ours.values()).backward()
+    view_losses = detector.view(data).losses
+    sum(view_losses.values()).backward()
     our_gradients = gradients(detector.net)
     torch.manual_seed(7)
-    losses = theirs(*torchvision_input(data))
+    losses = model(*torchvision_input(data))
     sum(losses.values()).backward()
-    assert_same(ours, losses)
-    assert float(ours["loss_mask"].detach()) > 0.1
-    assert_same(our_gradients, gradients(theirs))
+    assert_same(view_losses, losses)
+    assert float(view_losses["loss_mask"].detach()) > 0.1
+    assert_same(our_gradients, gradients(model))
     assert any("mask_head" in name for name in our_gradients)
 
 
 def test_detections_and_masks_equal_torchvision_bit_for_bit() -> None:
     detector, data = build(box_roi_align="torchvision").eval(), batch()
-    theirs = reference(detector, 32).eval()
+    model = reference(detector, 32).eval()
     data = Batch(data.images, data.sizes, data.sizes, data.targets, data.ids)
     view = detector.view(data, training=False, frozen=True)
     with torch.no_grad():
-        expected = theirs(torchvision_input(data)[0])
+        expected = model(torchvision_input(data)[0])
     shown = 0
-    found = view.predictions()
-    cells = maskrcnn_inference(view.mask_logits([one.boxes for one in found]), [one.labels for one in found])
-    for mine, other, cell in zip(view.detections, expected, cells, strict=True):
-        assert torch.equal(mine.boxes, other["boxes"])
-        assert torch.equal(mine.scores, other["scores"])
-        assert torch.equal(mine.labels, other["labels"])
-        assert mine.masks is not None
-        assert mine.masks.dtype == torch.bool
-        assert torch.equal(mine.masks, other["masks"][:, 0] > 0.5)
-        assert torch.equal(paste_masks_in_image(cell, other["boxes"], mine.masks.shape[1:]), other["masks"])
-        shown += int(mine.masks.flatten(1).any(1).sum())
+    predictions = view.predictions()
+    cells = maskrcnn_inference(
+        view.mask_logits([one.boxes for one in predictions]), [one.labels for one in predictions]
+    )
+    for actual, other, cell in zip(view.detections, expected, cells, strict=True):
+        assert torch.equal(actual.boxes, other["boxes"])
+        assert torch.equal(actual.scores, other["scores"])
+        assert torch.equal(actual.labels, other["labels"])
+        assert actual.masks is not None
+        assert actual.masks.dtype == torch.bool
+        assert torch.equal(actual.masks, other["masks"][:, 0] > 0.5)
+        assert torch.equal(paste_masks_in_image(cell, other["boxes"], actual.masks.shape[1:]), other["masks"])
+        shown += int(actual.masks.flatten(1).any(1).sum())
     assert shown > 5
 
 
@@ -166,21 +168,23 @@ def test_an_image_where_nothing_is_found_has_no_masks_but_their_size() -> None:
 
 def test_a_foreign_default_model_loads_the_state_dict_and_agrees() -> None:
     body = resnet.resnet18(weights=None, norm_layer=torch.nn.BatchNorm2d)
-    theirs = detection.MaskRCNN(_resnet_fpn_extractor(body, 5), 4, rpn_post_nms_top_n_test=20)
-    ours = MaskRCNN(["a", "b", "c"], backbone={"depth": 18}, rpn_post_nms_top_n_test=20, box_roi_align="torchvision")
-    assert {n: p.shape for n, p in theirs.state_dict().items()} == {
-        n: p.shape for n, p in ours.net.state_dict().items()
+    model = detection.MaskRCNN(_resnet_fpn_extractor(body, 5), 4, rpn_post_nms_top_n_test=20)
+    detector = MaskRCNN(
+        ["a", "b", "c"], backbone={"depth": 18}, rpn_post_nms_top_n_test=20, box_roi_align="torchvision"
+    )
+    assert {n: p.shape for n, p in model.state_dict().items()} == {
+        n: p.shape for n, p in detector.net.state_dict().items()
     }
-    theirs.load_state_dict(ours.net.state_dict(), strict=True)
-    theirs.transform.resize = lambda image, target: (image, target)
+    model.load_state_dict(detector.net.state_dict(), strict=True)
+    model.transform.resize = lambda image, target: (image, target)
     data = batch()
     data = Batch(data.images, data.sizes, data.sizes, data.targets, data.ids)
     with torch.no_grad():
-        expected = theirs.eval()(torchvision_input(data)[0])
-    for mine, other in zip(ours.eval().view(data, training=False, frozen=True).detections, expected, strict=True):
-        assert len(mine.boxes)
-        assert torch.equal(mine.boxes, other["boxes"])
-        assert torch.equal(mine.masks, other["masks"][:, 0] > 0.5)  # type: ignore[arg-type]
+        expected = model.eval()(torchvision_input(data)[0])
+    for actual, other in zip(detector.eval().view(data, training=False, frozen=True).detections, expected, strict=True):
+        assert len(actual.boxes)
+        assert torch.equal(actual.boxes, other["boxes"])
+        assert torch.equal(actual.masks, other["masks"][:, 0] > 0.5)  # type: ignore[arg-type]
 
 
 class Calls:
@@ -225,15 +229,15 @@ def test_losses_run_the_mask_head_once_and_detections_once(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("seed", [None, 5])
 def test_reading_order_changes_nothing(seed: int | None) -> None:
-    detector, data, found = build(), batch(), []
+    detector, data, losses = build(), batch(), []
     for stages in (("losses",), ("detections", "losses"), ("rois", "detections"), ("proposals", "rois", "losses")):
         torch.manual_seed(3)
         view = detector.view(data, seed=seed)
         for stage in stages:
             getattr(view, stage)
-        found.append(view.losses)
-    for other in found[1:]:
-        assert_same(other, found[0])
+        losses.append(view.losses)
+    for other in losses[1:]:
+        assert_same(other, losses[0])
 
 
 def test_a_batch_without_boxes_gives_a_mask_loss_of_zero_that_is_attached() -> None:
@@ -274,7 +278,7 @@ def test_it_describes_itself_and_is_saved_and_loaded(tmp_path: Any) -> None:
     assert type(again) is MaskRCNN
     assert again.spec == detector.spec
     assert again.spec.family == "mask_rcnn"
-    pairs = zip(*(each.view(data, training=False, frozen=True).detections for each in (detector, again)), strict=True)
+    pairs = zip(*(model.view(data, training=False, frozen=True).detections for model in (detector, again)), strict=True)
     for one, other in pairs:
         assert all(map(torch.equal, one, other))
 
@@ -284,9 +288,9 @@ def test_classes_are_taken_over_by_name_in_the_mask_head_too(tmp_path: Any) -> N
     save_student(detector, tmp_path)
     settings = {name: value for name, value in detector.options.items() if name != "classes"}
     fewer = MaskRCNN(["owl", "cat"], **{**settings, "weights": str(tmp_path)})
-    theirs, ours = (each.net.roi_heads.mask_predictor.mask_fcn_logits for each in (detector, fewer))
-    assert torch.equal(ours.weight, theirs.weight[[0, 3, 1]])
-    assert torch.equal(ours.bias, theirs.bias[[0, 3, 1]])
+    layer, fewer_layer = (module.net.roi_heads.mask_predictor.mask_fcn_logits for module in (detector, fewer))
+    assert torch.equal(fewer_layer.weight, layer.weight[[0, 3, 1]])
+    assert torch.equal(fewer_layer.bias, layer.bias[[0, 3, 1]])
 
 
 def test_the_names_of_torchvisions_published_files_are_read(tmp_path: Any) -> None:

@@ -20,8 +20,8 @@ def flat(maps: Pyramid, columns: int) -> Tensor:
     levels = []
     for x in maps.values():
         images, channels, height, width = x.shape
-        each = x.reshape(images, channels // columns, columns, height, width).permute(0, 3, 4, 1, 2)
-        levels.append(each.reshape(images, -1, columns))
+        level = x.reshape(images, channels // columns, columns, height, width).permute(0, 3, 4, 1, 2)
+        levels.append(level.reshape(images, -1, columns))
     return torch.cat(levels, 1)
 
 
@@ -42,17 +42,17 @@ def test_two_stage_losses_follow_from_the_targets() -> None:
     expected = smooth_l1((dense - deltas)[positive], 1 / 9) / sampled.sum()
     assert view.losses["loss_rpn_box_reg"].item() == pytest.approx(expected.item(), rel=1e-5)
 
-    boxes, names, truth, moves = (torch.cat(each) for each in view.rois)
+    boxes, names, truth, moves = (torch.cat(values) for values in view.rois)
     logits, all_deltas = view.roi_logits(view.rois.boxes)
     assert view.losses["loss_classifier"].item() == pytest.approx(F.cross_entropy(logits, names).item(), rel=1e-5)
-    found = names > 0
-    expected = smooth_l1((label_deltas(all_deltas, names) - moves)[found], 1 / 9) / len(names)
+    foreground = names > 0
+    expected = smooth_l1((label_deltas(all_deltas, names) - moves)[foreground], 1 / 9) / len(names)
     assert view.losses["loss_box_reg"].item() == pytest.approx(expected.item(), rel=1e-5)
 
-    assert (box_iou(boxes[found], truth[found]).diagonal() >= 0.5).all()
+    assert (box_iou(boxes[foreground], truth[foreground]).diagonal() >= 0.5).all()
     for image, target in enumerate(view.batch.targets):
-        for each in view.rois.truth[image].tolist():
-            assert each in target.boxes.tolist() or (not len(target.boxes) and each == [0, 0, 0, 0])
+        for values in view.rois.truth[image].tolist():
+            assert values in target.boxes.tolist() or (not len(target.boxes) and values == [0, 0, 0, 0])
 
 
 def test_regions_are_moved_as_their_deltas_say() -> None:

@@ -39,14 +39,14 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 def test_losses_and_gradients_equal_torchvision_bit_for_bit(family: str, options: dict[str, Any]) -> None:
     detector, data = random_detector(family, **options, **FAMILIES[family].equals_torchvision), padded_batch()
     torch.manual_seed(7)
-    ours = detector.view(data).losses
-    sum(ours.values()).backward()
+    view_losses = detector.view(data).losses
+    sum(view_losses.values()).backward()
     our_gradients = gradients(detector)
     torch.manual_seed(7)
-    theirs = unresized(detector)(*torchvision_input(data))
-    sum(theirs.values()).backward()
-    assert list(ours) == list(theirs)
-    assert_same(ours, theirs)
+    expected = unresized(detector)(*torchvision_input(data))
+    sum(expected.values()).backward()
+    assert list(view_losses) == list(expected)
+    assert_same(view_losses, expected)
     assert_same(our_gradients, gradients(detector))
     assert len(our_gradients) > 30
 
@@ -54,19 +54,19 @@ def test_losses_and_gradients_equal_torchvision_bit_for_bit(family: str, options
 @pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn"])
 def test_regions_pooled_by_cells_give_the_same_but_for_rounding(family: str) -> None:
     """Of both pools, in a step and in the gradients of every weight; masks of a Mask R-CNN are pooled to 14 x 14."""
-    found = []
+    results = []
     for kernel in ("fast", "torchvision"):
         detector, data = random_detector(family, box_roi_align=kernel), padded_batch()
         view: Any = detector.view(data, seed=3)
         boxes = view.rois.boxes
         terms = [*view.roi_logits(boxes), view.roi_features(boxes)]
         terms += [view.mask_logits(boxes)] if family == "mask_rcnn" else []
-        sum(each.square().mean() for each in terms).backward()  # type: ignore[union-attr]
-        found.append((terms, gradients(detector)))
-    (ours, our_gradients), (theirs, their_gradients) = found
+        sum(value.square().mean() for value in terms).backward()  # type: ignore[union-attr]
+        results.append((terms, gradients(detector)))
+    (terms, our_gradients), (expected, their_gradients) = results
     assert our_gradients.keys() == their_gradients.keys()
     for one, other in [
-        *zip(ours, theirs, strict=True),
+        *zip(terms, expected, strict=True),
         *((our_gradients[k], their_gradients[k]) for k in our_gradients),
     ]:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.detach().abs().max().item())
@@ -75,14 +75,14 @@ def test_regions_pooled_by_cells_give_the_same_but_for_rounding(family: str) -> 
 @pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_detections_equal_torchvision_bit_for_bit(family: str) -> None:
     detector, data = random_detector(family, **FAMILIES[family].equals_torchvision).eval(), padded_batch()
-    ours = detector.view(data, training=False).detections
-    theirs = unresized(detector)(torchvision_input(data)[0])
-    for mine, other in zip(ours, theirs, strict=True):
+    detections = detector.view(data, training=False).detections
+    reference = unresized(detector)(torchvision_input(data)[0])
+    for actual, other in zip(detections, reference, strict=True):
         classes = other["labels"] > 0  # torchvision's one-stage detectors may name the label that no class has
         assert classes.sum() > 5
-        assert torch.equal(mine.boxes, other["boxes"][classes])
-        assert torch.equal(mine.scores, other["scores"][classes])
-        assert torch.equal(mine.labels, other["labels"][classes])
+        assert torch.equal(actual.boxes, other["boxes"][classes])
+        assert torch.equal(actual.scores, other["scores"][classes])
+        assert torch.equal(actual.labels, other["labels"][classes])
 
 
 @pytest.mark.parametrize("family", BOX_FAMILIES)
@@ -93,25 +93,25 @@ def test_a_foreign_default_model_loads_the_state_dict_and_agrees(family: str) ->
 
     body = resnet.resnet18(weights=None, norm_layer=torch.nn.BatchNorm2d)
     if family == "faster_rcnn":
-        theirs = detection.FasterRCNN(_resnet_fpn_extractor(body, 5), 4, rpn_post_nms_top_n_test=50)
-        ours: Any = FasterRCNN(
+        reference = detection.FasterRCNN(_resnet_fpn_extractor(body, 5), 4, rpn_post_nms_top_n_test=50)
+        detector: Any = FasterRCNN(
             ["a", "b", "c"], backbone={"depth": 18}, rpn_post_nms_top_n_test=50, box_roi_align="torchvision"
         )
     else:
         backbone = _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
         kind = detection.RetinaNet if family == "retinanet" else detection.FCOS
-        theirs = kind(backbone, 4, score_thresh=0.005)
-        ours = FAMILIES[family].detector(["a", "b", "c"], backbone={"depth": 18}, score_thresh=0.005)
-    theirs.load_state_dict(ours.net.state_dict(), strict=True)
-    theirs.transform.resize = lambda image, target: (image, target)
+        reference = kind(backbone, 4, score_thresh=0.005)
+        detector = FAMILIES[family].detector(["a", "b", "c"], backbone={"depth": 18}, score_thresh=0.005)
+    reference.load_state_dict(detector.net.state_dict(), strict=True)
+    reference.transform.resize = lambda image, target: (image, target)
     data = padded_batch()
-    for mine, other in zip(
-        ours.eval().view(data, training=False).detections, theirs.eval()(torchvision_input(data)[0]), strict=True
+    for actual, other in zip(
+        detector.eval().view(data, training=False).detections, reference.eval()(torchvision_input(data)[0]), strict=True
     ):
         keep = other["labels"] > 0
         assert keep.any()
-        assert torch.equal(mine.boxes, other["boxes"][keep])
-        assert torch.equal(mine.scores, other["scores"][keep])
+        assert torch.equal(actual.boxes, other["boxes"][keep])
+        assert torch.equal(actual.scores, other["scores"][keep])
 
 
 # backbone -> its network's children that give C2..C5, and their channels, as torchvision's source has them
@@ -148,40 +148,40 @@ def foreign_detector(family: str, backbone: str) -> Any:
 @pytest.mark.parametrize("backbone", list(BODIES))
 def test_every_backbone_equals_torchvisions_bit_for_bit(family: str, backbone: str) -> None:
     options = {"head_channels": 1024, **FAMILIES[family].equals_torchvision} if family == "faster_rcnn" else {}
-    ours = random_detector(family, backbone=backbone, depth=None, width=1.0, norm="batch", **options)
-    theirs, data = foreign_detector(family, backbone), padded_batch(((64, 64), (50, 60)))
-    theirs.load_state_dict(ours.net.state_dict(), strict=True)
-    theirs.transform.resize = lambda image, target: (image, target)
-    assert list(ours.spec.body.values()) == BODIES[backbone][1]
+    detector = random_detector(family, backbone=backbone, depth=None, width=1.0, norm="batch", **options)
+    reference, data = foreign_detector(family, backbone), padded_batch(((64, 64), (50, 60)))
+    reference.load_state_dict(detector.net.state_dict(), strict=True)
+    reference.transform.resize = lambda image, target: (image, target)
+    assert list(detector.spec.body.values()) == BODIES[backbone][1]
     torch.manual_seed(7)
-    losses = ours.view(data).losses
+    losses = detector.view(data).losses
     sum(losses.values()).backward()
     torch.manual_seed(7)
-    expected = theirs(*torchvision_input(data))
+    expected = reference(*torchvision_input(data))
     sum(expected.values()).backward()
     assert_same(losses, expected)
-    assert_same(gradients(ours), {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
-    assert_same(dict(ours.net.named_buffers()), dict(theirs.named_buffers()))
-    found = ours.eval().view(data, training=False).detections
-    for mine, other in zip(found, theirs.eval()(torchvision_input(data)[0]), strict=True):
+    assert_same(gradients(detector), {name: p.grad for name, p in reference.named_parameters() if p.grad is not None})
+    assert_same(dict(detector.net.named_buffers()), dict(reference.named_buffers()))
+    detections = detector.eval().view(data, training=False).detections
+    for actual, other in zip(detections, reference.eval()(torchvision_input(data)[0]), strict=True):
         known = other["labels"] > 0
         assert known.any()
-        assert torch.equal(mine.boxes, other["boxes"][known])
-        assert torch.equal(mine.scores, other["scores"][known])
+        assert torch.equal(actual.boxes, other["boxes"][known])
+        assert torch.equal(actual.scores, other["scores"][known])
 
 
 @pytest.mark.parametrize("backbone", list(BODIES))
 def test_a_body_gives_the_last_map_at_each_stride(backbone: str) -> None:
     detector = random_detector("retinanet", backbone=backbone, depth=None, width=1.0, norm="batch").eval()
-    view, found = detector.view(padded_batch(((64, 64), (50, 60)))), {}
+    view, inputs = detector.view(padded_batch(((64, 64), (50, 60)))), {}
     x = view.images
     for part in detector.net.backbone.body.values():
         x = part(x)
-        found[64 // x.shape[-1]] = x
+        inputs[64 // x.shape[-1]] = x
     assert list(view.body) == [4, 8, 16, 32]
-    for stride, each in view.body.items():
-        assert torch.equal(each, found[stride])
-        assert each.shape[1] == detector.spec.body[stride]
+    for stride, feature_map in view.body.items():
+        assert torch.equal(feature_map, inputs[stride])
+        assert feature_map.shape[1] == detector.spec.body[stride]
         assert detector.spec.body[stride] in BODIES[backbone][1]
 
 
@@ -274,11 +274,11 @@ def test_a_step_ahead_of_all_that_is_read_computes_nothing_twice(family: str, mo
         for name in counts:
             counts[name] = 0
         view: Any = detector.view(data, frozen=True, seed=1, prefetch=ahead)
-        found = dict(view.losses)
+        losses = dict(view.losses)
         ahead = view.stages
     assert ahead == ["losses"]
     monkeypatch.undo()
-    assert_same(found, detector.view(data, frozen=True, seed=1).losses)
+    assert_same(losses, detector.view(data, frozen=True, seed=1).losses)
     assert counts["body"] == counts["fpn"] == 1
 
 
@@ -304,12 +304,12 @@ def everything(view: Any, order: tuple[str, ...]) -> dict[str, Tensor]:
             view.predictions()
         else:
             getattr(view, stage)
-    found = dict(view.losses)
+    values = dict(view.losses)
     if "rois" in view.spec.outputs:
-        found |= {f"proposals{i}": boxes for i, boxes in enumerate(view.proposals)}
-        found |= {f"rois{i}": boxes for i, boxes in enumerate(view.rois.boxes)}
-        found |= {f"labels{i}": labels for i, labels in enumerate(view.rois.labels)}
-    return found
+        values |= {f"proposals{i}": boxes for i, boxes in enumerate(view.proposals)}
+        values |= {f"rois{i}": boxes for i, boxes in enumerate(view.rois.boxes)}
+        values |= {f"labels{i}": labels for i, labels in enumerate(view.rois.labels)}
+    return values
 
 
 foreign = [torch.tensor([[4.0, 4.0, 60.0, 60.0], [0.0, 0.0, 30.0, 64.0]])] * len(SIZES)
@@ -327,9 +327,9 @@ def test_reading_order_changes_nothing(family: str, seed: int | None) -> None:
     reference: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
     for order in [(), *itertools.permutations(stages)]:
         torch.manual_seed(3)
-        found = everything(view := detector.view(data, seed=seed), order)
+        tensors = everything(view := detector.view(data, seed=seed), order)
         sum(view.losses.values()).backward()
-        values = found, gradients(detector)
+        values = tensors, gradients(detector)
         if reference is None:
             reference = values
         assert_same(values[0], reference[0])
@@ -343,10 +343,10 @@ def test_the_place_of_reading_changes_nothing() -> None:
         inside, read_elsewhere = detector.view(data, seed=1), detector.view(data, seed=1)
         expected = inside.losses
         with torch.autocast("cpu", enabled=False), torch.no_grad():
-            found = read_elsewhere.losses
+            losses = read_elsewhere.losses
         assert inside.neck[4].dtype == torch.bfloat16
-    assert_same(found, expected)
-    assert found["loss_classifier"].requires_grad
+    assert_same(losses, expected)
+    assert losses["loss_classifier"].requires_grad
     assert not torch.equal(detector.view(data, seed=1).losses["loss_classifier"], expected["loss_classifier"])
 
 
@@ -380,28 +380,28 @@ def test_proposals_from_given_deltas_are_float32_at_800_px() -> None:
     objectness, deltas = (
         {stride: torch.randn_like(x) for stride, x in maps.items()} for maps in detector.view(data)._dense
     )
-    found = []
+    proposals = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             view = detector.view(data)
             view.__dict__["_dense"] = objectness, deltas
-            found.append(view.proposals[0])
+            proposals.append(view.proposals[0])
             assert all(x.dtype == torch.float32 for x in (*view.proposals, *view.rois.boxes))
             assert all(value.dtype == torch.float32 for value in view.losses.values())
-    assert torch.equal(found[0], found[1])
+    assert torch.equal(proposals[0], proposals[1])
     best = objectness[32].flatten(1).argmax()
     anchor, cell = best // (25 * 38), best % (25 * 38)
     delta = deltas[32].view(3, 4, -1)[anchor, :, cell]
     box = decoded(view.anchors[32][cell * 3 + anchor], delta)
     box = torch.stack([box[0::2].clamp(0, 1216), box[1::2].clamp(0, 800)], dim=1).flatten()
-    assert (found[0] - box).abs().amax(dim=1).min() < 1e-3
+    assert (proposals[0] - box).abs().amax(dim=1).min() < 1e-3
 
 
 def slow_fcos(
     logits: dict[int, Tensor], deltas: dict[int, Tensor], centerness: dict[int, Tensor], size: tuple[int, int]
 ) -> list[tuple[float, int, list[float]]]:
     """Score, label and box of every cell and class of the first image; a cell's point is its upper left corner."""
-    found = []
+    values = []
     for stride, maps in logits.items():
         rows, columns = maps.shape[-2:]
         for y, x, k in itertools.product(range(rows), range(columns), range(maps.shape[1])):
@@ -410,10 +410,10 @@ def slow_fcos(
             # torchvision spaces the points by the whole pixels of image / grid, which the nominal stride only names.
             px, py = x * (size[1] // columns), y * (size[0] // rows)
             box = [max(px - left, 0), max(py - top, 0), min(px + right, size[1]), min(py + bottom, size[0])]
-            found.append(
+            values.append(
                 (math.sqrt(probability * central), k + 1, [max(0, min(v, size[1 - i % 2])) for i, v in enumerate(box)])
             )
-    return found
+    return values
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -424,16 +424,19 @@ def test_fcos_scores_and_boxes_follow_the_formula(autocast: bool) -> None:
     )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         view = detector.view(data, training=False, frozen=True)
-    (found,) = view.predictions(score=0.0, nms=1.0)
+    (prediction,) = view.predictions(score=0.0, nms=1.0)
     expected = sorted(slow_fcos(view.class_logits, view.deltas, view.centerness, (64, 96)), reverse=True)
     known = [
-        (s, k, b) for s, k, b in zip(found.scores.tolist(), found.labels.tolist(), found.boxes.tolist(), strict=True)
+        (s, k, b)
+        for s, k, b in zip(
+            prediction.scores.tolist(), prediction.labels.tolist(), prediction.boxes.tolist(), strict=True
+        )
     ]
     assert len(known) == len(expected) == 3 * (8 * 12 + 4 * 6 + 2 * 3 + 1 * 2 + 1)
-    for mine, other in zip(sorted(known, key=rounded), sorted(expected, key=rounded), strict=True):
-        assert mine[1] == other[1]
-        assert mine[0] == pytest.approx(other[0], abs=1e-5)
-        assert mine[2] == pytest.approx(other[2], abs=1e-3)
+    for actual, other in zip(sorted(known, key=rounded), sorted(expected, key=rounded), strict=True):
+        assert actual[1] == other[1]
+        assert actual[0] == pytest.approx(other[0], abs=1e-5)
+        assert actual[2] == pytest.approx(other[2], abs=1e-3)
 
 
 def rounded(one: tuple[float, int, list[float]]) -> tuple[int, list[float]]:
@@ -627,9 +630,9 @@ def test_thresholds_can_be_given_and_do_not_stay(family: str) -> None:
     detector, data = random_detector(family, score_thresh=0.3, detections_per_img=10_000), padded_batch()
     view = detector.view(data, training=False)
     default = view.predictions()
-    assert not any(len(found.boxes) for found in view.predictions(score=1.0))
-    assert sum(len(found.boxes) for found in view.predictions(score=0.0)) > sum(len(found.boxes) for found in default)
-    assert max(len(found.boxes) for found in view.predictions(score=0.0, top=2)) == 2
+    assert not any(len(image.boxes) for image in view.predictions(score=1.0))
+    assert sum(len(image.boxes) for image in view.predictions(score=0.0)) > sum(len(image.boxes) for image in default)
+    assert max(len(image.boxes) for image in view.predictions(score=0.0, top=2)) == 2
     assert sum(len(f.boxes) for f in view.predictions(nms=0.99)) > sum(len(f.boxes) for f in default)
     for again, first in zip(view.predictions(), default, strict=True):
         assert torch.equal(again.scores, first.scores)
@@ -642,11 +645,11 @@ def test_detections_are_in_the_original_pixels(family: str) -> None:
     data, originals = padded_batch(), ((192, 32), (140, 300), (128, 90))
     data = Batch(data.images, data.sizes, originals, data.targets, data.ids)
     view = random_detector(family).view(data, training=False)
-    for found, resized, (h, w), (height, width) in zip(
+    for image, resized, (h, w), (height, width) in zip(
         view.detections, view.predictions(), originals, data.sizes, strict=True
     ):
         expected = resized.boxes * torch.tensor([w / width, h / height, w / width, h / height])
-        assert torch.allclose(found.boxes, expected)
+        assert torch.allclose(image.boxes, expected)
 
 
 @pytest.mark.parametrize("family", BOX_FAMILIES)
@@ -716,7 +719,7 @@ def test_a_whole_bfloat16_teacher_gives_float32_geometry(family: str) -> None:
     view = random_detector(family).bfloat16().view(padded_batch(), frozen=True)
     assert view.neck[16].dtype == torch.bfloat16
     assert view.roi_features([target.boxes for target in padded_batch().targets]).dtype == torch.bfloat16
-    assert {found.boxes.dtype for found in view.predictions()} == {torch.float32}
+    assert {image.boxes.dtype for image in view.predictions()} == {torch.float32}
     assert all(value.isfinite() for value in view.losses.values())
 
 
@@ -738,6 +741,6 @@ def test_as_many_predictions_as_are_asked_for(family: str) -> None:
     layer = detector.net.head.classification_head.cls_logits
     with torch.no_grad():
         layer.bias.view(-1, 4)[:, 0] = 5.0
-    found = detector.view(padded_batch()).predictions(score=0.0, nms=0.9, top=40)
-    assert [len(each.boxes) for each in found] == [40, 40, 40]
-    assert all((each.labels > 0).all() for each in found)
+    images = detector.view(padded_batch()).predictions(score=0.0, nms=0.9, top=40)
+    assert [len(image.boxes) for image in images] == [40, 40, 40]
+    assert all((image.labels > 0).all() for image in images)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.detectors.faster_rcnn import TwoStageView
-from distill.detectors.retinanet import OneStageView
+from distill.detectors.faster_rcnn import FasterRCNNView
+from distill.detectors.retinanet import RetinaNetView
 from distill.types import AnchorTargets, Batch, Detections, DetectorSpec, Regions, Target
 
 STRIDES = (4, 8, 16, 32, 64)
@@ -27,7 +27,7 @@ def spec(
 ) -> DetectorSpec:
     return DetectorSpec(
         family="faster_rcnn" if two_stage else "retinanet",
-        outputs=(TwoStageView if two_stage else OneStageView).outputs,
+        outputs=(FasterRCNNView if two_stage else RetinaNetView).outputs,
         classes=tuple(classes),
         body=dict(zip((4, 8, 16, 32), body, strict=True)),
         neck=dict.fromkeys(strides, neck),

@@ -53,7 +53,7 @@ def predict(run: Path, files: Sequence[Path], out: Path, score: float) -> int:
     from distill.data.decoding import read_image
     from distill.data.transforms import Sample, Transform, collate
     from distill.detectors.registry import load_detector
-    from distill.detectors.weights import read_extra
+    from distill.detectors.student_files import read_extra
     from distill.evaluation.pictures import panel, save_panel
     from distill.files import write_text
     from distill.progress import track

@@ -24,7 +24,7 @@ from distill.cli.tables import print_line, print_table
 from distill.cli.teacher import measured_by
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
-from distill.detectors.weights import save_student
+from distill.detectors.student_files import save_student
 from distill.evaluation.evaluate import evaluate
 from distill.evaluation.pictures import panel, save_panel
 from distill.files import load_tensors, write_text

@@ -75,9 +75,9 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]
         steps = strides if self.strides is None else [[stride, stride] for stride in self.strides]
         anchors = super().grid_anchors(grid_sizes, steps)
         shifts = [
-            each.new_tensor([dx, dy, dx, dy]) * self.offset for each, (dy, dx) in zip(anchors, steps, strict=True)
+            boxes.new_tensor([dx, dy, dx, dy]) * self.offset for boxes, (dy, dx) in zip(anchors, steps, strict=True)
         ]
-        return [each + shift for each, shift in zip(anchors, shifts, strict=True)]
+        return [boxes + shift for boxes, shift in zip(anchors, shifts, strict=True)]
 
 
 def anchor_generator(

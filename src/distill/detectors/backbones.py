@@ -1,8 +1,8 @@
 """Bodies, which compute the maps C2 to C5, and the feature pyramid on top of a body.
 
-A body is built from a `Trunk`: our `ResNet` with a width factor for every layer, one of torchvision's networks in
-`ENDS`, or a network of timm. Module names, state dict keys and outputs equal torchvision's (the ResNet's at width 1).
-The classifier is left out.
+A body is built from a `StagedNetwork`: our `ResNet` with a width factor for every layer, one of torchvision's networks
+in `ENDS`, or a network of timm. Module names, state dict keys and outputs equal torchvision's (the ResNet's at width
+1). The classifier is left out.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ WIDE = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
 """Networks in `ENDS` that torchvision builds in other widths (`width_mult`)."""
 
 
-class Trunk(Protocol):
-    """A network whose children run in order."""
+class StagedNetwork(Protocol):
+    """A network of a stem and the stages C2 to C5. Its children run in order."""
 
     ends: tuple[str, ...]
     """Names of the modules that end the stem and C2 to C5."""
@@ -128,7 +128,7 @@ def _stage(
 
 
 class Layers(nn.Sequential):
-    """A torchvision network in `ENDS` as a `Trunk`. The layers after C5 are left out."""
+    """A torchvision network in `ENDS` as a `StagedNetwork`. The layers after C5 are left out."""
 
     def __init__(self, network: nn.Module, ends: tuple[str, ...]) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def build_backbone(
     norm_eps: float | None = None,
     stride_in_1x1: bool = False,
 ) -> Any:
-    """Build the `Trunk` with a given name and random weights.
+    """Build the `StagedNetwork` with a given name and random weights.
 
     Args:
         name: ``resnet``, one of torchvision's names in `ENDS`, or ``timm/NAME``.
@@ -199,8 +199,8 @@ def resolved_options(body: nn.Module) -> dict[str, Any]:
     None if the epsilons differ or no norm exists.
     """
     kinds = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
-    found = {layer.eps for layer in body.modules() if isinstance(layer, kinds)}
-    return {"depth": getattr(body, "depth", None), "norm_eps": found.pop() if len(found) == 1 else None}
+    epsilons = {layer.eps for layer in body.modules() if isinstance(layer, kinds)}
+    return {"depth": getattr(body, "depth", None), "norm_eps": epsilons.pop() if len(epsilons) == 1 else None}
 
 
 def imagenet_weights(backbone: str, depth: int | None) -> Any:
@@ -217,7 +217,7 @@ def body_state(state: Mapping[str, Tensor], body: nn.Module) -> dict[str, Tensor
     if isinstance(body, TimmBody):  # `features_only` networks join the names of a sequence and its parts by underscores
         flat = {name.replace(".", "_"): value for name, value in state.items()}
         known = {name: name.removeprefix("net.").replace(".", "_") for name in body.state_dict()}
-        return {name: flat[theirs] for name, theirs in known.items() if theirs in flat}
+        return {name: flat[joined] for name, joined in known.items() if joined in flat}
     head = ("fc.", "classifier.", f"features.{len(list(body.children()))}.")
     return {name.removeprefix("features."): value for name, value in state.items() if not name.startswith(head)}
 
@@ -251,25 +251,27 @@ def freeze(body: Any, trainable_stages: int) -> list[str]:
 
 
 class Body(IntermediateLayerGetter):  # type: ignore[misc]
-    """torchvision's `IntermediateLayerGetter` over a trunk, which also returns stages that the neck does not use.
+    """torchvision's `IntermediateLayerGetter` over a `StagedNetwork`.
+
+    It also returns the maps of stages that the neck does not use.
 
     Args:
-        trunk: a `Trunk`.
+        network: a `StagedNetwork`.
         first: the first stage that the neck uses; 1 = C2.
     """
 
-    def __init__(self, trunk: Any, first: int) -> None:
-        super().__init__(trunk, {end: str(index) for index, end in enumerate(trunk.ends[first:])})
-        self.ends = trunk.ends
+    def __init__(self, network: Any, first: int) -> None:
+        super().__init__(network, {end: str(index) for index, end in enumerate(network.ends[first:])})
+        self.ends = network.ends
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Compute the maps C2 to C5 of images (B, 3, H, W)."""
-        found = []
+        maps = []
         for name, module in self.items():
             images = module(images)
             if name in self.ends[1:]:
-                found.append(images)
-        return found
+                maps.append(images)
+        return maps
 
 
 class Backbone(BackboneWithFPN):  # type: ignore[misc]
@@ -282,25 +284,25 @@ class Backbone(BackboneWithFPN):  # type: ignore[misc]
         self.out_channels = neck_channels
 
 
-def with_fpn(trunk: Any, first: int, neck_channels: int, extra: nn.Module) -> Backbone:
+def with_fpn(network: Any, first: int, neck_channels: int, extra: nn.Module) -> Backbone:
     """Return torchvision's backbone with a feature pyramid.
 
     Args:
-        trunk: a `Trunk`.
+        network: a `StagedNetwork`.
         first: the first stage that the pyramid uses (1 = C2). The last stage is C5.
         neck_channels: channels of every pyramid level.
         extra: the module that computes the levels above P5.
     """
-    if isinstance(trunk, TimmBody):
-        trunk.first, body = first, trunk
+    if isinstance(network, TimmBody):
+        network.first, body = first, network
     else:
-        body = Body(trunk, first)
-    return Backbone(body, trunk.channels[first - 1 :], neck_channels, extra)
+        body = Body(network, first)
+    return Backbone(body, network.channels[first - 1 :], neck_channels, extra)
 
 
 def _leaves(module: nn.Module) -> list[str]:
     """Names of the modules without children, in order of registration, which is the order of execution."""
-    return [name for name, each in module.named_modules() if next(each.children(), None) is None]
+    return [name for name, inner in module.named_modules() if next(inner.children(), None) is None]
 
 
 def _within(name: str, parent: str) -> bool:

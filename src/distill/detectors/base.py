@@ -106,7 +106,9 @@ class Detector(nn.Module):
         They are not buffers, because a cast of the teacher to bfloat16 must not round them.
         """
         if device not in self._pixels:
-            mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (self.spec.mean, self.spec.std))
+            mean, std = (
+                torch.tensor(values, device=device).view(3, 1, 1) for values in (self.spec.mean, self.spec.std)
+            )
             self._pixels[device] = mean, std
         return self._pixels[device]
 
@@ -120,7 +122,7 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
         DistillError: the list is empty, or a name is repeated.
     """
     names = tuple(classes)
-    twice = sorted(name for name, count in Counter(names).items() if count > 1 and name != "N/A")
-    if not names or twice:
-        raise DistillError(f"classes: expected at least one name, each once, got {list(names)}; repeated: {twice}")
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1 and name != "N/A")
+    if not names or repeated:
+        raise DistillError(f"classes: expected at least one name, each once, got {list(names)}; repeated: {repeated}")
     return names

@@ -23,7 +23,7 @@ from distill.precision import upcast
 from distill.types import AnchorTargets, Detections, Pyramid, Regions
 
 
-class TwoStageView(PyramidView):
+class FasterRCNNView(PyramidView):
     """The View of a Faster R-CNN."""
 
     outputs = PyramidView.outputs | {"objectness", "proposals", "rois", "roi_logits", "roi_boxes"}
@@ -164,8 +164,8 @@ class TwoStageView(PyramidView):
         logits, deltas = self.roi_logits(proposals)
         thresholds = {"score_thresh": score, "nms_thresh": nms, "detections_per_img": top}
         with self.scope(autocast=False), temporarily(heads, **thresholds):
-            found = heads.postprocess_detections(logits, deltas, proposals, self.sizes)
-        return [Detections(*one) for one in zip(*found, strict=True)]
+            images = heads.postprocess_detections(logits, deltas, proposals, self.sizes)
+        return [Detections(*image) for image in zip(*images, strict=True)]
 
 
 class FasterRCNN(PyramidDetector):
@@ -205,7 +205,7 @@ class FasterRCNN(PyramidDetector):
         "roi_heads.box_predictor.cls_score": 1,
         "roi_heads.box_predictor.bbox_pred": 4,
     }
-    view_class = TwoStageView
+    view_class = FasterRCNNView
     strides = (4, 8, 16, 32, 64)
     passed_on = ("rpn_", "box_fg", "box_bg", "box_batch", "box_positive", "min_size", "max_size")
 

@@ -10,25 +10,23 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos
 
-from distill.detectors.anchors import anchor_generator, p6_p7
-from distill.detectors.backbones import with_fpn
+from distill.detectors.anchors import anchor_generator
 from distill.detectors.options import BACKBONE, PIXELS, BackboneOptions, PixelOptions
-from distill.detectors.pyramid import PyramidDetector
-from distill.detectors.retinanet import OneStageView, flatten
-from distill.detectors.roi_align import region_pool
+from distill.detectors.pyramid import DenseDetector
+from distill.detectors.retinanet import RetinaNetView, flatten
 from distill.detectors.view import geometry, network
 from distill.precision import upcast
 from distill.types import DistillError, Pyramid
 
 
-class AnchorFreeView(OneStageView):
+class FCOSView(RetinaNetView):
     """The View of an FCOS.
 
     The box branch and the centerness branch share their convolutions, which run once. Their last layers run separately.
     Each cell has one anchor: a square whose side is the nominal stride. Its center is the origin of the distances.
     """
 
-    outputs = OneStageView.outputs | {"points", "centerness"}
+    outputs = RetinaNetView.outputs | {"points", "centerness"}
 
     @geometry
     def points(self) -> dict[int, Tensor]:
@@ -36,7 +34,7 @@ class AnchorFreeView(OneStageView):
         return {stride: (boxes[:, :2] + boxes[:, 2:]) / 2 for stride, boxes in self.anchors.items()}
 
     @network
-    def _trunk(self) -> Pyramid:
+    def _box_features(self) -> Pyramid:
         """Stride -> (B, C, H, W): the input of both the box layer and the centerness layer."""
         return {stride: self.net.head.regression_head.conv(x) for stride, x in self.neck.items()}
 
@@ -44,13 +42,13 @@ class AnchorFreeView(OneStageView):
     def deltas(self) -> Pyramid:
         """Stride -> (B, 4, H, W): distances to the left, top, right and bottom side, in strides, after the ReLU."""
         layer = self.net.head.regression_head.bbox_reg
-        return {stride: upcast(torch.relu(layer(x))) for stride, x in self._trunk.items()}
+        return {stride: upcast(torch.relu(layer(x))) for stride, x in self._box_features.items()}
 
     @network
     def centerness(self) -> Pyramid:
         """Stride -> centerness logits (B, 1, H, W)."""
         layer = self.net.head.regression_head.bbox_ctrness
-        return {stride: upcast(layer(x)) for stride, x in self._trunk.items()}
+        return {stride: upcast(layer(x)) for stride, x in self._box_features.items()}
 
     def _flat(self) -> dict[str, list[Tensor]]:
         """torchvision's name -> logits (B, HW, K+1), distances (B, HW, 4) or centerness (B, HW, 1) of each level."""
@@ -63,12 +61,12 @@ class AnchorFreeView(OneStageView):
         torchvision computes the matches inside its loss. This method calls that loss with a substitute for the head,
         which stores the matches.
         """
-        kept: list[list[Tensor]] = []
-        head = SimpleNamespace(compute_loss=lambda *handed: kept.append(handed[3]))
-        itself = SimpleNamespace(head=head, center_sampling_radius=self.net.center_sampling_radius)
+        matches: list[list[Tensor]] = []
+        head = SimpleNamespace(compute_loss=lambda *arguments: matches.append(arguments[3]))
+        substitute = SimpleNamespace(head=head, center_sampling_radius=self.net.center_sampling_radius)
         counts = [len(level) for level in self.anchors.values()]
-        fcos.FCOS.compute_loss(itself, self.targets, {}, self._image_anchors, counts)
-        return kept[0]
+        fcos.FCOS.compute_loss(substitute, self.targets, {}, self._image_anchors, counts)
+        return matches[0]
 
     def _encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         """Distances (N, 4) from the centers of the anchors to the sides of the boxes, in strides."""
@@ -85,7 +83,7 @@ class AnchorFreeView(OneStageView):
         return dict(self.net.compute_loss(self.targets, outputs, self._image_anchors, counts))
 
 
-class FCOS(PyramidDetector):
+class FCOS(DenseDetector):
     """torchvision's FCOS with a backbone and a feature pyramid of strides 8 to 128 (Tian et al. 2019).
 
     torchvision differs from the paper in four points:
@@ -112,8 +110,7 @@ class FCOS(PyramidDetector):
     enum = FCOS_ResNet50_FPN_Weights
     coco_eps = 1e-5
     class_layers: ClassVar[Mapping[str, int]] = {"head.classification_head.cls_logits": 1}
-    view_class = AnchorFreeView
-    strides = (8, 16, 32, 64, 128)
+    view_class = FCOSView
     passed_on = (
         "center_sampling_radius",
         "topk_candidates",
@@ -148,14 +145,11 @@ class FCOS(PyramidDetector):
         if not center_sampling_radius > 0:
             raise DistillError(f"center_sampling_radius: expected strides, above 0, got {center_sampling_radius}")
         super().__init__(locals())
-        self.pool = region_pool(self.strides, 7, 2)
-        """RoIAlign over P3 to P7 for losses that read regions. torchvision's FCOS has no RoIAlign."""
 
     def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
         """Build torchvision's FCOS."""
-        channels = options["neck_channels"]
         return fcos.FCOS(
-            with_fpn(body, 2, channels, p6_p7(body.channels[-1], channels, options["p6_from"], options["p7_relu"])),
+            self.backbone(body, options),
             classes + 1,
             anchor_generator=anchor_generator([(stride,) for stride in self.strides], (1.0,), self.strides),
             **shared,

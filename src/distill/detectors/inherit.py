@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill.detectors.base import Detector
-from distill.detectors.weights import class_rows
+from distill.detectors.class_layers import class_rows
 from distill.types import DistillError
 
 BODY = "backbone.body."
@@ -21,44 +21,47 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
     Raises:
         DistillError: the strides of the pyramids differ, so that equal names mean different levels; or no layer fits.
     """
-    ours, theirs = list(student.spec.neck), list(teacher.spec.neck)
-    if ours != theirs:
+    student_strides, teacher_strides = list(student.spec.neck), list(teacher.spec.neck)
+    if student_strides != teacher_strides:
         raise DistillError(
-            f"init=inherit: expected pyramids of equal strides, got the student's {ours} and the teacher's {theirs}. "
-            "Choose a teacher of the same family, or set init=scratch"
+            f"init=inherit: expected pyramids of equal strides, got the student's {student_strides} and the "
+            f"teacher's {teacher_strides}. Choose a teacher of the same family, or set init=scratch"
         )
-    own = {name: value for name, value in student.net.state_dict().items() if not name.startswith(BODY)}
-    given = dict(teacher.net.state_dict())
+    student_state = {name: value for name, value in student.net.state_dict().items() if not name.startswith(BODY)}
+    teacher_state = dict(teacher.net.state_dict())
     if student.classes != teacher.classes:
         remedy = "set init=scratch, or choose another teacher"
-        given |= class_rows(student, given, teacher.classes, remedy)
-    fits = {name: name in given and given[name].shape == value.shape for name, value in own.items()}
-    apart = {_layer(name) for name, good in fits.items() if not good}
-    taken = {name: given[name] for name in own if _layer(name) not in apart}
-    if not taken:
+        teacher_state |= class_rows(student, teacher_state, teacher.classes, remedy)
+    different_layers = {
+        _layer(name)
+        for name, value in student_state.items()
+        if name not in teacher_state or teacher_state[name].shape != value.shape
+    }
+    copied = {name: teacher_state[name] for name in student_state if _layer(name) not in different_layers}
+    if not copied:
         raise DistillError(
             "init=inherit: no layer of neck and heads has the same name and shapes in both models; the student's neck "
             f"has {sorted(set(student.spec.neck.values()))} channels, the teacher's "
             f"{sorted(set(teacher.spec.neck.values()))}. "
             "Set model.neck_channels and the head's sizes as the teacher has them, or set init=scratch"
         )
-    student.net.load_state_dict(taken, strict=False)
-    return list(_report(list(own), set(taken)))
+    student.net.load_state_dict(copied, strict=False)
+    return _report(list(student_state), set(copied))
 
 
 def _layer(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _report(names: list[str], taken: set[str]) -> list[str]:
+def _report(names: list[str], copied: set[str]) -> list[str]:
     parts: dict[str, list[str]] = {}
     for name in names:
         parts.setdefault(".".join(name.split(".")[:2]), []).append(name)
     lines = []
     for part, members in parts.items():
-        left = [name for name in members if name not in taken]
-        shown = ", ".join(left[:4]) + (", ..." if len(left) > 4 else "")
+        fresh = [name for name in members if name not in copied]
+        examples = ", ".join(fresh[:4]) + (", ..." if len(fresh) > 4 else "")
         lines.append(
-            f"inherit: {part}: {len(members) - len(left)} of {len(members)}{f'; fresh: {shown}' if left else ''}"
+            f"inherit: {part}: {len(members) - len(fresh)} of {len(members)}{f'; fresh: {examples}' if fresh else ''}"
         )
     return lines

@@ -13,7 +13,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference, maskrcnn_loss, paste_masks_in_image
 
-from distill.detectors.faster_rcnn import FasterRCNN, TwoStageView
+from distill.detectors.faster_rcnn import FasterRCNN, FasterRCNNView
 from distill.detectors.view import geometry
 from distill.precision import upcast
 from distill.types import Detections, DistillError, Size
@@ -24,16 +24,16 @@ POOLED = 14
 """Side of the pooled features that the mask head reads. A mask has twice this side."""
 
 
-class MaskView(TwoStageView):
+class MaskRCNNView(FasterRCNNView):
     """The View of a Mask R-CNN. Only `mask_logits`, `losses` and `detections` run the mask head."""
 
-    outputs = TwoStageView.outputs | {"mask_logits"}
+    outputs = FasterRCNNView.outputs | {"mask_logits"}
 
     @functools.cached_property
     def targets(self) -> list[dict[str, Tensor]]:
         """Ground truth in torchvision's format. If the batch has no masks, only `losses` fails."""
         rows = zip(super().targets, self.batch.targets, strict=True)
-        return [{**each, "masks": cast(Tensor, target.masks)} for each, target in rows]
+        return [{**truth, "masks": cast(Tensor, target.masks)} for truth, target in rows]
 
     def mask_logits(self, boxes: Sequence[Tensor]) -> Tensor:
         """Return mask logits (R, K+1, 28, 28) for one tensor of boxes (r, 4) per image, in order.
@@ -60,11 +60,11 @@ class MaskView(TwoStageView):
                 "set data.masks=true"
             )
         boxes, matched, labels, _ = self._sample
-        rows = [torch.where(each > 0)[0] for each in labels]
-        regions = [each[row] for each, row in zip(boxes, rows, strict=True)]
+        rows = [torch.where(image_labels > 0)[0] for image_labels in labels]
+        regions = [image_boxes[row] for image_boxes, row in zip(boxes, rows, strict=True)]
         truth = [[target[name] for target in self.targets] for name in ("masks", "labels")]
-        owners = [each[row] for each, row in zip(matched, rows, strict=True)]
-        return cast(Tensor, maskrcnn_loss(self.mask_logits(regions), regions, *truth, owners))
+        objects = [matches[row] for matches, row in zip(matched, rows, strict=True)]
+        return cast(Tensor, maskrcnn_loss(self.mask_logits(regions), regions, *truth, objects))
 
     @geometry
     def losses(self) -> dict[str, Tensor]:
@@ -75,11 +75,11 @@ class MaskView(TwoStageView):
     @geometry
     def detections(self) -> list[Detections]:
         """Detections after NMS, with masks, in pixels of the original images."""
-        found = self.predictions()
-        logits = self.mask_logits([one.boxes for one in found])
-        cells = maskrcnn_inference(logits, [one.labels for one in found])
-        rows = zip(self.enlarged(found), cells, self.batch.original_sizes, strict=True)
-        return [one._replace(masks=paste(each, one.boxes, size)) for one, each, size in rows]
+        predictions = self.predictions()
+        logits = self.mask_logits([image.boxes for image in predictions])
+        cells = maskrcnn_inference(logits, [image.labels for image in predictions])
+        rows = zip(self.enlarged(predictions), cells, self.batch.original_sizes, strict=True)
+        return [image._replace(masks=paste(masks, image.boxes, size)) for image, masks, size in rows]
 
 
 def paste(cells: Tensor, boxes: Tensor, size: Size) -> Tensor:
@@ -90,8 +90,8 @@ def paste(cells: Tensor, boxes: Tensor, size: Size) -> Tensor:
     """
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
     for index in range(len(boxes)):
-        one = slice(index, index + 1)
-        masks[index] = paste_masks_in_image(cells[one], boxes[one], size)[0, 0] > 0.5
+        row = slice(index, index + 1)
+        masks[index] = paste_masks_in_image(cells[row], boxes[row], size)[0, 0] > 0.5
     return masks
 
 
@@ -109,7 +109,7 @@ class MaskRCNN(FasterRCNN):
         **FasterRCNN.class_layers,
         "roi_heads.mask_predictor.mask_fcn_logits": 1,
     }
-    view_class = MaskView
+    view_class = MaskRCNNView
 
     @staticmethod
     def extend(heads: Any, channels: int, classes: int) -> None:

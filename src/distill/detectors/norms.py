@@ -113,13 +113,13 @@ def convert_norms(body: nn.Module, norm: str, eps: float | None) -> None:
     Raises:
         DistillError: the body has no batch norm, and another norm than ``batch`` or an epsilon is requested.
     """
-    found = {name: layer for name, layer in body.named_modules() if isinstance(layer, nn.BatchNorm2d)}
-    if not found and (norm != "batch" or eps is not None):
+    batch_norms = {name: layer for name, layer in body.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    if not batch_norms and (norm != "batch" or eps is not None):
         raise DistillError(
             f"backbone.norm: this backbone has no batch norm to make {norm}; "
             "set backbone.norm=batch and backbone.norm_eps=null"
         )
-    for name, layer in found.items():
+    for name, layer in batch_norms.items():
         body.set_submodule(name, _converted(layer, check_norm(norm), layer.eps if eps is None else eps))
 
 

@@ -1,4 +1,4 @@
-"""The base class of detectors with a backbone and a feature pyramid: it builds the detector from its options."""
+"""The base classes of detectors with a backbone and a feature pyramid. They build a detector from its options."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar
 
-from distill.detectors.anchors import order_channels
-from distill.detectors.backbones import build_backbone, freeze, resolved_options
+from distill.detectors.anchors import order_channels, p6_p7
+from distill.detectors.backbones import Backbone, build_backbone, freeze, resolved_options, with_fpn
 from distill.detectors.base import Detector
 from distill.detectors.options import ANCHORS, BACKBONE, PIXELS, AnchorOptions, to_plain
+from distill.detectors.roi_align import region_pool
 from distill.detectors.weights import class_names, initialise
 from distill.type_checks import parse_options
 from distill.types import DetectorSpec
@@ -71,8 +72,25 @@ class PyramidDetector(Detector):
         """Build torchvision's network.
 
         Args:
-            body: the `Trunk` that `build_backbone` returns.
+            body: the `StagedNetwork` that `build_backbone` returns.
             classes: number of classes, without background.
             options: all options, in plain containers.
             shared: arguments of torchvision's constructor: the options with the same name, and mean and std.
         """
+
+
+class DenseDetector(PyramidDetector):
+    """A detector whose only heads run on every cell of the levels P3 to P7, without regions: RetinaNet and FCOS."""
+
+    strides = (8, 16, 32, 64, 128)
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        super().__init__(arguments)
+        self.pool = region_pool(self.strides, 7, 2)
+        """RoIAlign over P3 to P7 for losses that read regions. torchvision's network has no RoIAlign."""
+
+    @staticmethod
+    def backbone(body: Any, options: Mapping[str, Any]) -> Backbone:
+        """Build the backbone with a feature pyramid over C3 to C5, and P6 and P7 on top of the pyramid."""
+        channels = options["neck_channels"]
+        return with_fpn(body, 2, channels, p6_p7(body.channels[-1], channels, options["p6_from"], options["p7_relu"]))

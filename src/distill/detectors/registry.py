@@ -12,7 +12,8 @@ from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.retinanet import RetinaNet
-from distill.detectors.weights import fit, fit_sizes, read_description, read_state, weights_file
+from distill.detectors.state_dicts import fit, fit_sizes, read_state
+from distill.detectors.student_files import read_description, weights_file
 from distill.run_folder import DESCRIPTION
 from distill.type_checks import type_errors
 from distill.types import DistillError

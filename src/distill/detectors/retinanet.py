@@ -13,11 +13,9 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights, retinan
 from torchvision.models.detection.rpn import permute_and_flatten
 from torchvision.ops import box_iou
 
-from distill.detectors.anchors import anchor_generator, choose, clamp_deltas, p6_p7
-from distill.detectors.backbones import with_fpn
+from distill.detectors.anchors import anchor_generator, choose, clamp_deltas
 from distill.detectors.options import BACKBONE, PIXELS, AnchorOptions, BackboneOptions, PixelOptions
-from distill.detectors.pyramid import PyramidDetector
-from distill.detectors.roi_align import region_pool
+from distill.detectors.pyramid import DenseDetector
 from distill.detectors.view import PyramidView, geometry, network, temporarily
 from distill.precision import upcast
 from distill.types import AnchorTargets, Detections, DistillError, Pyramid
@@ -26,7 +24,7 @@ ANCHORS = AnchorOptions(sizes=((32, 40, 50), (64, 80, 101), (128, 161, 203), (25
 """torchvision's anchors: three sizes for each of the strides 8, 16, 32, 64 and 128."""
 
 
-class OneStageView(PyramidView):
+class RetinaNetView(PyramidView):
     """The View of a RetinaNet. The class branch and the box branch run separately, each only if its output is read."""
 
     outputs = PyramidView.outputs | {"class_logits"}
@@ -85,12 +83,12 @@ class OneStageView(PyramidView):
     @geometry
     def _matches(self) -> list[Tensor]:
         """torchvision's matches: index of each anchor's box (N,) in each image; -1 is background, -2 is ignored."""
-        found, matcher = [], self.net.proposal_matcher
+        matches, matcher = [], self.net.proposal_matcher
         for target, anchors in zip(self.targets, self._image_anchors, strict=True):
             boxes = target["boxes"]
             nothing = torch.full((len(anchors),), -1, device=self.device)
-            found.append(matcher(box_iou(boxes, anchors)) if len(boxes) else nothing)
-        return found
+            matches.append(matcher(box_iou(boxes, anchors)) if len(boxes) else nothing)
+        return matches
 
     def _encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         """Deltas (N, 4) that move the anchors to the boxes."""
@@ -116,8 +114,8 @@ class OneStageView(PyramidView):
             if (score, nms, top) != (None, None, None):
                 # With the detector's own thresholds the result stays torchvision's, where label 0 takes part in NMS.
                 outputs["cls_logits"] = list(map(_without_first, outputs["cls_logits"]))
-            found = self.net.postprocess_detections(outputs, anchors, self.sizes)
-        return [_without_background(Detections(one["boxes"], one["scores"], one["labels"])) for one in found]
+            images = self.net.postprocess_detections(outputs, anchors, self.sizes)
+        return [_without_background(Detections(image["boxes"], image["scores"], image["labels"])) for image in images]
 
 
 def flatten(x: Tensor, columns: int) -> Tensor:
@@ -137,12 +135,12 @@ def _without_first(logits: Tensor) -> Tensor:
     return torch.cat([torch.full_like(logits[..., :1], -torch.inf), logits[..., 1:]], dim=-1)
 
 
-def _without_background(found: Detections) -> Detections:
-    keep = found.labels > 0
-    return Detections(found.boxes[keep], found.scores[keep], found.labels[keep])
+def _without_background(detections: Detections) -> Detections:
+    keep = detections.labels > 0
+    return Detections(detections.boxes[keep], detections.scores[keep], detections.labels[keep])
 
 
-class RetinaNet(PyramidDetector):
+class RetinaNet(DenseDetector):
     """RetinaNet with a backbone and a feature pyramid of strides 8 to 128 (Lin et al. 2017).
 
     The defaults are torchvision's version 1. ``p6_from="c5", head_norm="group", box_loss="giou"`` is version 2.
@@ -164,8 +162,7 @@ class RetinaNet(PyramidDetector):
     family = "retinanet"
     enum = RetinaNet_ResNet50_FPN_Weights
     class_layers: ClassVar[Mapping[str, int]] = {"head.classification_head.cls_logits": 1}
-    view_class = OneStageView
-    strides = (8, 16, 32, 64, 128)
+    view_class = RetinaNetView
     passed_on = ("fg_iou", "bg_iou", "topk", "score_thresh", "nms_thresh", "detections_per_img", "min_size", "max_size")
     anchor_defaults = ANCHORS
 
@@ -193,19 +190,16 @@ class RetinaNet(PyramidDetector):
         head: str = "keep",
     ) -> None:
         super().__init__(locals())
-        self.pool = region_pool(self.strides, 7, 2)
-        """RoIAlign over P3 to P7 for losses that read regions. torchvision's RetinaNet has no RoIAlign."""
 
     def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
         """Build torchvision's RetinaNet."""
-        channels = options["neck_channels"]
         generator = anchor_generator(strides=self.strides, **options["anchors"])
         per_cell = generator.num_anchors_per_location()[0]
         net = retinanet.RetinaNet(
-            with_fpn(body, 2, channels, p6_p7(body.channels[-1], channels, options["p6_from"], options["p7_relu"])),
+            self.backbone(body, options),
             classes + 1,
             anchor_generator=generator,
-            head=_head(channels, per_cell, classes + 1, options["head_norm"], options["box_loss"]),
+            head=_head(options["neck_channels"], per_cell, classes + 1, options["head_norm"], options["box_loss"]),
             **shared,
         )
         clamp_deltas((net, net.head.regression_head), options["delta_clamp"])

@@ -103,8 +103,8 @@ class RegionPool(MultiScaleRoIAlign):  # type: ignore[misc]
         if self._by_cells(maps):
             regions, levels = self._regions(boxes)
             grid = Grid(self.output_size[0], self.output_size[1], self.sampling_ratio, self.aligned)
-            found: Tensor = _Pooled.apply(grid, self.scales, regions.detach().to(maps[0].dtype), levels, *maps)
-            return found
+            features: Tensor = _Pooled.apply(grid, self.scales, regions.detach().to(maps[0].dtype), levels, *maps)
+            return features
         if not self.aligned:
             pooled: Tensor = super().forward(x, boxes, image_shapes)
             return pooled
@@ -125,7 +125,9 @@ class RegionPool(MultiScaleRoIAlign):  # type: ignore[misc]
 
     def _regions(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Regions (R, 5) as (image index, x1, y1, x2, y2), and the level of each region (R,)."""
-        images = torch.cat([each.new_full((len(each), 1), index) for index, each in enumerate(boxes)])
+        images = torch.cat(
+            [image_boxes.new_full((len(image_boxes), 1), index) for index, image_boxes in enumerate(boxes)]
+        )
         return torch.cat([images, torch.cat(list(boxes))], dim=1), self.map_levels(list(boxes))
 
 
@@ -163,8 +165,8 @@ class Grid(NamedTuple):
         """
         side = high - low if self.aligned else (high - low).clamp(min=1)
         step = (side / bins)[:, None, None]
-        each, points = (torch.arange(count, device=low.device) for count in (bins, self.points))
-        at = low[:, None, None] + each[:, None] * step + (points + 0.5) * step / self.points
+        bin_indices, points = (torch.arange(count, device=low.device) for count in (bins, self.points))
+        at = low[:, None, None] + bin_indices[:, None] * step + (points + 0.5) * step / self.points
         outside = (at < -1) | (at > size)
         at = at.clamp(min=0)
         before = at.int().clamp(0, size - 1)
@@ -184,7 +186,7 @@ class _Pooled(torch.autograd.Function):
     def forward(
         ctx: Any, grid: Grid, scales: Sequence[float], regions: Tensor, levels: Tensor, *maps: Tensor
     ) -> Tensor:
-        ctx.grid, ctx.scales, ctx.shapes = grid, scales, [each.shape for each in maps]
+        ctx.grid, ctx.scales, ctx.shapes = grid, scales, [level.shape for level in maps]
         ctx.save_for_backward(regions, levels)
         channels = maps[0].shape[1]
         pooled = maps[0].new_zeros(len(regions), channels, grid.high, grid.wide)

@@ -14,7 +14,7 @@ TIMM = "timm/"
 
 
 class TimmBody(nn.Module):
-    """A ``features_only`` network of timm, `net`. It is both a `Trunk` and the body below a neck.
+    """A ``features_only`` network of timm, `net`. It is both a `StagedNetwork` and the body below a neck.
 
     Args:
         name: timm's name of the network.
@@ -43,8 +43,8 @@ class TimmBody(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Compute the maps C2 to C5 of images (B, 3, H, W)."""
-        found = self.net(images)
-        return [found[index] for index in self.chosen]
+        maps = self.net(images)
+        return [maps[index] for index in self.chosen]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the stages that the neck uses, of images (B, 3, H, W), with torchvision's names."""
@@ -97,6 +97,6 @@ def _below(net: nn.Module, name: str) -> str:
 
 def _before(net: nn.Module, name: str) -> str:
     """Path of the last module without children before the module `name`."""
-    leaves: list[str] = [each for each, module in net.named_modules() if not list(module.children())]
+    leaves: list[str] = [leaf for leaf, module in net.named_modules() if not list(module.children())]
     first = next(index for index, leaf in enumerate(leaves) if f"{leaf}.".startswith(f"{name}."))
     return leaves[max(0, first - 1)]

@@ -135,9 +135,11 @@ class LazyView:
         The names include stages that only other stages read.
         """
         kinds = reversed(type(self).__mro__)
-        named = {name: each for kind in kinds for name, each in vars(kind).items()}
+        members = {name: member for kind in kinds for name, member in vars(kind).items()}
         return [
-            name for name, each in named.items() if name in vars(self) and isinstance(each, functools.cached_property)
+            name
+            for name, member in members.items()
+            if name in vars(self) and isinstance(member, functools.cached_property)
         ]
 
     def prefetch(self, stages: Sequence[str]) -> None:
@@ -201,12 +203,12 @@ class LazyView:
         """Predictions with the detector's own thresholds, in pixels of the original images."""
         return self.enlarged(self.predictions())
 
-    def enlarged(self, found: Sequence[Detections]) -> list[Detections]:
+    def enlarged(self, detections: Sequence[Detections]) -> list[Detections]:
         """Scale detections from pixels of the resized images to pixels of the original images."""
         sizes = zip(self.batch.sizes, self.batch.original_sizes, strict=True)
         return [
-            Detections(resize_boxes(one.boxes, size, original), one.scores, one.labels)
-            for one, (size, original) in zip(found, sizes, strict=True)
+            Detections(resize_boxes(image.boxes, size, original), image.scores, image.labels)
+            for image, (size, original) in zip(detections, sizes, strict=True)
         ]
 
 
@@ -296,7 +298,7 @@ class PyramidView(LazyView):
         """Apply deltas (B, N, 4) to all anchors; return boxes (B, N, 4), not clipped."""
         with self.scope(autocast=False):
             anchors = torch.cat(list(self.anchors.values()))
-            return torch.stack([self._decode(each, anchors) for each in upcast(deltas)])
+            return torch.stack([self._decode(image_deltas, anchors) for image_deltas in upcast(deltas)])
 
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         """Apply deltas (N, 4) to anchors (N, 4); return boxes (N, 4)."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import check_classes
-from distill.detectors.weights import download, fit, read_state
+from distill.detectors.state_dicts import fit, read_state
+from distill.detectors.torchvision_weights import download
 from distill.files import atomic_write, read_json, write_text
 from distill.frozen import FrozenModel
 from distill.losses.crops import crops

@@ -16,7 +16,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
 
 from distill.detectors import anchors as anchor_parts
-from distill.detectors import registry, weights
+from distill.detectors import registry, student_files
 from distill.detectors.description import RENAMED_OPTIONS, leaves
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.retinanet import RetinaNet
@@ -50,7 +50,7 @@ def slow_anchors(
     rows, columns = math.ceil(HEIGHT / stride), math.ceil(WIDTH / stride)
     dy, dx = (HEIGHT // rows, WIDTH // columns) if step == "fitted" else (stride, stride)
     cell = [(s, r) for r in ratios for s in sizes] if order == "ratio" else [(s, r) for s in sizes for r in ratios]
-    found = []
+    corners = []
     for y, x in itertools.product(range(rows), range(columns)):
         for size, ratio in cell:
             w, h = size / math.sqrt(ratio), size * math.sqrt(ratio)
@@ -60,8 +60,8 @@ def slow_anchors(
                 else [-w / 2, -h / 2, w / 2, h / 2]
             )
             cx, cy = (x + offset) * dx, (y + offset) * dy
-            found.append([cx + half[0], cy + half[1], cx + half[2], cy + half[3]])
-    return found
+            corners.append([cx + half[0], cy + half[1], cx + half[2], cy + half[3]])
+    return corners
 
 
 @pytest.mark.parametrize("family", [FasterRCNN, RetinaNet])
@@ -80,9 +80,9 @@ def test_anchors_lie_where_they_are_said_to(family: Any, offset: float, rounded:
     sizes, ratios = [[s, s * 1.3, s * 1.7] for s in (11, 23, 47, 91, 190)], [0.5, 1.0, 2.0]
     options = {"anchor_offset": offset, "anchor_rounded": rounded, "anchor_order": order, "anchor_step": step}
     detector = small(family, anchor_sizes=sizes, anchor_ratios=ratios, **options)
-    found = detector.view(batch()).anchors
-    assert list(found) == list(detector.spec.neck)
-    for (stride, anchors), level in zip(found.items(), sizes, strict=True):
+    levels = detector.view(batch()).anchors
+    assert list(levels) == list(detector.spec.neck)
+    for (stride, anchors), level in zip(levels.items(), sizes, strict=True):
         expected = torch.tensor(slow_anchors(stride, level, ratios, offset, rounded, order, step))
         assert anchors.shape == expected.shape
         assert torch.allclose(anchors, expected, atol=1e-4)
@@ -107,11 +107,11 @@ def test_deltas_are_clamped_on_the_named_sides(clamp: str) -> None:
     deltas = [[0.1, -0.2, -30.0, 60.0, 1.0, 2.0, -5.0, 0.5], [0.0, 0.5, 3.0, -90.0, 0.0, 0.0, 0.0, -4.0]]
     two, one = small(FasterRCNN, delta_clamp=clamp).net, small(RetinaNet, delta_clamp=clamp).net
     for part in (two.rpn, two.roi_heads, one, one.head.regression_head):
-        found = part.box_coder.decode_single(torch.tensor(deltas), torch.tensor(anchors))
+        decoded = part.box_coder.decode_single(torch.tensor(deltas), torch.tensor(anchors))
         for row, (delta, anchor) in enumerate(zip(deltas, anchors, strict=True)):
             for first in (0, 4):
                 expected = slow_decode(delta[first : first + 4], anchor, part.box_coder.weights, clamp == "both")
-                assert torch.allclose(found[row, first : first + 4], torch.tensor(expected), rtol=1e-4, atol=1e-2)
+                assert torch.allclose(decoded[row, first : first + 4], torch.tensor(expected), rtol=1e-4, atol=1e-2)
 
 
 def test_the_smallest_proposal_is_as_small_as_it_is_said() -> None:
@@ -121,8 +121,8 @@ def test_the_smallest_proposal_is_as_small_as_it_is_said() -> None:
     scores = torch.tensor([4.0, 3.0, 2.0, 1.0])
     for smallest, expected in ((1e-3, [0, 3]), (0.0, [0, 1, 3]), (1.0, [0])):
         rpn = small(FasterRCNN, proposal_min_size=smallest).net.rpn
-        found, _ = rpn.filter_proposals(boxes, scores, [(HEIGHT, WIDTH)], [4])
-        assert torch.equal(found[0], boxes[0, expected])
+        kept, _ = rpn.filter_proposals(boxes, scores, [(HEIGHT, WIDTH)], [4])
+        assert torch.equal(kept[0], boxes[0, expected])
 
 
 @pytest.mark.parametrize("relu", [True, False])
@@ -176,21 +176,21 @@ def test_the_bare_network_does_the_same_as_the_view(family: Any) -> None:
     detector.net.transform.resize = lambda image, target: (image, target)
     image, target = data.images[0].float() / 255, data.targets[0]
     torch.manual_seed(1)
-    ours = detector.view(data).losses
+    view_losses = detector.view(data).losses
     torch.manual_seed(1)
-    theirs = detector.net([image], [{"boxes": target.boxes, "labels": target.labels}])
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    (found,), (expected,) = detector.eval().view(data, training=False).detections, detector.net([image])
+    network_losses = detector.net([image], [{"boxes": target.boxes, "labels": target.labels}])
+    assert list(view_losses) == list(network_losses)
+    assert all(torch.equal(value, network_losses[name]) for name, value in view_losses.items())
+    (detections,), (expected,) = detector.eval().view(data, training=False).detections, detector.net([image])
     known = expected["labels"] > 0
     assert known.sum() > 3
-    assert torch.equal(found.boxes, expected["boxes"][known])
+    assert torch.equal(detections.boxes, expected["boxes"][known])
 
 
 @pytest.mark.parametrize("family", [FasterRCNN, RetinaNet])
 def test_every_geometry_travels_with_the_weights_and_is_held(family: Any, tmp_path: Any) -> None:
     student = small(family, **FOREIGN, **OF[family])
-    weights.save_student(student, tmp_path)
+    student_files.save_student(student, tmp_path)
     assert registry.load_detector(tmp_path).describe() == student.describe()
     options = {**FOREIGN, **OF[family]}
     paths = {name: RENAMED_OPTIONS.get(name, name) for name in options}

@@ -28,7 +28,7 @@ from helpers.detectors import nested
 from helpers.grids import exhaustive, mostly_exhaustive
 
 
-def theirs(depth: int) -> nn.Module:
+def torchvision_network(depth: int) -> nn.Module:
     model = getattr(resnet, f"resnet{depth}")(weights=None)
     del model.avgpool, model.fc
     return model
@@ -36,22 +36,24 @@ def theirs(depth: int) -> nn.Module:
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
 def test_equals_torchvision_at_width_one(depth: int) -> None:
-    ours, other = ResNet(depth), theirs(depth)
-    assert [name for name, _ in ours.named_modules()] == [name for name, _ in other.named_modules()]
-    assert list(ours.state_dict()) == list(other.state_dict())
-    other.load_state_dict(ours.state_dict(), strict=True)
+    network, other = ResNet(depth), torchvision_network(depth)
+    assert [name for name, _ in network.named_modules()] == [name for name, _ in other.named_modules()]
+    assert list(network.state_dict()) == list(other.state_dict())
+    other.load_state_dict(network.state_dict(), strict=True)
     x = torch.rand(1, 3, 65, 96)
     expected = x
     for module in other.children():
         expected = module(expected)
-    assert torch.equal(ours(x), expected)
+    assert torch.equal(network(x), expected)
 
 
 @pytest.mark.parametrize("depth", [101, 152])
 def test_deep_ones_have_torchvisions_shapes(depth: int) -> None:
     with torch.device("meta"):
-        ours, other = ResNet(depth).state_dict(), theirs(depth).state_dict()
-    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in other.items()}
+        network, other = ResNet(depth).state_dict(), torchvision_network(depth).state_dict()
+    assert {name: value.shape for name, value in network.items()} == {
+        name: value.shape for name, value in other.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -60,12 +62,12 @@ def test_deep_ones_have_torchvisions_shapes(depth: int) -> None:
 )
 def test_width_scales_every_stage(depth: int, width: float, channels: tuple[int, ...] | None) -> None:
     body = ResNet(depth, width)
-    found, x = [], torch.rand(1, 3, 64, 64)
+    channels_seen, x = [], torch.rand(1, 3, 64, 64)
     for name, module in body.named_children():
         x = module(x)
         if name.startswith("layer"):
-            found.append(x.shape[1])
-    assert tuple(found) == body.channels == (channels or (64, 128, 256, 512))
+            channels_seen.append(x.shape[1])
+    assert tuple(channels_seen) == body.channels == (channels or (64, 128, 256, 512))
     assert body.conv1.out_channels == max(1, round(64 * width))
 
 
@@ -163,15 +165,15 @@ def test_p6_comes_from_where_it_is_said_even_when_c5_is_as_wide_as_the_neck(fami
 
 def attributes(net: nn.Module) -> dict[str, str]:
     """Numbers, names and lists on all modules, and on the matchers, coders and samplers that they hold."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for name, module in net.named_modules():
         for key, value in vars(module).items():
             helper = hasattr(value, "__dict__") and type(value).__module__.startswith("torchvision.models.detection")
-            for inner, each in vars(value).items() if helper else [("", value)]:
-                if isinstance(each, (bool, int, float, str, tuple, list, dict)) and "Parameter" not in str(each):
-                    found[f"{name}.{key}.{inner}"] = str(each)
+            for inner, member in vars(value).items() if helper else [("", value)]:
+                if isinstance(member, (bool, int, float, str, tuple, list, dict)) and "Parameter" not in str(member):
+                    values[f"{name}.{key}.{inner}"] = str(member)
     skipped = (".ends.", ".scales.", "transform.min_size.", "._modules.", "._buffers.", "._is_full_backward_hook.")
-    return {name: value for name, value in found.items() if not name.endswith(skipped)}
+    return {name: value for name, value in values.items() if not name.endswith(skipped)}
 
 
 @pytest.mark.parametrize("which", ["faster_rcnn", exhaustive("retinanet"), "retinanet_v2", exhaustive("fcos")])
@@ -179,19 +181,19 @@ def test_defaults_are_torchvisions_builders(which: str) -> None:
     options = {"weights": None, "weights_backbone": None, "num_classes": 4}
     if which == "faster_rcnn":
         # The default's pool is our own, which has attributes more: see test_roi_align.py.
-        ours, other = FasterRCNN("abc", box_roi_align="torchvision").net, fasterrcnn_resnet50_fpn(**options)
+        network, other = FasterRCNN("abc", box_roi_align="torchvision").net, fasterrcnn_resnet50_fpn(**options)
     elif which == "retinanet":
-        ours, other = RetinaNet("abc").net, retinanet_resnet50_fpn(**options)
+        network, other = RetinaNet("abc").net, retinanet_resnet50_fpn(**options)
     elif which == "fcos":
-        ours, other = FCOS("abc").net, fcos_resnet50_fpn(**options)
+        network, other = FCOS("abc").net, fcos_resnet50_fpn(**options)
     else:
-        ours = RetinaNet("abc", p6_from="c5", head_norm="group", box_loss="giou").net
+        network = RetinaNet("abc", p6_from="c5", head_norm="group", box_loss="giou").net
         other = retinanet_resnet50_fpn_v2(**options)
-    assert {n: v.shape for n, v in ours.state_dict().items()} == {n: v.shape for n, v in other.state_dict().items()}
-    mine, expected = attributes(ours), attributes(other)
-    assert {name: (value, expected[name]) for name, value in mine.items() if value != expected[name]} == {}
-    assert mine.keys() == expected.keys()
-    assert len(mine) > 100
+    assert {n: v.shape for n, v in network.state_dict().items()} == {n: v.shape for n, v in other.state_dict().items()}
+    actual, expected = attributes(network), attributes(other)
+    assert {name: (value, expected[name]) for name, value in actual.items() if value != expected[name]} == {}
+    assert actual.keys() == expected.keys()
+    assert len(actual) > 100
 
 
 # -- bodies other than the ResNet
@@ -206,11 +208,13 @@ def test_a_body_has_torchvisions_keys_and_shapes_at_strides_4_to_32(backbone: st
         for name, part in body.named_children():
             x = part(x)
             strides[name] = (64 // x.shape[-1], x.shape[1])
-    theirs = getattr(network, "features", network).state_dict()
-    ours = body.state_dict()
-    left = {name.split(".")[0] for name in theirs.keys() - ours.keys()}
+    tensors = getattr(network, "features", network).state_dict()
+    body_tensors = body.state_dict()
+    left = {name.split(".")[0] for name in tensors.keys() - body_tensors.keys()}
     assert left == ({str(len(network.features) - 1)} if hasattr(network, "features") else {"fc"})
-    assert {name: theirs[name].shape for name in ours} == {name: value.shape for name, value in ours.items()}
+    assert {name: tensors[name].shape for name in body_tensors} == {
+        name: value.shape for name, value in body_tensors.items()
+    }
     last = {stride: name for name, (stride, _) in strides.items()}  # the last child at each stride
     assert [last[stride] for stride in (4, 8, 16, 32)] == list(body.ends[1:])
     assert [strides[end][1] for end in body.ends[1:]] == list(body.channels)
@@ -238,7 +242,7 @@ def test_every_body_frees_its_stages_from_behind(backbone: str, stages: int) -> 
 
 
 def norms_of(body: nn.Module) -> dict[str, nn.Module]:
-    return {name: each for name, each in body.named_modules() if hasattr(each, "running_var")}
+    return {name: module for name, module in body.named_modules() if hasattr(module, "running_var")}
 
 
 @pytest.mark.parametrize(("backbone", "eps"), [("mobilenet_v2", 1e-5), ("mobilenet_v3_large", 1e-3)])
@@ -246,29 +250,31 @@ def norms_of(body: nn.Module) -> dict[str, nn.Module]:
 def test_every_norm_suits_every_body(backbone: str, eps: float, norm: str) -> None:
     torch.manual_seed(0)
     x, live = torch.rand(2, 3, 64, 64), build_backbone(backbone)
-    for each in norms_of(live).values():
-        each.running_mean.uniform_(-0.1, 0.1)  # type: ignore[operator, union-attr]
-        each.running_var.uniform_(0.5, 2)  # type: ignore[operator, union-attr]
+    for module in norms_of(live).values():
+        module.running_mean.uniform_(-0.1, 0.1)  # type: ignore[operator, union-attr]
+        module.running_var.uniform_(0.5, 2)  # type: ignore[operator, union-attr]
     body = build_backbone(backbone, norm=norm)
     body.load_state_dict(live.state_dict(), strict=norm != "frozen")
     assert norms_of(body).keys() == norms_of(live).keys()
-    assert {type(each) for each in norms_of(body).values()} == {NORMS[norm]}
-    assert {each.eps for each in norms_of(body).values()} == {eps}
+    assert {type(module) for module in norms_of(body).values()} == {NORMS[norm]}
+    assert {module.eps for module in norms_of(body).values()} == {eps}
     assert torch.allclose(body.eval()(x), live.eval()(x), atol=1e-5)
-    trained = any(p.requires_grad for each in norms_of(body).values() for p in each.parameters())
-    before = {name: each.running_var.clone() for name, each in norms_of(body).items()}  # type: ignore[operator]
+    trained = any(p.requires_grad for module in norms_of(body).values() for p in module.parameters())
+    before = {name: module.running_var.clone() for name, module in norms_of(body).items()}  # type: ignore[operator]
     body.train()(x)
-    moved = {name for name, each in norms_of(body).items() if not torch.equal(each.running_var, before[name])}  # type: ignore[arg-type]
+    moved = {name for name, module in norms_of(body).items() if not torch.equal(module.running_var, before[name])}  # type: ignore[arg-type]
     assert (trained, moved) == (norm != "frozen", before.keys() if norm in ("batch", "sync") else set())
-    assert {each.eps for each in norms_of(build_backbone(backbone, norm=norm, norm_eps=0.02)).values()} == {0.02}
+    assert {module.eps for module in norms_of(build_backbone(backbone, norm=norm, norm_eps=0.02)).values()} == {0.02}
 
 
 def test_mobilenets_come_in_torchvisions_widths() -> None:
     for backbone in ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"):
-        theirs = models.get_model(backbone, weights=None, width_mult=0.5).features.state_dict()
-        ours = build_backbone(backbone, width=0.5).state_dict()
-        assert len(ours) > 100
-        assert {name: value.shape for name, value in ours.items()} == {name: theirs[name].shape for name in ours}
+        tensors = models.get_model(backbone, weights=None, width_mult=0.5).features.state_dict()
+        body_tensors = build_backbone(backbone, width=0.5).state_dict()
+        assert len(body_tensors) > 100
+        assert {name: value.shape for name, value in body_tensors.items()} == {
+            name: tensors[name].shape for name in body_tensors
+        }
 
 
 @pytest.mark.parametrize(
@@ -325,15 +331,15 @@ def test_a_timm_body_keeps_the_protocol(name: str, channels: tuple[int, ...], no
         ["a"], backbone={"name": f"timm/{name}", "norm": norm, "trainable_stages": 2}, neck_channels=32
     )
     body, x = detector.net.backbone.body, torch.rand(2, 3, 64, 64)
-    theirs = timm.create_model(name, features_only=True)
+    features = timm.create_model(name, features_only=True)
     state = {key.removeprefix("net."): value for key, value in body.state_dict().items()}
-    theirs.load_state_dict(state, strict=norm != "frozen")
+    features.load_state_dict(state, strict=norm != "frozen")
     assert tuple(detector.spec.body.values()) == channels
-    for mine, other in zip(body.eval().maps(x), theirs.eval()(x)[-4:], strict=True):
-        assert torch.allclose(mine, other, atol=1e-4)
+    for map_, other in zip(body.eval().maps(x), features.eval()(x)[-4:], strict=True):
+        assert torch.allclose(map_, other, atol=1e-4)
     norms = norms_of(body).values()
-    assert len(norms) == len(norms_of(theirs))
-    assert all(isinstance(each, NORMS[norm]) for each in norms)  # type: ignore[arg-type]
+    assert len(norms) == len(norms_of(features))
+    assert all(isinstance(module, NORMS[norm]) for module in norms)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [name for name, _ in TIMM])
@@ -342,9 +348,9 @@ def test_a_timm_body_frees_its_stages_from_behind(name: str) -> None:
     body, x = detector.net.backbone.body, torch.rand(2, 3, 64, 64)
     before = {key: value.clone() for key, value in body.state_dict().items()}
     maps = body.maps(x)
-    assert [each.requires_grad for each in maps] == [False, False, True, True]
+    assert [module.requires_grad for module in maps] == [False, False, True, True]
     moved = {key.rsplit(".", 1)[0] for key, value in body.state_dict().items() if not torch.equal(value, before[key])}
-    assert moved == {key for key, each in norms_of(body).items() if each.weight.requires_grad}  # type: ignore[union-attr]
+    assert moved == {key for key, module in norms_of(body).items() if module.weight.requires_grad}  # type: ignore[union-attr]
     maps = body.eval().maps(x)
     for p in body.parameters():
         p.data += p.requires_grad

@@ -251,8 +251,8 @@ def test_the_detector_stays_what_it_was(options: dict[str, Any]) -> None:
     before = {name: (value.clone(), value.stride()) for name, value in detector.state_dict().items()}
     digest, described = state_fingerprint(detector.state_dict), detector.describe()
     teacher = Teacher(detector, **options)
-    found = teacher.view(batch(), training=False).detections
-    assert len(found) == 2
+    detections = teacher.view(batch(), training=False).detections
+    assert len(detections) == 2
     assert teacher.fingerprint == digest == teacher.identity()["sha256"]
     assert detector.describe() == described
     for name, value in detector.state_dict().items():
@@ -261,10 +261,10 @@ def test_the_detector_stays_what_it_was(options: dict[str, Any]) -> None:
         assert value.dtype == before[name][0].dtype
     student = FasterRCNN(["a"], backbone={"depth": 18, "width": 0.25}, neck_channels=32, head_channels=16)
     inherit(student, teacher.detector)
-    ours, theirs = student.net.backbone.fpn.state_dict(), detector.net.backbone.fpn.state_dict()
-    same = [name for name in ours if name.startswith("layer_blocks")]
+    student_state, teacher_state = student.net.backbone.fpn.state_dict(), detector.net.backbone.fpn.state_dict()
+    same = [name for name in student_state if name.startswith("layer_blocks")]
     assert same
-    assert all(torch.equal(ours[name], theirs[name]) for name in same)
+    assert all(torch.equal(student_state[name], teacher_state[name]) for name in same)
 
 
 def test_unchanged_weights_are_shared_and_nothing_is_trained() -> None:
@@ -272,9 +272,9 @@ def test_unchanged_weights_are_shared_and_nothing_is_trained() -> None:
     working = Teacher(detector).optimized(CPU)
     assert not any(parameter.requires_grad for parameter in working.parameters())
     assert not any(module.training for module in working.modules())
-    theirs = {parameter.data_ptr() for parameter in detector.parameters()}
-    assert working.net.roi_heads.box_head.fc6.weight.data_ptr() in theirs
-    assert working.net.backbone.body.conv1.weight.data_ptr() not in theirs
+    addresses = {parameter.data_ptr() for parameter in detector.parameters()}
+    assert working.net.roi_heads.box_head.fc6.weight.data_ptr() in addresses
+    assert working.net.backbone.body.conv1.weight.data_ptr() not in addresses
 
 
 def test_the_cheap_network_is_made_once_and_copied_never() -> None:
@@ -300,7 +300,7 @@ def test_bfloat16_is_what_was_asked_for() -> None:
     for stride, maps in plain.neck.items():
         assert view.neck[stride].dtype == torch.bfloat16
         assert (view.neck[stride].float() - maps).abs().max() < 0.05 * maps.abs().max()
-    assert all(found.boxes.dtype == torch.float32 for found in view.detections)
+    assert all(image.boxes.dtype == torch.float32 for image in view.detections)
 
 
 def test_auto_leaves_a_teacher_on_the_cpu_as_it_is_under_autocast() -> None:
@@ -318,12 +318,12 @@ def test_the_command_line_passes_its_keys_on_and_has_the_same_defaults() -> None
     detector = lived(DETECTORS["resnet, frozen"]())
 
     def options(*lines: str) -> TeacherOptions:
-        found = plan_teacher(compose.compose_without_run(["teacher=frcnn_r18", *lines]))
-        assert found is not None
-        return found
+        planned = plan_teacher(compose.compose_without_run(["teacher=frcnn_r18", *lines]))
+        assert planned is not None
+        return planned
 
     plain = options()
-    defaults = {name: each.default for name, each in inspect.signature(Teacher).parameters.items()}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(Teacher).parameters.items()}
     for name in ("fold", "channels_last", "dtype"):
         assert plain.optimization[name] == defaults[name] == getattr(as_teacher(plain, detector, "x"), name)
     lines = ["teacher.fold=false", "teacher.channels_last=false", "teacher.dtype=bfloat16"]

@@ -82,10 +82,10 @@ def test_samples_are_taken_where_it_says(aligned: bool, sampling: int, kernel: s
     maps = {str(i): torch.rand(1, 1, height // s, width // s) for i, s in enumerate(strides)}
     boxes = [[10.3, 20.1, 50.7, 41.2], [0.0, 0.0, 3.0, 2.0], [30.0, 5.0, 155.0, 90.0], [140.0, 80.0, 160.0, 96.0]]
     pool = region_pool(strides, 7, sampling, aligned, kernel=kernel)
-    for box, found in zip(boxes, pool(maps, [torch.tensor(boxes)], [(height, width)]), strict=True):
+    for box, region in zip(boxes, pool(maps, [torch.tensor(boxes)], [(height, width)]), strict=True):
         level = min(max(math.floor(4 + math.log2(math.sqrt((box[2] - box[0]) * (box[3] - box[1])) / 224)), 2), 5) - 2
         expected = slow_roi_align(maps[str(level)][0, 0], box, 1 / strides[level], sampling, aligned)
-        assert torch.allclose(found[0], expected, atol=1e-4)
+        assert torch.allclose(region[0], expected, atol=1e-4)
 
 
 STRIDES = (4, 8, 16)
@@ -116,7 +116,7 @@ def neck(dtype: torch.dtype, layout: torch.memory_format, channels: int = 5) -> 
 
 def op(maps: dict[str, Tensor], boxes: list[Tensor], levels: Tensor, output: int, **options: Any) -> Tensor:
     """torchvision's kernel, one region at a time."""
-    images = [index for index, each in enumerate(boxes) for _ in each]
+    images = [index for index, image_boxes in enumerate(boxes) for _ in image_boxes]
     rows = []
     for image, box, level in zip(images, torch.cat(boxes), levels.tolist(), strict=True):
         region = torch.cat([box.new_tensor([image]), box])[None]
@@ -132,15 +132,17 @@ def test_cells_give_what_the_kernel_gives(
 ) -> None:
     maps, boxes = neck(dtype, layout), regions(dtype)
     pool = region_pool(STRIDES, output, sampling, aligned)
-    found = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3)
+    features = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3)
     levels = pool.map_levels(boxes)
     assert set(levels.tolist()) == {0, 1, 2}
     expected = op(maps, boxes, levels, output, sampling_ratio=sampling, aligned=aligned)
-    torch.testing.assert_close(found, expected, rtol=0, atol=5 * tolerance)
-    assert found.is_contiguous()
-    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
-    ours, theirs = (torch.autograd.grad(each, list(maps.values()), slope) for each in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
+    torch.testing.assert_close(features, expected, rtol=0, atol=5 * tolerance)
+    assert features.is_contiguous()
+    slope = torch.randn(features.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    gradients, expected_gradients = (
+        torch.autograd.grad(tensor, list(maps.values()), slope) for tensor in (features, expected)
+    )
+    for one, other in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * max(1.0, float(other.abs().max())))
 
 
@@ -148,16 +150,16 @@ def test_cells_give_what_the_kernel_gives(
 def test_torchvisions_kernel_is_torchvisions_to_the_bit(aligned: bool) -> None:
     maps, boxes = neck(torch.float32, torch.contiguous_format), regions(torch.float32)
     pool = region_pool(STRIDES, 7, 2, aligned, kernel="torchvision")
-    found = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3)
+    features = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3)
     if aligned:
         expected = op(maps, boxes, pool.map_levels(boxes), 7, sampling_ratio=2, aligned=True)
     else:
         plain = MultiScaleRoIAlign(list(maps), 7, 2)
         plain.scales, plain.map_levels = pool.scales, pool.map_levels
         expected = plain(maps, boxes, [(HEIGHT, WIDTH)] * 3)
-    assert torch.equal(found, expected)
+    assert torch.equal(features, expected)
     assert all(x.grad is None for x in maps.values())
-    found.sum().backward()
+    features.sum().backward()
     assert all(x.grad is not None and x.grad.any() for x in maps.values())
 
 
@@ -165,9 +167,9 @@ def test_torchvisions_kernel_is_torchvisions_to_the_bit(aligned: bool) -> None:
 def test_an_image_has_the_same_features_alone_as_in_a_batch(layout: torch.memory_format) -> None:
     maps, boxes, pool = neck(torch.float32, layout, 24), regions(torch.float32), region_pool(STRIDES, 7, 2)
     together = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3)
-    for image, found in zip((0, 2), torch.split(together, [len(boxes[0]), len(boxes[2])]), strict=True):
+    for image, image_features in zip((0, 2), torch.split(together, [len(boxes[0]), len(boxes[2])]), strict=True):
         alone = pool({name: x[image : image + 1] for name, x in maps.items()}, [boxes[image]], [(HEIGHT, WIDTH)])
-        assert torch.equal(alone, found)
+        assert torch.equal(alone, image_features)
 
 
 def test_the_last_cells_of_a_map_are_all_it_has() -> None:
@@ -181,16 +183,16 @@ def test_the_last_cells_of_a_map_are_all_it_has() -> None:
 @pytest.mark.parametrize("aligned", [False, True])
 def test_half_precision_is_the_kernels(aligned: bool) -> None:
     maps, boxes = neck(torch.float16, torch.contiguous_format), regions(torch.float16)
-    ours, theirs = (region_pool(STRIDES, 7, 2, aligned, kernel=kernel) for kernel in KERNELS)
-    assert torch.equal(ours(maps, boxes, [(HEIGHT, WIDTH)] * 3), theirs(maps, boxes, [(HEIGHT, WIDTH)] * 3))
+    pool, torchvision_pool = (region_pool(STRIDES, 7, 2, aligned, kernel=kernel) for kernel in KERNELS)
+    assert torch.equal(pool(maps, boxes, [(HEIGHT, WIDTH)] * 3), torchvision_pool(maps, boxes, [(HEIGHT, WIDTH)] * 3))
 
 
 def test_boxes_of_another_precision_and_with_a_history_are_read_as_they_are() -> None:
     maps, boxes = neck(torch.float32, torch.contiguous_format), [x.requires_grad_() for x in regions(torch.float64)]
     pool, sizes = region_pool(STRIDES, 7, 2), [(HEIGHT, WIDTH)] * 3
-    found = pool(maps, boxes, sizes)
-    assert torch.equal(found, pool(maps, [x.detach().float() for x in boxes], sizes))
-    found.sum().backward()
+    features = pool(maps, boxes, sizes)
+    assert torch.equal(features, pool(maps, [x.detach().float() for x in boxes], sizes))
+    features.sum().backward()
     assert all(x.grad is None for x in boxes)
 
 
@@ -208,9 +210,9 @@ def test_a_pool_of_another_shape_gives_it() -> None:
     """As a Mask R-CNN's, which is a copy of the other one."""
     maps, boxes, pool = neck(torch.float32, torch.contiguous_format), regions(torch.float32), region_pool(STRIDES, 7, 2)
     pool.output_size = (4, 6)
-    found, levels = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3), pool.map_levels(boxes)
+    features, levels = pool(maps, boxes, [(HEIGHT, WIDTH)] * 3), pool.map_levels(boxes)
     expected = op(maps, boxes, levels, (4, 6), sampling_ratio=2)  # type: ignore[arg-type]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("aligned", [False, True])
@@ -226,8 +228,8 @@ def test_a_traced_pool_knows_the_kernel_alone(aligned: bool, tmp_path: Path) -> 
     maps = [x.detach()[:1] for x in neck(torch.float32, torch.contiguous_format).values()]
     boxes = regions(torch.float32)[0]
     torch.jit.trace(Bare(), (*maps, boxes)).save(tmp_path / "pool.pt")
-    found = torch.jit.load(tmp_path / "pool.pt")(*maps, boxes)
-    torch.testing.assert_close(found, Bare()(*maps, boxes), rtol=0, atol=1e-5)
+    features = torch.jit.load(tmp_path / "pool.pt")(*maps, boxes)
+    torch.testing.assert_close(features, Bare()(*maps, boxes), rtol=0, atol=1e-5)
 
 
 def test_torchvisions_kernel_can_be_scripted() -> None:
@@ -248,9 +250,9 @@ def test_the_gradient_is_that_of_the_value() -> None:
 @pytest.mark.parametrize("aligned", [False, True])
 def test_no_region_gives_none_and_an_empty_gradient(kernel: str, aligned: bool) -> None:
     maps = neck(torch.float32, torch.channels_last)
-    found = region_pool(STRIDES, 7, 2, aligned, kernel=kernel)(maps, [torch.zeros(0, 4)] * 3, [(HEIGHT, WIDTH)] * 3)
-    assert found.shape == (0, 5, 7, 7)
-    found.sum().backward()
+    features = region_pool(STRIDES, 7, 2, aligned, kernel=kernel)(maps, [torch.zeros(0, 4)] * 3, [(HEIGHT, WIDTH)] * 3)
+    assert features.shape == (0, 5, 7, 7)
+    features.sum().backward()
     assert all(x.grad is None or not x.grad.any() for x in maps.values())
 
 
@@ -259,7 +261,7 @@ def test_nothing_but_the_regions_is_kept_for_the_backward_pass() -> None:
     boxes = regions(torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
         region_pool(STRIDES, 7, 2)(neck(torch.float32, torch.channels_last), boxes, [(HEIGHT, WIDTH)] * 3)
-    assert sum(each.numel() for each in kept) == 6 * sum(map(len, boxes))
+    assert sum(tensor.numel() for tensor in kept) == 6 * sum(map(len, boxes))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -267,30 +269,30 @@ def test_a_box_without_a_place_has_no_level_and_gives_zeros(kernel: str) -> None
     """As a diverged student may propose; the guard of a run names it."""
     boxes = [torch.tensor([[math.nan, 0.0, 9.0, 9.0], [4.0, 4.0, 20.0, 20.0]])]
     maps = {name: x[:1] for name, x in neck(torch.float32, torch.channels_last).items()}
-    found = region_pool(STRIDES, 7, 2, kernel=kernel)(maps, boxes, [(HEIGHT, WIDTH)])
-    assert not found[0].any()
-    assert found[1].all()
-    found.sum().backward()
+    features = region_pool(STRIDES, 7, 2, kernel=kernel)(maps, boxes, [(HEIGHT, WIDTH)])
+    assert not features[0].any()
+    assert features[1].all()
+    features.sum().backward()
 
 
 def test_a_box_without_an_end_asks_for_no_cell_outside() -> None:
     boxes = [torch.tensor([[0.0, 0.0, math.inf, 9.0], [-math.inf, 0.0, 9.0, 9.0], [0.0, 0.0, 1e30, 1e30]])]
     maps = {name: x[:1] for name, x in neck(torch.float32, torch.channels_last).items()}
-    found = region_pool(STRIDES, 7, 2)(maps, boxes, [(HEIGHT, WIDTH)])
-    found.sum().backward()
-    assert found.shape == (3, 5, 7, 7)
+    features = region_pool(STRIDES, 7, 2)(maps, boxes, [(HEIGHT, WIDTH)])
+    features.sum().backward()
+    assert features.shape == (3, 5, 7, 7)
 
 
 def test_the_same_bits_come_again_where_they_are_asked_for() -> None:
-    maps, boxes, found = neck(torch.float32, torch.channels_last), regions(torch.float32), []
+    maps, boxes, results = neck(torch.float32, torch.channels_last), regions(torch.float32), []
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(2):
             pooled = region_pool(STRIDES, 7, 2)(maps, boxes, [(HEIGHT, WIDTH)] * 3)
-            found.append((pooled, *torch.autograd.grad(pooled.square().sum(), list(maps.values()))))
+            results.append((pooled, *torch.autograd.grad(pooled.square().sum(), list(maps.values()))))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_an_unknown_kernel_is_refused_by_name() -> None:

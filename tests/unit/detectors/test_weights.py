@@ -19,7 +19,7 @@ from torchvision.models import _api, resnet18
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn, fcos_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
-from distill.detectors import registry, weights
+from distill.detectors import registry, student_files, weights
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.retinanet import RetinaNet
@@ -54,10 +54,10 @@ def batch() -> Batch:
 
 
 def assert_same_detections(left: Any, right: Any) -> None:
-    found = [one.eval().view(batch(), training=False).detections for one in (left, right)]
-    for mine, other in zip(*found, strict=True):
-        assert len(mine.boxes) > 0
-        assert all(torch.equal(a, b) for a, b in zip(mine[:3], other[:3], strict=True))
+    pair = [detector.eval().view(batch(), training=False).detections for detector in (left, right)]
+    for actual, other in zip(*pair, strict=True):
+        assert len(actual.boxes) > 0
+        assert all(torch.equal(a, b) for a, b in zip(actual[:3], other[:3], strict=True))
 
 
 @pytest.mark.parametrize("family", ROWS)
@@ -67,7 +67,7 @@ def test_a_student_comes_back_as_it_was(family: Any, norm: str, tmp_path: Path) 
     student = small(
         family, norm=norm, norm_eps=1e-3, mean=(0.1, 0.2, 0.3), nms_thresh=0.4, **ROWS[family].other_results
     )
-    path = weights.save_student(student, tmp_path / "run", {"AP": 0.5})
+    path = student_files.save_student(student, tmp_path / "run", {"AP": 0.5})
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["student.json", "student.pt"]
     student.net.load_state_dict(torch.load(path, weights_only=True), strict=True)
     spec = json.loads((tmp_path / "run" / "student.json").read_text())
@@ -84,7 +84,7 @@ def test_a_student_comes_back_as_it_was(family: Any, norm: str, tmp_path: Path) 
 
 
 def test_loading_a_teacher_draws_nothing_from_the_global_stream(tmp_path: Path) -> None:
-    weights.save_student(small(RetinaNet), tmp_path)
+    student_files.save_student(small(RetinaNet), tmp_path)
     before = torch.get_rng_state()
     registry.load_detector(tmp_path)
     assert torch.equal(before, torch.get_rng_state())
@@ -100,7 +100,7 @@ def test_every_constructor_argument_is_described() -> None:
 
 def test_a_broken_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = small(RetinaNet)
-    before = weights.save_student(student, tmp_path).read_bytes()
+    before = student_files.save_student(student, tmp_path).read_bytes()
 
     def broken(state: Any, file: Any) -> None:
         file.write(b"half")
@@ -108,7 +108,7 @@ def test_a_broken_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(OSError, match="disk full"):
-        weights.save_student(student, tmp_path)
+        student_files.save_student(student, tmp_path)
     assert (tmp_path / "student.pt").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -183,25 +183,25 @@ def rows(detector: Any, name: str) -> dict[str, list[Tensor]]:
     """Class name -> its rows, found one by one from each layer's documented order."""
     names = ["background", *detector.classes]
     value = detector.net.state_dict()[name]
-    found: dict[str, list[Tensor]] = {each: [] for each in names}
+    class_rows: dict[str, list[Tensor]] = {class_name: [] for class_name in names}
     for row in range(len(value)):
         label = row // 4 if "bbox_pred" in name else row % len(names)
-        found[names[label]].append(value[row])
-    return found
+        class_rows[names[label]].append(value[row])
+    return class_rows
 
 
 @pytest.mark.parametrize("family", ROWS)
 def test_keep_takes_the_rows_of_the_same_names(family: Any, tmp_path: Path) -> None:
     source = randomised(small(family))
-    weights.save_student(source, tmp_path)
+    student_files.save_student(source, tmp_path)
     target = small(family, ["owl", "cat"], weights=str(tmp_path))
     for layer in family.class_layers:
         for part in ("weight", "bias"):
-            mine, theirs = rows(target, f"{layer}.{part}"), rows(source, f"{layer}.{part}")
-            assert set(mine) == {"background", "owl", "cat"}
-            for name, values in mine.items():
-                assert len(values) == len(theirs[name]) > 0
-                assert all(torch.equal(a, b) for a, b in zip(values, theirs[name], strict=True))
+            actual, reference = rows(target, f"{layer}.{part}"), rows(source, f"{layer}.{part}")
+            assert set(actual) == {"background", "owl", "cat"}
+            for name, values in actual.items():
+                assert len(values) == len(reference[name]) > 0
+                assert all(torch.equal(a, b) for a, b in zip(values, reference[name], strict=True))
     assert "owl, cat, out of 3 classes" in "\n".join(target.report)
     assert registry.load_detector(tmp_path).classes == ("cat", "dog", "owl")
     with pytest.raises(DistillError, match=r"\['Cat'\].*'cat', 'dog', 'owl'"):
@@ -212,7 +212,7 @@ def test_keep_takes_the_rows_of_the_same_names(family: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize("named", [True, False])
 def test_new_leaves_the_head_fresh_and_fits_the_rest(family: Any, named: bool, tmp_path: Path) -> None:
     source = randomised(small(family))
-    weights.save_student(source, tmp_path)
+    student_files.save_student(source, tmp_path)
     if not named:
         (tmp_path / "student.json").unlink()
     fresh_head = small(family, ["x", "y"])
@@ -227,7 +227,7 @@ def test_new_leaves_the_head_fresh_and_fits_the_rest(family: Any, named: bool, t
 
 
 def test_classes_may_come_with_the_weights(tmp_path: Path) -> None:
-    weights.save_student(small(RetinaNet), tmp_path)
+    student_files.save_student(small(RetinaNet), tmp_path)
     assert small(RetinaNet, None, weights=str(tmp_path)).classes == ("cat", "dog", "owl")
     with pytest.raises(DistillError, match="classes"):
         small(RetinaNet, None)
@@ -237,7 +237,7 @@ def test_classes_may_come_with_the_weights(tmp_path: Path) -> None:
 
 
 def test_facts_that_weights_depend_on_must_agree(tmp_path: Path) -> None:
-    weights.save_student(small(RetinaNet, mean=(0.5, 0.5, 0.5), norm="frozen", norm_eps=1e-3), tmp_path)
+    student_files.save_student(small(RetinaNet, mean=(0.5, 0.5, 0.5), norm="frozen", norm_eps=1e-3), tmp_path)
     with pytest.raises(DistillError, match=r"pixels.mean=\[0.5, 0.5, 0.5\] \(here \[0.485"):
         small(RetinaNet, weights=str(tmp_path))
     fixed = small(RetinaNet, weights=str(tmp_path), mean=(0.5, 0.5, 0.5), norm="batch_fixed_stats")
@@ -250,7 +250,7 @@ def test_facts_that_weights_depend_on_must_agree(tmp_path: Path) -> None:
 
 
 def test_a_json_that_is_no_detector_is_refused(tmp_path: Path) -> None:
-    path = weights.save_student(small(RetinaNet), tmp_path)
+    path = student_files.save_student(small(RetinaNet), tmp_path)
     spec = path.with_suffix(".json")
     good = json.loads(spec.read_text())
     for text, words in (
@@ -368,7 +368,7 @@ def test_imagenet_weights_are_for_one_width(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_mobilenet_student_comes_back_as_it_was(family: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     student = small(family, backbone="mobilenet_v3_small", depth=None, width=0.5, norm="frozen")
-    weights.save_student(student, tmp_path)
+    student_files.save_student(student, tmp_path)
     again = registry.load_detector(tmp_path)
     assert (again.spec, again.describe()) == (student.spec, student.describe())
     assert_same_detections(student, again)
@@ -390,7 +390,7 @@ def test_a_timm_classifiers_file_fills_its_body(name: str, tmp_path: Path) -> No
     body = {key.removeprefix("net."): v for key, v in detector.net.backbone.body.state_dict().items()}
     assert len(body) > 90
     assert all(torch.equal(value, state[key]) for key, value in body.items())
-    weights.save_student(detector, tmp_path)
+    student_files.save_student(detector, tmp_path)
     assert registry.load_detector(tmp_path).describe() == detector.describe()
     first = next(iter(state))
     for changed, words in (
@@ -407,24 +407,24 @@ def test_a_timm_classifiers_file_fills_its_body(name: str, tmp_path: Path) -> No
 def test_torchvisions_coco_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As its builder has them: 91 labels, frozen norms, epsilon 0, under the names of the published file."""
     torch.manual_seed(0)
-    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    reference = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
     state = OrderedDict(
         (name.replace("rpn.head.conv.0.0", "rpn.head.conv"), value)  # the published file's older name
-        for name, value in theirs.state_dict().items()
+        for name, value in reference.state_dict().items()
         if "num_batches_tracked" not in name
     )
     offline(monkeypatch, state)
-    ours = FasterRCNN(weights="COCO_V1", backbone={"norm": "frozen"})
-    assert len(ours.classes) == 90
-    assert (ours.classes[0], ours.classes[-1], ours.classes.count("N/A")) == ("person", "toothbrush", 10)
-    assert {m.eps for m in ours.modules() if isinstance(m, FrozenBatchNorm2d)} == {0.0}
-    assert ours.describe()["backbone"]["norm_eps"] == 0.0
-    assert torch.equal(ours.net.rpn.head.conv[0][0].weight, theirs.rpn.head.conv[0][0].weight)
+    detector = FasterRCNN(weights="COCO_V1", backbone={"norm": "frozen"})
+    assert len(detector.classes) == 90
+    assert (detector.classes[0], detector.classes[-1], detector.classes.count("N/A")) == ("person", "toothbrush", 10)
+    assert {m.eps for m in detector.modules() if isinstance(m, FrozenBatchNorm2d)} == {0.0}
+    assert detector.describe()["backbone"]["norm_eps"] == 0.0
+    assert torch.equal(detector.net.rpn.head.conv[0][0].weight, reference.rpn.head.conv[0][0].weight)
     own = FasterRCNN(
         ["dog", "cat"], weights="FasterRCNN_ResNet50_FPN_Weights.COCO_V1", backbone={"norm": "batch_fixed_stats"}
     )
     score = "roi_heads.box_predictor.cls_score.weight"
-    labels = [0, ours.classes.index("dog") + 1, ours.classes.index("cat") + 1]
+    labels = [0, detector.classes.index("dog") + 1, detector.classes.index("cat") + 1]
     assert torch.equal(own.net.state_dict()[score], state[score][labels])
     assert {m.eps for m in own.modules() if isinstance(m, nn.BatchNorm2d)} == {0.0}
 
@@ -432,25 +432,25 @@ def test_torchvisions_coco_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_torchvisions_coco_weights_of_fcos_keep_their_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchvision's builder sets epsilon 0 for the COCO weights of its other families, and not for this one."""
     torch.manual_seed(0)
-    theirs = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
-    state = {name: value for name, value in theirs.state_dict().items() if "num_batches_tracked" not in name}
+    reference = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    state = {name: value for name, value in reference.state_dict().items() if "num_batches_tracked" not in name}
     monkeypatch.setattr(_api, "load_state_dict_from_url", lambda url, **_: state)
     reference = fcos_resnet50_fpn(weights="COCO_V1")
     offline(monkeypatch, state)
-    ours = FCOS(weights="COCO_V1", backbone={"norm": "frozen"})
-    assert (len(ours.classes), ours.classes[0], ours.classes[-1]) == (90, "person", "toothbrush")
+    detector = FCOS(weights="COCO_V1", backbone={"norm": "frozen"})
+    assert (len(detector.classes), detector.classes[0], detector.classes[-1]) == (90, "person", "toothbrush")
     expected = {m.eps for m in reference.modules() if isinstance(m, FrozenBatchNorm2d)}
-    assert {m.eps for m in ours.modules() if isinstance(m, FrozenBatchNorm2d)} == expected == {1e-5}
-    assert ours.describe()["backbone"]["norm_eps"] == 1e-5
-    assert ours.parameters_count == FCOS_ResNet50_FPN_Weights.COCO_V1.meta["num_params"]
-    assert ours.net.state_dict().keys() == reference.state_dict().keys()
-    assert all(torch.equal(value, state[name]) for name, value in ours.net.state_dict().items())
+    assert {m.eps for m in detector.modules() if isinstance(m, FrozenBatchNorm2d)} == expected == {1e-5}
+    assert detector.describe()["backbone"]["norm_eps"] == 1e-5
+    assert detector.parameters_count == FCOS_ResNet50_FPN_Weights.COCO_V1.meta["num_params"]
+    assert detector.net.state_dict().keys() == reference.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in detector.net.state_dict().items())
     own = FCOS(
         ["dog", "cat"],
         weights="FCOS_ResNet50_FPN_Weights.COCO_V1",
         backbone={"norm": "batch_fixed_stats", "norm_eps": 1e-3},
     )
-    labels = [0, ours.classes.index("dog") + 1, ours.classes.index("cat") + 1]
+    labels = [0, detector.classes.index("dog") + 1, detector.classes.index("cat") + 1]
     score = "head.classification_head.cls_logits.weight"
     assert torch.equal(own.net.state_dict()[score], state[score][labels])
     assert {m.eps for m in own.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}

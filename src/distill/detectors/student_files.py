@@ -1,0 +1,90 @@
+"""The files of a student in a run's folder: `student.pt` and `student.json`.
+
+`student.json` holds the facts that a state dict lacks: classes, norm and its epsilon, anchors and pixel statistics.
+Without these facts, weights load into a network with another norm or other anchors without an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.detectors.base import Detector
+from distill.detectors.description import FORMAT, to_current_format
+from distill.files import atomic_write, read_json, write_text
+from distill.run_folder import STUDENT, RunFolder
+from distill.types import DistillError
+
+
+def save_student(detector: Detector, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write a detector to `student.pt` and `student.json`. Each file is written atomically.
+
+    `student.pt` holds torchvision's state dict. `student.json` holds
+    ``{"format": 2, "model": describe(), "extra": extra}``.
+
+    Args:
+        detector: the detector.
+        folder: the run's folder.
+        extra: further facts, which `read_extra` returns.
+
+    Returns:
+        The path of `student.pt`.
+    """
+    run = RunFolder(folder)
+    text = json.dumps({"format": FORMAT, "model": detector.describe(), "extra": dict(extra or {})}, indent=2) + "\n"
+    state = {name: value.detach().cpu().contiguous() for name, value in detector.net.state_dict().items()}
+    write_text(run.description, text)
+    return atomic_write(run.student, lambda file: torch.save(state, file))
+
+
+def read_extra(path: str | Path) -> dict[str, Any]:
+    """Return the further facts in a run's `student.json`, such as category ids and measured values.
+
+    The result is empty if there is no such file or no such entry.
+    """
+    extra: dict[str, Any] = read_description(weights_file(Path(path)).with_suffix(".json")).get("extra", {})
+    return extra
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read a description, such as `student.json`, in the current format.
+
+    The result is empty if the file does not exist.
+
+    Raises:
+        DistillError: the file is invalid, or a newer version of distill wrote it.
+    """
+    if not path.is_file():
+        return {}
+    facts = to_current_format(read_json(path), str(path))
+    if not all(isinstance(facts.get(key, {}), dict) for key in ("model", "extra")):
+        raise DistillError(f"{path}: expected an object with the detector's facts under 'model'")
+    classes = facts.get("model", {}).get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise DistillError(f"{path}: expected a list of names as 'classes' of the model")
+    return facts
+
+
+def weights_file(path: Path) -> Path:
+    """Return the file of weights for a path: a run's folder, a `student.json`, or the file itself.
+
+    Raises:
+        DistillError: there is no such file.
+    """
+    path = RunFolder(path).student if path.is_dir() else path.with_suffix(".pt") if path.suffix == ".json" else path
+    return existing_file(path, "weights")
+
+
+def existing_file(path: Path, option: str) -> Path:
+    """Return `path`.
+
+    Raises:
+        DistillError: there is no such file. The message names `option`.
+    """
+    if not path.is_file():
+        raise DistillError(f"{option}: {path} is neither a file, nor a run's folder with {STUDENT}, nor a known name")
+    return path
