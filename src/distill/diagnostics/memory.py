@@ -52,7 +52,7 @@ class Memory:
 
 def peak(run: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Measure the peak bytes during a call: ``host`` (only on Linux) and ``device`` (only on CUDA)."""
-    found: dict[str, float] = {}
+    peaks: dict[str, float] = {}
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if device.type == "cuda":
@@ -60,15 +60,15 @@ def peak(run: Callable[[], object], device: torch.device) -> dict[str, float]:
     run()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
-        found["host"] = 1024.0 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        peaks["host"] = 1024.0 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     if device.type == "cuda":
-        found["device"] = float(torch.cuda.max_memory_allocated(device))
-    return found
+        peaks["device"] = float(torch.cuda.max_memory_allocated(device))
+    return peaks
 
 
 def stored(tensors: Iterable[Tensor], device: torch.device) -> float:
     """Return the bytes of tensors that lie on `device`. Memory that several tensors share counts once."""
-    pieces = [each.untyped_storage() for each in tensors if each.device == device]
+    pieces = [tensor.untyped_storage() for tensor in tensors if tensor.device == device]
     return float(sum({id(piece): piece.nbytes() for piece in pieces}.values()))
 
 
@@ -160,4 +160,4 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
 
 def _pieces(tree: Any) -> Iterator[torch.UntypedStorage]:
-    return (each.untyped_storage() for each in tree_leaves(tree) if isinstance(each, Tensor))
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

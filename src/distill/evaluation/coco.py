@@ -75,19 +75,19 @@ class CocoMetric(DetectionMetric):
         self.backend = _choose_backend(backend)
         self.per_class = per_class
 
-    def evaluate(self, truth: GroundTruth, found: DetectionArrays) -> dict[str, float]:
+    def evaluate(self, truth: GroundTruth, detections: DetectionArrays) -> dict[str, float]:
         """Compute all metrics from arrays. Keys and values are those of the class."""
-        numbers = self._numbers(truth, found, "bbox")
+        numbers = self._numbers(truth, detections, "bbox")
         if self.masks:
-            numbers |= {f"mask_{name}": value for name, value in self._numbers(truth, found, "segm").items()}
+            numbers |= {f"mask_{name}": value for name, value in self._numbers(truth, detections, "segm").items()}
         return numbers
 
-    def _numbers(self, truth: GroundTruth, found: DetectionArrays, kind: str) -> dict[str, float]:
-        if not truth.images.size or (kind == "segm" and any(code is None for code in found.code)):
+    def _numbers(self, truth: GroundTruth, detections: DetectionArrays, kind: str) -> dict[str, float]:
+        if not truth.images.size or (kind == "segm" and any(code is None for code in detections.code)):
             tables = {"precision": np.full((10, 101, len(self.classes), 4, 3), -1.0)}
             tables["recall"] = tables["precision"][:, 0]
         else:
-            tables = self._tables(truth, found, kind)
+            tables = self._tables(truth, detections, kind)
         numbers = {
             key: _mean_measured(tables[table][ious, ..., area, limit])
             for key, (table, ious, area, limit) in _NUMBER_SLICES.items()
@@ -98,7 +98,7 @@ class CocoMetric(DetectionMetric):
             }
         return numbers
 
-    def _tables(self, truth: GroundTruth, found: DetectionArrays, kind: str) -> dict[str, Any]:
+    def _tables(self, truth: GroundTruth, detections: DetectionArrays, kind: str) -> dict[str, Any]:
         """Run the backend and return its tables `precision` (10, 101, K, 4, 3) and `recall` (10, K, 4, 3).
 
         The axes are IoU thresholds, recalls (of `precision` only), classes, area ranges and limits of detections.
@@ -108,11 +108,11 @@ class CocoMetric(DetectionMetric):
             "images": [{"id": image, **self._frame(image)} for image in truth.images.tolist()],
             "categories": [{"id": label, "name": name} for label, name in enumerate(self.classes, start=1)],
         }
-        rows = _ground_truth_rows(truth), _detection_rows(found)
+        rows = _ground_truth_rows(truth), _detection_rows(detections)
         if kind == "segm":
             self._add_masks(rows[0], truth.code)
-            self._add_masks(rows[1], found.code)
-            for row, code in zip(rows[1], found.code, strict=True):
+            self._add_masks(rows[1], detections.code)
+            for row, code in zip(rows[1], detections.code, strict=True):
                 row["area"] = rle.mask_area(code, self.sizes[row["image_id"]])
         # Both backends may print their progress.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -148,9 +148,9 @@ def _ground_truth_rows(truth: GroundTruth) -> list[dict[str, Any]]:
     ]
 
 
-def _detection_rows(found: DetectionArrays) -> list[dict[str, Any]]:
-    box = np.concatenate([found.box[:, :2], found.box[:, 2:] - found.box[:, :2]], axis=1)
-    columns = (found.image, found.label, box, box[:, 2] * box[:, 3], found.score)
+def _detection_rows(detections: DetectionArrays) -> list[dict[str, Any]]:
+    box = np.concatenate([detections.box[:, :2], detections.box[:, 2:] - detections.box[:, :2]], axis=1)
+    columns = (detections.image, detections.label, box, box[:, 2] * box[:, 3], detections.score)
     return [
         {"id": index, "image_id": image, "category_id": label, "bbox": box, "area": area, "score": score, "iscrowd": 0}
         for index, (image, label, box, area, score) in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True), 1)

@@ -52,9 +52,9 @@ class Evaluation:
         """Run the detector on a batch and add its detections to all metrics."""
         self.add_detections(batch, self.detector.view(batch, training=False, frozen=True).detections)
 
-    def add_detections(self, batch: Batch, found: Sequence[Detections]) -> None:
+    def add_detections(self, batch: Batch, detections: Sequence[Detections]) -> None:
         """Add the detector's detections in a batch, with the detector's labels, to all metrics."""
-        shared = [relabel_detections(detections, self.labels) for detections in found]
+        shared = [relabel_detections(of_image, self.labels) for of_image in detections]
         for metric in self.metrics:
             metric.update(batch.ids, shared)
 
@@ -66,11 +66,11 @@ class Evaluation:
         """
         values: dict[str, float] = {}
         for metric in self.metrics:
-            found = metric.compute()
-            twice = sorted(values.keys() & found.keys())
+            numbers = metric.compute()
+            twice = sorted(values.keys() & numbers.keys())
             if twice:
                 raise DistillError(f"two of the metrics give a number the name {twice[0]}; leave one of them out")
-            values |= found
+            values |= numbers
         return values
 
 
@@ -128,12 +128,12 @@ def ground_truth_of(truth: Mapping[str, Any], ids: Sequence[int]) -> dict[str, A
     }
 
 
-def relabel_detections(found: Detections, labels: torch.Tensor) -> Detections:
+def relabel_detections(detections: Detections, labels: torch.Tensor) -> Detections:
     """Replace the detector's labels by the data's labels. Drop detections of classes that the data does not have.
 
     `labels` maps each label of the detector to the label of the data, or to 0 if the data has no such class.
     """
-    mapped = labels[found.labels]
+    mapped = labels[detections.labels]
     keep = mapped > 0
-    masks = None if found.masks is None else found.masks[keep]
-    return Detections(found.boxes[keep], found.scores[keep], mapped[keep], masks)
+    masks = None if detections.masks is None else detections.masks[keep]
+    return Detections(detections.boxes[keep], detections.scores[keep], mapped[keep], masks)

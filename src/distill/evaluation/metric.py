@@ -128,33 +128,34 @@ class DetectionMetric(Metric):
         """
         if len(ids) != len(detections):
             raise DistillError(f"Expected detections for each of {len(ids)} image ids, got {len(detections)} entries.")
-        for image, found in zip(ids, detections, strict=True):
-            _validate_shapes(image, found)
+        for image, of_image in zip(ids, detections, strict=True):
+            _validate_shapes(image, of_image)
         # float64 represents every value of a detector exactly. MPS does not support float64.
         real = torch.float32 if self.device.type == "mps" else torch.float64
-        counts = [len(found.scores) for found in detections]
+        counts = [len(of_image.scores) for of_image in detections]
         self.ids.append(torch.tensor(ids, dtype=torch.int64, device=self.device))
         self.counts.append(torch.tensor(counts, dtype=torch.int64, device=self.device))
-        self.boxes.append(self._joined([found.boxes for found in detections], real, (0, 4)))
-        self.scores.append(self._joined([found.scores for found in detections], real, (0,)))
-        self.labels.append(self._joined([found.labels for found in detections], torch.int64, (0,)))
+        self.boxes.append(self._joined([of_image.boxes for of_image in detections], real, (0, 4)))
+        self.scores.append(self._joined([of_image.scores for of_image in detections], real, (0,)))
+        self.labels.append(self._joined([of_image.labels for of_image in detections], torch.int64, (0,)))
         if self.masks:
-            coded = [code for image, found in zip(ids, detections, strict=True) for code in self._coded(image, found)]
+            pairs = zip(ids, detections, strict=True)
+            coded = [code for image, of_image in pairs for code in self._coded(image, of_image)]
             lengths = [-1 if code is None else len(code) for code in coded]
             content = np.frombuffer(b"".join(code or b"" for code in coded), np.uint8).copy()
             self.codes.append(torch.from_numpy(content).to(self.device))
             self.lengths.append(torch.tensor(lengths, dtype=torch.int64, device=self.device))
 
-    def _coded(self, image: int, found: Detections) -> Sequence[bytes | None]:
-        if found.masks is None:
-            return [None] * len(found.scores)
-        expected = (len(found.scores), *self.sizes.get(image, found.masks.shape[1:]))
-        if tuple(found.masks.shape) != expected:
+    def _coded(self, image: int, detections: Detections) -> Sequence[bytes | None]:
+        if detections.masks is None:
+            return [None] * len(detections.scores)
+        expected = (len(detections.scores), *self.sizes.get(image, detections.masks.shape[1:]))
+        if tuple(detections.masks.shape) != expected:
             raise DistillError(
                 f"Expected masks (N, H, W) {expected} for image {image}, in its original pixels, got "
-                f"{tuple(found.masks.shape)}."
+                f"{tuple(detections.masks.shape)}."
             )
-        return rle.encode_masks(found.masks)
+        return rle.encode_masks(detections.masks)
 
     def _joined(self, parts: Sequence[Tensor], dtype: torch.dtype, empty: tuple[int, ...]) -> Tensor:
         moved = [part.detach().to(self.device, dtype) for part in parts]
@@ -183,10 +184,10 @@ class DetectionMetric(Metric):
             DistillError: detections have unknown image ids or labels, or boxes and scores that are NaN, infinite or
                 inverted.
         """
-        found, seen = self._collect()
-        return self.evaluate(self.truth.of(seen) if self.seen_only else self.truth, found)
+        detections, seen = self._collect()
+        return self.evaluate(self.truth.of(seen) if self.seen_only else self.truth, detections)
 
-    def evaluate(self, truth: GroundTruth, found: DetectionArrays) -> dict[str, float]:
+    def evaluate(self, truth: GroundTruth, detections: DetectionArrays) -> dict[str, float]:
         """Compute the metric from arrays. `compute` calls this once, with the detections of all ranks."""
         raise NotImplementedError
 
@@ -196,15 +197,15 @@ class DetectionMetric(Metric):
         ids, counts, boxes, scores, labels = (dim_zero_cat(state).cpu().numpy() for state in states)
         seen, first = np.unique(ids, return_index=True)
         rows = concatenate_ranges((np.cumsum(counts) - counts)[first], counts[first])
-        found = DetectionArrays(
+        detections = DetectionArrays(
             image=np.repeat(seen, counts[first]),
             label=labels[rows],
             box=boxes[rows].astype(np.float64),
             score=scores[rows].astype(np.float64),
             code=self._gathered()[rows] if self.masks else np.full(len(rows), None, dtype=object),
         )
-        self._check(found, seen)
-        return found, seen
+        self._check(detections, seen)
+        return detections, seen
 
     def _gathered(self) -> CodeArray:
         """Return the codes of all detections, in the order in which they were added."""
@@ -216,7 +217,7 @@ class DetectionMetric(Metric):
                 codes[index], end = content[end : end + length], end + length
         return codes
 
-    def _check(self, found: DetectionArrays, seen: IntArray) -> None:
+    def _check(self, detections: DetectionArrays, seen: IntArray) -> None:
         unknown = np.setdiff1d(seen, self.truth.images)
         if unknown.size:
             raise DistillError(
@@ -224,20 +225,21 @@ class DetectionMetric(Metric):
                 f"other image ids: {_first_values(unknown)}. Evaluate on the data set and split that the metric was "
                 "built for."
             )
-        strange = (found.label < 1) | (found.label > len(self.classes))
+        strange = (detections.label < 1) | (detections.label > len(self.classes))
         if strange.any():
             raise DistillError(
-                f"Expected detection labels from 1 to {len(self.classes)}, got {_first_values(found.label[strange])} "
-                f"in images {_first_values(found.image[strange])}. Map the detector's class list to the data's by name "
-                "first."
+                f"Expected detection labels from 1 to {len(self.classes)}, got "
+                f"{_first_values(detections.label[strange])} in images {_first_values(detections.image[strange])}. Map "
+                "the detector's class list to the data's by name first."
             )
-        broken = ~(np.isfinite(found.box).all(1) & np.isfinite(found.score)) | (
-            found.box[:, 2:] < found.box[:, :2]
+        broken = ~(np.isfinite(detections.box).all(1) & np.isfinite(detections.score)) | (
+            detections.box[:, 2:] < detections.box[:, :2]
         ).any(1)
         if broken.any():
             raise DistillError(
                 f"Expected finite xyxy boxes and scores, got {int(broken.sum())} NaN, infinite or inverted ones in "
-                f"images {_first_values(found.image[broken])}. Look for NaN in the weights, or evaluate in float32."
+                f"images {_first_values(detections.image[broken])}. Look for NaN in the weights, or evaluate in "
+                "float32."
             )
 
 
@@ -323,8 +325,8 @@ def _validate_ground_truth(truth: GroundTruth, ids: Sequence[int], classes: int)
         raise DistillError(f"Expected annotations with category ids from 1 to {classes}, got {_first_values(strange)}.")
 
 
-def _validate_shapes(image: int, found: Detections) -> None:
-    boxes, scores, labels = (tuple(part.shape) for part in (found.boxes, found.scores, found.labels))
+def _validate_shapes(image: int, detections: Detections) -> None:
+    boxes, scores, labels = (tuple(part.shape) for part in (detections.boxes, detections.scores, detections.labels))
     if boxes != (*scores, 4) or scores != labels or len(scores) != 1:
         raise DistillError(
             f"Expected boxes (N, 4), scores (N,) and labels (N,) for image {image}, got {boxes}, {scores} and {labels}."

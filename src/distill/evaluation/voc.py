@@ -65,31 +65,31 @@ class VocMetric(DetectionMetric):
         self.inclusive = inclusive
         self.per_class = per_class
 
-    def evaluate(self, truth: GroundTruth, found: DetectionArrays) -> dict[str, float]:
+    def evaluate(self, truth: GroundTruth, detections: DetectionArrays) -> dict[str, float]:
         """Compute `mAP` and the AP of every class from arrays."""
-        order = np.argsort(-found.score, kind="stable")
-        found = DetectionArrays._make(column[order] for column in found)
-        correct, counted = self._judge(truth, found)
+        order = np.argsort(-detections.score, kind="stable")
+        detections = DetectionArrays._make(column[order] for column in detections)
+        correct, counted = self._match(truth, detections)
         objects = ~(truth.difficult | truth.crowd)
         results = {}
         for label, name in enumerate(self.classes, start=1):
-            hits = correct[counted & (found.label == label)]
+            hits = correct[counted & (detections.label == label)]
             positives = int(np.count_nonzero(objects & (truth.label == label)))
             results[f"mAP/{name}"] = average_precision(hits, positives, self.eleven_point)
         measured = [value for value in results.values() if value >= 0]
         mean = {"mAP": float(np.mean(measured)) if measured else -1.0}
         return mean | results if self.per_class else mean
 
-    def _judge(self, truth: GroundTruth, found: DetectionArrays) -> tuple[BoolArray, BoolArray]:
+    def _match(self, truth: GroundTruth, detections: DetectionArrays) -> tuple[BoolArray, BoolArray]:
         """Return two masks (D,) of detections, sorted by descending score: true positives, and those that count."""
-        objects, overlap = best_overlaps(truth, found, len(self.classes), self.inclusive)
+        objects, overlap = best_overlaps(truth, detections, len(self.classes), self.inclusive)
         reached = np.flatnonzero(overlap >= self.iou)
         ignored = (truth.difficult | truth.crowd)[objects[reached]]
-        counted = np.ones(len(found.score), dtype=np.bool_)
+        counted = np.ones(len(detections.score), dtype=np.bool_)
         counted[reached[ignored]] = False
         rivals = reached[~ignored]
         _, first = np.unique(objects[rivals], return_index=True)
-        correct = np.zeros(len(found.score), dtype=np.bool_)
+        correct = np.zeros(len(detections.score), dtype=np.bool_)
         correct[rivals[first]] = True
         return correct, counted
 
@@ -117,39 +117,39 @@ def average_precision(hits: BoolArray, positives: int, eleven_point: bool = Fals
 
 
 def best_overlaps(
-    truth: GroundTruth, found: DetectionArrays, classes: int, inclusive: bool
+    truth: GroundTruth, detections: DetectionArrays, classes: int, inclusive: bool
 ) -> tuple[IntArray, FloatArray]:
     """Find the object of the same image and class with the highest IoU for each of D detections.
 
     Args:
         truth: the ground truth.
-        found: the detections.
+        detections: the detections.
         classes: number of classes.
         inclusive: whether corners include the last pixel.
 
     Returns:
         Two arrays (D,): the row of the object in `truth` and the IoU; -1 and 0 for a detection without such an object.
     """
-    key = np.searchsorted(truth.images, found.image) * (classes + 1) + found.label
+    key = np.searchsorted(truth.images, detections.image) * (classes + 1) + detections.label
     keys = np.searchsorted(truth.images, truth.image) * (classes + 1) + truth.label
     grouped = np.argsort(keys, kind="stable")
     start = np.searchsorted(keys[grouped], key, side="left")
     count = np.searchsorted(keys[grouped], key, side="right") - start
     detection = np.repeat(np.arange(len(key)), count)
-    thing = grouped[concatenate_ranges(start, count)]
-    iou = _pair_iou(found.box[detection], truth.box[thing], float(inclusive))
+    candidate = grouped[concatenate_ranges(start, count)]
+    iou = _pair_iou(detections.box[detection], truth.box[candidate], float(inclusive))
     order = np.lexsort((-iou, detection))
     having, first = np.unique(detection[order], return_index=True)
     objects, overlap = np.full(len(key), -1), np.zeros(len(key))
-    objects[having] = thing[order[first]]
+    objects[having] = candidate[order[first]]
     overlap[having] = iou[order[first]]
     return objects, overlap
 
 
-def _pair_iou(found: FloatArray, truth: FloatArray, extra: float) -> FloatArray:
-    """Return the IoU (P,) of pairs of `found` (P, 4) xyxy and `truth` (P, 4) xywh. `extra` pixels lengthen sides."""
+def _pair_iou(detections: FloatArray, truth: FloatArray, extra: float) -> FloatArray:
+    """Return the IoU (P,) of P pairs: `detections` (P, 4) xyxy, `truth` (P, 4) xywh. `extra` pixels lengthen sides."""
     last = truth[:, :2] + truth[:, 2:]
-    sides = np.minimum(found[:, 2:], last) - np.maximum(found[:, :2], truth[:, :2]) + extra
+    sides = np.minimum(detections[:, 2:], last) - np.maximum(detections[:, :2], truth[:, :2]) + extra
     shared = sides.clip(min=0).prod(axis=1)
-    areas = (found[:, 2:] - found[:, :2] + extra).prod(axis=1) + (truth[:, 2:] + extra).prod(axis=1)
+    areas = (detections[:, 2:] - detections[:, :2] + extra).prod(axis=1) + (truth[:, 2:] + extra).prod(axis=1)
     return np.asarray(shared / np.maximum(areas - shared, np.finfo(np.float64).tiny))

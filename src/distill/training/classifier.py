@@ -82,8 +82,8 @@ class Classifier(FrozenModel):
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Compute the class logits (N, K) of normalized images (N, 3, h, w), without a gradient."""
-        found: Tensor = self.net(images)
-        return found
+        logits: Tensor = self.net(images)
+        return logits
 
     def stem(self, images: Tensor) -> Tensor:
         """Compute the maps (N, 64, h/4, w/4) after the max-pool from normalized images (N, 3, h, w).
@@ -91,8 +91,8 @@ class Classifier(FrozenModel):
         A gradient flows to the images.
         """
         net = self.net
-        found: Tensor = net.maxpool(net.relu(net.bn1(net.conv1(images))))
-        return found
+        features: Tensor = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+        return features
 
 
 def build_classifier(arch: str, classes: int) -> torchvision.models.ResNet:
@@ -137,7 +137,7 @@ def _read_class_names(path: Path) -> tuple[str, ...]:
 def normalize_batch(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return the pixels of a batch as (B, 3, H, W) float32, normalized with these statistics of RGB in [0, 1]."""
     center, scale = (
-        torch.tensor(each).view(3, 1, 1).to(batch.images.device, non_blocking=True) for each in (mean, std)
+        torch.tensor(channels).view(3, 1, 1).to(batch.images.device, non_blocking=True) for channels in (mean, std)
     )
     return (batch.images.to(torch.float32, memory_format=torch.contiguous_format) / 255 - center) / scale
 

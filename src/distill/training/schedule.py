@@ -99,18 +99,18 @@ class Schedule:
         """Build the optimizer for a dummy parameter, to report invalid arguments before any data is read."""
         groups = [{"params": [Parameter(torch.zeros(1))]} for _ in range(2)]
         try:
-            made = self.optimizer(groups)
+            optimizer = self.optimizer(groups)
         except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
             raise DistillError(f"schedule.optimizer: {error}. See the signature of that class") from error
-        if not isinstance(made, Optimizer):
-            raise DistillError(f"schedule.optimizer: expected a class of torch.optim, got {type(made).__name__}")
-        odd = {
+        if not isinstance(optimizer, Optimizer):
+            raise DistillError(f"schedule.optimizer: expected a class of torch.optim, got {type(optimizer).__name__}")
+        not_finite = {
             name: value
-            for name, value in made.defaults.items()
+            for name, value in optimizer.defaults.items()
             if isinstance(value, float) and not math.isfinite(value)
         }
-        if odd:
-            raise DistillError(f"schedule.optimizer: expected finite numbers, got {odd}")
+        if not_finite:
+            raise DistillError(f"schedule.optimizer: expected finite numbers, got {not_finite}")
 
     def build_optimizer(
         self, student: nn.Module, adapters: nn.Module, steps: int, batch: int
@@ -126,9 +126,9 @@ class Schedule:
         groups = [*self._groups(student, 1.0), *self._groups(adapters, self.adapter_rate)]
         optimizer = self.optimizer([{"params": group["params"]} for group in groups])
         scale = 1.0 if self.base_batch is None else batch / self.base_batch
-        for ours, group in zip(groups, optimizer.param_groups, strict=True):
-            group["lr"] *= scale * ours["rate"]
-            if not ours["decays"]:
+        for options, group in zip(groups, optimizer.param_groups, strict=True):
+            group["lr"] *= scale * options["rate"]
+            if not options["decays"]:
                 group["weight_decay"] = 0.0
         return optimizer, LambdaLR(optimizer, self.learning_rate_factor(steps))
 
