@@ -1,6 +1,6 @@
 """Whatever is said on the command line or in a file: a run that can be built, or one message of ours.
 
-DISTILL_FUZZ=20000 tries that many settings a test.
+``make test-all`` tries 500 settings; DISTILL_FUZZ=20000 tries that many settings a test.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distill.cli.preflight import build_metrics, plan_losses, plan_teacher
 from distill.cli.teacher import untrained
 from distill.types import DetectorSpec, DistillError
 
-EXAMPLES = int(os.environ.get("DISTILL_FUZZ", "500"))
+DAILY, ALL = (int(os.environ.get("DISTILL_FUZZ", examples)) for examples in ("150", "500"))
 
 
 def fuzz(examples: int) -> settings:
@@ -171,9 +171,7 @@ def judged(error: DistillError) -> None:
     assert len(said) < 20_000
 
 
-@fuzz(EXAMPLES)
-@given(data=st.data(), distill=st.sampled_from(LOSSES))
-def test_any_values_of_any_keys(data: st.DataObject, distill: str) -> None:
+def try_values(data: st.DataObject, distill: str) -> None:
     words = data.draw(lines(distill))
     state = torch.random.get_rng_state()
     try:
@@ -184,6 +182,19 @@ def test_any_values_of_any_keys(data: st.DataObject, distill: str) -> None:
         judged(error)
     finally:
         torch.random.set_rng_state(state)
+
+
+@fuzz(DAILY)
+@given(data=st.data(), distill=st.sampled_from(LOSSES))
+def test_any_values_of_any_keys(data: st.DataObject, distill: str) -> None:
+    try_values(data, distill)
+
+
+@pytest.mark.exhaustive
+@fuzz(ALL)
+@given(data=st.data(), distill=st.sampled_from(LOSSES))
+def test_many_values_of_any_keys(data: st.DataObject, distill: str) -> None:
+    try_values(data, distill)
 
 
 @pytest.mark.parametrize(
@@ -215,9 +226,7 @@ WORD = st.one_of(
 )
 
 
-@fuzz(max(1, EXAMPLES // 10))
-@given(words=st.lists(WORD, min_size=1, max_size=3))
-def test_any_command_line(words: list[str]) -> None:
+def try_words(words: list[str]) -> None:
     try:
         target_policy.set_trusted(words)
         compose.validate_overrides(words)
@@ -225,3 +234,16 @@ def test_any_command_line(words: list[str]) -> None:
         judged(error)
     finally:
         target_policy.set_trusted([])
+
+
+@fuzz(max(1, DAILY // 10))
+@given(words=st.lists(WORD, min_size=1, max_size=3))
+def test_any_command_line(words: list[str]) -> None:
+    try_words(words)
+
+
+@pytest.mark.exhaustive
+@fuzz(max(1, ALL // 10))
+@given(words=st.lists(WORD, min_size=1, max_size=3))
+def test_many_command_lines(words: list[str]) -> None:
+    try_words(words)

@@ -24,6 +24,7 @@ from distill.cli import compose, renamed_keys
 from distill.cli.main import main
 from distill.detectors import description
 from distill.types import DistillError, View
+from helpers.grids import mostly_exhaustive
 from helpers.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +138,10 @@ def test_keys_and_options_exist(page: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("option", sorted(set(compose.config_groups()["model"]) - {"base"}))
+MODELS = sorted(set(compose.config_groups()["model"]) - {"base"})
+
+
+@pytest.mark.parametrize("option", mostly_exhaustive(MODELS, MODELS[::6]))
 def test_every_model_may_start_from_imagenet(option: str) -> None:
     cfg = compose.compose_config([f"model={option}", "start=imagenet", "paths.run=x", "name=x"])
     for node in (cfg.model.backbone, cfg.teacher.model.backbone):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from helpers.detectors import nested
+from helpers.grids import exhaustive, mostly_exhaustive
 from helpers.image_folders import drawn, write_voc
 from helpers.runs import TINY, Cli, summary
 
@@ -44,7 +45,7 @@ def test_the_poison_works(tmp_path: Path, mark: Path) -> None:
     assert mark.is_dir()
 
 
-@pytest.mark.parametrize("inside", [None, "model"])
+@pytest.mark.parametrize("inside", [None, exhaustive("model")])
 @pytest.mark.parametrize(
     "words",
     [
@@ -99,7 +100,10 @@ def test_no_checkpoint_of_a_run_runs_code(
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x02", pickle.dumps({"a": 1}), b"\0" * 999, [1], {"a": 1}, 7])
+NO_CHECKPOINTS = [b"", b"PK", b"\x80\x02", pickle.dumps({"a": 1}), b"\0" * 999, [1], {"a": 1}, 7]
+
+
+@pytest.mark.parametrize("content", mostly_exhaustive(NO_CHECKPOINTS, NO_CHECKPOINTS[::2]))
 def test_a_checkpoint_that_is_none_is_named(
     content: Any, run: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:

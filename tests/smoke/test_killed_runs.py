@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from distill.data.loader import SIGTERM_GRACE
 from distill.training.callbacks.teacher_check import TeacherCheck
 from distill.training.distiller import Distiller
 from helpers import kill_runs, leave_loader_open
+from helpers.grids import mostly_exhaustive
 from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli, started, wait_until
 
 SMALL = [*TINY_MODEL, *TINY_HEADS, *TINY_DATA, "data.batch_size=2", "trainer.accelerator=cpu", "pictures=0"]
@@ -155,8 +157,12 @@ BEFORE: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("place", BEFORE)
+BEFORE_STEPS = list(itertools.product(BEFORE, [signal.SIGTERM, signal.SIGUSR1]))
+
+
+@pytest.mark.parametrize(
+    ("place", "number"), mostly_exhaustive(BEFORE_STEPS, [BEFORE_STEPS[place] for place in (0, 2, 3, 4, 6)])
+)
 def test_a_signal_before_the_first_step_ends_the_run_at_once(
     place: str,
     number: signal.Signals,

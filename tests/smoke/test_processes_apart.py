@@ -41,6 +41,7 @@ def two(lines: Sequence[Sequence[str]], folders: Sequence[Path]) -> Iterator[lis
         ]
 
 
+@pytest.mark.exhaustive  # ConsistencyCheck has its own daily tests
 def test_processes_that_were_given_different_words_stop_before_the_first_step(tmp_path: Path) -> None:
     rates = ([*DRAWN, "data.workers=0", "schedule.epochs=1", f"schedule.optimizer.lr={rate}"] for rate in (0.01, 0.5))
     with two(list(rates), [tmp_path, tmp_path]) as both:
@@ -67,7 +68,8 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_exhaustive(DAMAGE, ["seen in the first step"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", DAMAGE)
 def test_images_that_are_broken_on_one_machine_end_the_run_on_both(name: str, tmp_path: Path) -> None:
     """Their headers, and the annotations, are as on the other one."""
     folders = [tmp_path / machine for machine in ("first", "second")]

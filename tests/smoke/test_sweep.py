@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from distill.cli.signals import Terminated, stop_on_signals
 from distill.cli.sweep import claim_folder, run_process
+from helpers.grids import exhaustive
 from helpers.runs import TINY, Cli, started, summary, wait_until
 
 NONE = ["distill=none", *TINY, "pictures=0", "test=false"]
@@ -50,7 +51,9 @@ def test_a_failed_job_is_recorded_and_the_next_ones_run(
 
 
 @pytest.mark.parametrize(
-    "launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]], ids=lambda words: words[0]
+    "launcher",
+    [["joblib", "hydra.launcher.n_jobs=2"], exhaustive(["submitit_local"])],
+    ids=lambda words: words[0],
 )
 def test_any_launcher_of_hydra_runs_a_sweep(launcher: list[str], tmp_path: Path) -> None:
     """Jobs of several processes at once: one table, a failed job is a row, and the same words run what is not done."""
@@ -95,23 +98,24 @@ def test_stopping_a_sweep_of_jobs_at_once_leaves_no_process(tmp_path: Path) -> N
     assert [row["state"] for row in rows(tmp_path / "sweep")] == ["unfinished"] * 2
 
 
+@pytest.mark.parametrize("weights", ["1", exhaustive("1,2")])
 def test_a_key_of_one_method_applies_to_the_jobs_of_this_method(
-    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: str, cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
         "-m",
         "distill=none,mimic",
-        "distill.losses.mimic.regions.all=1,2",
+        f"distill.losses.mimic.regions.all={weights}",
         f"teacher.weights={tiny_teacher}",
         *TINY,
     ]
     assert cli(["train", *words, "pictures=0", "hydra.sweep.dir=sweep"]) == 0
     done = [(row["distill"], row["distill.losses.mimic.regions.all"]) for row in rows(tmp_path / "sweep")]
-    assert sorted(done) == [("mimic", "1"), ("mimic", "2"), ("none", "")]
+    assert sorted(done) == [*(("mimic", weight) for weight in weights.split(",")), ("none", "")]
     for row in rows(tmp_path / "sweep"):
         losses = OmegaConf.load(tmp_path / "sweep" / row["job"] / "config.yaml").distill.losses
-        weights = [float(row["distill.losses.mimic.regions.all"])] if row["distill"] == "mimic" else []
-        assert [loss.regions["all"] for loss in losses.values()] == weights
+        expected = [float(row["distill.losses.mimic.regions.all"])] if row["distill"] == "mimic" else []
+        assert [loss.regions["all"] for loss in losses.values()] == expected
 
 
 def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
@@ -210,6 +214,7 @@ while True:
     assert (tmp_path / "saved").is_file()
 
 
+@pytest.mark.exhaustive
 def test_a_job_of_several_processes(tmp_path: Path) -> None:
     lines = ["-m", "seed=0", "trainer=ddp_cpu", *NONE, "hydra.sweep.dir=sweep"]
     command = [sys.executable, "-m", "distill", "train", *lines]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from distill.cli import compose, instantiate, resume
 from distill.types import DistillError
 
 
+@cache
 def composed(*lines: str) -> Any:
     return instantiate.to_containers(compose.compose_config(["paths.run=x", "name=x", *lines]))
 
