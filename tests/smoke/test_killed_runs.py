@@ -6,7 +6,6 @@ import errno
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from distill.data.loader import SIGTERM_GRACE
 from distill.training.callbacks.teacher_check import TeacherCheck
 from distill.training.distiller import Distiller
 from helpers import kill_runs, leave_loader_open
-from helpers.grids import mostly_exhaustive
+from helpers.grids import exhaustive, mostly_exhaustive
 from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli, started, wait_until
 
 SMALL = [*TINY_MODEL, *TINY_HEADS, *TINY_DATA, "data.batch_size=2", "trainer.accelerator=cpu", "pictures=0"]
@@ -201,18 +200,19 @@ def test_a_closing_evaluation_that_was_cut_is_made_by_the_resume(
     assert ours["student"] == theirs["student"]
 
 
-def test_a_signal_to_every_process_leaves_the_loaders_their_last_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [exhaustive((signal.SIGUSR1, 143)), (signal.SIGINT, 130)])
+def test_a_signal_to_every_process_leaves_the_loaders_their_last_batch(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
     """As SLURM and a terminal send it: the step that is made still gets its images, and the run is saved."""
     lines = [*SMALL, "distill=none", "schedule.epochs=500", "data.workers=2", "trainer.save_every=1 steps"]
-    for number, code in ((signal.SIGUSR1, 143), (signal.SIGINT, 130)):
-        with started([*lines, "hydra.run.dir=run"], tmp_path) as run:
-            wait_until((tmp_path / "run" / "checkpoints" / "last-1.ckpt").is_file, run)
-            os.killpg(run.pid, number)
-            _, said = run.communicate(timeout=900)
-        assert run.returncode == code, said
-        assert "ckpt_path=last goes on" in said
-        assert "loader process died" not in said
-        shutil.rmtree(tmp_path / "run")
+    with started([*lines, "hydra.run.dir=run"], tmp_path) as run:
+        wait_until((tmp_path / "run" / "checkpoints" / "last-1.ckpt").is_file, run)
+        os.killpg(run.pid, number)
+        _, said = run.communicate(timeout=900)
+    assert run.returncode == code, said
+    assert "ckpt_path=last goes on" in said
+    assert "loader process died" not in said
 
 
 def test_of_two_processes_one_is_told_and_both_leave(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -59,7 +58,7 @@ def test_any_launcher_of_hydra_runs_a_sweep(launcher: list[str], tmp_path: Path)
     """Jobs of several processes at once: one table, a failed job is a row, and the same words run what is not done."""
     words = [
         "-m",
-        "schedule.shape=constant,stairs,step",
+        "schedule.shape=constant,stairs",
         *NONE,
         "hydra.sweep.dir=sweep",
         f"hydra/launcher={launcher[0]}",
@@ -71,10 +70,8 @@ def test_any_launcher_of_hydra_runs_a_sweep(launcher: list[str], tmp_path: Path)
     assert [(row["schedule.shape"], row["state"]) for row in rows(tmp_path / "sweep")] == [
         ("constant", "done"),
         ("stairs", "failed"),
-        ("step", "done"),
     ]
     finished = (tmp_path / "sweep" / "0" / "student.pt").stat().st_mtime_ns
-    shutil.rmtree(tmp_path / "sweep" / "2")
     words[1] = "schedule.shape=constant,step"
     command = [sys.executable, "-m", "distill", "train", *words, *launcher[1:]]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)

@@ -419,6 +419,7 @@ def test_a_deterministic_run_repeats_to_the_bit(workers: int, cli: Cli, tiny_tea
     assert one != other
 
 
+@pytest.mark.exhaustive  # daily: test_of_two_processes_one_is_told_and_both_leave
 def test_two_processes_from_the_command_line(tiny_teacher: Path, tmp_path: Path) -> None:
     """A process of its own: Lightning starts the second one with this one's command line."""
     lines = ["trainer=ddp_cpu", f"teacher.weights={tiny_teacher}", *TINY, "pictures=0", "hydra.run.dir=run"]
