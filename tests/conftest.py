@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import zlib
 from pathlib import Path
@@ -13,6 +14,8 @@ from helpers.runs import TINY, Cli
 
 # What a shell starts in the background ignores ctrl-C, and so would all that is started from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tests neither read nor write the user's cache of annotations.
+os.environ["DISTILL_CACHE"] = ""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

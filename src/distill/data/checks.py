@@ -17,25 +17,24 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from distill.data import rle
-from distill.data.decoding import MAX_PIXELS, TRANSPOSED, ImageInfo, inspect_image
-from distill.data.records import Record
+from distill.data.decoding import MAX_PIXELS, TRANSPOSED
+from distill.data.inspection import inspect_files
+from distill.data.records import NULL, PackedBytes, Record, Records, pack_records
 from distill.types import DistillError, Size
 
 CORRECTED = ("without area", "outside the image", "clipped", "with an empty mask")
 """Kinds of faults that are repaired and counted. A box with an empty mask is only counted."""
 MAX_LISTED = 10
 """Largest number of problems that one message lists."""
-THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ def check_records(
     files: bool = True,
     masks: bool = False,
     max_pixels: int = MAX_PIXELS,
-) -> tuple[list[Record], SplitReport]:
-    """Check and repair the records of a split, in place.
+) -> tuple[Records, SplitReport]:
+    """Check and repair the records of a split. Records that are columns are changed in place.
 
     Args:
         records: the records as the source returns them.
@@ -93,39 +92,38 @@ def check_records(
     Raises:
         DistillError: the split is empty or has no usable box, or, with `raise`, has a problem that cannot be repaired.
     """
-    if not records:
+    if not len(records):
         raise DistillError(f"{split}: the split is empty; check data.source.{split} and data.source.root")
+    columns = pack_records(records)
     counts: Counter[str] = Counter()
-    _find_duplicates(records, files)
+    _find_duplicates(columns, files)
     if files:
-        _inspect_images(records, counts, max_pixels)
-    for record in records:
-        if not record.unusable:
-            _repair_boxes(record, counts)
-            if masks:
-                _encode_masks(record, counts)
-    problems = [fault for record in records for fault in record.faults]
-    good = [record for record in records if not record.unusable]
+        _inspect_images(columns, counts, max_pixels)
+    _repair_boxes(columns, counts)
+    if masks:
+        _encode_masks(columns, counts)
+    problems = [fault for _, faults in sorted(columns.faults.items()) for fault in faults]
+    good = columns.select(~columns.unusable)
     if problems and on_error == "raise":
         raise DistillError(_list_problems(split, problems) + "\nMend them, or leave them out with data.on_error=skip")
-    if not any(len(record.labels) for record in good):
-        what = "box" if good else "image"
+    if not len(good.labels):
+        what = "box" if len(good) else "image"
         raise DistillError(
             f"{split}: of {len(records)} images no usable {what} is left: there is nothing to learn from or to "
             f"measure by. Check data.source.{split}" + ("\n" + _list_problems(split, problems) if problems else "")
         )
     skipped = {
-        "images skipped": sum(record.unusable and bool(record.file) for record in records),
+        "images skipped": int((columns.unusable & (columns.files.lengths() > 0)).sum()),
         "problems skipped": len(problems),
     }
     report = SplitReport(
         split,
         images=len(good),
         boxes=counts["boxes"],
-        usable=sum(len(record.labels) for record in good),
-        crowds=sum(int(record.crowd.sum()) for record in good),
-        difficult=sum(int(record.difficult.sum()) for record in good),
-        without_boxes=sum(not len(record.labels) for record in good),
+        usable=len(good.labels),
+        crowds=int(good.crowd.sum()),
+        difficult=int(good.difficult.sum()),
+        without_boxes=int((good.row_counts() == 0).sum()),
         corrected={name: counts[name] for name in CORRECTED if counts[name]},
         turned=counts["turned by EXIF"],
         scaled=counts["scaled to 8 bits"],
@@ -149,7 +147,7 @@ def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "war
     for later, earlier in (("val", "train"), ("test", "train"), ("test", "val")):
         if later not in splits or earlier not in splits:
             continue
-        shared = _find_shared_files(splits[later], splits[earlier])
+        shared = _find_shared_files(pack_records(splits[later]), pack_records(splits[earlier]))
         if shared:
             message = (
                 f"{len(shared)} images of {later} are in {earlier} as well, such as {', '.join(shared[:3])}: numbers "
@@ -160,126 +158,128 @@ def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "war
             warnings.warn(message, stacklevel=2)
 
 
-def _find_duplicates(records: Sequence[Record], files: bool) -> None:
+def _find_duplicates(records: Records, files: bool) -> None:
     ids: set[int] = set()
     names: set[str] = set()
-    for record in records:
-        if record.unusable:
+    for index, (id, file) in enumerate(zip(records.ids.tolist(), records.files.texts(), strict=True)):
+        if records.unusable[index]:
             continue
-        if record.id in ids:
-            _mark_broken(record, f"{record.file}: image id {record.id} is used twice; ids must differ")
-        elif files and record.file in names:
-            _mark_broken(record, f"{record.file}: this image is listed twice; list it once, with all its boxes")
-        ids.add(record.id)
-        names.add(record.file)
+        if id in ids:
+            _mark_broken(records, index, f"{file}: image id {id} is used twice; ids must differ")
+        elif files and file in names:
+            _mark_broken(records, index, f"{file}: this image is listed twice; list it once, with all its boxes")
+        ids.add(id)
+        names.add(file)
 
 
-def _inspect_images(records: Sequence[Record], counts: Counter[str], max_pixels: int) -> None:
-    sound = [record for record in records if not record.unusable]
-    # Pillow warns of large images and of damaged tags; both are readable. Warning filters apply to all threads, so the
-    # filter is set once, outside the pool.
-    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
-        warnings.simplefilter("ignore")
-        looks = list(pool.map(partial(_inspect_file, max_pixels=max_pixels), sound))
-    for record, look in zip(sound, looks, strict=True):
-        fault = look if isinstance(look, str) else _set_size(record, look.size, look.orientation)
-        if fault or isinstance(look, str):
-            _mark_broken(record, str(fault))
-        else:
-            counts["turned by EXIF"] += look.orientation != 1
-            counts["scaled to 8 bits"] += look.bits > 8
+def _mark_broken(records: Records, index: int, fault: str) -> None:
+    records.add_fault(index, fault)
+    records.unusable[index] = True
 
 
-def _mark_broken(record: Record, fault: str) -> None:
-    record.faults.append(fault)
-    record.unusable = True
+def _inspect_images(records: Records, counts: Counter[str], max_pixels: int) -> None:
+    """Set the true sizes of the images. Add faults for files that are missing, damaged, or of another size."""
+    indices = np.flatnonzero(~records.unusable)
+    facts = inspect_files([records.files.text(index) for index in indices.tolist()], max_pixels)
+    records.file_sizes[indices] = facts.file_sizes
+    stated = records.sizes[indices]
+    is_missing = facts.file_sizes < 0
+    is_other = ((stated != facts.sizes) & (stated != 0)).any(axis=1)
+    for place in np.flatnonzero(is_missing | is_other).tolist():
+        index = int(indices[place])
+        file, annotation_file = records.files.text(index), records.annotation_files.text(index)
+        if is_missing[place]:
+            named = f"no such image, but {annotation_file or 'a record'} names it"
+            _mark_broken(records, index, f"{Path(file)}: {named}; add it, or remove its annotations")
+        elif place not in facts.faults:
+            upright, other = ((int(sizes[place, 0]), int(sizes[place, 1])) for sizes in (facts.sizes, stated))
+            turn = int(facts.orientations[place])
+            _mark_broken(records, index, _describe_size(file, annotation_file, upright, other, turn))
+    for place, fault in facts.faults.items():
+        _mark_broken(records, int(indices[place]), fault)
+    is_sound = ~records.unusable[indices]
+    records.sizes[indices[is_sound]] = facts.sizes[is_sound]
+    counts["turned by EXIF"] += int((facts.orientations[is_sound] != 1).sum())
+    counts["scaled to 8 bits"] += int((facts.bits[is_sound] > 8).sum())
 
 
-def _inspect_file(record: Record, max_pixels: int) -> ImageInfo | str:
-    """Return the facts of an image file, or a message about a faulty file."""
-    path = Path(record.file)
-    try:
-        if not path.is_file():
-            return (
-                f"{path}: no such image, but {record.annotation_file or 'a record'} names it; add it, or remove its "
-                "annotations"
-            )
-        record.file_size = path.stat().st_size
-        return inspect_image(path, max_pixels)
-    except (DistillError, OSError, ValueError) as error:
-        return str(error)
-
-
-def _set_size(record: Record, upright: Size, turn: int) -> str | None:
-    """Set the record's size to the true size. Return a message if the annotation states another size."""
-    if record.size in (None, upright):
-        record.size = upright
-        return None
-    assert record.size is not None
-    (height, width), (stated_height, stated_width) = upright, record.size
-    where = f"{record.annotation_file}, the annotation," if record.annotation_file else "its annotation"
-    if turn in TRANSPOSED and record.size == upright[::-1]:
+def _describe_size(file: str, annotation_file: str, upright: Size, stated: Size, turn: int) -> str:
+    """Return the message about an image whose annotation states another size."""
+    (height, width), (stated_height, stated_width) = upright, stated
+    where = f"{annotation_file}, the annotation," if annotation_file else "its annotation"
+    if turn in TRANSPOSED and stated == upright[::-1]:
         return (
-            f"{record.file}: its EXIF tag turns it to {width}x{height}, but {where} was made for {stated_width}x"
+            f"{file}: its EXIF tag turns it to {width}x{height}, but {where} was made for {stated_width}x"
             f"{stated_height}; write the image again without the tag"
         )
-    return (
-        f"{record.file}: the image is {width}x{height}, but {where} says {stated_width}x{stated_height}; fix the size"
-    )
+    return f"{file}: the image is {width}x{height}, but {where} says {stated_width}x{stated_height}; fix the size"
 
 
-def _repair_boxes(record: Record, counts: Counter[str]) -> None:
-    """Remove invalid boxes and add a fault for each, clip the others, and remove those without area in the image."""
-    assert record.size is not None
-    height, width = record.size
-    boxes = record.boxes
+def _repair_boxes(records: Records, counts: Counter[str]) -> None:
+    """Remove the boxes of unusable images and, with a fault for each, invalid boxes. Clip the others to their image.
+
+    Boxes without area in the image are removed, too.
+    """
+    records.keep_rows(~records.unusable[records.row_images()])
+    boxes, images = records.boxes, records.row_images()
     counts["boxes"] += len(boxes)
     with np.errstate(over="ignore", invalid="ignore"):  # finite corners may have infinite sides
         sides = boxes[:, 2:] - boxes[:, :2]
-    finite = np.isfinite(boxes).all(axis=1) & np.isfinite(sides).all(axis=1) & np.isfinite(record.area)
+    finite = np.isfinite(boxes).all(axis=1) & np.isfinite(sides).all(axis=1) & np.isfinite(records.area)
     inverted = finite & (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
     for rows, reason in ((~finite, "or area is not finite"), (inverted, "ends before it begins")):
-        record.faults += [_box_fault(record, index, reason) for index in np.flatnonzero(rows).tolist()]
-    record.keep_rows(finite & ~inverted)
-    clipped = record.boxes.clip(0, [width, height, width, height])
-    moved = (clipped != record.boxes).any(axis=1)
-    area = (record.boxes[:, 2:] > record.boxes[:, :2]).all(axis=1)
+        for row in np.flatnonzero(rows).tolist():
+            records.add_fault(int(images[row]), _box_fault(records, row, int(images[row]), reason))
+    records.keep_rows(finite & ~inverted)
+    boxes, images = records.boxes, records.row_images()
+    corners = np.tile(records.sizes[images][:, ::-1], 2)
+    clipped = boxes.clip(0, corners)
+    moved = (clipped != boxes).any(axis=1)
+    area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     inside = np.asarray((clipped[:, 2:] > clipped[:, :2]).all(axis=1))
     counts["without area"] += int((~area).sum())
     counts["outside the image"] += int((area & ~inside).sum())
     counts["clipped"] += int((moved & inside).sum())
     if moved.any():
-        record.annotated_boxes, record.boxes = record.boxes, clipped
-    record.keep_rows(inside)
+        records.annotated_boxes = boxes
+        is_changed = np.bincount(images[moved], minlength=len(records)) > 0
+        records.boxes = np.where(is_changed[images][:, None], clipped, boxes)
+    records.keep_rows(inside)
 
 
-def _box_fault(record: Record, index: int, reason: str) -> str:
+def _box_fault(records: Records, row: int, image: int, reason: str) -> str:
     return (
-        f"{_describe_place(record, index)}: the box {reason}: xyxy {record.boxes[index].tolist()}, "
-        f"area {record.area[index]}; fix or remove it"
+        f"{_describe_place(records, row, image)}: the box {reason}: xyxy {records.boxes[row].tolist()}, "
+        f"area {records.area[row]}; fix or remove it"
     )
 
 
-def _describe_place(record: Record, index: int) -> str:
-    place = index if record.annotation_indices is None else record.annotation_indices[index]
-    of = f" of {Path(record.file).name}" if record.annotation_file else ""
-    return f"{record.annotation_file or record.file}: annotation {place}{of}, counted from 0"
+def _describe_place(records: Records, row: int, image: int) -> str:
+    file, annotation_file = records.files.text(image), records.annotation_files.text(image)
+    of = f" of {Path(file).name}" if annotation_file else ""
+    return f"{annotation_file or file}: annotation {records.annotation_indices[row]}{of}, counted from 0"
 
 
-def _encode_masks(record: Record, counts: Counter[str]) -> None:
+def _encode_masks(records: Records, counts: Counter[str]) -> None:
     """Encode segmentations as run-length codes. Remove annotations with an invalid one and add a fault for each."""
-    assert record.size is not None
-    codes: list[bytes | None] = []
-    for index, shape in enumerate(record.segmentation or [None] * len(record.labels)):
+    entries: list[bytes] = []
+    images, sizes = records.row_images().tolist(), records.sizes.tolist()
+    is_valid = np.ones(len(images), dtype=np.bool_)
+    for row, image in enumerate(images):
+        size = (sizes[image][0], sizes[image][1])
         try:
-            codes.append(rle.encode_segmentation(shape, record.size))
+            code = rle.encode_segmentation(records.segmentation(row), size)
         except ValueError as error:
-            codes.append(None)
+            is_valid[row] = False
             remedy = "fix or remove it, or train on boxes alone with data.masks=false"
-            record.faults.append(f"{_describe_place(record, index)}: its segmentation {error}; {remedy}")
-    record.segmentation = [code and rle.to_coco(code, record.size) for code in codes]
-    record.keep_rows(np.array([code is not None for code in codes], dtype=bool))
-    counts["with an empty mask"] += sum(not rle.mask_area(code, record.size) for code in codes if code)
+            place = _describe_place(records, row, image)
+            records.add_fault(image, f"{place}: its segmentation {error}; {remedy}")
+            entries.append(NULL)
+        else:
+            counts["with an empty mask"] += not rle.mask_area(code, size)
+            entries.append(msgspec.json.encode(rle.to_coco(code, size)))
+    records.segmentations = PackedBytes.pack(entries)
+    records.keep_rows(is_valid)
 
 
 def _list_problems(split: str, problems: Sequence[str]) -> str:
@@ -288,10 +288,13 @@ def _list_problems(split: str, problems: Sequence[str]) -> str:
     return f"{split}: {len(problems)} problems in the data:\n{lines}{more}"
 
 
-def _find_shared_files(later: Sequence[Record], earlier: Sequence[Record]) -> list[str]:
-    sizes: dict[int | None, list[Path]] = {}
-    for record in earlier:
-        sizes.setdefault(record.file_size, []).append(Path(record.file))
+def _find_shared_files(later: Records, earlier: Records) -> list[str]:
+    """Return the files of `later` that `earlier` has, too, under any name."""
+    sizes = set(later.file_sizes.tolist())
+    rivals: dict[int, list[Path]] = defaultdict(list)
+    for size, file in zip(earlier.file_sizes.tolist(), earlier.files.texts(), strict=True):
+        if size in sizes:
+            rivals[size].append(Path(file))
     digests: dict[Path, bytes] = {}
 
     def digest(path: Path) -> bytes:
@@ -299,10 +302,8 @@ def _find_shared_files(later: Sequence[Record], earlier: Sequence[Record]) -> li
             digests[path] = hashlib.blake2b(path.read_bytes()).digest()
         return digests[path]
 
-    found = []
-    for record in later:
-        path = Path(record.file)
-        rivals = sizes.get(record.file_size, ())
-        if any(path == rival or digest(path) == digest(rival) for rival in rivals):
-            found.append(record.file)
-    return found
+    return [
+        file
+        for size, file in zip(later.file_sizes.tolist(), later.files.texts(), strict=True)
+        if any(Path(file) == rival or digest(Path(file)) == digest(rival) for rival in rivals[size])
+    ]

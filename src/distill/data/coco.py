@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from distill.data.records import Annotation, Record, make_record, make_unusable_record, paused_garbage_collection
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.data.column_cache import cache_file, exclusive, load_columns, save_columns
+from distill.data.records import (
+    NULL,
+    Annotation,
+    PackedBytes,
+    Records,
+    make_record,
+    pack_records,
+    paused_garbage_collection,
+)
 from distill.types import DistillError, Size
 
 SplitFiles = Mapping[str, str | None]
 """The entries `annotations` (JSON file) and `images` (folder) of a split."""
 MIN_ID, MAX_ID = -(2**63), 2**63 - 1
 """Smallest and largest id that an int64 tensor can hold."""
+MIN_CACHED_SIZE = 2**20
+"""Smallest annotation file, in bytes, whose content is kept in the cache."""
+CACHE_VERSION = 1
+"""Raise this number if the same file gives other content."""
+COLUMNS = ("ids", "sizes", "ends", "boxes", "labels", "crowd", "area", "annotation_indices")
+"""Columns of a `Content` that are arrays."""
 
 
 class Coco:
@@ -61,7 +82,7 @@ class Coco:
         return tuple(split for split, files in self.files.items() if files and files.get("annotations"))
 
     @paused_garbage_collection()
-    def read_split(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
+    def read_split(self, split: str) -> tuple[tuple[str, ...], Records]:
         """Read the class names and records of a split.
 
         Invalid images and annotations are left out. An unusable record lists them as faults.
@@ -74,37 +95,237 @@ class Coco:
         if not files or not files.get("annotations"):
             raise DistillError(f"data=coco has no split '{split}': set data.source.{split}.annotations to its JSON")
         path = self.root / str(files["annotations"])
-        content = _load_json(path, split)
-        classes, self.category_ids = _parse_categories(content["categories"], path)
-        labels = {number: label for label, number in self.category_ids.items()}
-        faults: list[str] = []
-        images = _parse_images(content["images"], path, faults)
-        folder = self.root / str(files["images"]) if files.get("images") else self._folder(path, images)
-        notes = _parse_annotations(content["annotations"], images, labels, path, faults)
-        records = [
-            make_record(number, str(folder / name), size, notes.get(number, ()), str(path))
-            if self._holds(folder / name, folder)
-            else make_unusable_record(str(path), [f"{path}: image {number}: {_outside_message(name, folder)}"], name)
-            for number, (name, size) in images.items()
-        ]
-        return classes, records + ([make_unusable_record(str(path), faults)] if faults else [])
+        content = _load_content(path, split)
+        self.category_ids = dict(enumerate(content.category_ids, start=1))
+        names = content.names.texts()
+        folder = self.root / str(files["images"]) if files.get("images") else self._folder(path, names)
+        return content.classes, self._make_records(content, names, folder, path)
 
-    def _folder(self, path: Path, images: Mapping[int, tuple[str, Size | None]]) -> Path:
+    def _make_records(self, content: Content, names: Sequence[str], folder: Path, path: Path) -> Records:
+        count = len(names)
+        outside = [index for index, name in enumerate(names) if not self._holds(folder, name)]
+        files = [str(folder / name) for name in names]
+        for index in outside:
+            files[index] = names[index]
+        records = Records(
+            ids=content.ids,
+            files=PackedBytes.pack_texts(files),
+            sizes=content.sizes,
+            annotation_files=PackedBytes.repeat(os.fsencode(path), count),
+            file_sizes=np.full(count, -1, dtype=np.int64),
+            unusable=np.zeros(count, dtype=np.bool_),
+            ends=content.ends,
+            boxes=content.boxes,
+            labels=content.labels,
+            crowd=content.crowd,
+            difficult=np.zeros(len(content.labels), dtype=np.bool_),
+            area=content.area,
+            annotation_indices=content.annotation_indices,
+            segmentations=content.segmentations,
+        )
+        for index in outside:
+            message = f"'file_name' {shown(names[index])} leads out of {folder} and of data.source.root"
+            records.add_fault(index, f"{path}: image {records.ids[index]}: {message}; name a file inside")
+            records.unusable[index] = True
+        return records.with_file_faults(str(path), content.faults) if content.faults else records
+
+    def _folder(self, path: Path, names: Sequence[str]) -> Path:
         usual = (path.parent, self.root, self.root / "images", self.root / path.stem.rpartition("_")[2])
-        first = next((name for name, _ in images.values()), "")
+        first = names[0] if names else ""
         return next((folder for folder in usual if os.path.isfile(folder / first)), path.parent)
 
-    def _holds(self, file: Path, folder: Path) -> bool:
+    def _holds(self, folder: Path, name: str) -> bool:
         """Whether the path of a file lies in the image folder or in `root`.
 
         Symbolic links are not resolved: the owner of the folder may link to files elsewhere.
         """
-        place = Path(os.path.abspath(file))
+        if ".." not in name and ":" not in name and name[0] not in "/\\":
+            return True
+        place = Path(os.path.abspath(folder / name))
         return any(place.is_relative_to(os.path.abspath(home)) for home in (folder, self.root))
 
 
-def _outside_message(name: str, folder: Path) -> str:
-    return f"'file_name' {shown(name)} leads out of {folder} and of data.source.root; name a file inside"
+@dataclass
+class Content:
+    """What one annotation file says, without its classes' and images' places on the disk. Columns as in `Records`."""
+
+    classes: tuple[str, ...]
+    category_ids: list[int]
+    """Category ids in the order of the labels."""
+    names: PackedBytes
+    """Names of the image files."""
+    ids: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    boxes: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    area: NDArray[np.float64]
+    annotation_indices: NDArray[np.int64]
+    segmentations: PackedBytes
+    faults: list[str]
+    """Messages about invalid entries, which are left out."""
+
+
+class ImageEntry(msgspec.Struct):
+    """An image of a valid file. Other keys are ignored."""
+
+    id: int
+    file_name: str
+    height: int | None = None
+    width: int | None = None
+
+
+class AnnotationEntry(msgspec.Struct):
+    """An annotation of a valid file. The segmentation is kept as JSON."""
+
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    id: int | None = None
+    area: float | None = None
+    iscrowd: int | float | bool | None = None
+    segmentation: msgspec.Raw = msgspec.Raw(NULL)
+
+
+class ValidFile(msgspec.Struct):
+    """The content of a file whose entries have the types that COCO's format demands."""
+
+    images: list[ImageEntry]
+    annotations: list[AnnotationEntry]
+    categories: list[Any]
+
+
+def _load_content(path: Path, split: str) -> Content:
+    """Return the content of an annotation file, from the cache if the file is as it was."""
+    try:
+        state = path.stat()
+    except (OSError, ValueError):
+        return _read_content(path, split)  # raises an error that says why
+    if state.st_size < MIN_CACHED_SIZE:
+        return _read_content(path, split)
+    cache = cache_file("coco", os.path.abspath(path))
+    key = {"version": CACHE_VERSION, "path": str(path), "size": state.st_size, "modified": state.st_mtime_ns}
+    with exclusive(cache):
+        columns = load_columns(cache, key)
+        if columns is None:
+            content = _read_content(path, split)
+            columns = _to_columns(content)
+            if path.stat().st_mtime_ns == state.st_mtime_ns:  # else the file was changed meanwhile
+                save_columns(cache, key, columns)
+                columns = load_columns(cache, key) or columns  # mapped into memory, and shared with other processes
+    return _from_columns(columns)
+
+
+def _to_columns(content: Content) -> dict[str, NDArray[Any]]:
+    columns = {name: getattr(content, name) for name in COLUMNS}
+    for name in ("names", "segmentations"):
+        packed: PackedBytes = getattr(content, name)
+        columns |= {f"{name}.blob": packed.blob, f"{name}.starts": packed.starts, f"{name}.ends": packed.ends}
+    texts = {"classes": content.classes, "category_ids": content.category_ids, "faults": content.faults}
+    return columns | {"texts": np.frombuffer(json.dumps(texts).encode(), np.uint8)}
+
+
+def _from_columns(columns: Mapping[str, NDArray[Any]]) -> Content:
+    packed: dict[str, Any] = {
+        name: PackedBytes(*(columns[f"{name}.{part}"] for part in ("blob", "starts", "ends")))
+        for name in ("names", "segmentations")
+    }
+    texts = json.loads(columns["texts"].tobytes())
+    texts["classes"] = tuple(texts["classes"])
+    arrays: dict[str, Any] = {name: columns[name] for name in COLUMNS}
+    return Content(**arrays, **packed, **texts)
+
+
+def _read_content(path: Path, split: str) -> Content:
+    try:
+        return _read_valid_file(path)
+    except (OSError, ValueError, OverflowError, RecursionError):  # msgspec's errors are ValueErrors
+        return _read_any_file(path, split)
+
+
+def _read_valid_file(path: Path) -> Content:
+    """Read a file without a fault, by C code and whole arrays.
+
+    Raises:
+        OSError, ValueError, OverflowError, RecursionError: the file is not valid. `_read_any_file` says why.
+    """
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    text.decode()  # msgspec skips entries that it ignores without decoding them
+    file = msgspec.json.decode(text, type=ValidFile)
+    del text
+    classes, category_ids = _parse_categories(file.categories, path)
+    names = [image.file_name for image in file.images]
+    ids = np.array([image.id for image in file.images], dtype=np.int64)
+    sizes = np.array([(image.height or 0, image.width or 0) for image in file.images], dtype=np.int64).reshape(-1, 2)
+    sizes[(sizes == 0).any(axis=1)] = 0
+    entries = file.annotations
+    if not all(names) or "\0" in "".join(names) or not {entry.iscrowd for entry in entries} <= {0, 1, None}:
+        raise ValueError
+    numbers = [entry.id for entry in entries if entry.id is not None]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError
+    np.array(numbers, dtype=np.int64)  # raises OverflowError
+    images = _find_places(ids, np.array([entry.image_id for entry in entries], dtype=np.int64))
+    categories = np.array([entry.category_id for entry in entries], dtype=np.int64)
+    labels = _find_places(np.array(list(category_ids.values()), dtype=np.int64), categories) + 1
+    order = np.argsort(images, kind="stable")
+    boxes = np.array([entry.bbox for entry in entries], dtype=np.float64).reshape(-1, 4)[order]
+    areas = [np.nan if entry.area is None else entry.area for entry in entries]
+    area = np.array(areas, dtype=np.float64)[order]
+    with np.errstate(over="ignore", invalid="ignore"):  # the checks report boxes that are not finite
+        boxes_area = boxes[:, 2] * boxes[:, 3]
+        boxes[:, 2:] += boxes[:, :2]
+    return Content(
+        classes=classes,
+        category_ids=list(category_ids.values()),
+        names=PackedBytes.pack_texts(names),
+        ids=ids,
+        sizes=sizes,
+        ends=np.cumsum(np.bincount(images, minlength=len(ids))),
+        boxes=boxes,
+        labels=labels[order],
+        crowd=np.array([bool(entry.iscrowd) for entry in entries], dtype=np.bool_)[order],
+        area=np.where(np.isnan(area), boxes_area, area),
+        annotation_indices=order,
+        segmentations=PackedBytes.pack([entries[place].segmentation for place in order.tolist()]),
+        faults=[],
+    )
+
+
+def _find_places(known: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the index in `known` of each number.
+
+    Raises:
+        ValueError: `known` has a number twice, or lacks a number.
+    """
+    order = np.argsort(known, kind="stable")
+    ordered = known[order]
+    places = np.searchsorted(ordered, numbers)
+    if (np.diff(ordered) == 0).any() or (places >= len(known)).any() or (ordered[places] != numbers).any():
+        raise ValueError
+    return order[places]
+
+
+def _read_any_file(path: Path, split: str) -> Content:
+    """Read a file entry by entry. Messages name the invalid entries."""
+    content = _load_json(path, split)
+    classes, category_ids = _parse_categories(content["categories"], path)
+    labels = {number: label for label, number in category_ids.items()}
+    faults: list[str] = []
+    images = _parse_images(content["images"], path, faults)
+    annotations = _parse_annotations(content["annotations"], images, labels, path, faults)
+    records = pack_records(
+        [make_record(number, name, size, annotations.get(number, ())) for number, (name, size) in images.items()]
+    )
+    return Content(
+        classes=classes,
+        category_ids=list(category_ids.values()),
+        names=records.files,
+        faults=faults,
+        segmentations=records.segmentations,
+        **{name: getattr(records, name) for name in COLUMNS},
+    )
 
 
 def _load_json(path: Path, split: str) -> dict[str, list[Any]]:

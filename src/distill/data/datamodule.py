@@ -11,13 +11,14 @@ from typing import Any, Protocol
 import lightning as L
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from distill.data.checks import SplitReport, check_overlap, check_records
 from distill.data.decoding import MAX_PIXELS, read_image
 from distill.data.images import ImageDataset, training_rows
 from distill.data.loader import DetectionLoader
-from distill.data.records import Record, coco_ground_truth
+from distill.data.records import Record, Records, coco_ground_truth, pack_records
 from distill.data.sampler import BatchSampler
 from distill.data.transforms import Sample, Transform, collate, padded_size, resized_size
 from distill.types import Batch, DistillError, Size
@@ -38,7 +39,7 @@ class Source(Protocol):
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that the source has."""
 
-    def read_split(self, split: str) -> tuple[Sequence[str], list[Record]]:
+    def read_split(self, split: str) -> tuple[Sequence[str], Sequence[Record]]:
         """Return the class names, in the order of their labels from 1, and the records of a split as annotated."""
 
 
@@ -47,31 +48,40 @@ def digest_records(records: Sequence[Record], masks: bool) -> dict[str, Any]:
 
     The hash includes the segmentations only with `masks`.
     """
-    seen = hashlib.sha256()
-    for record in records:
-        seen.update(json.dumps([record.id, record.size, record.file_size, len(record.labels)]).encode())
-        for values in (record.boxes, record.labels, record.crowd, record.difficult, record.area):
-            seen.update(np.ascontiguousarray(values).tobytes())
+    columns = pack_records(records)
+    # Checkpoints hold this hash: its input is, image by image, a list in JSON and the bytes of the arrays.
+    digest = hashlib.sha256()
+    arrays = (columns.boxes, columns.labels, columns.crowd, columns.difficult, columns.area)
+    contents = [(memoryview(array.tobytes()), array.nbytes // max(1, len(array))) for array in arrays]
+    numbers = zip(columns.ids.tolist(), columns.sizes.tolist(), columns.file_sizes.tolist(), strict=True)
+    for index, (id, (height, width), file_size) in enumerate(numbers):
+        rows = columns.rows(index)
+        size = f"[{height}, {width}]" if height and width else "null"
+        bytes_of_file = "null" if file_size < 0 else file_size
+        digest.update(f"[{id}, {size}, {bytes_of_file}, {rows.stop - rows.start}]".encode())
+        for content, row_size in contents:
+            digest.update(content[rows.start * row_size : rows.stop * row_size])
         if masks:
-            seen.update(json.dumps(record.segmentation, default=str).encode())
-    boxes = sum(len(record.labels) for record in records)
-    return {"images": len(records), "boxes": boxes, "sha256": seen.hexdigest()}
+            segmentations = [columns.segmentation(row) for row in range(rows.start, rows.stop)]
+            digest.update(json.dumps(segmentations, default=str).encode())
+    return {"images": len(columns), "boxes": len(columns.labels), "sha256": digest.hexdigest()}
 
 
-def select_subset(records: list[Record], fraction: float, limit: int | None) -> list[Record]:
-    """Choose a part of the records for quick runs.
+def select_subset(count: int, fraction: float, limit: int | None) -> NDArray[np.bool_]:
+    """Choose a part of the images for quick runs. Return it as a mask (N,).
 
-    The choice is the same for every seed. A larger part contains every smaller one. At least one record is kept.
+    The choice is the same for every seed. A larger part contains every smaller one. At least one image is kept.
 
     Args:
-        records: all records of a split.
+        count: number of images of a split.
         fraction: part to keep, in (0, 1].
-        limit: largest number of records to keep; None for no limit.
+        limit: largest number of images to keep; None for no limit.
     """
-    order = np.random.default_rng(0).permutation(len(records))
-    count = max(1, round(fraction * len(records)))
-    chosen = order[: count if limit is None else min(count, limit)]
-    return [records[index] for index in sorted(chosen)]
+    order = np.random.default_rng(0).permutation(count)
+    chosen = max(1, round(fraction * count))
+    is_chosen = np.zeros(count, dtype=np.bool_)
+    is_chosen[order[: chosen if limit is None else min(chosen, limit)]] = True
+    return is_chosen
 
 
 class DetectionData(L.LightningDataModule):
@@ -179,7 +189,7 @@ class DetectionData(L.LightningDataModule):
         self.checked: dict[Split, SplitReport] = {}
         self.summary: list[str] = []
         self._classes: tuple[str, ...] | None = None
-        self._records: dict[Split, list[Record]] = {}
+        self._records: dict[Split, Records] = {}
         self._images: dict[tuple[Split, bool], ImageDataset] = {}
         self._truth: dict[Split, dict[str, Any]] = {}
         self._identity: dict[str, Any] | None = None
@@ -231,8 +241,7 @@ class DetectionData(L.LightningDataModule):
         contrast, is not valid for other image files with the same annotations.
         """
         records = self.records(split)
-        files = [record.file for record in records]
-        seen = [files, digest_records(records, self.masks), self.classes, self.input_size, self.resize]
+        seen = [records.files.texts(), digest_records(records, self.masks), self.classes, self.input_size, self.resize]
         return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,8 +330,9 @@ class DetectionData(L.LightningDataModule):
         if (split, training) not in self._images:
             records = self.records(split)
             if training and not self.keep_empty:
-                records = [record for record in records if training_rows(record, self.use_difficult).any()]
-                if not records:
+                targets = records.row_images()[training_rows(records, self.use_difficult)]
+                records = records.select(np.bincount(targets, minlength=len(records)) > 0)
+                if not len(records):
                     raise DistillError(f"No {split} image has a box to train on. Check the annotations of {split}.")
             load = getattr(self.source, "load_image", partial(read_image, max_pixels=self.max_pixels))
             transform = self.train_transform if training else self.eval_transform
@@ -335,7 +345,7 @@ class DetectionData(L.LightningDataModule):
             self._images[split, training] = images
         return self._images[split, training]
 
-    def records(self, split: Split) -> list[Record]:
+    def records(self, split: Split) -> Records:
         """Return the checked records of a split, limited by `fraction`, `limit` and `limit_eval`."""
         if split not in self._records:
             found = self._read(split)
@@ -345,7 +355,7 @@ class DetectionData(L.LightningDataModule):
             self._records[split] = found
         return self._records[split]
 
-    def _read(self, split: Split) -> list[Record]:
+    def _read(self, split: Split) -> Records:
         classes, annotated = self.source.read_split(split)
         if self._classes not in (None, tuple(classes)):
             raise DistillError(
@@ -357,7 +367,7 @@ class DetectionData(L.LightningDataModule):
             annotated, split, self.on_error, not self._drawn, self.masks, self.max_pixels
         )
         fraction, limit = (self.fraction, self.limit) if split == "train" else (1.0, self.limit_eval)
-        part = select_subset(records, fraction, limit)
+        part = records.select(select_subset(len(records), fraction, limit))
         used = "" if len(part) == len(records) else f"; {len(part)} of the images are used"
         self.summary.append(f"{self.checked[split]}{used}")
         return part

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distill.data.records import Record
+from distill.data.records import Record, Records, pack_records
 from distill.data.sampler import SampleKey
 from distill.data.transforms import Sample, Transform, resized_size
 from distill.types import Size, Target
@@ -41,16 +41,14 @@ class ImageDataset(Dataset[Sample]):
         masks: bool = False,
     ) -> None:
         self.load, self.transform = load, transform
-        self.files = [record.file for record in records]
-        self.ids = torch.tensor([record.id for record in records], dtype=torch.int64)
-        self.sizes = torch.tensor([record.size for record in records], dtype=torch.int64).reshape(-1, 2)
-        rows = [training_rows(record, use_difficult) for record in records]
-        self.ends = np.cumsum([int(kept.sum()) for kept in rows])
-        boxes = [record.boxes[kept] for record, kept in zip(records, rows, strict=True)]
-        labels = [record.labels[kept] for record, kept in zip(records, rows, strict=True)]
-        self.boxes = torch.from_numpy(np.concatenate([np.empty((0, 4)), *boxes])).float()
-        self.labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels]))
-        self.codes = MaskCodes(_training_codes(records, rows)) if masks else None
+        columns = pack_records(records)
+        self.files = columns.files
+        self.ids, self.sizes = torch.from_numpy(columns.ids), torch.from_numpy(columns.sizes)
+        rows = training_rows(columns, use_difficult)
+        self.ends = np.cumsum(np.bincount(columns.row_images()[rows], minlength=len(columns)))
+        self.boxes = torch.from_numpy(columns.boxes[rows]).float()
+        self.labels = torch.from_numpy(columns.labels[rows])
+        self.codes = MaskCodes(_training_codes(columns, rows)) if masks else None
         self.cache: ImageCache | None = None
 
     def __len__(self) -> int:
@@ -59,7 +57,7 @@ class ImageDataset(Dataset[Sample]):
     def __getitem__(self, key: SampleKey) -> Sample:
         """Load, resize and augment an image. The key is (epoch, index)."""
         epoch, index = key
-        image = self.load(self.files[index]) if self.cache is None else self.cache[index]
+        image = self.load(self.files.text(index)) if self.cache is None else self.cache[index]
         codes = None if self.codes is None else self.codes[self._rows(index)]
         return self.transform(image, self.target(index), self.size(index), int(self.ids[index]), epoch, codes)
 
@@ -84,7 +82,7 @@ class ImageDataset(Dataset[Sample]):
         )
 
         def fill(index: int) -> None:
-            cache[index].copy_(transform.resize(self.load(self.files[index])))
+            cache[index].copy_(transform.resize(self.load(self.files.text(index))))
 
         with ThreadPoolExecutor(max(1, threads)) as pool:
             list(pool.map(fill, indices))
@@ -120,16 +118,11 @@ class MaskCodes:
         return [self.bytes[start:end].numpy().tobytes() for start, end in pairwise(ends)]
 
 
-def _training_codes(records: Sequence[Record], rows: Sequence[np.ndarray[Any, np.dtype[np.bool_]]]) -> list[bytes]:
-    return [
-        code["counts"].encode()
-        for record, kept in zip(records, rows, strict=True)
-        for code, is_kept in zip(record.segmentation or [None] * len(kept), kept, strict=True)
-        if is_kept
-    ]
+def _training_codes(records: Records, rows: NDArray[np.bool_]) -> list[bytes]:
+    return [records.segmentation(row)["counts"].encode() for row in np.flatnonzero(rows).tolist()]
 
 
-def training_rows(record: Record, use_difficult: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return a mask (N,) of the annotations of an image that are training targets."""
-    rows: np.ndarray[Any, np.dtype[np.bool_]] = ~record.crowd
-    return rows if use_difficult else rows & ~record.difficult
+def training_rows(records: Record | Records, use_difficult: bool) -> NDArray[np.bool_]:
+    """Return a mask (N,) of the annotations that are training targets."""
+    rows: NDArray[np.bool_] = ~records.crowd
+    return rows if use_difficult else rows & ~records.difficult

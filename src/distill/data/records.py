@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, overload
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,18 +63,265 @@ class Record:
     file_size: int | None = None
     """Bytes of the image file. The checks set it."""
 
+
+class PackedBytes:
+    """Many byte strings in one array. Entry i is `blob[starts[i]:ends[i]]`. Several entries may share bytes.
+
+    Thousands of separate strings would take more memory, and forked loader processes would copy them: reading an object
+    changes its reference count.
+    """
+
+    def __init__(self, blob: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        self.blob, self.starts, self.ends = blob, starts, ends
+
+    @classmethod
+    def pack(cls, entries: Sequence[bytes] | Sequence[Any]) -> PackedBytes:
+        """Copy byte strings, or objects with the buffer protocol, into one array."""
+        blob = np.frombuffer(b"".join(entries), np.uint8)
+        ends = np.cumsum(np.fromiter((memoryview(entry).nbytes for entry in entries), np.int64, len(entries)))
+        return cls(blob, np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)], ends)
+
+    @classmethod
+    def pack_texts(cls, texts: Sequence[str]) -> PackedBytes:
+        """Pack texts. `text` returns them again, also paths that are no valid UTF-8."""
+        return cls.pack([text.encode("utf-8", "surrogateescape") for text in texts])
+
+    @classmethod
+    def repeat(cls, entry: bytes, count: int) -> PackedBytes:
+        """Return `count` equal entries."""
+        return cls(
+            np.frombuffer(entry, np.uint8), np.zeros(count, np.int64), np.full(count, len(entry), dtype=np.int64)
+        )
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.blob[self.starts[index] : self.ends[index]].tobytes()
+
+    def text(self, index: int) -> str:
+        """Return entry `index` as a text."""
+        return self[index].decode("utf-8", "surrogateescape")
+
+    def texts(self) -> list[str]:
+        """Return all entries as texts."""
+        content = self.blob.tobytes()
+        rows = zip(self.starts.tolist(), self.ends.tolist(), strict=True)
+        return [content[start:end].decode("utf-8", "surrogateescape") for start, end in rows]
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the number of bytes of each entry."""
+        return self.ends - self.starts
+
+    def extend(self, other: PackedBytes) -> PackedBytes:
+        """Return the entries of both."""
+        first = len(self.blob)
+        return PackedBytes(
+            np.concatenate([self.blob, other.blob]),
+            np.concatenate([self.starts, other.starts + first]),
+            np.concatenate([self.ends, other.ends + first]),
+        )
+
+    def select(self, rows: NDArray[np.bool_]) -> PackedBytes:
+        """Return the entries of a mask. The bytes are shared, not copied."""
+        return PackedBytes(self.blob, self.starts[rows], self.ends[rows])
+
+
+NULL = b"null"
+"""JSON of a missing segmentation."""
+MAX_SIDE = 2**62
+"""Larger stated sides of images are lowered to this number, which is no less wrong, to fit into int64."""
+
+
+@dataclass
+class Records(Sequence[Record]):
+    """The annotated images of a split as columns: one array per field in place of an object per image and box.
+
+    An image column has N entries, one per image. A row column has M entries, one per annotation; the annotations of an
+    image are consecutive. `records[i]` is image i as a `Record`, whose arrays are views of the row columns.
+    """
+
+    ids: NDArray[np.int64]
+    """(N,)"""
+    files: PackedBytes
+    """N paths."""
+    sizes: NDArray[np.int64]
+    """(N, 2) heights and widths. 0 stands for an unknown size."""
+    annotation_files: PackedBytes
+    """N paths of the files that hold the annotations."""
+    file_sizes: NDArray[np.int64]
+    """(N,) bytes of the image files. -1 stands for an unknown size."""
+    unusable: NDArray[np.bool_]
+    """(N,) whether the whole image must be left out."""
+    ends: NDArray[np.int64]
+    """(N,) the row after the last row of each image."""
+    boxes: NDArray[np.float64]
+    """(M, 4), like all row columns as in `Record`."""
+    labels: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    difficult: NDArray[np.bool_]
+    area: NDArray[np.float64]
+    annotation_indices: NDArray[np.int64]
+    segmentations: PackedBytes
+    """M segmentations as JSON. `null` stands for none."""
+    annotated_boxes: NDArray[np.float64] | None = None
+    """(M, 4) the boxes before they were clipped; None if no box was clipped."""
+    faults: dict[int, list[str]] = field(default_factory=dict)
+    """Messages by index of their image."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """Counts of what the source changed or ignored without harm, for the data line."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(len(self))[index]]
+        index = range(len(self))[index]
+        rows = self.rows(index)
+        height, width = self.sizes[index].tolist()
+        segmentation = [self.segmentation(row) for row in range(rows.start, rows.stop)]
+        return Record(
+            id=int(self.ids[index]),
+            file=self.files.text(index),
+            size=(height, width) if height and width else None,
+            boxes=self.boxes[rows],
+            labels=self.labels[rows],
+            crowd=self.crowd[rows],
+            difficult=self.difficult[rows],
+            area=self.area[rows],
+            segmentation=None if all(entry is None for entry in segmentation) else segmentation,
+            annotated_boxes=None if self.annotated_boxes is None else self.annotated_boxes[rows],
+            annotation_file=self.annotation_files.text(index),
+            annotation_indices=self.annotation_indices[rows],
+            faults=list(self.faults.get(index, ())),
+            unusable=bool(self.unusable[index]),
+            file_size=None if self.file_sizes[index] < 0 else int(self.file_sizes[index]),
+        )
+
+    def rows(self, index: int) -> slice:
+        """Return the rows of the annotations of an image."""
+        return slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
+
+    def row_counts(self) -> NDArray[np.int64]:
+        """Return the number of annotations of each image (N,)."""
+        return np.diff(self.ends, prepend=0)
+
+    def row_images(self) -> NDArray[np.int64]:
+        """Return the index of the image of each annotation (M,)."""
+        return np.repeat(np.arange(len(self)), self.row_counts())
+
+    def segmentation(self, row: int) -> Any:
+        """Return the segmentation of an annotation as in its file, or None."""
+        return decode_segmentation(self.segmentations[row])
+
+    def add_fault(self, index: int, message: str) -> None:
+        """Add a message about an image or about one of its annotations."""
+        self.faults.setdefault(index, []).append(message)
+
+    def with_file_faults(self, annotation_file: str, faults: Sequence[str]) -> Records:
+        """Return the images and an unusable one that carries faults of the annotation file itself."""
+        last = pack_records([make_unusable_record(annotation_file, faults)])
+
+        def extend(name: str) -> Any:
+            return np.concatenate([getattr(self, name), getattr(last, name)])
+
+        return replace(
+            self,
+            **{name: extend(name) for name in ("ids", "sizes", "file_sizes", "unusable")},
+            files=self.files.extend(last.files),
+            annotation_files=self.annotation_files.extend(last.annotation_files),
+            ends=np.append(self.ends, len(self.labels)),
+            faults=self.faults | {len(self): list(faults)},
+        )
+
     def keep_rows(self, rows: NDArray[np.bool_]) -> None:
-        """Remove the annotations outside the mask ``rows`` (N,)."""
+        """Remove the annotations outside the mask ``rows`` (M,)."""
         if rows.all():
             return
-        self.boxes, self.labels, self.area = self.boxes[rows], self.labels[rows], self.area[rows]
-        self.crowd, self.difficult = self.crowd[rows], self.difficult[rows]
-        if self.annotated_boxes is not None:
-            self.annotated_boxes = self.annotated_boxes[rows]
-        if self.annotation_indices is not None:
-            self.annotation_indices = self.annotation_indices[rows]
-        if self.segmentation is not None:
-            self.segmentation = [entry for entry, kept in zip(self.segmentation, rows, strict=True) if kept]
+        kept = np.bincount(self.row_images()[rows], minlength=len(self))
+        for name in ("boxes", "labels", "crowd", "difficult", "area", "annotation_indices", "annotated_boxes"):
+            column = getattr(self, name)
+            setattr(self, name, None if column is None else column[rows])
+        self.segmentations = self.segmentations.select(rows)
+        self.ends = np.cumsum(kept)
+
+    def select(self, images: NDArray[np.bool_]) -> Records:
+        """Return the images of the mask ``images`` (N,), without faults and remarks."""
+        if images.all():
+            return replace(self, faults={}, remarks=Counter())
+        part = replace(self, faults={}, remarks=Counter())
+        part.keep_rows(images[self.row_images()])
+        part.ids, part.sizes, part.ends = self.ids[images], self.sizes[images], part.ends[images]
+        part.file_sizes, part.unusable = self.file_sizes[images], self.unusable[images]
+        part.files, part.annotation_files = self.files.select(images), self.annotation_files.select(images)
+        return part
+
+
+def decode_segmentation(content: bytes) -> Any:
+    """Return a segmentation from its JSON."""
+    try:
+        return msgspec.json.decode(content)
+    except msgspec.DecodeError:  # NaN, and numbers too large for a float
+        return json.loads(content)
+
+
+def pack_records(records: Sequence[Record]) -> Records:
+    """Convert records to columns. Columns are returned as they are."""
+    if isinstance(records, Records):
+        return records
+    rows = [len(record.labels) for record in records]
+
+    def join(name: str, *shape: int) -> NDArray[Any]:
+        empty: NDArray[Any] = np.empty((0, *shape), dtype=ROW_TYPES[name])
+        return np.concatenate([empty, *(getattr(record, name) for record in records)])
+
+    clipped = any(record.annotated_boxes is not None for record in records)
+    annotated = [record.boxes if record.annotated_boxes is None else record.annotated_boxes for record in records]
+    places = [
+        np.arange(count) if record.annotation_indices is None else record.annotation_indices
+        for record, count in zip(records, rows, strict=True)
+    ]
+    segmentations = [
+        NULL if entry is None else json.dumps(entry, default=_to_plain).encode()
+        for record, count in zip(records, rows, strict=True)
+        for entry in record.segmentation or [None] * count
+    ]
+    return Records(
+        ids=np.array([record.id for record in records], dtype=np.int64),
+        files=PackedBytes.pack_texts([record.file for record in records]),
+        sizes=np.array(
+            [[min(max(side, -MAX_SIDE), MAX_SIDE) for side in record.size or (0, 0)] for record in records],
+            dtype=np.int64,
+        ).reshape(-1, 2),
+        annotation_files=PackedBytes.pack_texts([record.annotation_file for record in records]),
+        file_sizes=np.array(
+            [-1 if record.file_size is None else record.file_size for record in records], dtype=np.int64
+        ),
+        unusable=np.array([record.unusable for record in records], dtype=np.bool_),
+        ends=np.cumsum(np.array(rows, dtype=np.int64)),
+        boxes=join("boxes", 4),
+        labels=join("labels"),
+        crowd=join("crowd"),
+        difficult=join("difficult"),
+        area=join("area"),
+        annotation_indices=np.concatenate([np.empty(0, np.int64), *places]),
+        segmentations=PackedBytes.pack(segmentations),
+        annotated_boxes=np.concatenate([np.empty((0, 4)), *annotated]) if clipped else None,
+        faults={index: list(record.faults) for index, record in enumerate(records) if record.faults},
+    )
+
+
+ROW_TYPES = {"boxes": np.float64, "labels": np.int64, "crowd": np.bool_, "difficult": np.bool_, "area": np.float64}
+
+
+def _to_plain(value: Any) -> Any:
+    """Convert bytes and arrays, which JSON lacks, for `json.dumps`."""
+    return value.decode() if isinstance(value, bytes) else value.tolist()
 
 
 @contextmanager
@@ -120,31 +370,35 @@ def coco_ground_truth(records: Sequence[Record], classes: Sequence[str]) -> dict
 
     ``category_id`` is the label. VOC's mark of difficult objects becomes the key ``difficult``.
     """
-    images: list[dict[str, Any]] = []
+    columns = pack_records(records)
+    sizes = columns.sizes.tolist()
+    ids = columns.ids.tolist()
+    images = [
+        {"id": id, "file_name": file, "height": height, "width": width}
+        for id, file, (height, width) in zip(ids, columns.files.texts(), sizes, strict=True)
+    ]
+    boxes = columns.boxes if columns.annotated_boxes is None else columns.annotated_boxes
+    rows = zip(
+        columns.ids[columns.row_images()].tolist(),
+        boxes.tolist(),
+        columns.labels.tolist(),
+        columns.crowd.tolist(),
+        columns.difficult.tolist(),
+        columns.area.tolist(),
+        strict=True,
+    )
     annotations: list[dict[str, Any]] = []
-    for record in records:
-        height, width = record.size or (0, 0)
-        images.append({"id": record.id, "file_name": record.file, "height": height, "width": width})
-        boxes = record.boxes if record.annotated_boxes is None else record.annotated_boxes
-        rows = zip(
-            boxes.tolist(),
-            record.labels.tolist(),
-            record.crowd,
-            record.difficult,
-            record.area.tolist(),
-            record.segmentation or [None] * len(record.labels),
-            strict=True,
-        )
-        for (x1, y1, x2, y2), label, crowd, difficult, area, segmentation in rows:
-            annotation = {
-                "id": len(annotations) + 1,
-                "image_id": record.id,
-                "category_id": label,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": area,
-                "iscrowd": int(crowd),
-                "difficult": int(difficult),
-            }
-            annotations.append(annotation if segmentation is None else annotation | {"segmentation": segmentation})
+    for row, (image, (x1, y1, x2, y2), label, crowd, difficult, area) in enumerate(rows):
+        annotation = {
+            "id": row + 1,
+            "image_id": image,
+            "category_id": label,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": area,
+            "iscrowd": int(crowd),
+            "difficult": int(difficult),
+        }
+        segmentation = columns.segmentation(row)
+        annotations.append(annotation if segmentation is None else annotation | {"segmentation": segmentation})
     categories = [{"id": label, "name": name} for label, name in enumerate(classes, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distill.data.datamodule import DetectionData
-from distill.data.records import Record
+from distill.data.records import Records
 from distill.data.transforms import padded_size, resized_size
 from distill.detectors.base import Detector
 from distill.diagnostics.memory import peak
@@ -51,22 +52,20 @@ def describe_split(data: DetectionData, split: str) -> dict[str, Any]:
     corrected = {**checked.corrected, "turned by EXIF": checked.turned, **checked.skipped}
     return {
         "images": len(records),
-        "boxes": sum(len(record.labels) for record in records),
-        "crowds": sum(int(record.crowd.sum()) for record in records),
-        "difficult": sum(int(record.difficult.sum()) for record in records),
-        "empty": sum(not (~record.crowd).any() for record in records),
+        "boxes": len(records.labels),
+        "crowds": int(records.crowd.sum()),
+        "difficult": int(records.difficult.sum()),
+        "empty": int((np.bincount(records.row_images()[~records.crowd], minlength=len(records)) == 0).sum()),
         "corrected": {fault: count for fault, count in corrected.items() if count},
         "classes": _per_class(records, data.classes),
     }
 
 
-def _per_class(records: Sequence[Record], classes: Sequence[str]) -> dict[str, dict[str, int]]:
+def _per_class(records: Records, classes: Sequence[str]) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {name: Counter() for name in classes}
-    for record in records:
-        for label, area, crowd in zip(record.labels, record.area, record.crowd, strict=True):
-            if not crowd:
-                size = next(size for size, (low, high) in SIZES.items() if low <= area < high)
-                counts[classes[label - 1]][size] += 1
+    for label, area in zip(records.labels[~records.crowd].tolist(), records.area[~records.crowd].tolist(), strict=True):
+        size = next(size for size, (low, high) in SIZES.items() if low <= area < high)
+        counts[classes[label - 1]][size] += 1
     return {name: {size: count[size] for size in SIZES} | {"all": count.total()} for name, count in counts.items()}
 
 

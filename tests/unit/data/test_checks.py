@@ -83,8 +83,8 @@ def test_exif_turns_the_image_and_the_checked_size(tmp_path, picture, form, turn
     exif[0x0112] = turn
     file = tmp_path / "a.jpg"
     picture.save(file, form, exif=exif, **({"quality": 95, "subsampling": 0} if form == "JPEG" else {}))
-    one = of(file)
-    line = str(check_records([one], "train")[1])
+    (one,), report = check_records([of(file)], "train")
+    line = str(report)
     assert one.size == ((30, 20) if turn > 4 else (20, 30))
     assert ("1 turned by EXIF" in line) == (turn > 1)
     # EXIF 2.3: where the stored first row and first column are to be seen.
@@ -115,8 +115,7 @@ def test_a_size_that_was_annotated_before_the_turn_is_named(tmp_path, picture):
 @pytest.mark.parametrize("exif", [b"Exif\x00\x00", b"Exif\x00\x00garbage", b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff"])
 def test_a_damaged_exif_tag_is_no_tag(tmp_path, picture, exif):
     picture.save(tmp_path / "a.jpg", exif=exif)
-    one = of(tmp_path / "a.jpg")
-    check_records([one], "train")
+    (one,), _ = check_records([of(tmp_path / "a.jpg")], "train")
     assert one.size == tuple(read_image(one.file).shape[1:]) == (20, 30)
 
 
@@ -127,8 +126,7 @@ def test_xmps_orientation_counts_neither_for_the_size_nor_for_the_pixels(tmp_pat
     picture.save(tmp_path / "a.png", pnginfo=info)
     picture.save(tmp_path / "a.jpg", xmp=text.encode())
     for name in ("a.png", "a.jpg"):
-        one = of(tmp_path / name)
-        check_records([one], "train")
+        (one,), _ = check_records([of(tmp_path / name)], "train")
         assert one.size == tuple(read_image(one.file).shape[1:]) == (20, 30)
 
 
@@ -210,15 +208,14 @@ def test_boxes_are_mended_counted_and_remembered(tmp_path, picture):
         (-5, -5, 0, 0),
         (0, 0, 30, 20),
     ]
-    one = of(tmp_path / "a.jpg", boxes)
-    (same,), report = check_records([one], "val")
-    assert same is one
+    records, report = check_records([of(tmp_path / "a.jpg", boxes)], "val")
+    (one,) = records
     assert (report.split, report.images, report.boxes, report.usable) == ("val", 1, 8, 3)
     assert report.corrected == {"without area": 2, "outside the image": 3, "clipped": 1}
     assert str(report) == "val: 1 images, 8 boxes, 3 usable, 2 without area, 3 outside the image, 1 clipped"
     assert one.boxes.tolist() == [[1, 1, 9, 9], [0, 2, 9, 20], [0, 0, 30, 20]]
     assert one.annotation_indices.tolist() == [0, 1, 7]
-    truth = coco_ground_truth([one], ["thing"])
+    truth = coco_ground_truth(records, ["thing"])
     assert [note["bbox"] for note in truth["annotations"]] == [[1, 1, 8, 8], [-4, 2, 13, 38], [0, 0, 30, 20]]
 
 

@@ -17,6 +17,7 @@ from distill.cli import compose, instantiate
 from distill.cli.assembly import shared_values
 from distill.cli.preflight import shared_config
 from distill.data.datamodule import DetectionData
+from distill.data.records import PackedBytes
 from distill.data.shapes import Shapes
 from distill.training.callbacks.consistency import (
     ConsistencyCheck,
@@ -130,7 +131,8 @@ def test_other_data_is_another_fact() -> None:
 def test_what_was_measured_holds_for_the_same_files_boxes_and_sizes_alone() -> None:
     whole, moved, nudged = data(), data(), data()
     assert whole.fingerprint("val") == moved.fingerprint("val") != whole.fingerprint("train")
-    moved.records("val")[1].file += "x"
+    names = moved.records("val").files.texts()
+    moved.records("val").files = PackedBytes.pack_texts([names[0], names[1] + "x", *names[2:]])
     nudged.records("val")[1].boxes[0, 0] += 1e-9
     larger = DetectionData(Shapes(train=4, val=2, test=0, size=64), workers=0, min_size=64, max_size=96)
     found = {each.fingerprint("val") for each in (whole, moved, nudged, larger)}
@@ -167,6 +169,6 @@ def test_other_errors_are_not_taken_for_a_lost_process() -> None:
 
 def test_folder_names_are_no_data(tmp_path: Path) -> None:
     one, two = data(), data()
-    for record in two.records("train"):
-        record.file = str(tmp_path / record.file)
+    files = [str(tmp_path / record.file) for record in two.records("train")]
+    two.records("train").files = PackedBytes.pack_texts(files)
     assert one.state_dict() == two.state_dict()
