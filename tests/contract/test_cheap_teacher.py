@@ -23,5 +23,5 @@ def test_every_method_gives_the_terms_of_the_plain_teacher(name: str) -> None:
         modules = [Distiller(pair.student, teacher, losses, pair.schedule) for teacher in (plain, pair.teacher)]
         steps = [Step(module, pair.batch) for module in modules]
         views = [(step.student_view(), step.teacher_view()) for step in steps]
-        expected, found = (float(step.distilled(*view).detach()) for step, view in zip(steps, views, strict=True))
-        assert found == pytest.approx(expected, rel=5e-5), option  # proposals move by a rounding, too
+        expected, actual = (float(step.distilled(*view).detach()) for step, view in zip(steps, views, strict=True))
+        assert actual == pytest.approx(expected, rel=5e-5), option  # proposals move by a rounding, too

@@ -65,14 +65,14 @@ def test_a_twin_teacher_asks_for_nothing(family: str) -> None:
 @pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_each_model_pools_once_in_a_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = pair(family)
-    counts = [count_calls(each, monkeypatch) for each in (student, teacher)]
+    counts = [count_calls(detector, monkeypatch) for detector in (student, teacher)]
     loss, data = DSIG(student.spec, teacher.spec, **settings(OPTION[family])), padded_batch()
     view = student.view(data, seed=3)
     assert view.losses
     loss(view, teacher.view(data, frozen=True, seed=4))
-    assert [each["pool"] for each in counts] == [1, 1]
+    assert [calls["pool"] for calls in counts] == [1, 1]
     if family == "faster_rcnn":
-        assert [each["box"] for each in counts] == [1, 1]
+        assert [calls["box"] for calls in counts] == [1, 1]
         assert counts[1]["rpn"] == 0  # the regions are the student's
 
 
@@ -85,14 +85,14 @@ def by_index(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def test_the_two_stage_graph_is_that_of_the_student_s_sample() -> None:
     student, teacher = pair("faster_rcnn")
     data, loss = padded_batch(), DSIG(student.spec, teacher.spec)
-    ours, theirs = student.view(data, seed=3), teacher.view(data, frozen=True, seed=4)
-    values = {name: value.item() for name, value in loss(ours, theirs).items()}
-    regions, expected = ours.rois, dict.fromkeys(("nodes.foreground", "nodes.background", "edges.all"), 0.0)
+    student_view, teacher_view = student.view(data, seed=3), teacher.view(data, frozen=True, seed=4)
+    values = {name: value.item() for name, value in loss(student_view, teacher_view).items()}
+    regions, expected = student_view.rois, dict.fromkeys(("nodes.foreground", "nodes.background", "edges.all"), 0.0)
     counts = [len(boxes) for boxes in regions.boxes]
     surprise = F.cross_entropy(
-        theirs.roi_logits(regions.boxes)[0], torch.zeros(sum(counts), dtype=torch.int64), reduction="none"
+        teacher_view.roi_logits(regions.boxes)[0], torch.zeros(sum(counts), dtype=torch.int64), reduction="none"
     )
-    pooled = [view.roi_features(regions.boxes).split(counts) for view in (ours, theirs)]
+    pooled = [view.roi_features(regions.boxes).split(counts) for view in (student_view, teacher_view)]
     kept = 0
     for s, t, labels, hard in zip(*pooled, regions.labels, surprise.split(counts), strict=True):
         positive, negative = labels > 0, labels == 0
@@ -112,12 +112,12 @@ def test_the_two_stage_graph_is_that_of_the_student_s_sample() -> None:
 def test_the_one_stage_graph_is_that_of_the_student_s_predictions() -> None:
     student, teacher = pair("retinanet")
     data, loss = padded_batch(), DSIG(student.spec, teacher.spec, **settings("dsig_retinanet"))
-    ours, theirs = student.view(data, seed=3), teacher.view(data, frozen=True, seed=4)
-    values = loss(ours, theirs)
-    boxes = [found.boxes for found in ours.predictions(score=0.0, nms=0.5, top=100)]
-    counts = [len(each) for each in boxes]
+    student_view, teacher_view = student.view(data, seed=3), teacher.view(data, frozen=True, seed=4)
+    values = loss(student_view, teacher_view)
+    boxes = [detections.boxes for detections in student_view.predictions(score=0.0, nms=0.5, top=100)]
+    counts = [len(image_boxes) for image_boxes in boxes]
     assert 20 < max(counts) <= 100
-    pooled = [view.roi_features(boxes).split(counts) for view in (ours, theirs)]
+    pooled = [view.roi_features(boxes).split(counts) for view in (student_view, teacher_view)]
     images = [by_index(s, t) for s, t in zip(*pooled, strict=True)]
     assert values["nodes.predicted"].item() == pytest.approx(2 / 3 * sum(n.item() for n, _ in images), rel=1e-4)
     assert values["edges.all"].item() == pytest.approx(2 / 3 * sum(e.item() for _, e in images), rel=1e-4)

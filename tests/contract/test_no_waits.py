@@ -45,7 +45,7 @@ class Waits(TorchDispatchMode):
     ) -> Any:
         packet = func.overloadpacket
         by_mask = packet in (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index) and any(
-            isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1]
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
         if packet in WAITS or by_mask or (packet is aten.repeat_interleave and "output_size" not in (kwargs or {})):
             self.found[str(packet)] += 1
@@ -55,9 +55,9 @@ class Waits(TorchDispatchMode):
 class Reads(torch.overrides.TorchFunctionMode):
     """Counts what leaves the device without an operator of its own on the CPU."""
 
-    def __init__(self, found: Counter[str]) -> None:
+    def __init__(self, counts: Counter[str]) -> None:
         super().__init__()
-        self.found = found
+        self.found = counts
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -77,8 +77,8 @@ def waits(step: Step) -> Counter[str]:
     with counter, Reads(counter.found):
         student, read = step.student_view(), StageReads()
         total = step.supervised(student)
-        theirs = step.teacher_view()
-        watched = None if theirs is None else WatchedView(theirs, mark, read)
+        teacher_view = step.teacher_view()
+        watched = None if teacher_view is None else WatchedView(teacher_view, mark, read)
         total = total + step.distilled(WatchedView(student, mark, read), watched)
         total.backward()  # type: ignore[no-untyped-call]
     for start, end in read.spans:
@@ -101,8 +101,8 @@ def test_waits_are_counted() -> None:
         assert bool(inside.any())
         inside.nonzero(), torch.equal(x, x), x.detach().tolist()
         x[inside].sum().backward()  # type: ignore[no-untyped-call]
-    for each in ("aten.nonzero", "aten.equal", "tolist", "aten.index", "aten.index_put"):
-        assert counter.found[each] == 1, each
+    for operator in ("aten.nonzero", "aten.equal", "tolist", "aten.index", "aten.index_put"):
+        assert counter.found[operator] == 1, operator
     assert counter.found["aten._local_scalar_dense"] >= 1
 
 
@@ -110,14 +110,14 @@ def test_waits_are_counted() -> None:
 def test_no_loss_waits_but_where_it_is_said(name: str) -> None:
     pair = Pair(name)
     alone = waits(Step(Distiller(pair.student, schedule=pair.schedule), pair.batch))
-    found: dict[str, dict[str, int]] = {}
+    waits_of: dict[str, dict[str, int]] = {}
     assert len(pair.batch) == IMAGES
     for option, losses in pair.losses():
         step = Step(Distiller(pair.student, pair.teacher, losses, pair.schedule), pair.batch)
         waits(step)  # the first step may look at what stays
-        found[option] = dict(waits(step) - alone)
-    assert len(found) > 10
-    assert found == {option: dict(KNOWN.get(option, {})) for option in found}
+        waits_of[option] = dict(waits(step) - alone)
+    assert len(waits_of) > 10
+    assert waits_of == {option: dict(KNOWN.get(option, {})) for option in waits_of}
 
 
 def test_a_two_stage_step_waits_less_often_than_torchvisions() -> None:
@@ -127,18 +127,18 @@ def test_a_two_stage_step_waits_less_often_than_torchvisions() -> None:
     boxes = torch.tensor([[10.0, 10.0, 100.0, 100.0], [50.0, 60.0, 150.0, 120.0]])
     images, size = torch.randint(0, 256, (2, 3, 192, 256), dtype=torch.uint8), (192, 256)
     batch = Batch(images, (size, size), (size, size), (Target(boxes, torch.tensor([1, 2])),) * 2, (0, 1))
-    ours, theirs, first = Waits(), Waits(), Waits()
-    with ours, Reads(ours.found):
+    of_view, of_torchvision, of_first_step = Waits(), Waits(), Waits()
+    with of_view, Reads(of_view.found):
         sum(student.view(batch, seed=0).losses.values()).backward()  # type: ignore[union-attr]
     targets = [{"boxes": target.boxes, "labels": target.labels} for target in batch.targets]
-    with theirs, Reads(theirs.found):
+    with of_torchvision, Reads(of_torchvision.found):
         sum(student.net(list(images / 255), targets).values()).backward()
     student.net.roi_heads.box_roi_pool.scales = None
-    with first, Reads(first.found):
+    with of_first_step, Reads(of_first_step.found):
         student.net(list(images / 255), targets)
-    assert dict(theirs.found - ours.found) == {"aten._local_scalar_dense": 4}
-    assert not ours.found - theirs.found
+    assert dict(of_torchvision.found - of_view.found) == {"aten._local_scalar_dense": 4}
+    assert not of_view.found - of_torchvision.found
     # The totals depend on the version of torch (61, 51 and 47 with 2.15; 77, 67 and 63 with 2.14).
     # The differences do not.
-    assert first.found.total() - theirs.found.total() == 10
-    assert theirs.found.total() - ours.found.total() == 4
+    assert of_first_step.found.total() - of_torchvision.found.total() == 10
+    assert of_torchvision.found.total() - of_view.found.total() == 4

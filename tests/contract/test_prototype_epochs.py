@@ -27,8 +27,8 @@ def setting(**prototypes: Any) -> tuple[GlobalKnowledge, DetectionData, Any, Tea
         random_detector("faster_rcnn", seed=2, depth=18),
     )
     student, teacher = (
-        type(each)(data.classes, **{k: v for k, v in each.options.items() if k != "classes"})
-        for each in (student, teacher)
+        type(detector)(data.classes, **{k: v for k, v in detector.options.items() if k != "classes"})
+        for detector in (student, teacher)
     )
     loss = GlobalKnowledge(student.spec, teacher.spec, prototypes={"count": 2, "min_side": 6.0, **prototypes})
     return loss, data, student, Teacher(teacher)
@@ -53,12 +53,15 @@ def test_prototypes_are_features_of_boxes_of_their_class() -> None:
     for label in range(1, len(data.classes) + 1):
         rows = (labels == label) & large
         for level, stride in enumerate((4, 8, 16, 32, 64)):
-            ours, theirs = (box_means(view.neck[stride], boxes, (64, 64))[rows] for view in views)
+            student_features, teacher_features = (box_means(view.neck[stride], boxes, (64, 64))[rows] for view in views)
             # Which instances are chosen hangs on their order in ties alone; as sets of features they are the same.
-            best = choose_prototypes(ours, theirs, 2)
-            for chosen, features in ((loss.student_prototypes, ours), (loss.teacher_prototypes, theirs)):
-                found = {tuple(round(x, 3) for x in row) for row in chosen[label - 1, level].tolist()}
-                assert found == {tuple(round(x, 3) for x in row) for row in features[best].tolist()}
+            best = choose_prototypes(student_features, teacher_features, 2)
+            for chosen, features in (
+                (loss.student_prototypes, student_features),
+                (loss.teacher_prototypes, teacher_features),
+            ):
+                chosen_rows = {tuple(round(x, 3) for x in row) for row in chosen[label - 1, level].tolist()}
+                assert chosen_rows == {tuple(round(x, 3) for x in row) for row in features[best].tolist()}
 
 
 def test_the_student_is_looked_at_anew_and_the_teacher_once() -> None:
@@ -70,9 +73,10 @@ def test_the_student_is_looked_at_anew_and_the_teacher_once() -> None:
     assert reads
     # What is kept, and sent to other processes, is each image's own: no view that takes along all of its batch.
     assert all(
-        each.untyped_storage().nbytes() == each.numel() * 4 for each in loss.candidates.teacher_features.values()
+        features.untyped_storage().nbytes() == features.numel() * 4
+        for features in loss.candidates.teacher_features.values()
     )
-    assert max(len(each) for each in loss.candidates.teacher_features.values()) > 1
+    assert max(len(features) for features in loss.candidates.teacher_features.values()) > 1
     before, count = loss.student_prototypes.clone(), len(reads)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -127,21 +131,24 @@ class Uneven:
 
     def load_image(self, file: str) -> torch.Tensor:
         index = next(
-            i for split in self.splits for i, each in enumerate(self.shapes.read_split(split)[1]) if each.file == file
+            i
+            for split in self.splits
+            for i, record in enumerate(self.shapes.read_split(split)[1])
+            if record.file == file
         )
         image = self.shapes.load_image(file)
         return image[:, :40] if index % 2 else image
 
 
 def test_prototypes_do_not_depend_on_the_batch() -> None:
-    found = []
+    prototypes = []
     for size in (1, 4):
         data = DetectionData(Uneven(), batch_size=size, workers=0, min_size=64, max_size=64)
         _, _, student, guest = setting()
         loss = GlobalKnowledge(student.spec, guest.spec, prototypes={"count": 2, "min_side": 0.0})
         loss.on_epoch_start(0, data, student, guest)
-        found.append((loss.student_prototypes, loss.teacher_prototypes))
-    for one, four in zip(*found, strict=True):
+        prototypes.append((loss.student_prototypes, loss.teacher_prototypes))
+    for one, four in zip(*prototypes, strict=True):
         assert one.any()
         torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-5)
 
@@ -170,10 +177,12 @@ def one_rank(rank: int, folder: Path) -> None:
 def test_two_processes_share_the_images_and_choose_the_same(tmp_path: Path) -> None:
     run_in_two_processes(one_rank, tmp_path)
     chosen(tmp_path, "alone")
-    (ours, theirs, asked), *parts = (torch.load(tmp_path / f"{name}.pt") for name in ("alone", "0", "1"))
+    (student_prototypes, teacher_prototypes, asked), *parts = (
+        torch.load(tmp_path / f"{name}.pt") for name in ("alone", "0", "1")
+    )
     assert all(len(part[2]) < len(asked) for part in parts)
     assert sorted(parts[0][2] + parts[1][2]) == sorted(asked)
-    assert ours.any()
+    assert student_prototypes.any()
     for part in parts:
-        torch.testing.assert_close(part[:2], (ours, theirs), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(part[:2], (student_prototypes, teacher_prototypes), rtol=1e-5, atol=1e-6)
     assert all(torch.equal(one, other) for one, other in zip(parts[0][:2], parts[1][:2], strict=True))

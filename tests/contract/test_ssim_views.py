@@ -10,9 +10,12 @@ from distill.losses.ssim import SSIM
 from helpers.detectors import FAMILIES, padded_batch, random_detector
 
 
-@pytest.mark.parametrize(("ours", "theirs"), itertools.product(FAMILIES, FAMILIES))
-def test_teaches_every_pair_of_families(ours: str, theirs: str) -> None:
-    student, teacher = random_detector(ours, seed=1), random_detector(theirs, seed=2, neck_channels=96)
+@pytest.mark.parametrize(("student_family", "teacher_family"), itertools.product(FAMILIES, FAMILIES))
+def test_teaches_every_pair_of_families(student_family: str, teacher_family: str) -> None:
+    student, teacher = (
+        random_detector(student_family, seed=1),
+        random_detector(teacher_family, seed=2, neck_channels=96),
+    )
     loss = SSIM(student.spec, teacher.spec)
     data = padded_batch()
     view = student.view(data, training=True, seed=3)
@@ -21,6 +24,6 @@ def test_teaches_every_pair_of_families(ours: str, theirs: str) -> None:
     assert 0.01 * shared < value.item() < shared  # each level adds up to 1
     value.backward()
     body = [parameter for name, parameter in student.net.named_parameters() if name.startswith("backbone.fpn")]
-    assert any(each.grad is not None and each.grad.abs().sum() > 0 for each in body)
-    assert all(each.grad is not None and each.grad.isfinite().all() for each in loss.parameters())
-    assert all(each.grad is None for each in teacher.parameters())
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in body)
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in loss.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())

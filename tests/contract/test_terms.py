@@ -46,16 +46,16 @@ def said(module: Distiller, folder: Path, **options: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(module, folder, shapes_data(train=24), max_epochs=1, **options)
-    return [str(each.message) for each in caught if "the term " in str(each.message)]
+    return [str(warning.message) for warning in caught if "the term " in str(warning.message)]
 
 
 @pytest.mark.parametrize("case", TERMS)
 def test_each_trouble_is_named_once(case: str, tmp_path: Path) -> None:
     formula, expected = TERMS[case]
     module = distiller(losses={"mine": partial(FormulaLoss, formula=formula), "defeat": DeFeat}, schedule=sgd(lr=0.0))
-    found = said(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)])
-    assert len(found) == len(expected)
-    for words, message in zip(expected, found, strict=True):
+    messages = said(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)])
+    assert len(messages) == len(expected)
+    for words, message in zip(expected, messages, strict=True):
         assert message.startswith("the term mine/term ")
         assert words in message
 

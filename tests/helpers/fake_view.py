@@ -40,7 +40,9 @@ def spec(
 
 def batch(boxes: Sequence[Sequence[Sequence[float]]], height: int = 64, width: int = 64, first_id: int = 7) -> Batch:
     """Images with these boxes, all of class 1."""
-    targets = [Target(torch.tensor(each).reshape(-1, 4), torch.ones(len(each), dtype=torch.int64)) for each in boxes]
+    targets = [
+        Target(torch.tensor(corners).reshape(-1, 4), torch.ones(len(corners), dtype=torch.int64)) for corners in boxes
+    ]
     sizes = ((height, width),) * len(boxes)
     images = torch.zeros(len(boxes), 3, height, width, dtype=torch.uint8)
     return Batch(images, sizes, sizes, tuple(targets), tuple(range(first_id, first_id + len(boxes))))
@@ -106,7 +108,7 @@ def random_view(
     generators = [torch.Generator().manual_seed(1000 * seed + image) for image in batch.ids]
 
     def draw(*shape: int) -> Tensor:
-        return torch.stack([torch.randn(*shape, generator=each, dtype=dtype) for each in generators])
+        return torch.stack([torch.randn(*shape, generator=generator, dtype=dtype) for generator in generators])
 
     def size(stride: int) -> tuple[int, int]:
         return -(-height // stride), -(-width // stride)
@@ -115,7 +117,7 @@ def random_view(
     neck = {stride: draw(channels, *size(stride)) for stride, channels in spec.neck.items()}
     classes = len(spec.classes) + 1
     logits = draw(regions, classes).flatten(0, 1), draw(regions, classes * 4).flatten(0, 1)
-    boxes = [corners(regions, height, width, each) for each in generators]
+    boxes = [corners(regions, height, width, generator) for generator in generators]
     labels = [(torch.arange(regions) % 3 == 0).long() * bool(len(target.boxes)) for target in batch.targets]
     grid = {stride: anchors(*size(stride), stride, count) for stride, count in spec.anchors.items()}
     dense = {stride: draw(count * 4, *size(stride)) for stride, count in spec.anchors.items()}
@@ -133,7 +135,7 @@ def random_view(
         **{("objectness" if "rois" in spec.outputs else "class_logits"): scores},
         anchor_targets=_anchor_targets(batch, sum(map(len, grid.values())), outputs, draw),
         proposals=boxes,
-        predictions=[Detections(each, torch.ones(regions), torch.ones(regions).long()) for each in boxes],
+        predictions=[Detections(corners, torch.ones(regions), torch.ones(regions).long()) for corners in boxes],
         rois=Regions(boxes, labels, [box + 1 for box in boxes], list(deltas)),
         roi_features=draw(regions, next(iter(spec.neck.values())), 7, 7).flatten(0, 1),
         roi_logits=logits,

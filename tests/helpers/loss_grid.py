@@ -95,7 +95,7 @@ class LossGrid:
         loss = (self.adapted if adapted else self.loss)(self.student, self.teacher)
         for value in (values := self.run(loss, student, teacher)).values():
             gradient = torch.autograd.grad(value, student.leaves(), allow_unused=True, retain_graph=True)
-            assert any(each is not None and each.abs().sum() > 0 for each in gradient)
+            assert any(part is not None and part.abs().sum() > 0 for part in gradient)
         sum(values.values()).backward()
         assert all(leaf.grad is None for leaf in teacher.leaves())
         moved: dict[str, bool] = {}
@@ -180,10 +180,10 @@ class LossGrid:
         kernels = [
             name for name, parameter in first.named_parameters() if parameter.ndim == 4 and "reweigh" not in name
         ]
-        ours, same, theirs = (dict(loss.named_parameters()) for loss in (first, second, other))
+        parameters, repeated, reseeded = (dict(loss.named_parameters()) for loss in (first, second, other))
         for name in kernels:
-            assert torch.equal(ours[name], same[name]), name
-            assert not torch.equal(ours[name], theirs[name]), name
+            assert torch.equal(parameters[name], repeated[name]), name
+            assert not torch.equal(parameters[name], reseeded[name]), name
 
     def test_a_wrong_shape_is_refused(self) -> None:
         student, teacher = self.views(OBJECTS)

@@ -34,7 +34,7 @@ def with_prototypes(loss: GlobalKnowledge, student: DetectorSpec, teacher: Detec
 
 def of_classes(view: FakeView) -> FakeView:
     """The view with its positives, each third region, of the classes 3 and 4 in turn."""
-    labels = [each * (3 + torch.arange(len(each)) % 2) for each in view.rois.labels]
+    labels = [image_labels * (3 + torch.arange(len(image_labels)) % 2) for image_labels in view.rois.labels]
     view.stages["rois"] = view.rois._replace(labels=labels)
     return view
 
@@ -69,11 +69,11 @@ class Tiny(FrozenModel):
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         self.named += len(images)
-        found: Tensor = 4 * self.net["fc"](
+        logits: Tensor = 4 * self.net["fc"](
             images.reshape(len(images), 3, 2, SIDE // 2, 2, SIDE // 2).mean((3, 5)).flatten(1)
         )
-        return found
+        return logits
 
     def stem(self, images: Tensor) -> Tensor:
-        found: Tensor = self.net["stem"](images).relu()
-        return found
+        features: Tensor = self.net["stem"](images).relu()
+        return features

@@ -25,9 +25,9 @@ def slow_cells(box: list[float], stride: int, height: int, width: int) -> tuple[
 
 
 def slow(boxes: list[Tensor], grid: dict[int, tuple[int, int]], bump: bool = False) -> dict[int, Tensor]:
-    found = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
-    for image, each in enumerate(boxes):
-        for box in each.tolist():
+    masks = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
+    for image, image_boxes in enumerate(boxes):
+        for box in image_boxes.tolist():
             stride = list(grid)[slow_level(box, len(grid))]
             rows, columns, thin = slow_cells(box, stride, *grid[stride])
             half_h, half_w = len(rows) / 2, len(columns) / 2
@@ -36,8 +36,8 @@ def slow(boxes: list[Tensor], grid: dict[int, tuple[int, int]], bump: bool = Fal
                     value = 1.0
                     if bump and not thin:
                         value = math.exp(-0.5 * ((x - half_w) / half_w) ** 2 - 0.5 * ((y - half_h) / half_h) ** 2)
-                    found[stride][image, row, column] = max(found[stride][image, row, column].item(), value)
-    return found
+                    masks[stride][image, row, column] = max(masks[stride][image, row, column].item(), value)
+    return masks
 
 
 def iou(a: list[float], b: list[float]) -> float:
@@ -49,9 +49,9 @@ def iou(a: list[float], b: list[float]) -> float:
 def slow_fine_grained(
     boxes: list[Tensor], all_anchors: dict[int, Tensor], grid: dict[int, tuple[int, int]], psi: float
 ) -> dict[int, Tensor]:
-    found = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
-    for image, each in enumerate(boxes):
-        for box in each.tolist():
+    masks = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
+    for image, image_boxes in enumerate(boxes):
+        for box in image_boxes.tolist():
             stride = list(grid)[slow_level(box, len(grid))]
             height, width = grid[stride]
             overlaps = [iou(anchor, box) for anchor in all_anchors[stride].tolist()]
@@ -59,8 +59,8 @@ def slow_fine_grained(
             for index, overlap in enumerate(overlaps):
                 if overlap > psi * max(overlaps):
                     cell = index // per_cell
-                    found[stride][image, cell // width, cell % width] = 1
-    return found
+                    masks[stride][image, cell // width, cell % width] = 1
+    return masks
 
 
 def slow_crop(image: Tensor, size: tuple[int, int], box: list[float], side: int) -> Tensor:

@@ -48,11 +48,11 @@ def test_fgfi_start_is_defeats_with_a_bias_of_zero() -> None:
 
 
 def test_default_start_is_torchs_distribution() -> None:
-    ours, bias = weight_and_bias(adapter(64, 128, 3, start="default"))
+    weight, bias = weight_and_bias(adapter(64, 128, 3, start="default"))
     with torch.random.fork_rng():
-        theirs = nn.Conv2d(64, 128, 3).weight
-    assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=1e-3)
-    assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.02)
+        conv_weight = nn.Conv2d(64, 128, 3).weight
+    assert weight.abs().max().item() == pytest.approx(conv_weight.abs().max().item(), rel=1e-3)
+    assert weight.std().item() == pytest.approx(conv_weight.std().item(), rel=0.02)
     assert bias.abs().max() <= 1 / math.sqrt(9 * 64)
 
 

@@ -30,8 +30,8 @@ class Together(DistillLoss):
         self.losses = torch.nn.ModuleDict(losses)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
-        each = {name: loss(student, teacher) for name, loss in self.losses.items()}
-        return {f"{name}/{term}": value for name, terms in each.items() for term, value in terms.items()}
+        values = {name: loss(student, teacher) for name, loss in self.losses.items()}
+        return {f"{name}/{term}": value for name, terms in values.items() for term, value in terms.items()}
 
 
 def make(normalizer: str) -> DistillLoss:

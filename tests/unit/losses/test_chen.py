@@ -42,9 +42,9 @@ def slow_soft(student: list[float], teacher: list[float], background: float) -> 
 
 
 def slow_bounded(student: list[float], teacher: list[float], truth: list[float], margin: float) -> float:
-    ours = sum((s - y) ** 2 for s, y in zip(student, truth, strict=True))
-    theirs = sum((t - y) ** 2 for t, y in zip(teacher, truth, strict=True))
-    return ours if ours + margin > theirs else 0.0
+    student_error = sum((s - y) ** 2 for s, y in zip(student, truth, strict=True))
+    teacher_error = sum((t - y) ** 2 for t, y in zip(teacher, truth, strict=True))
+    return student_error if student_error + margin > teacher_error else 0.0
 
 
 def slow_rpn(student: FakeView, teacher: FakeView, background: float, margin: float) -> tuple[float, float]:
@@ -74,13 +74,13 @@ def slow_rpn(student: FakeView, teacher: FakeView, background: float, margin: fl
 
 
 def slow_rcn(student: FakeView, teacher: FakeView, background: float, margin: float) -> tuple[float, float]:
-    (logits, deltas), (theirs, their_deltas) = student.roi_logits([]), teacher.roi_logits([])
+    (logits, deltas), (teacher_logits, teacher_deltas) = student.roi_logits([]), teacher.roi_logits([])
     labels, truth = torch.cat(student.rois.labels).tolist(), torch.cat(student.rois.deltas).tolist()
     soft, box = 0.0, 0.0
     for region, label in enumerate(labels):
-        soft += slow_soft(logits[region].tolist(), theirs[region].tolist(), background)
+        soft += slow_soft(logits[region].tolist(), teacher_logits[region].tolist(), background)
         if label > 0:
-            s, t = (each[region, 4 * label : 4 * label + 4].tolist() for each in (deltas, their_deltas))
+            s, t = (all_deltas[region, 4 * label : 4 * label + 4].tolist() for all_deltas in (deltas, teacher_deltas))
             box += slow_bounded(s, t, truth[region], margin)
     return soft / max(1, len(labels)), box / max(1, len(labels))
 
@@ -90,7 +90,7 @@ def nonsense_elsewhere(view: FakeView) -> FakeView:
     targets, regions = view.anchor_targets, view.rois
     dense = targets.deltas.masked_fill(targets.labels[..., None] <= 0, -math.inf)
     pairs = zip(regions.deltas, regions.labels, strict=True)
-    deltas = [each.masked_fill(labels[:, None] == 0, -math.inf) for each, labels in pairs]
+    deltas = [deltas_of_image.masked_fill(labels[:, None] == 0, -math.inf) for deltas_of_image, labels in pairs]
     stages = {**view.stages, "anchor_targets": targets._replace(deltas=dense), "rois": regions._replace(deltas=deltas)}
     return FakeView(view.batch, view.spec, **stages)
 
@@ -163,8 +163,8 @@ def test_soft_labels_of_sure_teachers_are_the_hard_loss_and_background_weighs_mo
     teacher = torch.full((6, 4), -500.0, dtype=torch.float64)
     teacher[torch.arange(6), labels] = 500.0
     hard = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    found = soft_labels(logits, teacher, 1.5)
-    assert torch.allclose(found, hard * torch.tensor([1.5, 1, 1, 1, 1.5, 1]))
+    cost = soft_labels(logits, teacher, 1.5)
+    assert torch.allclose(cost, hard * torch.tensor([1.5, 1, 1, 1, 1.5, 1]))
 
 
 @pytest.mark.parametrize(
@@ -257,19 +257,19 @@ def test_both_models_judge_the_student_s_regions() -> None:
 
 
 def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
-    ours, theirs = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
-    student, teacher = random_view(batch(OBJECTS), ours, 1), random_view(batch(OBJECTS), theirs, 2)
+    student_spec, teacher_spec = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
+    student, teacher = random_view(batch(OBJECTS), student_spec, 1), random_view(batch(OBJECTS), teacher_spec, 2)
     student.stages["rois"] = student.rois._replace(labels=[torch.tensor([1, 2, 0, 1, 2, 0])] * 2)
-    values = Chen(ours, theirs, **only(rcn={}))(student, teacher)
+    values = Chen(student_spec, teacher_spec, **only(rcn={}))(student, teacher)
 
-    twin = random_view(batch(OBJECTS), ours, 2)
+    twin = random_view(batch(OBJECTS), student_spec, 2)
     logits, deltas = teacher.roi_logits([])
     blocks = deltas.view(len(deltas), 5, 4)
     twin.stages["roi_logits"] = logits[:, [0, 3, 1]], blocks[:, [0, 3, 1]].flatten(1)
     soft, box = slow_rcn(student, twin, 1.5, 0.01)
     assert values["rcn.soft"].item() == pytest.approx(soft)
     assert values["rcn.box"].item() == pytest.approx(box)
-    assert not Chen(ours, theirs, **only(rcn={})).state_dict()
+    assert not Chen(student_spec, teacher_spec, **only(rcn={})).state_dict()
 
 
 @pytest.mark.parametrize("term", sorted(TERMS - {"rpn.box", "rcn.box"}))
@@ -350,7 +350,7 @@ def test_hints_serve_every_pair_that_shares_strides() -> None:
     student, teacher = random_view(batch(OBJECTS), one_stage, 1), random_view(batch(OBJECTS), spec(neck=8), 2)
     loss = Chen(one_stage, spec(neck=8), **only(hint={})).double()
     assert loss.get_submodule("hint").levels == [8, 16, 32, 64]
-    assert {type(each) for each in loss.get_submodule("hint.adapters").children()} == {torch.nn.Conv2d}
+    assert {type(adapter) for adapter in loss.get_submodule("hint.adapters").children()} == {torch.nn.Conv2d}
     assert loss(student, teacher)["hint.neck"] > 0
 
 

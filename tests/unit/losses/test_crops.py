@@ -33,11 +33,11 @@ def images(dtype: torch.dtype = torch.float64, padding: float = math.nan) -> Ten
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_equals_a_slow_loop(dtype: torch.dtype, error: float) -> None:
     pictures = images(dtype, padding=1e3)
-    owner, boxes = torch.tensor([each for each, _ in BOXES]), torch.tensor([box for _, box in BOXES])
-    found = crops(pictures, SIZES, boxes, owner, 5)
-    assert found.shape == (len(BOXES), 2, 5, 5)
-    assert found.dtype == dtype
-    for crop, (index, box) in zip(found, BOXES, strict=True):
+    owner, boxes = torch.tensor([index for index, _ in BOXES]), torch.tensor([box for _, box in BOXES])
+    cut = crops(pictures, SIZES, boxes, owner, 5)
+    assert cut.shape == (len(BOXES), 2, 5, 5)
+    assert cut.dtype == dtype
+    for crop, (index, box) in zip(cut, BOXES, strict=True):
         box = torch.tensor(box).tolist()  # as float32 holds it
         torch.testing.assert_close(crop.double(), slow_crop(pictures[index], SIZES[index], box, 5), rtol=0, atol=error)
 
@@ -48,21 +48,21 @@ def test_sees_neither_padding_nor_the_other_images() -> None:
     for index, (height, width) in enumerate(SIZES):
         alone = images(padding=0)[index : index + 1, :, :height, :width]
         expected = crops(alone, [(height, width)], whole, torch.tensor([0]), 7)
-        found = crops(images(padding=1e6), SIZES, whole, torch.tensor([index]), 7)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+        cut = crops(images(padding=1e6), SIZES, whole, torch.tensor([index]), 7)
+        torch.testing.assert_close(cut, expected, rtol=0, atol=1e-7)
 
 
 def test_an_image_s_own_pixels_are_found_at_its_own_size() -> None:
     image = torch.randn(1, 3, 8, 8, dtype=torch.float64)
-    found = crops(image, [(8, 8)], torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([0]), 8)
-    torch.testing.assert_close(found, image)
+    cut = crops(image, [(8, 8)], torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([0]), 8)
+    torch.testing.assert_close(cut, image)
 
 
 def test_gradient_of_the_box_is_that_of_its_samples() -> None:
     owner, boxes = torch.tensor([0, 1]), torch.tensor([[3.21, 4.13, 17.7, 15.4], [2.2, 1.3, 9.1, 20.7]]).double()
 
-    def crop(each: Tensor) -> Tensor:
-        return crops(images(padding=0), SIZES, each, owner, 4)
+    def crop(box: Tensor) -> Tensor:
+        return crops(images(padding=0), SIZES, box, owner, 4)
 
     assert torch.autograd.gradcheck(crop, boxes.requires_grad_(), eps=1e-7, atol=1e-5)
 
@@ -71,8 +71,8 @@ def test_no_box_and_a_box_without_area_are_survived() -> None:
     nothing = torch.zeros(0, 4, requires_grad=True)
     assert crops(images(padding=0), SIZES, nothing, torch.zeros(0, dtype=torch.int64), 4).shape == (0, 2, 4, 4)
     point = torch.tensor([[50.0, 50.0, 50.0, 50.0], [9.0, 9.0, 4.0, 4.0]], requires_grad=True)
-    found = crops(images(torch.float32, padding=0), SIZES, point, torch.tensor([1, 0]), 4)
-    found.sum().backward()
-    assert found.isfinite().all()
+    cut = crops(images(torch.float32, padding=0), SIZES, point, torch.tensor([1, 0]), 4)
+    cut.sum().backward()
+    assert cut.isfinite().all()
     assert point.grad is not None
     assert point.grad.isfinite().all()

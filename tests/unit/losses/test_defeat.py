@@ -59,8 +59,8 @@ def test_golden_neck() -> None:
         shape = (2, 3, size, size)
         error = imitation.squared_error(ramp(shape, 0.1, level, 1), ramp(shape, 0.07, 0.5 + level, 1))
         shares.append((imitation.masked(error, mask, 2 * 3), imitation.masked(error, 1 - mask, 2 * 3)))
-    assert mean_over([each[0] for each in shares]) == pytest.approx(0.341675496, rel=1e-6)
-    assert mean_over([each[1] for each in shares]) == pytest.approx(0.2498760389, rel=1e-6)
+    assert mean_over([share[0] for share in shares]) == pytest.approx(0.341675496, rel=1e-6)
+    assert mean_over([share[1] for share in shares]) == pytest.approx(0.2498760389, rel=1e-6)
 
 
 def golden_stages(scale: float, offset: float) -> dict[int, Tensor]:
@@ -95,8 +95,8 @@ def test_golden_divergence(temperature: float, positive: float, negative: float,
     value = heads.kl_divergence(ramp((6, 5), 0.3, 0, 2), ramp((6, 5), 0.2, 1, 2), temperature)
     # The reference's background is its last label, 4; ours is 0.
     members = defeat.groups([torch.tensor([1, 4, 0]), torch.tensor([0, 0, 0])])
-    found = [(value[members[group]].mean().item()) for group in ("positive", "negative", "all")]
-    assert found == pytest.approx([positive, negative, every], rel=1e-6)
+    means = [(value[members[group]].mean().item()) for group in ("positive", "negative", "all")]
+    assert means == pytest.approx([positive, negative, every], rel=1e-6)
 
 
 # -- the shared grid
@@ -104,7 +104,7 @@ def test_golden_divergence(temperature: float, positive: float, negative: float,
 
 def slow_kl(student: list[float], teacher: list[float], temperature: float) -> float:
     p, q = ([math.exp(z / temperature) for z in logits] for logits in (student, teacher))
-    p, q = [each / sum(p) for each in p], [each / sum(q) for each in q]
+    p, q = [power / sum(p) for power in p], [power / sum(q) for power in q]
     return temperature**2 * sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q, strict=True))
 
 
@@ -282,14 +282,14 @@ def proposals_loss(student: DetectorSpec | None = None, teacher: DetectorSpec | 
 
 def test_regions_come_with_their_own_labels() -> None:
     student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
-    teacher.stages["rois"] = teacher.rois._replace(labels=[1 - (each > 0).long() for each in teacher.rois.labels])
+    teacher.stages["rois"] = teacher.rois._replace(labels=[1 - (labels > 0).long() for labels in teacher.rois.labels])
     values = {}
     for source in ("teacher", "student"):
         view = {"teacher": teacher, "student": student}[source]
-        found = proposals_loss(positive=1, temperature_positive=2, source=source)(student, teacher)
+        terms = proposals_loss(positive=1, temperature_positive=2, source=source)(student, teacher)
         kl = heads.kl_divergence(student.roi_logits([])[0], teacher.roi_logits([])[0], 2)
         positive = torch.cat(view.rois.labels) > 0
-        values[source] = found["proposals.positive"].item()
+        values[source] = terms["proposals.positive"].item()
         assert values[source] == pytest.approx(kl[positive].mean().item())
     assert values["teacher"] != pytest.approx(values["student"])
 
@@ -325,13 +325,15 @@ def test_negatives_are_thinned_to_the_positives_of_their_image() -> None:
 
 
 def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
-    ours, theirs = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
-    student, teacher = random_view(batch(OBJECTS), ours, 1), random_view(batch(OBJECTS), theirs, 2)
-    value = proposals_loss(ours, theirs, all=1, temperature_all=2)(student, teacher)["proposals.all"].item()
+    student_spec, teacher_spec = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
+    student, teacher = random_view(batch(OBJECTS), student_spec, 1), random_view(batch(OBJECTS), teacher_spec, 2)
+    value = proposals_loss(student_spec, teacher_spec, all=1, temperature_all=2)(student, teacher)[
+        "proposals.all"
+    ].item()
     pairs = zip(student.roi_logits([])[0].tolist(), teacher.roi_logits([])[0].tolist(), strict=True)
     expected = [slow_kl(s, [t[0], t[3], t[1]], 2) for s, t in pairs]
     assert value == pytest.approx(sum(expected) / len(expected))
-    assert not proposals_loss(ours, theirs, all=1).state_dict()
+    assert not proposals_loss(student_spec, teacher_spec, all=1).state_dict()
 
 
 # -- refusals, all at construction
@@ -422,11 +424,11 @@ def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for normalizer in ("global", "process"):
-        found = gradients(slice(2 * rank, 2 * rank + 2), normalizer)
-        for each in found:
-            dist.all_reduce(each)
+        shared = gradients(slice(2 * rank, 2 * rank + 2), normalizer)
+        for gradient in shared:
+            dist.all_reduce(gradient)
         if rank == 0:
-            torch.save([each / 2 for each in found], f"{folder}/{normalizer}.pt")
+            torch.save([gradient / 2 for gradient in shared], f"{folder}/{normalizer}.pt")
     dist.destroy_process_group()
 
 
@@ -436,15 +438,15 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     whole = gradients(slice(0, 4), "global")
     shared = torch.load(tmp_path / "global.pt")
     assert len(shared) == len(whole) == 2 * (5 + 3)
-    for ours, expected in zip(shared, whole, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-14)
+    for gradient, expected in zip(shared, whole, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-14)
     apart = torch.load(tmp_path / "process.pt")
     assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(apart, whole, strict=True))
 
 
 def test_boxes_of_any_dtype_and_equal_views() -> None:
     images = batch(OBJECTS)
-    images = replace(images, targets=tuple(Target(each.boxes.double(), each.labels) for each in images.targets))
+    images = replace(images, targets=tuple(Target(target.boxes.double(), target.labels) for target in images.targets))
     student = grad(random_view(images, spec(), 1))
     values = DeFeat(spec(), spec(), adapter=NO_ADAPTER)(student, equal_views(student))
     assert all(value.item() == 0 for value in values.values())

@@ -43,9 +43,9 @@ def scene(images: Batch, known: DetectorSpec, seed: int, **options: Any) -> Scen
     images = replace(images, images=clouds.to(torch.uint8))
     view = random_view(images, known, seed, **options)
     labels, truth, boxes = [], [], []
-    for each, old, target, away in zip(*view.rois[1:3], images.targets, view.rois.deltas, strict=True):
-        places = torch.arange(len(each))
-        labels.append(each * (1 + places % len(known.classes)))
+    for positive, old, target, away in zip(*view.rois[1:3], images.targets, view.rois.deltas, strict=True):
+        places = torch.arange(len(positive))
+        labels.append(positive * (1 + places % len(known.classes)))
         truth.append(target.boxes[places % len(target.boxes)] if len(target.boxes) else old)
         boxes.append(truth[-1] + 3 * away)
     stages = {**view.stages, "rois": view.rois._replace(boxes=boxes, labels=labels, truth=truth)}
@@ -70,7 +70,7 @@ def near(images: Batch, anchors: Tensor, classes: int) -> AnchorTargets:
 def softmax(row: list[float]) -> list[float]:
     top = max(row)
     powers = [math.exp(z - top) for z in row]
-    return [each / sum(powers) for each in powers]
+    return [power / sum(powers) for power in powers]
 
 
 def sigmoid(z: float) -> float:
@@ -108,19 +108,20 @@ class Grid(LossGrid):
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
         tiny = Tiny()
-        images, found = tiny.images(student.batch), self.positives(student)
+        images, positives = tiny.images(student.batch), self.positives(student)
         columns = [KNOWN.index(name) for name in student.spec.classes]
         totals = dict.fromkeys(loss.weights, 0.0)
-        for image, logits, box, truth in found:
-            ours, theirs = (
-                slow_crop(images[image], (64, 64), each.tolist(), SIDE).float()[None] for each in (box.detach(), truth)
+        for image, logits, box, truth in positives:
+            predicted_crop, object_crop = (
+                slow_crop(images[image], (64, 64), corners.tolist(), SIDE).float()[None]
+                for corners in (box.detach(), truth)
             )
-            z = tiny.logits(theirs)[0, columns].tolist()
-            totals["classes"] += 4 * self.kl([each / 2 for each in logits], [each / 2 for each in z])
-            totals["pixels"] += (slow_pool(ours[0], 4) - slow_pool(theirs[0], 4)).abs().mean().item()
-            pooled = [slow_pool(tiny.stem(each)[0], 8) for each in (ours, theirs)]
+            z = tiny.logits(object_crop)[0, columns].tolist()
+            totals["classes"] += 4 * self.kl([logit / 2 for logit in logits], [logit / 2 for logit in z])
+            totals["pixels"] += (slow_pool(predicted_crop[0], 4) - slow_pool(object_crop[0], 4)).abs().mean().item()
+            pooled = [slow_pool(tiny.stem(crop)[0], 8) for crop in (predicted_crop, object_crop)]
             totals["features"] += (pooled[0] - pooled[1]).abs().mean().item()
-        return {term: total / max(1, len(found)) for term, total in totals.items()}
+        return {term: total / max(1, len(positives)) for term, total in totals.items()}
 
     def ideal(self, student: Scene) -> Scene:
         """The student that says what the classifier says, of boxes that are the objects'."""
@@ -165,14 +166,14 @@ class Grid(LossGrid):
 
 class TestTwoStage(Grid):
     def positives(self, student: FakeView) -> list[tuple[int, list[float], Tensor, Tensor]]:
-        logits, boxes, found = student.roi_logits([])[0], student.roi_boxes(student.rois.boxes), []
+        logits, boxes, positives = student.roi_logits([])[0], student.roi_boxes(student.rois.boxes), []
         row = 0
         for image, labels in enumerate(student.rois.labels):
             for label, truth in zip(labels.tolist(), student.rois.truth[image], strict=True):
                 if label:
-                    found.append((image, logits[row].tolist(), boxes[row, label], truth))
+                    positives.append((image, logits[row].tolist(), boxes[row, label], truth))
                 row += 1
-        return found
+        return positives
 
     def kl(self, student: list[float], teacher: list[float]) -> float:
         return slow_kl([0.0, *softmax(teacher)], softmax(student))
@@ -203,7 +204,7 @@ class TestOneStage(Grid):
     student = spec(two_stage=False, strides=(8, 16, 32))
 
     def positives(self, student: FakeView) -> list[tuple[int, list[float], Tensor, Tensor]]:
-        found, start = [], 0
+        positives, start = [], 0
         anchors, targets = torch.cat(list(student.anchors.values())), student.anchor_targets
         for stride, logits in student.class_logits.items():
             height, width = logits.shape[-2:]
@@ -216,13 +217,13 @@ class TestOneStage(Grid):
                         d = torch.stack([student.deltas[stride][image, anchor * 4 + k, i, j] for k in range(4)])
                         box = anchors[start + index] + 4 * d.float()
                         truth = anchors[start + index] + 4 * targets.deltas[image, start + index]
-                        found.append((image, z, box, truth))
+                        positives.append((image, z, box, truth))
             start += height * width * 3
-        return sorted(found, key=lambda each: each[0])
+        return sorted(positives, key=lambda positive: positive[0])
 
     def kl(self, student: list[float], teacher: list[float]) -> float:
-        q, p = ([sigmoid(z) for z in each] for each in (student, teacher))
-        return slow_kl([each / sum(p) for each in p], [each / sum(q) for each in q])
+        q, p = ([sigmoid(z) for z in logits] for logits in (student, teacher))
+        return slow_kl([probability / sum(p) for probability in p], [probability / sum(q) for probability in q])
 
     def ideal(self, student: Scene) -> Scene:
         tiny, stages, start = Tiny(), dict(student.stages), 0
@@ -256,7 +257,7 @@ class TestOneStageBinary(TestOneStage):
     sigmoid = "kl-bce"
 
     def kl(self, student: list[float], teacher: list[float]) -> float:
-        pairs = [[[sigmoid(z), sigmoid(-z)] for z in each] for each in (teacher, student)]
+        pairs = [[[sigmoid(z), sigmoid(-z)] for z in logits] for logits in (teacher, student)]
         return sum(slow_kl(p, q) for p, q in zip(*pairs, strict=True)) / len(student)
 
 
@@ -268,8 +269,8 @@ def test_certain_logits_stay_finite(form: Any) -> None:
     teacher = torch.tensor([[6e4, -6e4, 0.0], [-6e4, -6e4, -6e4], [3.0, 1.0, 2.0]])
     student = torch.cat([-teacher, torch.tensor([[-6e4, 6e4, 6e4]])]).requires_grad_()
     teacher = torch.cat([teacher, torch.zeros(1, 3)])
-    ours = nn.functional.pad(student, (1, 0)) if form is dicod.softmax_divergence else student
-    value = form(ours, teacher, 2.0)
+    student_logits = nn.functional.pad(student, (1, 0)) if form is dicod.softmax_divergence else student
+    value = form(student_logits, teacher, 2.0)
     value.sum().backward()
     assert value.isfinite().all()
     assert student.grad is not None
@@ -299,15 +300,15 @@ def test_the_classifier_is_nowhere_in_what_is_trained_averaged_or_saved() -> Non
     loss = DICOD(spec(), None, tiny, size=SIDE)
     assert not list(loss.parameters())
     assert not loss.state_dict()
-    assert [type(each) for each in loss.modules()] == [DICOD]
+    assert [type(module) for module in loss.modules()] == [DICOD]
     assert copy.deepcopy(loss).classifier is tiny
     loss.train()
-    assert not any(each.training for each in tiny.net.modules())
-    assert not any(each.requires_grad for each in tiny.net.parameters())
+    assert not any(module.training for module in tiny.net.modules())
+    assert not any(parameter.requires_grad for parameter in tiny.net.parameters())
     student = nn.Linear(2, 2)
     optimizer, _ = Schedule().build_optimizer(student, nn.ModuleDict({"dicod": loss}), 10, 8)
-    trained = {id(each) for group in optimizer.param_groups for each in group["params"]}
-    assert trained == {id(each) for each in student.parameters()}
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in student.parameters()}
 
 
 def test_the_classifier_keeps_its_weights_and_gets_no_gradient() -> None:
@@ -316,7 +317,7 @@ def test_the_classifier_keeps_its_weights_and_gets_no_gradient() -> None:
     for leaf in student.leaves():
         leaf.requires_grad_()
     sum(DICOD(spec(), None, tiny, size=SIDE)(student, None).values()).backward()
-    assert all(each.grad is None for each in tiny.net.parameters())
+    assert all(parameter.grad is None for parameter in tiny.net.parameters())
     tiny._fingerprint = None
     assert tiny.fingerprint == before
 
@@ -375,10 +376,10 @@ def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for normalizer in ("global", "process"):
-        found = gradient([slice(0, 3), slice(3, 4)][rank], normalizer)
-        dist.all_reduce(found)
+        shared = gradient([slice(0, 3), slice(3, 4)][rank], normalizer)
+        dist.all_reduce(shared)
         if rank == 0:
-            torch.save(found / 2, f"{folder}/{normalizer}.pt")
+            torch.save(shared / 2, f"{folder}/{normalizer}.pt")
     dist.destroy_process_group()
 
 

@@ -67,7 +67,7 @@ def interleaved(foreground: Tensor, background: Tensor) -> Tensor:
 def golden_views() -> tuple[FakeView, FakeView]:
     known, images = spec(classes=("a", "b", "c"), neck=4), batch([NOTHING, NOTHING])
     labels = [torch.tensor([1] * f + [0] * b) for f, b in zip(FOREGROUND, BACKGROUND, strict=True)]
-    boxes = [torch.zeros(len(each), 4) for each in labels]
+    boxes = [torch.zeros(len(image_labels), 4) for image_labels in labels]
     students = ramp((5, 4, 7, 7), 0.011, 0), ramp((9, 4, 7, 7), 0.017, 0.4)
     teachers = ramp((5, 4, 7, 7), 0.013, 0.2), ramp((9, 4, 7, 7), 0.019, 0.6)
     logits = interleaved(torch.zeros(5, 4, dtype=torch.float64), golden_logits())
@@ -86,8 +86,8 @@ def golden(**options: Mapping[str, Any]) -> dict[str, float]:
 def test_golden_mining() -> None:
     expected = [1.70514, 0.546951, 2.332125, 0.15504, 2.089525, 0.179769, 0.653084, 0.361802, 0.05391]
     for threshold, kept in ((0.6, [0, 2, 4, 6]), (0.5, [0, 1, 2, 4, 6]), (3.0, [])):
-        found = dsig.mined(golden_logits(), threshold)
-        assert found.nonzero()[:, 0].tolist() == kept
+        hard = dsig.mined(golden_logits(), threshold)
+        assert hard.nonzero()[:, 0].tolist() == kept
     for row, value in enumerate(expected):
         logits = golden_logits()
         assert dsig.mined(logits, value - 1e-5)[row]
@@ -145,16 +145,16 @@ def test_the_graph_equals_its_plain_form(nodes: int, dtype: torch.dtype, toleran
     member = torch.rand(3, nodes) < 0.7
     member[1] = False
     factors = torch.rand(3, nodes, dtype=dtype), torch.rand(3, dtype=dtype)
-    found = []
+    results = []
     for compute in (graph_errors, plain_graph):
         leaf = pair[0].clone().requires_grad_()
         values = compute(leaf, pair[1], member)
-        sum((each * factor).sum() for each, factor in zip(values, factors, strict=True)).backward()  # type: ignore[union-attr]
+        sum((value * factor).sum() for value, factor in zip(values, factors, strict=True)).backward()  # type: ignore[union-attr]
         assert leaf.grad is not None
-        found.append((*values, leaf.grad))
-    for ours, expected in zip(*found, strict=True):
+        results.append((*values, leaf.grad))
+    for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(
-            ours, expected, rtol=tolerance, atol=tolerance * max(1e-3, expected.abs().max().item())
+            actual, expected, rtol=tolerance, atol=tolerance * max(1e-3, expected.abs().max().item())
         )
 
 
@@ -184,10 +184,10 @@ def test_a_region_without_signal_has_a_bounded_gradient() -> None:
         expected = 0.5 * (cosines[0] - cosines[1]).square().mean()
         (gradient,) = torch.autograd.grad(expected, student, retain_graph=True)
         value = graph_errors(student, teacher, member)[1]
-        (found,) = torch.autograd.grad(value.sum(), student)
+        (actual,) = torch.autograd.grad(value.sum(), student)
         torch.testing.assert_close(value[0], expected)
-        torch.testing.assert_close(found, gradient)
-        assert 0 < found[0, 1].norm() < 4 / shortest
+        torch.testing.assert_close(actual, gradient)
+        assert 0 < actual[0, 1].norm() < 4 / shortest
 
 
 def test_the_graph_keeps_nothing_as_large_as_features_but_these() -> None:
@@ -195,24 +195,24 @@ def test_the_graph_keeps_nothing_as_large_as_features_but_these() -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
         graph_errors(student, teacher, torch.ones(2, 5, dtype=torch.bool))
-    large = [each for each in kept if each.numel() >= student.numel()]
-    assert {each.data_ptr() for each in large} == {student.data_ptr(), teacher.data_ptr()}
+    large = [tensor for tensor in kept if tensor.numel() >= student.numel()]
+    assert {tensor.data_ptr() for tensor in large} == {student.data_ptr(), teacher.data_ptr()}
 
 
 @pytest.mark.parametrize("counts", [(3, 3), (1, 4), (0, 2), (0, 0)])
 def test_regions_by_image_are_padded_with_zeros_and_stay_attached(counts: tuple[int, int]) -> None:
     x = torch.arange(1.0, 1 + 2 * sum(counts)).view(-1, 2).requires_grad_()
-    found = dsig.by_image(x, counts)
-    assert found.shape == (2, max(1, *counts), 2)
-    assert found.requires_grad
+    padded = dsig.by_image(x, counts)
+    assert padded.shape == (2, max(1, *counts), 2)
+    assert padded.requires_grad
     for image, (rows, own) in enumerate(zip(torch.split(x, list(counts)), counts, strict=True)):
-        assert torch.equal(found[image, :own], rows)
-        assert not found[image, own:].any()
+        assert torch.equal(padded[image, :own], rows)
+        assert not padded[image, own:].any()
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
     weights = [math.exp(z) for z in logits]
-    return [each / sum(weights) for each in weights]
+    return [weight / sum(weights) for weight in weights]
 
 
 def slow_kl(student: Sequence[float], teacher: Sequence[float], temperature: float) -> float:
@@ -226,23 +226,27 @@ def slow_neck(student: FakeView, teacher: FakeView) -> float:
 
 def slow_graph(student: FakeView, teacher: FakeView) -> dict[str, float]:
     """Of a two-stage student, at alpha 7.5 and mining from 0.6 on."""
-    found = dict.fromkeys(("nodes.foreground", "nodes.background", "edges.all"), 0.0)
+    terms = dict.fromkeys(("nodes.foreground", "nodes.background", "edges.all"), 0.0)
     start, images = 0, len(student.batch)
-    ours, theirs, logits = student.roi_features([]), teacher.roi_features([]), teacher.roi_logits([])[0]
+    student_features, teacher_features, logits = (
+        student.roi_features([]),
+        teacher.roi_features([]),
+        teacher.roi_logits([])[0],
+    )
     for labels in student.rois.labels:
         rows = range(start, start + len(labels))
         start += len(labels)
         foreground = [row for row, label in zip(rows, labels.tolist(), strict=True) if label > 0]
         background = [row for row in rows if row not in foreground]
-        error = {row: slow_node(ours[row], theirs[row]) for row in rows}
+        error = {row: slow_node(student_features[row], teacher_features[row]) for row in rows}
         if foreground:
-            found["nodes.foreground"] += 2 / images * sum(error[row] for row in foreground) / len(foreground)
+            terms["nodes.foreground"] += 2 / images * sum(error[row] for row in foreground) / len(foreground)
         if background:
             mean = sum(error[row] for row in background) / len(background)
-            found["nodes.background"] += 2 / images * 7.5 * len(foreground) / len(background) * mean
+            terms["nodes.background"] += 2 / images * 7.5 * len(foreground) / len(background) * mean
         hard = [row for row in background if -math.log(softmax(logits[row].tolist())[0]) >= 0.6]
-        found["edges.all"] += 2 / images * slow_edges(ours, theirs, foreground + hard)
-    return found
+        terms["edges.all"] += 2 / images * slow_edges(student_features, teacher_features, foreground + hard)
+    return terms
 
 
 def slow_regions(student: FakeView, teacher: FakeView, temperature: float) -> dict[str, float]:
@@ -306,16 +310,16 @@ class TestDSIGOneStage(TestDSIG):
         return DSIG(student, teacher, **self.options(), adapter={"kernel": 1, "start": "defeat"})
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
-        found = {"neck.all": slow_neck(student, teacher), "nodes.predicted": 0.0, "edges.all": 0.0}
+        terms = {"neck.all": slow_neck(student, teacher), "nodes.predicted": 0.0, "edges.all": 0.0}
         start, images = 0, len(student.batch)
-        ours, theirs = student.roi_features([]), teacher.roi_features([])
+        student_features, teacher_features = student.roi_features([]), teacher.roi_features([])
         for boxes in student.stages["predictions"]:
             rows = range(start, start + len(boxes.boxes))
             start += len(rows)
-            mean = sum(slow_node(ours[row], theirs[row]) for row in rows) / max(1, len(rows))
-            found["nodes.predicted"] += 2 / images * mean
-            found["edges.all"] += 2 / images * slow_edges(ours, theirs, rows)
-        return {**found, **slow_anchors(student, teacher, 2.0)}
+            mean = sum(slow_node(student_features[row], teacher_features[row]) for row in rows) / max(1, len(rows))
+            terms["nodes.predicted"] += 2 / images * mean
+            terms["edges.all"] += 2 / images * slow_edges(student_features, teacher_features, rows)
+        return {**terms, **slow_anchors(student, teacher, 2.0)}
 
 
 # -- the graph
@@ -353,10 +357,12 @@ def test_edges_run_over_the_foreground_and_what_was_mined_be_it_one_or_none(kept
     logits[:, 0] = 20  # the teacher is sure of background
     logits[1 : 1 + kept, 0] = -20
     teacher.stages["roi_logits"] = logits, teacher.roi_logits([])[1]
-    found = DSIG(spec(), spec(), **only(edges={"all": 1}))(student, teacher)["edges.all"].item()
-    ours, theirs = student.roi_features([]), teacher.roi_features([])
+    edges = DSIG(spec(), spec(), **only(edges={"all": 1}))(student, teacher)["edges.all"].item()
+    student_features, teacher_features = student.roi_features([]), teacher.roi_features([])
     nodes = [[0, 3, *range(1, 1 + kept)], [6, 9]]
-    assert found == pytest.approx(sum(slow_edges(ours, theirs, each) for each in nodes))
+    assert edges == pytest.approx(
+        sum(slow_edges(student_features, teacher_features, image_nodes) for image_nodes in nodes)
+    )
 
 
 def test_edges_do_not_care_for_the_size_of_features_and_nodes_do() -> None:
@@ -373,16 +379,16 @@ def test_nothing_links_images() -> None:
     """Regions of one image that look like those of the other change no edge."""
     student, teacher = map(grad, pair())
     value = DSIG(spec(), spec(), **only(edges={"all": 1}))(student, teacher)["edges.all"]
-    ours, theirs = student.roi_features([]), teacher.roi_features([])
+    student_features, teacher_features = student.roi_features([]), teacher.roi_features([])
     first = replace(student.batch, targets=student.batch.targets[:1], ids=student.batch.ids[:1])
     parts = []
     for rows in (slice(0, 6), slice(6, 12)):
         labels = student.rois.labels[rows.start // 6]
         regions = Regions([torch.zeros(6, 4)], [labels], [], [])
         logits = tuple(x[rows] for x in teacher.roi_logits([]))
-        alone = FakeView(first, spec(), rois=regions, roi_features=ours[rows])
-        theirs_alone = FakeView(first, spec(), roi_features=theirs[rows], roi_logits=logits)
-        parts.append(DSIG(spec(), spec(), **only(edges={"all": 1}))(alone, theirs_alone)["edges.all"])
+        alone = FakeView(first, spec(), rois=regions, roi_features=student_features[rows])
+        teacher_alone = FakeView(first, spec(), roi_features=teacher_features[rows], roi_logits=logits)
+        parts.append(DSIG(spec(), spec(), **only(edges={"all": 1}))(alone, teacher_alone)["edges.all"])
     assert value.item() == pytest.approx((parts[0] + parts[1]).item() / 2)
 
 
@@ -412,8 +418,10 @@ def test_both_models_pool_the_student_s_regions_once() -> None:
 
 def test_a_one_stage_student_s_predictions_are_pooled_once_without_gradient() -> None:
     student, teacher = map(counting, pair(ONE_STAGE))
-    found = student.stages["predictions"]
-    student.stages["predictions"] = [each._replace(boxes=each.boxes.clone().requires_grad_()) for each in found]
+    predictions = student.stages["predictions"]
+    student.stages["predictions"] = [
+        detections._replace(boxes=detections.boxes.clone().requires_grad_()) for detections in predictions
+    ]
     DSIG(ONE_STAGE, ONE_STAGE, **PREDICTED)(student, teacher)
     assert len(student.__dict__["pooled"]) == len(teacher.__dict__["pooled"]) == 1
     assert student.__dict__["pooled"][0] is teacher.__dict__["pooled"][0]
@@ -447,13 +455,13 @@ def test_a_one_stage_student_s_predictions_are_pooled_once_without_gradient() ->
     ],
 )
 def test_only_what_a_term_needs_is_read(
-    known: DetectorSpec, options: dict[str, Mapping[str, Any]], ours: set[str], theirs: set[str]
+    known: DetectorSpec, options: dict[str, Mapping[str, Any]], student_reads: set[str], teacher_reads: set[str]
 ) -> None:
     student, teacher = pair(known)
     loss = DSIG(known, known, **options)
     assert loss(student, teacher).keys() == loss.weights.keys()
     assert len(loss.weights) == 1
-    assert (student.reads, teacher.reads) == (ours, theirs)
+    assert (student.reads, teacher.reads) == (student_reads, teacher_reads)
     assert not list(loss.parameters())
 
 
@@ -516,14 +524,14 @@ def test_the_loss_falls_when_only_it_is_minimised() -> None:
 
 
 def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
-    ours, theirs = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
-    student, teacher = random_view(batch(OBJECTS), ours, 1), random_view(batch(OBJECTS), theirs, 2)
+    student_spec, teacher_spec = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
+    student, teacher = random_view(batch(OBJECTS), student_spec, 1), random_view(batch(OBJECTS), teacher_spec, 2)
     student.stages["rois"] = student.rois._replace(labels=[torch.tensor([1, 2, 0, 2, 0, 0])] * 2)
     columns = torch.tensor([0, 3, 1])
     logits, deltas = teacher.roi_logits([])
     known = deltas.view(12, 5, 4)[:, columns].flatten(1)
-    same = FakeView(teacher.batch, ours, **{**teacher.stages, "roi_logits": (logits[:, columns], known)})
-    loss = DSIG(ours, theirs)
+    same = FakeView(teacher.batch, student_spec, **{**teacher.stages, "roi_logits": (logits[:, columns], known)})
+    loss = DSIG(student_spec, teacher_spec)
     assert not loss.state_dict()
     expected = {**slow_graph(student, same), **slow_regions(student, same, 1)}
     values = {name: value.item() for name, value in loss(student, teacher).items()}
@@ -531,12 +539,12 @@ def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
 
 
 def test_a_one_stage_teacher_with_more_classes_likewise() -> None:
-    ours = spec(classes=("dog", "cat"), two_stage=False)
-    theirs = spec(classes=("cat", "cow", "dog", "hen"), two_stage=False)
-    student, teacher = random_view(batch(OBJECTS), ours, 1), random_view(batch(OBJECTS), theirs, 2)
+    student_spec = spec(classes=("dog", "cat"), two_stage=False)
+    teacher_spec = spec(classes=("cat", "cow", "dog", "hen"), two_stage=False)
+    student, teacher = random_view(batch(OBJECTS), student_spec, 1), random_view(batch(OBJECTS), teacher_spec, 2)
     narrow = {s: x.unflatten(1, (3, 4))[:, :, [2, 0]].flatten(1, 2) for s, x in teacher.class_logits.items()}
-    same = FakeView(teacher.batch, ours, **{**teacher.stages, "class_logits": narrow})
-    values = DSIG(ours, theirs, **PREDICTED)(student, teacher)
+    same = FakeView(teacher.batch, student_spec, **{**teacher.stages, "class_logits": narrow})
+    values = DSIG(student_spec, teacher_spec, **PREDICTED)(student, teacher)
     expected = slow_anchors(student, same, 1)
     assert {name: values[name].item() for name in expected} == pytest.approx(expected)
 
@@ -615,8 +623,8 @@ def test_a_graph_alone_may_cross_families() -> None:
             only(nodes={"background": 1}, edges={"all": 1, "mining": None}),
         ),
     ):
-        ours, theirs = random_view(batch(OBJECTS), student, 1), random_view(batch(OBJECTS), teacher, 2)
-        LossGrid.finite(DSIG(student, teacher, **options)(grad(ours), theirs))
+        student_view, teacher_view = random_view(batch(OBJECTS), student, 1), random_view(batch(OBJECTS), teacher, 2)
+        LossGrid.finite(DSIG(student, teacher, **options)(grad(student_view), teacher_view))
 
 
 @pytest.mark.parametrize(
@@ -678,8 +686,10 @@ def gradients(rows: slice, normalizer: str, known: DetectorSpec, options: dict[s
     loss = DSIG(known, known, **options, adapter={"kernel": 1}, normalizer=normalizer).double()
     moved = [*loss.parameters(), factor]
     values = loss(student.mapped(lambda x: factor * x), teacher).values()
-    found = [torch.autograd.grad(each, moved, retain_graph=True, materialize_grads=True) for each in values]
-    return [torch.cat([each.flatten() for each in term]) for term in found]
+    gradients_of_terms = [
+        torch.autograd.grad(value, moved, retain_graph=True, materialize_grads=True) for value in values
+    ]
+    return [torch.cat([value.flatten() for value in term]) for term in gradients_of_terms]
 
 
 def one_rank(rank: int, folder: str) -> None:
@@ -687,11 +697,11 @@ def one_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for number, case in enumerate(CASES):
         for normalizer in base.NORMALIZERS:
-            found = gradients(slice(2 * rank, 2 * rank + 2), normalizer, *case)
-            for each in found:
-                dist.all_reduce(each)
+            shared = gradients(slice(2 * rank, 2 * rank + 2), normalizer, *case)
+            for gradient in shared:
+                dist.all_reduce(gradient)
             if rank == 0:
-                torch.save([each / 2 for each in found], f"{folder}/{normalizer}{number}.pt")
+                torch.save([gradient / 2 for gradient in shared], f"{folder}/{normalizer}{number}.pt")
     dist.destroy_process_group()
 
 
@@ -702,8 +712,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         whole = gradients(slice(0, 4), "global", *case)
         shared = torch.load(tmp_path / f"global{number}.pt")
         assert len(shared) == len(whole) == (6, 5)[number]
-        for ours, expected in zip(shared, whole, strict=True):
+        for gradient, expected in zip(shared, whole, strict=True):
             assert expected.abs().sum() > 0
-            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-14)
+            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-14)
         apart = torch.load(tmp_path / f"process{number}.pt")
         assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(apart, whole, strict=True))

@@ -84,7 +84,7 @@ def test_the_original_is_half_the_squared_distance_of_the_cells_that_are_on() ->
 
 
 def test_weights_of_both_forms_agree_up_to_the_channels() -> None:
-    original, rerun = (FGFI(spec(), spec(), normalization=each, adapter=NONE) for each in ("half_l2", "half_mse"))
+    original, rerun = (FGFI(spec(), spec(), normalization=name, adapter=NONE) for name in ("half_l2", "half_mse"))
     student, teacher = pair()
     single = [loss(student, teacher)["neck.foreground"].item() for loss in (original, rerun)]
     assert single[0] == pytest.approx(6 * single[1])

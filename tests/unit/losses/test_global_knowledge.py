@@ -71,11 +71,11 @@ class TestGlobalKnowledge(LossGrid):
                     positives += 1
                     level = slow_level(box, len(strides))
                     stride = strides[level]
-                    found = [pooled(view, image, box, stride) for view in (student, teacher)]
+                    features = [pooled(view, image, box, stride) for view in (student, teacher)]
                     own = [
                         max(cosine(feature, p) for p in prototypes[name - 1, level])
                         for feature, prototypes in zip(
-                            found, (loss.student_prototypes, loss.teacher_prototypes), strict=True
+                            features, (loss.student_prototypes, loss.teacher_prototypes), strict=True
                         )
                     ]
                     rho = 1 - abs(own[0] - own[1])
@@ -85,13 +85,13 @@ class TestGlobalKnowledge(LossGrid):
                         for x, column in enumerate(columns):
                             value = rho * (bump(y, len(rows)) * bump(x, len(columns)) if bumps else 1)
                             mask[stride][image, row, column] = max(value, mask[stride][image, row, column].item())
-                    p, q = (torch.softmax(each[region] / 2, 0).tolist() for each in logits)
+                    p, q = (torch.softmax(model_logits[region] / 2, 0).tolist() for model_logits in logits)
                     kl = sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q, strict=True))
                     labels_sum += rho * 4 * kl / len(p)
                     for k in range(3):
                         for index in range(3):
                             pair = (loss.student_prototypes[k, level, index], loss.teacher_prototypes[k, level, index])
-                            a, b = (rho * cosine(f, p) for f, p in zip(found, pair, strict=True))
+                            a, b = (rho * cosine(f, p) for f, p in zip(features, pair, strict=True))
                             error = abs(a - b)
                             relation_sum += error**2 / 2 if error < 1 else error - 0.5
                 region += 1

@@ -69,11 +69,11 @@ def test_the_squared_error_holds_one_map_and_has_the_gradient_of_its_value(
     student, teacher = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
-        found = squared_error(student.requires_grad_(), teacher.requires_grad_())
-    torch.testing.assert_close(found, ((student - teacher) ** 2).sum(1))
-    assert [each.shape for each in kept] == [student.shape]
+        error = squared_error(student.requires_grad_(), teacher.requires_grad_())
+    torch.testing.assert_close(error, ((student - teacher) ** 2).sum(1))
+    assert [tensor.shape for tensor in kept] == [student.shape]
     assert torch.autograd.gradcheck(lambda x: squared_error(x, teacher), student)
-    found.sum().backward()
+    error.sum().backward()
     assert teacher.grad is None
 
 
@@ -241,11 +241,11 @@ def test_a_subset_of_levels_is_what_they_are_alone(
         settings = {**options, place: {**options.get(place, {}), "levels": chosen}, "mask": {"kind": "ground_truth"}}
         return float(method(known, known, **settings, adapter={"kernel": None})(student, teacher)[f"{place}.{part}"])
 
-    each = []
+    of_levels = []
     for stride, inside in cells(student, {s: tuple(student.neck[s].shape[-2:]) for s in levels}).items():
         error = (inside * (student.neck[stride] - teacher.neck[stride]).square().sum(1)).sum().item()
-        each.append(error / max(1.0, per_cell * inside.sum().item()))
-    assert value(levels) == pytest.approx(sum(each) / (1 if method is DSIG else len(each)), rel=1e-6)
+        of_levels.append(error / max(1.0, per_cell * inside.sum().item()))
+    assert value(levels) == pytest.approx(sum(of_levels) / (1 if method is DSIG else len(of_levels)), rel=1e-6)
     assert value(levels) != pytest.approx(value(None), rel=0.01)
 
 

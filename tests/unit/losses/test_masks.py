@@ -39,8 +39,8 @@ def drawn(seed: int, count: int, height: int = 96, width: int = 160) -> list[Ten
 )
 def test_golden_counts(strides: tuple[int, ...], counts: tuple[list[int], list[int]], whole: tuple[int, int]) -> None:
     grid = sizes(strides)
-    found = masks.ground_truth(BOXES, grid)
-    assert [[int(found[stride][image].sum()) for stride in strides] for image in range(2)] == list(counts)
+    mask = masks.ground_truth(BOXES, grid)
+    assert [[int(mask[stride][image].sum()) for stride in strides] for image in range(2)] == list(counts)
     finest = masks.ground_truth(BOXES, {strides[0]: grid[strides[0]]})[strides[0]]
     assert tuple(finest.sum((1, 2)).int().tolist()) == whole
 
@@ -64,10 +64,10 @@ def test_levels_change_at_powers_of_two(side: float, level: int) -> None:
 def test_equals_slow_loops(seed: int, strides: tuple[int, ...]) -> None:
     grid, boxes = sizes(strides, 96, 160), drawn(seed, 7)
     for kind, bump in ((masks.ground_truth, False), (masks.gaussian, True)):
-        found, expected = kind(boxes, grid), slow(boxes, grid, bump)
-        assert list(found) == list(strides)
+        actual, expected = kind(boxes, grid), slow(boxes, grid, bump)
+        assert list(actual) == list(strides)
         for stride in strides:
-            torch.testing.assert_close(found[stride], expected[stride])
+            torch.testing.assert_close(actual[stride], expected[stride])
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,13 @@ def test_fine_grained_equals_slow_loops(psi: float) -> None:
     grid, boxes = sizes((8, 16, 32), 96, 160), drawn(3, 6)
     boxes[2] = torch.tensor([[500.0, 500.0, 520.0, 520.0]])  # overlaps no anchor
     all_anchors = {stride: anchors(*size, stride, 2) for stride, size in grid.items()}
-    found, expected = (
+    actual, expected = (
         masks.fine_grained(boxes, all_anchors, grid, psi),
         slow_fine_grained(boxes, all_anchors, grid, psi),
     )
     for stride in grid:
-        assert torch.equal(found[stride], expected[stride])
-    assert not any(mask[2].any() for mask in found.values())
+        assert torch.equal(actual[stride], expected[stride])
+    assert not any(mask[2].any() for mask in actual.values())
 
 
 def test_pseudo_anchors_are_squares_of_eight_strides_around_each_point() -> None:
@@ -132,8 +132,8 @@ def test_pseudo_anchors_are_squares_of_eight_strides_around_each_point() -> None
             dtype=torch.float32,
         )
         assert points.shape == pseudo[stride].shape
-    found = masks.pseudo_anchors(view.anchors)
-    assert all(torch.equal(found[stride], boxes) for stride, boxes in pseudo.items())
+    squares = masks.pseudo_anchors(view.anchors)
+    assert all(torch.equal(squares[stride], boxes) for stride, boxes in pseudo.items())
     grid = sizes((8, 16), 64, 96)
     built = masks.Mask("fine_grained")(view, grid)
     expected = slow_fine_grained([truth.boxes], pseudo, grid, 0.5)
@@ -147,10 +147,10 @@ def test_pseudo_anchors_are_squares_of_eight_strides_around_each_point() -> None
 def test_fine_grained_on_all_levels_equals_slow_loops(psi: float) -> None:
     grid, boxes = sizes((8, 16, 32), 96, 160), drawn(4, 5)
     all_anchors = {stride: anchors(*size, stride, 2) for stride, size in grid.items()}
-    found = masks.fine_grained_all_levels(boxes, all_anchors, grid, psi)
+    actual = masks.fine_grained_all_levels(boxes, all_anchors, grid, psi)
     expected = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
-    for image, each in enumerate(boxes):
-        for box in each.tolist():
+    for image, image_boxes in enumerate(boxes):
+        for box in image_boxes.tolist():
             overlaps = {s: [iou(anchor, box) for anchor in rows.tolist()] for s, rows in all_anchors.items()}
             best = max(max(level) for level in overlaps.values())
             for stride, level in overlaps.items():
@@ -159,22 +159,22 @@ def test_fine_grained_on_all_levels_equals_slow_loops(psi: float) -> None:
                         row, column = divmod(index // 2, grid[stride][1])
                         expected[stride][image, row, column] = 1
     for stride in grid:
-        assert torch.equal(found[stride], expected[stride])
-    assert all(mask[:2].any() and not mask[2].any() for mask in found.values()) or psi == 0.9
+        assert torch.equal(actual[stride], expected[stride])
+    assert all(mask[:2].any() and not mask[2].any() for mask in actual.values()) or psi == 0.9
 
 
 def test_random_keeps_the_amount_and_moves_the_place() -> None:
     like = masks.ground_truth(drawn(5, 8), grid := sizes((4, 8), 96, 160))
     before = torch.get_rng_state()
-    found, again, other = masks.random(like, [1, 2, 3]), masks.random(like, [1, 2, 3]), masks.random(like, [1, 9, 3])
+    first, repeated, other = masks.random(like, [1, 2, 3]), masks.random(like, [1, 2, 3]), masks.random(like, [1, 9, 3])
     assert torch.equal(before, torch.get_rng_state())
     for stride in grid:
-        assert set(found[stride].unique().tolist()) <= {0.0, 1.0}
-        assert torch.equal(found[stride].sum((1, 2)), like[stride].sum((1, 2)))
-        assert torch.equal(found[stride], again[stride])
-        assert torch.equal(found[stride][0], other[stride][0])
-    assert not torch.equal(found[4], like[4])
-    assert not torch.equal(found[4][1], other[4][1])
+        assert set(first[stride].unique().tolist()) <= {0.0, 1.0}
+        assert torch.equal(first[stride].sum((1, 2)), like[stride].sum((1, 2)))
+        assert torch.equal(first[stride], repeated[stride])
+        assert torch.equal(first[stride][0], other[stride][0])
+    assert not torch.equal(first[4], like[4])
+    assert not torch.equal(first[4][1], other[4][1])
 
 
 def test_random_is_uniform_over_cells() -> None:
@@ -188,10 +188,13 @@ def test_random_is_uniform_over_cells() -> None:
 @pytest.mark.parametrize("kind", ["ground_truth", "gaussian", "fine_grained", "fine_grained_all_levels"])
 def test_values_multiply_each_box_and_the_largest_counts(kind: str) -> None:
     boxes, grid = drawn(7, 6), sizes((8, 16, 32), 96, 160)
-    values = [torch.rand(len(each), generator=torch.Generator().manual_seed(index)) for index, each in enumerate(boxes)]
+    values = [
+        torch.rand(len(image_boxes), generator=torch.Generator().manual_seed(index))
+        for index, image_boxes in enumerate(boxes)
+    ]
     view = FakeView(batch([[]] * 3, 96, 160), spec(), anchors={s: anchors(*size, s, 2) for s, size in grid.items()})
     mask = masks.Mask(kind, scale=20.0)
-    found = mask.around_boxes(boxes, values, view, grid)  # type: ignore[arg-type]
+    actual = mask.around_boxes(boxes, values, view, grid)  # type: ignore[arg-type]
     expected = {stride: torch.zeros(3, *size) for stride, size in grid.items()}
     for image, pairs in enumerate(zip(boxes, values, strict=True)):
         for box, value in zip(*pairs, strict=True):
@@ -199,23 +202,23 @@ def test_values_multiply_each_box_and_the_largest_counts(kind: str) -> None:
             for stride, cells in alone.items():
                 expected[stride][image] = torch.maximum(expected[stride][image], value * cells[0])
     for stride in grid:
-        torch.testing.assert_close(found[stride], expected[stride])
-    assert len(found[8].unique()) > 3
+        torch.testing.assert_close(actual[stride], expected[stride])
+    assert len(actual[8].unique()) > 3
 
 
 def test_random_moves_values_as_they_are() -> None:
     like = {8: torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))}
-    found = masks.random(like, [1, 2])[8]
-    assert not torch.equal(found, like[8])
-    assert torch.equal(found.flatten(1).sort().values, like[8].flatten(1).sort().values)
+    shuffled = masks.random(like, [1, 2])[8]
+    assert not torch.equal(shuffled, like[8])
+    assert torch.equal(shuffled.flatten(1).sort().values, like[8].flatten(1).sort().values)
 
 
 def test_the_batch_does_not_matter() -> None:
     boxes, grid = drawn(6, 9), sizes((4, 8, 16), 96, 160)
     for kind in (masks.ground_truth, masks.gaussian):
-        whole, alone = kind(boxes, grid), [kind([each], grid) for each in boxes]
+        whole, alone = kind(boxes, grid), [kind([image_boxes], grid) for image_boxes in boxes]
         for stride in grid:
-            assert torch.equal(whole[stride], torch.cat([each[stride] for each in alone]))
+            assert torch.equal(whole[stride], torch.cat([image_boxes[stride] for image_boxes in alone]))
 
 
 @pytest.mark.parametrize("kind", masks.KINDS)
@@ -223,14 +226,14 @@ def test_build(kind: str) -> None:
     images = batch([[[3.0, 5.0, 40.0, 30.0]], []])
     grid = sizes((4, 8), 64, 64)
     view = FakeView(images, spec(), anchors={stride: anchors(*size, stride, 3) for stride, size in grid.items()})
-    found = masks.Mask(kind)(view, grid, seeds=[1, 2])
+    mask = masks.Mask(kind)(view, grid, seeds=[1, 2])
     for stride, size in grid.items():
-        assert found[stride].shape == (2, *size)
-        assert found[stride].dtype == torch.float32
-        assert found[stride].min() >= 0
-        assert found[stride].max() <= 1
-    assert found[8 if kind == "fine_grained_all_levels" else 4][0].any()
-    assert bool(found[4][1].any()) == (kind == "none")
+        assert mask[stride].shape == (2, *size)
+        assert mask[stride].dtype == torch.float32
+        assert mask[stride].min() >= 0
+        assert mask[stride].max() <= 1
+    assert mask[8 if kind == "fine_grained_all_levels" else 4][0].any()
+    assert bool(mask[4][1].any()) == (kind == "none")
     assert view.reads == ({"anchors"} if kind.startswith("fine_grained") else set())
 
 

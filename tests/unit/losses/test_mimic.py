@@ -74,13 +74,13 @@ def test_both_pool_the_same_regions_of_the_one_that_was_asked_for(source: str, k
     student, teacher = watched()
     Mimic(spec(), spec(), regions={"source": source, "kind": kind, "top": 2}, adapter=NONE)(student, teacher)
     owner, other = (student, teacher) if source == "student" else (teacher, student)
-    ours, theirs = (view.stages["asked"][0] for view in (student, teacher))
-    assert all(a is b for a, b in zip(ours, theirs, strict=True))
+    student_boxes, teacher_boxes = (view.stages["asked"][0] for view in (student, teacher))
+    assert all(a is b for a, b in zip(student_boxes, teacher_boxes, strict=True))
     whole = owner.stages["rois"].boxes if kind == "rois" else owner.stages["proposals"]
     if kind == "rois":
-        assert ours is whole  # equal tensors, or the View would pool them again
+        assert student_boxes is whole  # equal tensors, or the View would pool them again
     elif kind == "proposals":
-        assert all(torch.equal(box, all_of[:2]) for box, all_of in zip(ours, whole, strict=True))
+        assert all(torch.equal(box, all_of[:2]) for box, all_of in zip(student_boxes, whole, strict=True))
     else:
         assert owner.stages["thresholds"] == (0.0, None, 2)
     assert other.reads == {"roi_features"}
@@ -89,10 +89,10 @@ def test_both_pool_the_same_regions_of_the_one_that_was_asked_for(source: str, k
 
 def test_boxes_are_no_way_for_the_gradient() -> None:
     student, teacher = watched()
-    boxes = [found.boxes.requires_grad_() for found in student.stages["predictions"]]
+    boxes = [detections.boxes.requires_grad_() for detections in student.stages["predictions"]]
     Mimic(spec(), spec(), regions={"kind": "predictions"}, adapter=NONE)(student, teacher)
     assert boxes
-    assert not any(each.requires_grad for each in student.stages["asked"][0])
+    assert not any(boxes.requires_grad for boxes in student.stages["asked"][0])
 
 
 def test_a_term_without_weight_is_neither_built_nor_computed() -> None:
@@ -100,7 +100,7 @@ def test_a_term_without_weight_is_neither_built_nor_computed() -> None:
     regions, neck = Mimic(spec(), spec()), Mimic(spec(), spec(), **NECK_ONLY)
     assert list(regions(student, teacher)) == ["regions.all"]
     assert teacher.reads == {"roi_features"}
-    assert [tuple(each.shape) for each in regions.parameters()] == [(6, 6, 1, 1), (6,)]
+    assert [tuple(parameter.shape) for parameter in regions.parameters()] == [(6, 6, 1, 1), (6,)]
     student, teacher = watched(torch.float32)
     assert list(neck(student, teacher)) == ["neck.all"]
     assert student.reads == teacher.reads == {"neck"}
@@ -139,11 +139,11 @@ def test_falls_when_it_alone_is_minimised() -> None:
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.5)
     values = []
     for _ in range(30):
-        found = loss(student, teacher)
+        terms = loss(student, teacher)
         optimizer.zero_grad()
-        sum(found.values()).backward()  # type: ignore[union-attr]
+        sum(terms.values()).backward()  # type: ignore[union-attr]
         optimizer.step()
-        values.append({name: value.item() for name, value in found.items()})
+        values.append({name: value.item() for name, value in terms.items()})
     assert all(values[-1][name] < 0.95 * values[0][name] for name in values[0])
 
 

@@ -93,7 +93,7 @@ class TestPADOfMimicOnItsWay(TestPADOfMimic):
         loss = self.loss(self.student, self.student)
         values = self.run(loss, student, equal_views(student))
         part = variances(loss)["of.regions.reweigh"]
-        v = [slow_v(part, cell) for each in student.roi_features([]) for cell in each.flatten(1).T.tolist()]
+        v = [slow_v(part, cell) for region in student.roi_features([]) for cell in region.flatten(1).T.tolist()]
         assert values["regions.all"].item() == pytest.approx(sum(v) / len(v) / 2)
 
 
@@ -224,7 +224,7 @@ def test_extreme_variances_stay_finite_with_their_gradients(v: float) -> None:
     value = reweighed(error, variance)
     gradients = torch.autograd.grad(value, (variance, error))
     assert value.isfinite()
-    assert all(each.isfinite() for each in gradients)
+    assert all(gradient.isfinite() for gradient in gradients)
     expected = v if v > 500 else 3.0 / (1e-6 + math.exp(v)) + v
     assert value.item() == pytest.approx(expected, rel=1e-5)
 
@@ -232,17 +232,17 @@ def test_extreme_variances_stay_finite_with_their_gradients(v: float) -> None:
 def test_during_the_warmup_it_is_the_plain_loss_and_still_attached() -> None:
     plain = FGFI(spec(), spec())(*pair())["neck.foreground"].item()
     loss = drawn(PAD(spec(), spec(), FGFI, warmup=2))
-    found = {}
+    values = {}
     for epoch in (0, 1, 2, 0):
         loss.on_epoch_start(epoch, None, None, None)
-        found[epoch] = loss(*pair())["neck.foreground"]
+        values[epoch] = loss(*pair())["neck.foreground"]
         loss.zero_grad()
-        found[epoch].backward()
+        values[epoch].backward()
         gradients = [parameter.grad for part in variances(loss).values() for parameter in part.parameters()]
-        assert all(each is not None for each in gradients)
-        assert any(each.any() for each in gradients if each is not None) == (epoch == 2)
-    assert found[0].item() == found[1].item() == pytest.approx(plain, rel=2e-6)
-    assert found[2].item() != pytest.approx(plain, rel=1e-3)
+        assert all(gradient is not None for gradient in gradients)
+        assert any(gradient.any() for gradient in gradients if gradient is not None) == (epoch == 2)
+    assert values[0].item() == values[1].item() == pytest.approx(plain, rel=2e-6)
+    assert values[2].item() != pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize(("warmup", "epoch", "on"), [(0.5, 0, False), (0.5, 1, True), (0, 0, True), (2, 1, False)])
@@ -284,11 +284,11 @@ def test_falls_when_it_alone_is_minimised_and_below_what_the_plain_loss_can_reac
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.02)
     values = []
     for _ in range(100):
-        found = loss(student, small)
+        terms = loss(student, small)
         optimizer.zero_grad()
-        sum(found.values()).backward()  # type: ignore[union-attr]
+        sum(terms.values()).backward()  # type: ignore[union-attr]
         optimizer.step()
-        values.append({name: value.item() for name, value in found.items()})
+        values.append({name: value.item() for name, value in terms.items()})
     assert all(values[-1][name] < 0 < values[0][name] for name in values[0])
 
 
@@ -347,11 +347,11 @@ def test_a_wrapped_loss_without_weights_is_nothing() -> None:
     [("pad_mimic", "mimic_neck", "mimic"), ("pad_fgfi", "fgfi", "fgfi"), ("pad_fgfi_voc", "fgfi_voc", "fgfi")],
 )
 def test_options_wrap_just_what_the_plain_option_says(wrapper: str, plain: str, name: str) -> None:
-    ours = instantiate.to_containers(compose.compose_config([f"distill={wrapper}"]).distill)["losses"][f"pad_{name}"][
-        "of"
-    ]
-    assert ours.pop("_partial_") is True
-    assert ours == instantiate.to_containers(compose.compose_config([f"distill={plain}"]).distill)["losses"][name]
+    options = instantiate.to_containers(compose.compose_config([f"distill={wrapper}"]).distill)["losses"][
+        f"pad_{name}"
+    ]["of"]
+    assert options.pop("_partial_") is True
+    assert options == instantiate.to_containers(compose.compose_config([f"distill={plain}"]).distill)["losses"][name]
 
 
 def test_builds_from_its_option_takes_overrides_and_adds_up_with_defeat() -> None:
@@ -374,6 +374,6 @@ def test_the_wrapped_loss_keeps_its_own_ramp_of_some_terms() -> None:
     ramp = {"shape": "linear", "terms": ["neck"]}
     make = partial(DeFeat, proposals={"positive": 1}, ramp=ramp)
     plain, wrapped = make(spec(), spec()), PAD(spec(), spec(), make)
-    found = {term: wrapped.factor(term, 0.5, 10) for term in wrapped.weights}
-    assert found == {term: plain.factor(term, 0.5, 10) for term in plain.weights}
-    assert set(found.values()) == {0.5, 1.0}
+    factors = {term: wrapped.factor(term, 0.5, 10) for term in wrapped.weights}
+    assert factors == {term: plain.factor(term, 0.5, 10) for term in plain.weights}
+    assert set(factors.values()) == {0.5, 1.0}

@@ -27,18 +27,18 @@ def test_box_means_equal_loops_over_cells(dtype: torch.dtype) -> None:
     inside = corners(5, 90, 140, generator)
     edges = torch.tensor([[0.0, 0.0, 144.0, 96.0], [143.5, 95.5, 144.0, 96.0], [30.0, 30.0, 30.0, 30.0]])
     boxes = [torch.cat([inside, edges]), corners(2, 90, 140, generator)]
-    found = box_means(maps, boxes, (96, 144))
+    means = box_means(maps, boxes, (96, 144))
     rows = []
-    for image, each in enumerate(boxes):
-        for x1, y1, x2, y2 in each.tolist():
+    for image, image_boxes in enumerate(boxes):
+        for x1, y1, x2, y2 in image_boxes.tolist():
             cells = [
                 maps[image, :, row, column].tolist()
                 for row in range(min(int(y1 / 16), 5), min(int(y2 / 16), 5) + 1)
                 for column in range(min(int(x1 / 16), 8), min(int(x2 / 16), 8) + 1)
             ]
             rows.append([sum(channel) / len(cells) for channel in zip(*cells, strict=True)])
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, torch.tensor(rows, dtype=dtype), rtol=1e-6, atol=1e-6)
+    assert means.dtype == dtype
+    torch.testing.assert_close(means, torch.tensor(rows, dtype=dtype), rtol=1e-6, atol=1e-6)
 
 
 def test_box_means_of_no_box_and_their_gradient() -> None:
@@ -89,8 +89,8 @@ def slow_pursuit(student: Tensor, teacher: Tensor, atoms: list[int], count: int,
 def test_pursuit_equals_loops_over_atoms() -> None:
     student, teacher = unit(drawn(15, 4, 2)), unit(drawn(15, 6, 3))
     atoms = torch.tensor([0, 2, 3, 7, 9, 14])
-    found = matching_pursuit(student, teacher, atoms, 5, 10.0)
-    assert found.tolist() == slow_pursuit(student, teacher, atoms.tolist(), 5, 10.0)
+    chosen = matching_pursuit(student, teacher, atoms, 5, 10.0)
+    assert chosen.tolist() == slow_pursuit(student, teacher, atoms.tolist(), 5, 10.0)
 
 
 def test_the_closed_form_of_the_coefficients_is_the_least_cost() -> None:

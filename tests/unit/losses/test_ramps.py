@@ -53,12 +53,12 @@ def rates(make: object, steps: int) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = make(optimizer)  # type: ignore[operator]
     assert isinstance(scheduler, LRScheduler)
-    found = []
+    learning_rates = []
     for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
+        learning_rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return found
+    return learning_rates
 
 
 def test_learning_rate_shapes_equal_torchs() -> None:
@@ -67,8 +67,8 @@ def test_learning_rate_shapes_equal_torchs() -> None:
         (lambda step: step_decay(step, [4, 7], 0.1), lambda o: MultiStepLR(o, [4, 7], 0.1)),
         (lambda step: cosine_decay(step, 10), lambda o: CosineAnnealingLR(o, 10)),
     ]
-    for ours, theirs in pairs:
-        assert rates(lambda o, ours=ours: LambdaLR(o, ours), 10) == pytest.approx(rates(theirs, 10), abs=1e-12)
+    for factor, factory in pairs:
+        assert rates(lambda o, factor=factor: LambdaLR(o, factor), 10) == pytest.approx(rates(factory, 10), abs=1e-12)
 
 
 def test_ends_of_the_learning_rate_shapes() -> None:

@@ -58,7 +58,7 @@ def slow_cell(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], window: np.ndarr
         (covariance + c3) / (dev_x * dev_y + c3),
     ]
     product = math.prod(
-        math.copysign(abs(each) ** power, each) for each, power in zip(factors, powers, strict=True) if power
+        math.copysign(abs(factor) ** power, factor) for factor, power in zip(factors, powers, strict=True) if power
     )
     return (1 - product) / 2
 
@@ -161,9 +161,9 @@ def test_equals_kornia(size: tuple[int, int], window: int, dtype: torch.dtype, t
     student, teacher = (similarity.rescaled(x) for x in pair(2, 5, *size, dtype=dtype))
     student.requires_grad_()
     expected = kornia.losses.ssim_loss(student, teacher, window, reduction="none")
-    found = (1 - similarity.similarity(student, teacher, similarity.gaussian(window, like=student))) / 2
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-    gradients = [torch.autograd.grad(value.sum(), student)[0] for value in (found, expected)]
+    actual = (1 - similarity.similarity(student, teacher, similarity.gaussian(window, like=student))) / 2
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+    gradients = [torch.autograd.grad(value.sum(), student)[0] for value in (actual, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=100 * tolerance)
 
 
@@ -201,7 +201,9 @@ def test_three_factors_equal_two() -> None:
     student, teacher = (similarity.rescaled(x) for x in pair(2, 3, 12, 14, dtype=torch.float64))
     teacher[0, 0] = 0.25  # flat
     window = similarity.gaussian(like=student)
-    alone = [similarity.similarity(student, teacher, window, each) for each in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    alone = [
+        similarity.similarity(student, teacher, window, exponents) for exponents in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
     torch.testing.assert_close(math.prod(alone), similarity.similarity(student, teacher, window), rtol=1e-9, atol=1e-9)
 
 
@@ -304,13 +306,13 @@ def test_blocks_give_what_whole_maps_give(name: str, scope: str, dtype: torch.dt
     if scope == "plane" or name not in ("structure", "powers"):
         student[0, 0], teacher[1, 2] = 3.0, 0.5
     masks = [torch.rand(2, 9, 23).to(dtype), torch.ones(2, 9, 23, dtype=dtype), torch.zeros(2, 9, 23, dtype=dtype)]
-    found, expected = (
-        summed(student, teacher, masks, [2.0, -0.5, 1.0], normalize=scope, blocks=each, **ERRORS[name])
-        for each in (True, False)
+    actual, expected = (
+        summed(student, teacher, masks, [2.0, -0.5, 1.0], normalize=scope, blocks=in_blocks, **ERRORS[name])
+        for in_blocks in (True, False)
     )
-    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=0)
+    torch.testing.assert_close(actual[0], expected[0], rtol=tolerance, atol=0)
     scale = expected[1].abs().max().item()
-    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=5 * tolerance * scale)
+    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=5 * tolerance * scale)
 
 
 @pytest.mark.usefixtures("planes")
@@ -330,8 +332,8 @@ def test_blocks_take_any_layout_and_leave_the_maps_alone() -> None:
     masks, before = [torch.ones(2, 9, 23)], (student.clone(), teacher.clone())
     expected = summed(student, teacher, masks, [1.0])
     laid = (x.to(memory_format=torch.channels_last) for x in (student, teacher))
-    for found, wanted in zip(summed(*laid, masks, [1.0]), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+    for actual, wanted in zip(summed(*laid, masks, [1.0]), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-15)
     assert torch.equal(student, before[0])
     assert torch.equal(teacher, before[1])
 
@@ -341,9 +343,9 @@ def test_blocks_take_any_layout_and_leave_the_maps_alone() -> None:
 def test_planes_are_laid_in_one_piece(planes: slice, layout: torch.memory_format) -> None:
     part = torch.rand(2, 40, 9, 23).to(memory_format=layout)[1, planes]
     before = part.clone()
-    found = blocks.contiguous(part)
-    assert found.is_contiguous()
-    assert torch.equal(found, before)
+    copied = blocks.contiguous(part)
+    assert copied.is_contiguous()
+    assert torch.equal(copied, before)
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -354,8 +356,8 @@ def test_blocks_keep_one_map_for_the_backward_pass(name: str) -> None:
         compare = Dissimilarity(**ERRORS[name])
         (total,) = compare.sums(student.requires_grad_(), teacher, [torch.ones(2, 9, 23)])
     # A block's own graph is gone with it.
-    kept = [each for each in kept if each.shape == student.shape]
-    assert sum(each.numel() for each in kept if each.numel() > 10) == student.numel()
+    kept = [tensor for tensor in kept if tensor.shape == student.shape]
+    assert sum(tensor.numel() for tensor in kept if tensor.numel() > 10) == student.numel()
     (first,), (second,) = (torch.autograd.grad(total, student, retain_graph=True) for _ in range(2))
     assert torch.equal(first, second)
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: pytest.fail("kept a tensor"), lambda x: x):
@@ -382,11 +384,11 @@ def test_a_nearly_flat_map_is_compared_in_full_precision_under_autocast() -> Non
     student, teacher = (0.5 + 0.003 * torch.randn(1, 4, 12, 12, generator=generator) for _ in range(2))
     exact = mean(student.double(), teacher.double(), normalize="none")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = mean(student, teacher, normalize="none")
-    assert found == pytest.approx(exact, rel=1e-2)
+        single = mean(student, teacher, normalize="none")
+    assert single == pytest.approx(exact, rel=1e-2)
     window = similarity.gaussian().bfloat16()
     half = (1 - similarity.similarity(student.bfloat16(), teacher.bfloat16(), window)).mean().item() / 2
-    assert abs(half - exact) > 5 * abs(found - exact)
+    assert abs(half - exact) > 5 * abs(single - exact)
 
 
 @pytest.mark.parametrize("powers", [(1.0, 1.0, 1.0), (0.0, 0.0, 1.0), (0.5, 0.5, 0.5)])
@@ -428,8 +430,8 @@ def test_levels_are_summed_and_can_be_chosen() -> None:
     student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
 
     def value(levels: list[int] | None) -> float:
-        found = SSIM(spec(), spec(), {"levels": levels}, adapter=NO_ADAPTER)(student, teacher)
-        return found["neck.foreground"].item()
+        terms = SSIM(spec(), spec(), {"levels": levels}, adapter=NO_ADAPTER)(student, teacher)
+        return terms["neck.foreground"].item()
 
     assert value(None) == pytest.approx(sum(value([level]) for level in (4, 8, 16, 32, 64)))
     assert value([8]) == pytest.approx(mean(student.neck[8], teacher.neck[8]))
@@ -437,10 +439,10 @@ def test_levels_are_summed_and_can_be_chosen() -> None:
 
 
 def test_channels_are_adapted_by_one_convolution_a_level() -> None:
-    ours, theirs = spec(neck=6), spec(neck=10)
-    loss = SSIM(ours, theirs)
-    assert {tuple(each.shape) for each in loss.parameters()} == {(10, 6, 1, 1), (10,)}
-    pair = (random_view(batch(OBJECTS), each, 1, dtype=torch.float32) for each in (ours, theirs))
+    student_spec, teacher_spec = spec(neck=6), spec(neck=10)
+    loss = SSIM(student_spec, teacher_spec)
+    assert {tuple(parameter.shape) for parameter in loss.parameters()} == {(10, 6, 1, 1), (10,)}
+    pair = (random_view(batch(OBJECTS), of_model, 1, dtype=torch.float32) for of_model in (student_spec, teacher_spec))
     LossGrid.finite(loss(*pair))
 
 

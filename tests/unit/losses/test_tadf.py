@@ -77,15 +77,15 @@ def test_the_cross_entropy_of_a_confident_wrong_student_keeps_its_digits(largest
 
 def slow_neck(student: FakeView, teacher: FakeView) -> float:
     levels = []
-    for level, (stride, ours) in enumerate(student.neck.items()):
+    for level, (stride, student_map) in enumerate(student.neck.items()):
         total, count = 0.0, 0.0
         for image, target in enumerate(student.batch.targets):
-            height, width = ours.shape[-2:]
+            height, width = student_map.shape[-2:]
             mask = slow_gaussian(target.boxes.tolist(), stride, height, width, level, len(student.neck))
             for y in range(height):
                 for x in range(width):
                     pair = zip(
-                        ours[image, :, y, x].tolist(), teacher.neck[stride][image, :, y, x].tolist(), strict=True
+                        student_map[image, :, y, x].tolist(), teacher.neck[stride][image, :, y, x].tolist(), strict=True
                     )
                     total += mask[y, x].item() * sum((s - t) ** 2 for s, t in pair)
                     count += 2 * mask[y, x].item()
@@ -95,7 +95,7 @@ def slow_neck(student: FakeView, teacher: FakeView) -> float:
 
 def slow_bce(student: list[float], teacher: list[float]) -> float:
     p, q = ([math.exp(z) for z in logits] for logits in (student, teacher))
-    p, q = [each / sum(p) for each in p], [each / sum(q) for each in q]
+    p, q = [power / sum(p) for power in p], [power / sum(q) for power in q]
     terms = [-t * math.log(s) - (1 - t) * math.log(1 - s) for s, t in zip(p, q, strict=True)]
     return sum(terms) / len(terms)
 
@@ -117,18 +117,20 @@ def slow_iou(a: list[float], b: list[float]) -> float:
 def slow_heads(student: FakeView, teacher: FakeView) -> tuple[float, float, int]:
     """Classification, regression, and how many regions the latter took."""
     regions: Regions = student.rois
-    labels, boxes, truth = (torch.cat(each).tolist() for each in (regions.labels, regions.boxes, regions.truth))
-    (logits, deltas), (theirs, their_deltas) = student.roi_logits([]), teacher.roi_logits([])
+    labels, boxes, truth = (
+        torch.cat(of_images).tolist() for of_images in (regions.labels, regions.boxes, regions.truth)
+    )
+    (logits, deltas), (teacher_logits, teacher_deltas) = student.roi_logits([]), teacher.roi_logits([])
     moved = teacher.roi_boxes([])
     bce, box, positives, taken = 0.0, 0.0, 0, 0
     for region, label in enumerate(labels):
         if label == 0:
             continue
         positives += 1
-        bce += slow_bce(logits[region].tolist(), theirs[region].tolist())
+        bce += slow_bce(logits[region].tolist(), teacher_logits[region].tolist())
         if slow_iou(moved[region, label].tolist(), truth[region]) > slow_iou(boxes[region], truth[region]):
             taken += 1
-            pair = (each[region, 4 * label : 4 * label + 4].tolist() for each in (deltas, their_deltas))
+            pair = (all_deltas[region, 4 * label : 4 * label + 4].tolist() for all_deltas in (deltas, teacher_deltas))
             box += slow_smooth_l1(*pair)
     return bce / max(1, positives), box / max(1, positives), taken
 
@@ -137,12 +139,15 @@ def pair_of(
     images: Any, student: DetectorSpec, teacher: DetectorSpec, dtype: torch.dtype = torch.float64
 ) -> tuple[FakeView, FakeView]:
     """Every other positive is corrected by the teacher, all the way to its truth, the others are not."""
-    ours, theirs = random_view(images, student, 1, dtype=dtype), random_view(images, teacher, 2, dtype=dtype)
-    boxes, truth = torch.cat(ours.rois.boxes), torch.cat(ours.rois.truth)
+    student_view, teacher_view = (
+        random_view(images, student, 1, dtype=dtype),
+        random_view(images, teacher, 2, dtype=dtype),
+    )
+    boxes, truth = torch.cat(student_view.rois.boxes), torch.cat(student_view.rois.truth)
     steps = torch.tensor([1.0, 0, 0, -1.0, 0, 0]).repeat(len(images))[: len(boxes)]
     moved = boxes + steps[:, None] * (truth - boxes)
-    theirs.stages["roi_boxes"] = moved[:, None].repeat(1, len(teacher.classes) + 1, 1)
-    return ours, theirs
+    teacher_view.stages["roi_boxes"] = moved[:, None].repeat(1, len(teacher.classes) + 1, 1)
+    return student_view, teacher_view
 
 
 class TestTADF(LossGrid):
@@ -239,12 +244,12 @@ def test_only_positives_that_the_teacher_mends_are_taught_their_box() -> None:
 
 
 def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
-    ours, theirs = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
-    student, teacher = pair_of(batch(OBJECTS), ours, theirs)
+    student_spec, teacher_spec = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
+    student, teacher = pair_of(batch(OBJECTS), student_spec, teacher_spec)
     student.stages["rois"] = student.rois._replace(labels=[torch.tensor([1, 2, 0, 1, 2, 0])] * 2)
-    values = TADF(ours, theirs, neck={"foreground": 0})(student, teacher)
+    values = TADF(student_spec, teacher_spec, neck={"foreground": 0})(student, teacher)
 
-    twin = random_view(batch(OBJECTS), ours, 2)
+    twin = random_view(batch(OBJECTS), student_spec, 2)
     logits, deltas = teacher.roi_logits([])
     twin.stages["roi_logits"] = logits[:, [0, 3, 1]], deltas.view(len(deltas), 5, 4)[:, [0, 3, 1]].flatten(1)
     twin.stages["roi_boxes"] = teacher.roi_boxes([])[:, [0, 3, 1]]
@@ -256,15 +261,17 @@ def test_a_teacher_with_more_classes_is_read_in_the_student_s_columns() -> None:
 
 def test_the_columns_of_boxes_follow_the_teacher_s_list() -> None:
     """Only the teacher's dog, its third label, corrects the student's dog, its first."""
-    ours, theirs = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
+    student_spec, teacher_spec = spec(classes=("dog", "cat")), spec(classes=("cat", "cow", "dog", "hen"))
     values = []
     for column in (1, 3):
-        student, teacher = pair_of(batch(OBJECTS), ours, theirs)
+        student, teacher = pair_of(batch(OBJECTS), student_spec, teacher_spec)
         boxes = torch.cat(student.rois.boxes)
         moved = boxes[:, None].repeat(1, 5, 1)
         moved[:, column] = torch.cat(student.rois.truth)
         teacher.stages["roi_boxes"] = moved
-        values.append(TADF(ours, theirs, **only("head.regression"))(student, teacher)["head.regression"].item())
+        values.append(
+            TADF(student_spec, teacher_spec, **only("head.regression"))(student, teacher)["head.regression"].item()
+        )
     assert values[0] == 0 < values[1]
 
 
