@@ -25,7 +25,7 @@ WAITS = {
 }
 """Operators whose result, or its size, the host has to know."""
 IMAGES = 4
-KNOWN: Mapping[str, Mapping[str, int]] = {
+ALLOWED_WAITS: Mapping[str, Mapping[str, int]] = {
     # Only positive regions are pooled and compared, so their boxes and labels are selected image by image. The term on
     # labels selects once more, and so does its backward pass.
     "global_knowledge": {"aten.index": 2 * IMAGES + 1, "aten.index_put": 1},
@@ -117,7 +117,7 @@ def test_no_loss_waits_but_where_it_is_said(name: str) -> None:
         waits(step)  # the first step may look at what stays
         waits_of[option] = dict(waits(step) - alone)
     assert len(waits_of) > 10
-    assert waits_of == {option: dict(KNOWN.get(option, {})) for option in waits_of}
+    assert waits_of == {option: dict(ALLOWED_WAITS.get(option, {})) for option in waits_of}
 
 
 def test_a_two_stage_step_waits_less_often_than_torchvisions() -> None:

@@ -20,7 +20,7 @@ from helpers.detectors import random_detector
 from helpers.two_processes import run_in_two_processes
 
 
-def setting(**prototypes: Any) -> tuple[GlobalKnowledge, DetectionData, Any, Teacher]:
+def small_pair_and_data(**prototypes: Any) -> tuple[GlobalKnowledge, DetectionData, Any, Teacher]:
     data = DetectionData(Shapes(train=10, val=2, test=0, size=64), batch_size=4, workers=0, min_size=64, max_size=64)
     student, teacher = (
         random_detector("faster_rcnn", seed=1, norm="batch"),
@@ -35,10 +35,10 @@ def setting(**prototypes: Any) -> tuple[GlobalKnowledge, DetectionData, Any, Tea
 
 
 def test_prototypes_are_features_of_boxes_of_their_class() -> None:
-    loss, data, student, guest = setting()
+    loss, data, student, teacher = small_pair_and_data()
     state = torch.get_rng_state()
     buffers = {name: value.clone() for name, value in student.named_buffers()}
-    loss.on_epoch_start(0, data, student, guest)
+    loss.on_epoch_start(0, data, student, teacher)
     assert torch.equal(state, torch.get_rng_state())
     assert student.training
     for name, value in student.named_buffers():
@@ -48,7 +48,7 @@ def test_prototypes_are_features_of_boxes_of_their_class() -> None:
     labels = torch.cat([target.labels for target in whole.targets])
     large = torch.cat([((t.boxes[:, 2:] - t.boxes[:, :2]) > 6).all(1) for t in whole.targets])
     student.eval()
-    views = student.view(whole, frozen=True), guest.view(whole)
+    views = student.view(whole, frozen=True), teacher.view(whole)
     boxes = [target.boxes for target in whole.targets]
     for label in range(1, len(data.classes) + 1):
         rows = (labels == label) & large
@@ -65,11 +65,11 @@ def test_prototypes_are_features_of_boxes_of_their_class() -> None:
 
 
 def test_the_student_is_looked_at_anew_and_the_teacher_once() -> None:
-    loss, data, student, guest = setting()
+    loss, data, student, teacher = small_pair_and_data()
     reads = []
-    view = guest.view
-    guest.view = lambda *given, **options: reads.append(1) or view(*given, **options)  # type: ignore[method-assign]
-    loss.on_epoch_start(0, data, student, guest)
+    view = teacher.view
+    teacher.view = lambda *given, **options: reads.append(1) or view(*given, **options)  # type: ignore[method-assign]
+    loss.on_epoch_start(0, data, student, teacher)
     assert reads
     # What is kept, and sent to other processes, is each image's own: no view that takes along all of its batch.
     assert all(
@@ -81,18 +81,18 @@ def test_the_student_is_looked_at_anew_and_the_teacher_once() -> None:
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    loss.on_epoch_start(1, data, student, guest)
+    loss.on_epoch_start(1, data, student, teacher)
     assert len(reads) == count
     assert not torch.equal(loss.student_prototypes, before)
 
 
 def test_so_many_images_a_class_and_no_small_box() -> None:
-    loss, data, student, guest = setting(images=2)
+    loss, data, student, teacher = small_pair_and_data(images=2)
     chosen = list(select_candidates(data.dataset("train", training=False), 2, 6.0, loss.seed))
     for label in range(1, len(data.classes) + 1):
         assert sum(bool((names == label).any()) for _, _, names in chosen) == 2
-    loss, data, student, guest = setting(min_side=64.0)
-    loss.on_epoch_start(0, data, student, guest)
+    loss, data, student, teacher = small_pair_and_data(min_side=64.0)
+    loss.on_epoch_start(0, data, student, teacher)
     assert not loss.student_prototypes.any()
 
 
@@ -144,9 +144,9 @@ def test_prototypes_do_not_depend_on_the_batch() -> None:
     prototypes = []
     for size in (1, 4):
         data = DetectionData(Uneven(), batch_size=size, workers=0, min_size=64, max_size=64)
-        _, _, student, guest = setting()
-        loss = GlobalKnowledge(student.spec, guest.spec, prototypes={"count": 2, "min_side": 0.0})
-        loss.on_epoch_start(0, data, student, guest)
+        _, _, student, teacher = small_pair_and_data()
+        loss = GlobalKnowledge(student.spec, teacher.spec, prototypes={"count": 2, "min_side": 0.0})
+        loss.on_epoch_start(0, data, student, teacher)
         prototypes.append((loss.student_prototypes, loss.teacher_prototypes))
     for one, four in zip(*prototypes, strict=True):
         assert one.any()
@@ -158,12 +158,12 @@ def test_prototypes_do_not_depend_on_the_batch() -> None:
 
 def chosen(folder: Path, name: str) -> None:
     """Prototypes of two epochs, and how many images the teacher was asked about."""
-    loss, data, student, guest = setting()
+    loss, data, student, teacher = small_pair_and_data()
     asked: list[int] = []
-    view = guest.view
-    guest.view = lambda images, **options: asked.extend(images.ids) or view(images, **options)  # type: ignore[method-assign]
+    view = teacher.view
+    teacher.view = lambda images, **options: asked.extend(images.ids) or view(images, **options)  # type: ignore[method-assign]
     for epoch in (0, 1):
-        loss.on_epoch_start(epoch, data, student, guest)
+        loss.on_epoch_start(epoch, data, student, teacher)
     torch.save((loss.student_prototypes, loss.teacher_prototypes, asked), folder / f"{name}.pt")
 
 

@@ -55,6 +55,18 @@ def test_two_stage_losses_follow_from_the_targets() -> None:
             assert values in target.boxes.tolist() or (not len(target.boxes) and values == [0, 0, 0, 0])
 
 
+def test_the_truth_of_a_positive_region_is_the_box_that_it_overlaps_most() -> None:
+    """The row of a negative region has no meaning."""
+    view = random_detector("faster_rcnn").view(padded_batch(), seed=3)
+    for boxes, labels, truth, target in zip(*view.rois[:3], view.batch.targets, strict=True):
+        positive = labels > 0
+        if positive.any():
+            best = box_iou(boxes[positive], target.boxes).argmax(1)
+            assert torch.equal(truth[positive], target.boxes[best])
+            assert torch.equal(labels[positive], target.labels[best])
+            assert (best > 0).any()  # not only the image's first box
+
+
 def test_regions_are_moved_as_their_deltas_say() -> None:
     view = random_detector("faster_rcnn").view(padded_batch(), seed=3)
     moved = view.roi_boxes(view.rois.boxes)

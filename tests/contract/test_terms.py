@@ -41,8 +41,8 @@ TERMS: dict[str, tuple[Formula, list[str]]] = {
 }
 
 
-def said(module: Distiller, folder: Path, **options: Any) -> list[str]:
-    """What a run of six steps is warned of."""
+def term_warnings(module: Distiller, folder: Path, **options: Any) -> list[str]:
+    """The warnings about terms in a run of six steps."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(module, folder, shapes_data(train=24), max_epochs=1, **options)
@@ -52,11 +52,13 @@ def said(module: Distiller, folder: Path, **options: Any) -> list[str]:
 @pytest.mark.parametrize("case", TERMS)
 def test_each_trouble_is_named_once(case: str, tmp_path: Path) -> None:
     formula, expected = TERMS[case]
-    module = distiller(losses={"mine": partial(FormulaLoss, formula=formula), "defeat": DeFeat}, schedule=sgd(lr=0.0))
-    messages = said(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)])
+    module = distiller(
+        losses={"formula": partial(FormulaLoss, formula=formula), "defeat": DeFeat}, schedule=sgd(lr=0.0)
+    )
+    messages = term_warnings(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)])
     assert len(messages) == len(expected)
     for words, message in zip(expected, messages, strict=True):
-        assert message.startswith("the term mine/term ")
+        assert message.startswith("the term formula/term ")
         assert words in message
 
 
@@ -64,7 +66,7 @@ def test_it_leaves_other_observers_alone(tmp_path: Path) -> None:
     module, seen = distiller(losses={"defeat": DeFeat}), []
     module.observers.append(lambda *_: seen.append(1))
     (other,) = module.observers
-    said(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)])
+    term_warnings(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)])
     assert len(seen) == 6
     assert module.observers == [other]
 
@@ -77,13 +79,13 @@ def test_a_trouble_must_last(tmp_path: Path) -> None:
         value = student.neck[8].std()
         return value if len(calls) % 3 == 0 else value.detach()
 
-    module = distiller(losses={"mine": partial(FormulaLoss, formula=sometimes)})
-    assert said(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)]) == []
+    module = distiller(losses={"formula": partial(FormulaLoss, formula=sometimes)})
+    assert term_warnings(module, tmp_path, callbacks=[TermCheck(every=1, steps=3)]) == []
 
 
 def test_a_term_that_does_not_count_is_passed_over(tmp_path: Path) -> None:
     module = distiller(losses={"defeat": partial(DeFeat, ramp={"stop": 99})})
-    assert said(module, tmp_path, callbacks=[TermCheck(every=1, steps=2, times=1e-9)]) == []
+    assert term_warnings(module, tmp_path, callbacks=[TermCheck(every=1, steps=2, times=1e-9)]) == []
 
 
 def test_looking_changes_nothing_and_is_rare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,11 @@ from distill.losses.pad import Variance
 from distill.types import Batch, DetectorSpec
 from helpers.fake_view import FakeView
 
-ALL_ON: dict[str, Mapping[str, Any]] = {"relation": {"weight": 5.0}, "prototypes": {"count": 3}}
-KNOWN = ("hen", "owl", "cat", "dog", "cow")
+ALL_TERMS: dict[str, Mapping[str, Any]] = {"relation": {"weight": 5.0}, "prototypes": {"count": 3}}
+CLASSIFIER_CLASSES = ("hen", "owl", "cat", "dog", "cow")
 """The classifier's classes: more than the student's, in another order."""
-
-
-SIDE = 12
+CROP_SIDE = 12
+"""Side of the classifier's crops in pixels."""
 
 
 def with_prototypes(loss: GlobalKnowledge, student: DetectorSpec, teacher: DetectorSpec) -> GlobalKnowledge:
@@ -32,45 +31,45 @@ def with_prototypes(loss: GlobalKnowledge, student: DetectorSpec, teacher: Detec
     return loss
 
 
-def of_classes(view: FakeView) -> FakeView:
+def with_two_classes(view: FakeView) -> FakeView:
     """The view with its positives, each third region, of the classes 3 and 4 in turn."""
     labels = [image_labels * (3 + torch.arange(len(image_labels)) % 2) for image_labels in view.rois.labels]
     view.stages["rois"] = view.rois._replace(labels=labels)
     return view
 
 
-def variances(loss: nn.Module) -> dict[str, Variance]:
+def variance_modules(loss: nn.Module) -> dict[str, Variance]:
     return {name: part for name, part in loss.named_modules() if isinstance(part, Variance)}
 
 
-def drawn(loss: DistillLoss) -> DistillLoss:
+def randomize_variances(loss: DistillLoss) -> DistillLoss:
     """With variances that are not 0."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for part in variances(loss).values():
+        for part in variance_modules(loss).values():
             for parameter in part.parameters():
                 parameter.normal_(0, 0.3, generator=generator)
     return loss
 
 
-class Tiny(FrozenModel):
-    """A classifier with random weights, that remembers how many crops it has named."""
+class RandomClassifier(FrozenModel):
+    """A classifier with random weights, that counts the crops it has classified."""
 
-    def __init__(self, classes: tuple[str, ...] = KNOWN) -> None:
+    def __init__(self, classes: tuple[str, ...] = CLASSIFIER_CLASSES) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             net = nn.ModuleDict({"stem": nn.Conv2d(3, 5, 3, padding=1), "fc": nn.Linear(12, len(classes))})
         super().__init__(net, "memory")
-        self.net, self.classes, self.named = net, classes, 0
+        self.net, self.classes, self.classified = net, classes, 0
 
     def images(self, batch: Batch) -> Tensor:
         return (batch.images.float() / 255 - 0.4) / 0.2
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        self.named += len(images)
+        self.classified += len(images)
         logits: Tensor = 4 * self.net["fc"](
-            images.reshape(len(images), 3, 2, SIDE // 2, 2, SIDE // 2).mean((3, 5)).flatten(1)
+            images.reshape(len(images), 3, 2, CROP_SIDE // 2, 2, CROP_SIDE // 2).mean((3, 5)).flatten(1)
         )
         return logits
 

@@ -1,4 +1,4 @@
-"""The table of distillation methods."""
+"""The table of distillation methods, and of the losses that imitate features."""
 
 from __future__ import annotations
 
@@ -45,6 +45,31 @@ METHODS = {
     "pad": Method(PAD, "pad_mimic", {"of": Mimic}),
     "ssim": Method(SSIM, "ssim"),
     "tadf": Method(TADF, "tadf"),
+}
+
+
+class Imitation(NamedTuple):
+    """A loss that imitates features, and the pairs of detectors that it fits."""
+
+    build: Callable[..., DistillLoss]
+    """From the specs ``student`` and ``teacher``."""
+    needs_proposals: bool = False
+    """It reads proposals or sampled regions of the student."""
+
+
+_WHOLE_NECK = {"neck": {"all": 1}}
+_PREDICTED_REGIONS = {"kind": "predictions", "top": 20}
+IMITATIONS = {
+    "mimic": Imitation(partial(Mimic, **_WHOLE_NECK), needs_proposals=True),
+    "mimic of the neck": Imitation(partial(Mimic, regions={"all": 0}, **_WHOLE_NECK)),
+    "mimic of proposals": Imitation(partial(Mimic, regions={"kind": "proposals", "top": 20}), needs_proposals=True),
+    "mimic of predictions": Imitation(partial(Mimic, regions=_PREDICTED_REGIONS, **_WHOLE_NECK)),
+    "fgfi": Imitation(FGFI),
+    "fgfi on all levels": Imitation(partial(FGFI, mask={"kind": "fine_grained_all_levels"}, normalization="half_l2")),
+    "defeat": Imitation(DeFeat),
+    "pad of mimic": Imitation(partial(PAD, of=partial(Mimic, regions=_PREDICTED_REGIONS, **_WHOLE_NECK))),
+    "pad of fgfi": Imitation(partial(PAD, of=FGFI)),
+    "tadf of the neck": Imitation(partial(TADF, head={"classification": 0, "regression": 0})),
 }
 
 

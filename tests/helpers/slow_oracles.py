@@ -24,7 +24,7 @@ def slow_cells(box: list[float], stride: int, height: int, width: int) -> tuple[
     return range(b, d), range(a, c), False
 
 
-def slow(boxes: list[Tensor], grid: dict[int, tuple[int, int]], bump: bool = False) -> dict[int, Tensor]:
+def slow_masks(boxes: list[Tensor], grid: dict[int, tuple[int, int]], bump: bool = False) -> dict[int, Tensor]:
     masks = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
     for image, image_boxes in enumerate(boxes):
         for box in image_boxes.tolist():

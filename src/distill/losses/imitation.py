@@ -30,8 +30,8 @@ NORMALIZATIONS: dict[str, Callable[[int], float]] = {
     "half_mse": lambda c: 2 * c,
     "half_l2": lambda c: 2,
 }
-"""Divisor, per cell of the mask, of a sum over cells and C channels: the mean over elements, half of it (DeFeat), or
-half the squared L2 norm of a cell (FGFI)."""
+"""Divisor, per cell of the mask, of a sum over cells and C channels. The result is the mean over elements (``mse``),
+half of it (``half_mse``, DeFeat) or half the squared L2 norm of a cell (``half_l2``, FGFI)."""
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def log_complement(logits: Tensor) -> Tensor:
     1 - s cancels only for the largest class. There the value is logsumexp over the other classes minus logsumexp over
     all classes.
     """
-    largest = F.one_hot(logits.argmax(1), logits.shape[1]).bool()
+    # `F.one_hot` would wait for the device.
+    largest = torch.arange(logits.shape[1], device=logits.device) == logits.argmax(1, keepdim=True)
     others = logits.masked_fill(largest, -torch.inf).logsumexp(1, keepdim=True) - logits.logsumexp(1, keepdim=True)
     rest = torch.log1p(-F.softmax(logits, dim=1).masked_fill(largest, 0.0))
     return torch.where(largest, others, rest)

@@ -23,7 +23,7 @@ from distill.losses.ssim import SSIM
 from distill.teacher import Teacher
 from distill.training.distiller import Distiller
 from distill.types import Batch, View
-from helpers.measured import CPU, detector
+from helpers.bench_detector import CPU, detector
 
 FLOATS = 4
 

@@ -18,11 +18,11 @@ from distill.losses.ssim import SSIM
 from distill.types import View
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS
-from helpers.loss_states import ALL_ON, drawn, of_classes, with_prototypes
+from helpers.loss_states import ALL_TERMS, randomize_variances, with_prototypes, with_two_classes
 from helpers.two_processes import assert_two_equal_one
 
 
-class Together(DistillLoss):
+class SeveralLosses(DistillLoss):
     """Terms of several losses, as ``name/term``."""
 
     def __init__(self, **losses: DistillLoss) -> None:
@@ -38,22 +38,22 @@ def make(normalizer: str) -> DistillLoss:
     known, how = (spec(), spec()), {"normalizer": normalizer}
     mask = {"kind": "ground_truth"}
     mimic = partial(Mimic, neck={"all": 1}, mask=mask, **how)
-    typed = with_prototypes(GlobalKnowledge(*known, **ALL_ON, **how), *known)
-    return Together(
+    global_knowledge = with_prototypes(GlobalKnowledge(*known, **ALL_TERMS, **how), *known)
+    return SeveralLosses(
         ssim=SSIM(*known, neck={"foreground": 2, "background": 3}, mask=mask, **how),
         fgfi=FGFI(*known, **how),
         mimic=mimic(*known),
-        global_knowledge=typed,
-        pad_of_fgfi=drawn(PAD(*known, partial(FGFI, **how))),
-        pad_of_mimic=drawn(PAD(*known, mimic)),
-        pad_of_dsig=drawn(PAD(*known, partial(DSIG, mask=mask, **how))),
+        global_knowledge=global_knowledge,
+        pad_of_fgfi=randomize_variances(PAD(*known, partial(FGFI, **how))),
+        pad_of_mimic=randomize_variances(PAD(*known, mimic)),
+        pad_of_dsig=randomize_variances(PAD(*known, partial(DSIG, mask=mask, **how))),
     ).double()
 
 
 def scene() -> tuple[FakeView, FakeView]:
     """The second process has a box in one image only."""
     images = batch([OBJECTS[0], OBJECTS[1], NOTHING, OBJECTS[1]])
-    student, teacher = (of_classes(random_view(images, spec(), seed)) for seed in (1, 2))
+    student, teacher = (with_two_classes(random_view(images, spec(), seed)) for seed in (1, 2))
     return student, teacher
 
 

@@ -19,7 +19,7 @@ from distill.losses.defeat import DeFeat
 from distill.types import DetectorSpec, DistillError, Target
 from helpers.fake_view import STRIDES, FakeView, batch, equal_views, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
-from helpers.slow_oracles import slow
+from helpers.slow_oracles import slow_masks
 from helpers.two_processes import run_in_two_processes
 
 NO_ADAPTER = {"kernel": None, "backbone_relu": False}
@@ -136,8 +136,8 @@ class TestDeFeat(LossGrid):
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
         boxes = [target.boxes for target in student.batch.targets]
-        masks_of_levels = slow(boxes, {stride: (x.shape[2], x.shape[3]) for stride, x in student.neck.items()})
-        finest = slow(boxes, {4: (16, 16)})[4]
+        masks_of_levels = slow_masks(boxes, {stride: (x.shape[2], x.shape[3]) for stride, x in student.neck.items()})
+        finest = slow_masks(boxes, {4: (16, 16)})[4]
         terms: dict[str, float] = {}
         for region, flip in (("foreground", 0), ("background", 1)):
             levels = [slow_map(x, teacher.neck[s], abs(flip - masks_of_levels[s])) for s, x in student.neck.items()]
@@ -228,7 +228,7 @@ def test_detectors_of_different_families_meet_at_shared_strides() -> None:
     loss = DeFeat(one_stage, spec(), adapter=NO_ADAPTER)
     assert loss.get_submodule("maps.neck").levels == [8, 16, 32, 64]
     grid = {s: (64 // s, 64 // s) for s in (8, 16, 32, 64)}
-    expected = slow([target.boxes for target in student.batch.targets], grid)
+    expected = slow_masks([target.boxes for target in student.batch.targets], grid)
     value = sum(slow_map(student.neck[s], teacher.neck[s], expected[s]) for s in grid) / 4
     assert loss(*map(grad, (student, teacher)))["neck.foreground"].item() == pytest.approx(value)
 
@@ -388,8 +388,8 @@ def test_a_ramp_moves_the_terms_that_it_names() -> None:
 
     assert set(factors().values()) == {0.25}
     chosen = factors(terms=["neck", "proposals.positive"])
-    slow = {"neck.foreground", "neck.background", "proposals.positive"}
-    assert chosen == {term: 0.25 if term in slow else 1.0 for term in chosen}
+    slowed = {"neck.foreground", "neck.background", "proposals.positive"}
+    assert chosen == {term: 0.25 if term in slowed else 1.0 for term in chosen}
     assert len(chosen) == 7
 
 

@@ -20,7 +20,7 @@ from distill.training.schedule import Schedule
 from distill.types import AnchorTargets, Batch, DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
-from helpers.loss_states import KNOWN, SIDE, Tiny
+from helpers.loss_states import CLASSIFIER_CLASSES, CROP_SIDE, RandomClassifier
 from helpers.slow_oracles import slow_crop
 from helpers.two_processes import run_in_two_processes
 
@@ -89,7 +89,7 @@ def slow_pool(crop: Tensor, cells: int) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-class Grid(LossGrid):
+class DICODGrid(LossGrid):
     relative = 2e-4  # the classifier and its crops are float32
     sigmoid = "kl-ce"
 
@@ -97,7 +97,7 @@ class Grid(LossGrid):
         return scene(images, self.student, 1, **options), random_view(images, self.teacher, 2, **options)
 
     def loss(self, student: DetectorSpec, teacher: DetectorSpec | None) -> DistillLoss:
-        return DICOD(student, teacher, Tiny(), size=SIDE, sigmoid=self.sigmoid)
+        return DICOD(student, teacher, RandomClassifier(), size=CROP_SIDE, sigmoid=self.sigmoid)
 
     def positives(self, student: FakeView) -> list[tuple[int, list[float], Tensor, Tensor]]:
         """(image, logits, predicted box, object's box) of each."""
@@ -107,19 +107,19 @@ class Grid(LossGrid):
         raise NotImplementedError
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
-        tiny = Tiny()
-        images, positives = tiny.images(student.batch), self.positives(student)
-        columns = [KNOWN.index(name) for name in student.spec.classes]
+        classifier = RandomClassifier()
+        images, positives = classifier.images(student.batch), self.positives(student)
+        columns = [CLASSIFIER_CLASSES.index(name) for name in student.spec.classes]
         totals = dict.fromkeys(loss.weights, 0.0)
         for image, logits, box, truth in positives:
             predicted_crop, object_crop = (
-                slow_crop(images[image], (64, 64), corners.tolist(), SIDE).float()[None]
+                slow_crop(images[image], (64, 64), corners.tolist(), CROP_SIDE).float()[None]
                 for corners in (box.detach(), truth)
             )
-            z = tiny.logits(object_crop)[0, columns].tolist()
+            z = classifier.logits(object_crop)[0, columns].tolist()
             totals["classes"] += 4 * self.kl([logit / 2 for logit in logits], [logit / 2 for logit in z])
             totals["pixels"] += (slow_pool(predicted_crop[0], 4) - slow_pool(object_crop[0], 4)).abs().mean().item()
-            pooled = [slow_pool(tiny.stem(crop)[0], 8) for crop in (predicted_crop, object_crop)]
+            pooled = [slow_pool(classifier.stem(crop)[0], 8) for crop in (predicted_crop, object_crop)]
             totals["features"] += (pooled[0] - pooled[1]).abs().mean().item()
         return {term: total / max(1, len(positives)) for term, total in totals.items()}
 
@@ -160,11 +160,11 @@ class Grid(LossGrid):
         student, teacher = self.pair(batch(OBJECTS), regions=12)
         loss = self.loss(self.student, None)
         self.run(loss, student, teacher)
-        assert loss.classifier.named == 4
+        assert loss.classifier.classified == 4
         assert len(self.positives(student)) > 4
 
 
-class TestTwoStage(Grid):
+class TestTwoStage(DICODGrid):
     def positives(self, student: FakeView) -> list[tuple[int, list[float], Tensor, Tensor]]:
         logits, boxes, positives = student.roi_logits([])[0], student.roi_boxes(student.rois.boxes), []
         row = 0
@@ -179,13 +179,15 @@ class TestTwoStage(Grid):
         return slow_kl([0.0, *softmax(teacher)], softmax(student))
 
     def ideal(self, student: Scene) -> Scene:
-        tiny, rois = Tiny(), student.rois
+        classifier, rois = RandomClassifier(), student.rois
         z, deltas = torch.zeros(12, 5), torch.zeros(12, 5, 4)
         z[:, 0] = -1e4
         for row, (image, label) in enumerate(zip([0] * 6 + [1] * 6, torch.cat(rois.labels).tolist(), strict=True)):
             truth = rois.truth[image][row % 6]
-            crop = slow_crop(tiny.images(student.batch)[image], (64, 64), truth.tolist(), SIDE).float()
-            z[row, 1:] = tiny.logits(crop[None])[0, [KNOWN.index(name) for name in student.spec.classes]]
+            crop = slow_crop(classifier.images(student.batch)[image], (64, 64), truth.tolist(), CROP_SIDE).float()
+            z[row, 1:] = classifier.logits(crop[None])[
+                0, [CLASSIFIER_CLASSES.index(name) for name in student.spec.classes]
+            ]
             rois.boxes[image][row % 6] = truth - 1
             deltas[row, label] = 1 / 4
         return Scene(student.batch, student.spec, **{**student.stages, "roi_logits": (z, deltas.flatten(1))})
@@ -200,7 +202,7 @@ class TestTwoStage(Grid):
             self.loss(self.student, self.teacher)(student, teacher)
 
 
-class TestOneStage(Grid):
+class TestOneStage(DICODGrid):
     student = spec(two_stage=False, strides=(8, 16, 32))
 
     def positives(self, student: FakeView) -> list[tuple[int, list[float], Tensor, Tensor]]:
@@ -226,11 +228,11 @@ class TestOneStage(Grid):
         return slow_kl([probability / sum(p) for probability in p], [probability / sum(q) for probability in q])
 
     def ideal(self, student: Scene) -> Scene:
-        tiny, stages, start = Tiny(), dict(student.stages), 0
+        classifier, stages, start = RandomClassifier(), dict(student.stages), 0
         anchors, targets = torch.cat(list(student.anchors.values())), student.anchor_targets
         stages["class_logits"] = {stride: x.clone() for stride, x in student.class_logits.items()}
         stages["deltas"] = {stride: x.clone() for stride, x in student.deltas.items()}
-        columns = [KNOWN.index(name) for name in student.spec.classes]
+        columns = [CLASSIFIER_CLASSES.index(name) for name in student.spec.classes]
         for stride, logits in stages["class_logits"].items():
             count, width = logits[0, 0].numel() * 3, logits.shape[-1]
             for image, row in (targets.labels[:, start : start + count] > 0).nonzero().tolist():
@@ -238,8 +240,8 @@ class TestOneStage(Grid):
                 i, j = divmod(cell, width)
                 move = targets.deltas[image, start + row]
                 truth = (anchors[start + row] + 4 * move).tolist()
-                crop = slow_crop(tiny.images(student.batch)[image], (64, 64), truth, SIDE).float()
-                logits[image, anchor * 4 : anchor * 4 + 4, i, j] = tiny.logits(crop[None])[0, columns].double()
+                crop = slow_crop(classifier.images(student.batch)[image], (64, 64), truth, CROP_SIDE).float()
+                logits[image, anchor * 4 : anchor * 4 + 4, i, j] = classifier.logits(crop[None])[0, columns].double()
                 stages["deltas"][stride][image, anchor * 4 : anchor * 4 + 4, i, j] = move.double()
             start += count
         return Scene(student.batch, student.spec, **stages)
@@ -286,25 +288,25 @@ def test_an_object_is_found_in_its_own_image() -> None:
 
 def test_terms_without_weight_cost_no_crop_of_predictions_and_no_naming() -> None:
     student = scene(batch(OBJECTS), spec(), 1)
-    tiny = Tiny()
-    loss = DICOD(spec(), None, tiny, {"classes": 0, "features": 0}, size=SIDE)
+    classifier = RandomClassifier()
+    loss = DICOD(spec(), None, classifier, {"classes": 0, "features": 0}, size=CROP_SIDE)
     assert list(loss(student, None)) == ["pixels"]
-    assert tiny.named == 0
+    assert classifier.classified == 0
 
 
 # -- a guest
 
 
 def test_the_classifier_is_nowhere_in_what_is_trained_averaged_or_saved() -> None:
-    tiny = Tiny()
-    loss = DICOD(spec(), None, tiny, size=SIDE)
+    classifier = RandomClassifier()
+    loss = DICOD(spec(), None, classifier, size=CROP_SIDE)
     assert not list(loss.parameters())
     assert not loss.state_dict()
     assert [type(module) for module in loss.modules()] == [DICOD]
-    assert copy.deepcopy(loss).classifier is tiny
+    assert copy.deepcopy(loss).classifier is classifier
     loss.train()
-    assert not any(module.training for module in tiny.net.modules())
-    assert not any(parameter.requires_grad for parameter in tiny.net.parameters())
+    assert not any(module.training for module in classifier.net.modules())
+    assert not any(parameter.requires_grad for parameter in classifier.net.parameters())
     student = nn.Linear(2, 2)
     optimizer, _ = Schedule().build_optimizer(student, nn.ModuleDict({"dicod": loss}), 10, 8)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -312,14 +314,14 @@ def test_the_classifier_is_nowhere_in_what_is_trained_averaged_or_saved() -> Non
 
 
 def test_the_classifier_keeps_its_weights_and_gets_no_gradient() -> None:
-    tiny, student = Tiny(), scene(batch(OBJECTS), spec(), 1)
-    before = tiny.fingerprint
+    classifier, student = RandomClassifier(), scene(batch(OBJECTS), spec(), 1)
+    before = classifier.fingerprint
     for leaf in student.leaves():
         leaf.requires_grad_()
-    sum(DICOD(spec(), None, tiny, size=SIDE)(student, None).values()).backward()
-    assert all(parameter.grad is None for parameter in tiny.net.parameters())
-    tiny._fingerprint = None
-    assert tiny.fingerprint == before
+    sum(DICOD(spec(), None, classifier, size=CROP_SIDE)(student, None).values()).backward()
+    assert all(parameter.grad is None for parameter in classifier.net.parameters())
+    classifier._fingerprint = None
+    assert classifier.fingerprint == before
 
 
 # -- refusals
@@ -334,25 +336,25 @@ def test_the_classifier_keeps_its_weights_and_gets_no_gradient() -> None:
         ({"temperature": math.inf}, "temperature"),
         ({"sigmoid": "bce"}, "sigmoid: expected kl-ce or kl-bce, got 'bce'"),
         ({"size": 4}, "size: expected crops of at least 8"),
-        ({"classifier": Tiny(("cat", "dog", "hen"))}, r"\['cow'\] of .* train a classifier on this data"),
-        ({"classifier": Tiny(("Cat", "dog", "hen", "cow"))}, r"\['cat'\] of"),
+        ({"classifier": RandomClassifier(("cat", "dog", "hen"))}, r"\['cow'\] of .* train a classifier on this data"),
+        ({"classifier": RandomClassifier(("Cat", "dog", "hen", "cow"))}, r"\['cat'\] of"),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        DICOD(spec(), None, **{"classifier": Tiny(), **options})
+        DICOD(spec(), None, **{"classifier": RandomClassifier(), **options})
 
 
 def test_one_class_alone_needs_the_divergence_of_yes_and_no() -> None:
     """The others say nothing: a row of one sigmoid, divided by its sum, is 1 whatever it was."""
     for sigmoid, two_stage in (("kl-ce", True), ("kl-bce", False)):
-        DICOD(spec(two_stage=two_stage, classes=("cat",)), None, Tiny(("cat",)), sigmoid=sigmoid)
+        DICOD(spec(two_stage=two_stage, classes=("cat",)), None, RandomClassifier(("cat",)), sigmoid=sigmoid)
     with pytest.raises(DistillError, match=r"only one class, \['cat'\]\. Set sigmoid=kl-bce"):
-        DICOD(spec(two_stage=False, classes=("cat",)), None, Tiny(("cat",)))
+        DICOD(spec(two_stage=False, classes=("cat",)), None, RandomClassifier(("cat",)))
 
 
 def test_localisation_alone_takes_a_classifier_of_other_classes() -> None:
-    loss = DICOD(spec(), None, Tiny(("owl",)), {"classes": 0}, size=SIDE)
+    loss = DICOD(spec(), None, RandomClassifier(("owl",)), {"classes": 0}, size=CROP_SIDE)
     assert loss(scene(batch(OBJECTS), spec(), 1), None).keys() == {"pixels", "features"}
 
 
@@ -366,7 +368,7 @@ def gradient(rows: slice, normalizer: str) -> Tensor:
     part = batch(boxes[rows], first_id=7 + rows.start)
     view = scene(part, spec(), 1, dtype=torch.float32, regions=6)
     view.stages["roi_logits"] = tuple(factor * x for x in view.stages["roi_logits"])
-    loss = DICOD(spec(), None, Tiny(), size=SIDE, normalizer=normalizer)
+    loss = DICOD(spec(), None, RandomClassifier(), size=CROP_SIDE, normalizer=normalizer)
     sum(loss(view, None).values()).backward()
     assert factor.grad is not None
     return factor.grad

@@ -28,7 +28,7 @@ def slow_cells(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[float, i
     return total, on
 
 
-def slow(student: FakeView, teacher: FakeView, per_cell: float, psi: float = 0.5) -> float:
+def slow_fgfi(student: FakeView, teacher: FakeView, per_cell: float, psi: float = 0.5) -> float:
     """Mean over levels of the squared distances over max(1, `per_cell` times the cells)."""
     boxes = [target.boxes for target in student.batch.targets]
     grid = {stride: (x.shape[2], x.shape[3]) for stride, x in student.neck.items()}
@@ -45,7 +45,7 @@ class TestFGFI(AnchorsFollowMaps):
         return FGFI(student, teacher)
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
-        return {"neck.foreground": slow(student, teacher, per_cell=2 * 6)}
+        return {"neck.foreground": slow_fgfi(student, teacher, per_cell=2 * 6)}
 
 
 class TestFGFIOriginal(TestFGFI):
@@ -59,7 +59,7 @@ class TestFGFIOriginal(TestFGFI):
         return FGFI(student, teacher, normalization="half_l2", adapter={"start": "default", "relu": True})
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
-        return {"neck.foreground": slow(student, teacher, per_cell=2)}
+        return {"neck.foreground": slow_fgfi(student, teacher, per_cell=2)}
 
 
 def pair(**options: Any) -> tuple[FakeView, FakeView]:
@@ -94,7 +94,7 @@ def test_weights_of_both_forms_agree_up_to_the_channels() -> None:
 def test_psi_is_the_threshold(psi: float) -> None:
     student, teacher = pair()
     loss = FGFI(spec(), spec(), mask={"threshold": psi}, adapter=NONE)
-    assert loss(student, teacher)["neck.foreground"].item() == pytest.approx(slow(student, teacher, 12, psi))
+    assert loss(student, teacher)["neck.foreground"].item() == pytest.approx(slow_fgfi(student, teacher, 12, psi))
 
 
 @pytest.mark.parametrize("kind", ["ground_truth", "gaussian", "random", "none", "fine_grained_all_levels"])
@@ -109,7 +109,7 @@ def test_any_mask_will_do(kind: str) -> None:
         error = (student.neck[s] - teacher.neck[s]).square().sum(1)
         levels.append((masks[s] * error).sum().item() / max(1, 12 * masks[s].sum().item()))
     assert value == pytest.approx(sum(levels) / 5)
-    assert value != pytest.approx(slow(student, teacher, 12))
+    assert value != pytest.approx(slow_fgfi(student, teacher, 12))
 
 
 def test_nothing_but_the_neck_and_anchors_is_read() -> None:

@@ -16,7 +16,7 @@ from distill.losses.global_knowledge import GlobalKnowledge, agreement, cosines
 from distill.types import Batch, DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import OBJECTS, LossGrid
-from helpers.loss_states import ALL_ON, of_classes, with_prototypes
+from helpers.loss_states import ALL_TERMS, with_prototypes, with_two_classes
 from helpers.slow_oracles import slow_cells, slow_level
 
 NO_ADAPTER = {"kernel": None}
@@ -47,16 +47,16 @@ class TestGlobalKnowledge(LossGrid):
 
     def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
         neck = {"levels": self.levels}
-        loss = GlobalKnowledge(student, teacher, **ALL_ON, neck=neck, mask=self.mask, adapter=NO_ADAPTER)
+        loss = GlobalKnowledge(student, teacher, **ALL_TERMS, neck=neck, mask=self.mask, adapter=NO_ADAPTER)
         return with_prototypes(loss, student, teacher)
 
     def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
-        return with_prototypes(GlobalKnowledge(student, teacher, **ALL_ON, mask=self.mask), student, teacher)
+        return with_prototypes(GlobalKnowledge(student, teacher, **ALL_TERMS, mask=self.mask), student, teacher)
 
     def pair(self, images: Batch, **options: Any) -> tuple[FakeView, FakeView]:
         """Positives of the third class, and of the fourth, which has no prototypes."""
         student, teacher = super().pair(images, **options)
-        return of_classes(student), of_classes(teacher)
+        return with_two_classes(student), with_two_classes(teacher)
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
         assert isinstance(loss, GlobalKnowledge)
@@ -107,7 +107,7 @@ class TestGlobalKnowledge(LossGrid):
 
     def test_is_at_its_minimum_when_student_equals_teacher(self) -> None:
         student, _ = self.views(OBJECTS)
-        loss = GlobalKnowledge(self.student, self.student, **ALL_ON, mask=self.mask, adapter=NO_ADAPTER)
+        loss = GlobalKnowledge(self.student, self.student, **ALL_TERMS, mask=self.mask, adapter=NO_ADAPTER)
         loss.student_prototypes.normal_(generator=torch.Generator().manual_seed(5))
         loss.teacher_prototypes.copy_(loss.student_prototypes)
         for name, value in self.run(
@@ -133,7 +133,7 @@ def test_prototypes_and_proposals_keep_to_the_chosen_levels(levels: list[int]) -
 def test_the_neck_takes_any_mask_and_the_other_terms_none(kind: str) -> None:
     student, teacher = (random_view(batch(OBJECTS), spec(), seed) for seed in (1, 2))
     loss, plain = (
-        with_prototypes(GlobalKnowledge(spec(), spec(), **ALL_ON, mask=mask, adapter=NO_ADAPTER), spec(), spec())
+        with_prototypes(GlobalKnowledge(spec(), spec(), **ALL_TERMS, mask=mask, adapter=NO_ADAPTER), spec(), spec())
         for mask in ({"kind": kind}, {})
     )
     values, usual = loss(student, teacher), plain(student, teacher)
@@ -170,7 +170,7 @@ def test_without_prototypes_every_region_counts_in_full() -> None:
 
 
 def test_only_neck_and_relation_fade() -> None:
-    loss = GlobalKnowledge(spec(), spec(), **ALL_ON)
+    loss = GlobalKnowledge(spec(), spec(), **ALL_TERMS)
     assert {term: loss.factor(term, 0.75, 24) for term in loss.weights} == {
         "neck.foreground": 0.25,
         "neck.background": 0.25,

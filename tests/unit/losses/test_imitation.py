@@ -20,7 +20,7 @@ from distill.losses.tadf import TADF
 from distill.types import DistillError
 from helpers.fake_view import batch, random_view, spec
 from helpers.loss_grid import OBJECTS
-from helpers.slow_oracles import slow
+from helpers.slow_oracles import slow_masks
 
 NONE = {"kernel": None}
 CHANNELS = {8: 5, 16: 5}
@@ -212,11 +212,11 @@ def test_any_squared_error_of_maps_takes_any_mask(
 
 
 def objects(view: Any, grid: dict[int, tuple[int, int]]) -> dict[int, Tensor]:
-    return slow([target.boxes for target in view.batch.targets], grid)
+    return slow_masks([target.boxes for target in view.batch.targets], grid)
 
 
 def positives(view: Any, grid: dict[int, tuple[int, int]]) -> dict[int, Tensor]:
-    return slow([boxes[names > 0] for boxes, names in zip(view.rois.boxes, view.rois.labels, strict=True)], grid)
+    return slow_masks([boxes[names > 0] for boxes, names in zip(view.rois.boxes, view.rois.labels, strict=True)], grid)
 
 
 @pytest.mark.parametrize("levels", [[8], [16], [8, 32]])

@@ -12,7 +12,7 @@ from distill.detectors.fcos import FCOS
 from distill.losses import masks
 from distill.types import Batch, DistillError, Target
 from helpers.fake_view import FakeView, anchors, batch, corners, spec
-from helpers.slow_oracles import iou, slow, slow_fine_grained
+from helpers.slow_oracles import iou, slow_fine_grained, slow_masks
 
 # DeFeat's reference values: padded input 800 x 1344, two images.
 BOXES = [
@@ -25,7 +25,7 @@ def sizes(strides: tuple[int, ...], height: int = 800, width: int = 1344) -> dic
     return {stride: (math.ceil(height / stride), math.ceil(width / stride)) for stride in strides}
 
 
-def drawn(seed: int, count: int, height: int = 96, width: int = 160) -> list[Tensor]:
+def random_boxes(seed: int, count: int, height: int = 96, width: int = 160) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [corners(count, height, width, generator), corners(count // 2, height, width, generator), torch.zeros(0, 4)]
 
@@ -62,9 +62,9 @@ def test_levels_change_at_powers_of_two(side: float, level: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("strides", [(4, 8, 16, 32, 64), (8,), (32, 64, 128)])
 def test_equals_slow_loops(seed: int, strides: tuple[int, ...]) -> None:
-    grid, boxes = sizes(strides, 96, 160), drawn(seed, 7)
+    grid, boxes = sizes(strides, 96, 160), random_boxes(seed, 7)
     for kind, bump in ((masks.ground_truth, False), (masks.gaussian, True)):
-        actual, expected = kind(boxes, grid), slow(boxes, grid, bump)
+        actual, expected = kind(boxes, grid), slow_masks(boxes, grid, bump)
         assert list(actual) == list(strides)
         for stride in strides:
             torch.testing.assert_close(actual[stride], expected[stride])
@@ -101,7 +101,7 @@ def test_the_bump_leans_right_and_overlaps_take_the_larger() -> None:
 
 @pytest.mark.parametrize("psi", [0.0, 0.5, 0.9])
 def test_fine_grained_equals_slow_loops(psi: float) -> None:
-    grid, boxes = sizes((8, 16, 32), 96, 160), drawn(3, 6)
+    grid, boxes = sizes((8, 16, 32), 96, 160), random_boxes(3, 6)
     boxes[2] = torch.tensor([[500.0, 500.0, 520.0, 520.0]])  # overlaps no anchor
     all_anchors = {stride: anchors(*size, stride, 2) for stride, size in grid.items()}
     actual, expected = (
@@ -145,7 +145,7 @@ def test_pseudo_anchors_are_squares_of_eight_strides_around_each_point() -> None
 
 @pytest.mark.parametrize("psi", [0.0, 0.5, 0.9])
 def test_fine_grained_on_all_levels_equals_slow_loops(psi: float) -> None:
-    grid, boxes = sizes((8, 16, 32), 96, 160), drawn(4, 5)
+    grid, boxes = sizes((8, 16, 32), 96, 160), random_boxes(4, 5)
     all_anchors = {stride: anchors(*size, stride, 2) for stride, size in grid.items()}
     actual = masks.fine_grained_all_levels(boxes, all_anchors, grid, psi)
     expected = {stride: torch.zeros(len(boxes), *size) for stride, size in grid.items()}
@@ -164,7 +164,7 @@ def test_fine_grained_on_all_levels_equals_slow_loops(psi: float) -> None:
 
 
 def test_random_keeps_the_amount_and_moves_the_place() -> None:
-    like = masks.ground_truth(drawn(5, 8), grid := sizes((4, 8), 96, 160))
+    like = masks.ground_truth(random_boxes(5, 8), grid := sizes((4, 8), 96, 160))
     before = torch.get_rng_state()
     first, repeated, other = masks.random(like, [1, 2, 3]), masks.random(like, [1, 2, 3]), masks.random(like, [1, 9, 3])
     assert torch.equal(before, torch.get_rng_state())
@@ -187,7 +187,7 @@ def test_random_is_uniform_over_cells() -> None:
 
 @pytest.mark.parametrize("kind", ["ground_truth", "gaussian", "fine_grained", "fine_grained_all_levels"])
 def test_values_multiply_each_box_and_the_largest_counts(kind: str) -> None:
-    boxes, grid = drawn(7, 6), sizes((8, 16, 32), 96, 160)
+    boxes, grid = random_boxes(7, 6), sizes((8, 16, 32), 96, 160)
     values = [
         torch.rand(len(image_boxes), generator=torch.Generator().manual_seed(index))
         for index, image_boxes in enumerate(boxes)
@@ -214,7 +214,7 @@ def test_random_moves_values_as_they_are() -> None:
 
 
 def test_the_batch_does_not_matter() -> None:
-    boxes, grid = drawn(6, 9), sizes((4, 8, 16), 96, 160)
+    boxes, grid = random_boxes(6, 9), sizes((4, 8, 16), 96, 160)
     for kind in (masks.ground_truth, masks.gaussian):
         whole, alone = kind(boxes, grid), [kind([image_boxes], grid) for image_boxes in boxes]
         for stride in grid:

@@ -25,7 +25,7 @@ from distill.losses.tadf import TADF
 from distill.types import DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
 from helpers.loss_grid import OBJECTS, AnchorsFollowMaps, LossGrid
-from helpers.loss_states import drawn, variances
+from helpers.loss_states import randomize_variances, variance_modules
 from helpers.slow_oracles import slow_fine_grained
 
 NONE = {"kernel": None}
@@ -69,7 +69,10 @@ class TestPADOfMimic(LossGrid):
         return PAD(student, teacher, partial(Mimic, **BOTH))
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
-        maps, pooled = variances(loss.get_submodule("of.maps")), variances(loss.get_submodule("of.regions"))["reweigh"]
+        maps, pooled = (
+            variance_modules(loss.get_submodule("of.maps")),
+            variance_modules(loss.get_submodule("of.regions"))["reweigh"],
+        )
         levels = [
             slow_map(maps[f"reweigh.{s}"], x, teacher.neck[s], torch.ones_like(x[:, 0]))
             for s, x in student.neck.items()
@@ -83,16 +86,16 @@ class TestPADOfMimicOnItsWay(TestPADOfMimic):
     """With variances that are not 0: equal features leave the mean of v / 2, which the features decide."""
 
     def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
-        return drawn(super().loss(student, teacher))
+        return randomize_variances(super().loss(student, teacher))
 
     def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
-        return drawn(super().adapted(student, teacher))
+        return randomize_variances(super().adapted(student, teacher))
 
     def test_is_at_its_minimum_when_student_equals_teacher(self) -> None:
         student, _ = self.views(OBJECTS)
         loss = self.loss(self.student, self.student)
         values = self.run(loss, student, equal_views(student))
-        part = variances(loss)["of.regions.reweigh"]
+        part = variance_modules(loss)["of.regions.reweigh"]
         v = [slow_v(part, cell) for region in student.roi_features([]) for cell in region.flatten(1).T.tolist()]
         assert values["regions.all"].item() == pytest.approx(sum(v) / len(v) / 2)
 
@@ -104,13 +107,13 @@ class TestPADOfFGFI(AnchorsFollowMaps):
         return PAD(student, teacher, partial(FGFI, adapter=NONE))
 
     def adapted(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
-        return drawn(PAD(student, teacher, FGFI))
+        return randomize_variances(PAD(student, teacher, FGFI))
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
         grid = {stride: (x.shape[2], x.shape[3]) for stride, x in student.neck.items()}
         boxes = [target.boxes for target in student.batch.targets]
         masks = slow_fine_grained(boxes, student.anchors, grid, 0.5)
-        parts = variances(loss.get_submodule("of.maps"))
+        parts = variance_modules(loss.get_submodule("of.maps"))
         levels = [slow_map(parts[f"reweigh.{s}"], student.neck[s], teacher.neck[s], masks[s]) for s in grid]
         return {"neck.foreground": sum(levels) / 5}
 
@@ -144,8 +147,8 @@ def test_starts_as_the_wrapped_loss_and_keeps_its_terms(name: str) -> None:
     expected = plain(*pair())
     for term, value in padded(*pair()).items():
         assert value.item() == pytest.approx(expected[term].item(), rel=2e-6), term
-    assert not list(variances(plain))
-    assert len(variances(padded)) == PLACES.get(name, 5)
+    assert not list(variance_modules(plain))
+    assert len(variance_modules(padded)) == PLACES.get(name, 5)
 
 
 def uneven_pair() -> tuple[FakeView, FakeView]:
@@ -161,8 +164,8 @@ def uneven_pair() -> tuple[FakeView, FakeView]:
 def test_nodes_of_a_graph_are_weighed_region_by_region_and_its_edges_left_alone() -> None:
     student, teacher = uneven_pair()
     plain = DSIG(spec(), spec())(student, teacher)
-    loss = drawn(PAD(spec(), spec(), DSIG))
-    part, values = variances(loss)["of.nodes.reweigh"], loss(student, teacher)
+    loss = randomize_variances(PAD(spec(), spec(), DSIG))
+    part, values = variance_modules(loss)["of.nodes.reweigh"], loss(student, teacher)
     features = list(zip(student.roi_features([]), teacher.roi_features([]), strict=True))
     expected = {"foreground": 0.0, "background": 0.0}
     for labels, rows in zip(student.rois.labels, (slice(0, 6), slice(6, 10)), strict=True):
@@ -182,10 +185,10 @@ def test_nodes_of_a_graph_are_weighed_region_by_region_and_its_edges_left_alone(
 
 def test_squares_of_rescaled_maps_are_weighed_by_the_feature_as_it_is() -> None:
     student, teacher = pair(torch.float64)
-    loss = drawn(PAD(spec(), spec(), partial(SSIM, error="l2", adapter=NONE)))
+    loss = randomize_variances(PAD(spec(), spec(), partial(SSIM, error="l2", adapter=NONE)))
     expected = 0.0
     for stride, x in student.neck.items():
-        part = variances(loss)[f"of.maps.reweigh.{stride}"]
+        part = variance_modules(loss)[f"of.maps.reweigh.{stride}"]
         scaled = []
         for maps in (x, teacher.neck[stride]):
             low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
@@ -198,7 +201,7 @@ def test_squares_of_rescaled_maps_are_weighed_by_the_feature_as_it_is() -> None:
 
 
 def test_variances_are_trained_with_the_loss_and_forgotten_by_no_checkpoint() -> None:
-    loss = drawn(PAD(spec(), spec(), FGFI))
+    loss = randomize_variances(PAD(spec(), spec(), FGFI))
     state = loss.state_dict()
     assert sum("reweigh" in name for name in state) == 2 * 5
     again = PAD(spec(), spec(), FGFI)
@@ -231,14 +234,14 @@ def test_extreme_variances_stay_finite_with_their_gradients(v: float) -> None:
 
 def test_during_the_warmup_it_is_the_plain_loss_and_still_attached() -> None:
     plain = FGFI(spec(), spec())(*pair())["neck.foreground"].item()
-    loss = drawn(PAD(spec(), spec(), FGFI, warmup=2))
+    loss = randomize_variances(PAD(spec(), spec(), FGFI, warmup=2))
     values = {}
     for epoch in (0, 1, 2, 0):
         loss.on_epoch_start(epoch, None, None, None)
         values[epoch] = loss(*pair())["neck.foreground"]
         loss.zero_grad()
         values[epoch].backward()
-        gradients = [parameter.grad for part in variances(loss).values() for parameter in part.parameters()]
+        gradients = [parameter.grad for part in variance_modules(loss).values() for parameter in part.parameters()]
         assert all(gradient is not None for gradient in gradients)
         assert any(gradient.any() for gradient in gradients if gradient is not None) == (epoch == 2)
     assert values[0].item() == values[1].item() == pytest.approx(plain, rel=2e-6)
@@ -248,10 +251,12 @@ def test_during_the_warmup_it_is_the_plain_loss_and_still_attached() -> None:
 @pytest.mark.parametrize(("warmup", "epoch", "on"), [(0.5, 0, False), (0.5, 1, True), (0, 0, True), (2, 1, False)])
 def test_the_epoch_alone_says_whether_the_warmup_goes_on(warmup: float, epoch: int, on: bool) -> None:
     """As of a loss that was just made, or just loaded inside an epoch, whose start it is never told."""
-    loss = drawn(PAD(spec(), spec(), FGFI, warmup))
+    loss = randomize_variances(PAD(spec(), spec(), FGFI, warmup))
     loss.epoch = epoch
     loss(*pair())["neck.foreground"].backward()
-    weighed = [bool(parameter.grad.any()) for part in variances(loss).values() for parameter in part.parameters()]  # type: ignore[union-attr]
+    weighed = [
+        bool(parameter.grad.any()) for part in variance_modules(loss).values() for parameter in part.parameters()
+    ]  # type: ignore[union-attr]
     assert any(weighed) == on
 
 

@@ -12,7 +12,7 @@ from distill.losses.prototypes import box_means, choose_prototypes, dense, match
 from helpers.fake_view import corners
 
 
-def drawn(count: int, width: int, seed: int) -> Tensor:
+def random_features(count: int, width: int, seed: int) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -51,7 +51,7 @@ def test_box_means_of_no_box_and_their_gradient() -> None:
 
 @pytest.mark.parametrize("rows", [3, 1024])
 def test_density_equals_loops_over_pairs(rows: int) -> None:
-    features = unit(drawn(20, 3, 1))
+    features = unit(random_features(20, 3, 1))
     values = []
     for one in features.tolist():
         cosines = [sum(a * b for a, b in zip(one, other, strict=True)) for other in features.tolist()]
@@ -87,7 +87,7 @@ def slow_pursuit(student: Tensor, teacher: Tensor, atoms: list[int], count: int,
 
 
 def test_pursuit_equals_loops_over_atoms() -> None:
-    student, teacher = unit(drawn(15, 4, 2)), unit(drawn(15, 6, 3))
+    student, teacher = unit(random_features(15, 4, 2)), unit(random_features(15, 6, 3))
     atoms = torch.tensor([0, 2, 3, 7, 9, 14])
     chosen = matching_pursuit(student, teacher, atoms, 5, 10.0)
     assert chosen.tolist() == slow_pursuit(student, teacher, atoms.tolist(), 5, 10.0)

@@ -21,7 +21,7 @@ from distill.types import DetectorSpec, DistillError
 from helpers.fake_view import FakeView, batch, equal_views, random_view, spec
 from helpers.grids import exhaustive
 from helpers.loss_grid import OBJECTS, LossGrid
-from helpers.slow_oracles import slow
+from helpers.slow_oracles import slow_masks
 
 NO_ADAPTER = {"kernel": None}
 AXES = {"plane": (2, 3), "image": (1, 2, 3), "tensor": (0, 1, 2, 3)}
@@ -117,7 +117,7 @@ class TestMaskedSSIM(TestSSIM):
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
         boxes = [target.boxes for target in student.batch.targets]
-        inside = slow(boxes, {stride: (x.shape[2], x.shape[3]) for stride, x in student.neck.items()})
+        inside = slow_masks(boxes, {stride: (x.shape[2], x.shape[3]) for stride, x in student.neck.items()})
         terms = {"neck.foreground": 0.0, "neck.background": 0.0}
         for stride, x in student.neck.items():
             error = slow_error(self.compare, x, teacher.neck[stride])

@@ -54,6 +54,20 @@ def slow_gaussian(boxes: list[list[float]], stride: int, height: int, width: int
     return mask
 
 
+@pytest.mark.parametrize(
+    ("largest", "value", "slope"),
+    [(12.0, 6.99614882, 0.60663432), (16.0, 9.42272221, 0.60664607), (30.0, 17.91576997, 0.60664628)],
+)
+def test_golden_values_of_a_confident_wrong_student(largest: float, value: float, slope: float) -> None:
+    """Value and slope by the largest logit, from 50 decimal digits."""
+    student = torch.tensor([[0.0, largest, 0.3]], requires_grad=True)
+    loss = tadf.binary_cross_entropy(student, torch.tensor([[2.0, 0.0, 1.0]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(value, rel=3e-7)
+    assert student.grad is not None
+    assert student.grad[0, 1].item() == pytest.approx(slope, rel=3e-6)
+
+
 @pytest.mark.parametrize("largest", [12.0, 16.0, 18.0, 30.0, 300.0])
 def test_the_cross_entropy_of_a_confident_wrong_student_keeps_its_digits(largest: float) -> None:
     """-log(1 - s) of a softmax s that rounds to 1 in float32, with its gradient, against float64 without 1 - s."""

@@ -32,8 +32,8 @@ from distill.losses.mimic import Mimic
 from distill.teacher import Teacher
 from distill.training.distiller import Distiller
 from distill.types import Batch, DistillError
-from helpers.loss_states import Tiny
-from helpers.measured import CPU, detector
+from helpers.bench_detector import CPU, detector
+from helpers.loss_states import RandomClassifier
 
 
 def step(batch: Batch, kind: Any = DeFeat, **options: Any) -> Step:
@@ -277,7 +277,7 @@ def test_the_verdict_tells_a_teachers_maps_from_what_a_loss_keeps() -> None:
 
 
 def test_a_guest_of_a_loss_is_clocked_as_a_teacher(batch: Batch) -> None:
-    student, classifier = detector(), Tiny(("background", *CLASSES))
+    student, classifier = detector(), RandomClassifier(("background", *CLASSES))
     loss = DICOD(student.spec, None, classifier, size=12)
     made = Step(Distiller(student, None, {"dicod": loss}), batch)
     theirs, ours = made.record_reads()
@@ -293,7 +293,7 @@ def test_a_guest_of_a_loss_is_clocked_as_a_teacher(batch: Batch) -> None:
 
 
 def test_guests_are_put_back_when_a_loss_fails(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    student, classifier = detector(), Tiny()  # knows none of the classes
+    student, classifier = detector(), RandomClassifier()  # knows none of the classes
     loss = DICOD(student.spec, None, classifier, {"classes": 0}, size=12)
     made, met = Step(Distiller(student, None, {"dicod": loss}), batch), []
 

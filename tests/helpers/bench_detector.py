@@ -1,4 +1,4 @@
-"""A small detector that is measured."""
+"""A small Faster R-CNN for the tests of measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distill.detectors.faster_rcnn import FasterRCNN
 from helpers.detectors import nested
 
 CPU = torch.device("cpu")
-TINY: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "depth": 10,
     "width": 0.25,
     "neck_channels": 16,
@@ -26,4 +26,4 @@ TINY: dict[str, Any] = {
 
 def detector(seed: int = 0, **options: Any) -> FasterRCNN:
     torch.manual_seed(seed)
-    return FasterRCNN(list(CLASSES), **nested({**TINY, **options}))
+    return FasterRCNN(list(CLASSES), **nested({**SMALL, **options}))

@@ -1,0 +1,65 @@
+"""A hand-made batch with a ground-truth box without area: no loss gives NaN, and Chen's box terms leave the box out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from distill.losses.chen import Chen
+from distill.types import Batch, View
+from helpers.detectors import padded_batch, random_detector
+from helpers.methods import METHODS, small_loss
+
+
+def batch_with_thin_boxes() -> Batch:
+    """The first box of an image has no width, the second one no height."""
+    batch = padded_batch()
+    targets = []
+    for target in batch.targets:
+        boxes = target.boxes.clone()
+        if len(boxes):
+            boxes[0, 2], boxes[1, 3] = boxes[0, 0], boxes[1, 1]
+        targets.append(replace(target, boxes=boxes))
+    return replace(batch, targets=tuple(targets))
+
+
+@pytest.fixture(scope="module")
+def detectors() -> tuple[Any, Any]:
+    return random_detector("faster_rcnn"), random_detector("faster_rcnn", seed=1).eval()
+
+
+def views(detectors: tuple[Any, Any]) -> tuple[View, View]:
+    student, teacher = detectors
+    batch = batch_with_thin_boxes()
+    return student.view(batch, seed=0), teacher.view(batch, frozen=True, seed=0)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"dicod"}))  # DICOD's pair is not two detectors
+def test_every_loss_and_its_gradient_are_numbers(name: str, detectors: tuple[Any, Any]) -> None:
+    student, teacher = detectors
+    loss = small_loss(name)(student=student.spec, teacher=teacher.spec)
+    values = loss(*views(detectors))
+    assert {term for term, value in values.items() if not value.isfinite()} == set()
+    parameters = list(student.parameters())
+    total = torch.stack(list(values.values())).sum()
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+
+
+def test_chens_box_terms_are_sums_over_the_other_boxes(detectors: tuple[Any, Any]) -> None:
+    student, teacher = views(detectors)
+    loss = Chen(student.spec, teacher.spec, margin=1e9)  # every error counts: |S - y|^2 without a bound
+    values = loss(student, teacher)
+    regions = student.rois
+    deltas, expected, thin = student.roi_logits(regions.boxes)[1], 0.0, 0
+    for row, (label, box, y) in enumerate(
+        zip(torch.cat(regions.labels), torch.cat(regions.truth), torch.cat(regions.deltas), strict=True)
+    ):
+        if label > 0 and (box[2:] > box[:2]).all():
+            expected += (deltas[row, 4 * label : 4 * label + 4] - y).square().sum().item()
+        thin += int(label > 0 and not (box[2:] > box[:2]).all())
+    assert thin > 0
+    assert values["rcn.box"].item() == pytest.approx(expected / len(deltas), rel=1e-5)
