@@ -9,17 +9,17 @@ from distill.cli.preflight import plan_teacher
 from distill.cli.teacher import as_teacher
 from distill.diagnostics.bench.step import Step
 from distill.training.distiller import Distiller
-from helpers.detector_pairs import PAIRS, Pair
+from helpers.detector_pairs import OPTIONS, Pair
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_every_method_gives_the_terms_of_the_plain_teacher(name: str) -> None:
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_every_method_gives_the_terms_of_the_plain_teacher(name: str, options: tuple[str, ...]) -> None:
     pair = Pair(name)
     switched_off = compose.compose_without_run([*pair.lines, "teacher.fold=false", "teacher.channels_last=false"])
-    options = plan_teacher(switched_off)
-    assert options is not None
-    plain = as_teacher(options, pair.teacher.detector, "plain")
-    for option, losses in pair.losses():
+    plan = plan_teacher(switched_off)
+    assert plan is not None
+    plain = as_teacher(plan, pair.teacher.detector, "plain")
+    for option, losses in pair.losses(options):
         modules = [Distiller(pair.student, teacher, losses, pair.schedule) for teacher in (plain, pair.teacher)]
         steps = [Step(module, pair.batch) for module in modules]
         views = [(step.student_view(), step.teacher_view()) for step in steps]

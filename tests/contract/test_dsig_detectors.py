@@ -174,6 +174,7 @@ def test_options_have_the_released_weights(option: str, weights: dict[str, float
     assert (loss.alpha, loss.mining) == (7.5, None if "retinanet" in option else 0.6)
 
 
+@pytest.mark.exhaustive
 def test_dsig_adds_to_defeat(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
     lines = ["distill=[defeat,dsig]", f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]
     assert cli(["train", *lines]) == 0

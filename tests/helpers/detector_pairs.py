@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from distill.cli import compose
@@ -12,6 +12,7 @@ from distill.cli.instantiate import without_weights
 from distill.cli.preflight import plan_run
 from distill.diagnostics.bench.measure import set_norm_statistics
 from distill.types import DistillError
+from helpers.grids import exhaustive
 from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL
 
 PAIRS = {
@@ -26,6 +27,16 @@ NOT_HERE = {
     },
 }
 """Options that do not fit the pair: of a classifier, of the other kind of detector."""
+
+ONE_OF_EACH_METHOD = {
+    "two-stage": (
+        *("chen", "defeat_full", "dsig", "fgfi", "global_knowledge", "mimic", "pad_mimic", "ssim", "ssim_masked"),
+        "tadf",
+    ),
+    "one-stage": ("defeat", "dsig_retinanet", "fgfi", "mimic_neck", "pad_fgfi", "ssim", "tadf_neck"),
+}
+OPTIONS = [*ONE_OF_EACH_METHOD.items(), *(exhaustive((name, ())) for name in PAIRS)]
+"""(pair, options) for tests: one option of each method daily, all options in the exhaustive tests."""
 
 
 class Pair:
@@ -44,10 +55,10 @@ class Pair:
         set_norm_statistics(self.student, self.batch)
         self.student.train()
 
-    def losses(self) -> Iterator[tuple[str, Any]]:
-        """Every option with its losses; that no other one is left out is seen to."""
+    def losses(self, options: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+        """Each of these options with its losses. Without options: every option that fits, which is verified."""
         left = set()
-        for option in sorted(set(compose.config_groups()["distill"]) - {"none"}):
+        for option in sorted(options or set(compose.config_groups()["distill"]) - {"none"}):
             plan = plan_run(compose.compose_config([*self.lines, f"distill={option}", "paths.run=run"]))
             try:
                 module = assemble(plan, self.data, self.student, self.teacher)
@@ -56,4 +67,4 @@ class Pair:
                 continue
             module.start_epoch(0, self.data)
             yield option, module.losses
-        assert left == NOT_HERE[self.name]
+        assert left == (set() if options else NOT_HERE[self.name])

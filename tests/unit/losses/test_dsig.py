@@ -437,7 +437,7 @@ def test_a_one_stage_student_s_predictions_are_pooled_once_without_gradient() ->
 
 
 @pytest.mark.parametrize(
-    ("known", "options", "ours", "theirs"),
+    ("known", "options", "student_reads", "teacher_reads"),
     [
         (spec(), only(neck={"all": 1}), {"neck"}, {"neck"}),
         (spec(), only(nodes={"background": 1}), {"rois", "roi_features"}, {"roi_features"}),

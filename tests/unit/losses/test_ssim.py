@@ -318,7 +318,13 @@ def test_blocks_give_what_whole_maps_give(name: str, scope: str, dtype: torch.dt
 @pytest.mark.usefixtures("planes")
 @pytest.mark.parametrize("scope", ["plane", exhaustive("none")])
 @pytest.mark.parametrize(
-    "powers", [{}, {"luminance": 0.0, "contrast": 0.0}, {"contrast": 0.0, "structure": 0.0}, {"contrast": 2.0}]
+    "powers",
+    [
+        {},
+        exhaustive({"luminance": 0.0, "contrast": 0.0}),
+        exhaustive({"contrast": 0.0, "structure": 0.0}),
+        {"contrast": 2.0},
+    ],
 )
 def test_the_gradient_of_blocks_is_that_of_their_value(scope: str, powers: dict[str, float]) -> None:
     student, teacher = pair(2, 2, 4, 7, dtype=torch.float64)
