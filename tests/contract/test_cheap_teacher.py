@@ -1,4 +1,4 @@
-"""Whatever a method reads of a teacher, the folded one with its channels last gives it the same terms."""
+"""Every method gives the same terms with the folded, channels-last teacher as with the plain one."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_gradient_reaches_the_student_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_twin_teacher_asks_for_nothing(family: str) -> None:
+def test_terms_are_zero_for_an_equal_teacher(family: str) -> None:
     student, twin = random_detector(family), random_detector(family)
     data = padded_batch()
     values = DSIG(student.spec, twin.spec, **settings(OPTION[family]))(

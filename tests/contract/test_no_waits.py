@@ -1,4 +1,4 @@
-"""No loss makes the host wait for the device in a step, but where a table here says so, and why."""
+"""No loss makes the host wait for the device in a step, except where `ALLOWED_WAITS` gives a reason."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_waits_are_counted() -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
-def test_no_loss_waits_but_where_it_is_said(name: str, options: tuple[str, ...]) -> None:
+def test_no_loss_waits_except_where_allowed(name: str, options: tuple[str, ...]) -> None:
     pair = Pair(name)
     alone = waits(Step(Distiller(pair.student, schedule=pair.schedule), pair.batch))
     waits_of: dict[str, dict[str, int]] = {}

@@ -64,7 +64,7 @@ def test_prototypes_are_features_of_boxes_of_their_class() -> None:
                 assert chosen_rows == {tuple(round(x, 3) for x in row) for row in features[best].tolist()}
 
 
-def test_the_student_is_looked_at_anew_and_the_teacher_once() -> None:
+def test_student_features_are_recomputed_and_teacher_features_kept() -> None:
     loss, data, student, teacher = small_pair_and_data()
     reads = []
     view = teacher.view
@@ -86,7 +86,7 @@ def test_the_student_is_looked_at_anew_and_the_teacher_once() -> None:
     assert not torch.equal(loss.student_prototypes, before)
 
 
-def test_so_many_images_a_class_and_no_small_box() -> None:
+def test_candidates_respect_the_limits_of_images_and_sides() -> None:
     loss, data, student, teacher = small_pair_and_data(images=2)
     chosen = list(select_candidates(data.dataset("train", training=False), 2, 6.0, loss.seed))
     for label in range(1, len(data.classes) + 1):
@@ -156,32 +156,32 @@ def test_prototypes_do_not_depend_on_the_batch() -> None:
 # -- several processes
 
 
-def chosen(folder: Path, name: str) -> None:
-    """Prototypes of two epochs, and how many images the teacher was asked about."""
+def save_prototypes(folder: Path, name: str) -> None:
+    """Prototypes of two epochs, and how many images the teacher was teacher_images about."""
     loss, data, student, teacher = small_pair_and_data()
-    asked: list[int] = []
+    teacher_images: list[int] = []
     view = teacher.view
-    teacher.view = lambda images, **options: asked.extend(images.ids) or view(images, **options)  # type: ignore[method-assign]
+    teacher.view = lambda images, **options: teacher_images.extend(images.ids) or view(images, **options)  # type: ignore[method-assign]
     for epoch in (0, 1):
         loss.on_epoch_start(epoch, data, student, teacher)
-    torch.save((loss.student_prototypes, loss.teacher_prototypes, asked), folder / f"{name}.pt")
+    torch.save((loss.student_prototypes, loss.teacher_prototypes, teacher_images), folder / f"{name}.pt")
 
 
 def one_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    chosen(folder, str(rank))
+    save_prototypes(folder, str(rank))
     dist.destroy_process_group()
 
 
 def test_two_processes_share_the_images_and_choose_the_same(tmp_path: Path) -> None:
     run_in_two_processes(one_rank, tmp_path)
-    chosen(tmp_path, "alone")
-    (student_prototypes, teacher_prototypes, asked), *parts = (
+    save_prototypes(tmp_path, "alone")
+    (student_prototypes, teacher_prototypes, teacher_images), *parts = (
         torch.load(tmp_path / f"{name}.pt") for name in ("alone", "0", "1")
     )
-    assert all(len(part[2]) < len(asked) for part in parts)
-    assert sorted(parts[0][2] + parts[1][2]) == sorted(asked)
+    assert all(len(part[2]) < len(teacher_images) for part in parts)
+    assert sorted(parts[0][2] + parts[1][2]) == sorted(teacher_images)
     assert student_prototypes.any()
     for part in parts:
         torch.testing.assert_close(part[:2], (student_prototypes, teacher_prototypes), rtol=1e-5, atol=1e-6)
