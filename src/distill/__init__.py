@@ -12,7 +12,7 @@ from typing import Any
 _MODULES = {
     "Batch": "types",
     "BestCheckpoint": "training.callbacks.checkpoints",
-    "CheckpointFiles": "training.callbacks.checkpoint_files",
+    "CheckpointFiles": "training.checkpoint_io",
     "Chen": "losses.chen",
     "Classifier": "training.classifier",
     "Coco": "data.coco",

@@ -1,10 +1,10 @@
-"""Type checks of options from files, which may hold values of any type, against a constructor's annotations."""
+"""Nested options from files, which may hold values of any type, and their checks against annotations."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from reprlib import repr as shorten
@@ -95,3 +95,12 @@ def parse_options(name: str, given: Any, default: Options) -> Options:
     if wrong := type_errors(type(default), given):
         raise DistillError("; ".join(f"{name}.{line}" for line in wrong))
     return replace(default, **given)
+
+
+def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and the value of every nested option. An empty mapping is a value."""
+    for name, value in options.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -6,7 +6,7 @@ import pytest
 
 from distill.cli import compose
 from distill.cli.preflight import plan_teacher
-from distill.cli.teacher import as_teacher
+from distill.cli.teacher_cache import as_teacher
 from distill.diagnostics.bench.step import Step
 from distill.training.distiller import Distiller
 from helpers.detector_pairs import OPTIONS, Pair

@@ -22,8 +22,8 @@ from distill.cli import compose, instantiate
 from distill.cli.assembly import build_losses, build_trainer
 from distill.cli.main import main
 from distill.cli.preflight import plan_losses, plan_run
-from distill.cli.resume import flatten
 from distill.detectors.options import to_plain
+from distill.type_checks import leaves
 from distill.types import DistillError
 from helpers.grids import exhaustive, mostly_exhaustive
 from helpers.methods import METHODS
@@ -130,15 +130,6 @@ def test_the_base_option_of_a_loss_has_the_constructor_s_defaults(option: str) -
         }
         assert {name: given.get(name, "not a key") for name in defaults} == defaults, f"{option}{path}"
         assert OmegaConf.to_container(node).get("seed") == ("${seed}" if "seed" in parameters else None)
-
-
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Full key and value of everything in a nested mapping that is no mapping."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 @pytest.mark.parametrize("option", [option for option in LOSSES if option not in BASES])
@@ -487,9 +478,9 @@ def test_an_experiment_says_of_its_teacher_what_it_says_of_its_student(experimen
     lines = [f"experiment={experiment}", "paths.run=x"]
     said = body(experiment)
     cfg = compose.compose_config(lines)
-    of_teacher = dict(flatten(OmegaConf.to_container(said.teacher.model)))
-    assert set(of_teacher) >= set(dict(flatten(OmegaConf.to_container(said.model))))
-    composed = dict(flatten(OmegaConf.to_container(cfg.teacher.model)))
+    of_teacher = dict(leaves(OmegaConf.to_container(said.teacher.model)))
+    assert set(of_teacher) >= set(dict(leaves(OmegaConf.to_container(said.model))))
+    composed = dict(leaves(OmegaConf.to_container(cfg.teacher.model)))
     assert {key: composed[key] for key in of_teacher} == of_teacher
 
 

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.cli import compose, instantiate, target_policy
 from distill.cli.assembly import build_losses
 from distill.cli.preflight import build_metrics, plan_losses, plan_teacher
-from distill.cli.teacher import untrained
+from distill.cli.teacher_cache import untrained
 from distill.types import DetectorSpec, DistillError
 
 DAILY, ALL = (int(os.environ.get("DISTILL_FUZZ", examples)) for examples in ("150", "500"))

@@ -29,8 +29,8 @@ from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD
 from distill.training.callbacks import checkpoints
 from distill.training.callbacks.averaging import WeightAverage
-from distill.training.callbacks.checkpoint_files import CheckpointFiles, read_checkpoint
 from distill.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint, RestoreSignalHandlers, parse_interval
+from distill.training.checkpoint_io import CheckpointFiles, read_checkpoint
 from distill.types import DistillError, View
 from helpers.training import (
     EVERYTHING,

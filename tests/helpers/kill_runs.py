@@ -23,7 +23,7 @@ import psutil
 from distill.cli import report as reports
 from distill.cli import train  # noqa: F401
 from distill.cli.main import main
-from distill.training.callbacks import checkpoint_files
+from distill.training import checkpoint_io
 from distill.training.distiller import Distiller
 
 EVENTS: dict[str, tuple[Any, str, int]] = {
@@ -52,7 +52,7 @@ def arm(event: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if event == "in the writing of a checkpoint":
-        whole = checkpoint_files.atomic_write
+        whole = checkpoint_io.atomic_write
 
         def half(path: Path, write: Callable[[Any], object], keep: Path | None = None) -> Path:
             def written(file: Any) -> None:
@@ -64,7 +64,7 @@ def arm(event: str, call: int) -> None:
 
             return whole(path, written, keep)
 
-        checkpoint_files.atomic_write = half
+        checkpoint_io.atomic_write = half
         return
     owner, name, _ = EVENTS[event]
     original = getattr(owner, name)

@@ -233,7 +233,7 @@ def test_a_weak_teacher_is_named(cli: Cli, tiny_teacher: Path) -> None:
 def test_a_teacher_that_does_not_keep_its_promise_is_named(
     cli: Cli, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.cli.teacher._known_values", lambda *_: {"val/AP": 0.4})
+    monkeypatch.setattr("distill.cli.teacher_cache._known_values", lambda *_: {"val/AP": 0.4})
     report = visit(cli, f"teacher.weights={tiny_teacher}", *TINY)
     assert any("promises 0.400: check its weights" in fault for fault in report["faults"])
 

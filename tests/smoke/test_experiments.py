@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from distill.cli import assembly, compose, teacher
+from distill.cli import assembly, compose, teacher_cache
 from distill.types import DistillError
 from helpers.grids import mostly_exhaustive
 from helpers.image_folders import write_coco, write_voc
@@ -98,7 +98,10 @@ def test_the_teachers_own_run_has_the_model_that_is_printed(
 
     def look(options: Any, data: Any) -> None:
         made.append(
-            (options.model, compose.compose_config([*teacher.teacher_overrides(options), "hydra.run.dir=."]).model)
+            (
+                options.model,
+                compose.compose_config([*teacher_cache.teacher_overrides(options), "hydra.run.dir=."]).model,
+            )
         )
         raise DistillError("seen")
 

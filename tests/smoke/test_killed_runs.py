@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill.cli import report, teacher
+from distill.cli import report, teacher_cache
 from distill.data.datamodule import DetectionData
 from distill.data.images import ImageDataset
 from distill.data.loader import SIGTERM_GRACE
@@ -150,7 +150,7 @@ def struck(owner: Any, name: str, number: signal.Signals, patch: pytest.MonkeyPa
 
 BEFORE: dict[str, tuple[Any, str]] = {
     "the data checks": (DetectionData, "setup"),
-    "waiting for a teacher": (teacher, "cached_run"),
+    "waiting for a teacher": (teacher_cache, "cached_run"),
     "the opening words": (report, "print_opening"),
     "the teacher's evaluation": (TeacherCheck, "on_train_start"),
 }

@@ -18,8 +18,7 @@ import yaml
 from PIL import Image
 
 from distill import load_detector
-from distill.cli import compose
-from distill.cli import teacher as teachers
+from distill.cli import compose, teacher_cache
 from distill.cli.main import main
 from distill.data.shapes import CLASSES
 from distill.training.distiller import Distiller
@@ -240,7 +239,7 @@ def test_a_teacher_is_trained_once_and_serves_a_sweep(backgrounds: str, cli: Cli
 )
 def test_a_cached_teacher_is_another_only_where_it_learns_otherwise(change: str, same: bool) -> None:
     lines = ["model=frcnn_r18_thin", "distill=none", "teacher=none", "seed=0"]
-    assert (teachers._cache_key([*lines, change]) == teachers._cache_key(lines)) == same
+    assert (teacher_cache._cache_key([*lines, change]) == teacher_cache._cache_key(lines)) == same
 
 
 @pytest.mark.exhaustive

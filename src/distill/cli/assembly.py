@@ -14,19 +14,20 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from distill.cli import instantiate
 from distill.cli.preflight import LossOptions, RunPlan, check_masks
-from distill.cli.resume import IDENTITY_KEYS, flatten
-from distill.cli.teacher import find_teacher, planned_spec
+from distill.cli.resume import IDENTITY_KEYS
+from distill.cli.teacher_cache import find_teacher, planned_spec
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.detectors.inherit import inherit
 from distill.losses.base import DistillLoss
 from distill.teacher import Teacher
-from distill.training.callbacks.checkpoint_files import CheckpointFiles
 from distill.training.callbacks.checkpoints import RestoreSignalHandlers
 from distill.training.callbacks.consistency import ConsistencyCheck
 from distill.training.callbacks.provenance import Provenance
+from distill.training.checkpoint_io import CheckpointFiles
 from distill.training.distiller import Distiller
 from distill.training.schedule import use_channels_last
+from distill.type_checks import leaves
 from distill.types import DetectorSpec, DistillError
 
 
@@ -137,4 +138,4 @@ def _build(group: str, parts: Mapping[str, Callable[[], Any]], kind: type) -> li
 
 def shared_values(config: Mapping[str, Any], data: DetectionData) -> dict[str, str]:
     """Values that must be equal on all processes, by key: a configuration without paths, and the data."""
-    return {name: str(value) for name, value in flatten({**config, "data seen": data.state_dict()})}
+    return {name: str(value) for name, value in leaves({**config, "data seen": data.state_dict()})}

@@ -13,7 +13,7 @@ from distill.cli.assembly import assemble, build_student
 from distill.cli.instantiate import without_weights
 from distill.cli.preflight import RunPlan
 from distill.cli.tables import print_line, print_table
-from distill.cli.teacher import UNTRAINED, as_teacher, find_teacher, untrained
+from distill.cli.teacher_cache import UNTRAINED, as_teacher, find_teacher, untrained
 from distill.data.datamodule import DetectionData
 from distill.diagnostics.bench import measure as timing
 from distill.diagnostics.bench.clock import Clock, Spread

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from distill.cli import compose, instantiate, preflight
 from distill.cli.assembly import assemble, build_student, build_trainer
 from distill.cli.preflight import RunPlan
-from distill.cli.teacher import UNTRAINED, as_teacher, cache_entry, find_teacher, read_summary, untrained
+from distill.cli.teacher_cache import UNTRAINED, as_teacher, cache_entry, find_teacher, read_summary, untrained
 from distill.cli.train import silence_known_warnings
 from distill.data.datamodule import DetectionData
 from distill.diagnostics import doctor

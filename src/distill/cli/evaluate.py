@@ -15,7 +15,7 @@ from distill.run_folder import OVERRIDES, STUDENT, SUMMARY, RunFolder
 from distill.types import DistillError
 
 if TYPE_CHECKING:
-    from distill.cli.teacher import TeacherOptions
+    from distill.cli.teacher_cache import TeacherOptions
     from distill.detectors.base import Detector
 
 
@@ -104,7 +104,7 @@ def load_student(source: Path) -> Detector:
 
 def load_teacher_of(run: RunFolder, options: TeacherOptions | None) -> Detector:
     """The teacher that a finished run had."""
-    from distill.cli.teacher import load_teacher
+    from distill.cli.teacher_cache import load_teacher
     from distill.files import read_json
 
     identity = read_json(run.summary).get("teacher") if run.summary.is_file() else None

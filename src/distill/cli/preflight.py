@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import instantiate, resume, validate
 from distill.cli.suggestions import nearest
-from distill.cli.teacher import TeacherOptions
+from distill.cli.teacher_cache import TeacherOptions
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.evaluation.evaluate import MetricFactory

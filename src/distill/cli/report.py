@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from distill.cli.preflight import RunPlan
 from distill.cli.resume import write_slurm_job
 from distill.cli.tables import print_line, print_table
-from distill.cli.teacher import measured_by
+from distill.cli.teacher_cache import measured_by
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.detectors.student_files import save_student

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from distill.cli import compose, instantiate
 from distill.cli.signals import RESTART_ADVICE
 from distill.files import write_text
 from distill.run_folder import OVERRIDES, RunFolder, previous_checkpoint
+from distill.type_checks import leaves
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def find_checkpoint(cfg: DictConfig, run: Path) -> Path | None:
         raise DistillError(f"resume: expected same or anyway, got '{cfg.resume}'")
     if cfg.ckpt_path is None:
         return None
-    from distill.training.callbacks.checkpoint_files import latest_intact_checkpoint
+    from distill.training.checkpoint_io import latest_intact_checkpoint
 
     file = RunFolder(run).last if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
     if not file.is_file() and not previous_checkpoint(file).is_file():
@@ -179,7 +180,7 @@ def validate_data(mode: str, file: Path | None, data: DetectionData) -> None:
 
 
 def _read_part(file: Path | None, key: str) -> Any:
-    from distill.training.callbacks.checkpoint_files import read_checkpoint
+    from distill.training.checkpoint_io import read_checkpoint
 
     return None if file is None else read_checkpoint(file, lazily=True).get(key)
 
@@ -200,7 +201,7 @@ def _refuse(mode: str, file: Path | None, differing: Sequence[str]) -> None:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Lines ``key: value there, value here`` of all keys that differ but must be equal."""
-    there, here = dict(flatten(before)), dict(flatten(now))
+    there, here = dict(leaves(before)), dict(leaves(now))
     keys = [key for key in {**there, **here} if not any(fnmatchcase(key, free) for free in MAY_DIFFER)]
     return [
         f"{key}: {_describe_value(there, key)}, {_describe_value(here, key, 'here')}"
@@ -215,12 +216,3 @@ def _differ(there: Mapping[str, Any], here: Mapping[str, Any], key: str) -> bool
 
 def _describe_value(values: Mapping[str, Any], key: str, place: str = "there") -> str:
     return f"{values[key]} {place}" if key in values else f"not {place}"
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of every leaf of a nested mapping."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from distill.cli import compose, resume, target_policy
 from distill.cli.hydra_main import run_hydra
 from distill.cli.signals import Terminated, wait_for_process
-from distill.cli.teacher import RANK_VARIABLES
+from distill.cli.teacher_cache import RANK_VARIABLES
 from distill.files import write_text
 from distill.run_folder import RunFolder
 from distill.types import DistillError

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distill.cli import compose, instantiate
-from distill.cli.resume import flatten
+from distill.type_checks import leaves
 from distill.types import DistillError
 
 Rule = tuple[str, Callable[[Any], bool]]
@@ -102,7 +102,7 @@ def validate_values(cfg: DictConfig) -> None:
     Raises:
         DistillError: names the first invalid value, or an interpolation that cannot be resolved.
     """
-    for key, value in flatten(instantiate.to_containers(cfg)):
+    for key, value in leaves(instantiate.to_containers(cfg)):
         for pattern, (expected, is_valid) in RULES.items():
             if fnmatchcase(key, pattern) and not is_valid(value):
                 raise DistillError(f"{key}={value}: expected {expected}")

@@ -6,7 +6,7 @@ import torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from distill.types import DistillError
@@ -73,12 +73,3 @@ def checkpoint_model(checkpoint: Mapping[str, Any], where: str) -> Any:
     """
     description = {"format": checkpoint.get("student_format", 1), "model": checkpoint.get("student")}
     return to_current_format(description, where)["model"]
-
-
-def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted path and the value of every nested option."""
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -13,12 +13,12 @@ from distill.detectors import anchors
 from distill.detectors.backbones import body_state, imagenet_weights
 from distill.detectors.base import Detector, check_classes
 from distill.detectors.class_layers import class_rows
-from distill.detectors.description import leaves
 from distill.detectors.norms import set_eps
 from distill.detectors.state_dicts import State, fit, read_state
 from distill.detectors.student_files import existing_file, read_description, weights_file
 from distill.detectors.timm import TIMM, timm_network
 from distill.detectors.torchvision_weights import categories, download, find_entry
+from distill.type_checks import leaves
 from distill.types import DistillError
 
 MEANING = (

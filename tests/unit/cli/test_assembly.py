@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill.cli import compose, teacher
+from distill.cli import compose, teacher_cache
 from distill.cli.assembly import assemble, build_student
 from distill.cli.preflight import RunPlan, plan_run
 from distill.data.datamodule import DetectionData
@@ -24,7 +24,9 @@ def plan(*lines: str) -> RunPlan:
 
 def untrained_teacher(run: RunPlan) -> Teacher:
     assert run.teacher is not None
-    return teacher.as_teacher(run.teacher, teacher.untrained(run.teacher, run.data.classes), teacher.UNTRAINED)
+    return teacher_cache.as_teacher(
+        run.teacher, teacher_cache.untrained(run.teacher, run.data.classes), teacher_cache.UNTRAINED
+    )
 
 
 def test_weights_of_the_plan_reach_the_step() -> None:

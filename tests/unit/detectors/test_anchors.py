@@ -17,9 +17,10 @@ from torchvision.ops.poolers import LevelMapper
 
 from distill.detectors import anchors as anchor_parts
 from distill.detectors import registry, student_files
-from distill.detectors.description import RENAMED_OPTIONS, leaves
+from distill.detectors.description import RENAMED_OPTIONS
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.retinanet import RetinaNet
+from distill.type_checks import leaves
 from distill.types import Batch, DistillError, Target
 from helpers.detectors import nested
 

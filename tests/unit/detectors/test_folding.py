@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from distill.cli import compose
 from distill.cli.preflight import plan_teacher
-from distill.cli.teacher import TeacherOptions, as_teacher
+from distill.cli.teacher_cache import TeacherOptions, as_teacher
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.folding import fold

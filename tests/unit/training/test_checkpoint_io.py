@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from distill.training.callbacks import checkpoint_files
-from distill.training.callbacks.checkpoint_files import CheckpointFiles, latest_intact_checkpoint, read_checkpoint
+from distill.training import checkpoint_io
+from distill.training.checkpoint_io import CheckpointFiles, latest_intact_checkpoint, read_checkpoint
 from distill.types import DistillError
 
 FILES = CheckpointFiles()
@@ -95,8 +95,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         if call == "fsync":
             patch.setattr(os, "fsync", full)
         else:
-            whole = checkpoint_files.atomic_write
-            patch.setattr(checkpoint_files, "atomic_write", lambda path, write, keep: whole(path, full, keep))
+            whole = checkpoint_io.atomic_write
+            patch.setattr(checkpoint_io, "atomic_write", lambda path, write, keep: whole(path, full, keep))
         with pytest.raises(DistillError) as caught:
             save(tmp_path, 3)
     said = str(caught.value)

@@ -13,7 +13,7 @@ import pytest
 RUN = """
 import sys, time
 from pathlib import Path
-from distill.cli import teacher
+from distill.cli import teacher_cache
 from distill.run_folder import RunFolder
 
 folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
@@ -28,12 +28,12 @@ def train(command, folder, lock):
     (folder / "summary.json").write_text("{}")
 
 if len(sys.argv) < 5:
-    teacher._train = train
+    teacher_cache._train = train
 else:
     sys.executable = sys.argv[4]  # with which a teacher's run is started
 print("ready", flush=True)
 sys.stdin.readline()
-found = teacher.cached_run(folder, [], "auto")
+found = teacher_cache.cached_run(folder, [], "auto")
 assert RunFolder(found).finished, "used before it was finished"
 print("used", flush=True)
 """

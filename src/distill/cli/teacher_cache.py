@@ -25,10 +25,11 @@ from omegaconf import OmegaConf
 
 from distill.cli.compose import compose_config, parse_overrides, quote_value
 from distill.cli.instantiate import to_containers, without_weights
-from distill.cli.resume import LOADING_KEYS, flatten
+from distill.cli.resume import LOADING_KEYS
 from distill.cli.signals import Terminated, wait_for_process
 from distill.files import read_json
 from distill.run_folder import STUDENT, RunFolder
+from distill.type_checks import leaves
 from distill.types import DetectorSpec, DistillError
 
 if TYPE_CHECKING:
@@ -216,8 +217,8 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
 
 def _model_overrides(wanted: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
     """Overrides that turn the model of `lines` into the wanted model, whatever an experiment sets for its student."""
-    given = dict(flatten(to_containers(compose_config([*lines, "hydra.run.dir=."]).model)))
-    wanted = dict(flatten(wanted))
+    given = dict(leaves(to_containers(compose_config([*lines, "hydra.run.dir=."]).model)))
+    wanted = dict(leaves(wanted))
     removed = [f"~model.{key}" for key in given if key not in wanted]
     added = [f"+model.{key}={json.dumps(value)}" for key, value in wanted.items() if key not in given]
     changed = [f"model.{key}={json.dumps(wanted[key])}" for key in given if wanted.get(key, given[key]) != given[key]]
