@@ -7,7 +7,7 @@ from typing import Any
 
 from distill.cli import compose
 from distill.cli.assembly import assemble, build_student
-from distill.cli.bench_report import bench_teacher
+from distill.cli.bench_measurement import bench_teacher
 from distill.cli.instantiate import without_weights
 from distill.cli.preflight import plan_run
 from distill.diagnostics.bench.measure import set_norm_statistics

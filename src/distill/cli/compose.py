@@ -17,7 +17,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
-from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -126,14 +125,14 @@ def recorded_overrides(run: Path) -> list[Override]:
 
 
 @contextmanager
-def _initialized_hydra() -> Iterator[None]:
+def initialized_hydra() -> Iterator[None]:
     """Hydra, initialized with our configuration, unless a running job has initialized it."""
     register_resolvers()
     register_presets(config_folder())
     if GlobalHydra.instance().is_initialized():
         yield
     else:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        with initialize_config_dir(str(config_folder()), job_name="distill", version_base="1.3"):
             yield
 
 
@@ -151,13 +150,13 @@ def compose_with_hydra(overrides: Sequence[str]) -> DictConfig:
     Raises:
         DistillError: the configuration breaks a rule of `target_policy`, or lacks a node that every run reads.
     """
-    with _initialized_hydra():
+    with initialized_hydra():
         cfg = compose(CONFIG_NAME, list(overrides), return_hydra_config=True)
     nodes: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
     require_nodes(nodes)
     words = [str(override.input_line) for override in parse_overrides(overrides) if override.is_hydra_override()]
     acted_on = tuple(word for word in words if not word.startswith(("hydra.run.", "hydra.sweep.")))
-    default = _default_hydra(config_folder(), acted_on, JobRuntime.instance().get("name"))
+    default = _default_hydra(config_folder(), acted_on)
     # Any file may name the folders of runs, so these words are not composed: hundreds of folders share one default.
     default = default | {"overrides": default["overrides"] | {"hydra": words}}
     target_policy.validate_config(nodes, overrides, default)
@@ -165,9 +164,9 @@ def compose_with_hydra(overrides: Sequence[str]) -> DictConfig:
 
 
 @cache
-def _default_hydra(conf: Path, words: tuple[str, ...], job: str) -> dict[str, Any]:
+def _default_hydra(conf: Path, words: tuple[str, ...]) -> dict[str, Any]:
     """The ``hydra`` node of conf/config.yaml and these overrides only."""
-    with _initialized_hydra():
+    with initialized_hydra():
         cfg = compose(CONFIG_NAME, list(words), return_hydra_config=True)
     node: dict[str, Any] = OmegaConf.to_container(cfg.hydra, resolve=False)  # type: ignore[assignment]
     return node
@@ -325,7 +324,7 @@ def _refuse_shared_losses(overrides: Sequence[str]) -> None:
 
 def _chosen_losses(overrides: Sequence[str]) -> dict[str, set[str]]:
     """Chosen option of ``distill`` -> the losses that the option defines or inherits."""
-    with _initialized_hydra():
+    with initialized_hydra():
         loader = GlobalHydra.instance().config_loader()
         files = loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN).defaults
     chosen = [

@@ -1,4 +1,4 @@
-"""Hydra as the entry point of runs and sweeps, through `hydra.main`."""
+"""Hydra as the engine of runs and sweeps, and the flags of its command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,59 +28,81 @@ CONFIGURATION_FLAGS = (
 
 
 def parse_words(words: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """The flags that are needed before Hydra runs, including ``overrides``; and all words that are not overrides.
+    """The flags of Hydra's command line, including ``overrides``; and all words that are not overrides.
 
     Raises:
-        DistillError: a flag that would replace distill's configuration, or two flags that exclude each other.
+        DistillError: an unknown flag, a flag that would replace distill's configuration, or two flags that exclude each
+            other.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
-    for switch in (("--help", "-h"), ("--hydra-help",), ("--multirun", "-m"), ("--shell-completion", "-sc")):
+    for switch in (("--help", "-h"), ("--hydra-help",), ("--shell-completion", "-sc"), ("--resolve",)):
+        parser.add_argument(*switch, action="store_true")
+    for switch in (("--run", "-r"), ("--multirun", "-m")):
         parser.add_argument(*switch, action="store_true")
     parser.add_argument("--info", "-i", nargs="?", const="all")
-    configuration = (
-        ("--config-path", "-cp"),
-        ("--config-name", "-cn"),
-        ("--config-dir", "-cd"),
-        ("--experimental-rerun",),
-    )
-    for option in (("--cfg", "-c"), ("--package", "-p"), *configuration):
+    for option in (("--cfg", "-c"), ("--package", "-p"), *CONFIGURATION_FLAGS):
         parser.add_argument(*option)
     flags, unknown = parser.parse_known_args(list(words))
     flags.overrides += [word for word in unknown if not word.startswith("-")]  # overrides after a flag
-    if flags.cfg and flags.multirun:
-        raise DistillError("--cfg shows the configuration of one run: leave out -m, and give each key one value")
+    flags.runs = not (flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion)
     for name in (flag[0] for flag in CONFIGURATION_FLAGS):
         if getattr(flags, name[2:].replace("-", "_")) is not None:
             raise DistillError(
                 f"{name}: the configuration is {compose.config_folder()}; put a file of yours there, "
                 "experiment/mine.yaml say, and choose it by experiment=mine"
             )
-    flags.runs = not (flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion)
+    if flags.cfg and flags.multirun:
+        raise DistillError("--cfg shows the configuration of one run: leave out -m, and give each key one value")
+    if other := [word for word in unknown if word.startswith("-")]:
+        raise DistillError(f"there is no flag {other[0]}; distill train --help shows the options")
+    if flags.runs and (flags.resolve or flags.package):
+        raise DistillError("--resolve and --package go with --cfg, as in --cfg job --resolve")
     return flags, [word for word in words if word not in flags.overrides]
 
 
-def run_hydra(words: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
-    """Let Hydra compose the configuration of these words and call the task, or answer a flag such as ``--help``.
+def run_hydra(overrides: Sequence[str], task: Callable[[DictConfig], Any], mode: RunMode = RunMode.RUN) -> None:
+    """Let Hydra compose the configuration and call the task: once, or once for each job of a sweep.
 
-    Hydra reads the words from ``sys.argv``. A task that starts processes restores ``sys.argv`` first, because
-    Lightning starts the processes with the command line of this process.
+    ``hydra.main`` does the same, but composes the configuration once more to find the mode.
 
     Args:
-        words: overrides and flags.
+        overrides: overrides of the run or sweep.
         task: called with the configuration; a module-level function for a sweep, because launchers pickle it.
+        mode: one run, or a sweep.
 
     Raises:
-        DistillError: Hydra cannot execute these words.
+        DistillError: Hydra cannot execute these overrides.
+    """
+    try:
+        with compose.initialized_hydra():
+            engine: Any = GlobalHydra.instance().hydra
+            if mode == RunMode.MULTIRUN:
+                engine.multirun(compose.CONFIG_NAME, task, [*overrides, "hydra.mode=MULTIRUN"])
+            else:
+                engine.run(compose.CONFIG_NAME, task, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _refusal(error) from error
+
+
+def answer_flags(words: Sequence[str]) -> None:
+    """Let Hydra answer a flag that starts no run, such as ``--help``. Hydra reads the words from ``sys.argv``.
+
+    Raises:
+        DistillError: the configuration of these words does not compose.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints an error and exits; messages are main's task
     command_line = sys.argv
     sys.argv = [command_line[0], *words]
     try:
         hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(
-            task
+            lambda cfg: None
         )()
     except (HydraException, OmegaConfBaseException) as error:
-        raise DistillError(str(error).partition("Config search path")[0].strip()) from error
+        raise _refusal(error) from error
     finally:
         sys.argv = command_line
+
+
+def _refusal(error: Exception) -> DistillError:
+    return DistillError(str(error).partition("Config search path")[0].strip())

@@ -19,10 +19,17 @@ from hydra.core.config_store import ConfigStore
 from distill.cli.suggestions import nearest
 from distill.types import DistillError
 
+_registered: dict[str, dict[str, Any]] = {}
+
 
 def register_presets(conf: Path) -> None:
-    """Make the options of both tables known to Hydra."""
-    for option, node in preset_options(conf).items():
+    """Make the options of both tables known to Hydra, unless they are registered already."""
+    options = preset_options(conf)
+    if options == _registered:
+        return
+    _registered.clear()
+    _registered.update(options)
+    for option, node in options.items():
         group, _, name = option.rpartition("/")
         ConfigStore.instance().store(name, node, group, provider="distill")
     repo = ConfigStore.instance().repo

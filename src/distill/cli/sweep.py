@@ -34,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from distill.cli import compose, resume, target_policy
 from distill.cli.hydra_main import run_hydra
 from distill.cli.signals import Terminated, wait_for_process
+from distill.cli.tables import print_table
 from distill.cli.teacher_cache import RANK_VARIABLES
 from distill.files import write_text
 from distill.run_folder import RunFolder
@@ -95,11 +96,11 @@ class SweepTable(Callback):
         write_table(Path(config.hydra.sweep.dir))
 
 
-def run(words: Sequence[str], cfg: DictConfig) -> None:
+def run_sweep(words: Sequence[str], cfg: DictConfig) -> None:
     """Run a sweep, and print its table.
 
     Args:
-        words: overrides and flags of the command line.
+        words: overrides of the sweep.
         cfg: the configuration of the first job, with the ``hydra`` node.
 
     Raises:
@@ -119,7 +120,7 @@ def run(words: Sequence[str], cfg: DictConfig) -> None:
     others = [word for word in words if not word.startswith("hydra.sweep.dir=")]
     resume.write_slurm_job(folder)
     try:
-        run_hydra([f"hydra.sweep.dir={compose.quote_value(str(folder))}", *others], run_job)
+        run_hydra([f"hydra.sweep.dir={compose.quote_value(str(folder))}", *others], run_job, RunMode.MULTIRUN)
     except JobFailed as error:
         raise JobFailed(f"{count_failed(folder)} of the sweep's jobs failed, the first: {error}") from None
     except (Terminated, KeyboardInterrupt) as stopped:
@@ -154,7 +155,10 @@ def show_table(folder: Path) -> None:
     varied = [name for name in names if "/" not in name and len({str(row.get(name)) for row in rows}) > 1]
     numbers = [name for name in names if name in TABLE_METRICS]
     columns = dict.fromkeys(["job", *(name for name in varied if name != "error"), "state", *numbers])
-    _print_table(list(columns), rows, folder)
+    print_table(f"sweep {folder}", list(columns), [[row.get(name) for name in columns] for row in rows], len(columns))
+    for row in rows:
+        if "error" in row:
+            print(f"job {row['job']} failed: {row['error']}")
     if count_failed(folder):
         print(continuation_advice(folder))
 
@@ -241,20 +245,3 @@ def _table_row(job: Path) -> dict[str, Any]:
     if RunFolder(job).error.is_file():
         return row | {"state": "failed", "error": RunFolder(job).error.read_text()}
     return row | {"state": "unfinished"}
-
-
-def _print_table(columns: list[str], rows: list[dict[str, Any]], folder: Path) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"sweep {escape(str(folder))}", title_justify="left")
-    for column in columns:
-        table.add_column(escape(column), overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(row.get(column, ""))) for column in columns))
-    console = Console()
-    console.print(table)
-    for row in rows:
-        if "error" in row:
-            console.print(f"job {row['job']} failed: {row['error']}", highlight=False, markup=False, soft_wrap=True)

@@ -43,3 +43,8 @@ def print_line(label: str, text: object, style: str = "bold") -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def gib(count: float) -> str:
+    """A number of bytes in GiB."""
+    return f"{count / 2**30:.1f} GiB"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from distill.cli import compose, resume, sweep
-from distill.cli.hydra_main import parse_words, run_hydra
+from distill.cli.hydra_main import answer_flags, parse_words, run_hydra
 from distill.cli.presets import register_presets
 from distill.cli.signals import Terminated
 from distill.types import DistillError
@@ -32,28 +31,29 @@ def main(argv: Sequence[str]) -> int:
     register_presets(compose.config_folder())
     flags, options = parse_words(argv)
     if flags.shell_completion:
-        run_hydra(argv, train)
+        answer_flags(argv)
         return 0
     cfg, overrides = compose.validate_overrides(flags.overrides)
-    if flags.runs and (flags.multirun or cfg.hydra.mode == RunMode.MULTIRUN):
-        sweep.run([*overrides, *options], cfg)
+    if not flags.runs:
+        answer_flags([*overrides, *options])
+    elif flags.multirun or cfg.hydra.mode == RunMode.MULTIRUN:
+        sweep.run_sweep(overrides, cfg)
     else:
-        _run_once([*resume.add_run_to_resume(overrides), *options])
+        _run_once(resume.add_run_to_resume(overrides))
     return 0
 
 
-def _run_once(words: Sequence[str]) -> None:
-    command_line, refused = sys.argv, []
+def _run_once(overrides: Sequence[str]) -> None:
+    refused: list[DistillError] = []
 
     def task(cfg: DictConfig) -> float:
-        sys.argv = command_line
         try:
             return train(cfg)
         except DistillError as error:  # bypasses Hydra, which would print all overrides before the message
             refused.append(error)
             return float("nan")
 
-    run_hydra(words, task)
+    run_hydra(overrides, task)
     if refused:
         raise refused[0]
 

@@ -1,4 +1,4 @@
-"""The report of the verb doctor, section by section, in plain containers."""
+"""Examines a planned run for the verb doctor. The report is a nested mapping with one entry for each section."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from distill.cli import compose, instantiate, preflight
 from distill.cli.assembly import assemble, build_student, build_trainer
 from distill.cli.preflight import RunPlan
+from distill.cli.tables import gib
 from distill.cli.teacher_cache import UNTRAINED, as_teacher, cache_entry, find_teacher, read_summary, untrained
 from distill.cli.train import silence_known_warnings
 from distill.data.datamodule import DetectionData
@@ -240,8 +241,3 @@ def planned_batches(limits: Any, batches: int) -> tuple[int, int]:
         total = min(total, limits.max_steps * limits.accumulate_grad_batches)
     every = limits.check_val_every_n_epoch
     return total, (total // an_epoch // every if every else 0) + 1
-
-
-def gib(count: float) -> str:
-    """A number of bytes in GiB."""
-    return f"{count / 2**30:.1f} GiB"
