@@ -284,7 +284,7 @@ def test_supervised_names_the_losses_of_the_student_and_not_of_the_teacher(stude
     name, other = min(LOSS_NAMES[student]), LOSS_NAMES[teacher] - LOSS_NAMES[student]
     assert compose.compose_config([f"model={student}", f"supervised.{name}=0"]).supervised[name] == 0
     for foreign in other:
-        with pytest.raises(DistillError, match=f"there is no key 'supervised.{foreign}'"):
+        with pytest.raises(DistillError, match=f"there is no key 'supervised.{foreign}', which weights a loss of"):
             compose.validate_overrides([f"model={student}", f"teacher={teacher}", f"supervised.{foreign}=0"])
 
 

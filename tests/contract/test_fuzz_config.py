@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import compose, instantiate, target_policy
 from distill.cli.assembly import build_losses
-from distill.cli.preflight import build_metrics, plan_losses, plan_teacher
+from distill.cli.preflight import plan_losses, plan_teacher
 from distill.cli.teacher_cache import untrained
 from distill.types import DetectorSpec, DistillError
 
@@ -150,7 +150,7 @@ def build(cfg: DictConfig, groups: set[str]) -> None:
     if "schedule" in groups:
         instantiate.build_node(cfg.schedule)
     if "metrics" in groups:
-        for make in build_metrics(cfg).values():
+        for make in map(instantiate.build_node, instantiate.named_nodes(cfg.metrics).values()):
             make({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}, ("a",))
     with torch.device("meta"):
         if "model" in groups:

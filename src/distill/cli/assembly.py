@@ -1,4 +1,4 @@
-"""Builds the objects of a run from its plan. Train, doctor, bench and replay share these functions."""
+"""Builds the objects of a run from its plan. Train, evaluate, doctor, bench and replay share them."""
 
 from __future__ import annotations
 

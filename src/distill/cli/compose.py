@@ -357,8 +357,19 @@ def _explain_failure(error: Exception, overrides: Sequence[str]) -> str:
     full = re.search(r"full_key: (\S+)", str(error.__cause__ or error))
     if match:
         path = full.group(1) if full else match.group(1)
-        return f"there is no key '{path}'{nearest(path, _leaf_keys(overrides))}"
+        families = _families_with(path)
+        owner = (
+            f", which weights a loss of {' and '.join(families)}: the student is of another family" if families else ""
+        )
+        return f"there is no key '{path}'{owner}{nearest(path, _leaf_keys(overrides))}"
     return f"the configuration does not compose: {shorten(str(error), MESSAGE_LENGTH, placeholder='…')}"
+
+
+def _families_with(path: str) -> list[str]:
+    """The detector families that define the loss ``supervised.NAME``; none for any other key."""
+    group, _, name = path.partition(".")
+    files = sorted((config_folder() / group).glob("*.yaml")) if group == "supervised" else []
+    return [file.stem for file in files if name in OmegaConf.load(file)]
 
 
 def _root_keys() -> list[str]:

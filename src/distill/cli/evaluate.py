@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from distill.cli import compose, instantiate, validate
+from distill.cli import compose
 from distill.run_folder import OVERRIDES, STUDENT, SUMMARY, RunFolder
 from distill.types import DistillError
 
@@ -33,20 +34,22 @@ def main(argv: Sequence[str]) -> int:
     run = find_run(args.source)
     cfg = recompose(run, args.overrides)
 
-    from distill.cli.preflight import build_metrics, plan_teacher
+    from distill.cli.assembly import assemble
+    from distill.cli.preflight import plan_run
     from distill.cli.tables import print_table
     from distill.evaluation.evaluate import evaluate
     from distill.files import write_text
 
-    data = instantiate.build_node(cfg.data)
+    plan = plan_run(cfg)
+    data = plan.data
     data.setup("test" if args.split == "test" else "fit")
-    detector = load_teacher_of(run, plan_teacher(cfg)) if args.teacher else load_student(args.source)
+    detector = load_teacher_of(run, plan.teacher) if args.teacher else load_student(args.source)
     trained = (detector.options["min_size"], detector.options["max_size"])
     if trained != data.input_size:
         print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
-    metrics, device = list(build_metrics(cfg).values()), instantiate.trainer_device(cfg)
+    module = assemble(replace(plan, losses={}, inherit=False), data, detector)
     title = f"{'teacher' if args.teacher else 'student'}, {args.split}"
-    results = evaluate(detector, data, args.split, metrics, device, title)
+    results = evaluate(module.student, data, args.split, module.metrics, plan.device, title)
     rows = [(name, f"{100 * value:.2f}" if value >= 0 else "no ground truth") for name, value in results.items()]
     print_table(f"{title}, percent", ("metric", "value"), rows)
     if args.json:
@@ -72,7 +75,7 @@ def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
         for override in compose.recorded_overrides(run.path)
         if override.key_or_group.split(".")[0] not in chosen  # data=voc replaces all overrides of the run's data
     ]
-    return validate.compose_valid_config([*recorded, *overrides])
+    return compose.compose_without_run([*recorded, *overrides])
 
 
 def load_student(source: Path) -> Detector:

@@ -121,7 +121,7 @@ def plan_run(cfg: DictConfig, run: Path | None = None) -> RunPlan:
         teacher=plan_teacher(cfg),
         losses=plan_losses(cfg),
         supervised=instantiate.to_containers(cfg.supervised),
-        metrics=list(build_metrics(cfg).values()),
+        metrics=[instantiate.build_node(node) for node in instantiate.named_nodes(cfg.metrics).values()],
         schedule=instantiate.build_node(cfg.schedule),
         guard=instantiate.build_node(cfg.guard),
         trainer=_plan_trainer(cfg),
@@ -171,11 +171,6 @@ def plan_losses(cfg: DictConfig) -> dict[str, LossOptions]:
             raise DistillError(f"distill.losses.{name}: expected a DistillLoss, got {node.get('_target_')}")
         losses[name] = LossOptions(kind, partial(instantiate.build_node, node))
     return losses
-
-
-def build_metrics(cfg: DictConfig) -> dict[str, MetricFactory]:
-    """Constructors of the metrics by name. A metric that is null is left out."""
-    return {name: instantiate.build_node(node) for name, node in instantiate.named_nodes(cfg.metrics).items()}
 
 
 def _plan_trainer(cfg: DictConfig) -> TrainerOptions:

@@ -5,7 +5,7 @@ Configuration files are shared and copied, so a file must not be able to run cod
 - A ``_target_`` is a class that one of the `ALLOWED` packages defines, or a name that ``trust=[package]`` allows.
 - ``trust`` counts on the command line only. A file that sets it is refused.
 - Hydra acts on its own node (callbacks, launcher, logging, environment) before a run begins. Files may set only the
-  `FILE_KEYS` of that node.
+  `FILE_KEYS` of that node, and the keys of a sweep.
 
 `validate_config` checks spelling and origin of names, without an import, before Hydra or a run acts on a configuration.
 `load_class` checks what a name refers to when an object is built: ``torch.os.system`` is spelled like a part of torch.
@@ -15,11 +15,10 @@ Hydra's own block list stays active inside `hydra.utils.instantiate`.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.utils import get_object
 
 from distill.types import DistillError
@@ -43,10 +42,10 @@ HYDRA_DEFAULTS = (
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
 )
 """Classes that the ``hydra`` node names by default."""
-TARGET_KEYS = ("_target_", "()", "custom_search_space")
-"""Keys whose values are called: by Hydra, by Python's logging configuration, and by the Optuna sweeper."""
-FILE_KEYS = ("run", "sweep", "sweeper", "mode", "verbose")
-"""Keys of the ``hydra`` node that a file may set."""
+FILE_KEYS = ("run", "sweep", "mode", "verbose")
+"""Keys of the ``hydra`` node that a file may set, besides ``sweeper.params``."""
+TRUST = re.compile(r"\+*trust=\[?\s*((NAME(\s*,\s*NAME)*)?)\s*\]?".replace("NAME", r"[^\W\d]\w*(\.\w+)*"))
+"""``trust=[NAME, …]`` or ``trust=NAME``."""
 
 _trusted: tuple[str, ...] = ()
 
@@ -61,18 +60,9 @@ def set_trusted(command_line: Sequence[str]) -> None:
     _trusted = ()
     for word in command_line:
         if word.lstrip("+").partition("=")[0] == "trust":
-            _trusted += _parse_trust(word)
-
-
-def _parse_trust(word: str) -> tuple[str, ...]:
-    try:
-        value = OverridesParser.create().parse_override(word).value()
-    except HydraException:
-        value = None
-    names = value if isinstance(value, list) else [value]
-    if not all(isinstance(name, str) and name.replace(".", "_").isidentifier() for name in names):
-        raise DistillError(f"'{word}': expected names of packages or constructors, as in trust=[my_package]")
-    return tuple(names)
+            if word.endswith("=") or not (match := TRUST.fullmatch(word)):
+                raise DistillError(f"'{word}': expected names of packages or constructors, as in trust=[my_package]")
+            _trusted += tuple(re.findall(r"[\w.]+", match[1]))
 
 
 def validate_config(config: dict[str, Any], overrides: Sequence[str], default_hydra: Mapping[str, Any]) -> None:
@@ -95,23 +85,25 @@ def validate_config(config: dict[str, Any], overrides: Sequence[str], default_hy
         )
     for where, name in _target_names(tasks):
         _validate_name(name, where)
-    hydra = config["hydra"]
+    hydra, sweeper = config["hydra"], config["hydra"]["sweeper"]
+    sweep_keys = sweeper.get("params") if isinstance(sweeper, dict) else None
     given = [word for word in overrides if word not in default_hydra["overrides"]["hydra"]]
     allowed = {**default_hydra, **{key: hydra[key] for key in (*FILE_KEYS, "runtime")}}
+    allowed["sweeper"] = {**default_hydra["sweeper"], "params": sweep_keys}
     allowed["overrides"] = {**default_hydra["overrides"], "task": given}
     allowed["job"] = {**default_hydra["job"], "override_dirname": hydra["job"]["override_dirname"]}
     if changed := next(_differing_keys(hydra, allowed, "hydra"), None):
         raise DistillError(
             f"a configuration file sets {changed}, and Hydra acts on this key before anything is checked. Files may "
-            f"set {', '.join(f'hydra.{key}' for key in FILE_KEYS)}. If you want the setting, say {changed}=… on the "
-            "command line"
+            f"set {', '.join(f'hydra.{key}' for key in FILE_KEYS)} and hydra.sweeper.params. If you want "
+            f"the setting, say {changed}=… on the command line"
         )
-    if hydra["sweeper"] != default_hydra["sweeper"]:
-        for where, key, value in walk(hydra["sweeper"], "hydra.sweeper"):  # its params become overrides of the jobs
+    if sweep_keys != default_hydra["sweeper"].get("params"):
+        for where, key, value in walk(sweep_keys, "hydra.sweeper.params"):  # they become overrides of the jobs
             if str(key).lstrip("+~").startswith(("hydra", "trust")) or "${" in str(value):
                 raise DistillError(f"a configuration file sets {where}; only the command line may sweep over this key")
     for where, name in _target_names(hydra, "hydra"):
-        if name is not None and name not in HYDRA_DEFAULTS:
+        if name not in HYDRA_DEFAULTS:
             load_class(name, where, ALLOWED_IN_HYDRA)
 
 
@@ -133,7 +125,8 @@ def walk(node: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def _target_names(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    return ((full_key, value) for full_key, key, value in walk(node, where) if key in TARGET_KEYS)
+    targets = ((full_key, value) for full_key, key, value in walk(node, where) if key == "_target_")
+    return ((full_key, name) for full_key, name in targets if name not in (None, "???"))
 
 
 def validate_targets(node: Any, where: str = "") -> None:
@@ -158,8 +151,6 @@ def load_class(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> Any:
     Raises:
         DistillError: the name does not exist, is not a class, or is defined outside the allowed and trusted packages.
     """
-    if name is None:
-        raise DistillError(f"{where}: expected the dotted name of a class, got None")
     _validate_name(name, where, allowed)
     try:
         target = get_object(name)
@@ -175,18 +166,18 @@ def load_class(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> Any:
 
 def _validate_name(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> None:
     """Check the spelling, so that no module outside of the allowed packages is imported for the look-up of a name."""
-    if name is None or name == "???" or _is_within(name, _trusted):
-        return
     if not isinstance(name, str):
         raise DistillError(f"{where}: expected the dotted name of a class, got {name!r}")
+    if _is_within(name, _trusted):
+        return
     first, *parts = name.split(".")
     public = all(part.isidentifier() and not part.startswith("_") for part in parts)
     if not public or first not in {package.split(".")[0] for package in allowed}:
         raise _refusal(name, where, "a configuration may not name this")
 
 
-def _is_within(name: Any, packages: Sequence[str]) -> bool:
-    return isinstance(name, str) and any(name == package or name.startswith(f"{package}.") for package in packages)
+def _is_within(name: str, packages: Sequence[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def _refusal(name: str, where: str, why: str) -> DistillError:

@@ -7,13 +7,13 @@ only after a teacher has been trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
 from omegaconf import DictConfig
 
-from distill.cli import compose, instantiate
+from distill.cli import instantiate
 from distill.type_checks import leaves
 from distill.types import DistillError
 
@@ -83,17 +83,6 @@ RULES: dict[str, Rule] = {
     "trainer.limit_train_batches": POSITIVE_OR_NULL,
 }
 """Pattern of a key, with ``*`` for any text -> the rule for its value."""
-
-
-def compose_valid_config(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of a verb that starts no run, validated like that of a run.
-
-    Raises:
-        DistillError: an unknown key or option, or an invalid value.
-    """
-    cfg = compose.compose_without_run(overrides)
-    validate_values(cfg)
-    return cfg
 
 
 def validate_values(cfg: DictConfig) -> None:

@@ -81,7 +81,7 @@ class NonFiniteGuard:
         self.skipping = False
         """Whether the guard or the scaler skipped the last step; averages of weights ignore such a step."""
         self._records: list[StepRecord] = []
-        self._norm_statistics: list[Tensor] = []
+        self._norm_statistics: list[list[Tensor]] = []  # floating-point buffers, and integer buffers
         self._saved_statistics: list[Tensor] = []
 
     def state_dict(self) -> dict[str, int]:
@@ -96,13 +96,17 @@ class NonFiniteGuard:
         """Save the running statistics at the first batch of a step, because a forward pass changes them."""
         if self._records:
             return
-        norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
-        self._norm_statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-        if [(b.shape, b.device) for b in self._saved_statistics] != [
-            (b.shape, b.device) for b in self._norm_statistics
-        ]:
-            self._saved_statistics = [torch.empty_like(buffer) for buffer in self._norm_statistics]
-        _copy_tensors(self._norm_statistics, self._saved_statistics)
+        norms = [m for m in student.modules() if m.training and getattr(m, "track_running_stats", False)]
+        buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        kinds = [[b for b in buffers if b.is_floating_point() == floating] for floating in (True, False)]
+        self._norm_statistics = [kind for kind in kinds if kind]
+        # Few kernel launches for many small tensors.
+        self._saved_statistics = [torch.cat([b.reshape(-1) for b in kind]) for kind in self._norm_statistics]
+
+    def _restore_norm_statistics(self) -> None:
+        for buffers, saved in zip(self._norm_statistics, self._saved_statistics, strict=True):
+            for buffer, values in zip(buffers, saved.split_with_sizes([b.numel() for b in buffers]), strict=True):
+                buffer.copy_(values.view_as(buffer))
 
     def record(self, record: StepRecord) -> None:
         """Keep the record of a batch, to describe the batch if the step is skipped. Reads nothing from the device."""
@@ -128,18 +132,18 @@ class NonFiniteGuard:
             return
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         bad = {number: terms for number, record in enumerate(records) if (terms := _bad_terms(record))}
-        guilty = gather_objects(bool(bad))
+        faulty_ranks = gather_objects(bool(bad))
         try:
-            if scaler is not None and not any(guilty):
+            if scaler is not None and not any(faulty_ranks):
                 self._require_scale(scaler, module.global_step)
             else:
-                self._report_step(module, records, bad, guilty)
+                self._report_step(module, records, bad, faulty_ranks)
         finally:
             if scaler is not None and unscales_in_step(optimizer):
                 scaler.unscale_(optimizer)
             for parameter in parameters:
                 parameter.grad = None  # an optimizer ignores such parameters: no momentum, no decay
-            _copy_tensors(self._saved_statistics, self._norm_statistics)
+            self._restore_norm_statistics()
 
     def _require_scale(self, scaler: Any, step: int) -> None:
         scale = scaler.get_scale() * scaler.get_backoff_factor()
@@ -151,30 +155,30 @@ class NonFiniteGuard:
             )
 
     def _report_step(
-        self, module: Any, records: Sequence[StepRecord], bad: Mapping[int, Sequence[str]], guilty: Sequence[bool]
+        self, module: Any, records: Sequence[StepRecord], bad: Mapping[int, Sequence[str]], faulty_ranks: Sequence[bool]
     ) -> None:
         self.consecutive, self.skipped = self.consecutive + 1, self.skipped + 1
-        blamed = guilty if any(guilty) else [True] * len(guilty)
+        blamed = faulty_ranks if any(faulty_ranks) else [True] * len(faulty_ranks)
         terms = list(dict.fromkeys(term for terms in bad.values() for term in terms))
-        shown = [
+        named_images = [
             image for number, record in enumerate(records) if number in bad or not bad for image in record.batch.ids
         ]
-        descriptions = gather_objects((_describe(module, records, terms), shown))
+        descriptions = gather_objects((_describe(module, records, terms), named_images))
         ids: dict[tuple[str, str], list[int]] = {}
         for (words, images), to_blame in zip(descriptions, blamed, strict=True):
             if to_blame:
                 ids[words] = [*ids.get(words, []), *images]
-        cause = "; ".join(f"{what} (images {images}){where}" for (what, where), images in ids.items())
+        cause = "; ".join(f"{fault} (images {images}){place}" for (fault, place), images in ids.items())
         message = f"step {module.global_step}: {cause}. No weight was changed by this step"
         if self.consecutive <= self.limit:
-            how = f"{self.consecutive} skipped in a row, guard.limit={self.limit}"
-            warnings.warn(f"{message}: it is skipped ({how})", stacklevel=2)
+            count = f"{self.consecutive} skipped in a row, guard.limit={self.limit}"
+            warnings.warn(f"{message}: it is skipped ({count})", stacklevel=2)
             return
-        _copy_tensors(self._saved_statistics, self._norm_statistics)
+        self._restore_norm_statistics()
         files = gather_objects(str(self._save(module, records, message)) if blamed[module.global_rank] else None)
-        again = "; ".join(f"python -m distill replay '{file}'" for file in files if file)
+        commands = "; ".join(f"python -m distill replay '{file}'" for file in files if file)
         before = f", nor by the {self.consecutive - 1} before it" if self.consecutive > 1 else ""
-        raise DistillError(f"{message}{before}. {ADVICE}. Do the step again: {again}")
+        raise DistillError(f"{message}{before}. {ADVICE}. Do the step again: {commands}")
 
     def _save(self, module: Any, records: Sequence[StepRecord], message: str) -> Path:
         run = RunFolder(self.folder or module.trainer.default_root_dir)
@@ -205,7 +209,7 @@ def unscales_in_step(optimizer: torch.optim.Optimizer) -> bool:
 
 def _bad_terms(record: StepRecord) -> list[str]:
     finite = torch.stack([value.isfinite() for value in record.terms.values()]).tolist()
-    return [name for name, fine in zip(record.terms, finite, strict=True) if not fine]
+    return [name for name, is_finite in zip(record.terms, finite, strict=True) if not is_finite]
 
 
 def _describe(module: Any, records: Sequence[StepRecord], terms: Sequence[str]) -> tuple[str, str]:
@@ -217,12 +221,12 @@ def _describe(module: Any, records: Sequence[StepRecord], terms: Sequence[str]) 
     # All batches on all processes: otherwise synchronized batch norms would wait forever.
     places = [place for record in records for place in _non_finite_levels(module, record.batch)]
     if terms:
-        where = "; ".join(places) or "all maps are finite, so the box head or the term's own formula produced it"
-        return f"the loss is not finite in {', '.join(terms)}", f". Levels: {where}"
+        levels = "; ".join(places) or "all maps are finite, so the box head or the term's own formula produced it"
+        return f"the loss is not finite in {', '.join(terms)}", f". Levels: {levels}"
     names = bad_gradients(module)
     more = f" and {len(names) - NAMED_PARAMETERS} more" if len(names) > NAMED_PARAMETERS else ""
-    what = f"the loss is finite, but its gradient is not, in {', '.join(names[:NAMED_PARAMETERS])}{more}"
-    return what, ": a term's formula has no finite derivative there, or overflows"
+    fault = f"the loss is finite, but its gradient is not, in {', '.join(names[:NAMED_PARAMETERS])}{more}"
+    return fault, ": a term's formula has no finite derivative there, or overflows"
 
 
 def _non_finite_levels(module: Any, batch: Batch) -> list[str]:
@@ -230,10 +234,10 @@ def _non_finite_levels(module: Any, batch: Batch) -> list[str]:
         views = {"student": module.student.view(batch, frozen=True)}
         if module.teacher is not None and module.losses:
             views["teacher"] = module.teacher.view(batch)
-        return [place for who, view in views.items() for place in non_finite_levels(who, view)]
+        return [place for model, view in views.items() for place in non_finite_levels(model, view)]
 
 
-def non_finite_levels(who: str, view: View) -> list[str]:
+def non_finite_levels(model: str, view: View) -> list[str]:
     """Levels with infinite or NaN values in the first stage of a detector that has any, with the images."""
     for stage in MAPS:
         if stage not in view.spec.outputs:
@@ -241,9 +245,9 @@ def non_finite_levels(who: str, view: View) -> list[str]:
         places = []
         for stride, values in getattr(view, stage).items():
             finite = torch.isfinite(values).flatten(1).all(1).tolist()
-            images = [image for image, good in zip(view.batch.ids, finite, strict=True) if not good]
+            images = [image for image, is_finite in zip(view.batch.ids, finite, strict=True) if not is_finite]
             if images:
-                places.append(f"{who}'s {stage} at stride {stride}, images {images}")
+                places.append(f"{model}'s {stage} at stride {stride}, images {images}")
         if places:
             return places
     return []
@@ -258,14 +262,6 @@ def bad_gradients(module: nn.Module) -> list[str]:
 def _finite(gradients: Sequence[Tensor]) -> bool:
     """Whether all values are finite. The 2-norm is fast; the maximum norm decides only if the 2-norm overflows."""
     return any(math.isfinite(nn.utils.get_total_norm(gradients, norm).item()) for norm in (2.0, math.inf))
-
-
-def _copy_tensors(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Copy many small tensors with few kernel launches, grouped into floating-point and other tensors."""
-    for floating in (True, False):
-        chosen = [pair for pair in zip(sources, targets, strict=True) if pair[0].is_floating_point() == floating]
-        if chosen:
-            torch._foreach_copy_([target for _, target in chosen], [source for source, _ in chosen])
 
 
 # -- file format of a saved step
