@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import compose, instantiate
+from distill.cli import compose, instantiate, override_checks
 from distill.cli.assembly import build_losses, build_trainer
 from distill.cli.main import main
 from distill.cli.preflight import plan_losses, plan_run
@@ -53,7 +53,7 @@ def test_bars_may_be_switched_off_as_lightning_does(
     wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    trainer = build_trainer(plan_run(compose.compose_without_run([f"trainer.enable_progress_bar={wanted}"])))
+    trainer = build_trainer(plan_run(override_checks.compose_without_run([f"trainer.enable_progress_bar={wanted}"])))
     assert (trainer.progress_bar_callback is not None) == wanted
 
 
@@ -187,7 +187,7 @@ def test_options_of_one_sweep_build_on_a_pair_of_unequal_necks(option: str) -> N
 )
 def test_a_mistyped_word_is_answered_with_the_nearest(line: str, message: str) -> None:
     with pytest.raises(DistillError) as caught:
-        compose.validate_overrides([line])
+        override_checks.validate_overrides([line])
     assert message in str(caught.value)
 
 
@@ -203,7 +203,7 @@ def test_a_mistyped_word_is_answered_with_the_nearest(line: str, message: str) -
     ],
 )
 def test_what_hydra_allows_is_let_through(lines: list[str]) -> None:
-    compose.validate_overrides(lines)
+    override_checks.validate_overrides(lines)
 
 
 def kept(option: str) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def test_any_two_distill_options_add_up_or_are_refused(share: int) -> None:
     assert not any(set(pair) == {"pad_fgfi", "pad_mimic"} or "none" in pair for pair in alike)
     for one, other in alike[::share]:
         with pytest.raises(DistillError, match=f"{one} and {other} both write the loss"):
-            compose._refuse_shared_losses([f"distill=[{one},{other}]"])
+            override_checks._refuse_shared_losses([f"distill=[{one},{other}]"])
     left = dict(alone)
     while left:
         together: dict[str, Any] = {}
@@ -233,7 +233,7 @@ def test_any_two_distill_options_add_up_or_are_refused(share: int) -> None:
                 together |= left.pop(option)
                 together["options"] = [*together.get("options", ()), option]
         line = f"distill=[{','.join(together.pop('options'))}]"
-        compose.validate_overrides([line])
+        override_checks.validate_overrides([line])
         assert OmegaConf.to_container(compose.compose_config([line]).distill.losses) == together
 
 
@@ -242,8 +242,8 @@ def test_a_second_loss_of_one_method_takes_a_name_of_its_own(tmp_path: Path, mon
     with pytest.raises(
         DistillError, match=r"ssim and ssim_l1 both write .* by '\+distill\.losses\.ssim_2=\{_target_: …\}'"
     ):
-        compose.validate_overrides(["distill=[ssim,ssim_l1]"])
-    compose.validate_overrides(["distill=ssim", second])
+        override_checks.validate_overrides(["distill=[ssim,ssim_l1]"])
+    override_checks.validate_overrides(["distill=ssim", second])
     losses = compose.compose_config(["distill=ssim", second]).distill.losses
     assert [losses[name].error for name in ("ssim", "ssim_2")] == ["ssim", "l1"]
     # as well where an experiment chooses
@@ -253,13 +253,13 @@ def test_a_second_loss_of_one_method_takes_a_name_of_its_own(tmp_path: Path, mon
     )
     monkeypatch.setattr(compose, "config_folder", lambda: tmp_path / "conf")
     with pytest.raises(DistillError, match="defeat and defeat_voc both write the loss 'defeat'"):
-        compose.validate_overrides(["experiment=mine"])
-    compose.validate_overrides(["experiment=mine", "distill=[defeat,dsig]"])
+        override_checks.validate_overrides(["experiment=mine"])
+    override_checks.validate_overrides(["experiment=mine", "distill=[defeat,dsig]"])
 
 
 def test_every_value_of_a_swept_group_is_checked() -> None:
     with pytest.raises(DistillError, match="no option 'defet'"):
-        compose.validate_overrides(["distill=none,defet"])
+        override_checks.validate_overrides(["distill=none,defet"])
 
 
 BOX_LOSSES = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
@@ -285,7 +285,7 @@ def test_supervised_names_the_losses_of_the_student_and_not_of_the_teacher(stude
     assert compose.compose_config([f"model={student}", f"supervised.{name}=0"]).supervised[name] == 0
     for foreign in other:
         with pytest.raises(DistillError, match=f"there is no key 'supervised.{foreign}', which weights a loss of"):
-            compose.validate_overrides([f"model={student}", f"teacher={teacher}", f"supervised.{foreign}=0"])
+            override_checks.validate_overrides([f"model={student}", f"teacher={teacher}", f"supervised.{foreign}=0"])
 
 
 def test_a_detector_of_a_users_own_has_no_loss_names(conf: Path) -> None:
@@ -307,10 +307,10 @@ SWEEP = "distill=none,defeat,dsig"
     ],
 )
 def test_a_key_of_one_method_composes_in_the_sweep_s_other_jobs(words: list[str], forced: list[str]) -> None:
-    assert compose.validate_overrides(words)[1] == [f"++{word}" if word in forced else word for word in words]
+    assert override_checks.validate_overrides(words)[1] == [f"++{word}" if word in forced else word for word in words]
     key = "++distill.losses.dsig.neck.all=1"
-    assert compose.applicable_overrides(["distill=none", key, "seed=3"]) == ["distill=none", "seed=3"]
-    assert compose.applicable_overrides(["seed=3", key, "distill=[dsig,mimic]"]) == [
+    assert override_checks.applicable_overrides(["distill=none", key, "seed=3"]) == ["distill=none", "seed=3"]
+    assert override_checks.applicable_overrides(["seed=3", key, "distill=[dsig,mimic]"]) == [
         "seed=3",
         key[2:],
         "distill=[dsig,mimic]",
@@ -331,7 +331,7 @@ def test_a_key_of_one_method_composes_in_the_sweep_s_other_jobs(words: list[str]
 )  # fmt: skip
 def test_a_key_that_applies_to_no_job_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(DistillError) as caught:
-        compose.validate_overrides(words)
+        override_checks.validate_overrides(words)
     assert message in str(caught.value)
 
 
@@ -362,7 +362,7 @@ def test_a_model_without_a_line_in_the_table_has_no_default_teacher_and_can_be_o
     assert compose.compose_config(["teacher=mine"]).teacher.model.backbone.depth == 18
     assert {"mine", "of/mine"} <= set(compose.config_groups()["teacher"])
     with pytest.raises(DistillError, match=r"cannot do without a teacher: .* a line in conf/teachers\.yaml"):
-        plan_run(compose.compose_without_run(["model=mine", "distill=mimic"]))
+        plan_run(override_checks.compose_without_run(["model=mine", "distill=mimic"]))
     (conf / "teachers.yaml").write_text("default: none\nmine: {teacher: fcos_r18, run: [seed=7]}\n")
     cfg = compose.compose_config(["model=mine"])
     assert (cfg.teacher.model._target_, list(cfg.teacher.run)) == ("distill.FCOS", ["seed=7"])
@@ -397,7 +397,7 @@ def test_a_file_of_a_users_own_takes_precedence_over_a_line(conf: Path) -> None:
 def test_a_mistake_in_a_table_names_the_line(file: str, text: str, message: str, conf: Path) -> None:
     (conf / file).write_text(text)
     with pytest.raises(DistillError) as caught:
-        compose.validate_overrides([])
+        override_checks.validate_overrides([])
     assert f"{file}: " in str(caught.value)
     assert message in str(caught.value)
 

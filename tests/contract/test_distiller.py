@@ -741,7 +741,7 @@ def test_the_layout_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_command_line_lays_out_the_student(wanted: bool) -> None:
-    from distill.cli import compose
+    from distill.cli import override_checks
     from distill.cli.assembly import assemble
     from distill.cli.preflight import plan_run
 
@@ -752,5 +752,5 @@ def test_the_command_line_lays_out_the_student(wanted: bool) -> None:
         "data.source.val=2",
         "data.source.test=0",
     ]
-    plan = plan_run(compose.compose_without_run(lines))
+    plan = plan_run(override_checks.compose_without_run(lines))
     assert channels_last(assemble(plan, plan.data).student) == wanted

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import compose, instantiate, target_policy
+from distill.cli import compose, instantiate, override_checks, target_policy
 from distill.cli.assembly import build_losses
 from distill.cli.preflight import plan_losses, plan_teacher
 from distill.cli.teacher_cache import untrained
@@ -127,7 +127,10 @@ def changed(distill: str, words: list[str]) -> DictConfig:
         if any(each.is_sweep_override() or each.is_hydra_override() for each in parsed):
             raise DistillError("a sweep")
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
-    except (HydraException, OmegaConfBaseException) as error:  # compose.validate_overrides makes a message of it
+    except (
+        HydraException,
+        OmegaConfBaseException,
+    ) as error:  # override_checks.validate_overrides makes a message of it
         raise DistillError(str(error)) from error
     compose.require_nodes(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
     return cfg
@@ -229,7 +232,7 @@ WORD = st.one_of(
 def try_words(words: list[str]) -> None:
     try:
         target_policy.set_trusted(words)
-        compose.validate_overrides(words)
+        override_checks.validate_overrides(words)
     except DistillError as error:
         judged(error)
     finally:

@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import distill
-from distill.cli import compose, renamed_keys
+from distill.cli import compose, override_checks, renamed_keys
 from distill.cli.main import main
 from distill.detectors import description
 from distill.types import DistillError, View
@@ -62,7 +62,7 @@ def test_commands_are_collected() -> None:
 def test_train_commands_compose(words: str) -> None:
     overrides = [word for word in shlex.split(words) if not word.startswith("-")]
     plugins = ("hydra/", "hydra.sweeper.", "hydra.launcher.")  # of packages that may not be installed
-    compose.validate_overrides([word for word in overrides if not word.startswith(plugins)])
+    override_checks.validate_overrides([word for word in overrides if not word.startswith(plugins)])
 
 
 @pytest.mark.parametrize("words", VERBS)
@@ -74,7 +74,7 @@ def test_commands_of_other_verbs_are_accepted(words: str, capsys: pytest.Capture
     for word in rest:
         if word.startswith("--"):
             assert word in usage
-    compose.validate_overrides([word for word in rest if "=" in word])
+    override_checks.validate_overrides([word for word in rest if "=" in word])
 
 
 # -- keys and options

@@ -9,7 +9,7 @@ import hydra.utils
 import pytest
 from omegaconf import OmegaConf
 
-from distill.cli import compose, instantiate, target_policy
+from distill.cli import compose, instantiate, override_checks, target_policy
 from distill.types import DistillError
 from helpers.runs import TINY, Cli
 
@@ -90,7 +90,7 @@ def test_an_option_of_hydras_own_groups_from_outside_is_refused(conf: Path) -> N
     (conf / "hydra" / "env").mkdir(parents=True)
     (conf / "hydra" / "env" / "evil.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
     with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
-        compose.validate_overrides([outside(conf, "defaults: [{override /hydra/env: evil}]")])
+        override_checks.validate_overrides([outside(conf, "defaults: [{override /hydra/env: evil}]")])
 
 
 @pytest.mark.parametrize("line", ["hydra.callbacks.x", "+hydra.callbacks.x", "hydra.sweeper", "hydra.launcher"])
@@ -107,15 +107,15 @@ def test_every_job_of_a_sweep_is_checked_before_hydra_acts_on_it(conf: Path) -> 
     (conf / "start" / "second.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
     sweep = "hydra: {mode: MULTIRUN, sweeper: {params: {start: 'scratch,second'}}}"
     with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
-        compose.validate_overrides([outside(conf, sweep)])
+        override_checks.validate_overrides([outside(conf, sweep)])
     (conf / "hydra" / "env").mkdir(parents=True)
     (conf / "hydra" / "env" / "shapes-none.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
     for name in ("shapes-defeat", "voc-none", "voc-defeat"):
         (conf / "hydra" / "env" / f"{name}.yaml").write_text("{}")
     words = [outside(conf, "defaults: [{override /hydra/env: '${data}-${distill}'}]"), "data=voc,shapes"]
-    compose.validate_overrides([*words, "distill=defeat"])
+    override_checks.validate_overrides([*words, "distill=defeat"])
     with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
-        compose.validate_overrides([*words, "distill=defeat,none"])
+        override_checks.validate_overrides([*words, "distill=defeat,none"])
 
 
 def test_a_file_may_name_folders_and_sweeps(conf: Path) -> None:
@@ -149,7 +149,7 @@ def test_the_command_line_may_say_of_hydra_what_it_likes() -> None:
 )
 def test_no_target_outside_of_the_known_packages_composes(body: str, conf: Path) -> None:
     with pytest.raises(DistillError, match="trust"):
-        compose.validate_overrides([outside(conf, body)])
+        override_checks.validate_overrides([outside(conf, body)])
 
 
 @pytest.mark.parametrize(
@@ -238,12 +238,12 @@ def test_trust_is_the_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     line = outside(conf, f"anything: {CALL}")
     target_policy.set_trusted([line, "trust=[os.mkdir]"])
-    compose.validate_overrides([line, "trust=[os.mkdir]"])
+    override_checks.validate_overrides([line, "trust=[os.mkdir]"])
     instantiate.build_node(compose.compose_config([line]).anything)
     assert (tmp_path / "mark").is_dir()
     target_policy.set_trusted([line])
     with pytest.raises(DistillError, match="trust"):
-        compose.validate_overrides([line])
+        override_checks.validate_overrides([line])
 
 
 def test_trust_of_a_package_covers_what_it_defines_and_not_what_it_imports(
@@ -310,7 +310,7 @@ def test_the_overrides_of_a_run_from_outside_are_judged(
 )
 def test_a_file_that_is_nested_too_deeply_is_refused_in_one_line(body: str, conf: Path) -> None:
     with pytest.raises(DistillError) as caught:
-        compose.validate_overrides([outside(conf, f"{body}\nseed: 7")])
+        override_checks.validate_overrides([outside(conf, f"{body}\nseed: 7")])
     assert len(str(caught.value)) < 1000
     assert len(str(caught.value).splitlines()) == 1
 

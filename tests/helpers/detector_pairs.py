@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from distill.cli import compose
+from distill.cli import compose, override_checks
 from distill.cli.assembly import assemble, build_student
 from distill.cli.bench_measurement import bench_teacher
 from distill.cli.instantiate import without_weights
@@ -44,7 +44,7 @@ class Pair:
 
     def __init__(self, name: str) -> None:
         self.name, self.lines = name, [*PAIRS[name], *TINY_DATA, *TINY_MODEL, "data.workers=0"]
-        plan = plan_run(compose.compose_without_run(self.lines))
+        plan = plan_run(override_checks.compose_without_run(self.lines))
         self.data, self.schedule = plan.data, plan.schedule
         self.data.setup("fit")
         self.batch = next(iter(self.data.train_dataloader()))

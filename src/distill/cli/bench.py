@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli import compose
+from distill.cli import compose, override_checks
+from distill.cli.overrides import parse_overrides
 from distill.cli.tables import print_line, print_table
 from distill.types import DistillError
 
@@ -41,10 +42,10 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
     if min(args.repeats, args.batches, args.images) < 1 or args.warmup < 0:
         raise DistillError("bench: --repeats, --batches and --images start at 1, --warmup at 0")
-    cfg = compose.compose_without_run(args.overrides)
+    cfg = override_checks.compose_without_run(args.overrides)
     configs = {"+".join(cfg.distill.losses): cfg} if cfg.distill.losses else {}
     if args.all:
-        lines = compose.parse_overrides(args.overrides)
+        lines = parse_overrides(args.overrides)
         kept = [str(line.input_line) for line in lines if line.key_or_group.split(".")[0] != "distill"]
         kept.append(f"paths.run={cfg.paths.run}")
         names = [name for name in compose.config_groups()["distill"] if name != "none"]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.cli import compose, instantiate, validate
+from distill.cli import instantiate, override_checks, validate
 from distill.types import DistillError
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
     if args.epochs < 1 or args.size < 1 or not 0 < args.rate < math.inf:
         raise DistillError("classifier: --epochs and --size start at 1, --rate is a number above 0")
-    cfg = compose.compose_without_run(args.overrides)
+    cfg = override_checks.compose_without_run(args.overrides)
     validate.validate_values(cfg)
 
     from distill.training.classifier import train_classifier

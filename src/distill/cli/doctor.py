@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.cli import compose
+from distill.cli import override_checks
 from distill.cli.tables import gib, print_line, print_table
 
 COUNTED = ("images", "boxes", "crowds", "difficult", "empty")
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write the report to this file")
     parser.add_argument("overrides", nargs="*", help="as for train: data=voc data.source.root=… distill=ssim")
     args = parser.parse_intermixed_args(list(argv))
-    cfg = compose.compose_without_run(args.overrides)
+    cfg = override_checks.compose_without_run(args.overrides)
 
     from distill.cli.examination import examine
     from distill.files import write_text

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from distill.cli import compose
+from distill.cli import compose, override_checks
+from distill.cli.overrides import parse_overrides, recorded_overrides
 from distill.run_folder import OVERRIDES, STUDENT, SUMMARY, RunFolder
 from distill.types import DistillError
 
@@ -69,13 +70,13 @@ def find_run(source: Path) -> RunFolder:
 
 def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
     """The run's configuration, composed again with further overrides."""
-    chosen = {override.key_or_group for override in compose.parse_overrides(overrides)} & set(compose.config_groups())
+    chosen = {override.key_or_group for override in parse_overrides(overrides)} & set(compose.config_groups())
     recorded = [
         str(override.input_line)
-        for override in compose.recorded_overrides(run.path)
+        for override in recorded_overrides(run.path)
         if override.key_or_group.split(".")[0] not in chosen  # data=voc replaces all overrides of the run's data
     ]
-    return compose.compose_without_run([*recorded, *overrides])
+    return override_checks.compose_without_run([*recorded, *overrides])
 
 
 def load_student(source: Path) -> Detector:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.cli import compose
+from distill.cli.overrides import quote_value
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
     from distill.training.nonfinite import bad_gradients
 
     step, run = read_step(args.file), find_run(args.file)
-    teacher = [f"teacher.weights={compose.quote_value(str(step['teacher']['source']))}"] if step["teacher"] else []
-    overrides = [*teacher, *args.overrides, f"paths.run={compose.quote_value(str(run.path))}"]
+    teacher = [f"teacher.weights={quote_value(str(step['teacher']['source']))}"] if step["teacher"] else []
+    overrides = [*teacher, *args.overrides, f"paths.run={quote_value(str(run.path))}"]
     plan = plan_run(recompose(run, overrides))
     module = assemble(plan, plan.data)
     terms = replay(module, step, args.device)

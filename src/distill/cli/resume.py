@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill.cli import compose, instantiate
+from distill.cli.overrides import parse_overrides, quote_value, read_overrides
 from distill.cli.signals import RESTART_ADVICE
 from distill.files import write_text
 from distill.run_folder import OVERRIDES, RunFolder, previous_checkpoint
@@ -86,7 +87,7 @@ def _find_run(lines: list[str], must: bool) -> list[str]:
     if "ckpt_path=last" not in lines:
         return lines
     home = compose.runs_folder(lines)
-    if any(override.key_or_group == "hydra.run.dir" for override in compose.parse_overrides(lines)):
+    if any(override.key_or_group == "hydra.run.dir" for override in parse_overrides(lines)):
         folder = Path(HydraConfig.get().run.dir)
         if must and not RunFolder(folder).resumable:
             raise DistillError(f"no checkpoint in {folder}")
@@ -95,7 +96,7 @@ def _find_run(lines: list[str], must: bool) -> list[str]:
     for run in runs:
         # A requeued job resumes its own run only: another job may have finished a run of the same overrides.
         if _run_identity(_recorded_words(run)) == _run_identity(lines) and (not must or _made_by_this_job(run)):
-            return [*lines, f"hydra.run.dir={compose.quote_value(str(run))}"]
+            return [*lines, f"hydra.run.dir={quote_value(str(run))}"]
     newest = (
         f"the newest, {runs[0]}, was made by: {' '.join(_recorded_words(runs[0]))}" if runs else "none has a checkpoint"
     )
@@ -126,7 +127,7 @@ def _saved_at(run: Path) -> float:
 
 
 def _recorded_words(run: Path) -> list[str]:
-    return compose.read_overrides(run) if RunFolder(run).overrides.is_file() else []
+    return read_overrides(run) if RunFolder(run).overrides.is_file() else []
 
 
 def _run_identity(overrides: Sequence[str]) -> set[str]:

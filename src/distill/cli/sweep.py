@@ -31,8 +31,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import compose, resume, target_policy
+from distill.cli import compose, override_checks, resume, target_policy
 from distill.cli.hydra_main import run_hydra
+from distill.cli.overrides import quote_value, read_overrides
 from distill.cli.signals import Terminated, wait_for_process
 from distill.cli.tables import print_table
 from distill.cli.teacher_cache import RANK_VARIABLES
@@ -63,7 +64,7 @@ def run_job(cfg: DictConfig) -> float:
     sweep = Path(hydra.sweep.dir)
     words = [str(line) for line in hydra.overrides.task]
     target_policy.set_trusted(words)  # the process of a launcher does not know them yet
-    overrides = compose.applicable_overrides(words)
+    overrides = override_checks.applicable_overrides(words)
     run = claim_folder(sweep, Path(hydra.runtime.output_dir), overrides)
     with FileLock(f"{run}.lock"):  # jobs that differ only in a key that applies to neither are the same job
         if not RunFolder(run).finished:
@@ -74,7 +75,7 @@ def run_job(cfg: DictConfig) -> float:
 def _run_process_of_job(run: Path, overrides: Sequence[str], sweep: str) -> None:
     RunFolder(run).error.unlink(missing_ok=True)
     resumption = ["ckpt_path=last"] if RunFolder(run).resumable else []
-    words = [*overrides, *resumption, f"hydra.run.dir={compose.quote_value(str(run))}"]
+    words = [*overrides, *resumption, f"hydra.run.dir={quote_value(str(run))}"]
     code, error = run_process([sys.executable, "-m", "distill", "train", *words], sweep)
     if code == 130:
         raise KeyboardInterrupt
@@ -120,7 +121,7 @@ def run_sweep(words: Sequence[str], cfg: DictConfig) -> None:
     others = [word for word in words if not word.startswith("hydra.sweep.dir=")]
     resume.write_slurm_job(folder)
     try:
-        run_hydra([f"hydra.sweep.dir={compose.quote_value(str(folder))}", *others], run_job, RunMode.MULTIRUN)
+        run_hydra([f"hydra.sweep.dir={quote_value(str(folder))}", *others], run_job, RunMode.MULTIRUN)
     except JobFailed as error:
         raise JobFailed(f"{count_failed(folder)} of the sweep's jobs failed, the first: {error}") from None
     except (Terminated, KeyboardInterrupt) as stopped:
@@ -193,7 +194,7 @@ def _choose_folder(sweep: Path, given: Path, overrides: Sequence[str]) -> Path:
 
 def recorded_words(job: Path) -> set[str]:
     """The overrides that a job recorded, without those of its resume."""
-    lines = set(compose.read_overrides(job))
+    lines = set(read_overrides(job))
     return {line for line in lines if not line.startswith("ckpt_path=")}
 
 
@@ -238,7 +239,7 @@ def _job_order(job: Path) -> tuple[bool, int, str]:
 
 def _table_row(job: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"job": job.name}
-    row |= dict(line.partition("=")[::2] for line in compose.read_overrides(job))
+    row |= dict(line.partition("=")[::2] for line in read_overrides(job))
     if RunFolder(job).finished:
         report = json.loads(RunFolder(job).summary.read_text())
         return row | {"state": "done"} | {name: round(value, 4) for name, value in report["student"].items()}

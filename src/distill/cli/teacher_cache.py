@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from filelock import BaseFileLock, FileLock
 from omegaconf import OmegaConf
 
-from distill.cli.compose import compose_config, parse_overrides, quote_value
+from distill.cli.compose import compose_config
 from distill.cli.instantiate import to_containers, without_weights
+from distill.cli.overrides import parse_overrides, quote_value
 from distill.cli.resume import LOADING_KEYS
 from distill.cli.signals import Terminated, wait_for_process
 from distill.files import read_json

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from distill.cli import compose, resume, sweep
+from distill.cli import compose, override_checks, resume, sweep
 from distill.cli.hydra_main import answer_flags, parse_words, run_hydra
 from distill.cli.presets import register_presets
 from distill.cli.signals import Terminated
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     if flags.shell_completion:
         answer_flags(argv)
         return 0
-    cfg, overrides = compose.validate_overrides(flags.overrides)
+    cfg, overrides = override_checks.validate_overrides(flags.overrides)
     if not flags.runs:
         answer_flags([*overrides, *options])
     elif flags.multirun or cfg.hydra.mode == RunMode.MULTIRUN:

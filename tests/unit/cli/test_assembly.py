@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill.cli import compose, teacher_cache
+from distill.cli import override_checks, teacher_cache
 from distill.cli.assembly import assemble, build_student
 from distill.cli.preflight import RunPlan, plan_run
 from distill.data.datamodule import DetectionData
@@ -19,7 +19,7 @@ LINES = [*TINY_DATA, *TINY_MODEL, *TINY_HEADS, "model=frcnn_r10_mini", "teacher=
 
 
 def plan(*lines: str) -> RunPlan:
-    return plan_run(compose.compose_without_run([*LINES, *lines]))
+    return plan_run(override_checks.compose_without_run([*LINES, *lines]))
 
 
 def untrained_teacher(run: RunPlan) -> Teacher:

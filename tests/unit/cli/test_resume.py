@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distill.cli import compose, instantiate, resume
+from distill.cli import compose, instantiate, overrides, resume
 from distill.type_checks import leaves
 from distill.types import DistillError
 
@@ -100,7 +100,7 @@ def test_a_folder_of_any_name_is_looked_into(tmp_path: Path, monkeypatch: pytest
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "last.ckpt").touch()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    lines = ["seed=1", f"hydra.run.dir={compose.quote_value(str(run))}"]
+    lines = ["seed=1", f"hydra.run.dir={overrides.quote_value(str(run))}"]
     assert resume.add_run_to_resume(lines) == [*lines, "ckpt_path=last"]
     run.rename(tmp_path / "seed1")
     lines = ["seed=1", f"hydra.run.dir={tmp_path}/seed${{seed}}"]
@@ -157,6 +157,6 @@ def test_a_sweep_that_slurm_started_again_goes_on_in_its_folder(
 
 @pytest.mark.parametrize("text", ["a b", "it's", "\\", "a\\'b\\", "ü(1)=2,3", "[x]{y}", "''", "#:$"])
 def test_any_path_can_be_said_in_an_override(text: str) -> None:
-    (word,) = compose.parse_overrides([f"hydra.run.dir={compose.quote_value(text)}"])
+    (word,) = overrides.parse_overrides([f"hydra.run.dir={overrides.quote_value(text)}"])
     assert word.value() == text or str(word.value()) == text
-    assert compose.parse_overrides([f"teacher.weights={compose.quote_value(text)}"])[0].value() == text
+    assert overrides.parse_overrides([f"teacher.weights={overrides.quote_value(text)}"])[0].value() == text

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from distill.cli import compose
+from distill.cli import override_checks
 from distill.cli.preflight import plan_teacher
 from distill.cli.teacher_cache import TeacherOptions, as_teacher
 from distill.detectors.faster_rcnn import FasterRCNN
@@ -318,7 +318,7 @@ def test_the_command_line_passes_its_keys_on_and_has_the_same_defaults() -> None
     detector = lived(DETECTORS["resnet, frozen"]())
 
     def options(*lines: str) -> TeacherOptions:
-        planned = plan_teacher(compose.compose_without_run(["teacher=frcnn_r18", *lines]))
+        planned = plan_teacher(override_checks.compose_without_run(["teacher=frcnn_r18", *lines]))
         assert planned is not None
         return planned
 

@@ -1,0 +1,71 @@
+"""Overrides as words: parsing, quoting, and reading those that a run recorded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from distill.cli.renamed_keys import translated
+from distill.run_folder import RunFolder
+from distill.types import DistillError
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra parses them.
+
+    Raises:
+        DistillError: a word is not an override.
+    """
+    try:
+        return list(OverridesParser.create().parse_overrides(list(overrides)))
+    except (HydraException, RecursionError) as error:
+        raise DistillError(f"cannot read the command line: {error}") from None
+
+
+def quote_value(text: str) -> str:
+    """Quote a value, so that an override may contain any characters, such as spaces and commas in paths."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
+
+
+def read_overrides(run: Path) -> list[str]:
+    """The overrides that a run recorded, with current keys. Their origin is unknown, so they are not trusted.
+
+    Raises:
+        DistillError: ``overrides.yaml`` is not a list of overrides.
+    """
+    file = RunFolder(run).overrides
+    try:
+        with file.open(encoding="utf-8") as stream:
+            lines = yaml.safe_load(stream)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DistillError(
+            f"{file}: cannot be read ({str(error).splitlines()[0]}). Expected the folder of a run"
+        ) from error
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise DistillError(f"{file}: expected a list of overrides, as train writes it")
+    return [translated(line) for line in lines]
+
+
+def recorded_overrides(run: Path) -> list[Override]:
+    """The overrides that a run recorded, without those that only the command line may set: ``hydra.*`` and ``trust``.
+
+    Raises:
+        DistillError: ``overrides.yaml`` is not a list of overrides.
+    """
+    return [
+        override
+        for override in parse_overrides(read_overrides(run))
+        if not override.is_hydra_override() and override.key_or_group != "trust"
+    ]
+
+
+def sweep_key(override: Override) -> str:
+    """The key of an override in a sweep's job, with the prefixes ``+`` and ``++``."""
+    key = override.get_key_element()
+    return ("+" * override.is_add() if not override.is_force_add() else "++") + key.lstrip("+~")
