@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 # Whatever is imported here need not be imported by each attempt.
-from distill.cli import report as reports
+from distill.cli import run_report as reports
 from distill.cli import train  # noqa: F401
 from distill.cli.main import main
 from distill.training import checkpoint_io

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill.cli import report, teacher_cache
+from distill.cli import run_report, teacher_cache
 from distill.data.datamodule import DetectionData
 from distill.data.images import ImageDataset
 from distill.data.loader import SIGTERM_GRACE
@@ -151,7 +151,7 @@ def struck(owner: Any, name: str, number: signal.Signals, patch: pytest.MonkeyPa
 BEFORE: dict[str, tuple[Any, str]] = {
     "the data checks": (DetectionData, "setup"),
     "waiting for a teacher": (teacher_cache, "cached_run"),
-    "the opening words": (report, "print_opening"),
+    "the opening words": (run_report, "print_opening"),
     "the teacher's evaluation": (TeacherCheck, "on_train_start"),
 }
 
@@ -189,7 +189,7 @@ def test_a_closing_evaluation_that_was_cut_is_made_by_the_resume(
 ) -> None:
     """All is trained; what is left is its result."""
     with pytest.MonkeyPatch.context() as patch:
-        struck(report, "evaluate", number, patch)
+        struck(run_report, "evaluate", number, patch)
         assert cli(["train", *RUN]) == 143
     assert "ckpt_path=last goes on" in capsys.readouterr().err
     assert not Path("run/summary.json").exists()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.cli import instantiate, override_checks, validate
+from distill.cli import instantiate, override_checks, value_checks
 from distill.types import DistillError
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     if args.epochs < 1 or args.size < 1 or not 0 < args.rate < math.inf:
         raise DistillError("classifier: --epochs and --size start at 1, --rate is a number above 0")
     cfg = override_checks.compose_without_run(args.overrides)
-    validate.validate_values(cfg)
+    value_checks.validate_values(cfg)
 
     from distill.training.classifier import train_classifier
 

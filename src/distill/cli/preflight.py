@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import instantiate, resume, validate
+from distill.cli import instantiate, resume, value_checks
 from distill.cli.suggestions import nearest
 from distill.cli.teacher_cache import TeacherOptions
 from distill.data.datamodule import DetectionData
@@ -99,7 +99,7 @@ def plan_run(cfg: DictConfig, run: Path | None = None) -> RunPlan:
     Raises:
         DistillError: an invalid value, an unknown class, a missing teacher, or a checkpoint of another run.
     """
-    validate.validate_values(cfg)
+    value_checks.validate_values(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = None if run is None else resume.find_checkpoint(cfg, run)
     resume.validate_config(cfg, checkpoint)

@@ -79,40 +79,6 @@ def signal_handler(number: signal.Signals, handler: Callable[[int, Any], None]) 
         signal.signal(number, before)
 
 
-def wait_for_process(
-    process: subprocess.Popen[str] | subprocess.Popen[bytes], work: Callable[[], Any] | None = None
-) -> int:
-    """Wait for a run in another process, and return its exit code.
-
-    If this process has to stop, it first stops the run, and the run gets the time to save.
-
-    Args:
-        process: a run of distill.
-        work: called while waiting; after a signal it is called again, until the process has ended.
-
-    Raises:
-        Terminated, KeyboardInterrupt: this process was asked to stop, and the other process has ended.
-    """
-    stop: BaseException | None = None
-    while True:
-        try:
-            if work:
-                work()
-            code = process.wait()
-            break
-        except (Terminated, KeyboardInterrupt) as stopped:
-            # Send SIGTERM after ctrl-C too: a terminal signals all processes, but `kill` may signal this process only.
-            stop = stop or stopped
-            process.terminate()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-    if stop is not None:
-        raise stop
-    return code
-
-
 def _requeue_slurm_job() -> None:
     """Ask SLURM to start this job again. Only the first process of a job asks."""
     job = os.environ.get("SLURM_JOB_ID")

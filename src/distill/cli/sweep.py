@@ -32,11 +32,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli import compose, override_checks, resume, target_policy
+from distill.cli.child_runs import child_environment, wait_for_process
 from distill.cli.hydra_main import run_hydra
 from distill.cli.overrides import quote_value, read_overrides
-from distill.cli.signals import Terminated, wait_for_process
+from distill.cli.signals import Terminated
 from distill.cli.tables import print_table
-from distill.cli.teacher_cache import RANK_VARIABLES
 from distill.files import write_text
 from distill.run_folder import RunFolder
 from distill.types import DistillError
@@ -204,10 +204,9 @@ def run_process(command: Sequence[str], sweep: str) -> tuple[int, str]:
     Raises:
         Terminated, KeyboardInterrupt: the sweep was asked to stop, and the job has saved; see `wait_for_process`.
     """
-    env = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
     last: deque[str] = deque(maxlen=20)
     child = subprocess.Popen(
-        command, env=env | {"DISTILL_SWEEP": sweep}, stderr=subprocess.PIPE, text=True, errors="replace"
+        command, env=child_environment() | {"DISTILL_SWEEP": sweep}, stderr=subprocess.PIPE, text=True, errors="replace"
     )
 
     def pass_on() -> None:

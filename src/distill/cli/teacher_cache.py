@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 from filelock import BaseFileLock, FileLock
 from omegaconf import OmegaConf
 
+from distill.cli.child_runs import child_environment, wait_for_process
 from distill.cli.compose import compose_config
 from distill.cli.instantiate import to_containers, without_weights
 from distill.cli.overrides import parse_overrides, quote_value
 from distill.cli.resume import LOADING_KEYS
-from distill.cli.signals import Terminated, wait_for_process
+from distill.cli.signals import Terminated
 from distill.files import read_json
 from distill.run_folder import STUDENT, RunFolder
 from distill.type_checks import leaves
@@ -51,17 +52,6 @@ STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 """Exit codes of a run that was asked to stop."""
 UNTRAINED = "untrained"
 """Source of a teacher that has random weights."""
-RANK_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "MASTER_",
-    "LOCAL_",
-    "SLURM_",
-    "TORCHELASTIC_",
-    "PL_",
-)
 
 
 @dataclass(frozen=True)
@@ -283,10 +273,9 @@ def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
         command = [*command, "ckpt_path=last"]
     print(f"distill: no teacher is cached; training one first:\n  {shlex.join(command[1:])}", flush=True)
     # A separate process, so that neither its random state nor its memory affects this run.
-    env = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
     # The process inherits the lock: if this run is killed, the teacher's run continues, and no other one may start.
     held = [fd for fd in (lock._context.lock_file_fd,) if fd is not None]
-    with subprocess.Popen(command, env=env, pass_fds=held) as process:
+    with subprocess.Popen(command, env=child_environment(), pass_fds=held) as process:
         code = wait_for_process(process)
     if code in STOPPED:
         raise Terminated

@@ -68,7 +68,7 @@ def train(cfg: DictConfig) -> float:
 
 
 def _train(cfg: DictConfig, run: Path) -> float:
-    from distill.cli import assembly, preflight, report
+    from distill.cli import assembly, preflight, run_report
 
     started = time.monotonic()
     silence_known_warnings()
@@ -76,12 +76,12 @@ def _train(cfg: DictConfig, run: Path) -> float:
     trainer = assembly.build_trainer(plan)
     data, splits = preflight.load_data(plan)
     preflight.check_metrics(plan, data)
-    report.write_config(plan)
+    run_report.write_config(plan)
     module = assembly.assemble(plan, data)
-    report.print_opening(plan, module, data)
-    with translated_errors(trainer), report.open_loggers(plan, trainer):
+    run_report.print_opening(plan, module, data)
+    with translated_errors(trainer), run_report.open_loggers(plan, trainer):
         trainer.fit(module, data, ckpt_path=plan.checkpoint, weights_only=True)
-        summary = report.finish_run(plan, trainer, module, data, splits, started)
+        summary = run_report.finish_run(plan, trainer, module, data, splits, started)
     return float(summary["student"][plan.metric])
 
 

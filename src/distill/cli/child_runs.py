@@ -1,0 +1,55 @@
+"""Runs in processes of their own, which a sweep or a student's run starts and waits for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+from distill.cli.signals import Terminated
+
+RANK_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
+    *("MASTER_", "LOCAL_", "SLURM_", "TORCHELASTIC_", "PL_"),
+)
+"""Prefixes of environment variables that make a process part of a distributed run."""
+
+
+def child_environment() -> dict[str, str]:
+    """The environment for another run: without the variables that make this process part of a distributed run."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
+
+
+def wait_for_process(
+    process: subprocess.Popen[str] | subprocess.Popen[bytes], work: Callable[[], Any] | None = None
+) -> int:
+    """Wait for a run in another process, and return its exit code.
+
+    If this process has to stop, it first stops the run, and the run gets the time to save.
+
+    Args:
+        process: a run of distill.
+        work: called while waiting; after a signal it is called again, until the process has ended.
+
+    Raises:
+        Terminated, KeyboardInterrupt: this process was asked to stop, and the other process has ended.
+    """
+    stop: BaseException | None = None
+    while True:
+        try:
+            if work:
+                work()
+            code = process.wait()
+            break
+        except (Terminated, KeyboardInterrupt) as stopped:
+            # Send SIGTERM after ctrl-C too: a terminal signals all processes, but `kill` may signal this process only.
+            stop = stop or stopped
+            process.terminate()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if stop is not None:
+        raise stop
+    return code
