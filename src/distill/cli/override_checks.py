@@ -26,7 +26,7 @@ def validate_overrides(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]
     """Compose the configuration without running anything, so that mistakes are reported within a second.
 
     A sweep is checked by every combination of its groups' options, and by every single value of a key. In a sweep a key
-    of one loss, ``distill.losses.CONFIG_NAME.KEY``, applies to the jobs that have this loss.
+    of one loss, ``distill.losses.NAME.KEY``, applies to the jobs that have this loss.
 
     Returns:
         The configuration of the run, or of a sweep's first job, with the ``hydra`` node; and the overrides for Hydra. A
@@ -66,8 +66,8 @@ def compose_without_run(overrides: Sequence[str]) -> DictConfig:
     Raises:
         DistillError: an override is invalid; see `validate_overrides`.
     """
-    if any(override.is_sweep_override() for override in parse_overrides(overrides)):
-        raise DistillError(f"{' '.join(overrides)}: this verb looks at one run: give each key one value")
+    if sweeps := [override.input_line for override in parse_overrides(overrides) if override.is_sweep_override()]:
+        raise DistillError(f"{sweeps[0]}: this verb looks at one run: give the key one value")
     cfg, _ = validate_overrides(overrides)
     HydraConfig.instance().set_config(cfg)  # as in a run, for interpolations into it
     cfg = compose.without_hydra(cfg)
