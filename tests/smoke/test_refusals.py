@@ -165,7 +165,7 @@ def test_a_logger_that_cannot_begin_says_why_before_the_first_step(
     assert cli(["train", *TINY, "distill=none", *lines]) == 1
     said = capsys.readouterr()
     assert "Logger cannot begin: " in said.err
-    assert "unexpected keyword argument 'unheard_of'. Mend its keys under logger" in said.err
+    assert "unexpected keyword argument 'unheard_of'. Correct its keys under logger" in said.err
     assert "Epoch" not in said.out
 
 

@@ -92,8 +92,8 @@ def build_trainer(plan: RunPlan) -> L.Trainer:
     """
     options = plan.trainer
     bars = options.settings["enable_progress_bar"]
-    callbacks = _build("callbacks", options.callbacks, L.Callback)
-    loggers = _build("logger", options.loggers, Logger)
+    callbacks = _build_parts("callbacks", options.callbacks, L.Callback)
+    loggers = _build_parts("logger", options.loggers, Logger)
     if "csv" not in options.loggers:
         loggers.append(CSVLogger(plan.folder.path, name="", version="", flush_logs_every_n_steps=100))
     try:
@@ -122,7 +122,7 @@ def build_trainer(plan: RunPlan) -> L.Trainer:
     return trainer
 
 
-def _build(group: str, parts: Mapping[str, Callable[[], Any]], kind: type) -> list[Any]:
+def _build_parts(group: str, parts: Mapping[str, Callable[[], Any]], kind: type) -> list[Any]:
     built = []
     for name, build in parts.items():
         try:

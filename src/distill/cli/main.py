@@ -53,8 +53,8 @@ def main(argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, Terminated) as stopped:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 0  # only the first process of a run reports; if one fails, Lightning kills the others
-        how, number = next(end for kind, end in EXIT_REASONS.items() if isinstance(stopped, kind))
-        print(f"\ndistill: {how}; {stopped or RESTART_ADVICE}", file=sys.stderr)
+        reason, number = next(end for kind, end in EXIT_REASONS.items() if isinstance(stopped, kind))
+        print(f"\ndistill: {reason}; {stopped or RESTART_ADVICE}", file=sys.stderr)
         return 128 + number
 
 

@@ -227,10 +227,10 @@ def check_metrics(plan: RunPlan, data: DetectionData) -> None:
         metric = make(data.ground_truth("val"), data.classes)
         metric.update((), ())
         names = [f"val/{name}" for name in metric.compute()]
-        twice = [name for name in names if name in known]
-        if twice:
+        duplicates = [name for name in names if name in known]
+        if duplicates:
             raise DistillError(
-                f"metrics: {list(plan.config['metrics'])} give {twice[0]} twice: set one of them to null"
+                f"metrics: {list(plan.config['metrics'])} give {duplicates[0]} twice: set one of them to null"
             )
         known += names
     for key, name in {"metric": plan.metric, **plan.trainer.monitors}.items():

@@ -93,8 +93,8 @@ def open_loggers(plan: RunPlan, trainer: L.Trainer) -> Iterator[None]:
                 logger.log_hyperparams(dict(plan.config))
             except Exception as error:  # TensorBoard, W&B and others raise errors of any class
                 raise DistillError(
-                    f"{type(logger).__name__} cannot begin: {error}. Mend its keys under logger, or choose another one "
-                    "(CSV is always written)"
+                    f"{type(logger).__name__} cannot begin: {error}. Correct its keys under logger, or choose another "
+                    "one (CSV is always written)"
                 ) from error
         yield
         failed = False
