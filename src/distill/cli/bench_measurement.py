@@ -18,6 +18,7 @@ from distill.diagnostics.bench import measure as timing
 from distill.diagnostics.bench.clock import Clock
 from distill.diagnostics.bench.report import OptionCost, Report, verdict
 from distill.diagnostics.bench.step import Step
+from distill.diagnostics.sampled_evaluation import evaluate_sample
 from distill.precision import autocast_context
 from distill.progress import track
 from distill.teacher import Teacher
@@ -73,7 +74,8 @@ def measure_plan(plan: RunPlan, options: Mapping[str, Callable[[], RunPlan]], ar
         "torch": str(torch.__version__),
     }
     loader = timing.measure_loader(data, args.batches)
-    evaluation = timing.measure_evaluation(student, data, plan.metrics, device, images=args.images)
+    sample = evaluate_sample(student, data, plan.metrics, device, args.images)
+    evaluation = {"images": float(sample["images"])} | {part: 1000 * sample[part] for part in ("detect", "metric")}
     report = Report(setting, own, costs, skipped, loader, evaluation)
     report.verdict = verdict(report, len(batch))
     return report

@@ -20,6 +20,7 @@ from distill.cli.teacher_cache import UNTRAINED, as_teacher, cache_entry, find_t
 from distill.cli.train import silence_known_warnings
 from distill.data.datamodule import DetectionData
 from distill.diagnostics import doctor
+from distill.diagnostics.sampled_evaluation import evaluate_sample
 from distill.precision import autocast_context
 from distill.run_folder import RunFolder
 from distill.teacher import Teacher
@@ -110,7 +111,7 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
     report["teacher"] = section
     device = trainer.strategy.root_device
     try:
-        section["sample"] = doctor.measure_ap(teacher.detector, data, plan.metrics, device, SAMPLE, PATIENCE)
+        section["sample"] = evaluate_sample(teacher.detector, data, plan.metrics, device, SAMPLE, PATIENCE)
     except DistillError as error:
         report["notes"].append(f"the teacher's AP is not known: {error}")
     else:
@@ -214,11 +215,10 @@ def _estimate(limits: Any, module: Distiller, data: DetectionData, trainer: L.Tr
     processes = trainer.num_devices * trainer.num_nodes
     loader = data.train_dataloader()
     pace = doctor.measure_pace(module, str(trainer.precision), loader, device, BATCHES, PATIENCE)
-    evaluated = doctor.measure_ap(module.student, data, (), device, 2 * data.eval_batch_size, PATIENCE)
-    module.student.train()
+    evaluated = evaluate_sample(module.student, data, (), device, 2 * data.eval_batch_size, PATIENCE)
     batches, evaluations = planned_batches(limits, max(1, len(loader) // processes))
     training = batches * pace["seconds_per_batch"]
-    evaluating = evaluations * evaluated["seconds_per_image"] * len(data.records("val")) / processes
+    evaluating = evaluations * evaluated["detect"] * len(data.records("val")) / processes
     return {
         "device": str(device),
         "processes": processes,

@@ -9,8 +9,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, islice
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from distill.data.datamodule import DetectionData
 from distill.data.records import Records
 from distill.data.transforms import padded_size, resized_size
-from distill.detectors.base import Detector
 from distill.diagnostics.memory import peak
-from distill.evaluation.evaluate import Evaluation, MetricFactory, ground_truth_of
+from distill.diagnostics.sampled_evaluation import synchronize
 from distill.precision import autocast_context
 from distill.training.callbacks.term_check import largest_gradient
 from distill.training.distiller import Distiller, StepResult
@@ -85,51 +84,7 @@ def padding_share(data: DetectionData) -> float:
     return 1 - used / total if total else 0.0
 
 
-# -- teacher
-
-
-def sample_batches(data: DetectionData, limit: int) -> Iterator[list[int]]:
-    """Yield batches of indices of up to `limit` evenly spread validation images.
-
-    All images of a batch have the same padded size.
-    """
-    count, sizes = len(data.records("val")), data.padded_sizes("val")
-    chosen = {round(i * (count - 1) / max(1, limit - 1)) for i in range(limit)} if count > limit else range(count)
-    for _, group in groupby(sorted(chosen, key=lambda index: (sizes[index], index)), key=lambda index: sizes[index]):
-        indices = list(group)
-        yield from (indices[i : i + data.eval_batch_size] for i in range(0, len(indices), data.eval_batch_size))
-
-
-def measure_ap(
-    detector: Detector,
-    data: DetectionData,
-    metrics: Sequence[MetricFactory],
-    device: torch.device,
-    limit: int,
-    patience: float,
-) -> dict[str, Any]:
-    """Measure a detector's metrics and its seconds per image on up to `limit` validation images.
-
-    Detection ends after `patience` seconds.
-
-    Returns:
-        ``images``: number of measured images; ``seconds_per_image``; ``values``: the metrics.
-    """
-    detector.to(device).eval()
-    results: list[tuple[Batch, Any]] = []
-    start = time.perf_counter()
-    for indices in sample_batches(data, limit):
-        if time.perf_counter() - start > patience:
-            break
-        batch = data.load_batch("val", indices).to(device)
-        results.append((batch, detector.view(batch, training=False, frozen=True).detections))
-    _wait(device)
-    seconds = time.perf_counter() - start
-    ids = [image for batch, _ in results for image in batch.ids]
-    evaluation = Evaluation(detector, ground_truth_of(data.ground_truth("val"), ids), data.classes, metrics, device)
-    for batch, detections in results:
-        evaluation.add_detections(batch, detections)
-    return {"images": len(ids), "seconds_per_image": seconds / max(1, len(ids)), "values": evaluation.compute()}
+# -- classes
 
 
 def class_lists(data: Sequence[str], student: Sequence[str], teacher: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -241,7 +196,7 @@ def measure_pace(
             torch.autograd.backward(loss)
             module.zero_grad()
             del loss
-            _wait(device)
+            synchronize(device)
             times.append(time.perf_counter() - start)
             start = time.perf_counter()
             if len(times) > 1 and start - began > patience:
@@ -268,8 +223,3 @@ def state_bytes(module: nn.Module, schedule: Schedule) -> int:
     trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     optimizer = getattr(schedule.optimizer, "func", schedule.optimizer)
     return trained * (2 if "adam" in optimizer.__name__.lower() else 1)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

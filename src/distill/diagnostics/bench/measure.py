@@ -1,4 +1,4 @@
-"""The measurements of the bench: training steps, FLOPs, memory, data loader and evaluation."""
+"""The measurements of the bench: training steps, FLOPs, memory and the data loader."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +17,6 @@ from distill.diagnostics.bench.clock import Clock, Spread
 from distill.diagnostics.bench.report import Cost, OptionCost
 from distill.diagnostics.bench.step import Step
 from distill.diagnostics.memory import Memory, live, peak, stored
-from distill.evaluation.evaluate import Evaluation, MetricFactory, ground_truth_of
 from distill.types import Batch
 
 MAX_OVERHEAD = {"neck": 0.03, "regions": 0.10}
@@ -156,54 +154,6 @@ def _endless(loader: Any) -> Iterator[Any]:
         loader.batch_sampler.set_epoch(epoch)
         yield from loader
         epoch += 1
-
-
-def measure_evaluation(
-    detector: Detector,
-    data: DetectionData,
-    metrics: Sequence[MetricFactory],
-    device: torch.device,
-    split: str = "val",
-    images: int = 50,
-) -> dict[str, float]:
-    """Measure the wall-clock seconds per 1,000 images of an evaluation.
-
-    Returns:
-        ``detect``: seconds for loading and detection; ``metric``: seconds for the metrics; ``images``: number of
-        measured images.
-    """
-    batches, seen = [], 0
-    training = detector.training
-    detector.train(False)
-    try:
-        for batch in data.eval_dataloader(split):
-            batches.append(batch)
-            seen += len(batch)
-            if seen >= images:
-                break
-        evaluation = Evaluation(
-            detector,
-            ground_truth_of(data.ground_truth(split), [image for batch in batches for image in batch.ids]),
-            data.classes,
-            metrics,
-            device,
-        )
-        evaluation.update(batches[0].to(device))  # warm-up; a repeated image counts once
-        start = time.perf_counter()
-        for batch in batches:
-            evaluation.update(batch.to(device))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        middle = time.perf_counter()
-        evaluation.compute()
-    finally:
-        detector.train(training)
-    scale = 1000 / seen
-    return {
-        "images": float(seen),
-        "detect": scale * (middle - start),
-        "metric": scale * (time.perf_counter() - middle),
-    }
 
 
 def set_norm_statistics(detector: Detector, batch: Batch) -> None:

@@ -74,7 +74,7 @@ class Report:
     loader: dict[str, float]
     """Result of `measure_loader`."""
     evaluation: dict[str, float]
-    """Result of `measure_evaluation`."""
+    """``images``: number of measured images; ``detect`` and ``metric``: seconds per 1,000 images."""
     verdict: list[str] = field(default_factory=list)
     """Result of `verdict`, one line each."""
 

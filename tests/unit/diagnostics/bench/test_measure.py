@@ -16,7 +16,6 @@ from distill.diagnostics.bench.measure import (
     _flops,
     _option_cost,
     _teacher_flops,
-    measure_evaluation,
     measure_loader,
     measure_option,
     measure_student,
@@ -25,6 +24,7 @@ from distill.diagnostics.bench.measure import (
 from distill.diagnostics.bench.report import Cost, OptionCost, Report, verdict
 from distill.diagnostics.bench.step import StageReads, Step, WatchedView
 from distill.diagnostics.memory import Memory
+from distill.diagnostics.sampled_evaluation import evaluate_sample
 from distill.evaluation.coco import CocoMetric
 from distill.losses.defeat import DeFeat
 from distill.losses.dicod import DICOD
@@ -205,8 +205,8 @@ def test_loader_and_evaluation_are_measured(data: DetectionData) -> None:
     assert found["images_per_second"] > 0 == found["workers"]
     model = detector()
     model.train()
-    taken = measure_evaluation(model, data, [CocoMetric], CPU, images=3)
-    assert taken["images"] == 4  # whole batches
+    taken = evaluate_sample(model, data, [CocoMetric], CPU, limit=3)
+    assert taken["images"] == 3
     assert taken["detect"] > 0 < taken["metric"]
     assert model.training
 
