@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any
 
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import compose
 from distill.cli.suggestions import nearest
+from distill.type_checks import leaves
 
 MESSAGE_LENGTH = 600
 """Maximum number of characters that are quoted from a library's message."""
@@ -65,10 +66,5 @@ def _leaf_keys(overrides: Sequence[str]) -> list[str]:
         config = compose.compose_config(chosen)
     except (HydraException, OmegaConfBaseException):
         return []
-    return list(_full_keys(OmegaConf.to_container(config), ""))
-
-
-def _full_keys(node: Any, prefix: str) -> Iterable[str]:
-    for key, value in node.items() if isinstance(node, dict) else ():
-        yield f"{prefix}{key}"
-        yield from _full_keys(value, f"{prefix}{key}.")
+    nodes: Any = OmegaConf.to_container(config)
+    return [key for key, _ in leaves(nodes)]
