@@ -99,7 +99,7 @@ def validate_config(config: dict[str, Any], overrides: Sequence[str], default_hy
             f"the setting, say {changed}=… on the command line"
         )
     if sweep_keys != default_hydra["sweeper"].get("params"):
-        for where, key, value in walk(sweep_keys, "hydra.sweeper.params"):  # they become overrides of the jobs
+        for where, key, value in walk({"params": sweep_keys}, "hydra.sweeper"):  # they become overrides of the jobs
             if str(key).lstrip("+~").startswith(("hydra", "trust")) or "${" in str(value):
                 raise DistillError(f"a configuration file sets {where}; only the command line may sweep over this key")
     for where, name in _target_names(hydra, "hydra"):
