@@ -44,8 +44,8 @@ HYDRA_DEFAULTS = (
 """Classes that the ``hydra`` node names by default."""
 FILE_KEYS = ("run", "sweep", "mode", "verbose")
 """Keys of the ``hydra`` node that a file may set, besides ``sweeper.params``."""
-TRUST = re.compile(r"\+*trust=\[?\s*((NAME(\s*,\s*NAME)*)?)\s*\]?".replace("NAME", r"[^\W\d]\w*(\.\w+)*"))
-"""``trust=[NAME, …]`` or ``trust=NAME``."""
+TRUST = re.compile(r"\[\s*(NAME(\s*,\s*NAME)*)?\s*\]|NAME".replace("NAME", r"[^\W\d]\w*(\.\w+)*"))
+"""Value of ``trust``: ``[NAME, …]`` or ``NAME``."""
 
 _trusted: tuple[str, ...] = ()
 
@@ -59,10 +59,11 @@ def set_trusted(command_line: Sequence[str]) -> None:
     global _trusted
     _trusted = ()
     for word in command_line:
-        if word.lstrip("+").partition("=")[0] == "trust":
-            if word.endswith("=") or not (match := TRUST.fullmatch(word)):
+        key, _, value = word.lstrip("+").partition("=")
+        if key == "trust":
+            if not TRUST.fullmatch(value):
                 raise DistillError(f"'{word}': expected names of packages or constructors, as in trust=[my_package]")
-            _trusted += tuple(re.findall(r"[\w.]+", match[1]))
+            _trusted += tuple(re.findall(r"[\w.]+", value))
 
 
 def validate_config(config: dict[str, Any], overrides: Sequence[str], default_hydra: Mapping[str, Any]) -> None:
