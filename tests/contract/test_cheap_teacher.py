@@ -15,7 +15,9 @@ from helpers.detector_pairs import OPTIONS, Pair
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_every_method_gives_the_terms_of_the_plain_teacher(name: str, options: tuple[str, ...]) -> None:
     pair = Pair(name)
-    switched_off = override_checks.compose_without_run([*pair.lines, "teacher.fold=false", "teacher.channels_last=false"])
+    switched_off = override_checks.compose_without_run(
+        [*pair.lines, "teacher.fold=false", "teacher.channels_last=false"]
+    )
     plan = plan_teacher(switched_off)
     assert plan is not None
     plain = as_teacher(plan, pair.teacher.detector, "plain")

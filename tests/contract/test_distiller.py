@@ -169,7 +169,7 @@ def test_the_teacher_runs_first_and_from_the_second_step_on_each_of_its_stages_o
     assert ran == ["teacher", "student", "teacher"] + 2 * ["teacher", "student"]
 
 
-# -- the guest
+# -- the teacher
 
 
 def test_the_teacher_is_nowhere_in_what_is_trained_averaged_or_saved(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_network_that_teaches_in_the_detectors_place_is_watched_too(tmp_path
         fit(module, tmp_path, callbacks=[Nudge()], max_epochs=3)
 
 
-def test_a_guest_of_a_loss_is_watched_too(tmp_path: Path) -> None:
+def test_a_frozen_model_of_a_loss_is_watched_too(tmp_path: Path) -> None:
     class Own(DeFeat):
         def __init__(self, student: Any, teacher: Any) -> None:
             super().__init__(student, teacher)

@@ -85,7 +85,7 @@ def changed(states: States, step: int) -> list[str]:
     return [name for name, value in after.items() if name not in before or not torch.equal(before[name], value)]
 
 
-def test_a_flagged_loss_is_the_same_loss() -> None:
+def test_a_poisoned_loss_is_the_same_loss() -> None:
     for value in (0.1, -3.7e-30, 1.5e38, 0.0):
         x = torch.tensor(value, requires_grad=True)
         loss = poison_gradient(x * 1.7)

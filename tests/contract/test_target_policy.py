@@ -77,7 +77,7 @@ def test_what_a_file_says_to_hydra_is_refused_before_hydra_acts(
     attack: str, flags: list[str], conf: Path, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if flags and "callbacks" not in attack:
-        pytest.skip("one attack is enough to see that the flags do not go round the gate")
+        pytest.skip("one attack is enough to see that the flags do not bypass the policy")
     assert cli(["train", *flags, outside(conf, attack), *TINY, "distill=none"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("\ndistill: ")

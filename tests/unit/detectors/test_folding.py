@@ -190,7 +190,7 @@ def test_what_cannot_be_folded_stays_as_it_is(name: str) -> None:
         assert all(torch.equal(value, net.state_dict()[key]) for key, value in state.items())
 
 
-# -- the guest
+# -- the teacher
 
 
 DETECTORS: dict[str, Callable[[], Any]] = {

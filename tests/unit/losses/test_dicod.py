@@ -1,4 +1,4 @@
-"""DICOD: a slow oracle for every term and family, its minimum, and the promise that the classifier stays a guest."""
+"""DICOD: a slow oracle for every term and family, its minimum, and the promise that the classifier stays frozen."""
 
 from __future__ import annotations
 
@@ -294,7 +294,7 @@ def test_terms_without_weight_cost_no_crop_of_predictions_and_no_naming() -> Non
     assert classifier.classified == 0
 
 
-# -- a guest
+# -- a frozen model
 
 
 def test_the_classifier_is_nowhere_in_what_is_trained_averaged_or_saved() -> None:

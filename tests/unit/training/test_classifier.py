@@ -1,4 +1,4 @@
-"""The image classifier: what it reads and refuses, that it is a guest, and that one can be made."""
+"""The image classifier: what it reads and refuses, that it is frozen, and that one can be made."""
 
 from __future__ import annotations
 
