@@ -31,10 +31,20 @@ from distill.data.inspection import inspect_files
 from distill.data.records import NULL, PackedBytes, Record, Records, pack_records
 from distill.types import DistillError, Size
 
-CORRECTED = ("without area", "outside the image", "clipped", "with an empty mask")
+CORRECTED = (
+    "without area",
+    "outside the image",
+    "clipped",
+    "with an empty mask",
+    "polygons of less than three corners dropped",
+)
 """Kinds of faults that are repaired and counted. A box with an empty mask is only counted."""
 MAX_LISTED = 10
 """Largest number of problems that one message lists."""
+NEARLY_ALL, MANY = 0.95, 0.2
+"""Shares of the boxes of a split from which they are taken to be in other units."""
+FRACTION_TOLERANCE = 1e-3
+"""Rounding of boxes that are fractions of the image."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +69,14 @@ class SplitReport:
     """Number of images of more than 8 bits per channel, which are scaled to 8 bits."""
     skipped: Mapping[str, int]
     """Number of images and of problems that `on_error="skip"` left out."""
+    remarks: Mapping[str, int]
+    """Counts of what the source ignored or corrected without harm."""
 
     def __str__(self) -> str:
         parts = [f"{self.images} images", f"{self.boxes} boxes", f"{self.usable} usable"]
         counts = {"crowds": self.crowds, "difficult": self.difficult, "images without boxes": self.without_boxes}
         named = {**self.corrected, **counts, "turned by EXIF": self.turned}
-        named |= {"scaled to 8 bits": self.scaled, **self.skipped}
+        named |= {"scaled to 8 bits": self.scaled, **self.skipped, **self.remarks}
         return f"{self.split}: {', '.join([*parts, *(f'{count} {name}' for name, count in named.items() if count)])}"
 
 
@@ -99,6 +111,8 @@ def check_records(
     _find_duplicates(columns, files)
     if files:
         _inspect_images(columns, counts, max_pixels)
+    columns.keep_rows(~columns.unusable[columns.row_images()])
+    _check_units(columns, split)
     _repair_boxes(columns, counts)
     if masks:
         _encode_masks(columns, counts)
@@ -128,6 +142,7 @@ def check_records(
         turned=counts["turned by EXIF"],
         scaled=counts["scaled to 8 bits"],
         skipped={name: count for name, count in skipped.items() if count},
+        remarks={name: count for name, count in columns.remarks.items() if count},
     )
     return good, report
 
@@ -215,12 +230,36 @@ def _describe_size(file: str, annotation_file: str, upright: Size, stated: Size,
     return f"{file}: the image is {width}x{height}, but {where} says {stated_width}x{stated_height}; fix the size"
 
 
-def _repair_boxes(records: Records, counts: Counter[str]) -> None:
-    """Remove the boxes of unusable images and, with a fault for each, invalid boxes. Clip the others to their image.
+def _check_units(records: Records, split: str) -> None:
+    """Find boxes in other units than pixels, which would pass all other checks.
 
-    Boxes without area in the image are removed, too.
+    Raises:
+        DistillError: nearly all boxes are fractions of the image.
     """
-    records.keep_rows(~records.unusable[records.row_images()])
+    boxes, sizes = records.boxes, np.tile(records.sizes[records.row_images()][:, ::-1], 2)
+    file = records.annotation_files.text(0) or split
+    is_fraction = ((boxes >= 0) & (boxes <= 1 + FRACTION_TOLERANCE)).all(axis=1)
+    if len(boxes) and is_fraction.mean() >= NEARLY_ALL:
+        raise DistillError(
+            f"{file}: {int(is_fraction.sum())} of {len(boxes)} boxes of {split} lie in the first pixel, such as xyxy "
+            f"{boxes[is_fraction][0].tolist()}: they are probably fractions of the image. Multiply x and width by the "
+            "image's width, y and height by its height"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):  # the boxes may be anything
+        corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+        is_beyond = (boxes > sizes + 1).any(axis=1)
+        fits_as_corners = (corners[:, 2:] > corners[:, :2]).all(axis=1) & (corners <= sizes + 1).all(axis=1)
+    if len(boxes) and is_beyond.mean() >= MANY and fits_as_corners.mean() >= NEARLY_ALL:
+        warnings.warn(
+            f"{file}: {int(is_beyond.sum())} of {len(boxes)} boxes of {split} end outside their image, but all would "
+            "fit as corners [x1, y1, x2, y2]. COCO's 'bbox' is [x, y, width, height]: convert the boxes if they "
+            "hold corners",
+            stacklevel=3,
+        )
+
+
+def _repair_boxes(records: Records, counts: Counter[str]) -> None:
+    """Remove invalid boxes and add a fault for each, clip the others, and remove those without area in the image."""
     boxes, images = records.boxes, records.row_images()
     counts["boxes"] += len(boxes)
     with np.errstate(over="ignore", invalid="ignore"):  # finite corners may have infinite sides
@@ -267,8 +306,9 @@ def _encode_masks(records: Records, counts: Counter[str]) -> None:
     is_valid = np.ones(len(images), dtype=np.bool_)
     for row, image in enumerate(images):
         size = (sizes[image][0], sizes[image][1])
+        segmentation = records.segmentation(row)
         try:
-            code = rle.encode_segmentation(records.segmentation(row), size)
+            code = rle.encode_segmentation(segmentation, size)
         except ValueError as error:
             is_valid[row] = False
             remedy = "fix or remove it, or train on boxes alone with data.masks=false"
@@ -277,6 +317,7 @@ def _encode_masks(records: Records, counts: Counter[str]) -> None:
             entries.append(NULL)
         else:
             counts["with an empty mask"] += not rle.mask_area(code, size)
+            counts["polygons of less than three corners dropped"] += rle.count_degenerate(segmentation)
             entries.append(msgspec.json.encode(rle.to_coco(code, size)))
     records.segmentations = PackedBytes.pack(entries)
     records.keep_rows(is_valid)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import codecs
 import json
 import os
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 import numpy as np
@@ -32,6 +36,10 @@ SplitFiles = Mapping[str, str | None]
 """The entries `annotations` (JSON file) and `images` (folder) of a split."""
 MIN_ID, MAX_ID = -(2**63), 2**63 - 1
 """Smallest and largest id that an int64 tensor can hold."""
+REPEATED_IDS, TEXT_IDS = "annotation ids repeated", "ids written as text"
+"""Remarks on ids."""
+SAMPLED_NAMES = 100
+"""Number of names by which the image folder is chosen."""
 MIN_CACHED_SIZE = 2**20
 """Smallest annotation file, in bytes, whose content is kept in the cache."""
 CACHE_VERSION = 1
@@ -47,10 +55,15 @@ class Coco:
     attribute `category_ids` maps each label to its category id in the last file read. Crowds are no training targets.
     The records keep them because evaluation ignores detections on crowds.
 
-    If `images` is None, the image folder is the first of these that contains the first image of the JSON file: the
-    folder of the JSON file, `root`, `root/images`, and the folder in `root` that is named like the last part of the
-    JSON file's name (`train2017` for `instances_train2017.json`). If none of them contains it, the folder of the JSON
-    file is used. A `file_name` must not lead out of both the image folder and `root`.
+    If `images` is None, the image folder is the one of these that contains most images of the JSON file: the folder of
+    the JSON file, `root`, `root/images`, and the folder in `root` that is named like the last part of the JSON file's
+    name (`train2017` for `instances_train2017.json`). If none of them contains any, the folder of the JSON file is
+    used. A `file_name` must not lead out of both the image folder and `root`. If no file has the name, the forms of
+    `name_forms` are tried.
+
+    The classes are those of train. The other splits may list fewer categories, and other ids for them: their categories
+    are matched by name. Boxes of a class that train lacks are refused if train is read, too. A category that has the
+    name of another and no annotation is dropped. Ids may be texts of digits. The ids of annotations are not used.
 
     Args:
         root: folder that all paths of the splits are relative to.
@@ -69,6 +82,8 @@ class Coco:
         self.root = Path(root).expanduser()
         self.files = {"train": train, "val": val, "test": test}
         self.category_ids: dict[int, int] = {}
+        self._train_classes: tuple[tuple[str, ...], list[int]] | None = None
+        self._is_train_read = False
         for split, files in self.files.items():
             if files is not None and not (isinstance(files, Mapping) and set(files) <= {"annotations", "images"}):
                 raise DistillError(
@@ -96,12 +111,53 @@ class Coco:
             raise DistillError(f"data=coco has no split '{split}': set data.source.{split}.annotations to its JSON")
         path = self.root / str(files["annotations"])
         content = _load_content(path, split)
-        self.category_ids = dict(enumerate(content.category_ids, start=1))
+        if split == "train":
+            self._train_classes, self._is_train_read = (content.classes, content.category_ids), True
+        classes, labels, self.category_ids = self._match_classes(content, path)
         names = content.names.texts()
         folder = self.root / str(files["images"]) if files.get("images") else self._folder(path, names)
-        return content.classes, self._make_records(content, names, folder, path)
+        corrected = _correct_names(folder, names)
+        records = self._make_records(content, labels, [corrected.get(name, name) for name in names], folder, path)
+        records.remarks.update(content.remarks)
+        records.remarks["file names written in another form"] += len(corrected)
+        return classes, records
 
-    def _make_records(self, content: Content, names: Sequence[str], folder: Path, path: Path) -> Records:
+    def _match_classes(self, content: Content, path: Path) -> tuple[tuple[str, ...], NDArray[np.int64], dict[int, int]]:
+        """Return the classes of train, the labels of the annotations among them, and a mapping of label to id."""
+        own_ids = dict(zip(content.classes, content.category_ids, strict=True))
+        train = self._read_train_classes()
+        if train is None or content.classes == train[0]:
+            return content.classes, content.labels, dict(enumerate(content.category_ids, start=1))
+        classes, train_ids = train
+        places = {name: label for label, name in enumerate(classes, start=1)}
+        used = {content.classes[label - 1] for label in np.unique(content.labels).tolist()}
+        unknown = sorted(used - set(classes))
+        if unknown and not self._is_train_read:  # evaluation alone compares the classes with those of the model
+            return content.classes, content.labels, dict(enumerate(content.category_ids, start=1))
+        if unknown:
+            raise DistillError(
+                f"{path}: has boxes of the classes {', '.join(unknown)}, which train lacks; its classes are "
+                f"{', '.join(classes)}. Rename the categories, or remove their annotations"
+            )
+        labels = np.array([0, *(places.get(name, 0) for name in content.classes)], dtype=np.int64)[content.labels]
+        ids: dict[int, int] = {places[name]: own_ids[name] for name in classes if name in own_ids}
+        for name, number in zip(classes, train_ids, strict=True):
+            taken = set(own_ids.values()) | set(ids.values())
+            ids.setdefault(places[name], number if number not in taken else max(taken) + 1)
+        return classes, labels, ids
+
+    def _read_train_classes(self) -> tuple[tuple[str, ...], list[int]] | None:
+        """Return the class names of train and their category ids, or None if there is no readable file of train."""
+        files = self.files.get("train")
+        if self._train_classes is None and files and files.get("annotations"):
+            with suppress(DistillError):  # reading train itself raises
+                content = _load_content(self.root / str(files["annotations"]), "train")
+                self._train_classes = content.classes, content.category_ids
+        return self._train_classes
+
+    def _make_records(
+        self, content: Content, labels: NDArray[np.int64], names: Sequence[str], folder: Path, path: Path
+    ) -> Records:
         count = len(names)
         outside = [index for index, name in enumerate(names) if not self._holds(folder, name)]
         files = [str(folder / name) for name in names]
@@ -111,14 +167,14 @@ class Coco:
             ids=content.ids,
             files=PackedBytes.pack_texts(files),
             sizes=content.sizes,
-            annotation_files=PackedBytes.repeat(os.fsencode(path), count),
+            annotation_files=PackedBytes.repeat(str(path).encode("utf-8", "surrogateescape"), count),
             file_sizes=np.full(count, -1, dtype=np.int64),
             unusable=np.zeros(count, dtype=np.bool_),
             ends=content.ends,
             boxes=content.boxes,
-            labels=content.labels,
+            labels=labels,
             crowd=content.crowd,
-            difficult=np.zeros(len(content.labels), dtype=np.bool_),
+            difficult=np.zeros(len(labels), dtype=np.bool_),
             area=content.area,
             annotation_indices=content.annotation_indices,
             segmentations=content.segmentations,
@@ -131,8 +187,12 @@ class Coco:
 
     def _folder(self, path: Path, names: Sequence[str]) -> Path:
         usual = (path.parent, self.root, self.root / "images", self.root / path.stem.rpartition("_")[2])
-        first = names[0] if names else ""
-        return next((folder for folder in usual if os.path.isfile(folder / first)), path.parent)
+        sample = names[:: max(1, len(names) // SAMPLED_NAMES)]
+        for some in (sample, names):
+            counts = [sum(_find_form(folder, name) is not None for name in some) for folder in usual]
+            if any(counts):
+                return usual[counts.index(max(counts))]
+        return path.parent
 
     def _holds(self, folder: Path, name: str) -> bool:
         """Whether the path of a file lies in the image folder or in `root`.
@@ -143,6 +203,37 @@ class Coco:
             return True
         place = Path(os.path.abspath(folder / name))
         return any(place.is_relative_to(os.path.abspath(home)) for home in (folder, self.root))
+
+
+def name_forms(name: str) -> list[str]:
+    """Return other forms of a file name that tools write: `/` for a backslash, decoded `%20`, other Unicode forms."""
+    forms = []
+    for decoded in (name, name.replace("\\", "/"), unquote(name), unquote(name).replace("\\", "/")):
+        forms += [decoded, *(unicodedata.normalize(form, decoded) for form in ("NFC", "NFD"))]
+    return [form for form in dict.fromkeys(forms) if form and form != name and "\0" not in form]
+
+
+def _find_form(folder: Path, name: str) -> str | None:
+    """Return the form of a name that is a file in the folder, or None."""
+    return next((form for form in (name, *name_forms(name)) if os.path.isfile(folder / form)), None)
+
+
+def _correct_names(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return a mapping of the names that only have a file in another form to this form."""
+    listings: dict[str, set[str]] = {}
+    corrected = {}
+    for name in names:
+        parent, _, last = name.rpartition("/")
+        if parent not in listings:
+            try:
+                listings[parent] = set(os.listdir(folder / parent))
+            except (OSError, ValueError):
+                listings[parent] = set()
+        if last not in listings[parent] and name_forms(name):
+            form = _find_form(folder, name)
+            if form not in (None, name):
+                corrected[name] = str(form)
+    return corrected
 
 
 @dataclass
@@ -165,6 +256,8 @@ class Content:
     segmentations: PackedBytes
     faults: list[str]
     """Messages about invalid entries, which are left out."""
+    remarks: dict[str, int]
+    """Counts of what was ignored or corrected without harm."""
 
 
 class ImageEntry(msgspec.Struct):
@@ -182,7 +275,7 @@ class AnnotationEntry(msgspec.Struct):
     image_id: int
     category_id: int
     bbox: tuple[float, float, float, float]
-    id: int | None = None
+    id: int | str | None = None
     area: float | None = None
     iscrowd: int | float | bool | None = None
     segmentation: msgspec.Raw = msgspec.Raw(NULL)
@@ -222,7 +315,7 @@ def _to_columns(content: Content) -> dict[str, NDArray[Any]]:
     for name in ("names", "segmentations"):
         packed: PackedBytes = getattr(content, name)
         columns |= {f"{name}.blob": packed.blob, f"{name}.starts": packed.starts, f"{name}.ends": packed.ends}
-    texts = {"classes": content.classes, "category_ids": content.category_ids, "faults": content.faults}
+    texts = {name: getattr(content, name) for name in ("classes", "category_ids", "faults", "remarks")}
     return columns | {"texts": np.frombuffer(json.dumps(texts).encode(), np.uint8)}
 
 
@@ -254,7 +347,9 @@ def _read_valid_file(path: Path) -> Content:
     text.decode()  # msgspec skips entries that it ignores without decoding them
     file = msgspec.json.decode(text, type=ValidFile)
     del text
-    classes, category_ids = _parse_categories(file.categories, path)
+    remarks: Counter[str] = Counter()
+    categories = np.array([entry.category_id for entry in file.annotations], dtype=np.int64)
+    classes, category_ids = _parse_categories(file.categories, set(np.unique(categories).tolist()), path, remarks)
     names = [image.file_name for image in file.images]
     ids = np.array([image.id for image in file.images], dtype=np.int64)
     sizes = np.array([(image.height or 0, image.width or 0) for image in file.images], dtype=np.int64).reshape(-1, 2)
@@ -262,12 +357,8 @@ def _read_valid_file(path: Path) -> Content:
     entries = file.annotations
     if not all(names) or "\0" in "".join(names) or not {entry.iscrowd for entry in entries} <= {0, 1, None}:
         raise ValueError
-    numbers = [entry.id for entry in entries if entry.id is not None]
-    if len(set(numbers)) < len(numbers):
-        raise ValueError
-    np.array(numbers, dtype=np.int64)  # raises OverflowError
+    remarks[REPEATED_IDS] = _count_repeated([entry.id for entry in entries])
     images = _find_places(ids, np.array([entry.image_id for entry in entries], dtype=np.int64))
-    categories = np.array([entry.category_id for entry in entries], dtype=np.int64)
     labels = _find_places(np.array(list(category_ids.values()), dtype=np.int64), categories) + 1
     order = np.argsort(images, kind="stable")
     boxes = np.array([entry.bbox for entry in entries], dtype=np.float64).reshape(-1, 4)[order]
@@ -290,7 +381,14 @@ def _read_valid_file(path: Path) -> Content:
         annotation_indices=order,
         segmentations=PackedBytes.pack([entries[place].segmentation for place in order.tolist()]),
         faults=[],
+        remarks=dict(remarks),
     )
+
+
+def _count_repeated(numbers: Sequence[Any]) -> int:
+    """Return how many ids repeat an earlier one."""
+    known = [number for number in numbers if isinstance(number, (int, str))]
+    return len(known) - len(set(known))
 
 
 def _find_places(known: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -310,9 +408,15 @@ def _find_places(known: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArra
 def _read_any_file(path: Path, split: str) -> Content:
     """Read a file entry by entry. Messages name the invalid entries."""
     content = _load_json(path, split)
-    classes, category_ids = _parse_categories(content["categories"], path)
-    labels = {number: label for label, number in category_ids.items()}
     faults: list[str] = []
+    remarks: Counter[str] = Counter()
+    entries = [entry for entry in content["annotations"] if isinstance(entry, dict)]
+    remarks[REPEATED_IDS] = _count_repeated([entry.get("id") for entry in entries])
+    for key, rows in (("id", content["images"]), ("id", content["categories"]), ("image_id", entries)):
+        remarks[TEXT_IDS] += sum(isinstance(row, dict) and _is_digits(row.get(key)) for row in rows)
+    used = {_as_integer(entry.get("category_id")) for entry in entries}
+    classes, category_ids = _parse_categories(content["categories"], used, path, remarks)
+    labels = {number: label for label, number in category_ids.items()}
     images = _parse_images(content["images"], path, faults)
     annotations = _parse_annotations(content["annotations"], images, labels, path, faults)
     records = pack_records(
@@ -323,6 +427,7 @@ def _read_any_file(path: Path, split: str) -> Content:
         category_ids=list(category_ids.values()),
         names=records.files,
         faults=faults,
+        remarks=dict(remarks),
         segmentations=records.segmentations,
         **{name: getattr(records, name) for name in COLUMNS},
     )
@@ -349,17 +454,34 @@ def _load_json(path: Path, split: str) -> dict[str, list[Any]]:
     return dict(content)
 
 
-def _parse_categories(entries: list[Any], path: Path) -> tuple[tuple[str, ...], dict[int, int]]:
-    """Return the class names in the order of their labels, and a mapping of label to category id."""
+def _parse_categories(
+    entries: list[Any], used: Set[int | None], path: Path, remarks: Counter[str]
+) -> tuple[tuple[str, ...], dict[int, int]]:
+    """Return the class names in the order of their labels, and a mapping of label to category id.
+
+    Of categories with the same name, those that no annotation uses are dropped: some tools write a group of categories
+    under the name of a class.
+    """
     names: dict[int, str] = {}
+    numbers: dict[str, int] = {}
     for place, entry in enumerate(entries):
         try:
             number, name = _read_integer(entry, "id"), _read_string(entry, "name")
-            if number in names or name in names.values():
-                raise ValueError(f"has id {number} or name '{name}' of another; both must differ")
+            if number in names:
+                raise ValueError(f"has id {number}, as '{names[number]}' has; ids must differ")
+            twin = numbers.get(name)
+            if twin is not None:
+                if twin in used and number in used:
+                    raise ValueError(
+                        f"has the name '{name}', as id {twin} has, and both have annotations; give each its own name"
+                    )
+                remarks["unused categories of a repeated name dropped"] += 1
+                if twin in used:
+                    continue
+                del names[twin]
         except ValueError as error:
             raise DistillError(f"{path}: categories[{place}] {error}; fix the file") from error
-        names[number] = name
+        names[number], numbers[name] = name, number
     if not names:
         raise DistillError(f"{path}: 'categories' is empty, so there are no classes; list them with 'id' and 'name'")
     ids = sorted(names)
@@ -390,7 +512,6 @@ def _parse_annotations(
 ) -> dict[int, list[Annotation]]:
     """Return a mapping of image id to annotations. Add a message to `faults` for each invalid entry."""
     notes: dict[int, list[Annotation]] = defaultdict(list)
-    seen: set[int] = set()
     for place, entry in enumerate(entries):
         try:
             image, category = _read_integer(entry, "image_id"), _read_integer(entry, "category_id")
@@ -398,11 +519,6 @@ def _parse_annotations(
                 raise ValueError(f"is of image {image}, which 'images' does not list (once); add it, or remove this")
             if category not in labels:
                 raise ValueError(f"has category {category}, which 'categories' does not list; add it, or remove this")
-            if entry.get("id") is not None:
-                number = _read_integer(entry, "id")
-                if number in seen:
-                    raise ValueError(f"has id {number}, as another has; give it its own")
-                seen.add(number)
             notes[image].append(_parse_annotation(entry, labels[category], place))
         except ValueError as error:
             faults.append(f"{path}: annotations[{place}] {error}")
@@ -425,16 +541,28 @@ def _stated_size(entry: Mapping[str, Any]) -> Size | None:
     stated = [entry.get(side) for side in ("height", "width")]
     if None in stated or 0 in stated:
         return None
+    for side, value in zip(("height", "width"), stated, strict=True):
+        if isinstance(value, str):
+            raise ValueError(f"needs an integer '{side}', got {shown(value)}; fix it")
     return _read_integer(entry, "height"), _read_integer(entry, "width")
 
 
 def _read_integer(entry: Any, key: str) -> int:
-    value = entry.get(key) if isinstance(entry, dict) else None
-    if type(value) is int and MIN_ID <= value <= MAX_ID:
-        return value
-    if isinstance(value, float) and value.is_integer() and MIN_ID <= value <= MAX_ID:
-        return int(value)
-    raise ValueError(f"needs an integer '{key}', got {shown(value if isinstance(entry, dict) else entry)}; fix it")
+    value = entry.get(key) if isinstance(entry, dict) else entry
+    number = _as_integer(value)
+    if not isinstance(entry, dict) or number is None:
+        raise ValueError(f"needs an integer '{key}', got {shown(value)}; fix it")
+    return number
+
+
+def _as_integer(value: Any) -> int | None:
+    """Return a number of int64 from an integer, a float without fraction or a text of digits, else None."""
+    is_number = type(value) is int or (isinstance(value, float) and value.is_integer()) or _is_digits(value)
+    return int(value) if is_number and MIN_ID <= int(value) <= MAX_ID else None
+
+
+def _is_digits(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"0|-?[1-9][0-9]{0,18}", value) is not None
 
 
 def _read_string(entry: Mapping[str, Any], key: str) -> str:

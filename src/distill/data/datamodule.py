@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -330,10 +332,16 @@ class DetectionData(L.LightningDataModule):
         if (split, training) not in self._images:
             records = self.records(split)
             if training and not self.keep_empty:
+                annotated = records
                 targets = records.row_images()[training_rows(records, self.use_difficult)]
                 records = records.select(np.bincount(targets, minlength=len(records)) > 0)
                 if not len(records):
-                    raise DistillError(f"No {split} image has a box to train on. Check the annotations of {split}.")
+                    raise DistillError(
+                        f"No {split} image has a box to train on: of {len(annotated.labels)} boxes, "
+                        f"{int(annotated.crowd.sum())} are crowds (iscrowd=1), which are no training targets, and "
+                        f"{int(annotated.difficult.sum())} are difficult. Check the annotations of {split}, or set "
+                        "data.use_difficult=true for difficult objects."
+                    )
             load = getattr(self.source, "load_image", partial(read_image, max_pixels=self.max_pixels))
             transform = self.train_transform if training else self.eval_transform
             images = ImageDataset(records, load, transform, self.use_difficult, self.masks)
@@ -362,10 +370,18 @@ class DetectionData(L.LightningDataModule):
                 f"Expected the same classes in every split, got {list(classes)} in {split} and "
                 f"{list(self._classes or ())} before. Give all annotation files the same categories."
             )
+        if self._classes is None:
+            _warn_of_similar_names(classes)
         self._classes = tuple(classes)
         records, self.checked[split] = check_records(
             annotated, split, self.on_error, not self._drawn, self.masks, self.max_pixels
         )
+        if records.crowd.all() and split != "train":
+            warnings.warn(
+                f"{split}: all {len(records.labels)} boxes are crowds (iscrowd=1), which AP ignores: nothing can be "
+                "measured. Check 'iscrowd' in the annotations",
+                stacklevel=2,
+            )
         fraction, limit = (self.fraction, self.limit) if split == "train" else (1.0, self.limit_eval)
         part = records.select(select_subset(len(records), fraction, limit))
         used = "" if len(part) == len(records) else f"; {len(part)} of the images are used"
@@ -394,6 +410,20 @@ class DetectionData(L.LightningDataModule):
             prefetch_factor=self.prefetch if self.workers else None,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # else each iterator would draw from the global stream, which the models use
+        )
+
+
+def _warn_of_similar_names(classes: Sequence[str]) -> None:
+    """Warn of classes whose names differ in case or spaces alone."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        groups["".join(name.split()).casefold()].append(name)
+    similar = "; ".join(", ".join(map(repr, names)) for names in groups.values() if len(names) > 1)
+    if similar:
+        warnings.warn(
+            f"classes whose names differ in case or spaces alone are different classes: {similar}. If they are one "
+            "class, give it one name in the annotation files",
+            stacklevel=2,
         )
 
 

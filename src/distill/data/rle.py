@@ -30,7 +30,7 @@ def encode_masks(masks: Tensor) -> list[bytes]:
     if not len(masks):
         return []
     columns = masks.detach().to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
-    return [each["counts"] for each in coco.encode(columns.T)]  # (H, W, N) in Fortran order, without a copy
+    return [code["counts"] for code in coco.encode(columns.T)]  # (H, W, N) in Fortran order, without a copy
 
 
 def decode_mask(code: bytes, size: Size) -> Tensor:
@@ -61,9 +61,25 @@ def encode_segmentation(segmentation: Any, size: Size) -> bytes:
     if isinstance(segmentation, Mapping):
         return _encode_runs(segmentation, size)
     if isinstance(segmentation, Sequence) and not isinstance(segmentation, str) and segmentation:
-        polygons = [_validate_polygon(polygon, size) for polygon in segmentation]
+        polygons = [
+            _validate_polygon(polygon, size)
+            for polygon in segmentation
+            if count_degenerate(segmentation) == len(segmentation) or not _is_degenerate(polygon)
+        ]
         return bytes(coco.merge(coco.frPyObjects(polygons, *size))["counts"])
     raise ValueError(f"needs polygons or run lengths, got {shown(segmentation)}")
+
+
+def count_degenerate(segmentation: Any) -> int:
+    """Return the number of polygons with one or two corners, or none. They have no area.
+
+    Among other polygons they are ignored.
+    """
+    return 0 if isinstance(segmentation, Mapping) else sum(map(_is_degenerate, segmentation))
+
+
+def _is_degenerate(polygon: Any) -> bool:
+    return isinstance(polygon, Sequence) and len(polygon) in (0, 2, 4) and _to_array(polygon).dtype.kind in "iuf"
 
 
 def _validate_polygon(polygon: Any, size: Size) -> list[float]:
@@ -132,6 +148,6 @@ def _decode_runs(code: bytes) -> NDArray[np.int64]:
     places = np.arange(len(digits)) - np.repeat(starts, lengths)
     values = np.add.reduceat((digits & 31) << (5 * places), starts)
     values -= np.where(digits[ends] & 16, 1 << (5 * lengths), 0)
-    for every in (slice(1, None, 2), slice(2, None, 2)):
-        values[every] = np.cumsum(values[every])
+    for alternate in (slice(1, None, 2), slice(2, None, 2)):
+        values[alternate] = np.cumsum(values[alternate])
     return values

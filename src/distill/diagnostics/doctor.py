@@ -48,7 +48,7 @@ def describe_split(data: DetectionData, split: str) -> dict[str, Any]:
     """
     records = data.records(split)
     checked = data.checked[split]
-    corrected = {**checked.corrected, "turned by EXIF": checked.turned, **checked.skipped}
+    corrected = {**checked.corrected, "turned by EXIF": checked.turned, **checked.skipped, **checked.remarks}
     return {
         "images": len(records),
         "boxes": len(records.labels),

@@ -91,7 +91,7 @@ BAD: list[tuple[Any, str]] = [
     ("1,2,3", "polygons or run lengths"),
     (3, "polygons or run lengths"),
     ([[1, 2, 3, 4]], "three or more corners"),  # pycocotools would take it for a box
-    ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4]], "three or more corners"),
+    ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5]], "three or more corners"),
     ([[1, 2, 3, 4, 5, 6, 7]], "three or more corners"),
     ([1, 2, 3, 4, 5, 6], "three or more corners"),
     ([[[1, 2], [3, 4], [5, 6]]], "three or more corners"),
