@@ -47,6 +47,7 @@ _MODULES = {
     "Voc": "data.voc",
     "VocMetric": "evaluation.voc",
     "WeightAverage": "training.callbacks.averaging",
+    "Yolo": "data.yolo",
     "evaluate": "evaluation.evaluate",
     "load_detector": "detectors.registry",
     "panel": "evaluation.pictures",

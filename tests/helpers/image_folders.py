@@ -49,6 +49,25 @@ def write_voc(root: Path, lists: dict[str, tuple[str, int]]) -> None:
             (root / "Annotations" / f"{stem}.xml").write_text(_xml(record, classes))
 
 
+def write_yolo(root: Path) -> None:
+    """Roboflow's YOLO layout: train and valid with images and labels each, and a data.yaml."""
+    for split, folder, count in (("train", "train", 8), ("val", "valid", 4)):
+        classes, images = drawn(split, count)
+        for part in ("images", "labels"):
+            (root / folder / part).mkdir(parents=True)
+        for record, picture in images:
+            picture.save(root / folder / "images" / f"{record.id}.jpg")
+            lines = [
+                f"{label - 1} {(x1 + x2) / 128} {(y1 + y2) / 128} {(x2 - x1) / 64} {(y2 - y1) / 64}"
+                for (x1, y1, x2, y2), label in zip(record.boxes.tolist(), record.labels.tolist(), strict=True)
+            ]
+            (root / folder / "labels" / f"{record.id}.txt").write_text("\n".join(lines))
+    names = "".join(f"- {name}\n" for name in classes)
+    (root / "data.yaml").write_text(
+        f"train: ../train/images\nval: ../valid/images\nnc: {len(classes)}\nnames:\n{names}"
+    )
+
+
 def _xml(record: Record, classes: tuple[str, ...]) -> str:
     things = "".join(
         f"<object><name>{classes[label - 1]}</name><difficult>0</difficult><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin>"

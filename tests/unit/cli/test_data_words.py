@@ -1,0 +1,38 @@
+"""`data=PATH` on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill.cli import compose
+from distill.cli.data_words import expand_data_words
+from helpers.image_folders import write_coco
+
+
+def test_a_path_becomes_an_option_and_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Absolute, so that `evaluate` finds the data from another folder; a setting of the user's own stays."""
+    write_coco(tmp_path / "it's = my data")
+    monkeypatch.chdir(tmp_path)
+    words = expand_data_words(["seed=1", "data=it's = my data", "data.source.val.annotations=mine.json"])
+    assert [word.partition("=")[0] for word in words] == [
+        "seed",
+        "data",
+        "data.source.root",
+        "data.source.train.annotations",
+        "data.source.test.annotations",
+        "data.source.val.annotations",
+    ]
+    cfg = compose.compose_config([*words, "paths.run=x"])
+    assert cfg.data.source.root == str(tmp_path / "it's = my data")
+    assert cfg.data.source.train.annotations == "annotations/instances_train2017.json"
+    assert cfg.data.source.val.annotations == "mine.json"
+    assert "data: it's = my data is COCO, train annotations/instances_train2017.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["data=shapes"], ["data=shapez"], ["data=coco,voc"], ["data=null"], ["data="], []])
+def test_other_words_stay(words: list[str]) -> None:
+    assert expand_data_words(words) == words
