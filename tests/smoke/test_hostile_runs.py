@@ -158,21 +158,21 @@ def test_what_a_student_says_of_itself_is_checked(
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("student.json", "[]"),
-        ("student.json", "{"),
-        ("student.json", "[" * 100_000),
-        ("student.json", '{"model": 1}'),
-        ("student.json", '{"model": {}, "extra": []}'),
-        ("summary.json", "{"),
-        ("summary.json", "[]"),
-        ("summary.json", '{"teacher": 7}'),
-        ("summary.json", '{"teacher": {"source": ["x"], "classes": ["a"]}}'),
-        ("summary.json", '{"teacher": {"source": "x"}}'),
-    ],
-)
+NOTES = [
+    ("student.json", "[]"),
+    ("student.json", "{"),
+    ("student.json", "[" * 100_000),
+    ("student.json", '{"model": 1}'),
+    ("student.json", '{"model": {}, "extra": []}'),
+    ("summary.json", "{"),
+    ("summary.json", "[]"),
+    ("summary.json", '{"teacher": 7}'),
+    ("summary.json", '{"teacher": {"source": ["x"], "classes": ["a"]}}'),
+    ("summary.json", '{"teacher": {"source": "x"}}'),
+]
+
+
+@pytest.mark.parametrize(("file", "text"), mostly_exhaustive(NOTES, NOTES[::3]))
 def test_what_a_run_notes_is_checked(
     file: str, text: str, run: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +207,7 @@ def test_names_cannot_steer_the_terminal(cli: Cli, tmp_path: Path, capsys: pytes
     assert "\x1b" not in said
 
 
+@pytest.mark.exhaustive
 def test_a_run_in_a_folder_of_spaces_and_letters(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data, outputs, teacher and student below one, with class names that mean something to the table's printer."""
     home = tmp_path / "für später [red] {x}"
