@@ -54,9 +54,9 @@ def recognize(path: Path) -> Layout:
             f"data.source.root={path}"
         )
     if len(layouts) > 1:
-        found = " and ".join(layout.description for layout in layouts)
+        formats = " and ".join(layout.description for layout in layouts)
         raise DistillError(
-            f"{path}: holds {found}. Name the one to use: data={layouts[0].option} data.source.root={path}"
+            f"{path}: holds {formats}. Name the one to use: data={layouts[0].option} data.source.root={path}"
         )
     return layouts[0]
 
@@ -173,18 +173,18 @@ def _find_voc(folder: Path) -> Layout | None:
         lists = folder / "ImageSets" / "Main"
         if not lists.is_dir():
             return Layout("voc", "VOC, no lists of splits", {"root": str(folder)})
-        found = {
+        chosen = {
             split: next((name for name in names if (lists / f"{name}.txt").is_file()), None)
             for split, names in SPLIT_KEYS.items()
         }
-        if found["train"] is None and (lists / "trainval.txt").is_file():
-            found["train"] = "trainval"
-        if found["train"] is None:
+        if chosen["train"] is None and (lists / "trainval.txt").is_file():
+            chosen["train"] = "trainval"
+        if chosen["train"] is None:
             raise DistillError(f"{lists}: expected train.txt or trainval.txt; set data=voc data.source.train=LIST")
-        if found["val"] is None and found["test"] is not None:
-            found["val"], found["test"] = found["test"], None
-        names = ", ".join(f"{split} {name}.txt" for split, name in found.items() if name)
-        return Layout("voc", f"VOC, {names}", {"root": str(folder), **found})
+        if chosen["val"] is None and chosen["test"] is not None:
+            chosen["val"], chosen["test"] = chosen["test"], None
+        names = ", ".join(f"{split} {name}.txt" for split, name in chosen.items() if name)
+        return Layout("voc", f"VOC, {names}", {"root": str(folder), **chosen})
     if any(_holds_xml(folder / name) for names in SPLIT_KEYS.values() for name in names):
         return Layout("voc", "VOC, a folder for each split", {"root": str(folder)})
     return Layout("voc", "VOC, XML files beside the images", {"root": str(folder)}) if _holds_xml(folder) else None
