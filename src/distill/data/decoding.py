@@ -5,6 +5,8 @@ An image is turned upright by its EXIF orientation only. The orientation of an X
 
 from __future__ import annotations
 
+import mmap
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -94,10 +96,12 @@ def inspect_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> ImageInfo:
             ``max_pixels`` pixels. The message names the file.
     """
     with _errors_that_name(file):
-        content = _map_file(file)
-        header = read_header(content.numpy().data)
+        with open(file, "rb") as opened:  # takes less than half the time of torchvision's read_file
+            is_empty = not os.fstat(opened.fileno()).st_size  # an empty file cannot be mapped
+            content = b"" if is_empty else mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        header = read_header(memoryview(content))
         if header is None or not header.is_complete:
-            return _decode(file, content, header, max_pixels)[1]
+            return _decode(file, _map_file(file), header, max_pixels)[1]
         _validate_size(header.size, max_pixels)
         upright = header.size[::-1] if header.orientation in TRANSPOSED else header.size
         return ImageInfo(upright, header.orientation, header.bits)
