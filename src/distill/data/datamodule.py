@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 from distill.data.checks import SplitReport, check_overlap, check_records
 from distill.data.decoding import MAX_PIXELS, read_image
+from distill.data.identity import describe_differences, digest_records
 from distill.data.images import ImageDataset, training_rows
 from distill.data.loader import DetectionLoader
-from distill.data.records import Record, Records, coco_ground_truth, pack_records
+from distill.data.records import Record, Records, coco_ground_truth
 from distill.data.sampler import BatchSampler
 from distill.data.transforms import Sample, Transform, collate, padded_size, resized_size
 from distill.types import Batch, DistillError, Size
@@ -43,30 +44,6 @@ class Source(Protocol):
 
     def read_split(self, split: str) -> tuple[Sequence[str], Sequence[Record]]:
         """Return the class names, in the order of their labels from 1, and the records of a split as annotated."""
-
-
-def digest_records(records: Sequence[Record], masks: bool) -> dict[str, Any]:
-    """Return the numbers of images and boxes, and a SHA-256 hash of the records without the paths of their files.
-
-    The hash includes the segmentations only with `masks`.
-    """
-    columns = pack_records(records)
-    # Checkpoints hold this hash: its input is, image by image, a list in JSON and the bytes of the arrays.
-    digest = hashlib.sha256()
-    arrays = (columns.boxes, columns.labels, columns.crowd, columns.difficult, columns.area)
-    contents = [(memoryview(array.tobytes()), array.nbytes // max(1, len(array))) for array in arrays]
-    numbers = zip(columns.ids.tolist(), columns.sizes.tolist(), columns.file_sizes.tolist(), strict=True)
-    for index, (id, (height, width), file_size) in enumerate(numbers):
-        rows = columns.rows(index)
-        size = f"[{height}, {width}]" if height and width else "null"
-        bytes_of_file = "null" if file_size < 0 else file_size
-        digest.update(f"[{id}, {size}, {bytes_of_file}, {rows.stop - rows.start}]".encode())
-        for content, row_size in contents:
-            digest.update(content[rows.start * row_size : rows.stop * row_size])
-        if masks:
-            segmentations = [columns.segmentation(row) for row in range(rows.start, rows.stop)]
-            digest.update(json.dumps(segmentations, default=str).encode())
-    return {"images": len(columns), "boxes": len(columns.labels), "sha256": digest.hexdigest()}
 
 
 def select_subset(count: int, fraction: float, limit: int | None) -> NDArray[np.bool_]:
@@ -243,8 +220,8 @@ class DetectionData(L.LightningDataModule):
         contrast, is not valid for other image files with the same annotations.
         """
         records = self.records(split)
-        seen = [records.files.texts(), digest_records(records, self.masks), self.classes, self.input_size, self.resize]
-        return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()
+        facts = [records.files.texts(), digest_records(records, self.masks), self.classes, self.input_size, self.resize]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the classes and, of train and val, the numbers of images and boxes and a hash, for a checkpoint."""
@@ -259,27 +236,16 @@ class DetectionData(L.LightningDataModule):
         Raises:
             DistillError: the data differs. The message lists the differences.
         """
-        found = self.differences(state_dict)
-        if found:
+        differences = self.differences(state_dict)
+        if differences:
             raise DistillError(
-                f"resume: the checkpoint was made on other data: {'; '.join(found)}. Set data as it was in that run, "
-                "or start a new one without ckpt_path"
+                f"resume: the checkpoint was made on other data: {'; '.join(differences)}. Set data as it was in that "
+                "run, or start a new one without ckpt_path"
             )
 
     def differences(self, before: dict[str, Any]) -> list[str]:
         """Describe the differences between a checkpoint's state `before` and this data, one text each."""
-        now = self.state_dict()
-        found = []
-        if before["classes"] != now["classes"]:
-            found.append(f"classes: {before['classes']} there, {now['classes']} here")
-        for split in ("train", "val"):
-            there, here = before[split], now[split]
-            counts = [f"{each['images']} images with {each['boxes']} boxes" for each in (there, here)]
-            if counts[0] != counts[1]:
-                found.append(f"{split}: {counts[0]} there, {counts[1]} here")
-            elif there != here:
-                found.append(f"{split}: {counts[0]} as there, but other ids, sizes, boxes, labels or files")
-        return found
+        return describe_differences(before, self.state_dict())
 
     def ground_truth(self, split: Split) -> dict[str, Any]:
         """Return a split in COCO's JSON form, in original pixels. Its `category_id` is the label, from 1 to K."""
@@ -356,11 +322,11 @@ class DetectionData(L.LightningDataModule):
     def records(self, split: Split) -> Records:
         """Return the checked records of a split, limited by `fraction`, `limit` and `limit_eval`."""
         if split not in self._records:
-            found = self._read(split)
+            records = self._read(split)
             if not self._drawn:
                 for other, known in self._records.items():
-                    check_overlap({split: found, other: known}, self.on_overlap)
-            self._records[split] = found
+                    check_overlap({split: records, other: known}, self.on_overlap)
+            self._records[split] = records
         return self._records[split]
 
     def _read(self, split: Split) -> Records:
