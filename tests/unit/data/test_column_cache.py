@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data import coco, inspection
+from distill.data import coco_file, inspection
 from distill.data.coco import Coco
 from distill.data.column_cache import cache_file, load_columns, save_columns
 from distill.data.datamodule import DetectionData
@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """The cache, for files of any size."""
     place = tmp_path / "cache"
     monkeypatch.setenv("DISTILL_CACHE", str(place))
-    monkeypatch.setattr(coco, "MIN_CACHED_SIZE", 0)
+    monkeypatch.setattr(coco_file, "MIN_CACHED_SIZE", 0)
     monkeypatch.setattr(inspection, "MIN_CACHED_FILES", 0)
     return place
 
@@ -86,7 +86,7 @@ def test_a_second_start_sees_the_same_data_without_reading_the_file(tmp_path, fo
     assert seen(load(tmp_path, "skip")) == fresh
     assert len(list(folder.glob("coco-*.npy"))) == 2
     assert len(list(folder.glob("images-*.npy"))) == 2
-    monkeypatch.setattr(coco, "_read_content", lambda *_: pytest.fail("the annotations were read again"))
+    monkeypatch.setattr(coco_file, "_read_content", lambda *_: pytest.fail("the annotations were read again"))
     monkeypatch.setattr(inspection, "inspect_image", lambda file, _: pytest.fail(f"{file} was inspected again"))
     assert seen(load(tmp_path, "skip")) == fresh
 
