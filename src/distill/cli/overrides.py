@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,15 +23,40 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     Raises:
         DistillError: a word is not an override.
     """
-    try:
-        return list(OverridesParser.create().parse_overrides(list(overrides)))
-    except (HydraException, RecursionError) as error:
-        raise DistillError(f"cannot read the command line: {error}") from None
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    for word in overrides:
+        try:
+            parsed += parser.parse_overrides([word])
+        except (HydraException, RecursionError) as error:
+            raise DistillError(_explain_syntax_error(word, error)) from None
+    return parsed
 
 
-def quote_value(text: str) -> str:
-    """Quote a value, so that an override may contain any characters, such as spaces and commas in paths."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
+def _explain_syntax_error(word: str, error: Exception) -> str:
+    key, _, value = word.partition("=")
+    message = f"cannot read the command line at {word}"
+    if not value:
+        return f"{message}: {str(error).splitlines()[0]}"
+    quoted = quote_value(value, mark='"')
+    cure = shlex.quote(f"{key}={quoted}")
+    return (
+        f"{message}: quote a value with = , ' \" ( [ {{ # & ~ or letters beyond ASCII, once for the shell and once for "
+        f"Hydra: {cure}"
+    )
+
+
+def quote_value(text: str, mark: str = "'") -> str:
+    """Quote a value, so that an override may contain any characters, such as spaces and commas in paths.
+
+    Backslashes are doubled before a quotation mark and at the end only, as Hydra reads them.
+
+    Args:
+        text: the value.
+        mark: the quotation mark, single or double.
+    """
+    escaped = re.sub(rf"(\\*)({mark}|$)", lambda match: match[1] * 2 + (f"\\{mark}" if match[2] else ""), text)
+    return f"{mark}{escaped}{mark}"
 
 
 def read_overrides(run: Path) -> list[str]:
