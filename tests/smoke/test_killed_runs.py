@@ -239,7 +239,7 @@ def test_slurm_s_signal_saves_and_the_job_that_is_started_again_goes_on(
     assert asked.read_text() == "requeue 17\n"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     Path("run/checkpoints/last.ckpt").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"Going on from the one before, .*last-1\.ckpt"):
+    with pytest.warns(UserWarning, match=r"The run resumes from the previous one, .*last-1\.ckpt"):
         assert cli(["train", *RUN]) == 0
     assert_same_student(finished, Path("run"))
     assert Path("run/metrics.1.csv").is_file()

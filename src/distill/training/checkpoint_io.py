@@ -1,4 +1,4 @@
-"""Writes checkpoints atomically, and reads the latest intact one."""
+"""Lightning's plugin for checkpoint files: writes them atomically, and reads the latest intact one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CheckpointFiles(CheckpointIO):
             DistillError: the disk is full or not writable; the previous file is unchanged.
         """
         path = Path(path)
-        for left in path.parent.glob(f".{path.name}.*.part"):  # left by a process that was killed while writing
+        for left in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         content = io.BytesIO()  # torch's own file writer does not report why it failed
         torch.save(checkpoint, content)
@@ -83,22 +83,24 @@ def latest_intact_checkpoint(path: Path) -> Path:
         return path
     if not other.is_file() or _damage(other) is not None:
         raise DistillError(
-            f"the checkpoint {path} cannot be read: {fault}, and there is none before it that could be. Name another "
-            "one with ckpt_path=FILE, or start anew without ckpt_path"
+            f"the checkpoint {path} cannot be read: {fault}, and there is no intact checkpoint before it. Name another "
+            "one with ckpt_path=FILE, or start a new run without ckpt_path"
         )
     with suppress(FileNotFoundError):  # another process has renamed it
         path.replace(path.with_name(f"{path.name}.damaged"))
-    warnings.warn(f"the checkpoint {path} cannot be read: {fault}. Going on from the one before, {other}", stacklevel=2)
+    warnings.warn(
+        f"the checkpoint {path} cannot be read: {fault}. The run resumes from the previous one, {other}", stacklevel=2
+    )
     return other
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a file of torch, according to its checksums; None if it is intact."""
+    """Describe the damage of a file that torch wrote, by its checksums; None if the file is intact."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError) as error:
-        return f"it is not whole ({error})"
+        return f"it is incomplete ({error})"
     return None if damaged is None else f"its part {damaged} is damaged"
 
 
@@ -120,8 +122,8 @@ def _write_failure(path: Path, size: int, error: OSError) -> str:
         with suppress(OSError):
             why += f", {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free"
     kept = [str(file) for file in (path, previous_checkpoint(path)) if file.is_file()]
-    rest = f"{kept[0]} is whole, ckpt_path=last goes on from it" if kept else "there is none from before"
+    rest = f"{kept[0]} is complete, and ckpt_path=last resumes from it" if kept else "there is no earlier checkpoint"
     return (
-        f"the checkpoint {path} of {size / 2**20:.0f} MiB could not be written: {why}. Make room, or choose another "
-        f"disk with paths.outputs; {rest}"
+        f"the checkpoint {path} of {size / 2**20:.0f} MiB could not be written: {why}. Free disk space, or "
+        f"choose another disk with paths.outputs; {rest}"
     )

@@ -57,7 +57,9 @@ def test_a_damaged_newest_gives_way_to_the_one_before(harm: str, tmp_path: Path)
         "text": b"<html>",
     }
     path.write_bytes(spoilt[harm])
-    with pytest.warns(UserWarning, match=r"last\.ckpt cannot be read: .*Going on from the one before, .*last-1\.ckpt"):
+    with pytest.warns(
+        UserWarning, match=r"last\.ckpt cannot be read: .*The run resumes from the previous one, .*last-1\.ckpt"
+    ):
         assert FILES.load_checkpoint(path)["epoch"] == 1
     # It is set aside: the next one must not push the only whole one out.
     assert names(tmp_path) == ["last-1.ckpt", "last.ckpt.damaged"]
@@ -70,13 +72,13 @@ def test_a_damaged_newest_gives_way_to_the_one_before(harm: str, tmp_path: Path)
 def test_where_neither_is_whole_it_says_so(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     path.write_bytes(b"")
-    with pytest.raises(DistillError, match=r"not whole.*none before it.*ckpt_path=FILE"):
+    with pytest.raises(DistillError, match=r"incomplete.*no intact checkpoint before it.*ckpt_path=FILE"):
         latest_intact_checkpoint(path)
     assert names(tmp_path) == ["last.ckpt"]
     save(tmp_path, 1, 2)
     for file in tmp_path.iterdir():
         file.write_bytes(b"")
-    with pytest.raises(DistillError, match="none before it"):
+    with pytest.raises(DistillError, match="no intact checkpoint before it"):
         latest_intact_checkpoint(path)
 
 
@@ -125,7 +127,7 @@ def test_the_first_checkpoint_on_a_full_disk(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DistillError, match="there is none from before"):
+    with pytest.raises(DistillError, match="there is no earlier checkpoint"):
         save(tmp_path, 1)
     assert names(tmp_path) == []
 
