@@ -101,7 +101,7 @@ class Detections(NamedTuple):
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
-    """(N, H, W) bool in the same image: mask probability above 0.5. None from detectors without a mask head."""
+    """(N, H, W) bool of the same image, true where the mask probability is above 0.5. None without a mask head."""
 
 
 class Regions(NamedTuple):
@@ -159,7 +159,7 @@ class DetectorSpec:
     std: tuple[float, ...]
     """Channel standard deviations that normalise images in [0, 1], in the channel order of the detector."""
     norm: str
-    """Normalisation layers of the backbone: ``frozen``, ``batch_fixed_stats``, ``batch`` or ``sync``."""
+    """Kind of the backbone's normalisation layers, ``frozen``, ``batch_fixed_stats``, ``batch`` or ``sync``."""
     anchor_options: Mapping[str, Any] = field(default_factory=dict)
     """Options that decide the anchors at every image size (``sizes``, ``ratios``, ``step``, ...). Detectors with equal
     `anchors` and `anchor_options` have the same anchors."""
