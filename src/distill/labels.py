@@ -32,6 +32,11 @@ def match_classes(wanted: Sequence[str], known: Sequence[str], remedy: str) -> l
     return [0, *(list(known).index(name) + 1 for name in wanted)]
 
 
+def unknown_classes(model: Sequence[str], data: Sequence[str]) -> list[str]:
+    """Return the classes of the data that a model does not know, in the order of their labels."""
+    return [name for name in data if name not in model]
+
+
 def shared_labels(model: Sequence[str], data: Sequence[str]) -> list[int]:
     """Return, for the background and each class of a model, its label in the data; 0 where the data lacks the class.
 

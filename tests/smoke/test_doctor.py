@@ -123,11 +123,16 @@ def test_time_and_memory_are_estimated(ready: dict[str, Any]) -> None:
     ("lines", "batches", "expected"),
     [
         (["trainer.max_epochs=12"], 100, (1200, 13)),
-        (["trainer.max_epochs=12", "trainer.max_steps=250"], 100, (250, 3)),
+        (
+            ["trainer.max_epochs=12", "trainer.max_steps=250"],
+            100,
+            (250, 4),
+        ),  # after 100, 200 and 250, and the final one
         (["trainer.max_epochs=12", "trainer.max_steps=250", "schedule.accumulate=2"], 100, (500, 6)),
         (["trainer.max_epochs=3", "trainer.limit_train_batches=0.25"], 100, (75, 4)),
-        (["trainer.max_epochs=3", "trainer.limit_train_batches=7", "schedule.evaluate_every=2"], 100, (21, 2)),
+        (["trainer.max_epochs=3", "trainer.limit_train_batches=7", "schedule.evaluate_every=2"], 100, (21, 3)),
         (["trainer.max_epochs=3", "schedule.evaluate_every=null"], 100, (300, 1)),
+        (["trainer.max_epochs=3", "trainer.max_steps=99"], 100, (99, 1)),
     ],
 )
 def test_a_schedule_is_counted_in_batches(lines: list[str], batches: int, expected: tuple[int, int]) -> None:

@@ -47,6 +47,9 @@ def test_evaluate_on_another_data_set_and_per_class(run: Path, cli: Cli, tmp_pat
     assert cli(["evaluate", str(run), "--json", "found.json", *other]) == 0
     found = json.loads(Path("found.json").read_text())
     assert {f"AP/{name}" for name in CLASSES} <= set(found)
+    write_voc(tmp_path / "only", {"val": ("val", 4)})  # without a train split
+    assert cli(["evaluate", str(run), "--json", "only.json", *other, "data.source.root=only"]) == 0
+    assert json.loads(Path("only.json").read_text())["AP"] == found["AP"]
 
 
 def test_evaluate_refuses_what_is_no_run(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

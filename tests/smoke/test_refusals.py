@@ -86,6 +86,17 @@ UNREAD = [  # the word, and what the message names
     ("+trainer.val_check_interval=2", "trainer.val_check_interval=2: expected 1.0: a run is evaluated between epochs"),
     ("+trainer.val_check_interval=0.5", "schedule.evaluate_every says how often"),
     ("+trainer.val_check_interval={minutes:10}", "trainer.val_check_interval.minutes=10: expected 1.0"),
+    ("trainer.check_val_every_n_epoch=null", "check_val_every_n_epoch=None: expected a whole number from 1"),
+    ("+trainer.limit_test_batches=1", "data.limit_eval=N limits val and test to N images"),
+    ("+trainer.overfit_batches=2", "data.limit=N trains on the same N images in every epoch"),
+    ("+trainer.overfit_batches=0.1", "data.limit=N trains on the same N images in every epoch"),
+    ("+trainer.fast_dev_run=true", "schedule.steps=2 data.limit_eval=8, or call the verb doctor"),
+    ("+trainer.fast_dev_run=3", "the folder of the run would count as finished"),
+    ("trainer.precision=bf16-true", "trainer.precision=bf16-true: expected auto, 32-true, bf16-mixed, 16-mixed"),
+    ("trainer.precision=16-true", "trainer.precision=16-true: expected auto, 32-true, bf16-mixed, 16-mixed"),
+    ("trainer.precision=64-true", "trainer.precision=64-true: expected auto, 32-true, bf16-mixed, 16-mixed"),
+    ("trainer.precision=64", "trainer.precision=64: expected auto"),
+    ("trainer.use_distributed_sampler=true", "the loaders already split the images between the processes"),
     ("+trainer.foo=1", "unexpected keyword argument 'foo'"),
     ("trainer.devices=2", "trainer.strategy=auto with 2 processes: "),
     ("trainer={devices:2,strategy:ddp_spawn}", "trainer.strategy=ddp_spawn with 2 processes: "),
@@ -176,3 +187,19 @@ def test_what_validation_does_not_measure_is_named_before_a_teacher_is_trained(
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
     assert cli(["train", *TINY, line, *(["callbacks.best.monitor=val/AP"] if line.startswith("metric") else [])]) == 1
     assert f"{line} is not among the measured values; did you mean val/AP" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["callbacks=early_stop", "trainer.limit_val_batches=0"], "which leaves out all evaluations"),
+        (["trainer.limit_val_batches=0.01"], "trainer: You requested to check 0.01 of the `val_dataloader`"),
+    ],
+)
+def test_a_limit_that_leaves_no_evaluation_is_named_in_one_line(
+    lines: list[str], message: str, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["train", "distill=none", *TINY, *lines]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said

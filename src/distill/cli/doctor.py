@@ -82,7 +82,11 @@ def _print_teacher(teacher: Mapping[str, Any]) -> None:
     if "source" in teacher:
         sample = teacher.get("sample")
         promised = teacher["promised"] if teacher["here"] is None else teacher["here"]
-        measured = f"AP {sample['AP']:.3f} on {sample['images']} images" if sample else "AP not known"
+        measured = "AP not known"
+        if sample:
+            shared = sample["shared_AP"]
+            of_shared = "" if shared is None else f" ({shared:.3f} of the classes that it knows)"
+            measured = f"AP {sample['AP']:.3f}{of_shared} on {sample['images']} images"
         expected = f"{promised:.3f} promised" if promised is not None else "its file promises nothing"
         print_line("teacher", f"{teacher['source']}: {measured}, {expected}")
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from distill.cli import compose, override_checks
 from distill.cli.overrides import parse_overrides, recorded_overrides
+from distill.labels import unknown_classes
 from distill.run_folder import OVERRIDES, STUDENT, SUMMARY, RunFolder
 from distill.types import DistillError
 
@@ -39,11 +40,12 @@ def main(argv: Sequence[str]) -> int:
     from distill.cli.preflight import plan_run
     from distill.cli.tables import print_table
     from distill.evaluation.evaluate import evaluate
+    from distill.evaluation.metric import SHARED
     from distill.files import write_text
 
     plan = plan_run(cfg)
     data = plan.data
-    data.setup("test" if args.split == "test" else "fit")
+    data.records(args.split)  # reads no other split: this data may have one only
     detector = load_teacher_of(run, plan.teacher) if args.teacher else load_student(args.source)
     trained = (detector.options["min_size"], detector.options["max_size"])
     if trained != data.input_size:
@@ -51,11 +53,40 @@ def main(argv: Sequence[str]) -> int:
     module = assemble(replace(plan, losses={}, inherit=False), data, detector)
     title = f"{'teacher' if args.teacher else 'student'}, {args.split}"
     results = evaluate(module.student, data, args.split, module.metrics, plan.device, title)
-    rows = [(name, f"{100 * value:.2f}" if value >= 0 else "no ground truth") for name, value in results.items()]
-    print_table(f"{title}, percent", ("metric", "value"), rows)
+    for note in class_notes(detector.spec.classes, data.classes):
+        print(f"distill: {note}")
+    unknown = unknown_classes(detector.spec.classes, data.classes)
+    shared = {name.removeprefix(SHARED): value for name, value in results.items() if name.startswith(SHARED)}
+    rows = [
+        (name, format_percent(value), *([format_percent(shared.get(name, value))] if unknown else ()))
+        if name.partition("/")[2] not in unknown
+        else (name, "unknown to the model", None)
+        for name, value in results.items()
+        if not name.startswith(SHARED)
+    ]
+    print_table(f"{title}, percent", ("metric", "value", *(["shared classes"] if unknown else ())), rows)
     if args.json:
         write_text(args.json, json.dumps(results, indent=1))
     return 0
+
+
+def class_notes(model: Sequence[str], data: Sequence[str]) -> list[str]:
+    """Sentences about classes that only the model or only the data has. They are matched by exact name."""
+    unknown, surplus = unknown_classes(model, data), unknown_classes(data, model)
+    notes = []
+    if unknown:
+        notes.append(
+            f"the model does not know {', '.join(unknown)} of the data: AP counts 0 for them. The column 'shared "
+            "classes' leaves them out"
+        )
+    if surplus:
+        notes.append(f"the data has no {', '.join(surplus)}: detections of these classes do not count")
+    return notes
+
+
+def format_percent(value: float) -> str:
+    """A metric in percent with two digits."""
+    return f"{100 * value:.2f}" if value >= 0 else "no ground truth"
 
 
 def find_run(source: Path) -> RunFolder:

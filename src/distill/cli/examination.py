@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 import warnings
@@ -21,6 +22,7 @@ from distill.cli.train import silence_known_warnings
 from distill.data.datamodule import DetectionData
 from distill.diagnostics import doctor
 from distill.diagnostics.sampled_evaluation import evaluate_sample
+from distill.evaluation.metric import SHARED
 from distill.precision import autocast_context
 from distill.run_folder import RunFolder
 from distill.teacher import Teacher
@@ -121,9 +123,12 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
 
 def _compare_ap(min_ap: float | None, section: Report, report: Report) -> None:
     sample = section["sample"]
-    ap: float = _ap(sample["values"])  # type: ignore[assignment]
-    sample["AP"] = ap
-    result = f"the teacher's AP on {sample['images']} validation images is {ap:.3f}"
+    values, of_classes = sample["values"], ""
+    sample["AP"], sample["shared_AP"] = _ap(values), _ap(values, SHARED)
+    ap: float = sample["AP"]
+    if sample["shared_AP"] is not None:  # classes that the teacher does not know say nothing about its weights
+        ap, of_classes = sample["shared_AP"], " of the classes that it knows"
+    result = f"the teacher's AP{of_classes} on {sample['images']} validation images is {ap:.3f}"
     remedy = "check its weights, its class list and the image size that it was trained with"
     expected = section["promised"] if section["here"] is None else section["here"]
     if expected is not None and ap < expected / 2:
@@ -134,9 +139,9 @@ def _compare_ap(min_ap: float | None, section: Report, report: Report) -> None:
         report["faults"].append(f"{result}, below teacher.min_ap={min_ap}: {remedy}")
 
 
-def _ap(values: Mapping[str, float], split: str = "") -> float | None:
+def _ap(values: Mapping[str, float], prefix: str = "") -> float | None:
     """COCO's or VOC's AP, depending on the metric that was measured."""
-    return values.get(f"{split}AP", values.get(f"{split}mAP"))
+    return values.get(f"{prefix}AP", values.get(f"{prefix}mAP"))
 
 
 def _published_ap(teacher: Teacher) -> float | None:
@@ -154,7 +159,8 @@ def _examine_classes(report: Report, data: DetectionData, student: Sequence[str]
     untaught = [row["data"] for row in report["classes"] if row["taught"] is False]
     if untaught:
         report["notes"].append(
-            f"the teacher does not know {', '.join(untaught)}; class lists are matched by exact name"
+            f"the teacher does not know {', '.join(untaught)}, which count 0 in its AP; class lists are matched by "
+            "exact name"
         )
 
 
@@ -240,4 +246,5 @@ def planned_batches(limits: Any, batches: int) -> tuple[int, int]:
     if limits.max_steps >= 0:
         total = min(total, limits.max_steps * limits.accumulate_grad_batches)
     every = limits.check_val_every_n_epoch
-    return total, (total // an_epoch // every if every else 0) + 1
+    # The weights at the end of the training are evaluated too, unless it ends inside its first epoch.
+    return total, (math.ceil(total / (an_epoch * every)) if every and total >= an_epoch else 0) + 1

@@ -235,6 +235,11 @@ def check_metrics(plan: RunPlan, data: DetectionData) -> None:
         known += names
     for key, name in {"metric": plan.metric, **plan.trainer.monitors}.items():
         measured = key == "metric" or str(name).startswith("val/")  # a callback may monitor a loss term
+        if measured and plan.trainer.settings["limit_val_batches"] == 0 and "early_stop" in key:
+            raise DistillError(
+                f"{key}={name} with trainer.limit_val_batches=0, which leaves out all evaluations: set "
+                "callbacks=default, or remove the limit"
+            )
         if measured and name not in known:
             raise DistillError(f"{key}={name} is not among the measured values{nearest(str(name), known)}")
 

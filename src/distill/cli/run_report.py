@@ -26,6 +26,7 @@ from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.detectors.student_files import save_student
 from distill.evaluation.evaluate import evaluate
+from distill.evaluation.metric import SHARED
 from distill.evaluation.pictures import panel, save_panel
 from distill.files import load_tensors, write_text
 from distill.run_folder import RunFolder
@@ -201,12 +202,13 @@ def _print_results(summary: Mapping[str, Any], run: RunFolder) -> None:
     results = {"teacher": (summary["teacher"] or {}).get("values") or {}, "student": summary["student"]}
     rows = [
         [
-            *(model, split, *(percent(values.get(f"{split}/{name}", -1.0)) for name in columns)),
+            *(f"{model}{classes}", split, *(percent(values.get(f"{split}/{prefix}{name}", -1.0)) for name in columns)),
             f"{summary['parameters'][model] / 1e6:.2f} M",
         ]
         for model, values in results.items()
         for split in ("val", "test")
-        if f"{split}/AP" in values or f"{split}/mAP" in values
+        for prefix, classes in (("", ""), (SHARED, ", shared classes"))
+        if f"{split}/{prefix}AP" in values or f"{split}/{prefix}mAP" in values
     ]
     print_table("validation and test, percent", ("", "split", *columns, "parameters"), rows, left=2)
     for label, path in (("student", run.student), ("pictures", run.pictures), ("summary", run.summary)):

@@ -93,6 +93,7 @@ def translated_errors(trainer: L.Trainer) -> Iterator[None]:
         Terminated, KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint.
         DistillError: an error whose own message does not name the cause.
     """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     try:
@@ -105,6 +106,8 @@ def translated_errors(trainer: L.Trainer) -> Iterator[None]:
         raise KeyboardInterrupt from None
     except RuntimeError as error:
         raise explain(error, trainer.global_rank) from error
+    except MisconfigurationException as error:  # for example a limit of batches that leaves none
+        raise DistillError(f"trainer: {error}") from error
 
 
 def explain(error: RuntimeError, rank: int) -> Exception:

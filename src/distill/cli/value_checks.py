@@ -72,10 +72,28 @@ RULES: dict[str, Rule] = {
     "data.pad_to": _integer_from(1),
     "trainer.num_nodes": _integer_from(1),
     "trainer.accumulate_grad_batches": _integer_from(1),
-    "trainer.check_val_every_n_epoch": _or_null(_integer_from(1)),
+    "trainer.check_val_every_n_epoch": _integer_from(1),
     "trainer.val_check_interval*": (
         "1.0: a run is evaluated between epochs, where its resume is exact; schedule.evaluate_every says how often",
         lambda value: isinstance(value, float) and value == 1.0,
+    ),
+    "trainer.limit_test_batches": (
+        "null, because a run does not call Lightning's test loop; data.limit_eval=N limits val and test to N images",
+        lambda value: value is None,
+    ),
+    "trainer.overfit_batches": (
+        "0, because every epoch shuffles the batches; data.limit=N trains on the same N images in every epoch, and "
+        "data.limit_eval=N limits the evaluations",
+        lambda value: value == 0,
+    ),
+    "trainer.fast_dev_run": (
+        "false, because the folder of the run would count as finished; for a quick trial set schedule.steps=2 "
+        "data.limit_eval=8, or call the verb doctor",
+        lambda value: value is False or value == 0,
+    ),
+    "trainer.use_distributed_sampler": (
+        "false, because the loaders already split the images between the processes",
+        lambda value: value is False,
     ),
     "trainer.log_every_n_steps": _integer_from(0),
     "trainer.gradient_clip_val": POSITIVE_OR_NULL,

@@ -14,8 +14,8 @@ from distill.data import rle
 from distill.evaluation.metric import CodeArray, DetectionArrays, DetectionMetric, GroundTruth
 from distill.types import DistillError
 
-# The place of each metric in the results: table, IoU thresholds (0.5:0.05:0.95), area range (all, small, medium, large)
-# and limit of detections (1, 10, 100).
+# The part of the result tables that each metric averages: table, IoU thresholds (0.5:0.05:0.95), area range (all,
+# small, medium, large) and limit of detections (1, 10, 100).
 _ALL = slice(None)
 _NUMBER_SLICES: dict[str, tuple[str, slice, int, int]] = {
     "AP": ("precision", _ALL, 0, 2),
@@ -116,13 +116,13 @@ class CocoMetric(DetectionMetric):
                 row["area"] = rle.mask_area(code, self.sizes[row["image_id"]])
         # Both backends may print their progress.
         with contextlib.redirect_stdout(io.StringIO()):
-            tools = []
+            datasets = []
             for annotations in rows:
-                tool = api()
-                tool.dataset = {**frame, "annotations": annotations}
-                tool.createIndex()
-                tools.append(tool)
-            evaluation = evaluator(*tools, iouType=kind)
+                dataset = api()
+                dataset.dataset = {**frame, "annotations": annotations}
+                dataset.createIndex()
+                datasets.append(dataset)
+            evaluation = evaluator(*datasets, iouType=kind)
             evaluation.evaluate()
             evaluation.accumulate()
         tables: dict[str, Any] = evaluation.eval

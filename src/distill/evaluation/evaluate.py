@@ -22,8 +22,9 @@ MetricFactory = Callable[[Mapping[str, Any], Sequence[str]], DetectionMetric]
 class Evaluation:
     """Collects the detections of a detector batch by batch and computes all metrics.
 
-    If the class list of the detector differs from that of the data, the classes in both are measured. Detections of
-    other classes are dropped.
+    Classes of detector and data are matched by name. Detections of classes that the data does not have are dropped. A
+    class of the data that the detector does not know has no detections, so its AP is 0. In this case every metric is
+    also measured on the shared classes only, as `shared_<name>`, for example `shared_AP`.
 
     Args:
         detector: the detector to evaluate.
@@ -31,6 +32,8 @@ class Evaluation:
         classes: class names of the data; class `i` has label `i + 1`.
         metrics: factories of the metrics.
         device: device of the metrics and of the detections.
+        seen_only: whether only the images that are added count. By default an image that is not added counts as an
+            image without detections.
 
     Raises:
         DistillError: detector and data share no class name.
@@ -43,10 +46,15 @@ class Evaluation:
         classes: Sequence[str],
         metrics: Sequence[MetricFactory],
         device: torch.device,
+        seen_only: bool = False,
     ) -> None:
         self.detector = detector
-        self.labels = torch.tensor(shared_labels(detector.spec.classes, classes), device=device)
+        labels = shared_labels(detector.spec.classes, classes)
+        self.labels = torch.tensor(labels, device=device)
         self.metrics = [make(ground_truth, classes).to(device) for make in metrics]
+        for metric in self.metrics:
+            metric.known_labels = set(labels) - {0}
+            metric.seen_only |= seen_only
 
     def update(self, batch: Batch) -> None:
         """Run the detector on a batch and add its detections to all metrics."""
@@ -54,7 +62,7 @@ class Evaluation:
 
     def add_detections(self, batch: Batch, detections: Sequence[Detections]) -> None:
         """Add the detector's detections in a batch, with the detector's labels, to all metrics."""
-        shared = [relabel_detections(of_image, self.labels) for of_image in detections]
+        shared = [relabel_detections(in_image, self.labels) for in_image in detections]
         for metric in self.metrics:
             metric.update(batch.ids, shared)
 
@@ -66,11 +74,11 @@ class Evaluation:
         """
         values: dict[str, float] = {}
         for metric in self.metrics:
-            numbers = metric.compute()
-            twice = sorted(values.keys() & numbers.keys())
-            if twice:
-                raise DistillError(f"two of the metrics give a number the name {twice[0]}; leave one of them out")
-            values |= numbers
+            results = metric.compute()
+            repeated = sorted(values.keys() & results.keys())
+            if repeated:
+                raise DistillError(f"two of the metrics give a number the name {repeated[0]}; leave one of them out")
+            values |= results
         return values
 
 
@@ -95,7 +103,8 @@ def evaluate(
         bar: caption of a progress bar, which is shown on terminals only; None for no bar.
 
     Returns:
-        The metrics by name. The values are equal on all ranks.
+        The metrics by name, and those of the shared classes if the detector does not know every class of the data, see
+        `Evaluation`. The values are equal on all ranks.
 
     Raises:
         DistillError: detector and data share no class name, or two metrics return the same name.
@@ -103,28 +112,28 @@ def evaluate(
     Example:
         `evaluate(detector, data)["AP"]`
     """
-    place = torch.device(device)
-    evaluation = Evaluation(detector, data.ground_truth(split), data.classes, metrics, place)
-    home = next(detector.parameters()).device
-    detector.to(place)
-    before = detector.training
+    device = torch.device(device)
+    evaluation = Evaluation(detector, data.ground_truth(split), data.classes, metrics, device)
+    previous_device = next(detector.parameters()).device
+    detector.to(device)
+    previous_mode = detector.training
     detector.train(False)
     try:
         for batch in track(data.eval_dataloader(split), bar):
-            evaluation.update(batch.to(place))
+            evaluation.update(batch.to(device))
     finally:
-        detector.train(before)
-        detector.to(home)
+        detector.train(previous_mode)
+        detector.to(previous_device)
     return evaluation.compute()
 
 
 def ground_truth_of(truth: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
     """Return the part of a ground truth in COCO form that belongs to the images with these ids."""
-    wanted = set(ids)
+    selected = set(ids)
     return {
         **truth,
-        "images": [image for image in truth["images"] if image["id"] in wanted],
-        "annotations": [note for note in truth["annotations"] if note["image_id"] in wanted],
+        "images": [image for image in truth["images"] if image["id"] in selected],
+        "annotations": [row for row in truth["annotations"] if row["image_id"] in selected],
     }
 
 

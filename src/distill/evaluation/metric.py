@@ -11,7 +11,7 @@ The detections are list states of torchmetrics. torchmetrics gathers them, so ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,10 @@ CodeArray = npt.NDArray[np.object_]
 """Run-length codes (bytes) of masks; None for an object or detection without a mask."""
 
 
+SHARED = "shared_"
+"""Prefix of a value that is measured on the classes that the detector knows."""
+
+
 class GroundTruth(NamedTuple):
     """Ground truth in original pixels. Each of the N rows is an object, in the given order."""
 
@@ -45,10 +49,15 @@ class GroundTruth(NamedTuple):
     difficult: BoolArray
     code: CodeArray
 
-    def of(self, images: IntArray) -> GroundTruth:
+    def of_images(self, images: IntArray) -> GroundTruth:
         """Return the ground truth of the images with these ids."""
         rows = np.isin(self.image, images)
         return GroundTruth._make((images, *(column[rows] for column in self[1:])))
+
+    def of_labels(self, labels: Collection[int]) -> GroundTruth:
+        """Return the same images with the objects of these labels only."""
+        rows = np.isin(self.label, list(labels))
+        return GroundTruth._make((self.images, *(column[rows] for column in self[1:])))
 
 
 class DetectionArrays(NamedTuple):
@@ -105,6 +114,11 @@ class DetectionMetric(Metric):
         super().__init__()
         self.classes = tuple(classes)
         self.seen_only = seen_only
+        self.known_labels: Collection[int] | None = None
+        """Labels that the detector knows; None for all labels.
+
+        If the detector does not know a class, `compute` adds the values of the known classes as `shared_<name>`.
+        """
         self.masks = masks
         self.truth = parse_ground_truth(ground_truth, self.classes)
         self.sizes: dict[int, Size] = {}
@@ -128,36 +142,38 @@ class DetectionMetric(Metric):
         """
         if len(ids) != len(detections):
             raise DistillError(f"Expected detections for each of {len(ids)} image ids, got {len(detections)} entries.")
-        for image, of_image in zip(ids, detections, strict=True):
-            _validate_shapes(image, of_image)
+        for image, part in zip(ids, detections, strict=True):
+            _validate_shapes(image, part)
         # float64 represents every value of a detector exactly. MPS does not support float64.
         real = torch.float32 if self.device.type == "mps" else torch.float64
-        counts = [len(of_image.scores) for of_image in detections]
+        counts = [len(part.scores) for part in detections]
         self.ids.append(torch.tensor(ids, dtype=torch.int64, device=self.device))
         self.counts.append(torch.tensor(counts, dtype=torch.int64, device=self.device))
-        self.boxes.append(self._joined([of_image.boxes for of_image in detections], real, (0, 4)))
-        self.scores.append(self._joined([of_image.scores for of_image in detections], real, (0,)))
-        self.labels.append(self._joined([of_image.labels for of_image in detections], torch.int64, (0,)))
+        self.boxes.append(self._concatenate([part.boxes for part in detections], real, (0, 4)))
+        self.scores.append(self._concatenate([part.scores for part in detections], real, (0,)))
+        self.labels.append(self._concatenate([part.labels for part in detections], torch.int64, (0,)))
         if self.masks:
-            pairs = zip(ids, detections, strict=True)
-            coded = [code for image, of_image in pairs for code in self._coded(image, of_image)]
-            lengths = [-1 if code is None else len(code) for code in coded]
-            content = np.frombuffer(b"".join(code or b"" for code in coded), np.uint8).copy()
+            codes = [
+                code for image, part in zip(ids, detections, strict=True) for code in self._encode_masks(image, part)
+            ]
+            lengths = [-1 if code is None else len(code) for code in codes]
+            content = np.frombuffer(b"".join(code or b"" for code in codes), np.uint8).copy()
             self.codes.append(torch.from_numpy(content).to(self.device))
             self.lengths.append(torch.tensor(lengths, dtype=torch.int64, device=self.device))
 
-    def _coded(self, image: int, detections: Detections) -> Sequence[bytes | None]:
-        if detections.masks is None:
+    def _encode_masks(self, image: int, detections: Detections) -> Sequence[bytes | None]:
+        masks = detections.masks
+        if masks is None:
             return [None] * len(detections.scores)
-        expected = (len(detections.scores), *self.sizes.get(image, detections.masks.shape[1:]))
-        if tuple(detections.masks.shape) != expected:
+        expected = (len(detections.scores), *self.sizes.get(image, masks.shape[1:]))
+        if tuple(masks.shape) != expected:
             raise DistillError(
                 f"Expected masks (N, H, W) {expected} for image {image}, in its original pixels, got "
-                f"{tuple(detections.masks.shape)}."
+                f"{tuple(masks.shape)}."
             )
-        return rle.encode_masks(detections.masks)
+        return rle.encode_masks(masks)
 
-    def _joined(self, parts: Sequence[Tensor], dtype: torch.dtype, empty: tuple[int, ...]) -> Tensor:
+    def _concatenate(self, parts: Sequence[Tensor], dtype: torch.dtype, empty: tuple[int, ...]) -> Tensor:
         moved = [part.detach().to(self.device, dtype) for part in parts]
         return torch.cat([torch.empty(empty, dtype=dtype, device=self.device), *moved])
 
@@ -185,7 +201,12 @@ class DetectionMetric(Metric):
                 inverted.
         """
         detections, seen = self._collect()
-        return self.evaluate(self.truth.of(seen) if self.seen_only else self.truth, detections)
+        truth = self.truth.of_images(seen) if self.seen_only else self.truth
+        values = self.evaluate(truth, detections)
+        if self.known_labels is not None and len(self.known_labels) < len(self.classes):
+            shared = self.evaluate(truth.of_labels(self.known_labels), detections)
+            values |= {f"{SHARED}{name}": value for name, value in shared.items() if "/" not in name}
+        return values
 
     def evaluate(self, truth: GroundTruth, detections: DetectionArrays) -> dict[str, float]:
         """Compute the metric from arrays. `compute` calls this once, with the detections of all ranks."""
@@ -202,12 +223,12 @@ class DetectionMetric(Metric):
             label=labels[rows],
             box=boxes[rows].astype(np.float64),
             score=scores[rows].astype(np.float64),
-            code=self._gathered()[rows] if self.masks else np.full(len(rows), None, dtype=object),
+            code=self._gather_codes()[rows] if self.masks else np.full(len(rows), None, dtype=object),
         )
-        self._check(detections, seen)
+        self._validate_detections(detections, seen)
         return detections, seen
 
-    def _gathered(self) -> CodeArray:
+    def _gather_codes(self) -> CodeArray:
         """Return the codes of all detections, in the order in which they were added."""
         content = dim_zero_cat(self.codes).cpu().numpy().tobytes()
         lengths = dim_zero_cat(self.lengths).tolist()
@@ -217,7 +238,7 @@ class DetectionMetric(Metric):
                 codes[index], end = content[end : end + length], end + length
         return codes
 
-    def _check(self, detections: DetectionArrays, seen: IntArray) -> None:
+    def _validate_detections(self, detections: DetectionArrays, seen: IntArray) -> None:
         unknown = np.setdiff1d(seen, self.truth.images)
         if unknown.size:
             raise DistillError(
@@ -225,21 +246,18 @@ class DetectionMetric(Metric):
                 f"other image ids: {_first_values(unknown)}. Evaluate on the data set and split that the metric was "
                 "built for."
             )
-        strange = (detections.label < 1) | (detections.label > len(self.classes))
-        if strange.any():
+        image, label, box, score, _ = detections
+        outside = (label < 1) | (label > len(self.classes))
+        if outside.any():
             raise DistillError(
-                f"Expected detection labels from 1 to {len(self.classes)}, got "
-                f"{_first_values(detections.label[strange])} in images {_first_values(detections.image[strange])}. Map "
-                "the detector's class list to the data's by name first."
+                f"Expected detection labels from 1 to {len(self.classes)}, got {_first_values(label[outside])} in "
+                f"images {_first_values(image[outside])}. Map the detector's class list to the data's by name first."
             )
-        broken = ~(np.isfinite(detections.box).all(1) & np.isfinite(detections.score)) | (
-            detections.box[:, 2:] < detections.box[:, :2]
-        ).any(1)
-        if broken.any():
+        invalid = ~(np.isfinite(box).all(1) & np.isfinite(score)) | (box[:, 2:] < box[:, :2]).any(1)
+        if invalid.any():
             raise DistillError(
-                f"Expected finite xyxy boxes and scores, got {int(broken.sum())} NaN, infinite or inverted ones in "
-                f"images {_first_values(detections.image[broken])}. Look for NaN in the weights, or evaluate in "
-                "float32."
+                f"Expected finite xyxy boxes and scores, got {int(invalid.sum())} NaN, infinite or inverted ones in "
+                f"images {_first_values(image[invalid])}. Look for NaN in the weights, or evaluate in float32."
             )
 
 
@@ -259,17 +277,17 @@ def parse_ground_truth(ground_truth: Mapping[str, Any], classes: Sequence[str]) 
             f"Expected categories with the ids and the different names {expected}, got {names}. "
             "Number the categories as the classes are ordered, from 1."
         )
-    notes = ground_truth["annotations"]
+    annotations = ground_truth["annotations"]
     ids = [image["id"] for image in ground_truth["images"]]
     truth = GroundTruth(
         images=np.unique(np.array(ids, dtype=np.int64)),
-        image=np.array([note["image_id"] for note in notes], dtype=np.int64),
-        label=np.array([note["category_id"] for note in notes], dtype=np.int64),
-        box=np.array([note["bbox"] for note in notes], dtype=np.float64).reshape(-1, 4),
-        area=np.array([_annotation_area(note) for note in notes], dtype=np.float64),
-        crowd=np.array([bool(note.get("iscrowd", 0)) for note in notes], dtype=np.bool_),
-        difficult=np.array([bool(note.get("difficult", 0)) for note in notes], dtype=np.bool_),
-        code=np.full(len(notes), None, dtype=object),
+        image=np.array([annotation["image_id"] for annotation in annotations], dtype=np.int64),
+        label=np.array([annotation["category_id"] for annotation in annotations], dtype=np.int64),
+        box=np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4),
+        area=np.array([_annotation_area(annotation) for annotation in annotations], dtype=np.float64),
+        crowd=np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], dtype=np.bool_),
+        difficult=np.array([bool(annotation.get("difficult", 0)) for annotation in annotations], dtype=np.bool_),
+        code=np.full(len(annotations), None, dtype=object),
     )
     _validate_ground_truth(truth, ids, len(classes))
     return truth
@@ -293,21 +311,21 @@ def _image_sizes(ground_truth: Mapping[str, Any]) -> dict[int, Size]:
 def _encode_annotations(ground_truth: Mapping[str, Any], sizes: Mapping[int, Size]) -> CodeArray:
     """Return the run-length code of each annotation's mask."""
     codes = np.full(len(ground_truth["annotations"]), None, dtype=object)
-    for index, note in enumerate(ground_truth["annotations"]):
+    for index, annotation in enumerate(ground_truth["annotations"]):
         try:
-            codes[index] = rle.encode_segmentation(note.get("segmentation"), sizes[note["image_id"]])
+            codes[index] = rle.encode_segmentation(annotation.get("segmentation"), sizes[annotation["image_id"]])
         except ValueError as error:
             raise DistillError(
                 f"Expected a segmentation for every annotation to measure masks, but that of annotation {index} "
-                f"(image {note['image_id']}) {error}. Load the data with data.masks=true, or set "
+                f"(image {annotation['image_id']}) {error}. Load the data with data.masks=true, or set "
                 "metrics.coco.masks=false."
             ) from error
     return codes
 
 
-def _annotation_area(note: Mapping[str, Any]) -> float:
-    area = note.get("area")
-    return float(note["bbox"][2] * note["bbox"][3] if area is None else area)
+def _annotation_area(annotation: Mapping[str, Any]) -> float:
+    area = annotation.get("area")
+    return float(annotation["bbox"][2] * annotation["bbox"][3] if area is None else area)
 
 
 def _validate_ground_truth(truth: GroundTruth, ids: Sequence[int], classes: int) -> None:
@@ -320,13 +338,13 @@ def _validate_ground_truth(truth: GroundTruth, ids: Sequence[int], classes: int)
         raise DistillError(
             f"Expected annotations of the listed images, got some of other images: {_first_values(orphans)}."
         )
-    strange = truth.label[(truth.label < 1) | (truth.label > classes)]
-    if strange.size:
-        raise DistillError(f"Expected annotations with category ids from 1 to {classes}, got {_first_values(strange)}.")
+    outside = truth.label[(truth.label < 1) | (truth.label > classes)]
+    if outside.size:
+        raise DistillError(f"Expected annotations with category ids from 1 to {classes}, got {_first_values(outside)}.")
 
 
 def _validate_shapes(image: int, detections: Detections) -> None:
-    boxes, scores, labels = (tuple(part.shape) for part in (detections.boxes, detections.scores, detections.labels))
+    boxes, scores, labels = (tuple(tensor.shape) for tensor in detections[:3])
     if boxes != (*scores, 4) or scores != labels or len(scores) != 1:
         raise DistillError(
             f"Expected boxes (N, 4), scores (N,) and labels (N,) for image {image}, got {boxes}, {scores} and {labels}."

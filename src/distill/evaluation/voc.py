@@ -106,13 +106,13 @@ def average_precision(hits: BoolArray, positives: int, eleven_point: bool = Fals
     """
     if positives == 0:
         return -1.0
-    true = np.cumsum(hits)
-    recall = true / positives
-    precision = true / np.arange(1, len(hits) + 1)
+    true_positives = np.cumsum(hits)
+    recall = true_positives / positives
+    precision = true_positives / np.arange(1, len(hits) + 1)
     best = np.maximum.accumulate(precision[::-1])[::-1]
     if eleven_point:
-        reached = np.searchsorted(recall, np.arange(11) * 0.1)
-        return float(np.append(best, 0.0)[reached].mean())
+        positions = np.searchsorted(recall, np.arange(11) * 0.1)
+        return float(np.append(best, 0.0)[positions].mean())
     return float(np.sum(np.diff(recall, prepend=0.0) * best))
 
 
@@ -139,15 +139,18 @@ def best_overlaps(
     candidate = grouped[concatenate_ranges(start, count)]
     iou = _pair_iou(detections.box[detection], truth.box[candidate], float(inclusive))
     order = np.lexsort((-iou, detection))
-    having, first = np.unique(detection[order], return_index=True)
+    matched, first = np.unique(detection[order], return_index=True)
     objects, overlap = np.full(len(key), -1), np.zeros(len(key))
-    objects[having] = candidate[order[first]]
-    overlap[having] = iou[order[first]]
+    objects[matched] = candidate[order[first]]
+    overlap[matched] = iou[order[first]]
     return objects, overlap
 
 
 def _pair_iou(detections: FloatArray, truth: FloatArray, extra: float) -> FloatArray:
-    """Return the IoU (P,) of P pairs: `detections` (P, 4) xyxy, `truth` (P, 4) xywh. `extra` pixels lengthen sides."""
+    """Return the IoU (P,) of pairs of `detections` (P, 4) xyxy and `truth` (P, 4) xywh.
+
+    `extra` is added to the length of all sides, in pixels.
+    """
     last = truth[:, :2] + truth[:, 2:]
     sides = np.minimum(detections[:, 2:], last) - np.maximum(detections[:, :2], truth[:, :2]) + extra
     shared = sides.clip(min=0).prod(axis=1)

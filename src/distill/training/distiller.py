@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -20,7 +21,9 @@ from distill.detectors.description import FORMAT
 from distill.evaluation.evaluate import Evaluation, MetricFactory
 from distill.frozen import frozen_models
 from distill.losses.base import DistillLoss
+from distill.precision import resolve_precision
 from distill.teacher import DEFAULT_PREFETCH, Teacher
+from distill.training.lightning_compat import end_after_this_step, evaluate_last_epoch, evaluates_part, step_completed
 from distill.training.nonfinite import NonFiniteGuard, StepRecord, poison_gradient, unscales_in_step
 from distill.training.schedule import Schedule
 from distill.types import Batch, DistillError, View
@@ -39,7 +42,7 @@ class StepResult(NamedTuple):
     """The numbers of one training step, attached to the autograd graph."""
 
     terms: dict[str, Tensor]
-    """Unweighted scalars by name: ``student/...`` and those of the distillation losses."""
+    """Unweighted scalars by name, ``student/...`` and those of the distillation losses."""
     weights: dict[str, float]
     """Factor with which each term enters the loss."""
     loss: Tensor
@@ -100,6 +103,20 @@ class Distiller(L.LightningModule):
 
     # -- training
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that keeps the weights in another type than float32."""
+        resolve_precision(str(self.trainer.precision), cuda=False)
+
+    def on_train_start(self) -> None:
+        """Warn that a limit on validation batches does not concern all evaluations."""
+        limit = self.trainer.limit_val_batches
+        if limit and evaluates_part(self.trainer):
+            rank_zero_warn(
+                f"trainer.limit_val_batches={limit}: each evaluation during training measures only the images of these "
+                "batches. The teacher and the final student are measured on the whole split. data.limit_eval=N limits "
+                "all evaluations to the same N images"
+            )
+
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Sum of all weighted terms, a scalar."""
         seed = self.step_seed(index)
@@ -109,8 +126,21 @@ class Distiller(L.LightningModule):
             observe(step.student, step.terms, step.weights)
         detached = {name: value.detach() for name, value in step.terms.items()}
         self.guard.record(StepRecord(batch, seed, self.progress, detached, step.weights))
-        self._log(step)
+        self._logged = Terms(detached | {"total": step.loss.detach()}, step.weights | {"total": 1.0})
+        # Without a batch size, which values of steps do not use, Lightning would search the batch for one.
+        self.log("loss", step.loss.detach(), prog_bar=True, logger=False, batch_size=1)
         return poison_gradient(step.loss)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the terms of an optimizer step every `log_every_n_steps` steps, and at the end of the run."""
+        if not step_completed(self.trainer):
+            return
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        last = self.trainer.should_stop or self.global_step >= int(self.trainer.estimated_stepping_batches)
+        if every and (last or self.global_step % every == 0):
+            self._log(self._logged)
+        if last:
+            end_after_this_step(self.trainer)
 
     def compute_step(self, batch: Batch, seed: int, progress: float) -> StepResult:
         """Compute the Views, terms and loss of a training step. Training, doctor, bench and replay call this method.
@@ -163,19 +193,13 @@ class Distiller(L.LightningModule):
         """Finished part of the training, from 0 to 1, counted in optimizer steps."""
         return min(1.0, self.global_step / max(1, int(self.trainer.estimated_stepping_batches)))
 
-    def _log(self, step: StepResult) -> None:
-        terms, weights, loss = step.terms, step.weights, step.loss
-        size = 1  # unused for values of steps; without it Lightning would search the batch for a size
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=size)
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.global_step + 1) % every == 0:
-            # One all-reduce for all terms; Lightning's sync_dist would need one per term.
-            shares = torch.stack([value.detach().float() for value in (*terms.values(), loss)])
-            summed, processes = distributed.sum_over_ranks(shares)
-            *means, total = (summed / processes).unbind()
-            values = {f"term/{name}": mean for name, mean in zip(terms, means, strict=True)}
-            values |= {f"loss/{name}": weights[name] * mean for name, mean in zip(terms, means, strict=True)}
-            self.log_dict(values | {"loss/total": total}, batch_size=size)
+    def _log(self, terms: Terms) -> None:
+        # One all-reduce for all terms; Lightning's sync_dist would need one per term.
+        summed, processes = distributed.sum_over_ranks(torch.stack([term.float() for term in terms.values.values()]))
+        means = dict(zip(terms.values, (summed / processes).unbind(), strict=True))
+        values = {f"term/{name}": mean for name, mean in means.items() if name != "total"}
+        values |= {f"loss/{name}": terms.weights[name] * mean for name, mean in means.items()}
+        self.log_dict(values, batch_size=1)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip a step that is not finite, before any weight changes."""
@@ -186,8 +210,10 @@ class Distiller(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Create the metrics of the validation split. All ranks evaluate the same detector."""
         self._share_buffers()
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._evaluation = Evaluation(self.student, data.ground_truth("val"), data.classes, self.metrics, self.device)
+        data, partial = self.trainer.datamodule, evaluates_part(self.trainer)  # type: ignore[attr-defined]
+        self._evaluation = Evaluation(
+            self.student, data.ground_truth("val"), data.classes, self.metrics, self.device, seen_only=partial
+        )
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Collect the student's detections."""
@@ -213,7 +239,11 @@ class Distiller(L.LightningModule):
     # -- epoch hooks, optimizer, checkpoints
 
     def on_train_epoch_start(self) -> None:
-        """Let losses rebuild their state for the epoch, and check that no frozen model has changed."""
+        """Let losses rebuild their state for the epoch, and check that no frozen model has changed.
+
+        The last epoch is always evaluated: the best checkpoint is chosen among evaluated weights.
+        """
+        evaluate_last_epoch(self.trainer)
         self.start_epoch(self.current_epoch, self.trainer.datamodule)  # type: ignore[attr-defined]
         self._check_frozen_models()
 

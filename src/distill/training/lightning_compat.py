@@ -44,6 +44,31 @@ def evaluation_follows(trainer: L.Trainer) -> bool:
     return trainer.enable_validation and every is not None and (trainer.current_epoch + 1) % every == 0
 
 
+def evaluates_part(trainer: L.Trainer) -> bool:
+    """Whether an evaluation may leave out images of the split. The sanity check before the training does so too."""
+    limit = trainer.limit_val_batches
+    return trainer.sanity_checking or isinstance(limit, int) or limit < 1.0
+
+
+def evaluate_last_epoch(trainer: L.Trainer) -> None:
+    """Let the last epoch end with an evaluation, whatever the interval between evaluations is."""
+    if trainer.current_epoch + 1 == trainer.max_epochs:
+        trainer.check_val_every_n_epoch = 1
+
+
+def end_after_this_step(trainer: L.Trainer) -> None:
+    """Write the values of the last step to the loggers. If the run ends inside an epoch, evaluate the weights.
+
+    Call this in the module's `on_train_batch_end`: Lightning afterwards decides whether to write and to evaluate. A run
+    that ends inside its first epoch is not evaluated, because there is no other evaluation to compare with.
+    """
+    if trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
+    if trainer.current_epoch > 0 and not batch_progress(trainer).is_last_batch:
+        trainer.check_val_every_n_epoch = 1
+        trainer.should_stop = True
+
+
 def between_epochs(trainer: L.Trainer) -> bool:
     """Whether the last epoch that started has also ended."""
     epoch: Any = trainer.fit_loop.epoch_progress.current

@@ -53,6 +53,8 @@ class PredictionImages(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log images with the weights that were just evaluated."""
         assert isinstance(pl_module, Distiller)
+        if trainer.sanity_checking:
+            return
         loggers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, WandbLogger))]
         self._evaluations += 1
         if not loggers or self.images == 0 or self._evaluations % self.every:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import warnings
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 
 from distill.evaluation.evaluate import evaluate
+from distill.labels import unknown_classes
 from distill.training.distiller import Distiller
 from distill.training.lightning_compat import data_module
 from distill.types import DistillError
+
+AP_NAMES = ("val/shared_AP", "val/shared_mAP", "val/AP", "val/mAP")
+"""Values that are compared with `min_ap`; the first one that was measured."""
 
 
 class TeacherCheck(L.Callback):
@@ -32,13 +37,19 @@ class TeacherCheck(L.Callback):
             return
         if self.evaluate and not teacher.values:
             data = data_module(trainer)
+            unknown = unknown_classes(teacher.spec.classes, data.classes)
             try:
                 metrics = evaluate(teacher.detector, data, "val", pl_module.metrics, pl_module.device, "teacher, val")
             except DistillError as error:
                 warnings.warn(f"the teacher's AP is not known: {error}", stacklevel=2)
                 return
             teacher.values = {f"val/{name}": value for name, value in metrics.items()}
-        ap = teacher.values.get("val/AP", teacher.values.get("val/mAP"))
+            if unknown:
+                rank_zero_warn(
+                    f"the teacher does not know {', '.join(unknown)}: these classes count 0 in its AP. Its values on "
+                    "the shared classes are named shared_"
+                )
+        ap = next((teacher.values[name] for name in AP_NAMES if name in teacher.values), None)
         if ap is not None and self.min_ap is not None and ap < self.min_ap:
             warnings.warn(
                 f"the teacher's AP is {ap:.3f}, below teacher.min_ap={self.min_ap}: check its weights, its class list "
