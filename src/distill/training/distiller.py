@@ -92,6 +92,8 @@ class Distiller(L.LightningModule):
         self.metrics = tuple(metrics)
         self.seed = seed
         self._evaluation: Evaluation | None = None
+        self._reset_stop = False
+        """Whether the next evaluation resets the trainer's `should_stop`, see `end_after_this_step`."""
         self.guard = guard or NonFiniteGuard()
         self.observers: list[Callable[[View, dict[str, Tensor], dict[str, float]], None]] = []
         """Functions that every step calls with the student's View, the terms with their graph, and their weights."""
@@ -140,7 +142,7 @@ class Distiller(L.LightningModule):
         if every and (last or self.global_step % every == 0):
             self._log(self._logged)
         if last:
-            end_after_this_step(self.trainer)
+            self._reset_stop = end_after_this_step(self.trainer)
 
     def compute_step(self, batch: Batch, seed: int, progress: float) -> StepResult:
         """Compute the Views, terms and loss of a training step. Training, doctor, bench and replay call this method.
@@ -210,6 +212,8 @@ class Distiller(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Create the metrics of the validation split. All ranks evaluate the same detector."""
         self._share_buffers()
+        if self._reset_stop:
+            self.trainer.should_stop = self._reset_stop = False
         data, partial = self.trainer.datamodule, evaluates_part(self.trainer)  # type: ignore[attr-defined]
         self._evaluation = Evaluation(
             self.student, data.ground_truth("val"), data.classes, self.metrics, self.device, seen_only=partial

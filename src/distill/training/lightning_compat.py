@@ -56,17 +56,23 @@ def evaluate_last_epoch(trainer: L.Trainer) -> None:
         trainer.check_val_every_n_epoch = 1
 
 
-def end_after_this_step(trainer: L.Trainer) -> None:
+def end_after_this_step(trainer: L.Trainer) -> bool:
     """Write the values of the last step to the loggers. If the run ends inside an epoch, evaluate the weights.
 
     Call this in the module's `on_train_batch_end`: Lightning afterwards decides whether to write and to evaluate. A run
     that ends inside its first epoch is not evaluated, because there is no other evaluation to compare with.
+
+    Returns:
+        whether this call has set ``should_stop``, without which Lightning evaluates at the end of an epoch only. The
+        evaluation has to reset the value: a checkpoint would store it, and a resume with more steps would stop.
     """
     if trainer.log_every_n_steps:  # type: ignore[attr-defined]
         trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
     if trainer.current_epoch > 0 and not batch_progress(trainer).is_last_batch:
         trainer.check_val_every_n_epoch = 1
-        trainer.should_stop = True
+        stopped, trainer.should_stop = trainer.should_stop, True
+        return not stopped and trainer.enable_validation
+    return False
 
 
 def between_epochs(trainer: L.Trainer) -> bool:

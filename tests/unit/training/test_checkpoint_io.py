@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there; a damaged one gives way to the one before it; it is data and nothing else."""
+"""A checkpoint is complete or not there; a damaged one gives way to the one before it; it is data and nothing else."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     said = str(caught.value)
     assert os.strerror(number) in said
     assert ("MiB are free" in said) == (number != errno.EIO)
-    assert f"{path} is whole" in said
+    assert f"{path} is complete" in said
     assert "ckpt_path=last" in said
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert FILES.load_checkpoint(path)["epoch"] == 2
@@ -117,7 +117,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         Path, "open", lambda self, *mode: opened(Path("/dev/full") if self.suffix == ".part" else self, *mode)
     )
-    with pytest.raises(DistillError, match=r"No space left on device.*is whole"):
+    with pytest.raises(DistillError, match=r"No space left on device.*is complete"):
         save(tmp_path, 2)
     assert read_checkpoint(path)["epoch"] == 1
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.evaluation.metric import DetectionArrays, DetectionMetric, GroundTruth
+from distill.training.callbacks.checkpoints import LastCheckpoint
 from distill.training.callbacks.teacher_check import TeacherCheck
 from distill.types import DistillError
 from helpers.training import CLASSES, distiller, fit, shapes_data, small_teacher
@@ -98,6 +100,17 @@ def test_the_last_weights_are_evaluated_whatever_the_interval(
     limits: Mapping[str, Any], steps: set[int], tmp_path: Path
 ) -> None:
     assert logged(run(tmp_path, **limits), "val/images") == dict.fromkeys(steps, 5.0)
+
+
+def test_a_run_that_ended_inside_an_epoch_resumes_with_more_steps(tmp_path: Path) -> None:
+    limits: dict[str, Any] = {"max_epochs": 9, "limit_val_batches": 1.0, "enable_checkpointing": True}
+    first = LastCheckpoint(tmp_path, every=None)
+    fit(distiller(metrics=[Counts]), tmp_path, data(), callbacks=[first], max_steps=3, **limits)
+    checkpoint = torch.load(first.file, weights_only=True)
+    assert (checkpoint["global_step"], checkpoint["resume"]["stop"]) == (3, False)
+    more = LastCheckpoint(tmp_path / "more", every=None)
+    trainer = fit(distiller(metrics=[Counts]), tmp_path, data(), first.file, callbacks=[more], max_steps=5, **limits)
+    assert trainer.global_step == 5
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
