@@ -25,8 +25,9 @@ def match_classes(wanted: Sequence[str], known: Sequence[str], remedy: str) -> l
     """
     missing = [name for name in wanted if name not in known]
     if missing:
+        named = [name for name in known if name != "N/A"]  # fills the unused labels of torchvision's COCO weights
         raise DistillError(
-            f"class lists are matched by exact name, but {missing} of {list(wanted)} is not among {list(known)}. "
+            f"class lists are matched by exact name, but {missing} of {list(wanted)} is not among {named}. "
             f"Rename the classes to match, {remedy}"
         )
     return [0, *(list(known).index(name) + 1 for name in wanted)]

@@ -46,7 +46,11 @@ def main(argv: Sequence[str]) -> int:
     plan = plan_run(cfg)
     data = plan.data
     data.records(args.split)  # reads no other split: this data may have one only
-    detector = load_teacher_of(run, plan.teacher) if args.teacher else load_student(args.source)
+    if args.teacher:
+        given = any(override.key_or_group == "teacher.weights" for override in parse_overrides(args.overrides))
+        detector = load_teacher_of(run, plan.teacher, data.classes if given else None)
+    else:
+        detector = load_student(args.source)
     trained = (detector.options["min_size"], detector.options["max_size"])
     if trained != data.input_size:
         print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
@@ -112,36 +116,35 @@ def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
 
 def load_student(source: Path) -> Detector:
     """The exported student of a run folder, or the student inside a checkpoint."""
-    import torch
+    from distill.detectors.registry import load_detector
 
-    from distill.detectors.description import checkpoint_model
-    from distill.detectors.registry import load_detector, restore_detector
-    from distill.files import load_tensors
-
-    if source.suffix != ".ckpt":
-        run = RunFolder(source)
-        if source.is_dir() and not run.student.is_file():
-            raise DistillError(f"{source} has no {STUDENT}: the run did not finish; try {run.last}")
-        return load_detector(source)
-    if not source.is_file():
+    run = RunFolder(source)
+    if source.is_dir() and not run.student.is_file():
+        raise DistillError(f"{source} has no {STUDENT}: the run did not finish; try {run.last}")
+    if source.suffix == ".ckpt" and not source.is_file():
         raise DistillError(f"{source}: no such checkpoint")
-    content = load_tensors(source)
-    weights = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(weights, dict):
-        raise DistillError(f"{source}: expected a checkpoint of a run, with the student's weights in it")
-    state = {
-        name.removeprefix("student.net."): value
-        for name, value in weights.items()
-        if str(name).startswith("student.net.") and isinstance(value, torch.Tensor)
-    }
-    return restore_detector(checkpoint_model(content, str(source)), state, str(source))
+    return load_detector(source)
 
 
-def load_teacher_of(run: RunFolder, options: TeacherOptions | None) -> Detector:
-    """The teacher that a finished run had."""
+def load_teacher_of(
+    run: RunFolder, options: TeacherOptions | None, classes_of_given_weights: Sequence[str] | None = None
+) -> Detector:
+    """Load the teacher of a run.
+
+    Args:
+        run: the run. It has finished, unless the weights are given.
+        options: the teacher's options of the run's configuration.
+        classes_of_given_weights: the data's classes if the user gave ``teacher.weights`` to this command, for example
+            because the teacher moved. None loads the weights that the run's summary names.
+
+    Raises:
+        DistillError: the run has no teacher, or its weights are gone.
+    """
     from distill.cli.teacher_cache import load_teacher
     from distill.files import read_json
 
+    if classes_of_given_weights is not None and options is not None and options.weights is not None:
+        return load_teacher(options, options.weights, classes_of_given_weights)
     identity = read_json(run.summary).get("teacher") if run.summary.is_file() else None
     if not identity:
         raise DistillError(
@@ -150,4 +153,6 @@ def load_teacher_of(run: RunFolder, options: TeacherOptions | None) -> Detector:
     source, classes = (identity.get(key) if isinstance(identity, dict) else None for key in ("source", "classes"))
     if not isinstance(source, str) or not isinstance(classes, list):
         raise DistillError(f"{run.summary}: expected the teacher's 'source' and 'classes', got {identity}")
+    if Path(source).is_absolute() and not Path(source).exists():
+        raise DistillError(f"the run's teacher is no longer at {source}: say where it is with teacher.weights=…")
     return load_teacher(options, source, [str(name) for name in classes])

@@ -17,14 +17,21 @@ from distill.cli import compose, instantiate, preflight
 from distill.cli.assembly import assemble, build_student, build_trainer
 from distill.cli.preflight import RunPlan
 from distill.cli.tables import gib
-from distill.cli.teacher_cache import UNTRAINED, as_teacher, cache_entry, find_teacher, read_summary, untrained
+from distill.cli.teacher_cache import (
+    UNTRAINED,
+    as_teacher,
+    cache_entry,
+    find_teacher,
+    is_trained,
+    read_summary,
+    untrained,
+)
 from distill.cli.train import silence_known_warnings
 from distill.data.datamodule import DetectionData
 from distill.diagnostics import doctor
 from distill.diagnostics.sampled_evaluation import evaluate_sample
 from distill.evaluation.metric import SHARED
 from distill.precision import autocast_context
-from distill.run_folder import RunFolder
 from distill.teacher import Teacher
 from distill.training.callbacks.term_check import TermCheck
 from distill.training.distiller import Distiller
@@ -85,7 +92,7 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
         return None
     if options.weights is None:
         folder, overrides = cache_entry(options)
-        if not RunFolder(folder).finished:
+        if not is_trained(folder):
             detector, config = untrained(options, data.classes), compose.compose_config(overrides)
             module = Distiller(detector, schedule=instantiate.build_node(config.schedule)).to(
                 trainer.strategy.root_device

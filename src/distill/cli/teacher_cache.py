@@ -80,6 +80,20 @@ class TeacherOptions:
     metrics: Mapping[str, Any]
     """Metrics of this run. The results of another run are reused only if its metrics are equal."""
 
+    def __post_init__(self) -> None:
+        """Refuse a head that does not come from the weights.
+
+        Raises:
+            DistillError: ``teacher.model.head=new`` together with ``teacher.weights``.
+        """
+        if self.weights is not None and self.model.get("head") == "new":
+            raise DistillError(
+                "teacher.model.head=new: a teacher whose head has random weights cannot teach. Remove "
+                "teacher.model.head: the classes are matched by name. If the weights lack classes of the data, train "
+                f"a teacher from them: teacher.weights=null teacher.model.weights={quote_value(self.weights)} "
+                "teacher.model.head=match"
+            )
+
 
 def planned_spec(options: TeacherOptions, classes: Sequence[str]) -> DetectorSpec:
     """Spec of the teacher that ``teacher.model`` describes, before it is trained. Allocates no memory for weights.
@@ -140,23 +154,29 @@ def as_teacher(
 
 
 def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[str]) -> Detector:
-    """Load a detector from a run folder, an exported student, a plain weights file or torchvision weights.
+    """Load a detector from a run folder, a checkpoint, an exported student, a file of weights, or torchvision.
 
-    Run folders and exported students describe their model.
+    Run folders, exported students and checkpoints of runs describe their model. From other weights, the detector gets
+    the rows of `classes`.
 
     Raises:
-        DistillError: the weights do not describe their model, and the configuration has no teacher that does.
+        DistillError: the weights do not describe their model, and the configuration has no teacher that does; or the
+            weights lack a class.
     """
-    from distill.detectors.registry import load_detector
+    from distill.detectors.registry import restore_detector
+    from distill.detectors.student_files import read_detector
 
     path = Path(source).expanduser()
-    if path.is_dir() or path.with_suffix(".json").is_file():
-        return load_detector(path)
+    if path.exists():
+        source = str(path)
+        model, state = read_detector(path)
+        if model is not None:
+            return restore_detector(model, state, source)
     if options is None:
         raise DistillError(f"{source} does not describe its model: choose its teacher=…, not none")
-    # torchvision's names determine the classes, a plain file does not. Frozen norms compute as in evaluation mode.
+    # Frozen norms compute as in evaluation mode.
     backbone = {**options.model.get("backbone", {}), "norm": "frozen"}
-    return options.build(classes=list(classes) if path.is_file() else None, weights=source, backbone=backbone)
+    return options.build(classes=list(classes), weights=source, backbone=backbone, head="keep")
 
 
 def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
@@ -165,21 +185,27 @@ def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
     Raises:
         DistillError: the teacher is missing and `train` is ``never``, or its run failed.
     """
-    if RunFolder(folder).finished:
+    if is_trained(folder):
         return folder
     command = [sys.executable, "-m", "distill", "train", *overrides, f"hydra.run.dir={quote_value(str(folder))}"]
     if train == "never":
         raise DistillError(
-            f"there is no trained teacher at {folder} and teacher.train=never. Name one with teacher.weights=…, or "
-            f"make it with:\n  {shlex.join(command)}"
+            f"there is no trained teacher at {folder} (a finished run with its {STUDENT}) and teacher.train=never. "
+            f"Name one with teacher.weights=…, or make it with:\n  {shlex.join(command)}"
         )
     if _rank() != 0:
         return _wait(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock") as lock:
-        if not RunFolder(folder).finished:
+        if not is_trained(folder):
             _train(command, folder, lock)
     return folder
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a run has finished and still has the weights of its student."""
+    run = RunFolder(folder)
+    return run.finished and run.student.is_file()
 
 
 def cache_entry(options: TeacherOptions) -> tuple[Path, list[str]]:
@@ -279,7 +305,7 @@ def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
         code = wait_for_process(process)
     if code in STOPPED:
         raise Terminated
-    if code or not RunFolder(folder).finished:
+    if code or not is_trained(folder):
         raise DistillError(
             f"the teacher's run failed with exit code {code}; its files are in {folder}. Run it by hand:\n"
             f"  {shlex.join(command)}"
@@ -288,7 +314,7 @@ def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
 
 def _wait(folder: Path, patience: float = 24 * 3600) -> Path:
     start = time.monotonic()
-    while not RunFolder(folder).finished:
+    while not is_trained(folder):
         if time.monotonic() - start > patience:
             raise DistillError(
                 f"rank {_rank()} waited {patience / 3600:.0f} h for rank 0 to train the teacher in {folder}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from distill.detectors.base import Detector
 from distill.detectors.state_dicts import State
 from distill.labels import match_classes
+from distill.types import DistillError
 
 
 def class_rows(detector: Detector, state: State, classes: Sequence[str], remedy: str) -> dict[str, Tensor]:
@@ -27,11 +27,49 @@ def class_rows(detector: Detector, state: State, classes: Sequence[str], remedy:
     Raises:
         DistillError: a class of the detector is not in `classes`.
     """
-    chosen, taken = torch.tensor(match_classes(detector.classes, classes, remedy)), {}
+    return _select_rows(detector, state, len(classes), match_classes(detector.classes, classes, remedy))
+
+
+def known_class_rows(detector: Detector, state: State, classes: Sequence[str]) -> dict[str, Tensor]:
+    """Select the rows as `class_rows` does. A class that is not in `classes` keeps the detector's current rows.
+
+    Raises:
+        DistillError: the detector and `classes` share no class.
+    """
+    labels = [0, *(list(classes).index(name) + 1 if name in classes else 0 for name in detector.classes)]
+    if not any(labels):
+        raise DistillError(
+            f"head=match: the detector's classes {list(detector.classes)[:10]} and those of the weights, "
+            f"{list(classes)[:10]}, share no name. Class lists are matched by exact name: rename the classes, or set "
+            "head=new"
+        )
+    return _select_rows(detector, state, len(classes), labels)
+
+
+def count_outputs(detector: Detector, state: State) -> int | None:
+    """Return the number of classes of a state dict, with background; None if the layers do not agree on a number."""
+    counts = set()
+    for layer in detector.class_layers:
+        rows_per_class = len(detector.net.get_submodule(layer).weight) // (len(detector.classes) + 1)
+        rows = len(state.get(f"{layer}.weight", ()))
+        counts.add(rows // rows_per_class if rows and rows % rows_per_class == 0 else None)
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _select_rows(detector: Detector, state: State, classes: int, labels: Sequence[int]) -> dict[str, Tensor]:
+    """Select the rows of `labels`, which holds, for each label of the detector, its label among the state's `classes`.
+
+    Label 0 is the background. A label 0 of a class stands for a class that the state does not know.
+    """
+    current = detector.net.state_dict()
+    unknown = [label for label, known in enumerate(labels) if label and not known]
+    selected = {}
     for layer, rows in detector.class_layers.items():
         for name in (f"{layer}.weight", f"{layer}.bias"):
-            if name not in state or len(state[name]) % ((len(classes) + 1) * rows):
+            if name not in state or len(state[name]) % ((classes + 1) * rows):
                 continue  # `fit` reports the error
-            split = state[name].reshape(-1, len(classes) + 1, rows, *state[name].shape[1:])
-            taken[name] = split[:, chosen].flatten(0, 2)
-    return taken
+            values = state[name].reshape(-1, classes + 1, rows, *state[name].shape[1:])[:, list(labels)]
+            if values.flatten(0, 2).shape == current[name].shape:
+                values[:, unknown] = current[name].reshape(values.shape)[:, unknown].to(values.dtype)
+            selected[name] = values.flatten(0, 2)
+    return selected

@@ -191,9 +191,10 @@ class FasterRCNN(PyramidDetector):
         pixels: channel order and statistics that the weights expect, see `options.PixelOptions`.
         min_size: set in `net.transform`, for uses of `net` without a View. A View never resizes images.
         max_size: set in `net.transform`, see `min_size`.
-        weights: weights of the whole detector: torchvision's name (COCO_V1), a file, or the folder of a run.
+        weights: weights of the whole detector: torchvision's name (COCO_V1), a file, or a run's folder or checkpoint.
         head: what to do if the classes differ from those of `weights`: ``keep`` copies the rows of classes with the
-            same name, ``new`` initialises the layers that belong to classes.
+            same name and expects all of them, ``match`` starts missing classes afresh, ``new`` starts all of them
+            afresh.
 
     Raises:
         DistillError: an option has an invalid value, or the weights do not fit.

@@ -12,8 +12,8 @@ from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.retinanet import RetinaNet
-from distill.detectors.state_dicts import fit, fit_sizes, read_state
-from distill.detectors.student_files import read_description, weights_file
+from distill.detectors.state_dicts import fit, fit_sizes
+from distill.detectors.student_files import read_detector, weights_file
 from distill.run_folder import DESCRIPTION
 from distill.type_checks import type_errors
 from distill.types import DistillError
@@ -26,14 +26,13 @@ def load_detector(path: str | Path) -> Detector:
     """Load the detector of a run.
 
     Args:
-        path: the run's folder, its `student.pt` or its `student.json`.
+        path: the run's folder, its `student.pt` or `student.json`, or one of its checkpoints.
 
     Raises:
         DistillError: a file is missing or invalid, or the weights do not fit the description.
     """
-    weights = weights_file(Path(path))
-    model, state = read_description(weights.with_suffix(".json")).get("model"), read_state(weights)
-    return restore_detector(model, state, str(weights))
+    file = weights_file(Path(path))
+    return restore_detector(*read_detector(file), str(file))
 
 
 def restore_detector(model: Any, state: dict[str, torch.Tensor], where: str) -> Detector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,21 +15,29 @@ from distill.types import DistillError
 State = Mapping[str, Tensor]
 
 ADVICE = (
-    "Check family, depth, width and head sizes; if only the classes differ, set head=new "
-    "(model.head=new, teacher.model.head=new)."
+    "Check family, depth, width and head sizes. If only the classes differ, a student can start its head afresh with "
+    "model.head=new; a teacher must know all classes of the data."
 )
 """Advice in the message about weights that do not fit."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a file: the content itself, or its entry ``model`` or ``state_dict``.
-
-    Common trainers write these entries. A prefix ``module.`` of the names is removed.
+    """Read the state dict in a file, see `extract_state`.
 
     Raises:
         DistillError: the file cannot be read, or it holds no state dict.
     """
-    content = load_tensors(path)
+    return extract_state(load_tensors(path), path)
+
+
+def extract_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """Return the state dict in the content of a file: the content itself, or its entry ``model`` or ``state_dict``.
+
+    Common trainers write these entries. A prefix ``module.`` of the names is removed.
+
+    Raises:
+        DistillError: the content holds no state dict. The message names `path`.
+    """
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -59,7 +68,11 @@ def fit(
         DistillError: the message lists missing tensors, unexpected tensors, and tensors of another shape.
     """
     own = module.state_dict()
-    missing, unexpected = list(own.keys() - state.keys()), list(state.keys() - own.keys())
+    # Frozen batch norms ignore this buffer of batch norms.
+    missing, unexpected = (
+        [name for name in names if not name.endswith(".num_batches_tracked")]
+        for names in (own.keys() - state.keys(), state.keys() - own.keys())
+    )
     shapes = [
         f"{name}: {tuple(value.shape)}, expected {tuple(own[name].shape)}"
         for name, value in state.items()

@@ -1,4 +1,4 @@
-"""The files of a student in a run's folder: `student.pt` and `student.json`.
+"""The files of a student in a run's folder: `student.pt`, `student.json` and the checkpoints.
 
 `student.json` holds the facts that a state dict lacks: classes, norm and its epsilon, anchors and pixel statistics.
 Without these facts, weights load into a network with another norm or other anchors without an error.
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill.detectors.base import Detector
-from distill.detectors.description import FORMAT, to_current_format
-from distill.files import atomic_write, read_json, write_text
+from distill.detectors.description import FORMAT, checkpoint_model, to_current_format
+from distill.detectors.state_dicts import extract_state
+from distill.files import atomic_write, load_tensors, read_json, write_text
 from distill.run_folder import STUDENT, RunFolder
 from distill.types import DistillError
 
@@ -50,6 +52,34 @@ def read_extra(path: str | Path) -> dict[str, Any]:
     return extra
 
 
+def read_detector(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Read the description and the weights of a detector.
+
+    Args:
+        path: a run's folder, an exported student, a checkpoint of a run, or a plain file of weights.
+
+    Returns:
+        The description as `Detector.describe` returns it, and torchvision's state dict. The description is None for a
+        plain file of weights.
+
+    Raises:
+        DistillError: a file is missing or invalid.
+    """
+    file = weights_file(path)
+    content = load_tensors(file)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        prefix = "student.net."
+        state = {
+            name.removeprefix(prefix): value
+            for name, value in content["state_dict"].items()
+            if str(name).startswith(prefix) and isinstance(value, Tensor)
+        }
+        if state:
+            model = checkpoint_model(content, str(file))
+            return (None if model is None else _validated({"model": model}, file)["model"]), state
+    return read_description(file.with_suffix(".json")).get("model"), extract_state(content, file)
+
+
 def read_description(path: Path) -> dict[str, Any]:
     """Read a description, such as `student.json`, in the current format.
 
@@ -60,7 +90,10 @@ def read_description(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    facts = to_current_format(read_json(path), str(path))
+    return _validated(to_current_format(read_json(path), str(path)), path)
+
+
+def _validated(facts: dict[str, Any], path: Path) -> dict[str, Any]:
     if not all(isinstance(facts.get(key, {}), dict) for key in ("model", "extra")):
         raise DistillError(f"{path}: expected an object with the detector's facts under 'model'")
     classes = facts.get("model", {}).get("classes", [])

@@ -1,4 +1,4 @@
-"""The published weights of torchvision: entries of its enums, their class names, and the download."""
+"""The published weights of torchvision: entries of its enums, their class names, the download, and downloaded files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torchvision
 
+from distill.detectors.base import Detector
+from distill.detectors.class_layers import count_outputs
 from distill.detectors.state_dicts import State
 from distill.types import DistillError
 
@@ -32,7 +34,9 @@ def download(entry: Any, option: str) -> State:
 
     Args:
         entry: a member of torchvision's enum.
-        option: the option with which the user chose the entry, for the message.
+        option: the constructor's option with which the user chose the entry, for the message. Configurations have
+            it below ``model`` and, for the teacher, below ``teacher.model``. Their ``teacher.weights`` is the teacher's
+            option ``weights``.
 
     Raises:
         DistillError: the weights cannot be fetched. The message says how to provide them without a network.
@@ -41,9 +45,36 @@ def download(entry: Any, option: str) -> State:
         state: State = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, or a broken download
         name = Path(entry.url).name
+        keys = {
+            "weights": ("model.weights", "teacher.weights"),
+            "backbone.weights": ("model.backbone.weights", "teacher.model.backbone.weights"),
+        }.get(option)
+        student = f"{keys[0]}=/path/to/{name} (of the teacher: {keys[1]}=/path/to/{name})" if keys else ""
         raise DistillError(
-            f"{option}: {entry} could not be fetched ({error}). Get {entry.url} on a machine with a network and set"
-            f" {option}=/path/to/{name} (of the student: model.{option}), or put it into "
-            f"{torch.hub.get_dir()}/checkpoints"
+            f"{option}: {entry} could not be fetched ({error}). Get {entry.url} on a machine with a network and set "
+            f"{student or f'{option}=/path/to/{name}'}, or put it into {torch.hub.get_dir()}/checkpoints"
         ) from error
     return state
+
+
+def is_coco_state(detector: Detector, state: State) -> bool:
+    """Return whether a state dict without class names has the labels of torchvision's COCO weights.
+
+    This is so if it has their number of outputs. A detector with as many classes under other names decides otherwise:
+    the file is then taken to have the detector's classes.
+    """
+    names = categories(detector.enum.COCO_V1)
+    if count_outputs(detector, state) != len(names) + 1:
+        return False
+    return len(detector.classes) != len(names) or set(detector.classes) <= set(names)
+
+
+def coco_eps(detector: Detector, state: State, file: str) -> float:
+    """Return the epsilon of the norms that a state dict of torchvision's COCO detector needs.
+
+    torchvision's published COCO_V1 was trained with frozen norms, whose state dict has no ``num_batches_tracked``, and
+    has an epsilon of its own, see `Detector.coco_eps`. Norms with batch statistics have 1e-5.
+    """
+    published = Path(detector.enum.COCO_V1.url).name == Path(file).name
+    batch_norm = any(name.endswith(".num_batches_tracked") for name in state)
+    return detector.coco_eps if published or not batch_norm else 1e-5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ import torch
 from distill.detectors import anchors
 from distill.detectors.backbones import body_state, imagenet_weights
 from distill.detectors.base import Detector, check_classes
-from distill.detectors.class_layers import class_rows
+from distill.detectors.class_layers import class_rows, known_class_rows
 from distill.detectors.norms import set_eps
 from distill.detectors.state_dicts import State, fit, read_state
-from distill.detectors.student_files import existing_file, read_description, weights_file
+from distill.detectors.student_files import existing_file, read_detector, weights_file
 from distill.detectors.timm import TIMM, timm_network
-from distill.detectors.torchvision_weights import categories, download, find_entry
+from distill.detectors.torchvision_weights import categories, coco_eps, download, find_entry, is_coco_state
 from distill.type_checks import leaves
 from distill.types import DistillError
+
+HEADS = ("keep", "match", "new")
+"""Values of the option `head`, see `load_weights`."""
 
 MEANING = (
     *("pixels.mean", "pixels.std", "backbone.stride_in_1x1", "anchors.sizes", "anchors.ratios"),
@@ -52,7 +55,8 @@ def class_names(classes: Sequence[str] | None, weights: str | None, enum: Any) -
         if entry := find_entry(weights, enum):
             classes = categories(entry)
         else:
-            classes = _classes(read_description(weights_file(Path(weights)).with_suffix(".json")))
+            model, _ = read_detector(Path(weights))
+            classes = None if model is None else model.get("classes")
     if classes is None:
         raise DistillError(f"classes: give the class names; weights={weights} does not tell them")
     return check_classes(classes)
@@ -79,10 +83,11 @@ def load_weights(detector: Detector, source: str | Path, head: str = "keep") -> 
     Args:
         detector: the detector, changed in place.
         source: torchvision's name (``COCO_V1``, or in full ``FasterRCNN_ResNet50_FPN_Weights.COCO_V1``), a file with
-            a state dict, or the folder of a run.
+            a state dict, a run's folder, or a checkpoint of a run. A file with the number of outputs of torchvision's
+            COCO weights has their class names.
         head: what to do if the class lists differ. ``keep`` copies the rows of the detector's classes by exact name,
-            and raises an error if a class is missing. ``new`` keeps the random weights of the layers that belong to
-            classes.
+            and raises an error if a class is missing. ``match`` also copies rows by name; the rows of missing classes
+            keep their random weights. ``new`` keeps the random weights of all layers that belong to classes.
 
     Returns:
         Lines for the report that say what was loaded.
@@ -91,8 +96,8 @@ def load_weights(detector: Detector, source: str | Path, head: str = "keep") -> 
         DistillError: the weights cannot be read, do not fit, or were made for other pixel statistics, anchors or
             strides.
     """
-    if head not in ("keep", "new"):
-        raise DistillError(f"head: expected keep or new, got {head!r}")
+    if head not in HEADS:
+        raise DistillError(f"head: expected {', '.join(HEADS[:-1])} or {HEADS[-1]}, got {head!r}")
     weights = read_source(str(source), detector)
     _check_meaning(detector, weights)
     state, lines = dict(weights.state), []
@@ -102,12 +107,24 @@ def load_weights(detector: Detector, source: str | Path, head: str = "keep") -> 
     elif head == "new":
         state = {name: value for name, value in state.items() if not name.startswith(layers)}
         lines.append(f"head: new, for {len(detector.classes)} classes; the weights were made for {weights.classes}")
+    elif weights.classes is None and head == "match":
+        raise DistillError(
+            f"{weights.name}: head=match needs the class names of the weights, and the file does not name them. Use "
+            "the run's folder or its checkpoint, head=keep if the classes are the same, or head=new"
+        )
     elif weights.classes is None:
         lines.append("head: kept; the file does not name its classes, so they are taken to be in the same order")
+    elif head == "match":
+        state.update(known_class_rows(detector, state, weights.classes))
+        known = [name for name in detector.classes if name in weights.classes]
+        new = [name for name in detector.classes if name not in weights.classes]
+        lines.append(f"head: kept the rows of {', '.join(known)}; new: {', '.join(new) or 'none'}")
     else:
-        state.update(
-            class_rows(detector, state, weights.classes, "or set head=new (model.head=new) to start the head afresh")
+        remedy = (
+            "or let a student start the missing classes afresh with model.head=match, all classes with model.head=new; "
+            "a teacher must know all classes"
         )
+        state.update(class_rows(detector, state, weights.classes, remedy))
         lines.append(f"head: kept the rows of {', '.join(detector.classes)}, out of {len(weights.classes)} classes")
     fit(
         detector.net, state, weights.name, fresh=layers if head == "new" and weights.classes != detector.classes else ()
@@ -166,14 +183,14 @@ def read_source(source: str, detector: Detector) -> Source:
         eps = detector.coco_eps if entry is detector.enum.COCO_V1 else 1e-5
         options = {**anchors.DEFAULTS, "backbone.norm": "frozen", "backbone.norm_eps": eps}
         return Source(str(entry), download(entry, "weights"), categories(entry), options)
-    path = weights_file(Path(source))
-    facts = read_description(path.with_suffix(".json"))
-    return Source(str(path), read_state(path), _classes(facts), dict(leaves(facts.get("model", {}))))
-
-
-def _classes(facts: Mapping[str, Any]) -> tuple[str, ...] | None:
-    classes = facts.get("model", {}).get("classes")
-    return None if classes is None else tuple(classes)
+    file = str(weights_file(Path(source)))
+    model, state = read_detector(Path(file))
+    if model is not None:
+        return Source(file, state, tuple(model["classes"]) if "classes" in model else None, dict(leaves(model)))
+    if is_coco_state(detector, state):
+        options = {**anchors.DEFAULTS, "backbone.norm_eps": coco_eps(detector, state, file)}
+        return Source(f"{file} (torchvision's COCO classes)", state, categories(detector.enum.COCO_V1), options)
+    return Source(file, state)
 
 
 def _check_meaning(detector: Detector, source: Source) -> None:

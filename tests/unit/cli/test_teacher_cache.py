@@ -23,6 +23,7 @@ def train(command, folder, lock):
         log.write(f"{sys.argv[3]}\\n")
     folder.mkdir(exist_ok=True)
     (folder / "student.json").write_text("{}")
+    (folder / "student.pt").write_bytes(b"")
     time.sleep(seconds)
     assert not (folder / "summary.json").exists()
     (folder / "summary.json").write_text("{}")
@@ -94,7 +95,7 @@ def test_a_run_that_is_killed_while_it_trains_does_not_hold_up_the_next(folder: 
 SCRIPT = """#!/bin/sh
 mkdir -p {folder}
 echo started >> {folder}/../trained
-touch {folder}/student.json
+touch {folder}/student.json {folder}/student.pt
 sleep 3
 touch {folder}/summary.json
 """

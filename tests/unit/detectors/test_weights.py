@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
         small(RetinaNet, ["a"], weights=str(tmp_path / "w.pt"))
     with pytest.raises(DistillError, match="neither a file"):
         small(RetinaNet, weights=str(tmp_path / "nothing.pt"))
-    with pytest.raises(DistillError, match="keep or new"):
+    with pytest.raises(DistillError, match="keep, match or new"):
         small(RetinaNet, weights=str(tmp_path / "w.pt"), head="old")
 
 
@@ -282,8 +282,12 @@ def offline(monkeypatch: pytest.MonkeyPatch, state: Any = None) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"backbone_weights": "IMAGENET1K_V1"}, r"backbone.weights=/path/to/resnet18-f37072fd\.pth"),
-        ({"weights": "COCO_V1", "classes": ["dog"]}, r" weights=/path/to/fasterrcnn_resnet50_fpn_coco-258fb6c6\.pth"),
+        ({"backbone_weights": "IMAGENET1K_V1"}, r"model.backbone.weights=/path/to/resnet18-f37072fd\.pth"),
+        (
+            {"weights": "COCO_V1", "classes": ["dog"]},
+            r" model\.weights=/path/to/(fasterrcnn_resnet50_fpn_coco-258fb6c6\.pth) "
+            r"\(of the teacher: teacher\.weights=/path/to/\1\)",
+        ),
     ],
 )
 def test_without_a_network_the_file_option_is_named(
