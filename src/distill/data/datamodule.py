@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from distill.data.checks import SplitReport, check_overlap, check_records
 from distill.data.decoding import MAX_PIXELS, read_image
+from distill.data.hold_out import hold_out_images, select_with_faults
 from distill.data.identity import describe_differences, digest_records
 from distill.data.images import ImageDataset, training_rows
 from distill.data.loader import DetectionLoader
-from distill.data.records import Record, Records, coco_ground_truth
+from distill.data.records import Record, Records, coco_ground_truth, pack_records
 from distill.data.sampler import BatchSampler
 from distill.data.transforms import Sample, Transform, collate, padded_size, resized_size
 from distill.types import Batch, DistillError, Size
@@ -91,6 +92,8 @@ class DetectionData(L.LightningDataModule):
         fraction: part of the training images to use, in (0, 1].
         limit: largest number of training images; None for no limit.
         limit_eval: largest number of images of val and of test; None for no limit.
+        val_fraction: part of the training images that become val if the source has no val split; see
+            `hold_out.hold_out_images`. With 0, a run needs a val split.
         on_error: `raise` for invalid data that cannot be repaired safely, or `skip` to leave it out and count it.
         on_overlap: `warn` or `raise` if an image is in more than one split.
         max_pixels: largest number of pixels of an image file. The header of a larger file is enough to report a fault.
@@ -126,6 +129,7 @@ class DetectionData(L.LightningDataModule):
         fraction: float = 1.0,
         limit: int | None = None,
         limit_eval: int | None = None,
+        val_fraction: float = 0.2,
         on_error: str = "raise",
         on_overlap: str = "warn",
         max_pixels: int = MAX_PIXELS,
@@ -154,7 +158,9 @@ class DetectionData(L.LightningDataModule):
                 f"Expected 0 < data.fraction <= 1 and limits of at least 1, got fraction={fraction}, limit={limit}, "
                 f"limit_eval={limit_eval}."
             )
-        self.source, self.seed = source, seed
+        if not 0 <= val_fraction < 1:
+            raise DistillError(f"data.val_fraction: expected a number from 0 to below 1, got {val_fraction}")
+        self.source, self.seed, self.val_fraction = source, seed, val_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.workers, self.prefetch, self.persistent_workers = workers, prefetch, persistent_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -179,13 +185,23 @@ class DetectionData(L.LightningDataModule):
         Args:
             stage: `fit` for train and val, `validate` for val, `test` for test, None for all splits.
         """
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", self.source.splits)
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", self.splits)
         for split in wanted:
             self.records(split)
 
     def has_split(self, split: Split) -> bool:
-        """Whether the source has this split."""
-        return split in self.source.splits
+        """Whether there is this split, in the source or split off train."""
+        return split in self.splits
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        own = self.source.splits
+        return ("train", "val", *own[1:]) if self._is_val_held_out else own
+
+    @property
+    def _is_val_held_out(self) -> bool:
+        return self.val_fraction > 0 and self.source.splits[:1] == ("train",) and "val" not in self.source.splits
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -329,8 +345,21 @@ class DetectionData(L.LightningDataModule):
             self._records[split] = records
         return self._records[split]
 
+    def _read_source(self, split: Split) -> tuple[Sequence[str], Sequence[Record]]:
+        if not (self._is_val_held_out and split in ("train", "val")):
+            return self.source.read_split(split)
+        classes, annotated = self.source.read_split("train")
+        records = pack_records(annotated)
+        held_out = hold_out_images(records.files.texts(), self.val_fraction)
+        if split == "val":
+            self.summary.append(
+                f"val: the data has no such split, so {held_out.sum()} of the {len(records)} training images are split "
+                "off for it, by a hash of their names (data.val_fraction)"
+            )
+        return classes, select_with_faults(records, held_out if split == "val" else ~held_out)
+
     def _read(self, split: Split) -> Records:
-        classes, annotated = self.source.read_split(split)
+        classes, annotated = self._read_source(split)
         if self._classes not in (None, tuple(classes)):
             raise DistillError(
                 f"Expected the same classes in every split, got {list(classes)} in {split} and "

@@ -1,0 +1,59 @@
+"""Splits validation images off the training images, for data without a validation split."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import PurePath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.data.records import Records
+from distill.types import DistillError
+
+ROBOFLOW_COPY = re.compile(r"(.+)\.rf\.[0-9A-Za-z]+")
+"""Names of the copies that Roboflow makes of one image by augmentation."""
+
+
+def hold_out_images(files: Sequence[str], fraction: float) -> NDArray[np.bool_]:
+    """Choose the images of validation, as a mask (N,).
+
+    A hash of the file name decides, so the choice is the same on every machine, and new images hardly move old ones.
+    The augmented copies of one image that Roboflow writes stay together, and so do images of one name.
+
+    Args:
+        files: paths of the images.
+        fraction: part to choose. At least one group is chosen, and one is left.
+
+    Raises:
+        DistillError: all images are copies of one image.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, file in enumerate(files):
+        stem = PurePath(file).stem
+        copy = ROBOFLOW_COPY.fullmatch(stem)
+        groups[copy[1] if copy else stem].append(index)
+    if len(groups) < 2:
+        raise DistillError(
+            f"train: {len(files)} images are too few to split validation images off. Name a validation split, or add "
+            "images"
+        )
+    chosen = np.zeros(len(files), dtype=np.bool_)
+    order = sorted(groups, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
+    for name in order[:-1]:
+        if chosen.any() and chosen.sum() + len(groups[name]) > fraction * len(files):
+            break
+        chosen[groups[name]] = True
+    return chosen
+
+
+def select_with_faults(records: Records, images: NDArray[np.bool_]) -> Records:
+    """Return the images of a mask (N,) as their source read them, with faults and remarks."""
+    places = np.cumsum(images) - 1
+    part = records.select(images)
+    part.faults = {int(places[index]): list(faults) for index, faults in records.faults.items() if images[index]}
+    part.remarks = records.remarks.copy()
+    return part
