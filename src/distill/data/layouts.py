@@ -65,10 +65,10 @@ def _recognize_file(path: Path) -> Layout:
     if path.suffix.lower() in (".yaml", ".yml"):
         return Layout("yolo", f"YOLO, {path.name}", {"root": str(path)})
     if path.suffix.lower() == ".json" and _is_coco(path):
-        split = split_of(path.parent, path)
+        folder = path.parent.parent if path.parent.name.lower() == "annotations" else path.parent
+        split = split_of(folder, path)
         if split in (None, "train"):
-            others = _coco_splits(path.parent)
-            return _coco(path.parent, {**others, "train": path})
+            return _coco(folder, {**_coco_splits(folder), "train": path})
         raise DistillError(
             f"{path}: its name says {split}, not train. Name the file of the training images, or its folder"
         )

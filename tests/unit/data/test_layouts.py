@@ -94,6 +94,9 @@ def test_a_file_of_a_data_set(tmp_path: Path) -> None:
     write(tmp_path, {"train.json": COCO, "val.json": COCO, "my.yaml": YOLO})
     layout = recognize(tmp_path / "train.json")
     assert (layout.option, layout.settings["val.annotations"]) == ("coco", "val.json")
+    write(tmp_path / "coco", LAYOUTS["COCO as published"][0])
+    layout = recognize(tmp_path / "coco" / "annotations" / "instances_train2017.json")
+    assert layout.settings["root"] == str(tmp_path / "coco")
     assert recognize(tmp_path / "my.yaml").settings == {"root": str(tmp_path / "my.yaml")}
     with pytest.raises(DistillError, match="its name says val, not train"):
         recognize(tmp_path / "val.json")
