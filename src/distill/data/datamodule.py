@@ -93,7 +93,7 @@ class DetectionData(L.LightningDataModule):
         limit: largest number of training images; None for no limit.
         limit_eval: largest number of images of val and of test; None for no limit.
         val_fraction: part of the training images that become val if the source has no val split; see
-            `hold_out.hold_out_images`. With 0, a run needs a val split.
+            `hold_out.hold_out_images`. With 0, a run needs a val split. The configuration has 0.2.
         on_error: `raise` for invalid data that cannot be repaired safely, or `skip` to leave it out and count it.
         on_overlap: `warn` or `raise` if an image is in more than one split.
         max_pixels: largest number of pixels of an image file. The header of a larger file is enough to report a fault.
@@ -129,7 +129,7 @@ class DetectionData(L.LightningDataModule):
         fraction: float = 1.0,
         limit: int | None = None,
         limit_eval: int | None = None,
-        val_fraction: float = 0.2,
+        val_fraction: float = 0.0,
         on_error: str = "raise",
         on_overlap: str = "warn",
         max_pixels: int = MAX_PIXELS,
@@ -351,6 +351,11 @@ class DetectionData(L.LightningDataModule):
         classes, annotated = self.source.read_split("train")
         records = pack_records(annotated)
         held_out = hold_out_images(records.files.texts(), self.val_fraction)
+        if split == "val" and not held_out.any():
+            raise DistillError(
+                f"The data has no val split, and its {len(records)} training images are too few to split some off. Name "
+                "a validation split, or add images."
+            )
         if split == "val":
             self.summary.append(
                 f"val: the data has no such split, so {held_out.sum()} of the {len(records)} training images are split "

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.records import Records
-from distill.types import DistillError
 
 ROBOFLOW_COPY = re.compile(r"(.+)\.rf\.[0-9A-Za-z]+")
 """Names of the copies that Roboflow makes of one image by augmentation."""
@@ -26,21 +25,13 @@ def hold_out_images(files: Sequence[str], fraction: float) -> NDArray[np.bool_]:
 
     Args:
         files: paths of the images.
-        fraction: part to choose. At least one group is chosen, and one is left.
-
-    Raises:
-        DistillError: all images are copies of one image.
+        fraction: part to choose. At least one group is chosen, and one is left; nothing is chosen of a single group.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, file in enumerate(files):
         stem = PurePath(file).stem
         copy = ROBOFLOW_COPY.fullmatch(stem)
         groups[copy[1] if copy else stem].append(index)
-    if len(groups) < 2:
-        raise DistillError(
-            f"train: {len(files)} images are too few to split validation images off. Name a validation split, or add "
-            "images"
-        )
     chosen = np.zeros(len(files), dtype=np.bool_)
     order = sorted(groups, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
     for name in order[:-1]:

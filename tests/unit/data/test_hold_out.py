@@ -41,9 +41,22 @@ def test_copies_of_one_image_stay_together() -> None:
     assert chosen.sum() == 18
 
 
-def test_one_image_cannot_be_split() -> None:
-    with pytest.raises(DistillError, match="too few to split"):
-        hold_out_images(["a.rf.1.jpg", "a.rf.2.jpg"], 0.5)
+def test_one_image_cannot_be_split(tmp_path: Path) -> None:
+    """It is for training; only who asks for validation images gets an error."""
+    assert not hold_out_images(["a.rf.1.jpg", "a.rf.2.jpg"], 0.5).any()
+    write_coco(tmp_path)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    content["images"] = content["images"][:1]
+    first = content["images"][0]["id"]
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] == first]
+    file.write_text(json.dumps(content))
+    data = DetectionData(
+        Coco(str(tmp_path), train={"annotations": f"annotations/{file.name}"}), workers=0, val_fraction=0.2
+    )
+    assert len(data.records("train")) == 1
+    with pytest.raises(DistillError, match="1 training images are too few to split some off"):
+        data.records("val")
 
 
 def test_a_coco_file_of_training_images_alone(tmp_path: Path) -> None:
@@ -76,7 +89,7 @@ def test_a_coco_file_of_training_images_alone(tmp_path: Path) -> None:
 def test_a_val_split_of_its_own_is_used(tmp_path: Path) -> None:
     write_coco(tmp_path)
     files = {split: {"annotations": f"annotations/instances_{split}2017.json"} for split in ("train", "val")}
-    data = DetectionData(Coco(str(tmp_path), **files), workers=0)
+    data = DetectionData(Coco(str(tmp_path), **files), workers=0, val_fraction=0.2)
     assert (len(data.records("train")), len(data.records("val"))) == (8, 4)
 
 
