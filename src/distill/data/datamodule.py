@@ -353,8 +353,8 @@ class DetectionData(L.LightningDataModule):
         held_out = hold_out_images(records.files.texts(), self.val_fraction)
         if split == "val" and not held_out.any():
             raise DistillError(
-                f"The data has no val split, and its {len(records)} training images are too few to split some off. Name "
-                "a validation split, or add images."
+                f"The data has no val split, and its {len(records)} training images are too few to split some off. "
+                "Name a validation split, or add images."
             )
         if split == "val":
             self.summary.append(

@@ -1,26 +1,34 @@
 """The source of data sets in Pascal VOC's format: one XML file per image, and splits as lists of image names.
 
-Two folders, one of images and one of XML files, are enough.
+Two folders, one of images and one of XML files, are enough; so are XML files beside the images.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from re import search
 from typing import Any
+from unicodedata import normalize
+from urllib.parse import unquote
 
-from defusedxml.ElementTree import ParseError, parse
+from defusedxml.ElementTree import ParseError, fromstring
 
+from distill.data.decoding import IMAGE_SUFFIXES
 from distill.data.records import Annotation, Record, make_record, make_unusable_record
 from distill.types import DistillError, Size
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+XML_SUFFIXES = (".xml",)
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs")
 ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
+SPLIT_FOLDERS = {"val": ("valid", "validation")}
+"""Other names of a folder that holds the XML files and images of a split. Roboflow calls it `valid`."""
+KNOWN_TAGS = frozenset({"annotation", "filename", "size", "object"})
+"""Tags of which at least one occurs in every VOC file, in lower case."""
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 MISSING_XML = "no such file; write it, or take the name from the list"
 SPLIT_BOUNDS = (("train", 80), ("val", 90), ("test", 100))
@@ -45,7 +53,12 @@ class Voc:
     If `ImageSets/Main` does not exist, the folders of images and XML files are enough. A hash of its name then assigns
     each image with an XML file to train (80 %), val (10 %) or test (10 %). New images do not move old ones to another
     split. With two or more images, train and val get at least one image each. `train=mine/` uses all images of the
-    folder `mine` instead. File extensions may be in upper or lower case.
+    folder `mine` instead.
+
+    XML files may lie beside the images, in one folder or, as Roboflow writes them, in the folders `train`, `valid` and
+    `test`. Folders may have subfolders. File extensions may be in upper or lower case; the list may give them, and a
+    path. Names are compared in Unicode's composed form, and `%20` stands for a space if no file has `%20` in its name.
+    If several images have the XML file's name, its `<filename>` decides. Tags are matched without case and namespace.
 
     Args:
         root: folder of the data set, with `Annotations`, `JPEGImages` and `ImageSets/Main`, or a folder of several data
@@ -84,7 +97,7 @@ class Voc:
         self.names = None if classes is None else tuple(classes)
         self.one_based, self.image_folder, self.xml_folder = one_based, images, annotations
         self._pages: dict[str, list[XmlAnnotation]] = {}
-        self._index: dict[Path, dict[str, Path]] = {}
+        self._folders: dict[Path, VocFolder] = {}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -109,13 +122,18 @@ class Voc:
 
     def _discover(self) -> tuple[str, ...]:
         names: set[str] = set()
+        faults: list[str] = []
         for split in self.splits:
             # A split without labels, such as VOC2012's test, must not stop training. Reading that split raises.
             with suppress(DistillError):
-                names.update(name for page in self._read(split) for name, _, _ in page.things if name)
+                pages = self._read(split)
+                names.update(name for page in pages for name, _, _ in page.things if name)
+                faults += [f"{page.xml}: {page.fault}" for page in pages if page.fault]
         if not names:
+            unread = f" {len(faults)} of them cannot be used, such as {faults[0]}." if faults else ""
             raise DistillError(
-                f"{self.root}: no XML names an object, so there are no classes; give data.source.classes"
+                f"{self.root}: no XML names an object, so there are no classes.{unread} Correct the files, or give "
+                "data.source.classes"
             )
         return tuple(sorted(names))
 
@@ -125,68 +143,92 @@ class Voc:
         return self._pages[split]
 
     def _read_list(self, split: str, name: str) -> list[XmlAnnotation]:
-        folder, stems = self._members(split, name)
-        xmls = self._files(folder, self.xml_folder, ANNOTATION_FOLDERS, (".xml",), "annotations")
-        images = self._files(folder, self.image_folder, IMAGE_FOLDERS, IMAGE_SUFFIXES, "images")
-        if stems and not any(stem in xmls for stem in stems):
+        folder, members = self._members(split, name)
+        if members and not any(xmls for _, xmls in members):
             raise DistillError(
-                f"{folder}: none of the {len(stems)} images of {split} has an XML: a split without labels can neither "
-                f"be learned from nor measured by. Choose another list for data.source.{split}, or null"
+                f"{folder.path}: none of the {len(members)} images of {split} has an XML: a split without labels can "
+                f"neither be learned from nor measured by. Choose another list for data.source.{split}, or null"
             )
-        place = next(iter(xmls.values())).parent if xmls else folder
-        # Names are looked up among the existing files, so no name in a list can lead out of the folder.
-        return [
-            _parse_xml(xmls[stem], images.get(stem))
-            if stem in xmls
-            else XmlAnnotation(place / f"{stem}.xml", None, fault=MISSING_XML)
-            for stem in stems
-        ]
+        return [folder.read_xml(member, xmls) for member, xmls in members]
 
-    def _members(self, split: str, name: str) -> tuple[Path, list[str]]:
-        """Return the folder and the image names of a list."""
+    def _members(self, split: str, name: str) -> tuple[VocFolder, list[tuple[str, list[Path]]]]:
+        """Return the folder of a list, and its members: the name and the XML files of each image."""
         year, _, members = name.rpartition("/")
-        folder = self.root / year
-        if not folder.is_dir():
+        path = self.root / year
+        if not path.is_dir():
             raise DistillError(
-                f"{folder}: no such folder; set data.source.root to the one that holds annotations and images"
+                f"{path}: no such folder; set data.source.root to the one that holds annotations and images"
             )
-        lists = folder / "ImageSets" / "Main"
-        xmls = self._files(folder, self.xml_folder, ANNOTATION_FOLDERS, (".xml",), "annotations")
+        lists = path / "ImageSets" / "Main"
+        if not lists.is_dir() and (own := self._split_folder(path, members or split)):
+            folder = self._open_folder(own, recursive=True)
+            return folder, list(folder.xmls.by_path.items())
+        folder = self._open_folder(path)
         if lists.is_dir():
-            return folder, _read_names(lists / f"{members}.txt", split, xmls)
-        shares = _assign_splits(xmls)
-        stems = [stem for stem in xmls if not members or shares[stem] == split]
-        if not stems:
+            return folder, [folder.find_xmls(line) for line in _read_lines(lists / f"{members}.txt", split)]
+        shares = _assign_splits(folder.xmls.by_path)
+        chosen = [item for item in folder.xmls.by_path.items() if not members or shares[item[0]] == split]
+        if not chosen:
             raise DistillError(
-                f"{folder}: of its {len(xmls)} XMLs none is for {split}, as their names are hashed to splits (train "
-                f"and val need two images, test more); add images, write the names "
+                f"{path}: of its {len(folder.xmls.by_path)} XMLs none is for {split}, as their names are hashed to "
+                f"splits (train and val need two images, test more); add images, write the names "
                 f"of its images into {lists / f'{members or split}.txt'}, or set data.source.{split}=null"
             )
-        return folder, stems
+        return folder, chosen
 
     def _exists(self, name: str) -> bool:
         year, _, members = name.rpartition("/")
-        lists = self.root / year / "ImageSets" / "Main"
-        return not lists.is_dir() or (lists / f"{members}.txt").is_file()
+        path = self.root / year
+        lists = path / "ImageSets" / "Main"
+        if lists.is_dir():
+            return (lists / f"{members}.txt").is_file()
+        has_split_folders = any(self._split_folder(path, split) for split, _ in SPLIT_BOUNDS)
+        return not has_split_folders or self._split_folder(path, members) is not None
 
-    def _files(
-        self, folder: Path, given: str | None, usual: Sequence[str], suffixes: Sequence[str], option: str
-    ) -> dict[str, Path]:
-        """Return a mapping of name without extension to file."""
-        wanted = [given] if given else usual
-        place = next((folder / name for name in wanted if (folder / name).is_dir()), None)
-        if place is None:
-            raise DistillError(f"{folder}: expected a folder {' or '.join(wanted)} in it; set data.source.{option}")
-        key = place / suffixes[0]
-        if key not in self._index:
-            self._index[key] = _index_files(place, suffixes)
-        return self._index[key]
+    def _split_folder(self, path: Path, split: str) -> Path | None:
+        """Return the folder of a split whose XML files lie below it, such as `valid`; None if there is none."""
+        if self._annotation_folder(path):
+            return None
+        folders = [path / name for name in (split, *SPLIT_FOLDERS.get(split, ()))]
+        return next((folder for folder in folders if split and any(folder.rglob("*.[xX][mM][lL]"))), None)
+
+    def _annotation_folder(self, path: Path) -> Path | None:
+        """Return the folder of the XML files. It is a folder of images if the XML files lie beside them."""
+        if self.xml_folder:
+            return path / self.xml_folder if (path / self.xml_folder).is_dir() else None
+        usual = (path / name for name in ANNOTATION_FOLDERS)
+        beside = (path / name for name in (*filter(None, [self.image_folder]), *IMAGE_FOLDERS, "."))
+        return next((folder for folder in usual if folder.is_dir()), None) or next(
+            (folder for folder in beside if _holds(folder, XML_SUFFIXES)), None
+        )
+
+    def _open_folder(self, path: Path, recursive: bool = False) -> VocFolder:
+        """Find the XML files and images of a folder. Only with ``recursive`` its own subfolders are searched."""
+        if path not in self._folders:
+            annotations = self._annotation_folder(path) or (path if recursive and not self.xml_folder else None)
+            if annotations is None:
+                wanted = " or ".join([self.xml_folder] if self.xml_folder else ANNOTATION_FOLDERS)
+                raise DistillError(
+                    f"{path}: expected a folder {wanted} in it, or XML files beside the images; set "
+                    "data.source.annotations"
+                )
+            names = [self.image_folder] if self.image_folder else IMAGE_FOLDERS
+            images = next((path / name for name in names if (path / name).is_dir()), None)
+            if images is None and not self.image_folder and (recursive or _holds(annotations, IMAGE_SUFFIXES)):
+                images = annotations
+            if images is None:
+                raise DistillError(f"{path}: expected a folder {' or '.join(names)} in it; set data.source.images")
+            self._folders[path] = VocFolder(
+                path,
+                FileIndex(annotations, XML_SUFFIXES, recursive or annotations != path),
+                FileIndex(images, IMAGE_SUFFIXES, recursive or images != path),
+            )
+        return self._folders[path]
 
     def _record(self, number: int, page: XmlAnnotation, labels: Mapping[str, int]) -> Record:
         where = str(page.xml)
         if page.image is None or page.fault:
-            fault = page.fault or "has no image of this name; add it, or take the name from the list"
-            return make_unusable_record(where, [f"{where}: {fault}"], str(page.image or page.xml.stem))
+            return make_unusable_record(where, [f"{where}: {page.fault}"], str(page.image or page.xml.stem))
         notes, faults = [], []
         for place, (name, corners, difficult) in enumerate(page.things):
             if name not in labels:
@@ -202,25 +244,104 @@ class Voc:
                     x1, y1 = x1 - 1, y1 - 1
                 area = (x2 - x1) * (y2 - y1)
                 notes.append(Annotation((x1, y1, x2, y2), labels[name], area, False, difficult, place, None))
-        found = make_record(number, str(page.image), page.size, notes, where)
-        found.faults = faults
-        return found
+        record = make_record(number, str(page.image), page.size, notes, where)
+        record.faults = faults
+        return record
 
 
-def _index_files(place: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for file in sorted(place.iterdir()):
-        if file.suffix.lower() in suffixes and not file.name.startswith("."):
-            if file.stem in found:
-                raise DistillError(
-                    f"{file}: {found[file.stem].name} has the same name; remove or rename one of the two"
-                )
-            found[file.stem] = file
-    return found
+class FileIndex:
+    """Files below a folder, found by the names that lists and XML files give them.
+
+    A name is looked up among the existing files, so no name can lead out of the folder.
+
+    Args:
+        folder: the folder. Hidden files and folders are left out.
+        suffixes: file extensions in lower case.
+        recursive: whether subfolders are searched.
+    """
+
+    def __init__(self, folder: Path, suffixes: Sequence[str], recursive: bool) -> None:
+        self.folder = folder
+        self.by_path: dict[str, list[Path]] = {}
+        """Path below the folder, without extension, to the files: several if they differ in the extension only."""
+        self._by_end: dict[str, list[Path]] = {}
+        for file in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+            relative = file.relative_to(folder)
+            if file.suffix.lower() in suffixes and not any(part.startswith(".") for part in relative.parts):
+                name = normalize("NFC", relative.with_suffix("").as_posix())
+                self.by_path.setdefault(name, []).append(file)
+                for end in _path_ends(name)[1:]:
+                    self._by_end.setdefault(end, []).append(file)
+
+    def find(self, name: str) -> list[Path]:
+        """Return the files of a name, which may have an extension.
+
+        The name is the path of a file, or ends with this path, or is its end. `cam1/a` is not the name of `cam2/a`.
+        """
+        for spelling in _spellings(name):
+            for end in _path_ends(spelling):
+                if end in self.by_path:
+                    return self.by_path[end]
+            if spelling in self._by_end:
+                return self._by_end[spelling]
+        return []
 
 
-def _read_names(path: Path, split: str, xmls: Mapping[str, Path]) -> list[str]:
-    """Read the image names of a list. In VOC's lists of one class a mark follows each name; it is removed."""
+@dataclass(frozen=True)
+class VocFolder:
+    """The XML files and images of one data set, or of one split of it."""
+
+    path: Path
+    xmls: FileIndex
+    images: FileIndex
+
+    def find_xmls(self, line: str) -> tuple[str, list[Path]]:
+        """Return the image name of a line of a list, and its XML files.
+
+        A mark may follow the name, as in VOC's lists of one class, or the path of the XML file.
+        """
+        xmls = self.xmls.find(line)
+        name = line if xmls else line.split()[0]
+        return name, xmls or self.xmls.find(name)
+
+    def read_xml(self, name: str, xmls: Sequence[Path]) -> XmlAnnotation:
+        """Read the XML file of an image name, and find its image. ``xmls`` are the files of this name."""
+        if len(xmls) != 1:
+            *_, stem = _spellings(name)
+            others = ", ".join(str(xml) for xml in xmls)
+            fault = f"several XMLs have this name: {others}; keep one of them" if xmls else MISSING_XML
+            return XmlAnnotation(self.xmls.folder / f"{stem}.xml", None, fault=fault)
+        (xml,) = xmls
+        path = normalize("NFC", xml.relative_to(self.xmls.folder).with_suffix("").as_posix())
+        return _parse_xml(xml, self.images.find(path))
+
+
+def _holds(folder: Path, suffixes: Sequence[str]) -> bool:
+    """Whether a file with one of the extensions lies in the folder itself."""
+    return folder.is_dir() and any(
+        file.suffix.lower() in suffixes and not file.name.startswith(".") for file in folder.iterdir()
+    )
+
+
+def _path_ends(path: str) -> list[str]:
+    """Return the path and each of its ends: `a/b/c`, `b/c`, `c`."""
+    parts = path.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Yield the spellings under which a name is looked up, the most literal first."""
+    composed = normalize("NFC", name)
+    slashes = composed.replace("\\", "/")
+    for spelling in dict.fromkeys((composed, slashes, unquote(slashes))):
+        yield spelling
+        stem, _, suffix = spelling.rpartition(".")
+        if f".{suffix.lower()}" in (*IMAGE_SUFFIXES, *XML_SUFFIXES):
+            yield stem
+
+
+def _read_lines(path: Path, split: str) -> list[str]:
+    """Read the lines of a list."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
@@ -230,21 +351,63 @@ def _read_names(path: Path, split: str, xmls: Mapping[str, Path]) -> list[str]:
         ) from None
     except (OSError, ValueError) as error:
         raise DistillError(f"{path}: cannot be read as a list of names ({error}); write it again") from error
-    return [line if line in xmls else line.split()[0] for line in lines if line]
+    return [line for line in lines if line]
 
 
-def _parse_xml(xml: Path, image: Path | None) -> XmlAnnotation:
+def _parse_xml(xml: Path, images: Sequence[Path]) -> XmlAnnotation:
     try:
-        tree = parse(xml).getroot()
+        content = xml.read_bytes()
     except FileNotFoundError:
-        return XmlAnnotation(xml, image, fault=MISSING_XML)
-    except (ParseError, OSError, ValueError, LookupError) as error:
-        return XmlAnnotation(xml, image, fault=f"cannot be read as XML ({error}); write it again")
+        return XmlAnnotation(xml, None, fault=MISSING_XML)
+    except OSError as error:
+        return XmlAnnotation(xml, None, fault=f"cannot be read ({error})")
+    try:
+        tree = _parse_content(content)
+    except (ParseError, ValueError, LookupError) as error:
+        reason = f"cannot be read as XML ({error}; encoding {_declared_encoding(content)}); write it again"
+        return XmlAnnotation(xml, images[0] if images else None, fault=reason)
+    for node in tree.iter():
+        node.tag = node.tag.rpartition("}")[2].lower()
+    image, fault = _choose_image(images, _find_text(tree, "filename"))
+    tags = {node.tag for node in tree.iter() if node is not tree or not len(tree)}
+    if not tags & KNOWN_TAGS:
+        fault = (
+            f"no known tag occurs in it: expected object, size or filename, got {', '.join(sorted(tags)[:5])}; export "
+            "it as Pascal VOC"
+        )
     things = [
         (_find_text(thing, "name"), _parse_corners(thing), _find_text(thing, "difficult").lower() in ("1", "true"))
         for thing in tree.iter("object")
     ]
-    return XmlAnnotation(xml, image, _parse_size(tree), things)
+    return XmlAnnotation(xml, image, _parse_size(tree), things, fault)
+
+
+def _parse_content(content: bytes) -> Any:
+    """Parse an XML file. Python decodes the encodings that the parser does not know, such as GBK and Shift JIS."""
+    try:
+        return fromstring(content)
+    except (ParseError, ValueError):
+        encoding = _declared_encoding(content)
+        if encoding.lower() in ("utf-8", "utf8"):
+            raise
+        return fromstring(content.decode(encoding))
+
+
+def _declared_encoding(content: bytes) -> str:
+    declaration = search(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)""", content[:200])
+    return declaration[1].decode() if declaration else "utf-8"
+
+
+def _choose_image(images: Sequence[Path], filename: str) -> tuple[Path | None, str | None]:
+    """Return the image of an XML file and None, or None and the fault. The XML's `<filename>` decides among several."""
+    wanted = {_path_ends(spelling)[-1].casefold() for spelling in _spellings(filename)}
+    named = [image for image in images if normalize("NFC", image.name).casefold() in wanted]
+    if len(images) == 1 or len(named) == 1:
+        return (images if len(images) == 1 else named)[0], None
+    if not images:
+        return None, "has no image of this name; add it, or take the name from the list"
+    others = ", ".join(str(image) for image in images)
+    return None, f"several images have this name: {others}; name one of them in <filename>, or rename the others"
 
 
 def _parse_corners(thing: Any) -> tuple[float, ...]:

@@ -204,7 +204,7 @@ def test_images_may_lie_elsewhere_by_their_own_option(tmp_path: Path) -> None:
     assert len(DetectionData(source, workers=0).records("train")) == 1
 
 
-@pytest.mark.parametrize("stem", ["../secret", "../../secret", "{}/secret", "../Annotations/a", "a/../a"])
+@pytest.mark.parametrize("stem", ["../secret", "../../secret", "{}/secret", "../Annotations/b", "a/../b"])
 def test_no_list_names_what_is_not_in_its_folder(stem: str, tmp_path: Path) -> None:
     source = voc(tmp_path / "data", "<annotation/>", "a\n" + stem.format(tmp_path))
     for folder in (tmp_path, tmp_path / "data"):

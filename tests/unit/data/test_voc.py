@@ -218,9 +218,12 @@ def test_two_images_of_one_name_are_refused_and_hidden_files_are_not_seen(plain)
     (plain / "JPEGImages" / "._a.jpg").write_bytes(b"x")
     (plain / "Annotations" / "._a.xml").write_bytes(b"x")
     assert len(checked(Voc(str(plain)))[1]) == 2
-    Image.new("RGB", (4, 4)).save(plain / "JPEGImages" / "a.png")
-    with pytest.raises(DistillError, match=r"a\.png: a\.jpg has the same name"):
-        Voc(str(plain)).read_split("train")
+    Image.new("RGB", (40, 20)).save(plain / "JPEGImages" / "a.png")
+    with pytest.raises(DistillError, match=r"a\.xml: several images have this name: .*a\.jpg, .*a\.png; name one"):
+        checked(Voc(str(plain)))
+    xml = plain / "Annotations" / "a.xml"
+    xml.write_text(xml.read_text().replace("<annotation>", "<annotation><filename>A.png</filename>"))
+    assert checked(Voc(str(plain)))[1][0].file == str(plain / "JPEGImages" / "a.png")
 
 
 def test_a_missing_image_and_a_missing_xml_are_named(plain):
@@ -294,7 +297,9 @@ def test_difficult_objects_are_no_targets_by_default(plain):
 def test_no_object_at_all_means_no_classes(tmp_path):
     add(tmp_path, "a", page())
     lists(tmp_path, train="a")
-    with pytest.raises(DistillError, match=r"no classes; give data\.source\.classes"):
+    with pytest.raises(
+        DistillError, match=r"so there are no classes\. Correct the files, or give data\.source\.classes"
+    ):
         Voc(str(tmp_path)).read_split("train")
 
 
