@@ -187,8 +187,14 @@ def _find_voc(folder: Path) -> Layout | None:
         return Layout("voc", f"VOC, {names}", {"root": str(folder), **chosen})
     if any(_holds_xml(folder / name) for names in SPLIT_KEYS.values() for name in names):
         return Layout("voc", "VOC, a folder for each split", {"root": str(folder)})
-    return Layout("voc", "VOC, XML files beside the images", {"root": str(folder)}) if _holds_xml(folder) else None
+    return (
+        Layout("voc", "VOC, XML files beside the images", {"root": str(folder)})
+        if _holds_xml(folder, below=False)
+        else None
+    )
 
 
-def _holds_xml(folder: Path) -> bool:
-    return folder.is_dir() and any(file.suffix.lower() == ".xml" for file in folder.iterdir())
+def _holds_xml(folder: Path, below: bool = True) -> bool:
+    """Whether an XML file lies in the folder or, with `below`, in its subfolders."""
+    files = folder.rglob("*") if below else folder.iterdir()
+    return folder.is_dir() and any(file.suffix.lower() == ".xml" for file in files)

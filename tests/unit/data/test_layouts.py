@@ -66,6 +66,11 @@ LAYOUTS: dict[str, tuple[dict[str, str], str, dict[str, Any]]] = {
         "voc",
         {"train": "trainval", "val": "test", "test": None},
     ),
+    "VOC in subfolders": (
+        {"Annotations/cam1/a.xml": XML, "JPEGImages/cam1/a.jpg": "", "ImageSets/Main/train.txt": "cam1/a"},
+        "voc",
+        {"train": "train", "val": None, "test": None},
+    ),
     "LabelImg's two folders": ({"Annotations/a.xml": XML, "images/a.jpg": ""}, "voc", {}),
     "Roboflow's VOC": ({"train/a.xml": XML, "train/a.jpg": "", "valid/b.xml": XML}, "voc", {}),
     "XML beside the images": ({"a.xml": XML, "a.jpg": ""}, "voc", {}),
