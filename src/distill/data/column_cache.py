@@ -1,8 +1,9 @@
 """A cache of arrays on the disk, which runs and ranks share. It never has to be trusted or repaired.
 
 One file holds a header and the columns, all in NumPy's `.npy` format without pickled objects. The header has the key
-that describes the source of the columns, and a checksum. A file with another key, a damaged file and a file of another
-version are ignored and later replaced. A folder that is read-only or full is no error: nothing is kept then.
+that describes the source of the columns, and a checksum of the columns with their names, types and shapes. A file with
+another key, a damaged file and a file of another version are ignored and later replaced. A folder that is read-only or
+full is no error: nothing is kept then.
 
 The files lie in the folder of the environment variable `DISTILL_CACHE`; by default in `distill` below `XDG_CACHE_HOME`
 or `~/.cache`. An empty `DISTILL_CACHE` switches the cache off. The folder can be deleted at any time.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tokenize
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 
 from distill.files import atomic_write
 
-VERSION = 1
+VERSION = 2
 """Version of the file format."""
 LOCK_TIMEOUT = 900
 """Seconds that a process waits for another process that computes the same columns."""
@@ -66,8 +68,8 @@ def load_columns(path: Path | None, key: Mapping[str, Any]) -> dict[str, NDArray
             checksum, columns = 0, {}
             for name in header["names"]:
                 columns[name], checksum = _map_array(file, checksum)
-            return columns if checksum == header["checksum"] else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, MemoryError):
+            return columns if _add_forms(checksum, columns) == header["checksum"] else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, MemoryError, tokenize.TokenError):
         return None
 
 
@@ -81,14 +83,14 @@ def save_columns(path: Path | None, key: Mapping[str, Any], columns: Columns) ->
     """
     if path is None:
         return
-    arrays = [np.ascontiguousarray(column) for column in columns.values()]
+    arrays = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     checksum = 0
-    for array in arrays:
+    for array in arrays.values():
         checksum = zlib.crc32(array.reshape(-1).view(np.uint8).data, checksum)
-    header = {"version": VERSION, "key": key, "names": list(columns), "checksum": checksum}
+    header = {"version": VERSION, "key": key, "names": list(columns), "checksum": _add_forms(checksum, arrays)}
 
     def write(file: BinaryIO) -> None:
-        for array in (np.frombuffer(json.dumps(header).encode(), np.uint8), *arrays):
+        for array in (np.frombuffer(json.dumps(header).encode(), np.uint8), *arrays.values()):
             np.lib.format.write_array(file, array, allow_pickle=False)
 
     with suppress(OSError):
@@ -111,6 +113,12 @@ def exclusive(path: Path | None) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def _add_forms(checksum: int, columns: Columns) -> int:
+    """Continue a checksum by the names, types and shapes of columns."""
+    forms = [[name, array.dtype.str, array.shape] for name, array in columns.items()]
+    return zlib.crc32(json.dumps(forms).encode(), checksum)
 
 
 def _map_array(file: BinaryIO, checksum: int) -> tuple[NDArray[Any], int]:

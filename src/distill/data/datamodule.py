@@ -35,7 +35,8 @@ class Source(Protocol):
     """A data set in some format.
 
     A source without image files also has a method `load_image(file) -> Tensor`. A source whose records have a
-    segmentation for every annotation has the attribute `masks = True`. A source with category ids of its own has the
+    segmentation for every annotation has the attribute `masks = True`. A source that reads image files itself has the
+    attribute `max_pixels`, which is set to `data.max_pixels`. A source with category ids of its own has the
     attribute `category_ids`, a mapping of label to id.
     """
 
@@ -171,6 +172,8 @@ class DetectionData(L.LightningDataModule):
         self.train_transform = Transform(sizes, max_size, flip, photometric, antialias, seed)
         self.eval_transform = Transform((eval_min_size or sizes[-1],), eval_max_size or max_size, antialias=antialias)
         self._drawn = hasattr(source, "load_image")
+        if hasattr(source, "max_pixels"):
+            source.max_pixels = max_pixels
         self.checked: dict[Split, SplitReport] = {}
         self.summary: list[str] = []
         self._classes: tuple[str, ...] | None = None

@@ -68,7 +68,7 @@ def _recognize_file(path: Path) -> Layout:
         folder = path.parent.parent if path.parent.name.lower() == "annotations" else path.parent
         split = split_of(folder, path)
         if split in (None, "train"):
-            return _coco(folder, {**_coco_splits(folder), "train": path})
+            return _coco(folder, _coco_splits(folder, train=path))
         raise DistillError(
             f"{path}: its name says {split}, not train. Name the file of the training images, or its folder"
         )
@@ -96,13 +96,15 @@ def _find_coco(folder: Path) -> Layout | None:
     return _coco(folder, files) if files else None
 
 
-def _coco_splits(folder: Path) -> dict[str, Path]:
-    """Split -> annotation file, by the names of the files and of their folders."""
+def _coco_splits(folder: Path, train: Path | None = None) -> dict[str, Path]:
+    """Split -> annotation file, by the names of the files and of their folders, or for train the given one."""
     candidates = [file for file in _json_files(folder) if _is_coco(file)]
     named: dict[str, list[Path]] = {}
     for file in candidates:
         named.setdefault(split_of(folder, file) or "", []).append(file)
-    if len(candidates) == 1 and list(named) == [""]:
+    if train is not None:
+        named["train"] = [train]
+    elif len(candidates) == 1 and list(named) == [""]:
         return {"train": candidates[0]}
     splits = {split: named.get(split, []) for split in SPLIT_KEYS}
     for split, files in splits.items():

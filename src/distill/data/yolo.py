@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from distill.data.decoding import IMAGE_SUFFIXES, inspect_image
+from distill.data.decoding import IMAGE_SUFFIXES, MAX_PIXELS, inspect_image
 from distill.data.layouts import DESCRIPTIONS, SPLIT_KEYS, find_description
 from distill.data.records import Annotation, Record, make_record, make_unusable_record
 from distill.types import DistillError, Size
@@ -36,6 +36,8 @@ class Yolo:
             None: as in `data.yaml`.
         classes: class names in the order of their numbers; None: as in `data.yaml`.
 
+    The attribute `max_pixels` is the largest number of pixels of an image whose size is read.
+
     Raises:
         DistillError: there is no such folder, `data.yaml` cannot be read, or no class names are known.
     """
@@ -53,6 +55,7 @@ class Yolo:
         path = Path(root).expanduser()
         self.given = {"train": train, "val": val, "test": test}
         self.classes = classes
+        self.max_pixels = MAX_PIXELS
         self.root = path.parent if path.suffix.lower() in (".yaml", ".yml") else path
         self.file = path if self.root != path else find_description(path)
 
@@ -60,7 +63,7 @@ class Yolo:
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that are given, named in ``data.yaml``, or found as folders."""
         description = self._read_description()
-        return tuple(split for split in SPLIT_KEYS if self._places(split, description))
+        return tuple(split for split in SPLIT_KEYS if self._has(split, description))
 
     def read_split(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
         """Read the class names and records of a split. An invalid line makes its image's record list a fault.
@@ -80,7 +83,17 @@ class Yolo:
         files = sorted({file for place in places for file in self._images(place, split)})
         if not files:
             raise DistillError(f"{places[0]}: no image ({', '.join(IMAGE_SUFFIXES)}) in it; set data.source.{split}")
-        return classes, [_read_image_labels(number, file, classes) for number, file in enumerate(files, start=1)]
+        return classes, [
+            _read_image_labels(number, file, classes, self.max_pixels) for number, file in enumerate(files, start=1)
+        ]
+
+    def _has(self, split: str, description: dict[str, Any]) -> bool:
+        try:
+            return bool(self._places(split, description))
+        except DistillError:
+            if split == "test" and self.given[split] is None:
+                return False  # Roboflow names a folder of test images even if it exports none
+            raise
 
     def _read_description(self) -> dict[str, Any]:
         if self.file is None:
@@ -98,7 +111,7 @@ class Yolo:
     def _class_names(self, description: dict[str, Any]) -> tuple[str, ...]:
         names = self.classes if self.classes is not None else description.get("names")
         if isinstance(names, dict):
-            if sorted(names) != list(range(len(names))):
+            if set(names) != set(range(len(names))):
                 raise DistillError(f"{self.file}: 'names' needs the numbers 0 to {len(names) - 1}, got {list(names)}")
             names = [names[number] for number in range(len(names))]
         if not isinstance(names, (list, tuple)) or not names:
@@ -121,7 +134,7 @@ class Yolo:
         if given is None:
             folders = [self.root / path for key in SPLIT_KEYS[split] for path in (f"images/{key}", f"{key}/images")]
             return [folder for folder in folders if folder.is_dir()][:1]
-        names = [given] if isinstance(given, str) else list(given)
+        names = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
         return [self._find_place(str(name), str(description.get("path") or ""), split) for name in names]
 
     def _find_place(self, name: str, base: str, split: str) -> Path:
@@ -174,7 +187,7 @@ def label_file(image: Path) -> Path:
     return beside if beside.is_file() and not usual.is_file() else usual
 
 
-def _read_image_labels(number: int, image: Path, classes: Sequence[str]) -> Record:
+def _read_image_labels(number: int, image: Path, classes: Sequence[str], max_pixels: int) -> Record:
     labels = label_file(image)
     where = str(labels)
     try:
@@ -183,7 +196,7 @@ def _read_image_labels(number: int, image: Path, classes: Sequence[str]) -> Reco
         return make_unusable_record(where, [f"{where}: cannot be read as text ({error})"], str(image))
     size: Size | None = None
     try:
-        size = inspect_image(image).size if lines else None
+        size = inspect_image(image, max_pixels).size if lines else None
     except DistillError:
         lines = []  # the checks of the data report the image
     annotations, faults = [], []

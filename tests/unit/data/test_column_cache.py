@@ -210,3 +210,14 @@ def test_the_place_can_be_chosen_and_the_cache_switched_off(tmp_path, monkeypatc
     assert cache_file("coco", "a") is None
     save_columns(None, KEY, columns())
     assert load_columns(None, KEY) is None
+
+
+@pytest.mark.parametrize("mark", [b"numbers", b"{'descr'", b"<i8"])
+def test_a_damaged_description_of_the_columns_is_noticed(tmp_path, mark):
+    file = tmp_path / "columns.npy"
+    save_columns(file, KEY, {"numbers": np.arange(3)})
+    content = file.read_bytes()
+    for replacement in (b"c" + mark[1:], b"(" + mark[1:], b">" + mark[1:]):
+        place = content.rindex(mark)
+        file.write_bytes(content[:place] + replacement + content[place + len(mark) :])
+        assert load_columns(file, KEY) is None

@@ -145,3 +145,9 @@ def test_a_large_file_is_recognized_by_its_beginning(tmp_path: Path) -> None:
     large = json.dumps({"images": [{"id": number, "file_name": "a" * 40} for number in range(2000)]})
     write(tmp_path, {"train.json": large[:-1] + ', "annotations": [], "categories": []}'})
     assert recognize(tmp_path).option == "coco"
+
+
+def test_a_named_file_is_for_training_whatever_lies_beside_it(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"train_a.json": COCO, "train_b.json": COCO, "val.json": COCO})
+    settings = recognize(folder / "train_b.json").settings
+    assert (settings["train.annotations"], settings["val.annotations"]) == ("train_b.json", "val.json")

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from distill.data.datamodule import DetectionData
 from distill.data.yolo import Yolo, label_file, parse_line
 from distill.types import DistillError
 
@@ -148,3 +149,27 @@ def test_labels_beside_the_images(tmp_path: Path) -> None:
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(DistillError, match="no such folder"):
         Yolo(str(tmp_path / "nowhere")).read_split("train")
+
+
+def test_the_boxes_of_an_image_above_the_default_limit_of_pixels_are_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("distill.data.yolo.MAX_PIXELS", 100)
+    image(tmp_path / "images/train/a.png")
+    source = Yolo(str(describe(tmp_path / "data.yaml", train="images/train")))
+    data = DetectionData(source, max_pixels=8000, val_fraction=0)
+    assert len(data.records("train").boxes) == 1
+
+
+def test_a_test_folder_that_is_named_but_missing_is_no_split(tmp_path: Path) -> None:
+    image(tmp_path / "images/train/a.png")
+    source = Yolo(str(describe(tmp_path / "data.yaml", train="images/train", test="../test/images")))
+    assert source.splits == ("train",)
+    with pytest.raises(DistillError, match=r"'test' in .* is \.\./test/images, but"):
+        source.read_split("test")
+
+
+@pytest.mark.parametrize("content", [{"names": {0: "cat", "x": "dog"}}, {"train": 5}])
+def test_values_of_another_type_are_named(content: dict[str, Any], tmp_path: Path) -> None:
+    image(tmp_path / "images/train/a.png")
+    source = Yolo(str(describe(tmp_path / "data.yaml", **{"train": "images/train"} | content)))
+    with pytest.raises(DistillError, match=r"data\.yaml"):
+        source.read_split("train")
