@@ -34,10 +34,11 @@ def hold_out_images(files: Sequence[str], fraction: float) -> NDArray[np.bool_]:
         groups[copy[1] if copy else stem].append(index)
     chosen = np.zeros(len(files), dtype=np.bool_)
     order = sorted(groups, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
-    for name in order[:-1]:
-        if chosen.any() and chosen.sum() + len(groups[name]) > fraction * len(files):
-            break
-        chosen[groups[name]] = True
+    for name in order:
+        if chosen.sum() + len(groups[name]) <= fraction * len(files):
+            chosen[groups[name]] = True
+    if not chosen.any() and len(groups) > 1:  # the fraction is smaller than any group
+        chosen[groups[min(order, key=lambda name: len(groups[name]))]] = True
     return chosen
 
 

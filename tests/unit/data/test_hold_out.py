@@ -41,6 +41,12 @@ def test_copies_of_one_image_stay_together() -> None:
     assert chosen.sum() == 18
 
 
+def test_many_copies_of_one_image_are_not_taken_for_a_small_part() -> None:
+    files = [f"video.rf.{copy}a.jpg" for copy in range(50)] + [f"single{number}.jpg" for number in range(5)]
+    assert hold_out_images(files, 0.02).sum() == 1
+    assert hold_out_images(files, 0.2).nonzero()[0].tolist() == [50, 51, 52, 53, 54]
+
+
 def test_one_image_cannot_be_split(tmp_path: Path) -> None:
     """It is for training; only who asks for validation images gets an error."""
     assert not hold_out_images(["a.rf.1.jpg", "a.rf.2.jpg"], 0.5).any()
