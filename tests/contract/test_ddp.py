@@ -24,7 +24,7 @@ from distill.data.shapes import Shapes
 from distill.evaluation.coco import CocoMetric
 from distill.losses.defeat import DeFeat
 from distill.teacher import Teacher
-from distill.training.distiller import Distiller, StepResult
+from distill.training.distiller import Distiller, Terms
 from distill.training.schedule import Schedule
 from distill.types import Batch, Target
 from helpers.detectors import BOX_FAMILIES, FAMILIES, small_options
@@ -69,15 +69,21 @@ def distiller(family: str, lr: float = 0.02, **options: Any) -> Distiller:
 
 
 class Telling(Distiller):
-    """Keeps what this process alone computes in a step, as it goes into the log."""
+    """Keeps what this process alone computes in a step, and what is logged after it."""
 
+    look: Look
     shares: dict[str, float]
 
-    def _log(self, step: StepResult) -> None:
-        self.shares = {f"term/{name}": value.item() for name, value in step.terms.items()}
-        self.shares |= {f"loss/{name}": step.weights[name] * value.item() for name, value in step.terms.items()}
-        self.shares["loss/total"] = step.loss.item()
-        super()._log(step)
+    def _log(self, terms: Terms) -> None:
+        self.shares = {f"term/{name}": value.item() for name, value in terms.values.items() if name != "total"}
+        self.shares |= {f"loss/{name}": terms.weights[name] * value.item() for name, value in terms.values.items()}
+        super()._log(terms)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        logged = self.trainer.logged_metrics
+        self.look.shares.append(self.shares)
+        self.look.logged.append({n: v.item() for n, v in logged.items() if n.startswith(("term/", "loss/"))})
 
 
 class Counting(CocoMetric):
@@ -133,10 +139,6 @@ class Look(L.Callback):
         self.reduced.append(0)
         module.shares = {}
 
-    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        self.shares.append(module.shares)
-        self.logged.append({n: v.item() for n, v in trainer.logged_metrics.items() if n.startswith(("term/", "loss/"))})
-
     def on_validation_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
         self.buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
 
@@ -148,6 +150,7 @@ def fit(module: Distiller, source: DetectionData, processes: int, **options: Any
         strategy = instantiate.build_node(OmegaConf.load(CONF).strategy)
         assert type(strategy) is L.pytorch.strategies.DDPStrategy
     look, Counting.given = Look(), []
+    module.look = look
     reduce = dist.all_reduce
 
     def counted(*args: Any, **named: Any) -> Any:
