@@ -43,10 +43,14 @@ def test_evaluate_gives_the_numbers_of_the_run(run: Path, cli: Cli) -> None:
 
 def test_evaluate_on_another_data_set_and_per_class(run: Path, cli: Cli, tmp_path: Path) -> None:
     write_voc(tmp_path / "voc", {"train": ("train", 4), "val": ("val", 4)})
-    other = ["data=voc", "data.source.root=voc", "data.min_size=64", "data.max_size=64", "metrics.coco.per_class=true"]
-    assert cli(["evaluate", str(run), "--json", "found.json", *other]) == 0
+    other = ["data=voc", "data.source.root=voc", "metrics.coco.per_class=true"]
+    sizes = ["data.min_size=64", "data.max_size=64"]
+    assert cli(["evaluate", str(run), "--json", "found.json", *other, *sizes]) == 0
     found = json.loads(Path("found.json").read_text())
     assert {f"AP/{name}" for name in CLASSES} <= set(found)
+    # without sizes the images are resized as in training, not as data=voc would have it
+    assert cli(["evaluate", str(run), "--json", "as_trained.json", *other]) == 0
+    assert json.loads(Path("as_trained.json").read_text()) == found
     write_voc(tmp_path / "only", {"val": ("val", 4)})  # without a train split
     assert cli(["evaluate", str(run), "--json", "only.json", *other, "data.source.root=only"]) == 0
     assert json.loads(Path("only.json").read_text())["AP"] == found["AP"]

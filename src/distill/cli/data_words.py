@@ -26,9 +26,9 @@ def expand_data_words(words: Sequence[str]) -> list[str]:
         if key != "data" or not value or value in config_groups()["data"] or not _is_path(_unquote(value), path):
             expanded.append(word)
             continue
-        layout = recognize(path.absolute())
-        print(f"data: {value} is {layout.description}", file=sys.stderr)
         given = {other.lstrip("+~").partition("=")[0] for other in words}
+        layout = recognize(path.absolute(), {key.removeprefix("data.source.") for key in given})
+        print(f"data: {value} is {layout.description}", file=sys.stderr)
         settings = [
             f"data.source.{name}={'null' if setting is None else quote_value(setting)}"
             for name, setting in layout.settings.items()

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from distill.cli.teacher_cache import TeacherOptions
     from distill.detectors.base import Detector
 
+SIZE_KEYS = ("data.min_size", "data.max_size", "data.eval_min_size", "data.eval_max_size")
+RESIZE_KEYS = ("data.antialias", "data.pad_to")
+
 
 def main(argv: Sequence[str]) -> int:
     """``distill evaluate RUN|CKPT [--split test] [--teacher] [--json FILE] [data=voc …]``."""
@@ -34,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_intermixed_args(list(argv))
     run = find_run(args.source)
-    cfg = recompose(run, args.overrides)
+    cfg = recompose(run, [*args.overrides, *trained_size(args.source, args.overrides)])
 
     from distill.cli.assembly import assemble
     from distill.cli.preflight import plan_run
@@ -103,13 +106,23 @@ def find_run(source: Path) -> RunFolder:
     )
 
 
+def trained_size(source: Path, overrides: Sequence[str]) -> list[str]:
+    """Overrides that resize images of other data as in the student's training, unless `overrides` give a size."""
+    keys = {override.key_or_group for override in parse_overrides(overrides)}
+    if "data" not in keys or keys & set(SIZE_KEYS):
+        return []
+    options = load_student(source).options
+    return [f"data.eval_min_size={options['min_size']}", f"data.eval_max_size={options['max_size']}"]
+
+
 def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
     """The run's configuration, composed again with further overrides."""
     chosen = {override.key_or_group for override in parse_overrides(overrides)} & set(compose.config_groups())
     recorded = [
         str(override.input_line)
         for override in recorded_overrides(run.path)
-        if override.key_or_group.split(".")[0] not in chosen  # data=voc replaces all overrides of the run's data
+        # data=voc replaces all overrides of the run's data, but for those that decide what the detector sees
+        if override.key_or_group.split(".")[0] not in chosen or override.key_or_group in RESIZE_KEYS
     ]
     return override_checks.compose_without_run([*recorded, *overrides])
 

@@ -174,17 +174,29 @@ def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "war
 
 
 def _find_duplicates(records: Records, files: bool) -> None:
+    """Mark images that occur twice. Their boxes may be parted between the entries, so no entry is left."""
     ids: set[int] = set()
-    names: set[str] = set()
+    places: dict[str, int] = {}
     for index, (id, file) in enumerate(zip(records.ids.tolist(), records.files.texts(), strict=True)):
         if records.unusable[index]:
             continue
         if id in ids:
             _mark_broken(records, index, f"{file}: image id {id} is used twice; ids must differ")
-        elif files and file in names:
-            _mark_broken(records, index, f"{file}: this image is listed twice; list it once, with all its boxes")
+        elif files and file in places:
+            first = places[file]
+            if _have_equal_rows(records, first, index):
+                records.unusable[index] = True
+                records.remarks["images listed twice with the same boxes"] += 1
+            else:
+                _mark_broken(records, index, f"{file}: this image is listed twice; list it once, with all its boxes")
+                records.unusable[first] = True
         ids.add(id)
-        names.add(file)
+        places.setdefault(file, index)
+
+
+def _have_equal_rows(records: Records, one: int, other: int) -> bool:
+    columns = (records.boxes, records.labels, records.crowd, records.difficult)
+    return all(np.array_equal(column[records.rows(one)], column[records.rows(other)]) for column in columns)
 
 
 def _mark_broken(records: Records, index: int, fault: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,11 +34,12 @@ class Layout:
     """Keys below ``data.source`` and their values. None stands for null."""
 
 
-def recognize(path: Path) -> Layout:
+def recognize(path: Path, given: Collection[str] = ()) -> Layout:
     """Recognize the format of a data set.
 
     Args:
         path: its folder, an annotation file of COCO's format, or a ``data.yaml`` of YOLO's format.
+        given: keys below ``data.source`` that are set already, such as ``val.annotations``. They need no file here.
 
     Raises:
         DistillError: the path does not exist, no format or several formats are recognized, or no file is for training.
@@ -46,8 +47,8 @@ def recognize(path: Path) -> Layout:
     if not path.exists():
         raise DistillError(f"{path}: no such file or folder")
     if path.is_file():
-        return _recognize_file(path)
-    layouts = [layout for find in (_find_yolo, _find_coco, _find_voc) if (layout := find(path)) is not None]
+        return _recognize_file(path, given)
+    layouts = [layout for layout in (_find_yolo(path), _find_coco(path, given), _find_voc(path)) if layout is not None]
     if not layouts:
         raise DistillError(
             f"{path}: no data set recognized. Expected {LOOKED_FOR}; or name the format: data=voc "
@@ -61,14 +62,14 @@ def recognize(path: Path) -> Layout:
     return layouts[0]
 
 
-def _recognize_file(path: Path) -> Layout:
+def _recognize_file(path: Path, given: Collection[str]) -> Layout:
     if path.suffix.lower() in (".yaml", ".yml"):
         return Layout("yolo", f"YOLO, {path.name}", {"root": str(path)})
     if path.suffix.lower() == ".json" and _is_coco(path):
         folder = path.parent.parent if path.parent.name.lower() == "annotations" else path.parent
         split = split_of(folder, path)
         if split in (None, "train"):
-            return _coco(folder, _coco_splits(folder, train=path))
+            return _coco(folder, _coco_splits(folder, given, train=path), given)
         raise DistillError(
             f"{path}: its name says {split}, not train. Name the file of the training images, or its folder"
         )
@@ -91,12 +92,12 @@ def _find_yolo(folder: Path) -> Layout | None:
     return None
 
 
-def _find_coco(folder: Path) -> Layout | None:
-    files = _coco_splits(folder)
-    return _coco(folder, files) if files else None
+def _find_coco(folder: Path, given: Collection[str]) -> Layout | None:
+    files = _coco_splits(folder, given)
+    return _coco(folder, files, given) if files else None
 
 
-def _coco_splits(folder: Path, train: Path | None = None) -> dict[str, Path]:
+def _coco_splits(folder: Path, given: Collection[str], train: Path | None = None) -> dict[str, Path]:
     """Split -> annotation file, by the names of the files and of their folders, or for train the given one."""
     candidates = [file for file in _json_files(folder) if _is_coco(file)]
     named: dict[str, list[Path]] = {}
@@ -108,12 +109,15 @@ def _coco_splits(folder: Path, train: Path | None = None) -> dict[str, Path]:
         return {"train": candidates[0]}
     splits = {split: named.get(split, []) for split in SPLIT_KEYS}
     for split, files in splits.items():
+        if f"{split}.annotations" in given:
+            splits[split] = files[:1]
+            continue
         instances = [file for file in files if file.name.startswith("instances_")] or files
         if len(instances) > 1:
             names = ", ".join(str(file.relative_to(folder)) for file in instances)
             raise DistillError(
-                f"{folder}: several annotation files are for {split}: {names}. Name one: data=coco "
-                f"data.source.root={folder} data.source.{split}.annotations={instances[0].relative_to(folder)}"
+                f"{folder}: several annotation files are for {split}: {names}. Name one beside data={folder}: "
+                f"data.source.{split}.annotations={instances[0].relative_to(folder)}"
             )
         splits[split] = instances
     return {split: files[0] for split, files in splits.items() if files}
@@ -154,12 +158,12 @@ def split_of(folder: Path, file: Path) -> str | None:
     return None
 
 
-def _coco(folder: Path, files: Mapping[str, Path]) -> Layout:
-    if "train" not in files:
+def _coco(folder: Path, files: Mapping[str, Path], given: Collection[str]) -> Layout:
+    if "train" not in files and "train.annotations" not in given:
         names = ", ".join(str(file.relative_to(folder)) for file in files.values())
         raise DistillError(
             f"{folder}: found annotation files of COCO's format ({names}), but none whose name or folder says train. "
-            f"Name it: data=coco data.source.root={folder} data.source.train.annotations=FILE"
+            f"Name it beside data={folder}: data.source.train.annotations=FILE"
         )
     settings: dict[str, str | None] = {"root": str(folder)}
     for split in SPLIT_KEYS:

@@ -8,6 +8,7 @@ import pytest
 
 from distill.cli import compose
 from distill.cli.data_words import expand_data_words
+from distill.types import DistillError
 from helpers.image_folders import write_coco
 
 
@@ -36,3 +37,18 @@ def test_a_path_becomes_an_option_and_its_settings(
 @pytest.mark.parametrize("words", [["data=shapes"], ["data=shapez"], ["data=coco,voc"], ["data=null"], ["data="], []])
 def test_other_words_stay(words: list[str]) -> None:
     assert expand_data_words(words) == words
+
+
+def test_of_several_files_for_a_split_one_can_be_named(tmp_path: Path) -> None:
+    """As the message says that asks for it."""
+    write_coco(tmp_path / "set")
+    val = tmp_path / "set" / "annotations" / "instances_val2017.json"
+    val.with_name("instances_val_small.json").write_bytes(val.read_bytes())
+    with pytest.raises(
+        DistillError, match=r"data\.source\.val\.annotations=annotations/instances_val2017\.json"
+    ) as caught:
+        expand_data_words([f"data={tmp_path / 'set'}"])
+    named = str(caught.value).rpartition(": ")[2]
+    words = expand_data_words([f"data={tmp_path / 'set'}", named])
+    assert "data.source.train.annotations='annotations/instances_train2017.json'" in words
+    assert [word for word in words if word.startswith("data.source.val.")] == [named]
