@@ -25,7 +25,7 @@ from distill.cli.preflight import plan_losses, plan_run
 from distill.detectors.options import to_plain
 from distill.type_checks import leaves
 from distill.types import DistillError
-from helpers.grids import exhaustive, mostly_exhaustive
+from helpers.grids import mostly_exhaustive
 from helpers.methods import METHODS
 
 # `base` is what the other options of its group inherit; it is not complete.
@@ -211,18 +211,14 @@ def kept(option: str) -> dict[str, Any]:
     return dict(OmegaConf.to_container(compose.compose_config([f"distill={option}"]).distill.losses))
 
 
-@pytest.mark.parametrize("share", [40, exhaustive(1)])
-def test_any_two_distill_options_add_up_or_are_refused(share: int) -> None:
-    """Those that write one loss are refused in pairs; of the others one from each method, all at once.
-
-    Args:
-        share: of the pairs, one in so many is tried.
-    """
+@pytest.mark.exhaustive
+def test_any_two_distill_options_add_up_or_are_refused() -> None:
+    """Those that write one loss are refused in pairs; of the others one from each method, all at once."""
     alone = {option: kept(option) for option in compose.config_groups()["distill"]}
     alike = [pair for pair in itertools.combinations(alone, 2) if alone[pair[0]].keys() & alone[pair[1]].keys()]
     assert {("mimic", "mimic_neck"), ("ssim", "ssim_l1"), ("pad_fgfi", "pad_fgfi_voc")} <= set(alike)
     assert not any(set(pair) == {"pad_fgfi", "pad_mimic"} or "none" in pair for pair in alike)
-    for one, other in alike[::share]:
+    for one, other in alike:
         with pytest.raises(DistillError, match=f"{one} and {other} both write the loss"):
             override_checks._refuse_shared_losses([f"distill=[{one},{other}]"])
     left = dict(alone)
