@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -62,9 +63,17 @@ def end(process: subprocess.Popen[str], within: float) -> str:
     return said
 
 
+def with_wrong_pixels(content: bytes) -> bytes:
+    """A PNG whose compressed pixels begin with zeros, under a right checksum: only decoding finds it."""
+    start = content.index(b"IDAT")
+    end = start + 4 + int.from_bytes(content[start - 4 : start], "big")
+    damaged = b"IDAT" + bytes(6) + content[start + 10 : end]
+    return content[:start] + damaged + zlib.crc32(damaged).to_bytes(4, "big") + content[end + 4 :]
+
+
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "seen before they meet": lambda content: content[:-200],
-    "seen in the first step": lambda content: content[:400] + bytes(400) + content[800:],
+    "seen in the first step": with_wrong_pixels,
 }
 
 
