@@ -364,7 +364,10 @@ class DetectionData(L.LightningDataModule):
                 f"val: the data has no such split, so {held_out.sum()} of the {len(records)} training images are split "
                 "off for it, by a hash of their names (data.val_fraction)"
             )
-        return classes, select_with_faults(records, held_out if split == "val" else ~held_out)
+        part = select_with_faults(records, held_out if split == "val" else ~held_out)
+        if split == "train":
+            part.remarks = records.remarks  # about the whole file, so they are counted once
+        return classes, part
 
     def _read(self, split: Split) -> Records:
         classes, annotated = self._read_source(split)

@@ -43,9 +43,8 @@ def hold_out_images(files: Sequence[str], fraction: float) -> NDArray[np.bool_]:
 
 
 def select_with_faults(records: Records, images: NDArray[np.bool_]) -> Records:
-    """Return the images of a mask (N,) as their source read them, with faults and remarks."""
+    """Return the images of a mask (N,) as their source read them, with their faults."""
     places = np.cumsum(images) - 1
     part = records.select(images)
     part.faults = {int(places[index]): list(faults) for index, faults in records.faults.items() if images[index]}
-    part.remarks = records.remarks.copy()
     return part

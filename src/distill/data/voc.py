@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from re import search
 from typing import Any
 from unicodedata import normalize
-from urllib.parse import unquote
 
 from defusedxml.ElementTree import ParseError, fromstring
 
 from distill.data.decoding import IMAGE_SUFFIXES
+from distill.data.file_index import XML_SUFFIXES, FileIndex, path_ends, spellings
 from distill.data.records import Annotation, Record, make_record, make_unusable_record
 from distill.types import DistillError, Size
 
-XML_SUFFIXES = (".xml",)
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs")
 ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
 SPLIT_FOLDERS = {"val": ("valid", "validation")}
@@ -157,7 +156,7 @@ class Voc:
         path = self.root / year
         if not path.is_dir():
             raise DistillError(
-                f"{path}: no such folder; set data.source.root to the one that holds annotations and images"
+                f"{path}: no such folder; set data.source.root to the folder with the annotations and images"
             )
         lists = path / "ImageSets" / "Main"
         if not lists.is_dir() and (own := self._split_folder(path, members or split)):
@@ -249,44 +248,6 @@ class Voc:
         return record
 
 
-class FileIndex:
-    """Files below a folder, found by the names that lists and XML files give them.
-
-    A name is looked up among the existing files, so no name can lead out of the folder.
-
-    Args:
-        folder: the folder. Hidden files and folders are left out.
-        suffixes: file extensions in lower case.
-        recursive: whether subfolders are searched.
-    """
-
-    def __init__(self, folder: Path, suffixes: Sequence[str], recursive: bool) -> None:
-        self.folder = folder
-        self.by_path: dict[str, list[Path]] = {}
-        """Path below the folder, without extension, to the files: several if they differ in the extension only."""
-        self._by_end: dict[str, list[Path]] = {}
-        for file in sorted(folder.rglob("*") if recursive else folder.iterdir()):
-            relative = file.relative_to(folder)
-            if file.suffix.lower() in suffixes and not any(part.startswith(".") for part in relative.parts):
-                name = normalize("NFC", relative.with_suffix("").as_posix())
-                self.by_path.setdefault(name, []).append(file)
-                for end in _path_ends(name)[1:]:
-                    self._by_end.setdefault(end, []).append(file)
-
-    def find(self, name: str) -> list[Path]:
-        """Return the files of a name, which may have an extension.
-
-        The name is the path of a file, or ends with this path, or is its end. `cam1/a` is not the name of `cam2/a`.
-        """
-        for spelling in _spellings(name):
-            for end in _path_ends(spelling):
-                if end in self.by_path:
-                    return self.by_path[end]
-            if spelling in self._by_end:
-                return self._by_end[spelling]
-        return []
-
-
 @dataclass(frozen=True)
 class VocFolder:
     """The XML files and images of one data set, or of one split of it."""
@@ -307,7 +268,7 @@ class VocFolder:
     def read_xml(self, name: str, xmls: Sequence[Path]) -> XmlAnnotation:
         """Read the XML file of an image name, and find its image. ``xmls`` are the files of this name."""
         if len(xmls) != 1:
-            *_, stem = _spellings(name)
+            *_, stem = spellings(name)
             others = ", ".join(str(xml) for xml in xmls)
             fault = f"several XMLs have this name: {others}; keep one of them" if xmls else MISSING_XML
             return XmlAnnotation(self.xmls.folder / f"{stem}.xml", None, fault=fault)
@@ -321,23 +282,6 @@ def _holds(folder: Path, suffixes: Sequence[str]) -> bool:
     return folder.is_dir() and any(
         file.suffix.lower() in suffixes and not file.name.startswith(".") for file in folder.iterdir()
     )
-
-
-def _path_ends(path: str) -> list[str]:
-    """Return the path and each of its ends: `a/b/c`, `b/c`, `c`."""
-    parts = path.split("/")
-    return ["/".join(parts[start:]) for start in range(len(parts))]
-
-
-def _spellings(name: str) -> Iterator[str]:
-    """Yield the spellings under which a name is looked up, the most literal first."""
-    composed = normalize("NFC", name)
-    slashes = composed.replace("\\", "/")
-    for spelling in dict.fromkeys((composed, slashes, unquote(slashes))):
-        yield spelling
-        stem, _, suffix = spelling.rpartition(".")
-        if f".{suffix.lower()}" in (*IMAGE_SUFFIXES, *XML_SUFFIXES):
-            yield stem
 
 
 def _read_lines(path: Path, split: str) -> list[str]:
@@ -400,7 +344,7 @@ def _declared_encoding(content: bytes) -> str:
 
 def _choose_image(images: Sequence[Path], filename: str) -> tuple[Path | None, str | None]:
     """Return the image of an XML file and None, or None and the fault. The XML's `<filename>` decides among several."""
-    wanted = {_path_ends(spelling)[-1].casefold() for spelling in _spellings(filename)}
+    wanted = {path_ends(spelling)[-1].casefold() for spelling in spellings(filename)}
     named = [image for image in images if normalize("NFC", image.name).casefold() in wanted]
     if len(images) == 1 or len(named) == 1:
         return (images if len(images) == 1 else named)[0], None
