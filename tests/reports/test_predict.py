@@ -33,7 +33,7 @@ def test_a_cut_image_among_good_ones(
     assert "left out: images/b.jpg: cannot be read as an image" in said.err
     assert "detections in 4 images" in said.out
     assert "1 of 5 images could not be read" in said.out
-    assert "1 files are not images by their extension and were passed over: 1 .txt" in said.out
+    assert "1 files were skipped, because their extension is not that of an image: 1 .txt" in said.out
     found = tmp_path / "images" / "found"
     listed = json.loads((found / "images.json").read_text())
     assert [(image["id"], image["file_name"]) for image in listed["images"]] == [

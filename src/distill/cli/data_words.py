@@ -14,7 +14,7 @@ from distill.data.layouts import recognize
 def expand_data_words(words: Sequence[str]) -> list[str]:
     """Replace ``data=PATH`` by the overrides that read the data set of this path, and say what was recognized.
 
-    Other words stay as they are. A setting of ``data.source`` that the words give themselves is not replaced.
+    Other words stay as they are. A ``data.source`` setting among the words is kept.
 
     Raises:
         DistillError: no format is recognized.

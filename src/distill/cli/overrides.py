@@ -41,7 +41,7 @@ def _explain_syntax_error(word: str, error: Exception) -> str:
     quoted = quote_value(value, mark='"')
     cure = shlex.quote(f"{key}={quoted}")
     return (
-        f"{message}: quote a value with = , ' \" ( [ {{ # & ~ or letters beyond ASCII, once for the shell and once for "
+        f"{message}: quote values that have = , ' \" ( [ {{ # & ~ or non-ASCII letters, for the shell and again for "
         f"Hydra: {cure}"
     )
 

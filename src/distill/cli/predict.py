@@ -14,7 +14,7 @@ from distill.run_folder import DESCRIPTION, STUDENT
 from distill.types import DistillError
 
 LONGEST_NAME = 180
-"""Bytes of an image's name that its picture's name keeps. File systems allow 255, with number and suffix."""
+"""Maximum bytes of the image's name in the name of its picture. File systems allow 255, with number and suffix."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{len(failures)} of {len(files)} images could not be read; images.json lists them under 'failed'")
     if ignored:
         kinds = ", ".join(f"{number} {suffix or 'without extension'}" for suffix, number in ignored.most_common())
-        print(f"{ignored.total()} files are not images by their extension and were passed over: {kinds}")
+        print(f"{ignored.total()} files were skipped, because their extension is not that of an image: {kinds}")
     return 0
 
 
@@ -63,7 +63,7 @@ def find_images(paths: Sequence[Path], out: Path) -> tuple[list[Path], Counter[s
             continue
         if path.resolve().is_relative_to(out.resolve()):
             raise DistillError(
-                f"--out {out} holds the images of {path}, so a second run would take the written pictures for images. "
+                f"--out {out} holds the images of {path}, so a second run would read the written pictures as images. "
                 "Choose another folder for --out"
             )
         for file in sorted(path.rglob("*")):

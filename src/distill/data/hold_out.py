@@ -18,14 +18,14 @@ ROBOFLOW_COPY = re.compile(r"(.+)\.rf\.[0-9A-Za-z]+")
 
 
 def hold_out_images(files: Sequence[str], fraction: float) -> NDArray[np.bool_]:
-    """Choose the images of validation, as a mask (N,).
+    """Return a mask (N,) of the images chosen for validation.
 
-    A hash of the file name decides, so the choice is the same on every machine, and new images hardly move old ones.
+    A hash of the file name decides, so the choice is the same on every machine, and added images change few choices.
     The augmented copies of one image that Roboflow writes stay together, and so do images of one name.
 
     Args:
         files: paths of the images.
-        fraction: part to choose. At least one group is chosen, and one is left; nothing is chosen of a single group.
+        fraction: part to choose. At least one group is chosen and one is not; of a single group nothing is chosen.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, file in enumerate(files):

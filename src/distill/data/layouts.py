@@ -42,7 +42,7 @@ def recognize(path: Path, given: Collection[str] = ()) -> Layout:
         given: keys below ``data.source`` that are set already, such as ``val.annotations``. They need no file here.
 
     Raises:
-        DistillError: the path does not exist, no format or several formats are recognized, or no file is for training.
+        DistillError: the path does not exist, not exactly one format is recognized, or train has no file.
     """
     if not path.exists():
         raise DistillError(f"{path}: no such file or folder")
@@ -70,9 +70,7 @@ def _recognize_file(path: Path, given: Collection[str]) -> Layout:
         split = split_of(folder, path)
         if split in (None, "train"):
             return _coco(folder, _coco_splits(folder, given, train=path), given)
-        raise DistillError(
-            f"{path}: its name says {split}, not train. Name the file of the training images, or its folder"
-        )
+        raise DistillError(f"{path}: its name says {split}, not train. Give the training annotation file or its folder")
     raise DistillError(f"{path}: expected a folder, a JSON file of COCO's format, or a data.yaml of YOLO's format")
 
 
@@ -98,7 +96,7 @@ def _find_coco(folder: Path, given: Collection[str]) -> Layout | None:
 
 
 def _coco_splits(folder: Path, given: Collection[str], train: Path | None = None) -> dict[str, Path]:
-    """Split -> annotation file, by the names of the files and of their folders, or for train the given one."""
+    """Split -> annotation file, by file and folder names; `train`, if given, is the file of that split."""
     candidates = [file for file in _json_files(folder) if _is_coco(file)]
     named: dict[str, list[Path]] = {}
     for file in candidates:
@@ -116,7 +114,7 @@ def _coco_splits(folder: Path, given: Collection[str], train: Path | None = None
         if len(instances) > 1:
             names = ", ".join(str(file.relative_to(folder)) for file in instances)
             raise DistillError(
-                f"{folder}: several annotation files are for {split}: {names}. Name one beside data={folder}: "
+                f"{folder}: several annotation files are for {split}: {names}. Add one after data={folder}: "
                 f"data.source.{split}.annotations={instances[0].relative_to(folder)}"
             )
         splits[split] = instances
@@ -148,7 +146,7 @@ def _is_coco(file: Path) -> bool:
 
 
 def split_of(folder: Path, file: Path) -> str | None:
-    """Return the split that the name of a file says, or else the names of its folders, the innermost first."""
+    """Return the split named by the file name, or else by its folder names, the innermost first."""
     parts = [file.stem, *reversed(file.relative_to(folder).parts[:-1]), folder.name]
     for part in parts:
         words = "".join(letter if letter.isalpha() else " " for letter in part.lower()).split()
@@ -163,7 +161,7 @@ def _coco(folder: Path, files: Mapping[str, Path], given: Collection[str]) -> La
         names = ", ".join(str(file.relative_to(folder)) for file in files.values())
         raise DistillError(
             f"{folder}: found annotation files of COCO's format ({names}), but none whose name or folder says train. "
-            f"Name it beside data={folder}: data.source.train.annotations=FILE"
+            f"Add it after data={folder}: data.source.train.annotations=FILE"
         )
     settings: dict[str, str | None] = {"root": str(folder)}
     for split in SPLIT_KEYS:

@@ -66,7 +66,7 @@ class Yolo:
         return tuple(split for split in SPLIT_KEYS if self._has(split, description))
 
     def read_split(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
-        """Read the class names and records of a split. An invalid line makes its image's record list a fault.
+        """Read the class names and records of a split. Each invalid line becomes a fault of its image's record.
 
         Raises:
             DistillError: the split, its images or its class names are missing.

@@ -59,7 +59,7 @@ def count_outputs(detector: Detector, state: State) -> int | None:
 def _select_rows(detector: Detector, state: State, classes: int, labels: Sequence[int]) -> dict[str, Tensor]:
     """Select the rows of `labels`, which holds, for each label of the detector, its label among the state's `classes`.
 
-    Label 0 is the background. A label 0 of a class stands for a class that the state does not know.
+    Label 0 is the background. Label 0 means that the state does not know the class.
     """
     current = detector.net.state_dict()
     unknown = [label for label, known in enumerate(labels) if label and not known]
