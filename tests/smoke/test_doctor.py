@@ -136,7 +136,7 @@ def test_time_and_memory_are_estimated(ready: dict[str, Any]) -> None:
     ],
 )
 def test_a_schedule_is_counted_in_batches(lines: list[str], batches: int, expected: tuple[int, int]) -> None:
-    from distill.cli.examination import planned_batches
+    from distill.cli.doctor_report import planned_batches
 
     assert planned_batches(compose.compose_config([*lines, "paths.run=x"]).trainer, batches) == expected
 

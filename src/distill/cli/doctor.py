@@ -22,10 +22,10 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
     cfg = override_checks.compose_without_run(args.overrides)
 
-    from distill.cli.examination import examine
+    from distill.cli.doctor_report import examine_run
     from distill.files import write_text
 
-    report = examine(cfg)
+    report = examine_run(cfg)
     print_report(report)
     if args.json:
         write_text(args.json, json.dumps(report, indent=1))

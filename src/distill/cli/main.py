@@ -66,10 +66,10 @@ def _run(verb: str, words: Sequence[str]) -> int:
         print(f"distill: there is no verb '{verb}'{nearest(verb, verbs)}\n\n{USAGE}", file=sys.stderr)
         return 2
     from distill.cli import target_policy
-    from distill.cli.data_words import expand_data_words
+    from distill.cli.data_paths import expand_data_paths
 
     target_policy.set_trusted(words)
-    return verbs[verb](expand_data_words(words))
+    return verbs[verb](expand_data_paths(words))
 
 
 def _printable(text: str) -> str:

@@ -47,13 +47,13 @@ def restore_detector(model: Any, state: dict[str, torch.Tensor], where: str) -> 
         DistillError: the description is invalid, or the weights do not fit.
     """
     with torch.device("meta"):  # allocates no memory, however large a detector an untrusted file describes
-        fit_sizes(described(model, where).net, state, where)
-    detector = described(model, where)
+        fit_sizes(detector_from_description(model, where).net, state, where)
+    detector = detector_from_description(model, where)
     fit(detector.net, state, where)
     return detector
 
 
-def described(model: Any, where: str) -> Detector:
+def detector_from_description(model: Any, where: str) -> Detector:
     """Build the detector of a description, as `Detector.describe` returns it. Its weights are random.
 
     Raises:

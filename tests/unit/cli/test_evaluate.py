@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from distill.cli.doctor import _print_teacher
+from distill.cli.doctor_report import _compare_ap
 from distill.cli.evaluate import class_notes
-from distill.cli.examination import _compare_ap
 from distill.cli.run_report import _print_results
 from distill.run_folder import RunFolder
 

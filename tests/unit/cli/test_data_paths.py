@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill.cli import compose
-from distill.cli.data_words import expand_data_words
+from distill.cli.data_paths import expand_data_paths
 from distill.types import DistillError
 from helpers.image_folders import write_coco
 
@@ -18,7 +18,7 @@ def test_a_path_becomes_an_option_and_its_settings(
     """Absolute, so that `evaluate` finds the data from another folder; a setting of the user's own stays."""
     write_coco(tmp_path / "it's = my data")
     monkeypatch.chdir(tmp_path)
-    words = expand_data_words(["seed=1", "data=it's = my data", "data.source.val.annotations=mine.json"])
+    words = expand_data_paths(["seed=1", "data=it's = my data", "data.source.val.annotations=mine.json"])
     assert [word.partition("=")[0] for word in words] == [
         "seed",
         "data",
@@ -36,7 +36,7 @@ def test_a_path_becomes_an_option_and_its_settings(
 
 @pytest.mark.parametrize("words", [["data=shapes"], ["data=shapez"], ["data=coco,voc"], ["data=null"], ["data="], []])
 def test_other_words_stay(words: list[str]) -> None:
-    assert expand_data_words(words) == words
+    assert expand_data_paths(words) == words
 
 
 def test_of_several_files_for_a_split_one_can_be_named(tmp_path: Path) -> None:
@@ -47,8 +47,8 @@ def test_of_several_files_for_a_split_one_can_be_named(tmp_path: Path) -> None:
     with pytest.raises(
         DistillError, match=r"data\.source\.val\.annotations=annotations/instances_val2017\.json"
     ) as caught:
-        expand_data_words([f"data={tmp_path / 'set'}"])
+        expand_data_paths([f"data={tmp_path / 'set'}"])
     named = str(caught.value).rpartition(": ")[2]
-    words = expand_data_words([f"data={tmp_path / 'set'}", named])
+    words = expand_data_paths([f"data={tmp_path / 'set'}", named])
     assert "data.source.train.annotations='annotations/instances_train2017.json'" in words
     assert [word for word in words if word.startswith("data.source.val.")] == [named]

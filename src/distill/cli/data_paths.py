@@ -11,7 +11,7 @@ from distill.cli.overrides import quote_value
 from distill.data.layouts import recognize
 
 
-def expand_data_words(words: Sequence[str]) -> list[str]:
+def expand_data_paths(words: Sequence[str]) -> list[str]:
     """Replace ``data=PATH`` by the overrides that read the data set of this path, and say what was recognized.
 
     Other words stay as they are. A ``data.source`` setting among the words is kept.

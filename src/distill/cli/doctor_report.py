@@ -46,7 +46,7 @@ BATCHES = 3
 Report = dict[str, Any]
 
 
-def examine(cfg: DictConfig) -> Report:
+def examine_run(cfg: DictConfig) -> Report:
     """Examine section by section. A part that cannot be built is a fault and ends the report."""
     silence_known_warnings()
     start = time.monotonic()
