@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,12 @@ def write_coco(folder: Path, **contents: dict[str, list[Any]]) -> None:
             Image.fromarray(rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)).save(folder / name)
 
 
-def coco_data(folder: Path, *splits: str, **options: Any) -> DetectionData:
+def coco_data(
+    folder: Path, *splits: str, source_options: Mapping[str, Any] | None = None, **options: Any
+) -> DetectionData:
     """Return the data of these splits."""
-    source = Coco(str(folder), **{split: {"annotations": f"{split}.json"} for split in splits})
+    files: dict[str, Any] = {split: {"annotations": f"{split}.json"} for split in splits}
+    source = Coco(str(folder), **files | dict(source_options or {}))
     options = {"batch_size": 2, "workers": 0, "min_size": 40, "max_size": 60, "flip": 0.0} | options
     return DetectionData(source, **options)
 

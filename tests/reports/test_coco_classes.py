@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distill.cli.overrides import parse_overrides
+from distill.data.datamodule import DetectionData
 from distill.types import DistillError
 from helpers.coco_files import boxes_by_file, coco_content, coco_data, write_coco
 
@@ -101,13 +105,98 @@ def test_val_alone_where_the_file_of_train_is_absent(tmp_path: Path) -> None:
 def test_names_that_differ_in_case_or_spaces_alone(tmp_path: Path) -> None:
     content = coco_content()
     content["categories"] += [{"id": 3, "name": "Dog"}, {"id": 4, "name": " dog"}, {"id": 5, "name": "cow"}]
+    content["annotations"][1]["category_id"], content["annotations"][3]["category_id"] = 3, 4
     write_coco(tmp_path, train=content)
-    with pytest.warns(UserWarning, match="case or spaces alone are different classes: 'dog', 'Dog', ' dog'"):
+    with pytest.warns(UserWarning, match="case or spaces alone are different classes: 'dog', 'Dog', ' dog'") as caught:
         coco_data(tmp_path, "train").records("train")
-    write_coco(tmp_path, train=TRAIN)
+    (word,) = shlex.split(str(caught[0].message).partition("merge them: ")[2])
+    (override,) = parse_overrides([word])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        coco_data(tmp_path, "train").records("train")
+        merged = coco_data(tmp_path, "train", source_options={"rename": override.value()})
+        assert boxes_by_file(merged, "train")["train0.png"] == [(1, 1, 2, 21, 14), (2, 2, 2, 23, 14)]
+    assert merged.classes == ("cat", "dog", "cow")
+    assert merged.category_ids == {1: 1, 2: 2, 3: 5}
+
+
+def choose(folder: Path, *splits: str, choice: dict[str, Any], **options: Any) -> DetectionData:
+    return coco_data(folder, *splits, source_options=choice, **options)
+
+
+def test_a_part_of_the_classes_in_another_order(tmp_path: Path) -> None:
+    content = coco_content()
+    content["categories"].append({"id": 7, "name": "cow"})
+    content["annotations"][2]["category_id"] = content["annotations"][3]["category_id"] = 7
+    content["annotations"][4]["iscrowd"] = 1
+    write_coco(tmp_path, train=content, val=coco_content("val"))
+    data = choose(tmp_path, "train", "val", choice={"classes": ["cow", "dog"]})
+    assert boxes_by_file(data, "train") == {
+        "train0.png": [(2, 2, 2, 23, 14)],
+        "train1.png": [(1, 3, 2, 25, 14), (1, 4, 2, 27, 14)],
+        "train2.png": [(2, 6, 2, 31, 14)],
+    }
+    assert (data.classes, data.category_ids) == (("cow", "dog"), {1: 7, 2: 2})
+    assert "4 usable, 2 boxes of other classes dropped" in data.summary[0]  # the crowd of a cat is one of them
+    assert boxes_by_file(data, "val")["val0.png"] == [(2, 2, 2, 23, 14)]  # val lists no cow
+    assert data.category_ids[2] == 2
+
+
+def test_images_that_only_have_boxes_of_other_classes(tmp_path: Path) -> None:
+    """Training leaves them out, or keeps them on request. Evaluation keeps them: detections on them are wrong."""
+    content = coco_content()
+    content["annotations"][0]["category_id"] = 2
+    content["annotations"] = content["annotations"][:2] + [
+        entry | {"category_id": 1} for entry in content["annotations"][2:]
+    ]
+    write_coco(tmp_path, train=content, val=content | coco_content("val"))
+    choice = {"classes": ["dog"]}
+    data = choose(tmp_path, "train", "val", choice=choice)
+    assert len(data.dataset("train", training=True)) == 1
+    assert len(data.dataset("val", training=False)) == len(data.ground_truth("val")["images"]) == 3
+    assert "2 images without boxes" in data.summary[0]
+    kept = choose(tmp_path, "train", choice=choice, keep_empty=True)
+    assert len(kept.dataset("train", training=True)) == 3
+
+
+def test_val_with_boxes_of_a_class_that_is_not_chosen(tmp_path: Path) -> None:
+    val = coco_content("val")
+    val["categories"] = [{"id": 1, "name": "horse"}, {"id": 4, "name": "dog"}]
+    for annotation in val["annotations"]:
+        annotation["category_id"] = {1: 1, 2: 4}[annotation["category_id"]]
+    write_coco(tmp_path, train=TRAIN, val=val)
+    data = choose(tmp_path, "train", "val", choice={"classes": ["dog"]})
+    assert boxes_by_file(data, "train")["train0.png"] == [(1, 2, 2, 23, 14)]
+    assert boxes_by_file(data, "val")["val0.png"] == [(1, 2, 2, 23, 14)]
+    renamed = choose(tmp_path, "train", "val", choice={"rename": {"horse": "cat"}})  # a name of val alone
+    assert boxes_by_file(renamed, "train")["train0.png"] == [(1, 1, 2, 21, 14), (2, 2, 2, 23, 14)]
+    assert boxes_by_file(renamed, "val")["val0.png"] == [(1, 1, 2, 21, 14), (2, 2, 2, 23, 14)]
+    assert (renamed.classes, renamed.category_ids) == (("cat", "dog"), {1: 1, 2: 4})
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (
+            {"classes": ["dgo"]},
+            r"data\.source\.classes: .*train\.json has no class 'dgo'.*cat, dog; did you mean 'dog'",
+        ),
+        ({"rename": {"Dog": "dog"}}, r"data\.source\.rename: .*has no class 'Dog'"),
+        ({"rename": {"dog": "cow"}, "classes": ["dog"]}, r"has no class 'dog' after data\.source\.rename.*cat, cow"),
+    ],
+)
+def test_names_that_the_file_does_not_have(tmp_path: Path, choice: dict[str, Any], words: str) -> None:
+    write_coco(tmp_path, train=TRAIN)
+    with pytest.raises(DistillError, match=words):
+        choose(tmp_path, "train", choice=choice).records("train")
+
+
+def test_other_classes_are_other_data(tmp_path: Path) -> None:
+    """A checkpoint, a measured AP and a cached teacher of other classes are not taken for this data's."""
+    write_coco(tmp_path, train=TRAIN, val=coco_content("val"))
+    choices: list[dict[str, Any]] = [{}, {"classes": ["dog"]}, {"classes": ["dog", "cat"]}, {"rename": {"cat": "dog"}}]
+    data = [choose(tmp_path, "train", "val", choice=choice) for choice in choices]
+    assert len({each.fingerprint("val") for each in data}) == 4
+    assert all(each.differences(data[0].state_dict()) for each in data[1:])
 
 
 def test_every_annotation_is_a_crowd(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.cli.compose import config_groups
-from distill.cli.overrides import quote_value
 from distill.data.layouts import recognize
+from distill.quoting import quote_value
 
 
 def expand_data_paths(words: Sequence[str]) -> list[str]:

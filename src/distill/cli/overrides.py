@@ -1,8 +1,7 @@
-"""Overrides as words: parsing, quoting, and reading those that a run recorded."""
+"""Overrides as words: parsing, and reading those that a run recorded."""
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from distill.cli.renamed_keys import translated
+from distill.quoting import quote_value
 from distill.run_folder import RunFolder
 from distill.types import DistillError
 
@@ -44,19 +44,6 @@ def _explain_syntax_error(word: str, error: Exception) -> str:
         f"{message}: quote values that have = , ' \" ( [ {{ # & ~ or non-ASCII letters, for the shell and again for "
         f"Hydra: {cure}"
     )
-
-
-def quote_value(text: str, mark: str = "'") -> str:
-    """Quote a value, so that an override may contain any characters, such as spaces and commas in paths.
-
-    Backslashes are doubled before a quotation mark and at the end only, as Hydra reads them.
-
-    Args:
-        text: the value.
-        mark: the quotation mark, single or double.
-    """
-    escaped = re.sub(rf"(\\*)({mark}|$)", lambda match: match[1] * 2 + (f"\\{mark}" if match[2] else ""), text)
-    return f"{mark}{escaped}{mark}"
 
 
 def read_overrides(run: Path) -> list[str]:

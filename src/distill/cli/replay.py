@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.cli.overrides import quote_value
+from distill.quoting import quote_value
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,9 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill.cli import compose, instantiate
-from distill.cli.overrides import parse_overrides, quote_value, read_overrides
+from distill.cli.overrides import parse_overrides, read_overrides
 from distill.cli.signals import RESTART_ADVICE
 from distill.files import write_text
+from distill.quoting import quote_value
 from distill.run_folder import OVERRIDES, RunFolder, previous_checkpoint
 from distill.type_checks import leaves
 from distill.types import DistillError

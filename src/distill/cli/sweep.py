@@ -34,10 +34,11 @@ from omegaconf import DictConfig, OmegaConf
 from distill.cli import compose, override_checks, resume, target_policy
 from distill.cli.child_runs import child_environment, wait_for_process
 from distill.cli.hydra_main import run_hydra
-from distill.cli.overrides import quote_value, read_overrides
+from distill.cli.overrides import read_overrides
 from distill.cli.signals import Terminated
 from distill.cli.tables import print_table
 from distill.files import write_text
+from distill.quoting import quote_value
 from distill.run_folder import RunFolder
 from distill.types import DistillError
 

@@ -26,10 +26,11 @@ from omegaconf import OmegaConf
 from distill.cli.child_runs import child_environment, wait_for_process
 from distill.cli.compose import compose_config
 from distill.cli.instantiate import to_containers, without_weights
-from distill.cli.overrides import parse_overrides, quote_value
+from distill.cli.overrides import parse_overrides
 from distill.cli.resume import LOADING_KEYS
 from distill.cli.signals import Terminated
 from distill.files import read_json
+from distill.quoting import quote_value
 from distill.run_folder import STUDENT, RunFolder
 from distill.type_checks import leaves
 from distill.types import DetectorSpec, DistillError

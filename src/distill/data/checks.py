@@ -15,9 +15,8 @@ Other faults are errors. With `on_error="skip"` the affected images or annotatio
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,11 @@ import msgspec
 import numpy as np
 
 from distill.data import rle
+from distill.data.copies import find_shared_files
 from distill.data.decoding import MAX_PIXELS, TRANSPOSED
 from distill.data.inspection import inspect_files
-from distill.data.records import NULL, PackedBytes, Record, Records, pack_records
+from distill.data.packed_bytes import PackedBytes
+from distill.data.records import NULL, Record, Records, pack_records
 from distill.types import DistillError, Size
 
 CORRECTED = (
@@ -162,11 +163,11 @@ def check_overlap(splits: Mapping[str, Sequence[Record]], on_overlap: str = "war
     for later, earlier in (("val", "train"), ("test", "train"), ("test", "val")):
         if later not in splits or earlier not in splits:
             continue
-        shared = _find_shared_files(pack_records(splits[later]), pack_records(splits[earlier]))
+        shared = find_shared_files(pack_records(splits[later]), pack_records(splits[earlier]))
         if shared:
             message = (
-                f"{len(shared)} images of {later} are in {earlier} as well, such as {', '.join(shared[:3])}: numbers "
-                f"measured on {later} are too good. Remove them from one split"
+                f"{len(shared)} images of {later} are in {earlier} as well, such as {', '.join(list(shared)[:3])}: "
+                f"numbers measured on {later} are too good. Remove them from one split"
             )
             if on_overlap == "raise":
                 raise DistillError(message + ", or go on with data.on_overlap=warn")
@@ -181,14 +182,18 @@ def _find_duplicates(records: Records, files: bool) -> None:
         if records.unusable[index]:
             continue
         if id in ids:
-            _mark_broken(records, index, f"{file}: image id {id} is used twice; ids must differ")
+            remedy = "give one of the images, and its annotations, another id"
+            _mark_broken(records, index, f"{file}: image id {id} is used twice; {remedy}")
         elif files and file in places:
             first = places[file]
             if _have_equal_rows(records, first, index):
                 records.unusable[index] = True
                 records.remarks["images listed twice with the same boxes"] += 1
             else:
-                _mark_broken(records, index, f"{file}: this image is listed twice; list it once, with all its boxes")
+                homes = dict.fromkeys(records.annotation_files.text(place) for place in (first, index))
+                where = f", in {' and in '.join(homes)}" if len(homes) > 1 else ""
+                fault = f"{file}: this image is listed twice{where}; list it once, with all its boxes"
+                _mark_broken(records, index, fault)
                 records.unusable[first] = True
         ids.add(id)
         places.setdefault(file, index)
@@ -339,24 +344,3 @@ def _list_problems(split: str, problems: Sequence[str]) -> str:
     lines = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED])
     more = f"\n  … and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
     return f"{split}: {len(problems)} problems in the data:\n{lines}{more}"
-
-
-def _find_shared_files(later: Records, earlier: Records) -> list[str]:
-    """Return the files of `later` that `earlier` has, too, under any name."""
-    sizes = set(later.file_sizes.tolist())
-    rivals: dict[int, list[Path]] = defaultdict(list)
-    for size, file in zip(earlier.file_sizes.tolist(), earlier.files.texts(), strict=True):
-        if size in sizes:
-            rivals[size].append(Path(file))
-    digests: dict[Path, bytes] = {}
-
-    def digest(path: Path) -> bytes:
-        if path not in digests:
-            digests[path] = hashlib.blake2b(path.read_bytes()).digest()
-        return digests[path]
-
-    return [
-        file
-        for size, file in zip(later.file_sizes.tolist(), later.files.texts(), strict=True)
-        if any(Path(file) == rival or digest(Path(file)) == digest(rival) for rival in rivals[size])
-    ]

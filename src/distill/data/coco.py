@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import os
-import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as shown
 from urllib.parse import unquote
 
 import numpy as np
-from numpy.typing import NDArray
 
+from distill.data.class_names import ClassChoice, Renames, relabel
 from distill.data.coco_file import Content, load_content
-from distill.data.records import PackedBytes, Records, paused_garbage_collection
+from distill.data.copies import unify_copies
+from distill.data.decoding import IMAGE_SUFFIXES
+from distill.data.file_index import FileIndex, spellings
+from distill.data.packed_bytes import PackedBytes
+from distill.data.records import (
+    Records,
+    join_records,
+    make_unusable_record,
+    pack_records,
+    paused_garbage_collection,
+)
 from distill.types import DistillError
 
-SplitFiles = Mapping[str, str | None]
-"""The entries `annotations` (JSON file) and `images` (folder) of a split."""
+SplitFiles = Mapping[str, str | Sequence[str] | None]
+"""The entries `annotations` (one or several JSON files) and `images` (folders) of a split."""
 SAMPLED_NAMES = 100
 """Number of names by which the image folder is chosen."""
 
@@ -32,32 +43,46 @@ class Coco:
 
     If `images` is None, the image folder is the one of these that contains most images of the JSON file: the folder of
     the JSON file, `root`, `root/images`, and the folder in `root` that is named like the last part of the JSON file's
-    name (`train2017` for `instances_train2017.json`). If none of them contains any, the folder of the JSON file is
-    used. A `file_name` must not lead out of both the image folder and `root`. If no file has the name, the forms of
-    `name_forms` are tried.
+    name (`train2017` for `instances_train2017.json`). If none of them contains any, the folder of the JSON file and
+    `root` are searched, with their subfolders. A `file_name` must not lead out of both the image folder and `root`. If
+    no file has the name, it is looked up as by `FileIndex`: in other spellings, by its end, with an extension in
+    another case.
 
     The classes are those of train. The other splits may list fewer categories, and other ids for them: their categories
-    are matched by name. Boxes of a class that train lacks are refused if train is read, too. A category that has the
-    name of another and no annotation is dropped. Ids may be texts of digits. The ids of annotations are not used.
+    are matched by name. Boxes of a class that train lacks are refused if train is read, too, unless `classes` is given.
+    A category that has the name of another and no annotation is dropped. Ids may be texts of digits. The ids of
+    annotations are not used.
+
+    Several annotation files of a split are joined. Their categories are matched by name. If they share image ids, the
+    images are numbered anew. An image that occurs in two files with the same boxes counts once; with other boxes, it is
+    a fault.
 
     Args:
         root: folder that all paths of the splits are relative to.
-        train, val, test: a mapping with `annotations` (the JSON file) and `images` (the folder of the image files, or
-            None). None if the data set has no such split.
+        train, val, test: a mapping with `annotations` (the JSON file, or a list of them) and `images` (the folder of
+            the image files, a list with a folder for each JSON file, or None). None if the data set has no such split.
+        classes, rename: see `ClassChoice`.
 
     Raises:
-        DistillError: a split is not a mapping of these two keys.
+        DistillError: a split is not a mapping of these two keys, or `classes` or `rename` has another form.
     """
 
     masks = True
 
     def __init__(
-        self, root: str, train: SplitFiles | None = None, val: SplitFiles | None = None, test: SplitFiles | None = None
+        self,
+        root: str,
+        train: SplitFiles | None = None,
+        val: SplitFiles | None = None,
+        test: SplitFiles | None = None,
+        classes: Sequence[str] | None = None,
+        rename: Renames | None = None,
     ) -> None:
         self.root = Path(root).expanduser()
         self.files = {"train": train, "val": val, "test": test}
+        self.choice = ClassChoice(classes, rename)
         self.category_ids: dict[int, int] = {}
-        self._train_classes: tuple[tuple[str, ...], list[int]] | None = None
+        self._train_categories: dict[str, int] | None = None
         self._is_train_read = False
         for split, files in self.files.items():
             if files is not None and not (isinstance(files, Mapping) and set(files) <= {"annotations", "images"}):
@@ -78,134 +103,199 @@ class Coco:
         Invalid images and annotations are left out. An unusable record lists them as faults.
 
         Raises:
-            DistillError: the split is not configured, its file is missing or is not JSON, one of the lists `images`,
-                `annotations` and `categories` is missing, or a category is invalid.
+            DistillError: the split is not configured, a file is missing or is not JSON, one of the lists `images`,
+                `annotations` and `categories` is missing, a category is invalid, or a name of `classes` or `rename` is
+                unknown.
         """
-        files = self.files.get(split)
-        if not files or not files.get("annotations"):
+        if split not in self.splits:
             raise DistillError(f"data=coco has no split '{split}': set data.source.{split}.annotations to its JSON")
-        path = self.root / str(files["annotations"])
-        content = load_content(path, split)
+        contents = self._load(split)
         if split == "train":
-            self._train_classes, self._is_train_read = (content.classes, content.category_ids), True
-        classes, labels, self.category_ids = self._match_classes(content, path)
-        names = content.names.texts()
-        folder = self.root / str(files["images"]) if files.get("images") else self._folder(path, names)
-        corrected = _correct_names(folder, names)
-        records = self._make_records(content, labels, [corrected.get(name, name) for name in names], folder, path)
-        records.remarks.update(content.remarks)
-        records.remarks["file names written in another form"] += len(corrected)
-        return classes, records
+            self._is_train_read = True
+        classes, self.category_ids = self._match_classes(split, contents)
+        parts = []
+        for (path, content), images in zip(contents, self._image_folders(split), strict=True):
+            records = self._locate_images(content, path, images)
+            relabel(records, [self.choice.rename(name) for name in content.classes], classes)
+            parts.append(records)
+        if len(parts) > 1:
+            _make_ids_unique(parts)
+            unify_copies(parts)
+        faults = [
+            pack_records([make_unusable_record(str(path), content.faults)])
+            for path, content in contents
+            if content.faults
+        ]
+        return classes, join_records([*parts, *faults])
 
-    def _match_classes(self, content: Content, path: Path) -> tuple[tuple[str, ...], NDArray[np.int64], dict[int, int]]:
-        """Return the classes of train, the labels of the annotations among them, and a mapping of label to id."""
-        own_ids = dict(zip(content.classes, content.category_ids, strict=True))
-        train = self._read_train_classes()
-        if train is None or content.classes == train[0]:
-            return content.classes, content.labels, dict(enumerate(content.category_ids, start=1))
-        classes, train_ids = train
-        places = {name: label for label, name in enumerate(classes, start=1)}
-        used = {content.classes[label - 1] for label in np.unique(content.labels).tolist()}
-        unknown = sorted(used - set(classes))
-        if unknown and not self._is_train_read:  # evaluation alone compares the classes with those of the model
-            return content.classes, content.labels, dict(enumerate(content.category_ids, start=1))
-        if unknown:
+    def _load(self, split: str) -> list[tuple[Path, Content]]:
+        """Return the annotation files of a split and their content."""
+        paths = [self.root / name for name in _as_list((self.files[split] or {}).get("annotations"))]
+        return [(path, load_content(path, split)) for path in paths]
+
+    def _image_folders(self, split: str) -> list[Path | None]:
+        """Return the given image folder of each annotation file."""
+        files = self.files[split] or {}
+        count, folders = len(_as_list(files.get("annotations"))), _as_list(files.get("images"))
+        if len(folders) not in (0, 1, count):
             raise DistillError(
-                f"{path}: has boxes of the classes {', '.join(unknown)}, which train lacks; its classes are "
-                f"{', '.join(classes)}. Rename the categories, or remove their annotations"
+                f"data.source.{split}.images: expected one folder, or one for each of the {count} annotation files, "
+                f"got {len(folders)}"
             )
-        labels = np.array([0, *(places.get(name, 0) for name in content.classes)], dtype=np.int64)[content.labels]
-        ids: dict[int, int] = {places[name]: own_ids[name] for name in classes if name in own_ids}
-        for name, number in zip(classes, train_ids, strict=True):
-            taken = set(own_ids.values()) | set(ids.values())
-            ids.setdefault(places[name], number if number not in taken else max(taken) + 1)
-        return classes, labels, ids
+        places: list[Path | None] = [self.root / folder for folder in folders] or [None]
+        return places * count if len(places) == 1 else places
 
-    def _read_train_classes(self) -> tuple[tuple[str, ...], list[int]] | None:
-        """Return the class names of train and their category ids, or None if there is no readable file of train."""
-        files = self.files.get("train")
-        if self._train_classes is None and files and files.get("annotations"):
-            with suppress(DistillError):  # reading train itself raises
-                content = load_content(self.root / str(files["annotations"]), "train")
-                self._train_classes = content.classes, content.category_ids
-        return self._train_classes
-
-    def _make_records(
-        self, content: Content, labels: NDArray[np.int64], names: Sequence[str], folder: Path, path: Path
-    ) -> Records:
-        count = len(names)
-        outside = [index for index, name in enumerate(names) if not self._holds(folder, name)]
-        files = [str(folder / name) for name in names]
-        for index in outside:
-            files[index] = names[index]
-        records = Records(
-            ids=content.ids,
-            files=PackedBytes.pack_texts(files),
-            sizes=content.sizes,
-            annotation_files=PackedBytes.repeat(str(path).encode("utf-8", "surrogateescape"), count),
-            file_sizes=np.full(count, -1, dtype=np.int64),
-            unusable=np.zeros(count, dtype=np.bool_),
-            ends=content.ends,
-            boxes=content.boxes,
-            labels=labels,
-            crowd=content.crowd,
-            difficult=np.zeros(len(labels), dtype=np.bool_),
-            area=content.area,
-            annotation_indices=content.annotation_indices,
-            segmentations=content.segmentations,
+    def _match_classes(
+        self, split: str, contents: Sequence[tuple[Path, Content]]
+    ) -> tuple[tuple[str, ...], dict[int, int]]:
+        """Return the classes, and a mapping of label to the id of the category in the files of a split."""
+        own_ids, where = self._name_categories(contents), ", ".join(str(path) for path, _ in contents)
+        self.choice.require_known(
+            [name for _, content in contents for name in content.classes],
+            self._all_names,
+            where,
         )
-        for index in outside:
-            message = f"'file_name' {shown(names[index])} leads out of {folder} and of data.source.root"
-            records.add_fault(index, f"{path}: image {records.ids[index]}: {message}; name a file inside")
-            records.unusable[index] = True
-        return records.with_file_faults(str(path), content.faults) if content.faults else records
+        train_ids = own_ids if split == "train" else self._read_train_categories() or own_ids
+        classes = self.choice.classes or tuple(train_ids)
+        unknown = () if self.choice.classes else self._find_unknown_classes(contents, classes)
+        if unknown and self._is_train_read:
+            raise DistillError(
+                f"{where}: has boxes of the classes {', '.join(unknown)}, which train lacks; its "
+                f"classes are {', '.join(classes)}. Rename them with data.source.rename, or choose the classes to use "
+                "with data.source.classes"
+            )
+        if unknown:  # evaluation alone compares the classes with those of the model
+            classes = tuple(own_ids)
+        ids: dict[int, int] = {label: own_ids[name] for label, name in enumerate(classes, start=1) if name in own_ids}
+        for label, name in enumerate(classes, start=1):
+            taken = set(own_ids.values()) | set(ids.values())
+            number = train_ids.get(name, 1)
+            ids.setdefault(label, number if number not in taken else max(taken) + 1)
+        return classes, ids
 
-    def _folder(self, path: Path, names: Sequence[str]) -> Path:
+    def _name_categories(self, contents: Sequence[tuple[Path, Content]]) -> dict[str, int]:
+        """Return the classes of joined files after the renames, each with the id of its category.
+
+        The first file that has the class gives the id, and in this file a category that is not renamed. A class whose
+        id is taken by another class gets the next free id.
+        """
+        ids: dict[str, int] = {}
+        for _, content in contents:
+            own = dict(zip(content.classes, content.category_ids, strict=True))
+            for name in self.choice.rename_all(own):
+                old = next(
+                    old for old in sorted(own, key=lambda other: other != name) if self.choice.rename(old) == name
+                )
+                if name not in ids:
+                    ids[name] = own[old] if own[old] not in ids.values() else max(ids.values()) + 1
+        return ids
+
+    def _find_unknown_classes(self, contents: Sequence[tuple[Path, Content]], classes: Sequence[str]) -> list[str]:
+        """Return the classes that have boxes and are not in the list."""
+        used = {
+            self.choice.rename(content.classes[label - 1])
+            for _, content in contents
+            for label in np.unique(content.records.labels).tolist()
+        }
+        return sorted(used - set(classes))
+
+    def _read_train_categories(self) -> dict[str, int] | None:
+        """Return the classes of train and their category ids, or None if there is no readable file of train."""
+        if self._train_categories is None and "train" in self.splits:
+            with suppress(DistillError):  # reading train itself raises
+                self._train_categories = self._name_categories(self._load("train"))
+        return self._train_categories
+
+    def _all_names(self) -> list[str]:
+        """Return the names of the categories of all splits that can be read, as the files write them."""
+        names: dict[str, None] = {}
+        for split in self.splits:
+            with suppress(DistillError):
+                names |= dict.fromkeys(name for _, content in self._load(split) for name in content.classes)
+        return list(names)
+
+    def _locate_images(self, content: Content, path: Path, given: Path | None) -> Records:
+        """Return the records of an annotation file, with the paths of their images."""
+        names = content.records.files.texts()
+        chosen = given or self._choose_folder(path, names)
+        folder, searched = chosen or path.parent, [chosen] if chosen else [path.parent, self.root]
+        listings: dict[str, set[str]] = {}
+        indexes: dict[Path, FileIndex] = {}
+        files: list[str] = []
+        corrected = 0
+        outside = []
+        for place, name in enumerate(names):
+            parent, _, last = name.rpartition("/")
+            if parent not in listings:
+                try:
+                    listings[parent] = set(os.listdir(folder / parent))
+                except (OSError, ValueError):
+                    listings[parent] = set()
+            file = str(folder / name)
+            if last not in listings[parent] or not self._holds(folder, name):
+                for home in searched:
+                    if home not in indexes:
+                        indexes[home] = FileIndex(home, IMAGE_SUFFIXES, recursive=True)
+                found = next(filter(None, (indexes[home].find_file(name) for home in searched)), None)
+                if found is not None:
+                    file, corrected = str(found), corrected + 1
+                elif not all(self._holds(folder, spelling) for spelling in (name, *spellings(name))):
+                    outside.append(place)
+                    file = name
+            files.append(file)
+        records = replace(
+            content.records,
+            files=PackedBytes.pack_texts(files),
+            annotation_files=PackedBytes.repeat(str(path).encode("utf-8", "surrogateescape"), len(names)),
+            unusable=np.zeros(len(names), dtype=np.bool_),
+            faults={},
+            remarks=Counter(content.remarks),
+        )
+        records.remarks["file names written in another form"] += corrected
+        for place in outside:
+            message = f"'file_name' {shown(names[place])} leads out of {folder} and of data.source.root"
+            records.add_fault(place, f"{path}: image {records.ids[place]}: {message}; name a file inside")
+            records.unusable[place] = True
+        return records
+
+    def _choose_folder(self, path: Path, names: Sequence[str]) -> Path | None:
+        """Return the usual folder that holds most of the images, or None if no such folder holds any."""
         usual = (path.parent, self.root, self.root / "images", self.root / path.stem.rpartition("_")[2])
         sample = names[:: max(1, len(names) // SAMPLED_NAMES)]
         for some in (sample, names):
-            counts = [sum(_find_form(folder, name) is not None for name in some) for folder in usual]
+            counts = [sum(_is_file(folder, name) for name in some) for folder in usual]
             if any(counts):
                 return usual[counts.index(max(counts))]
-        return path.parent
+        return None
 
     def _holds(self, folder: Path, name: str) -> bool:
         """Whether the path of a file lies in the image folder or in `root`.
 
         Symbolic links are not resolved: the owner of the folder may link to files elsewhere.
         """
-        if ".." not in name and ":" not in name and name[0] not in "/\\":
+        if ".." not in name and ":" not in name and name[:1] not in ("/", "\\"):
             return True
         place = Path(os.path.abspath(folder / name))
         return any(place.is_relative_to(os.path.abspath(home)) for home in (folder, self.root))
 
 
-def name_forms(name: str) -> list[str]:
-    """Return other forms of a file name that tools write: `/` for a backslash, decoded `%20`, other Unicode forms."""
-    forms = []
-    for decoded in (name, name.replace("\\", "/"), unquote(name), unquote(name).replace("\\", "/")):
-        forms += [decoded, *(unicodedata.normalize(form, decoded) for form in ("NFC", "NFD"))]
-    return [form for form in dict.fromkeys(forms) if form and form != name and "\0" not in form]
+def _as_list(value: str | Sequence[str] | None) -> list[str]:
+    """Return one or several names as a list."""
+    return [str(value)] if isinstance(value, str) else [str(name) for name in value or ()]
 
 
-def _find_form(folder: Path, name: str) -> str | None:
-    """Return the form of a name that is a file in the folder, or None."""
-    return next((form for form in (name, *name_forms(name)) if os.path.isfile(folder / form)), None)
+def _is_file(folder: Path, name: str) -> bool:
+    return any(os.path.isfile(folder / form) for form in dict.fromkeys((name, name.replace("\\", "/"), unquote(name))))
 
 
-def _correct_names(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return a mapping of the names that only have a file in another form to this form."""
-    listings: dict[str, set[str]] = {}
-    corrected = {}
-    for name in names:
-        parent, _, last = name.rpartition("/")
-        if parent not in listings:
-            try:
-                listings[parent] = set(os.listdir(folder / parent))
-            except (OSError, ValueError):
-                listings[parent] = set()
-        if last not in listings[parent] and name_forms(name):
-            form = _find_form(folder, name)
-            if form not in (None, name):
-                corrected[name] = str(form)
-    return corrected
+def _make_ids_unique(parts: Sequence[Records]) -> None:
+    """Number the images of joined files anew, from 1, if an id occurs in more than one of them."""
+    ids = np.concatenate([np.unique(part.ids) for part in parts])
+    if len(np.unique(ids)) == len(ids):
+        return
+    first = 1
+    for part in parts:
+        own, places = np.unique(part.ids, return_inverse=True)  # ids that repeat in one file stay equal, for the checks
+        part.ids = places.reshape(-1) + first
+        first += len(own)
+    parts[0].remarks["image ids numbered anew, as the joined files share some"] += first - 1

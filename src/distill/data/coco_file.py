@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.column_cache import cache_file, exclusive, load_columns, save_columns
-from distill.data.records import NULL, Annotation, PackedBytes, make_record, pack_records
+from distill.data.packed_bytes import PackedBytes
+from distill.data.records import NULL, Annotation, Records, make_record, pack_records
 from distill.types import DistillError, Size
 
 MIN_ID, MAX_ID = -(2**63), 2**63 - 1
@@ -34,31 +35,36 @@ MIN_CACHED_SIZE = 2**20
 CACHE_VERSION = 1
 """Raise this number if the same file gives other content."""
 COLUMNS = ("ids", "sizes", "ends", "boxes", "labels", "crowd", "area", "annotation_indices")
-"""Columns of a `Content` that are arrays."""
+"""Columns of the records that are kept in the cache as arrays."""
 
 
 @dataclass
 class Content:
-    """What one annotation file says, without its classes' and images' places on the disk. Columns as in `Records`."""
+    """What one annotation file says."""
 
     classes: tuple[str, ...]
     category_ids: list[int]
     """Category ids in the order of the labels."""
-    names: PackedBytes
-    """Names of the image files."""
-    ids: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    boxes: NDArray[np.float64]
-    labels: NDArray[np.int64]
-    crowd: NDArray[np.bool_]
-    area: NDArray[np.float64]
-    annotation_indices: NDArray[np.int64]
-    segmentations: PackedBytes
+    records: Records
+    """The images and their annotations. `files` holds the names as the file writes them."""
     faults: list[str]
     """Messages about invalid entries, which are left out."""
     remarks: dict[str, int]
     """Counts of what was ignored or corrected without harm."""
+
+
+def _make_content_records(files: PackedBytes, segmentations: PackedBytes, **columns: Any) -> Records:
+    """Return records of the columns in `COLUMNS`. What the file does not say is empty."""
+    images, rows = len(files), len(columns["labels"])
+    return Records(
+        files=files,
+        annotation_files=PackedBytes.repeat(b"", images),
+        file_sizes=np.full(images, -1, dtype=np.int64),
+        unusable=np.zeros(images, dtype=np.bool_),
+        difficult=np.zeros(rows, dtype=np.bool_),
+        segmentations=segmentations,
+        **columns,
+    )
 
 
 class ImageEntry(msgspec.Struct):
@@ -112,23 +118,23 @@ def load_content(path: Path, split: str) -> Content:
 
 
 def _to_columns(content: Content) -> dict[str, NDArray[Any]]:
-    columns = {name: getattr(content, name) for name in COLUMNS}
-    for name in ("names", "segmentations"):
-        packed: PackedBytes = getattr(content, name)
+    columns = {name: getattr(content.records, name) for name in COLUMNS}
+    for name, packed in (("names", content.records.files), ("segmentations", content.records.segmentations)):
         columns |= {f"{name}.blob": packed.blob, f"{name}.starts": packed.starts, f"{name}.ends": packed.ends}
     texts = {name: getattr(content, name) for name in ("classes", "category_ids", "faults", "remarks")}
     return columns | {"texts": np.frombuffer(json.dumps(texts).encode(), np.uint8)}
 
 
 def _from_columns(columns: Mapping[str, NDArray[Any]]) -> Content:
-    packed: dict[str, Any] = {
-        name: PackedBytes(*(columns[f"{name}.{part}"] for part in ("blob", "starts", "ends")))
+    names, segmentations = (
+        PackedBytes(*(columns[f"{name}.{part}"] for part in ("blob", "starts", "ends")))
         for name in ("names", "segmentations")
-    }
+    )
     texts = json.loads(columns["texts"].tobytes())
     texts["classes"] = tuple(texts["classes"])
-    arrays: dict[str, Any] = {name: columns[name] for name in COLUMNS}
-    return Content(**arrays, **packed, **texts)
+    return Content(
+        records=_make_content_records(names, segmentations, **{name: columns[name] for name in COLUMNS}), **texts
+    )
 
 
 def _read_content(path: Path, split: str) -> Content:
@@ -144,8 +150,13 @@ def _read_valid_file(path: Path) -> Content:
     Raises:
         OSError, ValueError, OverflowError, RecursionError: the file is not valid. `_read_any_file` says why.
     """
-    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    text.decode()  # msgspec skips entries that it ignores without decoding them
+    text = path.read_bytes()
+    encoding = json.detect_encoding(text)
+    if encoding in ("utf-8", "utf-8-sig"):
+        text = text.removeprefix(codecs.BOM_UTF8)
+        text.decode()  # msgspec skips entries that it ignores without decoding them
+    else:
+        text = text.decode(encoding).encode()
     file = msgspec.json.decode(text, type=ValidFile)
     del text
     remarks: Counter[str] = Counter()
@@ -168,10 +179,9 @@ def _read_valid_file(path: Path) -> Content:
     with np.errstate(over="ignore", invalid="ignore"):  # the checks report boxes that are not finite
         boxes_area = boxes[:, 2] * boxes[:, 3]
         boxes[:, 2:] += boxes[:, :2]
-    return Content(
-        classes=classes,
-        category_ids=list(category_ids.values()),
-        names=PackedBytes.pack_texts(names),
+    records = _make_content_records(
+        files=PackedBytes.pack_texts(names),
+        segmentations=PackedBytes.pack([entries[place].segmentation for place in order.tolist()]),
         ids=ids,
         sizes=sizes,
         ends=np.cumsum(np.bincount(images, minlength=len(ids))),
@@ -180,10 +190,8 @@ def _read_valid_file(path: Path) -> Content:
         crowd=np.array([bool(entry.iscrowd) for entry in entries], dtype=np.bool_)[order],
         area=np.where(np.isnan(area), boxes_area, area),
         annotation_indices=order,
-        segmentations=PackedBytes.pack([entries[place].segmentation for place in order.tolist()]),
-        faults=[],
-        remarks=dict(remarks),
     )
+    return Content(classes, list(category_ids.values()), records, faults=[], remarks=dict(remarks))
 
 
 def _count_repeated(numbers: Sequence[Any]) -> int:
@@ -223,21 +231,12 @@ def _read_any_file(path: Path, split: str) -> Content:
     records = pack_records(
         [make_record(number, name, size, annotations.get(number, ())) for number, (name, size) in images.items()]
     )
-    return Content(
-        classes=classes,
-        category_ids=list(category_ids.values()),
-        names=records.files,
-        faults=faults,
-        remarks=dict(remarks),
-        segmentations=records.segmentations,
-        **{name: getattr(records, name) for name in COLUMNS},
-    )
+    return Content(classes, list(category_ids.values()), records, faults, dict(remarks))
 
 
 def _load_json(path: Path, split: str) -> dict[str, list[Any]]:
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            content: Any = json.load(file)
+        content: Any = json.loads(path.read_bytes())  # detects UTF-8, UTF-16 and UTF-32
     except FileNotFoundError:
         raise DistillError(
             f"{path}: no such annotation file; set data.source.root and data.source.{split}.annotations"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from distill.data.checks import SplitReport, check_overlap, check_records
+from distill.data.class_names import describe_similar_names
 from distill.data.decoding import MAX_PIXELS, read_image
 from distill.data.hold_out import hold_out_images, select_with_faults
 from distill.data.identity import describe_differences, digest_records
@@ -377,7 +377,9 @@ class DetectionData(L.LightningDataModule):
                 f"{list(self._classes or ())} before. Give all annotation files the same categories."
             )
         if self._classes is None:
-            _warn_of_similar_names(classes)
+            similar = describe_similar_names(classes)
+            if similar and hasattr(self.source, "choice"):
+                warnings.warn(similar, stacklevel=2)
         self._classes = tuple(classes)
         records, self.checked[split] = check_records(
             annotated, split, self.on_error, not self._drawn, self.masks, self.max_pixels
@@ -416,20 +418,6 @@ class DetectionData(L.LightningDataModule):
             prefetch_factor=self.prefetch if self.workers else None,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # else each iterator would draw from the global stream, which the models use
-        )
-
-
-def _warn_of_similar_names(classes: Sequence[str]) -> None:
-    """Warn of classes whose names differ in case or spaces alone."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in classes:
-        groups["".join(name.split()).casefold()].append(name)
-    similar = "; ".join(", ".join(map(repr, names)) for names in groups.values() if len(names) > 1)
-    if similar:
-        warnings.warn(
-            f"classes whose names differ in case or spaces alone are different classes: {similar}. If they are one "
-            "class, give it one name in the annotation files",
-            stacklevel=2,
         )
 
 

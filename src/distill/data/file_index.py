@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 from urllib.parse import unquote
 
@@ -35,11 +35,13 @@ class FileIndex:
                 self.by_path.setdefault(name, []).append(file)
                 for end in path_ends(name)[1:]:
                     self._by_end.setdefault(end, []).append(file)
+        self._in_lower_case: dict[str, list[Path]] | None = None
 
     def find(self, name: str) -> list[Path]:
         """Return the files of a name, which may have an extension.
 
-        The name is the path of a file, or ends with this path, or is its end. `cam1/a` is not the name of `cam2/a`.
+        The name is the path of a file, or ends with this path, or is its end. `cam1/a` is not the name of `cam2/a`. If
+        no file has the name, upper and lower case are not distinguished.
         """
         for spelling in spellings(name):
             for end in path_ends(spelling):
@@ -47,7 +49,21 @@ class FileIndex:
                     return self.by_path[end]
             if spelling in self._by_end:
                 return self._by_end[spelling]
+        if self._in_lower_case is None:
+            self._in_lower_case = {}
+            for path, files in self.by_path.items():
+                self._in_lower_case.setdefault(path.casefold(), []).extend(files)
+        for spelling in spellings(name):
+            for end in path_ends(spelling.casefold()):
+                if end in self._in_lower_case:
+                    return self._in_lower_case[end]
         return []
+
+    def find_file(self, name: str) -> Path | None:
+        """Return the one file of a name with an extension, or None. The extension may be in another case."""
+        suffix = PurePosixPath(unquote(name)).suffix.lower()
+        files = [file for file in self.find(name) if file.suffix.lower() == suffix]
+        return files[0] if len(files) == 1 else None
 
 
 def path_ends(path: str) -> list[str]:

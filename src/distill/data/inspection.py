@@ -60,8 +60,7 @@ def inspect_files(files: Sequence[str], max_pixels: int) -> Inspection:
         max_pixels: largest number of pixels of an image.
     """
     count = len(files)
-    states = np.array([state for chunk in _map_chunks(_read_states, files) for state in chunk], dtype=np.int64)
-    file_sizes, modified = states.reshape(-1, 2).T.copy()
+    file_sizes, modified = read_states(files).T.copy()
     facts = Inspection(
         file_sizes,
         modified,
@@ -89,6 +88,12 @@ def inspect_files(files: Sequence[str], max_pixels: int) -> Inspection:
     return facts
 
 
+def read_states(files: Sequence[str]) -> NDArray[np.int64]:
+    """Return the size in bytes and the modification time of each file (N, 2); -1 and 0 if there is no such file."""
+    states = [state for chunk in _map_chunks(_read_states, files) for state in chunk]
+    return np.array(states, dtype=np.int64).reshape(-1, 2)
+
+
 def _inspect_new_files(files: Sequence[str], indices: Sequence[int], max_pixels: int, facts: Inspection) -> None:
     # Pillow warns of large images and of damaged tags; both are readable. Warning filters apply to all threads, so the
     # filter is set once, outside the threads.
@@ -114,7 +119,6 @@ def _map_chunks(function: Callable[[Sequence[str]], list[T]], files: Sequence[st
 
 
 def _read_states(files: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the size in bytes and the modification time of each file; -1 and 0 if there is no such file."""
     states = []
     for file in files:
         try:

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.data.packed_bytes import PackedBytes
 from distill.types import Size
 
 
@@ -64,71 +65,12 @@ class Record:
     """Bytes of the image file. The checks set it."""
 
 
-class PackedBytes:
-    """Many byte strings in one array. Entry i is `blob[starts[i]:ends[i]]`. Several entries may share bytes.
-
-    Thousands of separate strings would take more memory, and forked loader processes would copy them: reading an object
-    changes its reference count.
-    """
-
-    def __init__(self, blob: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
-        self.blob, self.starts, self.ends = blob, starts, ends
-
-    @classmethod
-    def pack(cls, entries: Sequence[bytes] | Sequence[Any]) -> PackedBytes:
-        """Copy byte strings, or objects with the buffer protocol, into one array."""
-        blob = np.frombuffer(b"".join(entries), np.uint8)
-        ends = np.cumsum(np.fromiter((memoryview(entry).nbytes for entry in entries), np.int64, len(entries)))
-        return cls(blob, np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)], ends)
-
-    @classmethod
-    def pack_texts(cls, texts: Sequence[str]) -> PackedBytes:
-        """Pack texts. `text` returns them again, also paths that are no valid UTF-8."""
-        return cls.pack([text.encode("utf-8", "surrogateescape") for text in texts])
-
-    @classmethod
-    def repeat(cls, entry: bytes, count: int) -> PackedBytes:
-        """Return `count` equal entries."""
-        return cls(
-            np.frombuffer(entry, np.uint8), np.zeros(count, np.int64), np.full(count, len(entry), dtype=np.int64)
-        )
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.blob[self.starts[index] : self.ends[index]].tobytes()
-
-    def text(self, index: int) -> str:
-        """Return entry `index` as a text."""
-        return self[index].decode("utf-8", "surrogateescape")
-
-    def texts(self) -> list[str]:
-        """Return all entries as texts."""
-        content = self.blob.tobytes()
-        rows = zip(self.starts.tolist(), self.ends.tolist(), strict=True)
-        return [content[start:end].decode("utf-8", "surrogateescape") for start, end in rows]
-
-    def lengths(self) -> NDArray[np.int64]:
-        """Return the number of bytes of each entry."""
-        return self.ends - self.starts
-
-    def extend(self, other: PackedBytes) -> PackedBytes:
-        """Return the entries of both."""
-        first = len(self.blob)
-        return PackedBytes(
-            np.concatenate([self.blob, other.blob]),
-            np.concatenate([self.starts, other.starts + first]),
-            np.concatenate([self.ends, other.ends + first]),
-        )
-
-    def select(self, rows: NDArray[np.bool_]) -> PackedBytes:
-        """Return the entries of a mask. The bytes are shared, not copied."""
-        return PackedBytes(self.blob, self.starts[rows], self.ends[rows])
-
-
 NULL = b"null"
 """JSON of a missing segmentation."""
+IMAGE_ARRAYS = ("ids", "sizes", "file_sizes", "unusable")
+ROW_ARRAYS = ("boxes", "labels", "crowd", "difficult", "area", "annotation_indices")
+PACKED_COLUMNS = ("files", "annotation_files", "segmentations")
+"""Columns of `Records`: arrays by image, arrays by annotation, and byte strings. `ends` is another."""
 MAX_SIDE = 2**62
 """Larger stated sides of images are lowered to this number, which is no less wrong, to fit into int64."""
 
@@ -223,28 +165,12 @@ class Records(Sequence[Record]):
         """Add a message about an image or about one of its annotations."""
         self.faults.setdefault(index, []).append(message)
 
-    def with_file_faults(self, annotation_file: str, faults: Sequence[str]) -> Records:
-        """Return the images and an unusable one that carries faults of the annotation file itself."""
-        last = pack_records([make_unusable_record(annotation_file, faults)])
-
-        def extend(name: str) -> Any:
-            return np.concatenate([getattr(self, name), getattr(last, name)])
-
-        return replace(
-            self,
-            **{name: extend(name) for name in ("ids", "sizes", "file_sizes", "unusable")},
-            files=self.files.extend(last.files),
-            annotation_files=self.annotation_files.extend(last.annotation_files),
-            ends=np.append(self.ends, len(self.labels)),
-            faults=self.faults | {len(self): list(faults)},
-        )
-
     def keep_rows(self, rows: NDArray[np.bool_]) -> None:
         """Remove the annotations outside the mask ``rows`` (M,)."""
         if rows.all():
             return
         kept = np.bincount(self.row_images()[rows], minlength=len(self))
-        for name in ("boxes", "labels", "crowd", "difficult", "area", "annotation_indices", "annotated_boxes"):
+        for name in (*ROW_ARRAYS, "annotated_boxes"):
             column = getattr(self, name)
             setattr(self, name, None if column is None else column[rows])
         self.segmentations = self.segmentations.select(rows)
@@ -256,10 +182,36 @@ class Records(Sequence[Record]):
             return replace(self, faults={}, remarks=Counter())
         part = replace(self, faults={}, remarks=Counter())
         part.keep_rows(images[self.row_images()])
-        part.ids, part.sizes, part.ends = self.ids[images], self.sizes[images], part.ends[images]
-        part.file_sizes, part.unusable = self.file_sizes[images], self.unusable[images]
+        part.ends = part.ends[images]
+        for name in IMAGE_ARRAYS:
+            setattr(part, name, getattr(self, name)[images])
         part.files, part.annotation_files = self.files.select(images), self.annotation_files.select(images)
         return part
+
+
+def join_records(parts: Sequence[Records]) -> Records:
+    """Return the images of all parts, with their faults and remarks, as their source read them.
+
+    The ids stay as they are.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    images = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+    rows = np.cumsum([0, *(len(part.labels) for part in parts)]).tolist()
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in (*IMAGE_ARRAYS, *ROW_ARRAYS)
+    }
+    columns |= {name: PackedBytes.join([getattr(part, name) for part in parts]) for name in PACKED_COLUMNS}
+    return Records(
+        **columns,
+        ends=np.concatenate([part.ends + first for part, first in zip(parts, rows, strict=False)]),
+        faults={
+            first + index: list(faults)
+            for part, first in zip(parts, images, strict=False)
+            for index, faults in part.faults.items()
+        },
+        remarks=sum((part.remarks for part in parts), Counter()),
+    )
 
 
 def decode_segmentation(content: bytes) -> Any:

@@ -6,6 +6,7 @@ Two folders, one of images and one of XML files, are enough; so are XML files be
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -17,9 +18,17 @@ from unicodedata import normalize
 
 from defusedxml.ElementTree import ParseError, fromstring
 
+from distill.data.class_names import ClassChoice, Renames
 from distill.data.decoding import IMAGE_SUFFIXES
 from distill.data.file_index import XML_SUFFIXES, FileIndex, path_ends, spellings
-from distill.data.records import Annotation, Record, make_record, make_unusable_record
+from distill.data.records import (
+    Annotation,
+    Record,
+    Records,
+    make_record,
+    make_unusable_record,
+    pack_records,
+)
 from distill.types import DistillError, Size
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs")
@@ -65,13 +74,14 @@ class Voc:
         train, val, test: one or several names of lists in `ImageSets/Main`. `VOC2007/trainval` is the list `trainval`
             in the folder `VOC2007` below `root`, so several years can be joined. None if the data set has no such
             split.
-        classes: class names in the order of their labels; None: all names that occur in any split, sorted.
+        classes, rename: see `ClassChoice`. Without `classes`, the classes are all names that occur in any split,
+            sorted. A name of `classes` that occurs in no split gives a warning.
         one_based: whether corners count pixels from 1 and include the last pixel, as in VOC's own files. If so, 1 is
             subtracted from `xmin` and `ymin`. By default corners are not changed, because most tools count from 0.
         images, annotations: names of the two folders; None: the first of the usual names that exists.
 
     Raises:
-        DistillError: `classes` is not a list of different names.
+        DistillError: `classes` is not a list of different names, or `rename` has another form.
     """
 
     def __init__(
@@ -84,6 +94,7 @@ class Voc:
         one_based: bool = False,
         images: str | None = None,
         annotations: str | None = None,
+        rename: Renames | None = None,
     ) -> None:
         self.root = Path(root).expanduser()
         self.lists = {
@@ -91,9 +102,7 @@ class Voc:
             for split, names in (("train", train), ("val", val), ("test", test))
             if names
         }
-        if classes is not None and (isinstance(classes, str) or not classes or len(set(classes)) < len(classes)):
-            raise DistillError(f"data.source.classes: expected a list of different names, got {classes}")
-        self.names = None if classes is None else tuple(classes)
+        self.choice = ClassChoice(classes, rename)
         self.one_based, self.image_folder, self.xml_folder = one_based, images, annotations
         self._pages: dict[str, list[XmlAnnotation]] = {}
         self._folders: dict[Path, VocFolder] = {}
@@ -103,7 +112,7 @@ class Voc:
         """Names of the splits whose lists exist, and train always. Reading a split with a missing list raises."""
         return tuple(split for split in self.lists if split == "train" or all(map(self._exists, self.lists[split])))
 
-    def read_split(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
+    def read_split(self, split: str) -> tuple[tuple[str, ...], Records]:
         """Read the class names and records of a split.
 
         Invalid objects are left out. The record of their image lists them as faults.
@@ -115,9 +124,17 @@ class Voc:
         if split not in self.lists:
             raise DistillError(f"data=voc has no split '{split}': set data.source.{split} to a list in ImageSets/Main")
         pages = self._read(split)
-        classes = self.names or self._discover()
-        labels = {name: label for label, name in enumerate(classes, start=1)}
-        return classes, [self._record(number, page, labels) for number, page in enumerate(pages, start=1)]
+        own = {name for page in pages for name, _, _ in page.things if name}
+        self.choice.require_known(own, self._discover, self.root, with_classes=False)
+        if self.choice.classes is None:
+            own = set(self._discover())
+        absent = set(self.choice.classes or ()) - set(self.choice.rename_all(own))
+        if absent and own and (absent := absent - set(self.choice.rename_all(self._discover()))):
+            warnings.warn(f"data.source.classes: no XML names an object {', '.join(sorted(absent))}", stacklevel=2)
+        names = sorted(own, key=lambda name: (self.choice.rename(name), name))
+        labels = {name: label for label, name in enumerate(names, start=1)}
+        records = pack_records([self._record(number, page, labels) for number, page in enumerate(pages, start=1)])
+        return self.choice.select(names, records)
 
     def _discover(self) -> tuple[str, ...]:
         names: set[str] = set()
@@ -230,11 +247,8 @@ class Voc:
             return make_unusable_record(where, [f"{where}: {page.fault}"], str(page.image or page.xml.stem))
         notes, faults = [], []
         for place, (name, corners, difficult) in enumerate(page.things):
-            if name not in labels:
-                known = ", ".join(labels)
-                faults.append(
-                    f"{where}: object {place} is a '{name}', which is no class ({known}); see data.source.classes"
-                )
+            if not name:
+                faults.append(f"{where}: object {place} has no name; write it, or remove the object")
             elif not corners:
                 faults.append(f"{where}: object {place} ({name}) needs a bndbox of four numbers; fix or remove it")
             else:

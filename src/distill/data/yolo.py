@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
+from distill.data.class_names import ClassChoice, Renames
 from distill.data.decoding import IMAGE_SUFFIXES, MAX_PIXELS, inspect_image
 from distill.data.layouts import DESCRIPTIONS, SPLIT_KEYS, find_description
-from distill.data.records import Annotation, Record, make_record, make_unusable_record
+from distill.data.records import Annotation, Record, Records, make_record, make_unusable_record, pack_records
 from distill.types import DistillError, Size
 
 TOLERANCE = 1e-3
@@ -34,7 +35,8 @@ class Yolo:
         root: folder of the data set, or its `data.yaml`.
         train, val, test: folder or list file of images in `root`, or a list of them, in place of that of `data.yaml`;
             None: as in `data.yaml`.
-        classes: class names in the order of their numbers; None: as in `data.yaml`.
+        classes, rename: see `ClassChoice`. If no `data.yaml` lists class names, `classes` are the names in the order of
+            their numbers.
 
     The attribute `max_pixels` is the largest number of pixels of an image whose size is read.
 
@@ -51,10 +53,11 @@ class Yolo:
         val: str | Sequence[str] | None = None,
         test: str | Sequence[str] | None = None,
         classes: Sequence[str] | None = None,
+        rename: Renames | None = None,
     ) -> None:
         path = Path(root).expanduser()
         self.given = {"train": train, "val": val, "test": test}
-        self.classes = classes
+        self.choice = ClassChoice(classes, rename)
         self.max_pixels = MAX_PIXELS
         self.root = path.parent if path.suffix.lower() in (".yaml", ".yml") else path
         self.file = path if self.root != path else find_description(path)
@@ -65,7 +68,7 @@ class Yolo:
         description = self._read_description()
         return tuple(split for split in SPLIT_KEYS if self._has(split, description))
 
-    def read_split(self, split: str) -> tuple[tuple[str, ...], list[Record]]:
+    def read_split(self, split: str) -> tuple[tuple[str, ...], Records]:
         """Read the class names and records of a split. Each invalid line becomes a fault of its image's record.
 
         Raises:
@@ -79,13 +82,15 @@ class Yolo:
                 f"{self.file or DESCRIPTIONS[0]}, or the folder images/{split} or {split}/images; or set "
                 f"data.source.{split}"
             )
-        classes = self._class_names(description)
+        names = self._class_names(description)
         files = sorted({file for place in places for file in self._images(place, split)})
         if not files:
             raise DistillError(f"{places[0]}: no image ({', '.join(IMAGE_SUFFIXES)}) in it; set data.source.{split}")
-        return classes, [
-            _read_image_labels(number, file, classes, self.max_pixels) for number, file in enumerate(files, start=1)
-        ]
+        records = pack_records(
+            [_read_image_labels(number, file, names, self.max_pixels) for number, file in enumerate(files, start=1)]
+        )
+        self.choice.require_known(names, lambda: names, self.file or self.root)
+        return self.choice.select(names, records)
 
     def _has(self, split: str, description: dict[str, Any]) -> bool:
         try:
@@ -109,7 +114,7 @@ class Yolo:
         return content
 
     def _class_names(self, description: dict[str, Any]) -> tuple[str, ...]:
-        names = self.classes if self.classes is not None else description.get("names")
+        names = description.get("names") or self.choice.classes
         if isinstance(names, dict):
             if set(names) != set(range(len(names))):
                 raise DistillError(f"{self.file}: 'names' needs the numbers 0 to {len(names) - 1}, got {list(names)}")
@@ -122,7 +127,7 @@ class Yolo:
         texts = tuple(str(name) for name in names)
         if repeated := sorted({name for name in texts if texts.count(name) > 1}):
             raise DistillError(f"{self.file or self.root}: the class names {repeated} occur twice; rename one of each")
-        if (count := description.get("nc")) is not None and self.classes is None and count != len(texts):
+        if (count := description.get("nc")) is not None and description.get("names") and count != len(texts):
             raise DistillError(f"{self.file}: 'nc' is {count}, but 'names' lists {len(texts)} classes; correct one")
         return texts
 

@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from distill.cli.overrides import parse_overrides, quote_value
+from distill.cli.overrides import parse_overrides
+from distill.quoting import quote_value
 from distill.types import DistillError
 
 PATHS = [

@@ -81,12 +81,20 @@ def test_every_split_has_the_same_classes_discovered_or_given(plain):
     assert [record.labels.tolist() for record in records] == [[2, 1], [3]]
 
 
-def test_a_name_that_is_no_class_is_named_or_skipped(plain):
-    with pytest.raises(DistillError, match=r"a\.xml: object 1 is a 'dog', which is no class \(cat, ant\)"):
-        checked(Voc(str(plain), classes=["cat", "ant"]))
-    _, records, line = checked(Voc(str(plain), classes=["cat", "ant"]), on_error="skip")
+def test_objects_of_other_classes_are_dropped_and_counted(plain):
+    _, records, line = checked(Voc(str(plain), classes=["cat", "ant"]))
     assert [record.labels.tolist() for record in records] == [[1], [2]]
-    assert line == "train: 2 images, 2 boxes, 2 usable, 1 problems skipped"
+    assert line == "train: 2 images, 2 boxes, 2 usable, 1 boxes of other classes dropped"
+
+
+def test_classes_are_renamed_before_they_are_chosen(plain):
+    classes, records, _ = checked(Voc(str(plain), rename={"dog": "animal", "cat": "animal"}))
+    assert classes == ("animal", "ant")
+    assert [record.labels.tolist() for record in records] == [[1, 1], [2]]
+    with pytest.raises(DistillError, match=r"data\.source\.rename: .* has no class 'dgo'.*did you mean 'dog'"):
+        Voc(str(plain), rename={"dgo": "animal"}).read_split("train")
+    with pytest.warns(UserWarning, match=r"data\.source\.classes: no XML names an object dgo"):
+        Voc(str(plain), classes=["dgo", "cat"]).read_split("train")
 
 
 @pytest.mark.parametrize("classes", [[], ["a", "a"], "cat"])
@@ -257,7 +265,7 @@ def test_what_is_no_xml_is_named(plain, text):
         (thing(box=("x", 1, 2, 3)), "object 1 (cat) needs a bndbox of four numbers"),
         (thing(box=("", 1, 2, 3)), "object 1 (cat) needs a bndbox of four numbers"),
         ("<object><name>cat</name></object>", "object 1 (cat) needs a bndbox of four numbers"),
-        ("<object/>", "object 1 is a '', which is no class"),
+        ("<object/>", "object 1 has no name; write it"),
         (thing(box=("nan", 1, 2, 3)), "annotation 1 of b.jpg, counted from 0: the box or area is not finite"),
         (thing(box=("1e999", 1, 2, 3)), "annotation 1 of b.jpg"),
         (thing(box=(9, 1, 2, 3)), "annotation 1 of b.jpg, counted from 0: the box ends before it begins"),

@@ -17,7 +17,7 @@ from distill.cli import compose, instantiate
 from distill.cli.assembly import shared_values
 from distill.cli.preflight import shared_config
 from distill.data.datamodule import DetectionData
-from distill.data.records import PackedBytes
+from distill.data.packed_bytes import PackedBytes
 from distill.data.shapes import Shapes
 from distill.training.callbacks.consistency import (
     ConsistencyCheck,
