@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import compose, instantiate, override_checks
+from distill.cli import auto_values, compose, instantiate, override_checks
 from distill.cli.assembly import build_losses, build_trainer
 from distill.cli.main import main
 from distill.cli.preflight import plan_losses, plan_run
@@ -457,7 +457,7 @@ def test_an_experiment_takes_any_data(experiment: str, data: str) -> None:
     alone = compose.compose_config([f"data={data}", "paths.run=x"])
     assert cfg.data.source == alone.data.source
     assert set(cfg.data) == set(alone.data)
-    instantiate.build_node(cfg.data)
+    instantiate.build_node(auto_values.resolve(cfg, auto_values.UNREAD, [f"data={data}"])[0].data)
     assert all("_target_" in metric for metric in cfg.metrics.values())
 
 

@@ -13,6 +13,7 @@ import pytest
 from omegaconf import DictConfig
 
 from distill.cli import compose, instantiate
+from distill.cli.auto_values import auto_keys
 from helpers.detectors import FAMILIES, random_detector
 
 
@@ -161,6 +162,11 @@ def test_a_recipe_is_what_its_source_says(experiment: str) -> None:
         schedule.epochs,
         terms(cfg),
     )
+    sizes = (600, 1000) if "_voc_" in experiment else (800, 1333)
+    if experiment in DSIG:  # Detectron2's multi-scale training
+        sizes = ([640, 672, 704, 736, 768, 800], 1333)
+    assert (cfg.data.min_size, cfg.data.max_size) == sizes
+    assert auto_keys(cfg) == []  # nothing of a recipe depends on the data
 
 
 @pytest.mark.parametrize("experiment", [name for name in DSIG | SSIM if "_retinanet_" in name])

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 
-from distill.cli import compose, instantiate, preflight
+from distill.cli import instantiate, preflight
 from distill.cli.assembly import assemble, build_student, build_trainer
 from distill.cli.preflight import RunPlan
 from distill.cli.tables import gib
@@ -24,6 +24,7 @@ from distill.cli.teacher_cache import (
     find_teacher,
     is_trained,
     read_summary,
+    run_config,
     untrained,
 )
 from distill.cli.train import silence_known_warnings
@@ -93,7 +94,7 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
     if options.weights is None:
         folder, overrides = cache_entry(options)
         if not is_trained(folder):
-            detector, config = untrained(options, data.classes), compose.compose_config(overrides)
+            detector, config = untrained(options, data.classes), run_config(overrides)
             module = Distiller(detector, schedule=instantiate.build_node(config.schedule)).to(
                 trainer.strategy.root_device
             )

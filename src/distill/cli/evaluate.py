@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from distill.cli import compose, override_checks
-from distill.cli.overrides import parse_overrides, recorded_overrides
+from distill.cli.overrides import parse_overrides, read_config, recorded_overrides
 from distill.labels import unknown_classes
 from distill.run_folder import OVERRIDES, STUDENT, SUMMARY, RunFolder
 from distill.types import DistillError
@@ -124,7 +124,13 @@ def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
         # data=voc replaces all overrides of the run's data, but for those that decide what the detector sees
         if override.key_or_group.split(".")[0] not in chosen or override.key_or_group in RESIZE_KEYS
     ]
-    return override_checks.compose_without_run([*recorded, *overrides])
+    from distill.cli import auto_values
+
+    words = [*recorded, *overrides]
+    cfg = override_checks.compose_without_run(words)
+    if auto_values.auto_keys(cfg) and run.config.is_file():
+        cfg = auto_values.resolve_as_recorded(cfg, read_config(run), words)
+    return cfg
 
 
 def load_student(source: Path) -> Detector:

@@ -67,9 +67,10 @@ def _run(verb: str, words: Sequence[str]) -> int:
         return 2
     from distill.cli import target_policy
     from distill.cli.data_paths import expand_data_paths
+    from distill.cli.teacher_words import expand_teacher_words
 
     target_policy.set_trusted(words)
-    return verbs[verb](expand_data_paths(words))
+    return verbs[verb](expand_teacher_words(expand_data_paths(words)))
 
 
 def _printable(text: str) -> str:

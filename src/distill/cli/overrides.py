@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -53,16 +54,32 @@ def read_overrides(run: Path) -> list[str]:
         DistillError: ``overrides.yaml`` is not a list of overrides.
     """
     file = RunFolder(run).overrides
+    lines = _read_yaml(file)
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise DistillError(f"{file}: expected a list of overrides, as train writes it")
+    return [translated(line) for line in lines]
+
+
+def read_config(run: RunFolder) -> dict[str, Any]:
+    """The resolved configuration that a run recorded.
+
+    Raises:
+        DistillError: ``config.yaml`` is not a configuration.
+    """
+    config = _read_yaml(run.config)
+    if not isinstance(config, dict) or not all(isinstance(config.get(node), dict) for node in ("data", "schedule")):
+        raise DistillError(f"{run.config}: expected the configuration of a run, as train writes it")
+    return config
+
+
+def _read_yaml(file: Path) -> Any:
     try:
         with file.open(encoding="utf-8") as stream:
-            lines = yaml.safe_load(stream)
+            return yaml.safe_load(stream)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DistillError(
             f"{file}: cannot be read ({str(error).splitlines()[0]}). Expected the folder of a run"
         ) from error
-    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise DistillError(f"{file}: expected a list of overrides, as train writes it")
-    return [translated(line) for line in lines]
 
 
 def recorded_overrides(run: Path) -> list[Override]:

@@ -1,14 +1,14 @@
 """The typed plan of a run, and everything that a run refuses before its first step.
 
-`plan_run` needs the configuration alone. `load_data` and `check_metrics` need the data too, and run before a teacher is
-trained. `check_masks` needs the student.
+`plan_run` needs the configuration alone; it reads the training images only for values that are ``auto``. `load_data`
+and `check_metrics` need the data too, and run before a teacher is trained. `check_masks` needs the student.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import instantiate, resume, value_checks
+from distill.cli import auto_values, instantiate, resume, value_checks
 from distill.cli.suggestions import nearest
 from distill.cli.teacher_cache import TeacherOptions
+from distill.cli.teacher_words import run_overrides
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.evaluation.evaluate import MetricFactory
@@ -82,6 +83,8 @@ class RunPlan:
     schedule: Schedule
     guard: NonFiniteGuard
     trainer: TrainerOptions
+    choices: Sequence[str] = ()
+    """Lines that explain the values that were ``auto``."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -92,16 +95,36 @@ class RunPlan:
 def plan_run(cfg: DictConfig, run: Path | None = None) -> RunPlan:
     """Check a configuration and turn it into typed values. Seeds the global random generators.
 
+    Values that are ``auto`` are resolved. For this, the training images are read, unless the run is resumed.
+
     Args:
         cfg: the composed configuration.
         run: folder of the run, for the verb ``train``: its checkpoints are searched for ``ckpt_path=last``.
 
     Raises:
-        DistillError: an invalid value, an unknown class, a missing teacher, or a checkpoint of another run.
+        DistillError: an invalid value, an unknown class, a missing teacher, a checkpoint of another run, or training
+            images that fail a check.
     """
+    checkpoint = None if run is None else resume.find_checkpoint(cfg, run)
+    if not auto_values.auto_keys(cfg):
+        return _plan(cfg, run, checkpoint)
+    words = list(HydraConfig.get().overrides.task)
+    if checkpoint is not None and (recorded := resume.recorded_config(checkpoint)):
+        return _plan(auto_values.resolve_as_recorded(cfg, recorded, words), run, checkpoint)
+    provisional, _ = auto_values.resolve(cfg, auto_values.UNREAD, words)
+    read = _plan(provisional, run, checkpoint).data  # refuses what it can before the data is read
+    facts = auto_values.read_facts(read)
+    auto_values.remember_facts(cfg, facts)
+    resolved, choices = auto_values.resolve(cfg, facts, words)
+    plan = _plan(resolved, run, checkpoint)
+    plan.data.adopt_records(read)
+    return replace(plan, choices=choices)
+
+
+def _plan(cfg: DictConfig, run: Path | None, checkpoint: Path | None) -> RunPlan:
+    """Check a configuration without ``auto`` values and turn it into typed values."""
     value_checks.validate_values(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    checkpoint = None if run is None else resume.find_checkpoint(cfg, run)
     resume.validate_config(cfg, checkpoint)
     plan = RunPlan(
         config=instantiate.to_containers(cfg),
@@ -148,6 +171,7 @@ def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:
         weights=options.weights,
         train=options.train,
         seed=options.seed,
+        own=run_overrides(instantiate.to_containers(options)),
         run=instantiate.to_containers(options.run),
         min_ap=options.min_ap,
         optimization={name: options[name] for name in ("fold", "channels_last", "dtype")},

@@ -50,7 +50,10 @@ MAY_DIFFER = (
     *(f"data.{key}" for key in LOADING_KEYS),
     # Compared by the checkpoint itself: images and boxes, the teacher's weights. Start weights no longer matter.
     *("data.source*", "data.on_*", "distill.losses.*.classifier.weights"),
-    *(f"teacher.{key}" for key in ("weights", "train", "seed", "run*", "min_ap", "evaluate", "model*")),
+    *(
+        f"teacher.{key}"
+        for key in ("weights", "train", "seed", "schedule*", "data*", "run*", "min_ap", "evaluate", "model*")
+    ),
     *("init", "model.weights", "model.backbone.weights"),
 )
 """Keys that may differ when a run resumes: they do not change the training, or are compared in another way."""
@@ -163,6 +166,12 @@ def validate_config(cfg: DictConfig, file: Path | None) -> None:
     made_by = _read_part(file, "made_by")
     if made_by:
         _refuse(cfg.resume, file, differences(made_by["config"], instantiate.to_containers(cfg)))
+
+
+def recorded_config(file: Path) -> Mapping[str, Any] | None:
+    """The resolved configuration of the run that wrote a checkpoint; None if the checkpoint has none."""
+    made_by = _read_part(file, "made_by")
+    return made_by["config"] if made_by else None
 
 
 def _refuse_older(file: Path | None) -> None:

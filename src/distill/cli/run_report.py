@@ -51,6 +51,8 @@ def print_opening(plan: RunPlan, module: Distiller, data: DetectionData) -> None
     """Print data, student, teacher and losses, and a warning if the teacher is smaller than the student."""
     for line in data.summary:
         print_line("data", line)
+    for line in plan.choices:
+        print_line("auto", line)
     student = module.student
     print_line("student", _model_line(student))
     for line in student.report:

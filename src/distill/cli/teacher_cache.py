@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import BaseFileLock, FileLock
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from distill.cli.auto_values import auto_keys, facts_of, resolve
 from distill.cli.child_runs import child_environment, wait_for_process
 from distill.cli.compose import compose_config
 from distill.cli.instantiate import to_containers, without_weights
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from distill.teacher import Teacher
 
 # Groups and keys that a teacher's run takes over from the student's run: the data, the machine and the recipe.
-KEPT_GROUPS = ("data", "trainer", "experiment", "paths", "trust")
+KEPT_GROUPS = ("data", "schedule", "trainer", "experiment", "paths", "trust")
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")  # no num_nodes: one machine trains it
 # Keys that do not change the teacher's weights. Runs that differ in these keys only share one teacher.
 IGNORED_DATA = (*LOADING_KEYS, "on_overlap")
@@ -68,8 +69,10 @@ class TeacherOptions:
     weights: str | None
     train: str
     seed: int
+    own: Mapping[str, Sequence[str]]
+    """Overrides of the teacher's run from ``teacher.schedule`` and ``teacher.data``, by group."""
     run: Sequence[str]
-    """Overrides of the teacher's run."""
+    """More overrides of the teacher's run."""
     min_ap: float | None
     optimization: Mapping[str, Any]
     """``fold``, ``channels_last`` and ``dtype`` of `Teacher`."""
@@ -216,12 +219,20 @@ def cache_entry(options: TeacherOptions) -> tuple[Path, list[str]]:
 
 
 def teacher_overrides(options: TeacherOptions) -> list[str]:
-    """Overrides of the run that trains this teacher: the student's, without those that concern the student alone."""
+    """Overrides of the run that trains this teacher: the student's, without those that concern the student alone.
+
+    Keys of ``teacher.schedule``, ``teacher.data`` and ``teacher.run`` follow, in this order, and win.
+    """
     kept: list[str] = []
+    replaced = {group for group, words in options.own.items() if words and words[0].startswith(f"{group}=")}
     for override in parse_overrides(options.student_overrides):
         key, line = override.key_or_group, str(override.input_line)
         group, _, rest = key.partition(".")
-        if group in KEPT_GROUPS and (group != "trainer" or not rest or rest.split(".")[0] in KEPT_TRAINER):
+        if (
+            group in KEPT_GROUPS
+            and group not in replaced
+            and (group != "trainer" or not rest or rest.split(".")[0] in KEPT_TRAINER)
+        ):
             kept.append(line)
     for override in parse_overrides(options.run):  # may come from a shared file, and become a command line
         if override.is_hydra_override() or override.key_or_group == "trust":
@@ -230,7 +241,17 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
         *(*kept, f"model={options.option}", "distill=none", "teacher=none"),
         *("trainer.num_nodes=1", f"seed={options.seed}"),
     ]
-    return [*lines, *_model_overrides(options.model, lines), *options.run]
+    own = [word for group in options.own for word in _own_overrides(options, group)]
+    return [*lines, *own, *_model_overrides(options.model, [*lines, *own]), *options.run]
+
+
+def _own_overrides(options: TeacherOptions, group: str) -> list[str]:
+    """Overrides from ``teacher.GROUP``. Keys from tables and experiments yield to what the command line says."""
+    given = {override.key_or_group for override in parse_overrides(options.student_overrides)}
+    words = options.own[group]
+    option = [word for word in words if word.startswith(f"{group}=")]
+    keys = [(word.partition("=")[0], word) for word in words if word not in option]
+    return option + [word for key, word in keys if f"teacher.{key}" in given or not (option or key in given)]
 
 
 def _model_overrides(wanted: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
@@ -243,8 +264,14 @@ def _model_overrides(wanted: Mapping[str, Any], lines: Sequence[str]) -> list[st
     return [*removed, *added, *changed]
 
 
-def _cache_key(overrides: Sequence[str]) -> str:
+def run_config(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of the teacher's run. Values that are ``auto`` are resolved, for which its data is read."""
     config = compose_config([*overrides, "hydra.run.dir=."])
+    return resolve(config, facts_of(config, overrides), overrides)[0] if auto_keys(config) else config
+
+
+def _cache_key(overrides: Sequence[str]) -> str:
+    config = run_config(overrides)
     data = {name: value for name, value in to_containers(config.data).items() if name not in IGNORED_DATA}
     model = {name: value for name, value in to_containers(config.model).items() if name not in IGNORED_MODEL}
     content = {"data": data, "model": model, "schedule": to_containers(config.schedule), "seed": config.seed}

@@ -315,18 +315,7 @@ class DetectionData(L.LightningDataModule):
             DistillError: no image has a training target, in training without `keep_empty`.
         """
         if (split, training) not in self._images:
-            records = self.records(split)
-            if training and not self.keep_empty:
-                annotated = records
-                targets = records.row_images()[training_rows(records, self.use_difficult)]
-                records = records.select(np.bincount(targets, minlength=len(records)) > 0)
-                if not len(records):
-                    raise DistillError(
-                        f"No {split} image has a box to train on: of {len(annotated.labels)} boxes, "
-                        f"{int(annotated.crowd.sum())} are crowds (iscrowd=1), which are no training targets, and "
-                        f"{int(annotated.difficult.sum())} are difficult. Check the annotations of {split}, or set "
-                        "data.use_difficult=true for difficult objects."
-                    )
+            records = self.training_records(split) if training else self.records(split)
             load = getattr(self.source, "load_image", partial(read_image, max_pixels=self.max_pixels))
             transform = self.train_transform if training else self.eval_transform
             images = ImageDataset(records, load, transform, self.use_difficult, self.masks)
@@ -337,6 +326,31 @@ class DetectionData(L.LightningDataModule):
                 )
             self._images[split, training] = images
         return self._images[split, training]
+
+    def training_records(self, split: Split) -> Records:
+        """Return the records of a split that a training uses: those with training targets, all with `keep_empty`.
+
+        Raises:
+            DistillError: no image has a training target, without `keep_empty`.
+        """
+        records = self.records(split)
+        if self.keep_empty:
+            return records
+        targets = records.row_images()[training_rows(records, self.use_difficult)]
+        used = records.select(np.bincount(targets, minlength=len(records)) > 0)
+        if not len(used):
+            raise DistillError(
+                f"No {split} image has a box to train on: of {len(records.labels)} boxes, "
+                f"{int(records.crowd.sum())} are crowds (iscrowd=1), which are no training targets, and "
+                f"{int(records.difficult.sum())} are difficult. Check the annotations of {split}, or set "
+                "data.use_difficult=true for difficult objects."
+            )
+        return used
+
+    def adopt_records(self, other: DetectionData) -> None:
+        """Take over the source and what was read of it from data with other sizes, to read nothing twice."""
+        self.source, self._classes = other.source, other._classes
+        self.checked, self.summary, self._records = other.checked, other.summary, other._records
 
     def records(self, split: Split) -> Records:
         """Return the checked records of a split, limited by `fraction`, `limit` and `limit_eval`."""

@@ -1,0 +1,185 @@
+"""Values that depend on the data: keys of ``data`` and ``schedule`` that are ``auto`` in the configuration.
+
+They are resolved once, after the data is read and before the teacher is looked up. ``config.yaml`` and the checkpoints
+of a run have the resolved values. A resume, an evaluation and a replay use these again, even if the data has grown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from omegaconf import DictConfig, OmegaConf
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from distill.cli import compose, instantiate
+from distill.cli.overrides import parse_overrides
+from distill.data.auto_size import SizeChoice, choose_batch, choose_size
+from distill.data.datamodule import DetectionData
+from distill.training.auto_schedule import choose_schedule
+from distill.type_checks import leaves
+
+AUTO = "auto"
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+COCO_CLASSES = tuple(
+    name for name in FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if name not in ("__background__", "N/A")
+)
+
+
+FACT_KEYS = ("source", "keep_empty", "use_difficult", "fraction", "limit", "val_fraction", "on_error", "max_pixels")
+"""Keys of ``data`` that decide which images and boxes a training sees."""
+
+
+class PaperSettings(NamedTuple):
+    """The papers' setting of a public data set."""
+
+    classes: Sequence[str]
+    images: int
+    """Fewer training images are a part of the data set, and get a schedule of their own."""
+    schedule: str
+    """Option of the group ``schedule``."""
+    size: tuple[int, int]
+    batch: int
+
+
+PAPERS = {
+    "COCO": PaperSettings(COCO_CLASSES, 50_000, "sgd_1x", (800, 1333), 2),
+    "Pascal VOC": PaperSettings(VOC_CLASSES, 2_000, "voc", (600, 1000), 2),
+}
+
+
+class DataFacts(NamedTuple):
+    """What the choices depend on."""
+
+    images: int
+    classes: Sequence[str]
+    size: SizeChoice
+
+
+UNREAD = DataFacts(1000, (), SizeChoice(800, 1333, "the data is not read"))
+"""Stands for the data while a configuration is checked before the data is read."""
+
+
+def auto_keys(cfg: DictConfig) -> list[str]:
+    """The keys of a composed configuration that the data decides."""
+    return [
+        f"{node}.{key}"
+        for node in ("data", "schedule")
+        for key, value in leaves(cast(dict[str, Any], OmegaConf.to_container(cfg[node], resolve=False)))
+        if value == AUTO
+    ]
+
+
+def read_facts(data: DetectionData) -> DataFacts:
+    """Read and check the training images.
+
+    Raises:
+        DistillError: the data fails a check.
+    """
+    records = data.training_records("train")
+    return DataFacts(len(records), data.classes, choose_size(records))
+
+
+def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """Replace the values ``auto`` of a configuration.
+
+    Args:
+        cfg: the composed configuration.
+        facts: of its training images.
+        words: the overrides that composed `cfg`.
+
+    Returns:
+        A copy of the configuration without ``auto``, and lines that explain the choices.
+    """
+    cfg, keys = cfg.copy(), set(auto_keys(cfg))
+    paper = next((name for name, known in PAPERS.items() if _is_complete(facts, known)), None)
+    lines: list[str] = []
+    size, batch = facts.size, None
+    if paper:
+        size, batch = SizeChoice(*PAPERS[paper].size, f"as in papers on {paper}"), PAPERS[paper].batch
+    if "data.min_size" in keys:
+        cfg.data.min_size = size.min_size
+        lines.append(f"data.min_size={size.min_size}: {size.reason}")
+    if "data.max_size" in keys:
+        least = cfg.data.min_size if isinstance(cfg.data.min_size, int) else max(cfg.data.min_size)
+        cfg.data.max_size = max(round(least * size.max_size / size.min_size), least)
+    if "data.batch_size" in keys:
+        least = cfg.data.min_size if isinstance(cfg.data.min_size, int) else max(cfg.data.min_size)
+        cfg.data.batch_size = batch or choose_batch(least, cfg.data.max_size)
+    if paper and "schedule.epochs" in keys:
+        option = PAPERS[paper].schedule
+        cfg.schedule = compose.compose_config([*words, f"schedule={option}", "hydra.run.dir=."]).schedule
+        lines.append(f"schedule={option}: as in papers on {paper}")
+    elif any(key.startswith("schedule.") for key in keys):
+        lines.append(_resolve_schedule(cfg, facts, keys))
+    return cfg, lines
+
+
+def _is_complete(facts: DataFacts, known: PaperSettings) -> bool:
+    return facts.images >= known.images and sorted(facts.classes) == sorted(known.classes)
+
+
+def _resolve_schedule(cfg: DictConfig, facts: DataFacts, keys: set[str]) -> str:
+    pretrained = bool(cfg.model.get("weights") or OmegaConf.select(cfg, "model.backbone.weights"))
+    given = None if "schedule.epochs" in keys else cfg.schedule.epochs
+    choice = choose_schedule(facts.images, cfg.data.batch_size, pretrained, given)
+    values = {
+        "epochs": choice.epochs,
+        "evaluate_every": choice.evaluate_every,
+        "optimizer.lr": choice.rate,
+    }
+    for key in values:
+        if f"schedule.{key}" in keys:
+            OmegaConf.update(cfg.schedule, key, values[key])
+    start = "trained weights" if pretrained else "random weights"
+    chosen = " ".join(f"schedule.{key}={value:g}" for key, value in values.items() if f"schedule.{key}" in keys)
+    return f"{chosen}: {facts.images} images in batches of {cfg.data.batch_size}, start from {start}"
+
+
+def resolve_as_recorded(cfg: DictConfig, recorded: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
+    """Replace the values ``auto`` of a configuration by those of an earlier run with the same words.
+
+    Args:
+        cfg: the composed configuration.
+        recorded: the configuration of the earlier run.
+        words: the overrides that composed `cfg`. Overrides of schedule keys win over recorded values.
+    """
+    cfg, keys = cfg.copy(), auto_keys(cfg)
+    for key in keys:
+        if key.startswith("data."):
+            OmegaConf.update(cfg, key, recorded["data"][key.removeprefix("data.")])
+    if any(key.startswith("schedule.") for key in keys):
+        given = {
+            override.key_or_group: override.value()
+            for override in parse_overrides(words)
+            if override.key_or_group.startswith("schedule.") and not override.is_delete()
+        }
+        cfg.schedule = recorded["schedule"]
+        for key, value in given.items():
+            OmegaConf.update(cfg, key, value, force_add=True)
+    return cfg
+
+
+_facts: dict[str, DataFacts] = {}
+
+
+def facts_of(cfg: DictConfig, words: Sequence[str]) -> DataFacts:
+    """Facts of the training images of a configuration. Read once per process for a data set."""
+    key = _data_key(cfg)
+    if key not in _facts:
+        provisional, _ = resolve(cfg, UNREAD, words)
+        _facts[key] = read_facts(instantiate.build_node(provisional.data))
+    return _facts[key]
+
+
+def remember_facts(cfg: DictConfig, facts: DataFacts) -> None:
+    """Keep facts for `facts_of`: a teacher that learns from the same data needs them again."""
+    _facts[_data_key(cfg)] = facts
+
+
+def _data_key(cfg: DictConfig) -> str:
+    return json.dumps({key: instantiate.to_containers(cfg.data[key]) for key in FACT_KEYS}, default=str)
