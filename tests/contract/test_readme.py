@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 import distill
 from distill.cli import compose, override_checks, renamed_keys
 from distill.cli.main import main
+from distill.cli.teacher_words import expand_teacher_words
 from distill.detectors import description
 from distill.types import DistillError, View
 from helpers.grids import mostly_exhaustive
@@ -60,7 +61,8 @@ def test_commands_are_collected() -> None:
 
 @pytest.mark.parametrize("words", TRAIN)
 def test_train_commands_compose(words: str) -> None:
-    overrides = [word.replace("data=DIR", "data=coco") for word in shlex.split(words) if not word.startswith("-")]
+    named = [re.sub(r"data=(LARGER_)?DIR", "data=coco", word) for word in shlex.split(words) if word[0] != "-"]
+    overrides = expand_teacher_words(named)
     plugins = ("hydra/", "hydra.sweeper.", "hydra.launcher.")  # of packages that may not be installed
     override_checks.validate_overrides([word for word in overrides if not word.startswith(plugins)])
 
