@@ -1,4 +1,4 @@
-"""Atomic writes, and reading of JSON and tensor files.
+"""Atomic writes, and reading of text, JSON and tensor files.
 
 An atomic write leaves either the complete new file or the previous one, also after a crash or a power failure. A reader
 never sees part of a file.
@@ -61,6 +61,16 @@ def _fsync_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> Path:
     """Write a text in UTF-8 by `atomic_write`. Line ends are not converted."""
     return atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def read_text(path: Path) -> str:
+    """Read a text in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises:
+        OSError, ValueError: the file cannot be read or decoded.
+    """
+    content = path.read_bytes()
+    return content.decode(json.detect_encoding(content))
 
 
 def read_json(path: Path) -> dict[str, Any]:

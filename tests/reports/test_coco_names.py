@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.data.layouts import recognize
 from distill.types import DistillError
 from helpers.coco_files import boxes_by_file, coco_content, coco_data, write_coco
 
@@ -36,6 +37,14 @@ def test_one_image_is_missing(tmp_path: Path, missing: int, folder: str) -> None
         (unicodedata.normalize("NFD", "café.png"), unicodedata.normalize("NFC", "café.png")),
         (unicodedata.normalize("NFC", "café.png"), unicodedata.normalize("NFD", "café.png")),
         ("caf%C3%A9.png", unicodedata.normalize("NFD", "café.png")),
+        ("train0.PNG", "train0.png"),
+        ("train0.png", "train0.PNG"),
+        ("Train0.png", "TRAIN0.PNG"),
+        ("/home/me/x/images/a.png", "a.png"),
+        ("/home/me/x/images/sub/a.png", "sub/a.png"),
+        ("C:\\Users\\me\\images\\a%20b.png", "a b.png"),
+        ("http://localhost:8080/data/upload/1/a.png", "a.png"),
+        ("a.png", "sub/a.png"),
     ],
 )
 def test_the_name_is_written_in_another_form(tmp_path: Path, listed: str, on_disk: str) -> None:
@@ -49,6 +58,60 @@ def test_the_name_is_written_in_another_form(tmp_path: Path, listed: str, on_dis
     assert data.records("train")[0].file == str(tmp_path / on_disk)
     assert boxes_by_file(data, "train")[Path(on_disk).name] == [(1, 1, 2, 21, 14), (2, 2, 2, 23, 14)]
     assert "1 file names written in another form" in data.summary[0]
+
+
+def test_paths_of_another_machine_in_folders_of_their_own(tmp_path: Path) -> None:
+    """No usual folder holds the names. Both cameras name their images alike."""
+    content = coco_content(count=2)
+    write_coco(tmp_path, train=content)
+    for number in range(2):
+        (tmp_path / "photos" / f"cam{number}").mkdir(parents=True)
+        (tmp_path / f"train{number}.png").rename(tmp_path / "photos" / f"cam{number}" / "0.png")
+        content["images"][number]["file_name"] = f"/mnt/photos/cam{number}/0.png"
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    files = [record.file for record in coco_data(tmp_path, "train").records("train")]
+    assert files == [str(tmp_path / "photos" / f"cam{number}" / "0.png") for number in range(2)]
+    for number in range(2):
+        content["images"][number]["file_name"] = "0.png"  # names both images
+    content["images"] = content["images"][:1]
+    content["annotations"] = content["annotations"][:2]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    with pytest.raises(DistillError, match="no such image"):
+        coco_data(tmp_path, "train").records("train")
+
+
+def test_another_image_format_is_another_image(tmp_path: Path) -> None:
+    content = coco_content()
+    write_coco(tmp_path, train=content)
+    (tmp_path / "train0.png").rename(tmp_path / "train0.bmp")
+    with pytest.raises(DistillError, match=r"train0\.png: no such image"):
+        coco_data(tmp_path, "train").records("train")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_an_annotation_file_in_another_encoding(tmp_path: Path, encoding: str) -> None:
+    """As PowerShell and Windows' editor save it."""
+    content = coco_content()
+    content["categories"][0]["name"] = "Käse"
+    write_coco(tmp_path, train=content)
+    (tmp_path / "train.json").write_text(json.dumps(content, ensure_ascii=False), encoding=encoding)
+    assert recognize(tmp_path).settings["train.annotations"] == "train.json"
+    data = coco_data(tmp_path, "train")
+    assert boxes_by_file(data, "train")["train0.png"] == [(1, 1, 2, 21, 14), (2, 2, 2, 23, 14)]
+    assert data.classes == ("Käse", "dog")
+    content["images"][0]["height"] = "forty"  # read entry by entry
+    (tmp_path / "train.json").write_text(json.dumps(content), encoding=encoding)
+    assert len(coco_data(tmp_path, "train", on_error="skip").records("train")) == 2
+
+
+def test_an_image_that_is_listed_twice_under_one_id(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"].append(content["images"][0])
+    write_coco(tmp_path, train=content)
+    with pytest.raises(
+        DistillError, match=r"images\[3\] \(train0\.png\) lists the image of id 1 a second time; remove"
+    ):
+        coco_data(tmp_path, "train").records("train")
 
 
 def test_a_percent_sign_that_belongs_to_the_name(tmp_path: Path) -> None:

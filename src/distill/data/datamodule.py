@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from distill.data.checks import SplitReport, check_overlap, check_records
 from distill.data.class_names import describe_similar_names
 from distill.data.decoding import MAX_PIXELS, read_image
-from distill.data.hold_out import hold_out_images, select_with_faults
+from distill.data.hold_out import HeldOut, hold_out_images, select_with_faults
 from distill.data.identity import describe_differences, digest_records
 from distill.data.images import ImageDataset, training_rows
 from distill.data.loader import DetectionLoader
@@ -95,6 +95,8 @@ class DetectionData(L.LightningDataModule):
         limit_eval: largest number of images of val and of test; None for no limit.
         val_fraction: part of the training images that become val if the source has no val split; see
             `hold_out.hold_out_images`. With 0, a run needs a val split. The configuration has 0.2.
+        val_seed: seed of this choice. The seed of the run does not change it, so runs of several seeds are comparable.
+        val_group_similar: whether images that look alike, such as frames of one video, stay on one side of this choice.
         on_error: `raise` for invalid data that cannot be repaired safely, or `skip` to leave it out and count it.
         on_overlap: `warn` or `raise` if an image is in more than one split.
         max_pixels: largest number of pixels of an image file. The header of a larger file is enough to report a fault.
@@ -131,6 +133,8 @@ class DetectionData(L.LightningDataModule):
         limit: int | None = None,
         limit_eval: int | None = None,
         val_fraction: float = 0.0,
+        val_seed: int = 0,
+        val_group_similar: bool = True,
         on_error: str = "raise",
         on_overlap: str = "warn",
         max_pixels: int = MAX_PIXELS,
@@ -162,6 +166,7 @@ class DetectionData(L.LightningDataModule):
         if not 0 <= val_fraction < 1:
             raise DistillError(f"data.val_fraction: expected a number from 0 to below 1, got {val_fraction}")
         self.source, self.seed, self.val_fraction = source, seed, val_fraction
+        self.val_seed, self.val_group_similar = val_seed, val_group_similar
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.workers, self.prefetch, self.persistent_workers = workers, prefetch, persistent_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -181,6 +186,7 @@ class DetectionData(L.LightningDataModule):
         self._images: dict[tuple[Split, bool], ImageDataset] = {}
         self._truth: dict[Split, dict[str, Any]] = {}
         self._identity: dict[str, Any] | None = None
+        self._held_out: HeldOut | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the splits of a stage.
@@ -367,7 +373,11 @@ class DetectionData(L.LightningDataModule):
             return self.source.read_split(split)
         classes, annotated = self.source.read_split("train")
         records = pack_records(annotated)
-        held_out = hold_out_images(records.files.texts(), self.val_fraction)
+        if self._held_out is None:
+            similar = self.val_group_similar and not self._drawn
+            files = records.files.texts()
+            self._held_out = hold_out_images(files, self.val_fraction, self.val_seed, similar, self.max_pixels)
+        held_out = self._held_out.images
         if split == "val" and not held_out.any():
             raise DistillError(
                 f"The data has no val split, and its {len(records)} training images are too few to split some off. "
@@ -376,7 +386,7 @@ class DetectionData(L.LightningDataModule):
         if split == "val":
             self.summary.append(
                 f"val: the data has no such split, so {held_out.sum()} of the {len(records)} training images are split "
-                "off for it, by a hash of their names (data.val_fraction)"
+                f"off for it, {self._held_out.describe()} (data.val_fraction)"
             )
         part = select_with_faults(records, held_out if split == "val" else ~held_out)
         if split == "train":

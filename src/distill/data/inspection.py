@@ -90,7 +90,7 @@ def inspect_files(files: Sequence[str], max_pixels: int) -> Inspection:
 
 def read_states(files: Sequence[str]) -> NDArray[np.int64]:
     """Return the size in bytes and the modification time of each file (N, 2); -1 and 0 if there is no such file."""
-    states = [state for chunk in _map_chunks(_read_states, files) for state in chunk]
+    states = [state for chunk in map_chunks(_read_states, files) for state in chunk]
     return np.array(states, dtype=np.int64).reshape(-1, 2)
 
 
@@ -99,7 +99,7 @@ def _inspect_new_files(files: Sequence[str], indices: Sequence[int], max_pixels:
     # filter is set once, outside the threads.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        chunks = _map_chunks(partial(_inspect_chunk, max_pixels=max_pixels), [files[index] for index in indices])
+        chunks = map_chunks(partial(_inspect_chunk, max_pixels=max_pixels), [files[index] for index in indices])
     results = (result for chunk in chunks for result in chunk)
     for index, result in zip(indices, results, strict=True):
         if isinstance(result, str):
@@ -112,7 +112,8 @@ def _inspect_new_files(files: Sequence[str], indices: Sequence[int], max_pixels:
             )
 
 
-def _map_chunks(function: Callable[[Sequence[str]], list[T]], files: Sequence[str]) -> list[list[T]]:
+def map_chunks(function: Callable[[Sequence[str]], list[T]], files: Sequence[str]) -> list[list[T]]:
+    """Call a function with parts of a list of files, in threads, and return its results."""
     chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, chunks))

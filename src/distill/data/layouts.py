@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distill.quoting import quote_value
 from distill.types import DistillError
 
 DESCRIPTIONS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
@@ -113,9 +115,11 @@ def _coco_splits(folder: Path, given: Collection[str], train: Path | None = None
         instances = [file for file in files if file.name.startswith("instances_")] or files
         if len(instances) > 1:
             names = ", ".join(str(file.relative_to(folder)) for file in instances)
+            key = f"data.source.{split}.annotations"
+            both = ",".join(quote_value(str(file.relative_to(folder)), mark='"') for file in instances)
             raise DistillError(
-                f"{folder}: several annotation files are for {split}: {names}. Add one after data={folder}: "
-                f"data.source.{split}.annotations={instances[0].relative_to(folder)}"
+                f"{folder}: several annotation files are for {split}: {names}. Join them after data={folder}: "
+                f"{shlex.quote(f'{key}=[{both}]')}, or name one: {key}={instances[0].relative_to(folder)}"
             )
         splits[split] = instances
     return {split: files[0] for split, files in splits.items() if files}
@@ -132,11 +136,12 @@ def _json_files(folder: Path) -> Iterator[Path]:
 def _is_coco(file: Path) -> bool:
     """Whether a JSON file has the keys of COCO's format, as far as its beginning shows."""
     try:
-        with file.open(encoding="utf-8-sig", errors="replace") as stream:
-            head = stream.read(HEAD_BYTES)
+        with file.open("rb") as stream:
+            start = stream.read(HEAD_BYTES)
     except OSError:
         return False
-    if len(head) < HEAD_BYTES:
+    head = start.decode(json.detect_encoding(start), errors="replace")
+    if len(start) < HEAD_BYTES:
         try:
             content = json.loads(head)
         except ValueError:

@@ -12,15 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from re import search
-from typing import Any
 from unicodedata import normalize
-
-from defusedxml.ElementTree import ParseError, fromstring
 
 from distill.data.class_names import ClassChoice, Renames
 from distill.data.decoding import IMAGE_SUFFIXES
-from distill.data.file_index import XML_SUFFIXES, FileIndex, path_ends, spellings
+from distill.data.file_index import XML_SUFFIXES, FileIndex, spellings
 from distill.data.records import (
     Annotation,
     Record,
@@ -29,30 +25,15 @@ from distill.data.records import (
     make_unusable_record,
     pack_records,
 )
-from distill.types import DistillError, Size
+from distill.data.voc_file import MISSING_XML, XmlAnnotation, parse_xml
+from distill.files import read_text
+from distill.types import DistillError
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs")
 ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
 SPLIT_FOLDERS = {"val": ("valid", "validation")}
 """Other names of a folder that holds the XML files and images of a split. Roboflow calls it `valid`."""
-KNOWN_TAGS = frozenset({"annotation", "filename", "size", "object"})
-"""Tags of which at least one occurs in every VOC file, in lower case."""
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
-MISSING_XML = "no such file; write it, or take the name from the list"
 SPLIT_BOUNDS = (("train", 80), ("val", 90), ("test", 100))
-
-
-@dataclass(frozen=True)
-class XmlAnnotation:
-    """The content of one XML file."""
-
-    xml: Path
-    image: Path | None
-    size: Size | None = None
-    things: Sequence[tuple[str, Sequence[float], bool]] = ()
-    """Name, corners and `difficult` flag of each object. The corners are unchanged, or empty if one is not a number."""
-    fault: str | None = None
-    """Why the image and its annotations cannot be used; None if they can."""
 
 
 class Voc:
@@ -288,7 +269,7 @@ class VocFolder:
             return XmlAnnotation(self.xmls.folder / f"{stem}.xml", None, fault=fault)
         (xml,) = xmls
         path = normalize("NFC", xml.relative_to(self.xmls.folder).with_suffix("").as_posix())
-        return _parse_xml(xml, self.images.find(path))
+        return parse_xml(xml, self.images.find(path))
 
 
 def _holds(folder: Path, suffixes: Sequence[str]) -> bool:
@@ -301,7 +282,7 @@ def _holds(folder: Path, suffixes: Sequence[str]) -> bool:
 def _read_lines(path: Path, split: str) -> list[str]:
     """Read the lines of a list."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except FileNotFoundError:
         known = sorted(file.stem for file in path.parent.glob("*.txt"))
         raise DistillError(
@@ -310,81 +291,6 @@ def _read_lines(path: Path, split: str) -> list[str]:
     except (OSError, ValueError) as error:
         raise DistillError(f"{path}: cannot be read as a list of names ({error}); write it again") from error
     return [line for line in lines if line]
-
-
-def _parse_xml(xml: Path, images: Sequence[Path]) -> XmlAnnotation:
-    try:
-        content = xml.read_bytes()
-    except FileNotFoundError:
-        return XmlAnnotation(xml, None, fault=MISSING_XML)
-    except OSError as error:
-        return XmlAnnotation(xml, None, fault=f"cannot be read ({error})")
-    try:
-        tree = _parse_content(content)
-    except (ParseError, ValueError, LookupError) as error:
-        reason = f"cannot be read as XML ({error}; encoding {_declared_encoding(content)}); write it again"
-        return XmlAnnotation(xml, images[0] if images else None, fault=reason)
-    for node in tree.iter():
-        node.tag = node.tag.rpartition("}")[2].lower()
-    image, fault = _choose_image(images, _find_text(tree, "filename"))
-    tags = {node.tag for node in tree.iter() if node is not tree or not len(tree)}
-    if not tags & KNOWN_TAGS:
-        fault = (
-            f"no known tag occurs in it: expected object, size or filename, got {', '.join(sorted(tags)[:5])}; export "
-            "it as Pascal VOC"
-        )
-    things = [
-        (_find_text(thing, "name"), _parse_corners(thing), _find_text(thing, "difficult").lower() in ("1", "true"))
-        for thing in tree.iter("object")
-    ]
-    return XmlAnnotation(xml, image, _parse_size(tree), things, fault)
-
-
-def _parse_content(content: bytes) -> Any:
-    """Parse an XML file. Python decodes the encodings that the parser does not know, such as GBK and Shift JIS."""
-    try:
-        return fromstring(content)
-    except (ParseError, ValueError):
-        encoding = _declared_encoding(content)
-        if encoding.lower() in ("utf-8", "utf8"):
-            raise
-        return fromstring(content.decode(encoding))
-
-
-def _declared_encoding(content: bytes) -> str:
-    declaration = search(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)""", content[:200])
-    return declaration[1].decode() if declaration else "utf-8"
-
-
-def _choose_image(images: Sequence[Path], filename: str) -> tuple[Path | None, str | None]:
-    """Return the image of an XML file and None, or None and the fault. The XML's `<filename>` decides among several."""
-    wanted = {path_ends(spelling)[-1].casefold() for spelling in spellings(filename)}
-    named = [image for image in images if normalize("NFC", image.name).casefold() in wanted]
-    if len(images) == 1 or len(named) == 1:
-        return (images if len(images) == 1 else named)[0], None
-    if not images:
-        return None, "has no image of this name; add it, or take the name from the list"
-    others = ", ".join(str(image) for image in images)
-    return None, f"several images have this name: {others}; name one of them in <filename>, or rename the others"
-
-
-def _parse_corners(thing: Any) -> tuple[float, ...]:
-    try:
-        return tuple(float(_find_text(thing, f"bndbox/{corner}")) for corner in CORNERS)
-    except ValueError:
-        return ()
-
-
-def _parse_size(tree: Any) -> Size | None:
-    try:
-        height, width = (int(float(_find_text(tree, f"size/{side}"))) for side in ("height", "width"))
-    except (ValueError, OverflowError):
-        return None
-    return (height, width) if height and width else None
-
-
-def _find_text(node: Any, path: str) -> str:
-    return (node.findtext(path) or "").strip()
 
 
 def _assign_splits(stems: Iterable[str]) -> dict[str, str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
 
 from distill.data.class_names import ClassChoice, Renames
 from distill.data.decoding import IMAGE_SUFFIXES, MAX_PIXELS, inspect_image
+from distill.data.file_index import path_ends
 from distill.data.layouts import DESCRIPTIONS, SPLIT_KEYS, find_description
 from distill.data.records import Annotation, Record, Records, make_record, make_unusable_record, pack_records
+from distill.files import read_text
 from distill.types import DistillError, Size
 
 TOLERANCE = 1e-3
@@ -23,8 +25,9 @@ class Yolo:
 
     The file `data.yaml` holds the class names (`names`, a list or a mapping of numbers) and, for each split, a folder
     of images, a list file of images, or several of them. Paths are relative to the key `path` of that file or to its
-    folder. Roboflow writes `../train/images` for the folder `train/images` beside the file; both work. A split that the
-    file does not name is looked for in `images/SPLIT` and `SPLIT/images`.
+    folder. Roboflow writes `../train/images` for the folder `train/images` beside the file; both work. An absolute
+    path of another machine is found by its end. A split that the file does not name is looked for in `images/SPLIT` and
+    `SPLIT/images`.
 
     The labels of `…/images/…/a.jpg` are in `…/labels/…/a.txt`; if the path has no folder `images`, they lie beside the
     image. A line is `class x y w h`, the center and size of a box, or `class x1 y1 x2 y2 …`, a polygon, whose bounding
@@ -106,7 +109,7 @@ class Yolo:
                 raise DistillError(f"{self.root}: no such folder; set data.source.root to the data set's folder")
             return {}
         try:
-            content = yaml.safe_load(self.file.read_text(encoding="utf-8-sig"))
+            content = yaml.safe_load(read_text(self.file))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise DistillError(f"{self.file}: cannot be read ({str(error).splitlines()[0]})") from error
         if not isinstance(content, dict):
@@ -148,7 +151,7 @@ class Yolo:
         while stripped.startswith("../"):
             stripped = stripped.removeprefix("../")
         places = [self.root / base / plain, self.root / plain, self.root / stripped, self.root / base / stripped]
-        for place in places:
+        for place in (*places, *self._ends_in_root(plain)):
             if place.exists():
                 return place
         source = f"data.source.{split}" if self.given[split] is not None else f"'{split}' in {self.file}"
@@ -156,6 +159,11 @@ class Yolo:
             f"{source} is {name}, but neither {places[0]} nor {places[2]} exists. Correct the path, or set "
             f"data.source.{split}"
         )
+
+    def _ends_in_root(self, path: str) -> list[Path]:
+        """Return the places in `root` that an absolute path of another machine may stand for, the longest end first."""
+        is_absolute = path.startswith("/") or PureWindowsPath(path).is_absolute()
+        return [self.root / end for end in path_ends(path)[1:] if ".." not in end] if is_absolute else []
 
     def _images(self, place: Path, split: str) -> list[Path]:
         if place.is_dir():
@@ -168,14 +176,14 @@ class Yolo:
         if place.suffix.lower() in IMAGE_SUFFIXES:
             return [place]
         try:
-            lines = place.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_text(place).splitlines()
         except (OSError, ValueError) as error:
             raise DistillError(
                 f"{place}: cannot be read as a list of images ({error}); set data.source.{split}"
             ) from error
         names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
-        pairs = [(place.parent / name, self.root / name) for name in names]
-        return [next((path for path in pair if path.is_file()), pair[0]) for pair in pairs]
+        choices = [(place.parent / name, self.root / name, *self._ends_in_root(name)) for name in names]
+        return [next((path for path in paths if path.is_file()), paths[0]) for paths in choices]
 
 
 def label_file(image: Path) -> Path:
@@ -196,7 +204,7 @@ def _read_image_labels(number: int, image: Path, classes: Sequence[str], max_pix
     labels = label_file(image)
     where = str(labels)
     try:
-        lines = labels.read_text(encoding="utf-8-sig").splitlines() if labels.is_file() else []
+        lines = read_text(labels).splitlines() if labels.is_file() else []
     except (OSError, ValueError) as error:
         return make_unusable_record(where, [f"{where}: cannot be read as text ({error})"], str(image))
     size: Size | None = None
