@@ -114,11 +114,11 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_with_143(
         assert cli(["train", *RUN]) == 143
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
     said = capsys.readouterr().err
-    assert "ckpt_path=last" in said
+    assert "python -m distill resume" in said
     assert "Traceback" not in said
     assert state(Path("run/checkpoints/last.ckpt"))["global_step"] == 6
     assert not Path("run/summary.json").exists()
-    assert cli(["train", *RUN, "ckpt_path=last"]) == 0
+    assert cli(["resume", "run"]) == 0
     assert_same_student(finished, Path("run"))
 
 
@@ -191,7 +191,7 @@ def test_a_closing_evaluation_that_was_cut_is_made_by_the_resume(
     with pytest.MonkeyPatch.context() as patch:
         struck(run_report, "evaluate", number, patch)
         assert cli(["train", *RUN]) == 143
-    assert "ckpt_path=last goes on" in capsys.readouterr().err
+    assert "continues from the last checkpoint" in capsys.readouterr().err
     assert not Path("run/summary.json").exists()
     assert asked.exists() == (number == signal.SIGUSR1)
     assert cli(["train", *RUN, "ckpt_path=last"]) == 0
@@ -211,7 +211,7 @@ def test_a_signal_to_every_process_leaves_the_loaders_their_last_batch(
         os.killpg(run.pid, number)
         _, said = run.communicate(timeout=900)
     assert run.returncode == code, said
-    assert "ckpt_path=last goes on" in said
+    assert "continues from the last checkpoint" in said
     assert "loader process died" not in said
 
 
@@ -223,7 +223,7 @@ def test_of_two_processes_one_is_told_and_both_leave(tmp_path: Path) -> None:
         run.terminate()
         _, said = run.communicate(timeout=900)  # until the last one has closed its end
     assert run.returncode == 143, said
-    assert said.count("stopped by a signal; ckpt_path=last goes on") == 1
+    assert said.count("continues from the last checkpoint") == 1
     assert "Traceback" not in said
     held = state(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert held["made_by"]["processes"] == len(held["resume"]["random"]) == 2
@@ -357,7 +357,7 @@ def test_stopping_the_student_s_run_stops_its_teacher_s(tmp_path: Path) -> None:
         process.terminate()
         _, said = process.communicate(timeout=900)
     assert process.returncode == 143
-    assert said.count("stopped by a signal; ckpt_path=last goes on") == 1  # the teacher's
+    assert said.count("continues from the last checkpoint") == 1  # the teacher's
     assert said.count("stopped by a signal; start it again") == 1
 
 

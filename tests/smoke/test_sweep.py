@@ -162,7 +162,7 @@ def test_a_sweep_that_is_asked_to_stop_passes_it_on_and_goes_on_later(tmp_path: 
             running.send_signal(number)
             _, said = running.communicate(timeout=900)
         assert running.returncode == code, said
-        assert "stopped by a signal; ckpt_path=last goes on from the last checkpoint" in said  # the job
+        assert "continues from the last checkpoint" in said  # the job
         assert "sweep' with the same words again runs what is not done" in said.splitlines()[-1]
         assert [(row["state"], row.get("error")) for row in rows(sweep)] == [("unfinished", None)]
         assert not (sweep / "0" / "error.txt").exists()

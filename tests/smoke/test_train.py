@@ -397,7 +397,7 @@ def test_an_interrupt_says_how_to_go_on(
         assert cli(lines) == 130
     said = capsys.readouterr()
     assert "interrupted" in said.err
-    assert ("ckpt_path=last" if epoch else "start it again with the same arguments") in said.err
+    assert ("python -m distill resume" if epoch else "start it again with the same arguments") in said.err
     assert "Traceback" not in said.err
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file() == (epoch == 1)
     assert not (tmp_path / "run" / "summary.json").exists()

@@ -13,21 +13,24 @@ from distill.types import DistillError
 USAGE = """usage: distill <verb> [options]
 
   train [overrides]                     train or distil a detector (also: python train.py)
-  evaluate RUN|CKPT [overrides]         measure the AP of a run's student, on any split or data set
+  resume RUN [overrides]                continue a stopped run from its last checkpoint
+  evaluate RUN [overrides]              measure the AP of a run's student, on any split or data set
   predict RUN IMAGES... [--score 0.5]   write pictures and COCO-format detections
   bench [overrides]                     measure the cost of distillation on this machine, part by part
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
   doctor [overrides of train]           check data, teacher and loss terms before a run, and estimate its time
   replay FILE                           repeat the step that stopped a run
 
-distill <verb> --help shows the options of a verb."""
+distill <verb> --help shows the options of a verb. distill --version shows the versions of distill and its libraries.
+eval "$(distill -sc install=bash)" completes verbs, groups and keys in this shell; also for zsh and fish."""
 
 
 def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
-    from distill.cli import bench, classifier, doctor, evaluate, predict, replay, train
+    from distill.cli import bench, classifier, doctor, evaluate, predict, replay, resume_run, train
 
     return {
         "train": train.main,
+        "resume": resume_run.main,
         "evaluate": evaluate.main,
         "predict": predict.main,
         "bench": bench.main,
@@ -41,6 +44,9 @@ def main(argv: Sequence[str]) -> int:
     """Run a verb and return its exit code. Invalid input ends with one message and without a traceback."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(version_line())
         return 0
     try:
         with stop_on_signals():
@@ -60,6 +66,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(verb: str, words: Sequence[str]) -> int:
     verbs = _verbs()
+    if {verb, *words} & {"-sc", "--shell-completion"}:
+        from distill.cli import completion
+
+        return completion.main([verb, *words] if verb.startswith("-") else words, verbs)
     if verb not in verbs:
         from distill.cli.suggestions import nearest
 
@@ -71,6 +81,17 @@ def _run(verb: str, words: Sequence[str]) -> int:
 
     target_policy.set_trusted(words)
     return verbs[verb](expand_teacher_words(expand_data_paths(words)))
+
+
+def version_line() -> str:
+    """The versions of distill, Python and the libraries that decide about results."""
+    import platform
+    from importlib.metadata import version
+
+    from distill import __version__
+
+    libraries = [f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "hydra-core")]
+    return ", ".join([f"distill {__version__}", f"Python {platform.python_version()}", *libraries])
 
 
 def _printable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -105,8 +106,8 @@ def _find_run(lines: list[str], must: bool) -> list[str]:
         f"the newest, {runs[0]}, was made by: {' '.join(_recorded_words(runs[0]))}" if runs else "none has a checkpoint"
     )
     raise DistillError(
-        f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. Repeat the overrides of the "
-        "run that is to go on, or name it: hydra.run.dir=RUN, or ckpt_path=FILE"
+        f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. distill resume RUN needs no "
+        "overrides: RUN is the folder of the run"
     )
 
 
@@ -123,7 +124,9 @@ def _made_by_this_job(run: Path) -> bool:
 
 def resume_advice(run: Path) -> str:
     """Text that says how to resume a stopped run."""
-    return "ckpt_path=last goes on from the last checkpoint" if RunFolder(run).resumable else RESTART_ADVICE
+    if not RunFolder(run).resumable:
+        return RESTART_ADVICE
+    return f"python -m distill resume {shlex.quote(str(run))} continues from the last checkpoint"
 
 
 def _saved_at(run: Path) -> float:
@@ -146,7 +149,7 @@ def find_checkpoint(cfg: DictConfig, run: Path) -> Path | None:
         DistillError: there is no such checkpoint.
     """
     if cfg.resume not in ("same", "anyway"):
-        raise DistillError(f"resume: expected same or anyway, got '{cfg.resume}'")
+        raise DistillError(f"resume: expected same or anyway, got '{cfg.resume}'; distill resume RUN continues a run")
     if cfg.ckpt_path is None:
         return None
     from distill.training.checkpoint_io import latest_intact_checkpoint
@@ -154,8 +157,8 @@ def find_checkpoint(cfg: DictConfig, run: Path) -> Path | None:
     file = RunFolder(run).last if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
     if not file.is_file() and not previous_checkpoint(file).is_file():
         raise DistillError(
-            f"ckpt_path={cfg.ckpt_path}: there is no file {file}. Give ckpt_path=FILE, or hydra.run.dir=RUN "
-            "ckpt_path=last with the folder of a run that has checkpoints"
+            f"ckpt_path={cfg.ckpt_path}: there is no file {file}. distill resume RUN continues from the last "
+            "checkpoint in the folder RUN; ckpt_path=FILE names one checkpoint"
         )
     return latest_intact_checkpoint(file)
 
@@ -205,8 +208,8 @@ def _refuse(mode: str, file: Path | None, differing: Sequence[str]) -> None:
         warnings.warn(f"resume=anyway: this is not the run that made {file}: {listed}", stacklevel=3)
         return
     raise DistillError(
-        f"resume: {file} was made by another run: {listed}. Set them as they were ({OVERRIDES} in that run's folder), "
-        "or go on nevertheless with resume=anyway"
+        f"resume: {file} was made by another run: {listed}. distill resume RUN repeats the overrides of that run "
+        f"({OVERRIDES} in its folder); resume=anyway accepts the differences"
     )
 
 

@@ -30,9 +30,6 @@ def main(argv: Sequence[str]) -> int:
     compose.register_resolvers()
     register_presets(compose.config_folder())
     flags, options = parse_words(argv)
-    if flags.shell_completion:
-        answer_flags(argv)
-        return 0
     cfg, overrides = override_checks.validate_overrides(flags.overrides)
     if not flags.runs:
         answer_flags([*overrides, *options])
@@ -123,8 +120,8 @@ def explain(error: RuntimeError, rank: int) -> Exception:
     if "DataLoader worker" in text or "Pin memory thread" in text:
         return DistillError(
             f"a loader process died: {text.splitlines()[0]} Most often memory ran out: lower data.workers, "
-            "data.prefetch or data.batch_size, or set data.workers=0 to see the cause. ckpt_path=last goes on from the "
-            "last checkpoint"
+            "data.prefetch or data.batch_size, or set data.workers=0 to see the cause. distill resume RUN continues "
+            "from the last checkpoint"
         )
     if "loading state_dict" in text:
         return DistillError(f"resume: the checkpoint's weights do not fit this run's models: {text}")

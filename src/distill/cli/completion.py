@@ -1,0 +1,66 @@
+"""Completion of the command line in a shell. Hydra completes overrides; the verbs are completed here.
+
+Hydra's shell function calls ``distill -sc query=bash`` with the typed line in ``COMP_LINE``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from unittest.mock import patch
+
+from distill.cli import compose
+from distill.cli.hydra_main import answer_flags
+from distill.cli.presets import register_presets
+
+PATH_FIRST = ("evaluate", "resume", "classifier", "replay")
+"""Verbs whose first argument is a path, which the shell itself completes; overrides follow."""
+FLAGS = ("-sc", "--shell-completion")
+
+
+def main(argv: Sequence[str], verbs: Iterable[str]) -> int:
+    """``distill -sc install=bash`` and ``uninstall=bash``, for zsh and fish too; and ``query=…`` for the shell.
+
+    Args:
+        argv: words after the verb; they include one of `FLAGS`.
+        verbs: names of the verbs.
+    """
+    compose.register_resolvers()
+    register_presets(compose.config_folder())
+    line = os.environ.get("COMP_LINE", "")
+    if not any(word.startswith("query=") for word in argv):
+        # ``python -m distill`` installs the completion of the command ``distill``.
+        name = sys.argv[0] if sys.argv[0].endswith("train.py") else "distill"
+        with patch.object(sys, "argv", [name]):
+            answer_flags(argv)
+        return 0
+    start, script, rest = line.partition("train.py")
+    if script:
+        answer_line(argv, f"{start}{script}", "train", rest)
+        return 0
+    program, _, rest = line.lstrip().partition(" ")
+    verb, space, rest = rest.lstrip().partition(" ")
+    if not space:
+        print(" ".join(name for name in verbs if name.startswith(verb)))
+    elif verb in verbs and verb != "predict":
+        answer_line(argv, program, verb, rest)
+    return 0
+
+
+def answer_line(argv: Sequence[str], program: str, verb: str, rest: str) -> None:
+    """Let Hydra complete the last word of a line. Nothing is printed where the shell completes a path.
+
+    Args:
+        argv: words with Hydra's flag.
+        program: the typed start of the line, without the verb.
+        verb: the verb.
+        rest: the line after the verb.
+    """
+    words = rest.split()
+    current = "" if not rest or rest[-1].isspace() else words.pop()
+    if current.startswith("-") or (verb in PATH_FIRST and all("=" in word or word.startswith("-") for word in words)):
+        return
+    overrides = [word for word in words if word in ("-m", "--multirun") or ("=" in word and not word.startswith("-"))]
+    with patch.dict(os.environ, COMP_LINE=" ".join([program, *overrides, current])):
+        answer_flags(argv)
