@@ -11,6 +11,8 @@ STUDENT = "student.pt"
 DESCRIPTION = "student.json"
 LAST = "last.ckpt"
 BEST = "best.ckpt"
+METRICS = "metrics.csv"
+STEPS = "steps.csv"
 
 
 class RunFolder:
@@ -32,8 +34,12 @@ class RunFolder:
         self.last = self.checkpoints / LAST
         self.previous = previous_checkpoint(self.last)
         self.best = self.checkpoints / BEST
-        self.metrics = self.path / "metrics.csv"
-        """Logged values of the steps and evaluations."""
+        self.metrics = self.path / METRICS
+        """One row per epoch: means of the losses, results of the evaluation."""
+        self.steps = self.path / STEPS
+        """One row per logged step: losses of a single batch."""
+        self.curves = self.path / "curves.png"
+        """Losses and AP by epoch."""
         self.pictures = self.path / "pictures"
         self.non_finite = self.path / "non_finite"
         """Steps that stopped the run because their loss or gradient was not finite."""
@@ -44,8 +50,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has finished."""
-        return self.summary.is_file() and self.description.is_file()
+        """Whether the run has finished, and still has the student that it exported."""
+        return self.summary.is_file() and self.description.is_file() and self.student.is_file()
 
     @property
     def resumable(self) -> list[Path]:

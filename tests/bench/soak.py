@@ -90,7 +90,7 @@ def soak(folder: Path, lines: list[str], minutes: float, every: float) -> tuple[
         run = subprocess.Popen([sys.executable, str(TRAIN), *overrides], stdout=log, stderr=log, cwd=folder)
         try:
             watched = psutil.Process(run.pid)
-            while run.poll() is None and not (folder / "run" / "metrics.csv").exists():
+            while run.poll() is None and not (folder / "run" / "steps.csv").exists():
                 time.sleep(every)
             end = time.monotonic() + 60 * minutes
             while run.poll() is None and time.monotonic() < end:
@@ -115,8 +115,8 @@ def main() -> int:
     samples, code = soak(folder.resolve(), args.overrides, args.minutes, args.every)
     (folder / "samples.json").write_text(json.dumps(samples))
     settled = samples[len(samples) // 3 :]
-    steps = (folder / "run" / "metrics.csv").read_text().count("\n")
-    print(f"{args.minutes} min, {len(samples)} samples, {steps} lines of metrics.csv, exit code {code} (143 expected)")
+    steps = (folder / "run" / "steps.csv").read_text().count("\n")
+    print(f"{args.minutes} min, {len(samples)} samples, {steps} lines of steps.csv, exit code {code} (143 expected)")
     good = code == 143 and len(settled) >= 4
     for name, (first, last, grew) in growth(settled).items() if settled else ():
         good &= not grew

@@ -44,6 +44,7 @@ TINY_RUN = [
     "trainer.log_every_n_steps=1",
     "trainer.accelerator=cpu",
     "pictures=1",
+    "cost=0",
 ]
 TINY = [*TINY_DATA, *TINY_MODEL, *TINY_HEADS, *TINY_RUN]
 

@@ -74,7 +74,7 @@ def test_data_is_counted_as_an_independent_count_has_it(ready: dict[str, Any]) -
 
 def test_terms_are_those_of_the_run_s_first_step(cli: Cli, ready: dict[str, Any], tiny_teacher: Path) -> None:
     assert cli(["train", f"teacher.weights={tiny_teacher}", *TINY, "pictures=0", "hydra.run.dir=run"]) == 0
-    rows = list(csv.DictReader(Path("run/metrics.csv").read_text().splitlines()))
+    rows = list(csv.DictReader(Path("run/steps.csv").read_text().splitlines()))
     first = next(row for row in rows if row.get("loss/total"))
     assert ready["terms"].keys() == {name.removeprefix("term/") for name in first if name.startswith("term/")}
     for name, term in ready["terms"].items():
@@ -136,7 +136,7 @@ def test_time_and_memory_are_estimated(ready: dict[str, Any]) -> None:
     ],
 )
 def test_a_schedule_is_counted_in_batches(lines: list[str], batches: int, expected: tuple[int, int]) -> None:
-    from distill.cli.doctor_report import planned_batches
+    from distill.cli.run_estimate import planned_batches
 
     assert planned_batches(compose.compose_config([*lines, "paths.run=x"]).trainer, batches) == expected
 
@@ -240,7 +240,7 @@ def test_a_teacher_that_does_not_keep_its_promise_is_named(
 ) -> None:
     monkeypatch.setattr("distill.cli.teacher_cache._known_values", lambda *_: {"val/AP": 0.4})
     report = visit(cli, f"teacher.weights={tiny_teacher}", *TINY)
-    assert any("promises 0.400: check its weights" in fault for fault in report["faults"])
+    assert any("promises 40.0 %: check its weights" in fault for fault in report["faults"])
 
 
 def test_a_pair_that_cannot_be_is_named(cli: Cli, tiny_teacher: Path) -> None:

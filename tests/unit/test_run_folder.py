@@ -14,7 +14,7 @@ from distill.run_folder import RunFolder, previous_checkpoint
 SOURCE = Path(distill.__file__).parent
 FILES = (
     r"overrides\.yaml|(?<!conf/)config\.yaml|summary\.json|student\.(pt|json)|(last|last-1|best)\.ckpt|metrics\.csv"
-    r"|error\.txt"
+    r"|steps\.csv|curves\.png|error\.txt"
 )
 FOLDERS = {"checkpoints", "pictures", "non_finite", "slurm_job"}
 
@@ -53,13 +53,14 @@ def test_the_configuration_puts_checkpoints_where_the_run_folder_expects_them() 
     assert callbacks.last.dirpath == callbacks.best.dirpath == str(RunFolder("run").checkpoints)
 
 
-def test_a_run_is_finished_once_summary_and_description_exist(tmp_path: Path) -> None:
+def test_a_run_is_finished_once_summary_description_and_weights_exist(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    assert not run.finished
-    run.summary.touch()
-    assert not run.finished
-    run.description.touch()
+    for file in (run.summary, run.description, run.student):
+        assert not run.finished
+        file.touch()
     assert run.finished
+    run.student.unlink()  # lost in a copy: not a teacher, and a sweep makes the job again
+    assert not run.finished
 
 
 def test_a_run_is_resumable_from_the_previous_checkpoint_alone(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from distill.cli import instantiate
@@ -85,7 +85,7 @@ def build_losses(
 
 
 def build_trainer(plan: RunPlan) -> L.Trainer:
-    """Lightning's trainer with the run's callbacks and loggers. A CSV logger is always among them.
+    """Lightning's trainer with the run's callbacks and loggers.
 
     Raises:
         DistillError: Lightning refuses an option.
@@ -94,15 +94,14 @@ def build_trainer(plan: RunPlan) -> L.Trainer:
     bars = options.settings["enable_progress_bar"]
     callbacks = _build_parts("callbacks", options.callbacks, L.Callback)
     loggers = _build_parts("logger", options.loggers, Logger)
-    if "csv" not in options.loggers:
-        loggers.append(CSVLogger(plan.folder.path, name="", version="", flush_logs_every_n_steps=100))
+    idle = (*(() if bars else (ProgressBar,)), *(() if loggers else (LearningRateMonitor,)))
     try:
         trainer: L.Trainer = instantiate.build_node(
             dict(options.settings),
             callbacks=[
                 RestoreSignalHandlers(),
                 ConsistencyCheck(partial(shared_values, options.shared)),
-                *(callback for callback in callbacks if bars or not isinstance(callback, ProgressBar)),
+                *(callback for callback in callbacks if not isinstance(callback, idle)),
                 Provenance(dict(plan.config)),
             ],
             plugins=[CheckpointFiles(forget=IDENTITY_KEYS if plan.resume == "anyway" else ())],

@@ -10,6 +10,7 @@ from typing import Any
 
 from distill.cli import override_checks
 from distill.cli.tables import gib, print_line, print_table
+from distill.units import duration, percent
 
 COUNTED = ("images", "boxes", "crowds", "difficult", "empty")
 
@@ -76,8 +77,8 @@ def _print_teacher(teacher: Mapping[str, Any]) -> None:
     if teacher["state"] != "ready":
         print_line("teacher", teacher["state"])
     if "command" in teacher:
-        duration = _duration(teacher["estimate"]["seconds"]["total"])
-        print_line("", f"would go to {teacher['folder']}, in about {duration}:")
+        expected = duration(teacher["estimate"]["seconds"]["total"])
+        print_line("", f"would go to {teacher['folder']}, in about {expected}:")
         print_line("", teacher["command"])
     if "source" in teacher:
         sample = teacher.get("sample")
@@ -85,9 +86,9 @@ def _print_teacher(teacher: Mapping[str, Any]) -> None:
         measured = "AP not known"
         if sample:
             shared = sample["shared_AP"]
-            of_shared = "" if shared is None else f" ({shared:.3f} of the classes that it knows)"
-            measured = f"AP {sample['AP']:.3f}{of_shared} on {sample['images']} images"
-        expected = f"{promised:.3f} promised" if promised is not None else "its file promises nothing"
+            of_shared = "" if shared is None else f" ({percent(shared)} of the classes that it knows)"
+            measured = f"AP {percent(sample['AP'])}{of_shared} on {sample['images']} images"
+        expected = f"{percent(promised)} promised" if promised is not None else "its file promises nothing"
         print_line("teacher", f"{teacher['source']}: {measured}, {expected}")
 
 
@@ -95,13 +96,8 @@ def _print_estimate(estimate: Mapping[str, Any]) -> None:
     seconds = estimate["seconds"]
     print_line(
         "time",
-        f"about {_duration(seconds['total'])}: {estimate['batches']} batches of {estimate['seconds_per_batch']:.3f} s "
+        f"about {duration(seconds['total'])}: {estimate['batches']} batches of {estimate['seconds_per_batch']:.3f} s "
         f"on each of {estimate['processes']} {estimate['device']} at {estimate['precision']}, and "
-        f"{_duration(seconds['evaluation'])} of evaluation",
+        f"{duration(seconds['evaluation'])} of evaluation",
     )
     print_line("memory", f"about {gib(estimate['bytes'])} of {gib(estimate['device_bytes'])}")
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 import warnings
@@ -16,6 +15,7 @@ from omegaconf import DictConfig
 from distill.cli import instantiate, preflight
 from distill.cli.assembly import assemble, build_student, build_trainer
 from distill.cli.preflight import RunPlan
+from distill.cli.run_estimate import PATIENCE, estimate_run
 from distill.cli.tables import gib
 from distill.cli.teacher_cache import (
     UNTRAINED,
@@ -37,13 +37,10 @@ from distill.teacher import Teacher
 from distill.training.callbacks.term_check import TermCheck
 from distill.training.distiller import Distiller
 from distill.types import DistillError
+from distill.units import percent
 
 SAMPLE = 100
 """Maximum number of validation images on which the teacher is evaluated."""
-PATIENCE = 15.0
-"""Maximum duration of one measurement, in seconds."""
-BATCHES = 3
-"""Batches whose forward and backward passes are timed."""
 Report = dict[str, Any]
 
 
@@ -102,7 +99,7 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
                 "state": "not trained yet",
                 "folder": str(folder),
                 "command": shlex.join(["python", "-m", "distill", "train", *overrides]),
-                "estimate": _estimate(config.trainer, module, data, trainer),
+                "estimate": estimate_run(config.trainer, module, data, trainer),
             }
             if options.train == "never":
                 report["faults"].append(f"there is no trained teacher at {folder} and teacher.train=never")
@@ -136,13 +133,13 @@ def _compare_ap(min_ap: float | None, section: Report, report: Report) -> None:
     ap: float = sample["AP"]
     if sample["shared_AP"] is not None:  # classes that the teacher does not know say nothing about its weights
         ap, of_classes = sample["shared_AP"], " of the classes that it knows"
-    result = f"the teacher's AP{of_classes} on {sample['images']} validation images is {ap:.3f}"
+    result = f"the teacher's AP{of_classes} on {sample['images']} validation images is {percent(ap)} %"
     remedy = "check its weights, its class list and the image size that it was trained with"
     expected = section["promised"] if section["here"] is None else section["here"]
     if expected is not None and ap < expected / 2:
         # A result on other images may not hold for this data.
         kind = "notes" if section["here"] is None else "faults"
-        report[kind].append(f"{result}, but {section['source']} promises {expected:.3f}: {remedy}")
+        report[kind].append(f"{result}, but {section['source']} promises {percent(expected)} %: {remedy}")
     if min_ap is not None and ap < min_ap:
         report["faults"].append(f"{result}, below teacher.min_ap={min_ap}: {remedy}")
 
@@ -206,7 +203,7 @@ def _examine_step(report: Report, module: Distiller, data: DetectionData, traine
 
 
 def _estimate_run(plan: RunPlan, report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer) -> None:
-    report["estimate"] = estimate = _estimate(trainer, module, data, trainer)
+    report["estimate"] = estimate = estimate_run(trainer, module, data, trainer)
     estimate["bytes"] += doctor.state_bytes(module, plan.schedule)
     if estimate["bytes"] > estimate["device_bytes"]:
         report["faults"].append(
@@ -214,45 +211,3 @@ def _estimate_run(plan: RunPlan, report: Report, module: Distiller, data: Detect
             f"{gib(estimate['device_bytes'])}: lower data.batch_size (with schedule.accumulate for the same total), or "
             "data.max_size"
         )
-
-
-def _estimate(limits: Any, module: Distiller, data: DetectionData, trainer: L.Trainer) -> Report:
-    """Time and memory of a run on this machine, measured on a few batches.
-
-    Args:
-        limits: a trainer, or a configuration node ``trainer``, with the limits that end the run.
-        module: module of the run.
-        data: the data, already read.
-        trainer: provides device, precision and number of processes.
-    """
-    device: torch.device = trainer.strategy.root_device
-    processes = trainer.num_devices * trainer.num_nodes
-    loader = data.train_dataloader()
-    pace = doctor.measure_pace(module, str(trainer.precision), loader, device, BATCHES, PATIENCE)
-    evaluated = evaluate_sample(module.student, data, (), device, 2 * data.eval_batch_size, PATIENCE)
-    batches, evaluations = planned_batches(limits, max(1, len(loader) // processes))
-    training = batches * pace["seconds_per_batch"]
-    evaluating = evaluations * evaluated["detect"] * len(data.records("val")) / processes
-    return {
-        "device": str(device),
-        "processes": processes,
-        "precision": str(trainer.precision),
-        "batches": batches,
-        "evaluations": evaluations,
-        "seconds_per_batch": pace["seconds_per_batch"],
-        "seconds": {"training": training, "evaluation": evaluating, "total": training + evaluating},
-        "bytes": pace["peak_bytes"],
-        "device_bytes": doctor.device_bytes(device),
-    }
-
-
-def planned_batches(limits: Any, batches: int) -> tuple[int, int]:
-    """Number of training batches per process, with `batches` per epoch, and of evaluations, with the final one."""
-    part = 1.0 if limits.limit_train_batches is None else limits.limit_train_batches
-    an_epoch = min(batches, part) if isinstance(part, int) else max(1, int(batches * part))
-    total = an_epoch * limits.max_epochs
-    if limits.max_steps >= 0:
-        total = min(total, limits.max_steps * limits.accumulate_grad_batches)
-    every = limits.check_val_every_n_epoch
-    # The weights at the end of the training are evaluated too, unless it ends inside its first epoch.
-    return total, (math.ceil(total / (an_epoch * every)) if every and total >= an_epoch else 0) + 1

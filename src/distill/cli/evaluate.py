@@ -16,6 +16,7 @@ from distill.cli.overrides import parse_overrides, read_config, recorded_overrid
 from distill.labels import unknown_classes
 from distill.run_folder import OVERRIDES, STUDENT, SUMMARY, RunFolder
 from distill.types import DistillError
+from distill.units import percent
 
 if TYPE_CHECKING:
     from distill.cli.teacher_cache import TeacherOptions
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 SIZE_KEYS = ("data.min_size", "data.max_size", "data.eval_min_size", "data.eval_max_size")
 RESIZE_KEYS = ("data.antialias", "data.pad_to")
+TRAINING_GROUPS = ("trainer", "callbacks", "logger")
+"""Groups whose overrides concern a training. An evaluation and a replay do without them, but for `MACHINE_KEYS`."""
+MACHINE_KEYS = ("trainer", "trainer.accelerator", "trainer.precision")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     unknown = unknown_classes(detector.spec.classes, data.classes)
     shared = {name.removeprefix(SHARED): value for name, value in results.items() if name.startswith(SHARED)}
     rows = [
-        (name, format_percent(value), *([format_percent(shared.get(name, value))] if unknown else ()))
+        (name, format_result(value), *([format_result(shared.get(name, value))] if unknown else ()))
         if name.partition("/")[2] not in unknown
         else (name, "unknown to the model", None)
         for name, value in results.items()
@@ -91,9 +95,9 @@ def class_notes(model: Sequence[str], data: Sequence[str]) -> list[str]:
     return notes
 
 
-def format_percent(value: float) -> str:
-    """A metric in percent with two digits."""
-    return f"{100 * value:.2f}" if value >= 0 else "no ground truth"
+def format_result(value: float) -> str:
+    """A metric in percent, or the reason why it does not exist."""
+    return percent(value) if value >= 0 else "no ground truth"
 
 
 def find_run(source: Path) -> RunFolder:
@@ -116,13 +120,17 @@ def trained_size(source: Path, overrides: Sequence[str]) -> list[str]:
 
 
 def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
-    """The run's configuration, composed again with further overrides."""
+    """The run's configuration, composed again with further overrides.
+
+    Recorded overrides of the training are left out: an older version may have accepted values that are refused now.
+    """
     chosen = {override.key_or_group for override in parse_overrides(overrides)} & set(compose.config_groups())
     recorded = [
         str(override.input_line)
         for override in recorded_overrides(run.path)
         # data=voc replaces all overrides of the run's data, but for those that decide what the detector sees
-        if override.key_or_group.split(".")[0] not in chosen or override.key_or_group in RESIZE_KEYS
+        if (override.key_or_group.split(".")[0] not in chosen or override.key_or_group in RESIZE_KEYS)
+        and (override.key_or_group.split(".")[0] not in TRAINING_GROUPS or override.key_or_group in MACHINE_KEYS)
     ]
     from distill.cli import auto_values
 

@@ -36,17 +36,32 @@ OTHER_RUN_PREFIXES = (
     "logger",
     "paths.",
     "pictures",
+    "cost",
+    "role",
     *(f"data.{key}=" for key in LOADING_KEYS),
     "guard",
     "callbacks.terms",
 )
 """Prefixes of overrides that do not identify a run."""
 MAY_DIFFER = (
-    *("ckpt_path", "resume", "name", "test", "pictures", "paths.*", "logger.*", "guard.*", "callbacks.terms*"),
+    *(
+        "ckpt_path",
+        "resume",
+        "name",
+        "test",
+        "pictures",
+        "cost",
+        "role",
+        "paths.*",
+        "logger.*",
+        "guard.*",
+        "callbacks.terms*",
+    ),
     # The machine, saving and the terminal.
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy*", "benchmark", "profiler")),
     *(f"trainer.{key}" for key in ("log_every_n_steps", "enable_*", "default_root_dir", "save_every", "num_sanity*")),
     *("callbacks.last*", "callbacks.teacher*", "callbacks.rate*", "callbacks.panels*", "callbacks.progress*"),
+    *("callbacks.history*", "callbacks.lines*"),
     "callbacks.best.dirpath",
     *(f"data.{key}" for key in LOADING_KEYS),
     # Compared by the checkpoint itself: images and boxes, the teacher's weights. Start weights no longer matter.

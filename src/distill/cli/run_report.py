@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from distill.cli.preflight import RunPlan
+from distill.cli.related_runs import RelatedRun, baseline_command, find_related_runs, fingerprint_recipe
 from distill.cli.resume import write_slurm_job
 from distill.cli.tables import print_line, print_table
 from distill.cli.teacher_cache import measured_by
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.detectors.student_files import save_student
+from distill.diagnostics.cost import COST_COLUMNS, ModelRow, cost_of, measure_row, summarize
 from distill.evaluation.evaluate import evaluate
 from distill.evaluation.metric import SHARED
 from distill.evaluation.pictures import panel, save_panel
@@ -33,6 +36,7 @@ from distill.run_folder import RunFolder
 from distill.training.callbacks.prediction_images import predict_columns, unpadded_images
 from distill.training.distiller import Distiller
 from distill.types import DistillError
+from distill.units import percent
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP", "mask_AP")
 """Metrics in the closing table."""
@@ -47,14 +51,19 @@ def write_config(plan: RunPlan) -> None:
 
 
 @rank_zero_only
-def print_opening(plan: RunPlan, module: Distiller, data: DetectionData) -> None:
-    """Print data, student, teacher and losses, and a warning if the teacher is smaller than the student."""
+def print_data(plan: RunPlan, data: DetectionData) -> None:
+    """Print what was read, and the values that were chosen for it."""
     for line in data.summary:
         print_line("data", line)
     for line in plan.choices:
         print_line("auto", line)
+
+
+@rank_zero_only
+def print_opening(plan: RunPlan, module: Distiller) -> None:
+    """Print student, teacher and losses, and a warning if the teacher is smaller than the student."""
     student = module.student
-    print_line("student", _model_line(student))
+    print_line(plan.config["role"], _model_line(student))
     for line in student.report:
         print_line("", line)
     if module.teacher is not None:
@@ -87,7 +96,6 @@ def open_loggers(plan: RunPlan, trainer: L.Trainer) -> Iterator[None]:
     """
     failed = True
     try:
-        _set_metrics_aside(plan.folder)
         loggers: list[Any] = trainer.loggers
         for logger in loggers:
             try:
@@ -110,18 +118,6 @@ def open_loggers(plan: RunPlan, trainer: L.Trainer) -> Iterator[None]:
                     logger.experiment.finish(exit_code=int(failed))
 
 
-@rank_zero_only
-def _set_metrics_aside(run: RunFolder) -> None:
-    """Rename the metrics file of the training before a resume to ``metrics.1.csv`` and so on.
-
-    The logger writes a new metrics file.
-    """
-    if run.metrics.is_file():
-        stem, suffix = run.metrics.stem, run.metrics.suffix
-        number = 1 + len(list(run.path.glob(f"{stem}.*{suffix}")))
-        run.metrics.rename(run.path / f"{stem}.{number}{suffix}")
-
-
 def finish_run(
     plan: RunPlan,
     trainer: L.Trainer,
@@ -137,16 +133,23 @@ def finish_run(
         save_student(module.student, plan.folder.path, {"category_ids": data.category_ids, "resize": data.resize})
     values: dict[str, float] = {}
     for split in splits:
-        results = evaluate(module.student, data, split, module.metrics, device, f"student, {split}")
+        results = evaluate(module.student, data, split, module.metrics, device, f"{plan.config['role']}, {split}")
         values |= {f"{split}/{name}": value for name, value in results.items()}
     terms = {
-        name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name and "val/" not in name
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(("term/", "loss/", "lr-"))
     }
+    recipe = fingerprint_recipe(plan, data, trainer.world_size)
+    rows = _measure_rows(plan, module, data, values, device) if trainer.is_global_zero else {}
     summary = {
         "student": values,
         "measured": measured_by(plan.config["metrics"], data, splits),
         "teacher": module.teacher.identity() if module.teacher else None,
+        "losses": list(plan.losses),
+        "recipe": recipe,
         "parameters": _parameters(module),
+        "cost": {model: summarize(row.cost) for model, row in rows.items()},
         "terms": terms,
         "skipped_steps": module.guard.skipped,
         "best_checkpoint": best,
@@ -158,9 +161,24 @@ def finish_run(
         if plan.pictures:
             _save_pictures(module, data, plan.pictures, plan.folder.pictures, device)
         write_text(plan.folder.summary, json.dumps(summary, indent=1))
-        _print_results(summary, plan.folder)
+        _print_results(summary, plan.folder, plan.config["role"])
+        related = find_related_runs(plan, recipe)
+        print_comparison(summary, rows, related, baseline_command(plan), plan.config["role"])
         _log_results(trainer, values)
     return summary
+
+
+def _measure_rows(
+    plan: RunPlan, module: Distiller, data: DetectionData, values: Mapping[str, float], device: torch.device
+) -> dict[str, ModelRow]:
+    """Results and costs of the student and of the teacher, if there is one."""
+    images: int = plan.config["cost"]
+    name = _student_name({"losses": list(plan.losses)}, plan.config["role"])
+    rows = {"student": measure_row(name, values, module.student, data, device, images)}
+    if module.teacher is not None:
+        known = module.teacher.values
+        rows["teacher"] = measure_row("teacher", known, module.teacher.detector, data, device, images)
+    return rows
 
 
 def _log_results(trainer: L.Trainer, values: Mapping[str, float]) -> None:
@@ -199,27 +217,89 @@ def _parameters(module: Distiller) -> dict[str, int]:
     return counts
 
 
-def _print_results(summary: Mapping[str, Any], run: RunFolder) -> None:
+def _print_results(summary: Mapping[str, Any], run: RunFolder, role: str = "student") -> None:
+    """Print the metrics of teacher and student on all splits, and the paths of the results."""
     columns = [name for name in COLUMNS if f"val/{name}" in summary["student"]]
-    results = {"teacher": (summary["teacher"] or {}).get("values") or {}, "student": summary["student"]}
+    teacher = (summary["teacher"] or {}).get("values") or {}
+    results = {"teacher": teacher, _student_name(summary, role): summary["student"]}
     rows = [
-        [
-            *(f"{model}{classes}", split, *(percent(values.get(f"{split}/{prefix}{name}", -1.0)) for name in columns)),
-            f"{summary['parameters'][model] / 1e6:.2f} M",
-        ]
+        [f"{model}{classes}", split, *(percent(values.get(f"{split}/{prefix}{name}", -1.0)) for name in columns)]
         for model, values in results.items()
         for split in ("val", "test")
         for prefix, classes in (("", ""), (SHARED, ", shared classes"))
         if f"{split}/{prefix}AP" in values or f"{split}/{prefix}mAP" in values
     ]
-    print_table("validation and test, percent", ("", "split", *columns, "parameters"), rows, left=2)
-    for label, path in (("student", run.student), ("pictures", run.pictures), ("summary", run.summary)):
-        print_line(label, path)
+    print_table("validation and test, percent", ("", "split", *columns), rows, left=2)
+    paths = (run.student, run.pictures, run.curves, run.summary)
+    for label, path in zip((role, "pictures", "curves", "summary"), paths, strict=True):
+        if path.exists():
+            print_line(label, path)
 
 
-def percent(value: float) -> str | None:
-    """A metric in percent; None for -1, which metrics return where there is no ground truth of this kind."""
-    return f"{100 * value:.1f}" if value >= 0 else None
+def _student_name(summary: Mapping[str, Any], role: str = "student") -> str:
+    """Name of a run's student in a table."""
+    if role != "student":
+        return role
+    losses = summary.get("losses")
+    return "student alone" if losses == [] else f"distilled ({', '.join(losses)})" if losses else "student"
+
+
+def print_comparison(
+    summary: Mapping[str, Any], rows: Mapping[str, ModelRow], related: Sequence[RelatedRun], command: str, role: str
+) -> None:
+    """Print the table of the student alone, distilled students and the teacher, and what the distillation gained.
+
+    Args:
+        summary: summary of this run.
+        rows: rows of this run's ``student`` and ``teacher``, if it has one.
+        related: finished runs that differ in the distillation only, the newest one first.
+        command: trains the same student alone.
+        role: what the run trained, ``student`` or ``teacher``.
+    """
+    split = "test" if any(name.startswith("test/") for name in summary["student"]) else "val"
+    metric = next(name for name in ("AP", "mAP") if f"{split}/{name}" in summary["student"])
+    related = [run for run in related if f"{split}/{metric}" in run.summary["student"]]
+    student, teacher = rows["student"], rows.get("teacher")
+    alone: ModelRow | None = None
+    distilled: list[ModelRow] = []
+    if role == "student":
+        others = [replace(student, name=_student_name(run.summary), results=run.summary["student"]) for run in related]
+        baselines = [row for row, run in zip(others, related, strict=True) if run.is_baseline]
+        distilled = [row for row, run in zip(others, related, strict=True) if run.summary["losses"]]
+        distilled = list({row.name: row for row in reversed(distilled)}.values())  # the newest one of each method
+        if summary["losses"]:
+            alone, distilled = next(iter(baselines), None), [student]
+        else:
+            alone = student
+            taught = [run.summary for run in related if run.summary["losses"] and run.summary["teacher"]]
+            if teacher is None and taught:
+                costs = cost_of((taught[0].get("cost") or {}).get("teacher"))
+                teacher = ModelRow("teacher", taught[0]["teacher"]["values"], costs)
+    table = [row for row in (alone, *distilled, teacher) if row] or [student]
+    names = [name for name in (metric, "AP50") if f"{split}/{name}" in summary["student"]]
+    title = f"{split}, percent"
+    if student.cost:
+        title += f"; one image at a time on {student.cost.device}"
+    columns = ("", *names, *COST_COLUMNS)
+    print_table(title, columns, [row.cells([f"{split}/{name}" for name in names]) for row in table], compact=True)
+    if alone is None and summary["losses"] and role == "student":
+        print_line("gain", f"not known: no run of the same student alone was found. This command makes one:\n{command}")
+    if alone:
+        taught_by = teacher.results.get(f"{split}/{metric}") if teacher else None
+        for row in distilled:
+            gain = describe_gain(alone.results[f"{split}/{metric}"], row.results[f"{split}/{metric}"], taught_by)
+            print_line("gain", f"{row.name}: {gain}")
+
+
+def describe_gain(alone: float, distilled: float, teacher: float | None) -> str:
+    """The gain over the student alone in points of percent, and the share of the gap to the teacher that it closes."""
+    gain = f"{100 * (distilled - alone):+.1f} AP over the student alone"
+    if teacher is None or teacher < 0:
+        return gain
+    gap = teacher - alone
+    if gap <= 0:
+        return f"{gain}; the teacher ({percent(teacher)}) is not better than the student alone ({percent(alone)})"
+    return f"{gain}: {100 * (distilled - alone) / gap:.0f} % of the gap of {100 * gap:.1f} to the teacher"
 
 
 def _versions() -> dict[str, str]:

@@ -41,6 +41,7 @@ from distill.files import write_text
 from distill.quoting import quote_value
 from distill.run_folder import RunFolder
 from distill.types import DistillError
+from distill.units import percent
 
 TABLE_METRICS = ("val/AP", "val/AP50", "val/mAP", "test/AP", "test/mAP")
 
@@ -157,7 +158,11 @@ def show_table(folder: Path) -> None:
     varied = [name for name in names if "/" not in name and len({str(row.get(name)) for row in rows}) > 1]
     numbers = [name for name in names if name in TABLE_METRICS]
     columns = dict.fromkeys(["job", *(name for name in varied if name != "error"), "state", *numbers])
-    print_table(f"sweep {folder}", list(columns), [[row.get(name) for name in columns] for row in rows], len(columns))
+    cells = [
+        [percent(row[name]) if name in TABLE_METRICS and name in row else row.get(name) for name in columns]
+        for row in rows
+    ]
+    print_table(f"sweep {folder}, AP in percent", list(columns), cells, len(columns))
     for row in rows:
         if "error" in row:
             print(f"job {row['job']} failed: {row['error']}")

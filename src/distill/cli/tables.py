@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-MISSING = "–"
-"""Cell of a value that does not exist."""
+from distill.units import MISSING
 
 
 def print_table(

@@ -47,7 +47,7 @@ KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")
 # Keys that do not change the teacher's weights. Runs that differ in these keys only share one teacher.
 IGNORED_DATA = (*LOADING_KEYS, "on_overlap")
 IGNORED_MODEL = ("box_roi_align",)  # changes only the order of additions
-IGNORED_CALLBACKS = ("terms",)  # checks distillation terms, and a teacher's run has none
+IGNORED_CALLBACKS = ("terms", "rate", "panels", "history", "lines", "progress")  # check, log and print only
 # Keys of Lightning's trainer that change the teacher's weights.
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
@@ -191,7 +191,8 @@ def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
     """
     if is_trained(folder):
         return folder
-    command = [sys.executable, "-m", "distill", "train", *overrides, f"hydra.run.dir={quote_value(str(folder))}"]
+    words = [*overrides, "role=teacher", f"hydra.run.dir={quote_value(str(folder), mark=chr(34))}"]
+    command = [sys.executable, "-m", "distill", "train", *words]
     if train == "never":
         raise DistillError(
             f"there is no trained teacher at {folder} (a finished run with its {STUDENT}) and teacher.train=never. "
@@ -208,8 +209,7 @@ def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
 
 def is_trained(folder: Path) -> bool:
     """Whether a run has finished and still has the weights of its student."""
-    run = RunFolder(folder)
-    return run.finished and run.student.is_file()
+    return RunFolder(folder).finished
 
 
 def cache_entry(options: TeacherOptions) -> tuple[Path, list[str]]:
@@ -325,7 +325,7 @@ def _rank() -> int:
 def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
     if RunFolder(folder).resumable:
         command = [*command, "ckpt_path=last"]
-    print(f"distill: no teacher is cached; training one first:\n  {shlex.join(command[1:])}", flush=True)
+    print(f"distill: no teacher is cached; training one first:\n  {shlex.join(['python', *command[1:]])}", flush=True)
     # A separate process, so that neither its random state nor its memory affects this run.
     # The process inherits the lock: if this run is killed, the teacher's run continues, and no other one may start.
     held = [fd for fd in (lock._context.lock_file_fd,) if fd is not None]

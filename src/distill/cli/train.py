@@ -65,7 +65,7 @@ def train(cfg: DictConfig) -> float:
 
 
 def _train(cfg: DictConfig, run: Path) -> float:
-    from distill.cli import assembly, preflight, run_report
+    from distill.cli import assembly, preflight, run_report, teacher_notice
 
     started = time.monotonic()
     silence_known_warnings()
@@ -74,8 +74,10 @@ def _train(cfg: DictConfig, run: Path) -> float:
     data, splits = preflight.load_data(plan)
     preflight.check_metrics(plan, data)
     run_report.write_config(plan)
+    run_report.print_data(plan, data)
+    teacher_notice.announce_teacher(plan, trainer, data)
     module = assembly.assemble(plan, data)
-    run_report.print_opening(plan, module, data)
+    run_report.print_opening(plan, module)
     with translated_errors(trainer), run_report.open_loggers(plan, trainer):
         trainer.fit(module, data, ckpt_path=plan.checkpoint, weights_only=True)
         summary = run_report.finish_run(plan, trainer, module, data, splits, started)

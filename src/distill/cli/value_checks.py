@@ -46,6 +46,8 @@ RULES: dict[str, Rule] = {
     "seed": _integer_from(0, 2**32 - 1),  # numpy's range
     "init": _one_of("scratch", "inherit"),
     "test": BOOLEAN,
+    "role": _one_of("student", "teacher"),
+    "cost": _integer_from(0),
     "pictures": _integer_from(0),
     "channels_last": BOOLEAN,
     "deterministic": _one_of(True, False, "warn"),

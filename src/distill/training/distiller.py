@@ -45,10 +45,28 @@ class StepResult(NamedTuple):
     """Unweighted scalars by name, ``student/...`` and those of the distillation losses."""
     weights: dict[str, float]
     """Factor with which each term enters the loss."""
+    losses: dict[str, Tensor]
+    """Weighted scalars by name: weight times term."""
     loss: Tensor
     """Sum of all weighted terms, a scalar."""
     student: View
     teacher: View | None
+
+
+class BatchLosses(NamedTuple):
+    """The numbers of the last training batch on this process, detached."""
+
+    terms: dict[str, Tensor]
+    """Unweighted scalars by name."""
+    losses: dict[str, Tensor]
+    """Weighted scalars by the same names."""
+    total: Tensor
+    weights: dict[str, float]
+
+    def named(self) -> dict[str, Tensor]:
+        """All values by the names under which they are logged."""
+        terms = {f"term/{name}": value for name, value in self.terms.items()}
+        return terms | {f"loss/{name}": value for name, value in self.losses.items()} | {"loss/total": self.total}
 
 
 class Distiller(L.LightningModule):
@@ -92,6 +110,9 @@ class Distiller(L.LightningModule):
         self.metrics = tuple(metrics)
         self.seed = seed
         self._evaluation: Evaluation | None = None
+        self.last_batch = BatchLosses({}, {}, torch.zeros(()), {})
+        """Losses of the last training batch."""
+        self._step_values: dict[str, Tensor] | None = None
         self._reset_stop = False
         """Whether the next evaluation resets the trainer's `should_stop`, see `end_after_this_step`."""
         self.guard = guard or NonFiniteGuard()
@@ -128,21 +149,30 @@ class Distiller(L.LightningModule):
             observe(step.student, step.terms, step.weights)
         detached = {name: value.detach() for name, value in step.terms.items()}
         self.guard.record(StepRecord(batch, seed, self.progress, detached, step.weights))
-        self._logged = Terms(detached | {"total": step.loss.detach()}, step.weights | {"total": 1.0})
+        losses = {name: value.detach() for name, value in step.losses.items()}
+        self.last_batch = BatchLosses(detached, losses, step.loss.detach(), step.weights)
+        self._step_values = None
         # Without a batch size, which values of steps do not use, Lightning would search the batch for one.
         self.log("loss", step.loss.detach(), prog_bar=True, logger=False, batch_size=1)
         return poison_gradient(step.loss)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the terms of an optimizer step every `log_every_n_steps` steps, and at the end of the run."""
-        if not step_completed(self.trainer):
-            return
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        last = self.trainer.should_stop or self.global_step >= int(self.trainer.estimated_stepping_batches)
-        if every and (last or self.global_step % every == 0):
-            self._log(self._logged)
-        if last:
+        if self.logs_this_step:
+            self.log_dict(self.step_values(), batch_size=1)
+        if step_completed(self.trainer) and self._is_last_step:
             self._reset_stop = end_after_this_step(self.trainer)
+
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether the last batch completed an optimizer step that is logged."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = every and (self._is_last_step or self.global_step % every == 0)
+        return bool(due and step_completed(self.trainer))
+
+    @property
+    def _is_last_step(self) -> bool:
+        return bool(self.trainer.should_stop or self.global_step >= int(self.trainer.estimated_stepping_batches))
 
     def compute_step(self, batch: Batch, seed: int, progress: float) -> StepResult:
         """Compute the Views, terms and loss of a training step. Training, doctor, bench and replay call this method.
@@ -157,7 +187,8 @@ class Distiller(L.LightningModule):
         supervised, distilled = self.supervised_terms(student), self.distillation_terms(student, teacher, progress)
         self._prefetch = teacher.stages if teacher else ()
         terms, weights = supervised.values | distilled.values, supervised.weights | distilled.weights
-        return StepResult(terms, weights, weighted(terms, weights), student, teacher)
+        losses = {name: weights[name] * value for name, value in terms.items()}
+        return StepResult(terms, weights, losses, total(losses), student, teacher)
 
     def teacher_view(self, batch: Batch, seed: int, prefetch: Sequence[str] = ()) -> View | None:
         """The teacher's View in the step with this seed; None without a teacher or without distillation losses."""
@@ -195,13 +226,22 @@ class Distiller(L.LightningModule):
         """Finished part of the training, from 0 to 1, counted in optimizer steps."""
         return min(1.0, self.global_step / max(1, int(self.trainer.estimated_stepping_batches)))
 
-    def _log(self, terms: Terms) -> None:
-        # One all-reduce for all terms; Lightning's sync_dist would need one per term.
-        summed, processes = distributed.sum_over_ranks(torch.stack([term.float() for term in terms.values.values()]))
-        means = dict(zip(terms.values, (summed / processes).unbind(), strict=True))
-        values = {f"term/{name}": mean for name, mean in means.items() if name != "total"}
-        values |= {f"loss/{name}": terms.weights[name] * mean for name, mean in means.items()}
-        self.log_dict(values, batch_size=1)
+    def step_values(self) -> dict[str, Tensor]:
+        """``term/...``, ``loss/...`` and ``loss/total`` of the last batch, averaged over the processes.
+
+        Every process must call this method. The values are computed once per batch.
+        """
+        if self._step_values is None:
+            batch = self.last_batch
+            # One all-reduce for all terms; Lightning's sync_dist would need one per term.
+            own = torch.stack([value.float() for value in (*batch.terms.values(), batch.total)])
+            summed, processes = distributed.sum_over_ranks(own)
+            *means, mean_total = (summed / processes).unbind()
+            terms = dict(zip(batch.terms, means, strict=True))
+            losses = {f"loss/{name}": batch.weights[name] * mean for name, mean in terms.items()}
+            self._step_values = {f"term/{name}": mean for name, mean in terms.items()} | losses
+            self._step_values["loss/total"] = mean_total
+        return self._step_values
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip a step that is not finite, before any weight changes."""
@@ -328,8 +368,13 @@ class Distiller(L.LightningModule):
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """The sum of weight times term, a scalar."""
-    device = next((value.device for value in terms.values()), None)
-    return sum((weights[name] * terms[name] for name in terms), start=torch.zeros((), device=device))
+    return total({name: weights[name] * value for name, value in terms.items()})
+
+
+def total(losses: Mapping[str, Tensor]) -> Tensor:
+    """The sum of scalars, a scalar."""
+    device = next((value.device for value in losses.values()), None)
+    return sum(losses.values(), start=torch.zeros((), device=device))
 
 
 def _require_same(model: str, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, keys: str) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from distill.cli.doctor import _print_teacher
 from distill.cli.doctor_report import _compare_ap
-from distill.cli.evaluate import class_notes
+from distill.cli.evaluate import class_notes, recompose
 from distill.cli.run_report import _print_results
 from distill.run_folder import RunFolder
 
@@ -56,7 +57,17 @@ def test_the_doctor_compares_a_teacher_by_the_classes_that_it_knows(
     report: dict[str, Any] = {"notes": [], "faults": []}
     _compare_ap(None, section, report)
     assert [
-        f"AP of the classes that it knows on 8 validation images is {shared:.3f}" in n for n in report["notes"]
+        f"AP of the classes that it knows on 8 validation images is {100 * shared:.1f} %" in n for n in report["notes"]
     ] == ([True] if noted else [])
     _print_teacher(section)
-    assert f"AP 0.300 ({shared:.3f} of the classes that it knows) on 8 images" in capsys.readouterr().out
+    assert f"AP 30.0 ({100 * shared:.1f} of the classes that it knows) on 8 images" in capsys.readouterr().out
+
+
+def test_overrides_of_a_training_that_are_refused_now_do_not_stop_an_evaluation(tmp_path: Path) -> None:
+    """The keys of 0.1.0 for Lightning's trainer and its CSV logger; the rest of the run's configuration stays."""
+    lines = ["seed=3", "+trainer.overfit_batches=2", "+trainer.fast_dev_run=true", "trainer.accelerator=cpu"]
+    lines += ["logger.csv.flush_logs_every_n_steps=5", "callbacks.nowhere.every=2", "schedule.epochs=3"]
+    (tmp_path / "overrides.yaml").write_text(yaml.safe_dump(lines))
+    cfg = recompose(RunFolder(tmp_path), ["data.batch_size=7"])
+    assert (cfg.seed, cfg.schedule.epochs, cfg.data.batch_size, cfg.trainer.accelerator) == (3, 3, 7, "cpu")
+    assert "overfit_batches" not in cfg.trainer

@@ -131,5 +131,5 @@ def test_a_teacher_that_lacks_a_class_is_judged_by_the_classes_that_it_knows(tmp
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "the teacher's AP")
         fit(student, tmp_path, callbacks=[TeacherCheck(min_ap=0.5)], max_steps=1)
-    with pytest.warns(UserWarning, match=r"AP is 0.600, below teacher.min_ap=0.7"):
+    with pytest.warns(UserWarning, match=r"AP is 60.0 %, below teacher.min_ap=0.7"):
         fit(student, tmp_path, callbacks=[TeacherCheck(min_ap=0.7)], max_steps=1)

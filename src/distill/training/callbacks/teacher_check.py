@@ -12,6 +12,7 @@ from distill.labels import unknown_classes
 from distill.training.distiller import Distiller
 from distill.training.lightning_compat import data_module
 from distill.types import DistillError
+from distill.units import percent
 
 AP_NAMES = ("val/shared_AP", "val/shared_mAP", "val/AP", "val/mAP")
 """Values that are compared with `min_ap`; the first one that was measured."""
@@ -52,7 +53,7 @@ class TeacherCheck(L.Callback):
         ap = next((teacher.values[name] for name in AP_NAMES if name in teacher.values), None)
         if ap is not None and self.min_ap is not None and ap < self.min_ap:
             warnings.warn(
-                f"the teacher's AP is {ap:.3f}, below teacher.min_ap={self.min_ap}: check its weights, its class list "
-                f"and the image size (data.min_size) that it was trained with ({teacher.source})",
+                f"the teacher's AP is {percent(ap)} %, below teacher.min_ap={self.min_ap}: check its weights, its "
+                f"class list and the image size (data.min_size) that it was trained with ({teacher.source})",
                 stacklevel=2,
             )

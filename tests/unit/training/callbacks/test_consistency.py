@@ -91,7 +91,7 @@ def data(**options: Any) -> DetectionData:
 
 
 def spec(*lines: str, run: str = "a", source: DetectionData | None = None) -> dict[str, str]:
-    fixed = [f"paths.run={run}", "name=n", "logger.csv.name=n"]
+    fixed = [f"paths.run={run}", "name=n"]
     return shared_values(shared_config(compose.compose_config([*lines, *fixed])), source or data())
 
 

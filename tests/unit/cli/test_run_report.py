@@ -1,0 +1,82 @@
+"""The closing comparison: student alone, distilled student and teacher, with what the distillation gained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.cli.related_runs import RelatedRun
+from distill.cli.run_report import describe_gain, print_comparison
+from distill.diagnostics.cost import Cost, ModelRow
+
+COST = Cost(10.0, 100.0, 1.5, 4.0, 1_000_000, 5, "a processor")
+BIG = Cost(50.0, 20.0, 9.5, 16.0, 4_000_000, 5, "a processor")
+ALONE = {"student": {"val/AP": 0.1, "test/AP": 0.12}, "teacher": None, "losses": []}
+DISTILLED = {
+    "student": {"val/AP": 0.3, "test/AP": 0.32},
+    "teacher": {"values": {"val/AP": 0.5, "test/AP": 0.52}},
+    "losses": ["defeat"],
+    "cost": {"teacher": vars(BIG)},
+}
+
+
+def printed(
+    summary: dict[str, Any], related: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], role: str = "student"
+) -> tuple[list[list[str]], str]:
+    """Cells of the table's rows, and all that is printed."""
+    name = {"student": "distilled (defeat)" if summary["losses"] else "student alone", "teacher": "teacher"}[role]
+    rows = {"student": ModelRow(name, summary["student"], COST)}
+    if summary["teacher"]:
+        rows["teacher"] = ModelRow("teacher", summary["teacher"]["values"], BIG)
+    runs = [RelatedRun(Path("run"), other) for other in related]
+    print_comparison(summary, rows, runs, "python -m distill train 'a=b c' distill=none", role)
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    return [line for line in lines if line and line[0] in ("student", "distilled", "teacher")], text
+
+
+def test_the_table_has_the_student_alone_the_distilled_one_and_the_teacher(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    older = {**ALONE, "student": {"val/AP": 0.0, "test/AP": 0.0}}
+    unmeasured = {**ALONE, "student": {"val/AP": 0.2}}  # a run with test=false
+    rows, text = printed(DISTILLED, [unmeasured, ALONE, older], capsys)
+    assert rows == [
+        ["student", "alone", "12.0", "10", "100", "1.5", "4", "1"],
+        ["distilled", "(defeat)", "32.0", "10", "100", "1.5", "4", "1"],
+        ["teacher", "52.0", "50", "20", "9.5", "16", "4"],
+    ]
+    assert "+20.0 AP over the student alone: 50 % of the gap of 40.0 to the teacher" in text
+
+
+def test_a_baseline_s_table_has_the_distilled_runs_of_the_same_student(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, text = printed(ALONE, [DISTILLED], capsys)
+    assert [row[0] for row in rows] == ["student", "distilled", "teacher"]
+    assert rows[2][1:3] == ["52.0", "50"]
+    assert "distilled (defeat): +20.0 AP" in text
+
+
+def test_without_a_baseline_the_command_that_makes_one_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, text = printed(DISTILLED, [], capsys)
+    assert [row[0] for row in rows] == ["distilled", "teacher"]
+    assert "\npython -m distill train 'a=b c' distill=none\n" in text
+
+
+def test_a_teacher_s_own_run_has_one_row_and_no_gain(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, text = printed(ALONE, [DISTILLED], capsys, "teacher")
+    assert [row[0] for row in rows] == ["teacher"]
+    assert "gain" not in text
+
+
+@pytest.mark.parametrize(
+    ("alone", "distilled", "teacher", "text"),
+    [
+        (0.1, 0.3, None, "+20.0 AP over the student alone"),
+        (0.1, 0.05, 0.2, "-5.0 AP over the student alone: -50 % of the gap of 10.0 to the teacher"),
+        (0.3, 0.4, 0.2, "+10.0 AP over the student alone; the teacher (20.0) is not better than the student alone"),
+    ],
+)
+def test_the_gain_and_its_share_of_the_gap(alone: float, distilled: float, teacher: float | None, text: str) -> None:
+    assert describe_gain(alone, distilled, teacher).startswith(text)
