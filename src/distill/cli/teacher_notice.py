@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from distill.cli import compose, instantiate
+from distill.cli import instantiate
 from distill.cli.overrides import parse_overrides
 from distill.cli.preflight import RunPlan
 from distill.cli.run_estimate import estimate_seconds
 from distill.cli.tables import print_line
-from distill.cli.teacher_cache import cache_entry, is_trained, untrained
+from distill.cli.teacher_cache import cache_entry, is_trained, run_config, untrained
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.diagnostics.cost import device_name
@@ -40,15 +40,16 @@ def announce_teacher(plan: RunPlan, trainer: L.Trainer, data: DetectionData) -> 
     folder, overrides = cache_entry(options)
     if is_trained(folder):
         return
+    other_data = bool(options.own.get("data"))  # which only the teacher's run reads
     with isolate_rng():
         detector = untrained(options, data.classes)
         size = f"a {detector.spec.family} of {detector.parameters_count / 1e6:.1f} M parameters"
-        if detector.parameters_count < LARGE:
+        if detector.parameters_count < LARGE or other_data:
             print_line("teacher", f"none is cached: {size} is trained first")
             return
         device: torch.device = trainer.strategy.root_device
         print_line("teacher", f"none is cached: {size} is trained first, on {device_name(device)}")
-        config = compose.compose_config(overrides)
+        config = run_config(overrides)
         module = Distiller(detector, schedule=instantiate.build_node(config.schedule)).to(device)
         images = data.batch_size if device.type == "cuda" else min(IMAGES, data.batch_size)
         seconds = estimate_seconds(config.trainer, module, data, trainer, images)
