@@ -45,6 +45,7 @@ _MODULES = {
     "Shapes": "data.shapes",
     "TADF": "losses.tadf",
     "Teacher": "teacher",
+    "ScheduleCheck": "training.callbacks.schedule_check",
     "TeacherCheck": "training.callbacks.teacher_check",
     "TermCheck": "training.callbacks.term_check",
     "Voc": "data.voc",

@@ -28,6 +28,7 @@ from distill.cli.teacher_cache import (
     untrained,
 )
 from distill.cli.train import silence_known_warnings
+from distill.data.advice import training_advice
 from distill.data.datamodule import DetectionData
 from distill.diagnostics import doctor
 from distill.diagnostics.sampled_evaluation import evaluate_sample
@@ -75,10 +76,11 @@ def _examine_data(plan: RunPlan, report: Report) -> DetectionData:
     report["notes"] += [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     report["data"] = {split: doctor.describe_split(data, split) for split in ("train", *splits)}
     report["padding"] = doctor.padding_share(data)
-    for split, counts in report["data"].items():
+    report["notes"] += [*plan.choices, *training_advice(data, plan.size_is_chosen)]
+    for split, counts in list(report["data"].items())[1:]:
         absent = [name for name, boxes in counts["classes"].items() if not boxes["all"]]
         if absent:
-            report["notes"].append(f"{split}: no box of {', '.join(absent)}: nothing is learnt or measured of these")
+            report["notes"].append(f"{split}: no box of {', '.join(absent)}: nothing is measured of these")
     return data
 
 
@@ -204,6 +206,8 @@ def _examine_step(report: Report, module: Distiller, data: DetectionData, traine
 
 def _estimate_run(plan: RunPlan, report: Report, module: Distiller, data: DetectionData, trainer: L.Trainer) -> None:
     report["estimate"] = estimate = estimate_run(trainer, module, data, trainer)
+    if fault := plan.schedule.warmup_fault(estimate["batches"] // plan.schedule.accumulate):
+        report["notes"].append(fault)
     estimate["bytes"] += doctor.state_bytes(module, plan.schedule)
     if estimate["bytes"] > estimate["device_bytes"]:
         report["faults"].append(

@@ -87,6 +87,11 @@ class RunPlan:
     """Lines that explain the values that were ``auto``."""
 
     @property
+    def size_is_chosen(self) -> bool:
+        """Whether the size of the resized images was chosen from the data."""
+        return any(line.startswith("data.min_size=") for line in self.choices)
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether a loss, or the initialization of the student, reads a teacher."""
         return self.inherit or any(loss.kind.needs_teacher for loss in self.losses.values())

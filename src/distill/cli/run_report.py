@@ -24,6 +24,7 @@ from distill.cli.related_runs import RelatedRun, baseline_command, find_related_
 from distill.cli.resume import write_slurm_job
 from distill.cli.tables import print_line, print_table
 from distill.cli.teacher_cache import measured_by
+from distill.data.advice import training_advice
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.detectors.student_files import save_student
@@ -57,6 +58,8 @@ def print_data(plan: RunPlan, data: DetectionData) -> None:
         print_line("data", line)
     for line in plan.choices:
         print_line("auto", line)
+    for line in training_advice(data, plan.size_is_chosen):
+        print_line("advice", line, "yellow")
 
 
 @rank_zero_only

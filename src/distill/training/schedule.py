@@ -132,6 +132,15 @@ class Schedule:
                 group["weight_decay"] = 0.0
         return optimizer, LambdaLR(optimizer, self.learning_rate_factor(steps))
 
+    def warmup_fault(self, steps: int) -> str | None:
+        """Return a message if a run of `steps` steps ends before the warm-up does."""
+        if self.warmup_steps < steps:
+            return None
+        return (
+            f"schedule.warmup_steps={self.warmup_steps}, but the run has {steps} steps: it ends before the learning "
+            f"rate has risen. Set schedule.warmup_steps={steps // 20}, or a longer schedule.epochs"
+        )
+
     def learning_rate_factor(self, steps: int) -> Callable[[int], float]:
         """Return the function from a step to the factor of the base learning rate, for a run of `steps` steps."""
         total = max(1, steps)

@@ -45,7 +45,8 @@ class TermCheck(L.Callback):
 
     Args:
         every: steps between two measurements.
-        steps: steps that a problem must persist.
+        steps: steps that a problem must persist. A short run is measured more often, so that the check speaks after a
+            quarter of the run, but not before 10 steps.
         times: maximum ratio of a weighted term to the detection loss.
 
     Raises:
@@ -59,8 +60,7 @@ class TermCheck(L.Callback):
                 f"steps={steps}, times={times}; callbacks.terms=null switches it off"
             )
         self.every, self.steps, self.times = every, steps, times
-        room = max(2, math.ceil(steps / every))
-        self._history: dict[str, deque[Measure]] = defaultdict(lambda: deque(maxlen=room))
+        self._history: dict[str, deque[Measure]] = {}
         self._warned: set[tuple[str, str]] = set()
         self._measured_step = -1
         self._latest: tuple[list[str], Tensor] | None = None
@@ -68,15 +68,23 @@ class TermCheck(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Register an observer, which gets the terms while their graph exists."""
         assert isinstance(pl_module, Distiller)
+        self._fit_to(int(trainer.estimated_stepping_batches))
 
         def observe(student: View, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
             step = trainer.global_step
-            if step % self.every == 0 and step != self._measured_step:
+            if step % self._interval == 0 and step != self._measured_step:
                 self._measured_step = step
                 self._latest = measure_terms(student, terms, weights)
 
         self._observe = observe
         pl_module.observers.append(observe)
+
+    def _fit_to(self, planned: int) -> None:
+        """Shorten the interval and the window for a run of this number of steps."""
+        self._window = min(self.steps, max(10, planned // 4))
+        self._interval = self.every if self._window == self.steps else min(self.every, max(1, self._window // 5))
+        room = max(2, math.ceil(self._window / self._interval))
+        self._history = defaultdict(lambda: deque(maxlen=room))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Read the last measurement, and warn of problems."""
@@ -99,7 +107,7 @@ class TermCheck(L.Callback):
         for kind, words in problems.items():
             if (name, kind) not in self._warned:
                 self._warned.add((name, kind))
-                rank_zero_warn(f"the term {name} {words}, over the last {self.steps} steps")
+                rank_zero_warn(f"the term {name} {words}, over the last {self._window} steps")
 
 
 def measure_terms(student: View, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> tuple[list[str], Tensor]:
