@@ -287,11 +287,25 @@ def print_comparison(
     print_table(title, columns, [row.cells([f"{split}/{name}" for name in names]) for row in table], compact=True)
     if alone is None and summary["losses"] and role == "student":
         print_line("gain", f"not known: no run of the same student alone was found. This command makes one:\n{command}")
+    if summary["losses"] and teacher and role == "student":
+        _warn_of_weak_teacher(teacher.results.get(f"{split}/{metric}"), student.results[f"{split}/{metric}"])
     if alone:
         taught_by = teacher.results.get(f"{split}/{metric}") if teacher else None
         for row in distilled:
             gain = describe_gain(alone.results[f"{split}/{metric}"], row.results[f"{split}/{metric}"], taught_by)
             print_line("gain", f"{row.name}: {gain}")
+
+
+def _warn_of_weak_teacher(teacher: float | None, student: float) -> None:
+    """Warn of a teacher that is not better than the student that it taught."""
+    if teacher is not None and teacher <= student:
+        print_line(
+            "warning",
+            f"the teacher ({percent(teacher)}) is not better than its student ({percent(student)}), so it can hardly "
+            "help. Train it longer (teacher.schedule.epochs=…) or on more data (teacher.data=…), choose a larger one "
+            "(teacher=…), or compare with distill=none",
+            "yellow",
+        )
 
 
 def describe_gain(alone: float, distilled: float, teacher: float | None) -> str:

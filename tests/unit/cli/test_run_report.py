@@ -80,3 +80,13 @@ def test_a_teacher_s_own_run_has_one_row_and_no_gain(capsys: pytest.CaptureFixtu
 )
 def test_the_gain_and_its_share_of_the_gap(alone: float, distilled: float, teacher: float | None, text: str) -> None:
     assert describe_gain(alone, distilled, teacher).startswith(text)
+
+
+@pytest.mark.parametrize(("teacher", "warned"), [(0.003, True), (0.32, True), (0.33, False)])
+def test_a_teacher_that_is_not_better_than_its_student(
+    teacher: float, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a baseline, too: a teacher of 0.3 AP once taught a student of 17.7 without a word."""
+    weak = {**DISTILLED, "teacher": {"values": {"val/AP": 0.0, "test/AP": teacher}}}
+    _, text = printed(weak, [], capsys)
+    assert ("is not better than its student (32.0)" in " ".join(text.split())) == warned
