@@ -145,7 +145,7 @@ def test_a_missing_teacher_is_planned_and_not_trained(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("subprocess.Popen", lambda *args, **named: pytest.fail("something was started"))
-    report = visit(cli, *TINY, "teacher.model.neck_channels=24")
+    report = visit(cli, *TINY, "teacher.model.neck_channels=24", "teacher.schedule.epochs=12")
     found = report["teacher"]
     assert found["state"] == "not trained yet"
     assert "model=frcnn_r18_mini" in found["command"]

@@ -25,6 +25,7 @@ from distill.cli.teacher_cache import (
     is_trained,
     read_summary,
     run_config,
+    train_command,
     untrained,
 )
 from distill.cli.train import silence_known_warnings
@@ -100,7 +101,7 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
             report["teacher"] = {
                 "state": "not trained yet",
                 "folder": str(folder),
-                "command": shlex.join(["python", "-m", "distill", "train", *overrides]),
+                "command": shlex.join(train_command(folder, overrides)),
                 "estimate": estimate_run(config.trainer, module, data, trainer),
             }
             if options.train == "never":

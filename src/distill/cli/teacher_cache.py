@@ -191,8 +191,7 @@ def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
     """
     if is_trained(folder):
         return folder
-    words = [*overrides, "role=teacher", f"hydra.run.dir={quote_value(str(folder), mark=chr(34))}"]
-    command = [sys.executable, "-m", "distill", "train", *words]
+    command = train_command(folder, overrides)
     if train == "never":
         raise DistillError(
             f"there is no trained teacher at {folder} (a finished run with its {STUDENT}) and teacher.train=never. "
@@ -205,6 +204,12 @@ def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
         if not is_trained(folder):
             _train(command, folder, lock)
     return folder
+
+
+def train_command(folder: Path, overrides: Sequence[str]) -> list[str]:
+    """The words of the command that trains a teacher into its folder in the cache."""
+    run_dir = f"hydra.run.dir={quote_value(str(folder), mark=chr(34))}"  # readable inside a shell's single quotes
+    return ["python", "-m", "distill", "train", *overrides, "role=teacher", run_dir]
 
 
 def is_trained(folder: Path) -> bool:
@@ -325,11 +330,11 @@ def _rank() -> int:
 def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
     if RunFolder(folder).resumable:
         command = [*command, "ckpt_path=last"]
-    print(f"distill: no teacher is cached; training one first:\n  {shlex.join(['python', *command[1:]])}", flush=True)
+    print(f"distill: no teacher is cached; training one first:\n  {shlex.join(command)}", flush=True)
     # A separate process, so that neither its random state nor its memory affects this run.
     # The process inherits the lock: if this run is killed, the teacher's run continues, and no other one may start.
     held = [fd for fd in (lock._context.lock_file_fd,) if fd is not None]
-    with subprocess.Popen(command, env=child_environment(), pass_fds=held) as process:
+    with subprocess.Popen([sys.executable, *command[1:]], env=child_environment(), pass_fds=held) as process:
         code = wait_for_process(process)
     if code in STOPPED:
         raise Terminated

@@ -74,6 +74,7 @@ def test_a_teacher_s_own_run_has_one_row_and_no_gain(capsys: pytest.CaptureFixtu
     ("alone", "distilled", "teacher", "text"),
     [
         (0.1, 0.3, None, "+20.0 AP over the student alone"),
+        (0.1, 0.09999, None, "+0.0 AP over"),
         (0.1, 0.05, 0.2, "-5.0 AP over the student alone: -50 % of the gap of 10.0 to the teacher"),
         (0.3, 0.4, 0.2, "+10.0 AP over the student alone; the teacher (20.0) is not better than the student alone"),
     ],

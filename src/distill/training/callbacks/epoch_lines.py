@@ -9,7 +9,9 @@ from typing import Any
 
 import lightning as L
 import rich
+import torch
 from lightning.pytorch.utilities import rank_zero_only
+from rich.markup import escape
 
 from distill.training import lightning_compat as compat
 from distill.training.callbacks.history import Row, find_history
@@ -219,13 +221,10 @@ def time_detection(trainer: L.Trainer, module: Distiller) -> tuple[float, int]:
 
 def device_name(module: L.LightningModule) -> str:
     """``CPU``, or the name of the GPU."""
-    import torch
-
     return torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else module.device.type.upper()
 
 
 def print_progress(label: str, text: str) -> None:
     """Print a line above the progress bar. The console writes it at once, also to a file."""
-    from rich.markup import escape
-
-    rich.get_console().print(f"[bold]{escape(label)}[/]  {escape(text)}", highlight=False, soft_wrap=True)
+    gap = " " * max(2, 10 - len(label))  # as in the lines at the start of a run
+    rich.get_console().print(f"[bold]{escape(label)}[/]{gap}{escape(text)}", highlight=False, soft_wrap=True)
