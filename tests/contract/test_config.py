@@ -173,8 +173,8 @@ def test_options_of_one_sweep_build_on_a_pair_of_unequal_necks(option: str) -> N
     ("line", "message"),
     [
         ("modle=frcnn_r50", "no group or key 'modle'; did you mean model"),
-        ("model=frcnn_r5", "group 'model' has no option 'frcnn_r5'; did you mean frcnn_r50"),
-        ("distill=[defeat,defet]", "group 'distill' has no option 'defet'; did you mean defeat"),
+        ("model=frcnn_r5", "group 'model' has no option 'frcnn_r5'; did you mean model=frcnn_r50"),
+        ("distill=[defeat,defet]", "group 'distill' has no option 'defet'; did you mean distill=defeat"),
         ("schedule.epoch=3", "no key 'schedule.epoch'; did you mean schedule.epochs"),
         (
             "schedule.optimizer.weight_decai=3",
@@ -321,8 +321,8 @@ def test_a_key_of_one_method_composes_in_the_sweep_s_other_jobs(words: list[str]
             "no key 'distill.losses.dsig.neck.al'; did you mean distill.losses.dsig.neck.all",
         ),
         ([SWEEP, "distill.losses.dsig.neck.all=1", "distill.losses.dsg.neck.all=1,2"], "no key 'distill.losses.dsg'"),
-        (["seed=1,2", "distill=none", "distill.losses.dsig.neck.all=1"], "no key 'distill.losses.dsig'"),
-        (["distill=defeat", "distill.losses.dsig.neck.all=1"], "no key 'distill.losses.dsig'"),
+        (["seed=1,2", "distill=none", "distill.losses.dsig.neck.all=1"], "has the loss 'dsig': choose distill=dsig"),
+        (["distill=defeat", "distill.losses.dsig.neck.all=1"], "has the loss 'dsig': choose distill=dsig"),
     ],
 )  # fmt: skip
 def test_a_key_that_applies_to_no_job_is_refused(words: list[str], message: str) -> None:

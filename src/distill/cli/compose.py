@@ -62,6 +62,13 @@ def config_groups() -> dict[str, list[str]]:
     return options
 
 
+def root_keys() -> list[str]:
+    """Keys at the root of the configuration that are no groups."""
+    return [
+        str(key) for key in OmegaConf.load(config_folder() / f"{CONFIG_NAME}.yaml") if key not in ("defaults", "hydra")
+    ]
+
+
 @contextmanager
 def initialized_hydra() -> Iterator[None]:
     """Hydra, initialized with our configuration, unless a running job has initialized it."""

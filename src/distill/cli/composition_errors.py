@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from textwrap import shorten
 from typing import Any
 
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import compose
+from distill.cli.foreign_keys import suggest_words, suggestion
 from distill.cli.suggestions import nearest
 from distill.type_checks import leaves
 
@@ -25,11 +27,15 @@ def explain_failure(error: Exception, overrides: Sequence[str]) -> str:
     for line in overrides:
         key, _, value = line.lstrip("+~").partition("=")
         key = key.split("@")[0]
-        if not re.search(r"\.|hydra/", key) and key not in known and key not in _root_keys():
-            return f"'{line}': there is no group or key '{key}'{nearest(key, [*known, *_root_keys()])}"
+        if not re.search(r"\.|hydra/", key) and key not in known and key not in compose.root_keys():
+            return unknown_key(line, _leaf_keys(overrides))
         for option in value.strip("[]").split(",") if key in known else ():
             if option not in ("", "null") and option not in known[key] and f"{key}={option}" not in str(error):
-                return f"'{line}': group '{key}' has no option '{option}'{nearest(option, known[key])}"
+                several = option.split("+")
+                joined = [f"[{','.join(several)}]"] if set(several) <= set(known[key]) else []
+                close = joined or get_close_matches(option, known[key], n=3, cutoff=0.5)
+                options = suggestion((f"{key}={name}" for name in close), f"; known: {', '.join(sorted(known[key]))}")
+                return f"'{line}': group '{key}' has no option '{option}'{options}"
     if extra := re.search(r"Could not find '(hydra/\w+/(optuna|joblib|submitit)\w*)'", str(error)):
         return f"{extra[1]} is an extra: install 'distill[{extra[2]}]'"
     message = str(error.__cause__ or error).splitlines()[0]
@@ -41,8 +47,32 @@ def explain_failure(error: Exception, overrides: Sequence[str]) -> str:
         owner = (
             f", which weights a loss of {' and '.join(families)}: the student is of another family" if families else ""
         )
-        return f"there is no key '{path}'{owner}{nearest(path, _leaf_keys(overrides))}"
+        word = next(
+            (line for line in overrides if f"{line.lstrip('+~').partition('=')[0]}.".startswith(f"{path}.")), path
+        )
+        if (loss := re.fullmatch(r"distill\.losses\.(\w+)", path)) and loss[1] in known["distill"]:
+            return (
+                f"'{word}': no chosen option of distill has the loss '{loss[1]}': choose distill={loss[1]}, or leave "
+                "this word out"
+            )
+        keys = _leaf_keys(overrides)
+        return f"there is no key '{path}'{owner}{suggestion(suggest_words(word, known, keys), nearest(path, keys))}"
     return f"the configuration does not compose: {shorten(str(error), MESSAGE_LENGTH, placeholder='…')}"
+
+
+def unknown_key(word: str, keys: Sequence[str] | None = None) -> str:
+    """The message for a word whose key is no group and no key, with the words to write instead.
+
+    Args:
+        word: the word ``KEY=VALUE``.
+        keys: full keys of the configuration. None: those of the default configuration.
+    """
+    groups = compose.config_groups()
+    key = word.lstrip("+~").partition("=")[0]
+    words = suggest_words(word, groups, _leaf_keys([]) if keys is None else keys)
+    return (
+        f"'{word}': there is no group or key '{key}'{suggestion(words, nearest(key, [*groups, *compose.root_keys()]))}"
+    )
 
 
 def _families_with(path: str) -> list[str]:
@@ -52,16 +82,9 @@ def _families_with(path: str) -> list[str]:
     return [file.stem for file in files if name in OmegaConf.load(file)]
 
 
-def _root_keys() -> list[str]:
-    return [
-        str(key)
-        for key in OmegaConf.load(compose.config_folder() / f"{compose.CONFIG_NAME}.yaml")
-        if key not in ("defaults", "hydra")
-    ]
-
-
 def _leaf_keys(overrides: Sequence[str]) -> list[str]:
-    chosen = [line for line in overrides if "." not in line.partition("=")[0]]
+    groups = compose.config_groups()
+    chosen = [line for line in overrides if line.lstrip("+").partition("=")[0] in groups]
     try:
         config = compose.compose_config(chosen)
     except (HydraException, OmegaConfBaseException):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import compose
+from distill.cli.foreign_keys import suggest_words, suggestion
 from distill.types import DistillError
 
 CONFIGURATION_FLAGS = (
@@ -55,10 +58,25 @@ def parse_words(words: Sequence[str]) -> tuple[Namespace, list[str]]:
     if flags.cfg and flags.multirun:
         raise DistillError("--cfg shows the configuration of one run: leave out -m, and give each key one value")
     if other := [word for word in unknown if word.startswith("-")]:
-        raise DistillError(f"there is no flag {other[0]}; distill train --help shows the options")
+        raise DistillError(_unknown_flag(list(words), other[0]))
     if flags.runs and (flags.resolve or flags.package):
         raise DistillError("--resolve and --package go with --cfg, as in --cfg job --resolve")
     return flags, [word for word in words if word not in flags.overrides]
+
+
+def _unknown_flag(words: Sequence[str], flag: str) -> str:
+    """The message for a flag as other tools have them: ``--epochs 3`` and ``--epochs=3``."""
+    name, _, value = flag.partition("=")
+    rest = words[words.index(flag) + 1 :]
+    if not value and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+        value = rest[0]
+    if name in ("--resume", "--resume-from"):
+        return f"there is no flag {name}; did you mean distill resume {value or 'RUN'}?"
+    key = name.lstrip("-").replace("-", "_")
+    groups = compose.config_groups()
+    found = [f"{key}={value}"] if key in groups else suggest_words(f"{key}={value}", groups, [])
+    others = "distill train --help shows the options"
+    return f"there is no flag {flag}; settings have the form KEY=VALUE{suggestion(found, f'; {others}')}"
 
 
 def run_hydra(overrides: Sequence[str], task: Callable[[DictConfig], Any], mode: RunMode = RunMode.RUN) -> None:
@@ -105,4 +123,10 @@ def answer_flags(words: Sequence[str]) -> None:
 
 
 def _refusal(error: Exception) -> DistillError:
+    if several := re.search(r"Ambiguous value for argument '([^']+)'", str(error)):
+        key, _, value = several[1].partition("=")
+        return DistillError(
+            f"'{several[1]}' has several values: add -m (--multirun) for a sweep with one job for each value, or write "
+            f"a list: {shlex.quote(f'{key}=[{value}]')}"
+        )
     return DistillError(str(error).partition("Config search path")[0].strip())

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli import compose
-from distill.cli.composition_errors import explain_failure
+from distill.cli.composition_errors import explain_failure, unknown_key
 from distill.cli.instantiate import ARGUMENT_ERRORS, named_nodes
 from distill.cli.overrides import parse_overrides, sweep_key
 from distill.cli.renamed_keys import refuse_renamed
@@ -37,6 +37,7 @@ def validate_overrides(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]
         DistillError: names the invalid override and the nearest valid names.
     """
     refuse_renamed(overrides)
+    _refuse_added_root_keys(overrides)
     jobs = _sweep_jobs(overrides)
     configs = [_validate_job(jobs[0][1])]
     if params := configs[0].hydra.sweeper.get("params"):
@@ -58,6 +59,16 @@ def validate_overrides(overrides: Sequence[str]) -> tuple[DictConfig, list[str]]
         for line, override in zip(overrides, parse_overrides(overrides), strict=True)
     ]
     return configs[0], forced
+
+
+def _refuse_added_root_keys(overrides: Sequence[str]) -> None:
+    """Refuse ``+KEY=VALUE`` with a key that no part of a run reads, unless another override refers to the key."""
+    known = {*compose.config_groups(), *compose.root_keys()}
+    for word in overrides:
+        key = word.lstrip("+").partition("=")[0]
+        is_unknown = word.startswith("+") and re.fullmatch(r"\w+", key) and key not in known
+        if is_unknown and not any(f"${{{key}" in other for other in overrides):
+            raise DistillError(unknown_key(word))
 
 
 def compose_without_run(overrides: Sequence[str]) -> DictConfig:

@@ -29,6 +29,11 @@ def _number(expected: str, is_valid: Callable[[float], bool]) -> Rule:
     return expected, lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and is_valid(value)
 
 
+def _if_number(rule: Rule) -> Rule:
+    """Leaves other types, such as ``auto``, to the constructor that reads the setting."""
+    return rule[0], lambda value: not isinstance(value, (int, float)) or isinstance(value, bool) or rule[1](value)
+
+
 def _one_of(*known: Any) -> Rule:
     expected = ", ".join(str(option).lower() if isinstance(option, bool) else str(option) for option in known)
     return f"one of {expected}", lambda value: any(
@@ -67,6 +72,10 @@ RULES: dict[str, Rule] = {
     "teacher.fold": BOOLEAN,
     "teacher.channels_last": BOOLEAN,
     "teacher.dtype": _one_of("auto", "float32", "bfloat16"),
+    "schedule.epochs": _if_number(_integer_from(1)),
+    "schedule.accumulate": _if_number(_integer_from(1)),
+    "schedule.evaluate_every": _if_number(_integer_from(1)),
+    "schedule.warmup_steps": _if_number(_integer_from(0)),
     "data.batch_size": _integer_from(1),
     "data.eval_batch_size": _or_null(_integer_from(1)),
     "data.workers": _integer_from(0),
