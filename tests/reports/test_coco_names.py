@@ -108,9 +108,7 @@ def test_an_image_that_is_listed_twice_under_one_id(tmp_path: Path) -> None:
     content = coco_content()
     content["images"].append(content["images"][0])
     write_coco(tmp_path, train=content)
-    with pytest.raises(
-        DistillError, match=r"images\[3\] \(train0\.png\) lists the image of id 1 a second time; remove"
-    ):
+    with pytest.raises(DistillError, match=r"images\[3\] \(train0\.png\) has id 1 again, with the same name; remove"):
         coco_data(tmp_path, "train").records("train")
 
 

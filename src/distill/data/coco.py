@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from reprlib import repr as shown
 from urllib.parse import unquote
 
@@ -42,10 +42,10 @@ class Coco:
     The records keep them because evaluation ignores detections on crowds.
 
     If `images` is None, the image folder is the one of these that contains most images of the JSON file: the folder of
-    the JSON file, `root`, `root/images`, and the folder in `root` that is named like the last part of the JSON file's
-    name (`train2017` for `instances_train2017.json`). If none of them contains any, the folder of the JSON file and
-    `root` are searched, with their subfolders. A `file_name` must not lead out of both the image folder and `root`. If
-    no file has the name, it is looked up as by `FileIndex`: in other spellings, by its end, with an extension in
+    the JSON file, `root`, `root/images`, and the folder in one of these two that is named like a part of the JSON
+    file's name (`train2017` for `instances_train2017.json`). If none of them contains any, the folder of the JSON file
+    and `root` are searched, with their subfolders. A `file_name` must not lead out of both the image folder and `root`.
+    If no file has the name, it is looked up as by `FileIndex`: in other spellings, by its end, with an extension in
     another case.
 
     The classes are those of train. The other splits may list fewer categories, and other ids for them: their categories
@@ -260,7 +260,9 @@ class Coco:
 
     def _choose_folder(self, path: Path, names: Sequence[str]) -> Path | None:
         """Return the usual folder that holds most of the images, or None if no such folder holds any."""
-        usual = (path.parent, self.root, self.root / "images", self.root / path.stem.rpartition("_")[2])
+        parts = reversed(path.stem.split("_"))  # train2017 of instances_train2017
+        usual = [path.parent, self.root, self.root / "images"]
+        usual += [home / part for part in parts for home in (self.root, self.root / "images")]
         sample = names[:: max(1, len(names) // SAMPLED_NAMES)]
         for some in (sample, names):
             counts = [sum(_is_file(folder, name) for name in some) for folder in usual]
@@ -285,7 +287,12 @@ def _as_list(value: str | Sequence[str] | None) -> list[str]:
 
 
 def _is_file(folder: Path, name: str) -> bool:
-    return any(os.path.isfile(folder / form) for form in dict.fromkeys((name, name.replace("\\", "/"), unquote(name))))
+    """Whether a name, or the last part of an absolute path, is a file in a folder."""
+    slashes = name.replace("\\", "/")
+    forms = {name: None, slashes: None, unquote(slashes): None}
+    if PureWindowsPath(slashes).root:
+        forms[PurePosixPath(unquote(slashes)).name] = None
+    return any(os.path.isfile(folder / form) for form in forms)
 
 
 def _make_ids_unique(parts: Sequence[Records]) -> None:

@@ -297,7 +297,7 @@ def _parse_images(entries: list[Any], path: Path, faults: list[str]) -> dict[int
             number, name = _read_integer(entry, "id"), _read_string(entry, "file_name")
             if number in images:
                 if images[number][0] == name:
-                    raise ValueError(f"({name}) lists the image of id {number} a second time; remove this entry")
+                    raise ValueError(f"({name}) has id {number} again, with the same name; remove this entry")
                 ambiguous.add(number)
                 raise ValueError(f"({name}) has id {number} again, as {images[number][0]} has; give it its own")
             images[number] = name, _stated_size(entry)

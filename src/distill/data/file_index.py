@@ -76,7 +76,7 @@ def spellings(name: str) -> Iterator[str]:
     """Yield the spellings under which a name is looked up, the most literal first."""
     composed = normalize("NFC", name)
     slashes = composed.replace("\\", "/")
-    for spelling in dict.fromkeys((composed, slashes, unquote(slashes))):
+    for spelling in dict.fromkeys((composed, slashes, normalize("NFC", unquote(slashes)))):
         yield spelling
         stem, _, suffix = spelling.rpartition(".")
         if f".{suffix.lower()}" in (*IMAGE_SUFFIXES, *XML_SUFFIXES):

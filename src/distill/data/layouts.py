@@ -15,6 +15,9 @@ DESCRIPTIONS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 """Names of YOLO's file of classes and splits, in the order in which they are looked up."""
 SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """Split -> its keys in a `data.yaml`, and names of its folder."""
+IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs")
+ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
+"""Usual folders of VOC's images and XML files."""
 HEAD_BYTES = 65536
 """Bytes of a JSON file in which one of the keys of COCO's format is expected."""
 COCO_KEYS = ('"images"', '"annotations"', '"categories"')
@@ -176,9 +179,7 @@ def _coco(folder: Path, files: Mapping[str, Path], given: Collection[str]) -> La
 
 
 def _find_voc(folder: Path) -> Layout | None:
-    if any((folder / name).is_dir() for name in ("Annotations", "annotations")) and any(
-        _holds_xml(folder / name) for name in ("Annotations", "annotations")
-    ):
+    if any(_holds_xml(folder / name) for name in (*ANNOTATION_FOLDERS, *IMAGE_FOLDERS)):
         lists = folder / "ImageSets" / "Main"
         if not lists.is_dir():
             return Layout("voc", "VOC, no lists of splits", {"root": str(folder)})

@@ -17,6 +17,7 @@ from unicodedata import normalize
 from distill.data.class_names import ClassChoice, Renames
 from distill.data.decoding import IMAGE_SUFFIXES
 from distill.data.file_index import XML_SUFFIXES, FileIndex, spellings
+from distill.data.layouts import ANNOTATION_FOLDERS, IMAGE_FOLDERS
 from distill.data.records import (
     Annotation,
     Record,
@@ -29,8 +30,6 @@ from distill.data.voc_file import MISSING_XML, XmlAnnotation, parse_xml
 from distill.files import read_text
 from distill.types import DistillError
 
-IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs")
-ANNOTATION_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
 SPLIT_FOLDERS = {"val": ("valid", "validation")}
 """Other names of a folder that holds the XML files and images of a split. Roboflow calls it `valid`."""
 SPLIT_BOUNDS = (("train", 80), ("val", 90), ("test", 100))
@@ -256,9 +255,11 @@ class VocFolder:
 
         A mark may follow the name, as in VOC's lists of one class, or the path of the XML file.
         """
-        xmls = self.xmls.find(line)
-        name = line if xmls else line.split()[0]
-        return name, xmls or self.xmls.find(name)
+        name = line
+        for name in (line, line.rsplit(maxsplit=1)[0], line.split()[0]):  # a name may have spaces
+            if xmls := self.xmls.find(name):
+                return name, xmls
+        return name, []
 
     def read_xml(self, name: str, xmls: Sequence[Path]) -> XmlAnnotation:
         """Read the XML file of an image name, and find its image. ``xmls`` are the files of this name."""
