@@ -21,7 +21,7 @@ from distill.data.decoding import MAX_PIXELS, read_image
 from distill.data.hold_out import HeldOut, hold_out_images, select_with_faults
 from distill.data.identity import describe_differences, digest_records
 from distill.data.images import ImageDataset, training_rows
-from distill.data.loader import DetectionLoader
+from distill.data.loader import BatchDataset, DetectionLoader
 from distill.data.records import Record, Records, coco_ground_truth, pack_records
 from distill.data.sampler import BatchSampler
 from distill.data.transforms import Sample, Transform, collate, padded_size, resized_size
@@ -292,6 +292,12 @@ class DetectionData(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Sample]:
         """Return a loader of the test split. Every image occurs once over all processes."""
         return self.eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Return a loader of the test split for `Trainer.predict`, or of val if there is no test split."""
+        loader: Any = self.eval_dataloader("test" if self.has_split("test") else "val")
+        batches = BatchDataset(loader.dataset, list(loader.batch_sampler), loader.collate_fn)
+        return DataLoader(batches, batch_size=None, num_workers=self.workers)
 
     def eval_dataloader(self, split: Split) -> DataLoader[Sample]:
         """Return a loader of a split for evaluation, without shuffling or augmentation.

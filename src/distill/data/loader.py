@@ -6,18 +6,41 @@ import atexit
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from distill.data.images import ImageDataset
+from distill.data.sampler import SampleKey
 from distill.data.transforms import Sample
+from distill.types import Batch
 
 SIGTERM_GRACE = 600
 """Seconds that a loader process lives on after SIGTERM. When the run itself ends, the process ends at once."""
 LOADER_PROCESSES: weakref.WeakSet[Any] = weakref.WeakSet()
 """The processes of all loaders that this process started."""
+
+
+class BatchDataset(Dataset[Batch]):
+    """Batches as a data set, for Lightning's ``Trainer.predict``, which replaces all other batch samplers.
+
+    Args:
+        images: the images.
+        batches: the keys of each batch.
+        collate: makes a batch of samples.
+    """
+
+    def __init__(
+        self, images: ImageDataset, batches: Sequence[Sequence[SampleKey]], collate: Callable[[list[Sample]], Batch]
+    ) -> None:
+        self.images, self.batches, self.collate = images, batches, collate
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.collate([self.images[key] for key in self.batches[index]])
 
 
 class DetectionLoader(DataLoader[Sample]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -18,15 +19,22 @@ from distill import __version__, distributed
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.detectors.description import FORMAT
+from distill.detectors.registry import load_detector
 from distill.evaluation.evaluate import Evaluation, MetricFactory
 from distill.frozen import frozen_models
 from distill.losses.base import DistillLoss
 from distill.precision import resolve_precision
 from distill.teacher import DEFAULT_PREFETCH, Teacher
-from distill.training.lightning_compat import end_after_this_step, evaluate_last_epoch, evaluates_part, step_completed
+from distill.training.lightning_compat import (
+    apply_schedule,
+    end_after_this_step,
+    evaluate_last_epoch,
+    evaluates_part,
+    step_completed,
+)
 from distill.training.nonfinite import NonFiniteGuard, StepRecord, poison_gradient, unscales_in_step
 from distill.training.schedule import Schedule
-from distill.types import Batch, DistillError, View
+from distill.types import Batch, Detections, DistillError, View
 
 
 class Terms(NamedTuple):
@@ -127,8 +135,19 @@ class Distiller(L.LightningModule):
     # -- training
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that keeps the weights in another type than float32."""
+        """Refuse a precision that keeps the weights in another type than float32, and apply the schedule.
+
+        Raises:
+            DistillError: the trainer's options contradict the precision or the schedule.
+        """
         resolve_precision(str(self.trainer.precision), cuda=False)
+        if stage == "fit":
+            apply_schedule(
+                self.trainer,
+                gradient_clip_val=self.schedule.clip,
+                accumulate_grad_batches=self.schedule.accumulate,
+                check_val_every_n_epoch=self.schedule.evaluate_every,
+            )
 
     def on_train_start(self) -> None:
         """Warn that a limit on validation batches does not concern all evaluations."""
@@ -251,12 +270,15 @@ class Distiller(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Create the metrics of the validation split. All ranks evaluate the same detector."""
-        self._share_buffers()
         if self._reset_stop:
             self.trainer.should_stop = self._reset_stop = False
-        data, partial = self.trainer.datamodule, evaluates_part(self.trainer)  # type: ignore[attr-defined]
+        self._start_evaluation("val", partial=evaluates_part(self.trainer))
+
+    def _start_evaluation(self, split: str, partial: bool) -> None:
+        self._share_buffers()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         self._evaluation = Evaluation(
-            self.student, data.ground_truth("val"), data.classes, self.metrics, self.device, seen_only=partial
+            self.student, data.ground_truth(split), data.classes, self.metrics, self.device, seen_only=partial
         )
 
     def validation_step(self, batch: Batch, index: int) -> None:
@@ -266,9 +288,45 @@ class Distiller(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/AP`` and the other results, which are equal on all ranks."""
+        self._log_evaluation("val")
+
+    def _log_evaluation(self, split: str) -> None:
         assert self._evaluation is not None
         values, self._evaluation = self._evaluation.compute(), None
-        self.log_dict({f"val/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+        self.log_dict({f"{split}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+
+    def on_test_epoch_start(self) -> None:
+        """Create the metrics of the test split, for `Trainer.test`."""
+        self._start_evaluation("test", partial=self.trainer.limit_test_batches != 1.0)
+
+    def test_step(self, batch: Batch, index: int) -> None:
+        """Collect the student's detections."""
+        self.validation_step(batch, index)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/AP`` and the other results, which are equal on all ranks."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: Batch, index: int) -> list[Detections]:
+        """The student's detections in each image of a batch, for `Trainer.predict`. Boxes are in original pixels."""
+        return self.student.view(batch, training=False, frozen=True).detections
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: torch.device | str | None = None, **options: Any
+    ) -> Distiller:
+        """A Distiller with the student of a run's checkpoint.
+
+        Args:
+            checkpoint_path: the checkpoint, or a run folder.
+            map_location: device of the student; None: the CPU.
+            options: further arguments of the constructor. A checkpoint holds neither teacher nor losses: to go on with
+                a training, pass them, and give the checkpoint to `Trainer.fit`.
+
+        Raises:
+            DistillError: the file is missing or invalid.
+        """
+        return cls(load_detector(checkpoint_path).to(map_location), **options)
 
     def _share_buffers(self) -> None:
         """Copy the buffers of rank 0, which writes the checkpoint, to all ranks.

@@ -11,6 +11,31 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
+from distill.types import DistillError
+
+
+def apply_schedule(trainer: L.Trainer, **values: Any) -> None:
+    """Set options of the trainer that the schedule decides, where the trainer has Lightning's defaults.
+
+    Args:
+        trainer: the trainer.
+        values: name of the trainer's option -> value of the schedule.
+
+    Raises:
+        DistillError: trainer and schedule have different values, both other than the default.
+    """
+    for name, default in {
+        "gradient_clip_val": None,
+        "accumulate_grad_batches": 1,
+        "check_val_every_n_epoch": 1,
+    }.items():
+        value, given = values[name], getattr(trainer, name)
+        if value in (default, given):
+            continue
+        if given != default:
+            raise DistillError(f"{name}: the trainer has {given}, the schedule {value}. Set one of them only")
+        setattr(trainer, name, value)
+
 
 def data_module(trainer: L.Trainer) -> Any:
     """The data module that `fit` was given; Lightning sets the attribute without declaring it."""

@@ -9,17 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
+from distill.evaluation.coco import CocoMetric
+from distill.evaluation.evaluate import evaluate
 from distill.evaluation.metric import DetectionArrays, DetectionMetric, GroundTruth
 from distill.training.callbacks.checkpoints import LastCheckpoint
 from distill.training.callbacks.teacher_check import TeacherCheck
+from distill.training.distiller import Distiller
 from distill.types import DistillError
-from helpers.training import CLASSES, distiller, fit, shapes_data, small_teacher
+from helpers.training import CLASSES, distiller, fit, sgd, shapes_data, small_teacher
 
 
 class Counts(DetectionMetric):
@@ -133,3 +137,40 @@ def test_a_teacher_that_lacks_a_class_is_judged_by_the_classes_that_it_knows(tmp
         fit(student, tmp_path, callbacks=[TeacherCheck(min_ap=0.5)], max_steps=1)
     with pytest.warns(UserWarning, match=r"AP is 60.0 %, below teacher.min_ap=0.7"):
         fit(student, tmp_path, callbacks=[TeacherCheck(min_ap=0.7)], max_steps=1)
+
+
+def test_the_schedule_s_options_act_on_a_plain_trainer(tmp_path: Path) -> None:
+    """From Python, where nothing copies them into the trainer."""
+    module = distiller(metrics=[Counts], schedule=sgd(clip=0.5, accumulate=2, evaluate_every=3))
+    trainer = fit(module, tmp_path, data(), max_epochs=3, limit_val_batches=1.0)
+    assert (trainer.gradient_clip_val, trainer.accumulate_grad_batches) == (0.5, 2)
+    assert trainer.global_step == 3  # of 6 batches
+
+
+def test_a_trainer_that_contradicts_the_schedule_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match=r"gradient_clip_val: the trainer has 1.0, the schedule 0.5"):
+        fit(distiller(schedule=sgd(clip=0.5)), tmp_path, data(), gradient_clip_val=1.0)
+
+
+def test_lightning_tests_and_predicts(tmp_path: Path) -> None:
+    """`Trainer.test` measures what `evaluate` measures; `Trainer.predict` gives detections in original pixels."""
+    module = distiller(metrics=[CocoMetric, Counts])
+    drawn = DetectionData(Shapes(train=2, val=1, test=3, size=96), batch_size=2, workers=0, min_size=64, max_size=64)
+    trainer = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False)
+    (values,) = trainer.test(module, datamodule=drawn, verbose=False)
+    assert values["test/images"] == 3
+    expected = evaluate(module.student, drawn, "test", module.metrics)
+    assert values == pytest.approx({f"test/{name}": value for name, value in expected.items()})
+    predicted = trainer.predict(module, datamodule=drawn)
+    assert predicted is not None
+    assert [len(batch) for batch in predicted] == [2, 1]
+    assert predicted[0][0].boxes.amax() > 64  # the images have 96 px
+
+
+def test_a_checkpoint_gives_a_distiller_with_its_student(tmp_path: Path) -> None:
+    module = distiller()
+    fit(module, tmp_path, data(), max_epochs=1, enable_checkpointing=True, callbacks=[LastCheckpoint(tmp_path)])
+    again = Distiller.load_from_checkpoint(tmp_path / "last.ckpt", metrics=[Counts])
+    expected = module.student.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.student.state_dict().items())
+    assert again.metrics == (Counts,)
