@@ -234,6 +234,18 @@ def test_classes_of_the_packages_are_let_in(name: str) -> None:
     assert isinstance(instantiate.load_target(OmegaConf.create({"_target_": name})), type)
 
 
+def test_own_transforms_are_named_on_the_command_line() -> None:
+    gray = "{_target_: torchvision.transforms.v2.RandomGrayscale, p: 0.25}"
+    nested = f"{{_target_: torchvision.transforms.v2.RandomApply, p: 0.5, transforms: [{gray}]}}"
+    cfg = compose.compose_config(["data=shapes", f"data.transforms=[{gray},{nested}]", "data.augment.mosaic=0.5"])
+    transform = instantiate.build_node(cfg.data).train_transform
+    first, second = transform.transforms
+    assert (first.p, second.p, second.transforms[0].p) == (0.25, 0.5, 0.25)
+    assert transform.augment.mosaic == 0.5
+    with pytest.raises(DistillError, match="may not name this"):
+        instantiate.build_node(OmegaConf.merge(cfg.data, {"transforms": [{"_target_": "os.system"}]}))
+
+
 def test_trust_is_the_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conf: Path) -> None:
     monkeypatch.chdir(tmp_path)
     line = outside(conf, f"anything: {CALL}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from distill.data.augment import NO_AUGMENTATION, Augmentation
 from distill.data.checks import SplitReport, check_overlap, check_records
 from distill.data.class_names import describe_similar_names
 from distill.data.decoding import MAX_PIXELS, read_image
@@ -22,9 +23,12 @@ from distill.data.hold_out import HeldOut, hold_out_images, select_with_faults
 from distill.data.identity import describe_differences, digest_records
 from distill.data.images import ImageDataset, training_rows
 from distill.data.loader import BatchDataset, DetectionLoader
+from distill.data.own_transforms import OwnTransform
 from distill.data.records import Record, Records, coco_ground_truth, pack_records
+from distill.data.resizing import resized_size
 from distill.data.sampler import BatchSampler
-from distill.data.transforms import Sample, Transform, collate, padded_size, resized_size
+from distill.data.transforms import Sample, Transform, collate, padded_size
+from distill.type_checks import parse_options
 from distill.types import Batch, DistillError, Size
 
 Split = str
@@ -82,6 +86,8 @@ class DetectionData(L.LightningDataModule):
         pad_to: batches are padded to a multiple of this number of pixels.
         flip: probability of a horizontal flip in training.
         photometric: whether training distorts the colors as SSD does.
+        augment: mosaic, zoom-out, IoU crop and scale jitter in training: an `Augmentation`, or its options.
+        transforms: transforms of the user for training, after all others; see `own_transforms.OwnTransform`.
         aspect_groups: whether a training batch contains only upright or only broad images, which saves padding.
         drop_last: whether the last training batch is left out if it is incomplete and not the only one.
         keep_empty: whether training uses images without training targets.
@@ -123,6 +129,8 @@ class DetectionData(L.LightningDataModule):
         pad_to: int = 32,
         flip: float = 0.5,
         photometric: bool = False,
+        augment: Augmentation | Mapping[str, Any] = NO_AUGMENTATION,
+        transforms: Sequence[OwnTransform] = (),
         aspect_groups: bool = True,
         drop_last: bool = True,
         keep_empty: bool = False,
@@ -174,7 +182,8 @@ class DetectionData(L.LightningDataModule):
         self.keep_empty, self.use_difficult, self.masks, self.cache = keep_empty, use_difficult, masks, cache
         self.fraction, self.limit, self.limit_eval = fraction, limit, limit_eval
         self.on_error, self.on_overlap, self.max_pixels = on_error, on_overlap, max_pixels
-        self.train_transform = Transform(sizes, max_size, flip, photometric, antialias, seed)
+        augmentation = parse_options("data.augment", augment, NO_AUGMENTATION)
+        self.train_transform = Transform(sizes, max_size, flip, photometric, antialias, seed, augmentation, transforms)
         self.eval_transform = Transform((eval_min_size or sizes[-1],), eval_max_size or max_size, antialias=antialias)
         self._drawn = hasattr(source, "load_image")
         if hasattr(source, "max_pixels"):

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distill.data.augment import LoadedImage
 from distill.data.records import Record, Records, pack_records
+from distill.data.resizing import resized_size
 from distill.data.sampler import SampleKey
-from distill.data.transforms import Sample, Transform, resized_size
+from distill.data.transforms import Sample, Transform
 from distill.types import Size, Target
 
 
@@ -56,10 +58,15 @@ class ImageDataset(Dataset[Sample]):
 
     def __getitem__(self, key: SampleKey) -> Sample:
         """Load, resize and augment an image. The key is (epoch, index)."""
-        epoch, index = key
+        (epoch, index), image_id = key, int(self.ids[key[1]])
+        image, target, size, codes = self._load_image(index)
+        partners = [self._load_image(other) for other in self.transform.draw_partners(image_id, epoch, len(self))]
+        return self.transform(image, target, size, image_id, epoch, codes, partners)
+
+    def _load_image(self, index: int) -> LoadedImage:
         image = self.load(self.files.text(index)) if self.cache is None else self.cache[index]
         codes = None if self.codes is None else self.codes[self._rows(index)]
-        return self.transform(image, self.target(index), self.size(index), int(self.ids[index]), epoch, codes)
+        return LoadedImage(image, self.target(index), self.size(index), codes)
 
     def size(self, index: int) -> Size:
         """Return (height, width) of an original image."""

@@ -1,12 +1,7 @@
-"""Transforms of pixels, boxes and masks in the workers: resize, flip, photometric distortion, padding.
+"""Transforms of pixels, boxes and masks in the workers: from a loaded image to a batch.
 
-Student and teacher share one resize. Its size rule is that of torchvision's detection models: with ``scale =
-min(min_size / shorter, max_size / longer)``, the new side is ``floor(side * scale)``. The interpolation is bilinear, by
-default without antialiasing, because torchvision's COCO weights were trained and measured without it. Unlike
-torchvision's, the result is uint8, rounded once per axis: the difference is less than one gray level.
-
-The random numbers of the augmentation are a pure function of (seed, epoch, image id). The numbers of workers and
-processes, the batch size and the order of loading do not change them. Images are (3, H, W) uint8 RGB tensors.
+The order is augmentation (`augment`), resize, flip, photometric distortion, transforms of the user, padding. Random
+numbers are those of `random_streams`. Images are (3, H, W) uint8 RGB tensors.
 """
 
 from __future__ import annotations
@@ -14,18 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import get_worker_info
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from distill.data import rle
+from distill.data.augment import NO_AUGMENTATION, Augmentation, LoadedImage
 from distill.data.buffers import BufferPool, WorkerBatch, wrap_images
+from distill.data.own_transforms import OwnTransform, apply_transforms, validate_callables
+from distill.data.random_streams import Purpose, Streams
+from distill.data.resizing import resize_boxes, resize_image, resize_masks, resized_size
 from distill.types import Batch, DistillError, Size, Target
 
 MIN_SIDE = 1e-2
@@ -39,64 +36,6 @@ class Sample(NamedTuple):
     target: Target
     original_size: Size
     id: int
-
-
-def sample_generator(seed: int, epoch: int, image_id: int) -> np.random.Generator:
-    """Return the random stream of one image in one epoch, equal in every worker and process (Philox, counter-based)."""
-    spawn_key = [number % 2**64 for number in (epoch, image_id)]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed % 2**64, spawn_key=spawn_key)))
-
-
-def resized_size(size: Size, min_size: int, max_size: int) -> Size:
-    """Return (height, width) after the resize. No side is below one pixel.
-
-    Args:
-        size: (height, width) of the original image.
-        min_size: wanted length of the shorter side.
-        max_size: greatest length of the longer side. It takes precedence over ``min_size``.
-    """
-    scale = min(min_size / min(size), max_size / max(size))
-    height, width = (max(1, math.floor(side * scale)) for side in size)
-    return height, width
-
-
-def resize_image(image: Tensor, size: Size, antialias: bool = False, mirrored: bool = False) -> Tensor:
-    """Resize a uint8 image to (height, width) by bilinear interpolation, and optionally mirror it.
-
-    The smaller of the two images is mirrored, which is faster. Mirroring before or after the resize gives the same bits
-    where torch interpolates with integer weights (x86).
-    """
-    enlarges = image.shape[-2] < size[0]
-    if mirrored and enlarges:
-        image = image.flip(-1)
-    if image.shape[-2:] != size:
-        image = F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
-    return image.flip(-1) if mirrored and not enlarges else image
-
-
-def resize_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
-    """Scale boxes (N, 4) xyxy from an image of size ``old`` to one of size ``new``.
-
-    Each axis has its own ratio, because the size rule rounds each side down.
-    """
-    y_scale, x_scale = (after / before for before, after in zip(old, new, strict=True))
-    return boxes * torch.tensor([x_scale, y_scale, x_scale, y_scale])
-
-
-def resize_masks(codes: Sequence[bytes], old: Size, new: Size) -> Tensor:
-    """Decode masks and resize them to (N, h, w) uint8 by the nearest pixel, as torchvision's detectors do.
-
-    Masks are processed one by one, so memory holds only one mask at the size of the original image.
-
-    Args:
-        codes: N run-length codes of masks of size ``old``.
-        old: (height, width) of the original image.
-        new: (height, width) of the result.
-    """
-    masks = torch.empty(len(codes), *new, dtype=torch.uint8)
-    for row, code in zip(masks, codes, strict=True):
-        row.copy_(interpolate(rle.decode_mask(code, old)[None, None], size=new, mode="nearest")[0, 0])
-    return masks
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:
@@ -132,7 +71,7 @@ def distort_colors(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Transform:
-    """Resizes an image and, in training, flips it and distorts its colors: a pure function of (seed, epoch, image id).
+    """Makes the samples of one split. In training it augments them: a pure function of (seed, epoch, image id).
 
     Args:
         min_sizes: wanted lengths of the shorter side in pixels. With several, one is drawn per image and epoch.
@@ -141,9 +80,11 @@ class Transform:
         photometric: whether to distort colors.
         antialias: whether the resize applies a low-pass filter before it reduces the image.
         seed: seed of all random draws.
+        augment: augmentation that moves boxes, before the resize.
+        transforms: transforms of the user, after all others.
 
     Raises:
-        DistillError: a size or probability is out of range.
+        DistillError: a size or probability is out of range, or a transform is no callable.
     """
 
     min_sizes: tuple[int, ...]
@@ -152,6 +93,8 @@ class Transform:
     photometric: bool = False
     antialias: bool = False
     seed: int = 0
+    augment: Augmentation = NO_AUGMENTATION
+    transforms: Sequence[OwnTransform] = ()
 
     def __post_init__(self) -> None:
         if not self.min_sizes or min(self.min_sizes) < 1 or max(self.min_sizes) > self.max_size:
@@ -161,12 +104,19 @@ class Transform:
             )
         if not 0 <= self.flip <= 1:
             raise DistillError(f"data.flip: expected a probability from 0 to 1, got {self.flip}.")
+        validate_callables(self.transforms)
 
     def resize(self, image: Tensor, min_size: int | None = None) -> Tensor:
         """Resize an image without augmentation. ``min_size`` defaults to the last of ``min_sizes``."""
         old = (image.shape[-2], image.shape[-1])
         new = resized_size(old, min_size or self.min_sizes[-1], self.max_size)
         return resize_image(image, new, self.antialias)
+
+    def draw_partners(self, image_id: int, epoch: int, count: int) -> list[int]:
+        """Return the indices, below ``count``, of the images that join an image in a mosaic. Usually there are none."""
+        if not self.augment.is_on(epoch):
+            return []
+        return self.augment.draw_partners(Streams(self.seed, epoch, image_id), count)
 
     def __call__(
         self,
@@ -176,6 +126,7 @@ class Transform:
         image_id: int,
         epoch: int,
         codes: Sequence[bytes] | None = None,
+        partners: Sequence[LoadedImage] = (),
     ) -> Sample:
         """Make one sample.
 
@@ -187,23 +138,38 @@ class Transform:
             image_id: selects the random stream, together with the seed and ``epoch``.
             epoch: index of the epoch, from 0.
             codes: run-length code of each box's mask, at the original size; None: the sample has no masks.
+            partners: the other images of a mosaic, see `draw_partners`.
         """
-        rng = sample_generator(self.seed, epoch, image_id)
+        streams = Streams(self.seed, epoch, image_id)
+        rng = streams.open(Purpose.BASE)
         # Both numbers are always drawn, in this order, so that one option does not change the random numbers of
         # another.
         choice, mirrored = int(rng.integers(len(self.min_sizes))), bool(rng.random() < self.flip)
-        new = resized_size(original_size, self.min_sizes[choice], self.max_size)
-        image = resize_image(image, new, self.antialias, mirrored)
-        boxes = resize_boxes(target.boxes, original_size, new)
-        masks = None if codes is None else resize_masks(codes, original_size, new)
+        fit = partial(resized_size, min_size=self.min_sizes[choice], max_size=self.max_size)
+        if self.augment.is_on(epoch):
+            images = [LoadedImage(image, target, original_size, codes), *partners]
+            image, target = self.augment(images, fit, self.antialias, streams)
+            image = image.flip(-1) if mirrored else image
+            boxes, masks = target.boxes, target.masks
+        else:
+            new = fit(original_size)
+            image = resize_image(image, new, self.antialias, mirrored)
+            boxes = resize_boxes(target.boxes, original_size, new)
+            masks = None if codes is None else resize_masks(codes, original_size, new)
         if mirrored:
-            boxes = flip_boxes(boxes, new[1])
+            boxes = flip_boxes(boxes, image.shape[-1])
             masks = None if masks is None else masks.flip(-1)
-        if self.photometric:
+        if self.photometric and self.augment.covers(epoch):
             image = distort_colors(image, rng)
-        keep = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) >= MIN_SIDE
-        kept = Target(boxes[keep], target.labels[keep], None if masks is None else masks[keep])
-        return Sample(image, kept, original_size, image_id)
+        target = Target(boxes, target.labels, masks)
+        if self.transforms:
+            image, target = apply_transforms(self.transforms, image, _drop_thin_boxes(target), streams)
+        return Sample(image, _drop_thin_boxes(target), original_size, image_id)
+
+
+def _drop_thin_boxes(target: Target) -> Target:
+    keep = (target.boxes[:, 2:] - target.boxes[:, :2]).amin(dim=1) >= MIN_SIDE
+    return Target(target.boxes[keep], target.labels[keep], None if target.masks is None else target.masks[keep])
 
 
 def padded_size(sizes: Sequence[Size], pad_to: int) -> Size:

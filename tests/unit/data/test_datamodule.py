@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from distill.data.datamodule import DetectionData, select_subset
 from distill.data.records import Record
@@ -83,8 +84,37 @@ def same(a: Batch, b: Batch) -> bool:
     return (
         torch.equal(a.images, b.images)
         and (a.sizes, a.original_sizes, a.ids) == (b.sizes, b.original_sizes, b.ids)
-        and all(torch.equal(x.boxes, y.boxes) and torch.equal(x.labels, y.labels) for x, y in targets)
+        and all(
+            torch.equal(x.boxes, y.boxes)
+            and torch.equal(x.labels, y.labels)
+            and (x.masks is None if y.masks is None else torch.equal(x.masks, y.masks))
+            for x, y in targets
+        )
     )
+
+
+AUGMENT = {"mosaic": 0.4, "zoom_out": 0.4, "iou_crop": 0.4, "scale_jitter": [0.5, 1.5]}
+OWN = [v2.RandomGrayscale(0.5), v2.RandomInvert(0.5)]
+
+
+def test_a_sample_of_a_mosaic_does_not_depend_on_the_samples_before_or_on_the_cache():
+    plain, cached = (shapes(augment=AUGMENT, cache=cache).dataset("train", training=True) for cache in ("none", "ram"))
+    keys = [(epoch, index) for epoch in range(2) for index in range(6)]
+    first = {key: plain[key] for key in keys}
+    for key in reversed(keys):
+        for again in (plain[key], cached[key]):
+            assert torch.equal(again.image, first[key].image)
+            assert torch.equal(again.target.boxes, first[key].target.boxes)
+            assert again.id == first[key].id == int(plain.ids[key[1]])
+
+
+def test_augmentation_is_for_training_alone_and_a_mistyped_option_is_named():
+    data = shapes(augment=AUGMENT | {"mosaic": 1.0}, transforms=[v2.RandomInvert(1.0)])
+    assert all(same(a, b) for a, b in zip(data.val_dataloader(), shapes().val_dataloader(), strict=True))
+    with pytest.raises(DistillError, match=r"data\.augment: unknown option 'mosiac'.*data\.augment\.mosaic"):
+        shapes(augment={"mosiac": 1.0})
+    with pytest.raises(DistillError, match=r"data\.augment\.fill: expected Sequence\[int\], got"):
+        shapes(augment={"fill": "gray"})
 
 
 def ids(loader) -> list[int]:
@@ -108,7 +138,7 @@ def test_a_batch_is_as_promised():
 
 def test_epochs_and_workers_and_start_method_change_no_pixel():
     def epochs(**options):
-        data = shapes(min_size=[48, 56, 64], photometric=True, **options)
+        data = shapes(min_size=[48, 56, 64], photometric=True, augment=AUGMENT, transforms=OWN, masks=True, **options)
         loader = data.train_dataloader()
         found = []
         for epoch in range(2):

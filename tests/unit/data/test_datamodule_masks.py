@@ -19,8 +19,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from distill.data import rle
 from distill.data.coco import Coco
 from distill.data.datamodule import DetectionData
+from distill.data.resizing import resize_masks, resized_size
 from distill.data.shapes import Shapes
-from distill.data.transforms import Transform, resize_masks, resized_size
+from distill.data.transforms import Transform
 from distill.data.voc import Voc
 from distill.types import Batch, DistillError, Target
 
