@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from distill.data.images import ImageDataset
 from distill.data.sampler import SampleKey
 from distill.data.transforms import Sample
-from distill.types import Batch
+from distill.types import Batch, DistillError
 
 SIGTERM_GRACE = 600
 """Seconds that a loader process lives on after SIGTERM. When the run itself ends, the process ends at once."""
@@ -68,6 +68,7 @@ class DetectionLoader(DataLoader[Sample]):
         """Yield the batches from the current position to the end of the epoch.
 
         Raises:
+            DistillError: an image or a transform of the user is invalid.
             RuntimeError: a process of the loader died. Torch itself may report only a broken connection.
         """
         if self.position is not None:
@@ -84,6 +85,9 @@ class DetectionLoader(DataLoader[Sample]):
             if all(process.is_alive() for process in self._processes):
                 raise
             raise RuntimeError(f"a DataLoader worker died: {error}.") from error
+        except DistillError as error:
+            # Torch puts the worker's traceback into the message.
+            raise DistillError(str(error).rpartition("distill.types.DistillError: ")[2].rstrip()) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state. Lightning resumes inside an epoch only with loaders that have this method."""

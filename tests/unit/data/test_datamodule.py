@@ -117,6 +117,13 @@ def test_augmentation_is_for_training_alone_and_a_mistyped_option_is_named():
         shapes(augment={"fill": "gray"})
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_reports_a_failed_transform_in_one_sentence(workers):
+    loader = shapes(workers=workers, transforms=[v2.Grayscale()]).train_dataloader()
+    with pytest.raises(DistillError, match=r"^data\.transforms\[0\] \(Grayscale\): expected an image[^\n]*$"):
+        next(iter(loader))
+
+
 def ids(loader) -> list[int]:
     return [number for batch in loader for number in batch.ids]
 
