@@ -24,7 +24,7 @@ from distill.data.shapes import Shapes
 from distill.evaluation.coco import CocoMetric
 from distill.losses.defeat import DeFeat
 from distill.teacher import Teacher
-from distill.training.distiller import Distiller, Terms
+from distill.training.distiller import Distiller
 from distill.training.schedule import Schedule
 from distill.types import Batch, Target
 from helpers.detectors import BOX_FAMILIES, FAMILIES, small_options
@@ -74,10 +74,9 @@ class Telling(Distiller):
     look: Look
     shares: dict[str, float]
 
-    def _log(self, terms: Terms) -> None:
-        self.shares = {f"term/{name}": value.item() for name, value in terms.values.items() if name != "total"}
-        self.shares |= {f"loss/{name}": terms.weights[name] * value.item() for name, value in terms.values.items()}
-        super()._log(terms)
+    def step_values(self) -> dict[str, Tensor]:
+        self.shares = {name: value.item() for name, value in self.last_batch.named().items()}
+        return super().step_values()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
