@@ -42,10 +42,10 @@ _MODULES = {
     "RetinaNet": "detectors.retinanet",
     "SSIM": "losses.ssim",
     "Schedule": "training.schedule",
+    "ScheduleCheck": "training.callbacks.schedule_check",
     "Shapes": "data.shapes",
     "TADF": "losses.tadf",
     "Teacher": "teacher",
-    "ScheduleCheck": "training.callbacks.schedule_check",
     "TeacherCheck": "training.callbacks.teacher_check",
     "TermCheck": "training.callbacks.term_check",
     "Voc": "data.voc",
@@ -54,8 +54,11 @@ _MODULES = {
     "Yolo": "data.yolo",
     "evaluate": "evaluation.evaluate",
     "load_detector": "detectors.registry",
+    "model": "cli.options",
     "panel": "evaluation.pictures",
+    "predict": "evaluation.predict",
     "save_student": "detectors.student_files",
+    "schedule": "cli.options",
 }
 """Public name -> the module below ``distill`` that defines it."""
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
+from PIL import Image
 
 import distill
 from distill.cli import compose, override_checks, renamed_keys
@@ -294,9 +295,11 @@ def test_the_python_of_the_readme_trains_a_student(tmp_path: Path, monkeypatch: 
         "distill.Shapes()": "distill.Shapes(train=4, val=2, test=0)",
         "outputs/teachers/…": "teacher",
         "epochs=8": "epochs=1",
+        "image.jpg": "image.png",
     }.items():
         assert shown in code
         code = code.replace(shown, used)
+    Image.new("RGB", (128, 128)).save("image.png")
     exec(code, {})
     assert distill.load_detector(tmp_path / "my_student").classes == tuple(classes)
 
