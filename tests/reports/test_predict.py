@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from distill.cli.predict import find_images, picture_name
 from distill.types import DistillError
@@ -53,6 +55,74 @@ def test_a_cut_image_among_good_ones(
         "d.gif",
         "e.jfif",
     ]
+
+
+def test_images_of_a_coco_file_are_scored_by_pycocotools(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ids of images and classes that are those of the file: the boxes of a first call are its ground truth."""
+    # cocodataset/cocoapi#497, WongKinYiu/yolov9#466
+    for folder, name in (("a", "1.jpg"), ("b", "1.jpg"), ("b", "new.jpg")):
+        picture(tmp_path / "images" / folder / name)
+    assert cli(["predict", str(tiny_teacher), "images", "--out", "first", "--device", "cpu"]) == 0
+    first = json.loads(Path("first/detections.json").read_text())
+    classes = json.loads(Path("first/images.json").read_text())["categories"]
+    new_ids = {row["id"]: 90 - 7 * number for number, row in enumerate(classes)}
+    absent = classes.pop()["id"]  # a class that the file does not have
+    truth = {
+        "images": [
+            {"id": 42, "file_name": "b/1.jpg", "width": 48, "height": 40},
+            {"id": 17, "file_name": "a/1.jpg", "width": 48, "height": 40},
+        ],
+        "categories": [{"id": new_ids[row["id"]], "name": row["name"]} for row in classes],
+        "annotations": [
+            {"id": number, "image_id": {0: 17, 1: 42}[row["image_id"]], "category_id": new_ids[row["category_id"]]}
+            | {"bbox": row["bbox"], "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+            for number, row in enumerate(first, 1)
+            if row["image_id"] < 2 and row["category_id"] != absent
+        ],
+    }
+    Path("truth.json").write_text(json.dumps(truth))
+    capsys.readouterr()
+    words = ["predict", str(tiny_teacher), "images", "--out", "second", "--annotations", "truth.json"]
+    assert cli(words) == 0
+    assert "1 images are not listed in truth.json and were left out, the first: images/b/new.jpg" in (
+        capsys.readouterr().out
+    )
+    evaluation = COCOeval(COCO("truth.json"), COCO("truth.json").loadRes("second/detections.json"), "bbox")
+    evaluation.params.maxDets = [1, 10, 1000]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    assert precision[precision > -1].mean() == pytest.approx(1.0)
+    assert [row["name"] for row in json.loads(Path("second/images.json").read_text())["categories"]] == [
+        row["name"] for row in classes
+    ]
+
+
+def test_annotations_of_other_images(cli: Cli, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(Path("a.jpg"))
+    for content, message in (
+        ({"images": [], "categories": []}, "none of the 1 images is listed there, the first: a.jpg"),
+        ({"images": [{"id": 1}]}, "expected COCO's format, with 'images' (id, file_name)"),
+    ):
+        Path("other.json").write_text(json.dumps(content))
+        assert cli(["predict", str(tiny_teacher), "a.jpg", "--annotations", "other.json"]) == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--score", "1.5"], "--score 1.5: expected a score from 0 to 1"),
+        (["--score", "nan"], "--score nan: expected a score from 0 to 1"),
+        (["--device", "gpu7"], "--device gpu7: expected cpu, cuda, cuda:1 or mps"),
+        (["--device", "cuda:99"], "--device cuda:99: torch finds"),
+    ],
+)
+def test_values_that_cannot_be(words: list[str], message: str, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["predict", "RUN", "a.jpg", *words]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_folder_of_nothing_but_cut_images(

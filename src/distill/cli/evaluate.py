@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from distill.cli import compose, override_checks
+from distill.cli.devices import add_device_option, find_device
 from distill.cli.overrides import parse_overrides, read_config, recorded_overrides
 from distill.labels import unknown_classes
 from distill.run_folder import OVERRIDES, STUDENT, SUMMARY, RunFolder
@@ -30,16 +31,22 @@ MACHINE_KEYS = ("trainer", "trainer.accelerator", "trainer.precision")
 
 
 def main(argv: Sequence[str]) -> int:
-    """``distill evaluate RUN|CKPT [--split test] [--teacher] [--json FILE] [data=voc …]``."""
-    parser = argparse.ArgumentParser(prog="distill evaluate", description=__doc__)
+    """``distill evaluate RUN|CKPT [--split test] [--teacher] [--device cpu] [--json FILE] [data=voc …]``."""
+    parser = argparse.ArgumentParser(
+        prog="distill evaluate",
+        usage="distill evaluate RUN|CKPT [--split SPLIT] [--teacher] [--device DEVICE] [--json FILE] [overrides]",
+        description=__doc__,
+    )
     parser.add_argument("source", type=Path, metavar="RUN|CKPT", help="a run folder, or one of its checkpoints")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
     parser.add_argument("--teacher", action="store_true", help="evaluate the run's teacher instead of its student")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add_device_option(parser)
     parser.add_argument(
         "overrides", nargs="*", help="as for train: data=voc data.source.root=…, metrics.coco.per_class=true"
     )
     args = parser.parse_intermixed_args(list(argv))
+    device = None if args.device is None else find_device(args.device)
     run = find_run(args.source)
     cfg = recompose(run, [*args.overrides, *trained_size(args.source, args.overrides)])
 
@@ -63,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
     module = assemble(replace(plan, losses={}, inherit=False), data, detector)
     title = f"{'teacher' if args.teacher else 'student'}, {args.split}"
-    results = evaluate(module.student, data, args.split, module.metrics, plan.device, title)
+    results = evaluate(module.student, data, args.split, module.metrics, device or plan.device, title)
     for note in class_notes(detector.spec.classes, data.classes):
         print(f"distill: {note}")
     unknown = unknown_classes(detector.spec.classes, data.classes)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.cli.devices import add_device_option, find_device
 from distill.quoting import quote_value
 
 
@@ -19,7 +20,8 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="distill replay", description=__doc__)
     parser.add_argument("file", type=Path, help="the file that the stopped run named; it must lie in the run's folder")
-    parser.add_argument("--device", default="cpu")
+    add_device_option(parser)
+    parser.set_defaults(device="cpu")
     parser.add_argument("overrides", nargs="*", help="as for train, added to those of the run")
     args = parser.parse_intermixed_args(list(argv))
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     overrides = [*teacher, *args.overrides, f"paths.run={quote_value(str(run.path))}"]
     plan = plan_run(recompose(run, overrides))
     module = assemble(plan, plan.data)
-    terms = replay(module, step, args.device)
+    terms = replay(module, step, find_device(args.device))
     bad = bad_gradients(module)
     print_line("step", f"{step['step']}, epoch {step['epoch']}, rank {step['rank']}: {step['found']}")
     for record, replayed in zip(step["batches"], terms, strict=True):

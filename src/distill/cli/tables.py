@@ -12,6 +12,9 @@ from rich.table import Table
 
 from distill.units import MISSING
 
+UNLIMITED = 100_000
+"""Width in characters that no table reaches."""
+
 
 def print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1, compact: bool = False
@@ -25,14 +28,20 @@ def print_table(
         left: number of columns that are aligned to the left; numbers are aligned to the right.
         compact: leave out lines between columns, for narrow terminals.
     """
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE if compact else HEAVY_HEAD)
+    table = Table(box=SIMPLE if compact else HEAVY_HEAD)
     table.collapse_padding = compact
     for number, column in enumerate(columns):
         table.add_column(escape(column), justify="left" if number < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(MISSING if cell is None else escape(str(cell)) for cell in row))
-    if table.row_count:
-        Console().print(table)
+    if not table.row_count:
+        return
+    console = Console()
+    widths = console.measure(table, options=console.options.update(width=UNLIMITED))
+    # A file has no width. A terminal that is too narrow for the longest word wraps the lines itself.
+    console.width = max(console.width, widths.minimum if console.is_terminal else widths.maximum)
+    console.print(escape(title), style="italic", highlight=False, soft_wrap=True)
+    console.print(table)
 
 
 def print_line(label: str, text: object, style: str = "bold") -> None:

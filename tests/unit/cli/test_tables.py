@@ -32,6 +32,15 @@ def test_a_narrow_terminal_cuts_no_cell_and_no_path(
     assert "…" not in printed
 
 
+def test_a_file_has_no_width(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path = "/home/a user/" + "long-folder/" * 12
+    print_table(f"sweep {path}", ("job", "a.very.long.key.of.the.configuration"), [("0", path), ("1", "x")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"sweep {path}"
+    assert any(path in line and line.count("│") == 3 for line in lines[1:])
+
+
 def test_texts_start_in_one_column(capsys: pytest.CaptureFixture[str]) -> None:
     for label in ("", "run", "student"):
         print_line(label, "text")
