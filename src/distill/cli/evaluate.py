@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig
 
 from distill.cli import compose, override_checks
@@ -131,13 +132,16 @@ def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
 
     Recorded overrides of the training are left out: an older version may have accepted values that are refused now.
     """
-    chosen = {override.key_or_group for override in parse_overrides(overrides)} & set(compose.config_groups())
+    given = {override.key_or_group for override in parse_overrides(overrides)}
+    chosen = given & set(compose.config_groups())
     recorded = [
         str(override.input_line)
         for override in recorded_overrides(run.path)
         # data=voc replaces all overrides of the run's data, but for those that decide what the detector sees
         if (override.key_or_group.split(".")[0] not in chosen or override.key_or_group in RESIZE_KEYS)
         and (override.key_or_group.split(".")[0] not in TRAINING_GROUPS or override.key_or_group in MACHINE_KEYS)
+        # a second mapping, such as data.source.rename, would be merged into the first
+        and not (override.key_or_group in given and override.type is OverrideType.CHANGE)
     ]
     from distill.cli import auto_values
 

@@ -71,3 +71,9 @@ def test_overrides_of_a_training_that_are_refused_now_do_not_stop_an_evaluation(
     cfg = recompose(RunFolder(tmp_path), ["data.batch_size=7"])
     assert (cfg.seed, cfg.schedule.epochs, cfg.data.batch_size, cfg.trainer.accelerator) == (3, 3, 7, "cpu")
     assert "overfit_batches" not in cfg.trainer
+
+
+def test_other_renames_replace_those_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "overrides.yaml").write_text(yaml.safe_dump(["data=coco", "data.source.rename={Dog: dog}"]))
+    cfg = recompose(RunFolder(tmp_path), ["data.source.rename={Cat: cat}", "data.source.classes=[cat,dog]"])
+    assert (cfg.data.source.rename, cfg.data.source.classes) == ({"Cat": "cat"}, ["cat", "dog"])
