@@ -49,15 +49,21 @@ def grown(mask: torch.Tensor, pixels: int) -> torch.Tensor:
     return max_pool2d(mask[None].float(), 2 * pixels + 1, stride=1, padding=pixels)[0] > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cached", [None, (70, 110)], ids=["decoded", "cached"])
+@pytest.mark.parametrize(
+    ("kind", "cached"),
+    [
+        *[(kind, None) for kind in KINDS],
+        *[pytest.param(kind, (70, 110), marks=pytest.mark.exhaustive) for kind in KINDS if kind != "all"],
+        ("all", (70, 110)),
+    ],
+)
 def test_boxes_and_masks_follow_the_pixels(kind, cached):
     """Within a pixel of the image that is enlarged, so within more pixels of the result for an image resized before."""
     near = 1.1 if cached is None and kind != "all" else 4
     transform = Transform((60, 80), 110, flip=0.5, augment=Augmentation(fill=(0, 0, 0), min_visible=0, **KINDS[kind]))
     images = [painted(number, cached) for number in range(4)]
     seen = 0
-    for image_id in range(40):
+    for image_id in range(16):
         sample = augmented(transform, images[image_id % 4 :] + images[: image_id % 4], image_id)
         height, width = sample.image.shape[-2:]
         assert sample.target.masks.shape == (len(sample.target.boxes), height, width)
@@ -83,7 +89,7 @@ def test_boxes_and_masks_follow_the_pixels(kind, cached):
             reach, inner = math.ceil(near), slice(math.ceil(near), -math.ceil(near))
             assert not (mask & ~grown(pixels, reach))[inner, inner].any()
             assert not (pixels & ~grown(mask, reach))[inner, inner].any()
-    assert seen >= 20
+    assert seen >= 8
 
 
 def test_the_box_of_a_filled_rectangle_stays_tight_however_it_is_cut():
@@ -97,7 +103,7 @@ def test_the_box_of_a_filled_rectangle_stays_tight_however_it_is_cut():
     for kind in ("mosaic", "all", "scale_jitter"):
         transform = Transform((80,), 110, flip=0.5, augment=Augmentation(fill=(0, 0, 0), **KINDS[kind]))
         labels = []
-        for image_id in range(60):
+        for image_id in range(20):
             sample = augmented(transform, images, image_id)
             labels += sample.target.labels.tolist()
             for box, label in zip(sample.target.boxes, sample.target.labels.tolist(), strict=True):
@@ -110,7 +116,7 @@ def test_the_box_of_a_filled_rectangle_stays_tight_however_it_is_cut():
 def test_a_mosaic_has_four_images_of_half_size_and_the_shape_of_the_first():
     images = [painted(number)._replace(codes=None) for number in range(4)]
     transform = Transform((90,), 140, augment=Augmentation(mosaic=1.0, min_visible=0.9, fill=(0, 0, 0)))
-    for image_id in range(20):
+    for image_id in range(10):
         sample = augmented(transform, images, image_id)
         assert sample.image.shape[-2:] == (90, 120)
         assert sample.original_size == (90, 120)
@@ -128,7 +134,7 @@ def test_zoom_out_and_scale_jitter_keep_to_their_ranges():
     loaded = painted(0)._replace(codes=None)
     areas = {}
     for kind in ({"zoom_out": 1.0, "zoom_out_max": 2.0}, {"scale_jitter": [0.5, 1.0]}, {"scale_jitter": [1.0, 2.0]}):
-        samples = [augmented(Transform((90,), 120, augment=Augmentation(**kind)), [loaded], i) for i in range(60)]
+        samples = [augmented(Transform((90,), 120, augment=Augmentation(**kind)), [loaded], i) for i in range(40)]
         sizes = torch.tensor([sample.image.shape[-2:] for sample in samples])
         widths = torch.cat([sample.target.boxes[:, 2] - sample.target.boxes[:, 0] for sample in samples]) / 50
         areas[str(kind)] = (sizes.min(0).values.tolist(), sizes.max(0).values.tolist(), widths.min(), widths.max())
@@ -144,8 +150,8 @@ def test_zoom_out_and_scale_jitter_keep_to_their_ranges():
 def test_cropped_images_keep_their_orientation():
     transform = Transform((64,), 128, augment=Augmentation(iou_crop=1.0))
     for number, is_upright in ((0, False), (2, True), (3, False)):
-        shapes = [augmented(transform, [painted(number)], image_id).image.shape[-2:] for image_id in range(30)]
-        assert len(set(shapes)) > 5
+        shapes = [augmented(transform, [painted(number)], image_id).image.shape[-2:] for image_id in range(10)]
+        assert len(set(shapes)) > 3
         assert all((height > width) <= is_upright and (height < width) <= (not is_upright) for height, width in shapes)
 
 
@@ -189,7 +195,7 @@ def test_tiny_images_and_images_without_boxes_survive(size, box):
     codes = rle.encode_masks(torch.ones(len(boxes), *size, dtype=torch.uint8))
     target = Target(boxes, torch.ones(len(boxes), dtype=torch.int64))
     loaded = LoadedImage(torch.zeros(3, *size, dtype=torch.uint8), target, size, codes)
-    for image_id in range(6):
+    for image_id in range(2):
         for kind in KINDS.values():
             sample = augmented(Transform((32,), 64, flip=0.5, augment=Augmentation(**kind)), [loaded] * 4, image_id)
             assert sample.target.masks.shape == (len(sample.target.boxes), *sample.image.shape[-2:])

@@ -223,7 +223,7 @@ def test_training_batches_are_upright_or_broad(tmp_path):
     assert sum(len(kind) > 1 for kind in kinds) <= 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_the_cache_changes_speed_and_nothing_else(tmp_path, workers):
     plain, cached = (files(tmp_path, cache=cache, flip=0.5, workers=workers) for cache in ("none", "ram"))
     for _ in range(2):
@@ -327,8 +327,13 @@ def fit(folder, epochs: int, workers: int, ckpt=None) -> Recorder:
     return module
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("name", ["epoch=1.ckpt", "end.ckpt"])
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [
+        *[("epoch=1.ckpt", 1), ("end.ckpt", 0)],
+        *[pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("epoch=1.ckpt", 0), ("end.ckpt", 1))],
+    ],
+)
 def test_a_resumed_run_sees_the_images_of_an_unbroken_one(tmp_path, workers, name):
     whole = fit(tmp_path / "whole", 3, 0)
     fit(tmp_path, 2, workers)
