@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 import hydra
@@ -112,14 +116,34 @@ def answer_flags(words: Sequence[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints an error and exits; messages are main's task
     command_line = sys.argv
     sys.argv = [command_line[0], *words]
+    answer = io.StringIO()
+    printed = redirect_stdout(answer) if {"--help", "-h"} & set(words) else nullcontext()
     try:
-        hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(
-            lambda cfg: None
-        )()
+        with printed:
+            hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(
+                lambda cfg: None
+            )()
+        print(wrapped_help(answer.getvalue()), end="")
     except (HydraException, OmegaConfBaseException) as error:
         raise _refusal(error) from error
     finally:
         sys.argv = command_line
+
+
+def wrapped_help(text: str) -> str:
+    """Hydra's help with wrapped lists of options. Groups that the configuration chooses itself are left out."""
+    width = min(120, shutil.get_terminal_size().columns)
+    lines: list[str] = []
+    for line in text.splitlines(keepends=True):
+        group = re.match(r"([\w/]+): \w", line)
+        if group is None:
+            lines.append(line)
+        elif "/" not in group[1]:
+            lines.append(
+                textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+                + "\n"
+            )
+    return "".join(lines)
 
 
 def _refusal(error: Exception) -> DistillError:

@@ -19,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Glob
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -34,15 +36,20 @@ from omegaconf import DictConfig, OmegaConf
 from distill.cli import compose, override_checks, resume, target_policy
 from distill.cli.child_runs import child_environment, wait_for_process
 from distill.cli.hydra_main import run_hydra
-from distill.cli.overrides import read_overrides
+from distill.cli.overrides import parse_overrides, read_overrides
 from distill.cli.signals import Terminated
+from distill.cli.sweep_statistics import show_statistics
 from distill.cli.tables import print_table
 from distill.files import write_text
 from distill.quoting import quote_value
 from distill.run_folder import RunFolder
 from distill.types import DistillError
-from distill.units import percent
+from distill.units import duration, percent
 
+JOBS_VARIABLE, START_VARIABLE, DONE_VARIABLE = "DISTILL_SWEEP_JOBS", "DISTILL_SWEEP_START", "DISTILL_SWEEP_DONE"
+"""Environment variables for the processes of launchers: number of jobs, start, jobs finished before the start."""
+FIXED_VARIABLE = "DISTILL_SWEEP_FIXED"
+"""Environment variable: the overrides that all jobs share, one a line."""
 TABLE_METRICS = ("val/AP", "val/AP50", "val/mAP", "test/AP", "test/mAP")
 
 
@@ -68,6 +75,7 @@ def run_job(cfg: DictConfig) -> float:
     target_policy.set_trusted(words)  # the process of a launcher does not know them yet
     overrides = override_checks.applicable_overrides(words)
     run = claim_folder(sweep, Path(hydra.runtime.output_dir), overrides)
+    print(progress_line(sweep, int(hydra.job.num) + 1, words, overrides, run), flush=True)
     with FileLock(f"{run}.lock"):  # jobs that differ only in a key that applies to neither are the same job
         if not RunFolder(run).finished:
             _run_process_of_job(run, overrides, sweep.name)
@@ -122,6 +130,12 @@ def run_sweep(words: Sequence[str], cfg: DictConfig) -> None:
     folder = resume.requeued_sweep(words) or Path(cfg.hydra.sweep.dir)
     others = [word for word in words if not word.startswith("hydra.sweep.dir=")]
     resume.write_slurm_job(folder)
+    os.environ |= {
+        JOBS_VARIABLE: str(count_jobs(words, cfg)),
+        START_VARIABLE: str(time.time()),
+        DONE_VARIABLE: str(_count_done(folder)),
+        FIXED_VARIABLE: "\n".join(words),
+    }
     try:
         run_hydra([f"hydra.sweep.dir={quote_value(str(folder))}", *others], run_job, RunMode.MULTIRUN)
     except JobFailed as error:
@@ -129,7 +143,58 @@ def run_sweep(words: Sequence[str], cfg: DictConfig) -> None:
     except (Terminated, KeyboardInterrupt) as stopped:
         raise type(stopped)(*(stopped.args or [continuation_advice(folder)])) from None
     finally:
+        for name in (JOBS_VARIABLE, START_VARIABLE, DONE_VARIABLE, FIXED_VARIABLE):
+            os.environ.pop(name, None)
         show_table(folder)
+
+
+def count_jobs(words: Sequence[str], cfg: DictConfig) -> int:
+    """Number of jobs that Hydra starts for a sweep: all combinations, or the trials of a tuner."""
+    sweeper = cfg.hydra.sweeper
+    if "n_trials" in sweeper:
+        return int(sweeper.n_trials)
+    axes = {override.key_or_group: override for override in parse_overrides(words)}
+    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    axes = {override.key_or_group: override for override in parse_overrides(params)} | axes
+    groups = compose.config_groups()
+    total = 1
+    for key, override in axes.items():
+        value = override.value()
+        if isinstance(value, Glob):
+            total *= len(value.filter(groups.get(key, [])))
+        elif override.is_discrete_sweep():
+            total *= len(list(override.sweep_string_iterator()))
+    return total
+
+
+def progress_line(sweep: Path, number: int, words: Sequence[str], overrides: Sequence[str], run: Path) -> str:
+    """The lines that a job prints first: its number, the overrides that vary, and the time so far and left.
+
+    Args:
+        sweep: folder of the sweep.
+        number: number of the job, from 1.
+        words: overrides of the job as Hydra gives them.
+        overrides: the overrides that apply to the job.
+        run: folder of the job.
+    """
+    jobs, before = (int(os.environ.get(name, "0")) for name in (JOBS_VARIABLE, DONE_VARIABLE))
+    line = f"job {number} of {jobs}" if jobs else f"job {number}"
+    shared = os.environ.get(FIXED_VARIABLE, "").splitlines()
+    line += f", folder {run.name}: {' '.join(word for word in overrides if word not in shared)}"
+    kept = {word.lstrip("+") for word in overrides}
+    if unused := [word.lstrip("+") for word in words if word.lstrip("+") not in kept]:
+        line += f"\n  without {' '.join(unused)}: no such loss here"
+        line += "; an earlier job is the same and is not repeated" if RunFolder(run).finished else ""
+    elapsed = time.time() - float(os.environ.get(START_VARIABLE, time.time()))
+    done = _count_done(sweep) - before
+    if done > 0 and jobs:
+        left = elapsed / done * max(0, jobs - number + 1)
+        line += f"\n  {duration(elapsed)} elapsed, about {duration(left)} left"
+    return line
+
+
+def _count_done(folder: Path) -> int:
+    return sum(RunFolder(job).finished for job in job_folders(folder))
 
 
 def write_table(folder: Path) -> list[dict[str, Any]]:
@@ -163,6 +228,7 @@ def show_table(folder: Path) -> None:
         for row in rows
     ]
     print_table(f"sweep {folder}, AP in percent", list(columns), cells, len(columns))
+    show_statistics(rows)
     for row in rows:
         if "error" in row:
             print(f"job {row['job']} failed: {row['error']}")
