@@ -48,6 +48,7 @@ _MODULES = {
     "Teacher": "teacher",
     "TeacherCheck": "training.callbacks.teacher_check",
     "TermCheck": "training.callbacks.term_check",
+    "TorchDataset": "data.torch_dataset",
     "Voc": "data.voc",
     "VocMetric": "evaluation.voc",
     "WeightAverage": "training.callbacks.averaging",

@@ -304,6 +304,26 @@ def test_the_python_of_the_readme_trains_a_student(tmp_path: Path, monkeypatch: 
     assert distill.load_detector(tmp_path / "my_student").classes == tuple(classes)
 
 
+def test_the_python_of_the_documents_runs_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    small = {
+        "train=400": "train=40, val=2, test=1, size=64",
+        "128": "64",
+        "epochs=8": "epochs=1",
+        "range(8)": "range(1)",
+    }
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["docs/python.md"], re.DOTALL)
+    assert len(blocks) == 4
+    text = "\n".join(blocks)
+    for shown, used in small.items():
+        assert shown in text
+        text = text.replace(shown, used)
+    exec(text, names)
+    assert names["own"].classes == names["data"].classes
+    assert names["small"].student.parameters_count < names["large"].student.parameters_count
+
+
 # -- the method that the README adds
 
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import distill
-from distill.evaluation.predict import as_tensor, predict
+from distill.data.pixels import as_tensor
+from distill.evaluation.predict import predict
 from distill.types import DistillError
 from helpers.training import small_detector
 
