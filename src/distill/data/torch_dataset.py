@@ -42,7 +42,7 @@ class TorchDataset:
     def __init__(self, classes: Sequence[str], train: Any, val: Any = None, test: Any = None) -> None:
         given = {"train": train, "val": val, "test": test}
         self.classes = tuple(classes)
-        self.datasets = {
+        self.datasets: dict[str, Any] = {
             split: dataset.dataset if isinstance(dataset, DataLoader) else dataset
             for split, dataset in given.items()
             if dataset is not None
