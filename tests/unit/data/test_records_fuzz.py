@@ -28,7 +28,7 @@ from distill.losses import masks
 from distill.types import DistillError
 
 fuzz = settings(
-    max_examples=int(os.environ.get("DISTILL_FUZZ", "500")),
+    max_examples=int(os.environ.get("DISTILL_FUZZ", "350")),
     deadline=None,
     database=None,
     derandomize="DISTILL_FUZZ" not in os.environ,  # the same files on every machine, others by hand
