@@ -210,3 +210,33 @@ def test_every_annotation_is_a_crowd(tmp_path: Path) -> None:
         data.train_dataloader()
     with pytest.warns(UserWarning, match=r"val: all 6 boxes are crowds \(iscrowd=1\)"):
         data.records("val")
+
+
+@pytest.mark.parametrize(
+    ("boxed", "groups", "classes"),
+    [
+        (False, ["none", "cells", "cells"], ["cat", "dog"]),  # Roboflow's class 0
+        (True, ["none", "cells", "cells"], ["cells", "cat", "dog"]),  # it has a box
+        (False, ["none", "cells", "pets"], ["cells", "cat", "dog"]),  # it groups one class of two
+        (False, ["cells", "cat", "dog"], ["cells", "cat", "dog"]),  # each is a group of its own
+        (False, ["none", "none", "none"], ["cells", "cat", "dog"]),
+    ],
+)
+def test_a_class_0_that_only_names_the_group_of_the_others(
+    boxed: bool, groups: list[str], classes: list[str], tmp_path: Path
+) -> None:
+    content = coco_content()
+    content["categories"] = [
+        {"id": number, "name": name, "supercategory": group}
+        for (number, name), group in zip(enumerate(["cells", "cat", "dog"]), groups, strict=True)
+    ]
+    for place, entry in enumerate(content["annotations"]):
+        entry["category_id"] = 0 if boxed and place == 0 else 1
+    write_coco(tmp_path, train=content, val=content)
+    data = coco_data(tmp_path, "train", "val")
+    data.setup("fit")
+    assert list(data.classes) == classes
+    assert len(data.records("train").labels) == len(content["annotations"])
+    named = data.classes[data.records("train").labels[-1] - 1]
+    assert named == "cat"
+    assert ("class 'cells' dropped, which groups the others and has no box" in data.summary[0]) == (len(classes) == 2)

@@ -32,7 +32,7 @@ REPEATED_IDS, TEXT_IDS = "annotation ids repeated", "ids written as text"
 """Remarks on ids."""
 MIN_CACHED_SIZE = 2**20
 """Smallest annotation file, in bytes, whose content is kept in the cache."""
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raise this number if the same file gives other content."""
 COLUMNS = ("ids", "sizes", "ends", "boxes", "labels", "crowd", "area", "annotation_indices")
 """Columns of the records that are kept in the cache as arrays."""
@@ -260,7 +260,8 @@ def _parse_categories(
     """Return the class names in the order of their labels, and a mapping of label to category id.
 
     Of categories with the same name, those that no annotation uses are dropped: some tools write a group of categories
-    under the name of a class.
+    under the name of a class. A category that only stands for the group of all others is dropped, too, see
+    `_find_placeholder`.
     """
     names: dict[int, str] = {}
     numbers: dict[str, int] = {}
@@ -282,10 +283,23 @@ def _parse_categories(
         except ValueError as error:
             raise DistillError(f"{path}: categories[{place}] {error}; fix the file") from error
         names[number], numbers[name] = name, number
+    placeholder = _find_placeholder(entries, names)
+    if placeholder is not None and placeholder not in used:
+        remarks[f"class '{names.pop(placeholder)}' dropped, which groups the others and has no box"] += 1
     if not names:
         raise DistillError(f"{path}: 'categories' is empty, so there are no classes; list them with 'id' and 'name'")
     ids = sorted(names)
     return tuple(names[number] for number in ids), dict(enumerate(ids, start=1))
+
+
+def _find_placeholder(entries: list[Any], names: dict[int, str]) -> int | None:
+    """Return the id of the category that all others name as their supercategory, as Roboflow writes it with id 0."""
+    groups = {entry["id"]: entry.get("supercategory") for entry in entries if entry["id"] in names}
+    for number, name in names.items():
+        others = [group for other, group in groups.items() if other != number]
+        if others and all(group == name for group in others):
+            return number
+    return None
 
 
 def _parse_images(entries: list[Any], path: Path, faults: list[str]) -> dict[int, tuple[str, Size | None]]:
