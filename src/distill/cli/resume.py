@@ -61,7 +61,7 @@ MAY_DIFFER = (
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy*", "benchmark", "profiler")),
     *(f"trainer.{key}" for key in ("log_every_n_steps", "enable_*", "default_root_dir", "save_every", "num_sanity*")),
     *("callbacks.last*", "callbacks.teacher*", "callbacks.rate*", "callbacks.panels*", "callbacks.progress*"),
-    *("callbacks.history*", "callbacks.lines*"),
+    *("callbacks.history*", "callbacks.lines*", "callbacks.schedule*"),
     "callbacks.best.dirpath",
     *(f"data.{key}" for key in LOADING_KEYS),
     # Compared by the checkpoint itself: images and boxes, the teacher's weights. Start weights no longer matter.
@@ -183,7 +183,8 @@ def validate_config(cfg: DictConfig, file: Path | None) -> None:
     _refuse_older(file)
     made_by = _read_part(file, "made_by")
     if made_by:
-        _refuse(cfg.resume, file, differences(made_by["config"], instantiate.to_containers(cfg)))
+        given = [override.key_or_group for override in parse_overrides(HydraConfig.get().overrides.task)]
+        _refuse(cfg.resume, file, differences(made_by["config"], instantiate.to_containers(cfg), given))
 
 
 def recorded_config(file: Path) -> Mapping[str, Any] | None:
@@ -228,15 +229,27 @@ def _refuse(mode: str, file: Path | None, differing: Sequence[str]) -> None:
     )
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines ``key: value there, value here`` of all keys that differ but must be equal."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], given: Sequence[str] | None = None) -> list[str]:
+    """Lines ``key: value there, value here`` of all keys that differ but must be equal.
+
+    Args:
+        before: the configuration of the run that wrote the checkpoint.
+        now: the configuration of this run.
+        given: keys of this run's overrides. A key of ``data`` that is new in this version, and is not given, has a
+            default that changes nothing, or the comparison of images and boxes reports the change. None compares all
+            keys.
+    """
     there, here = dict(leaves(before)), dict(leaves(now))
     keys = [key for key in {**there, **here} if not any(fnmatchcase(key, free) for free in MAY_DIFFER)]
     return [
         f"{key}: {_describe_value(there, key)}, {_describe_value(here, key, 'here')}"
         for key in keys
-        if _differ(there, here, key)
+        if _differ(there, here, key) and not (key not in there and _is_new_key(key, given))
     ]
+
+
+def _is_new_key(key: str, given: Sequence[str] | None) -> bool:
+    return given is not None and key.startswith("data.") and not any(f"{key}.".startswith(f"{x}.") for x in given)
 
 
 def _differ(there: Mapping[str, Any], here: Mapping[str, Any], key: str) -> bool:

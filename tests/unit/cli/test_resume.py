@@ -46,6 +46,14 @@ def test_what_changes_the_result_is_named(line: str, words: list[str]) -> None:
         assert any(each.startswith(word) for each in found), found
 
 
+def test_a_key_that_is_newer_than_the_run_may_have_its_default() -> None:
+    before, now = composed(), composed("+data.new.part=1")
+    assert resume.differences(before, now, given=["data.flip"]) == []
+    assert resume.differences(before, now, given=["data.new"]) == ["data.new.part: not there, 1 here"]
+    assert resume.differences(now, before, given=[]) == ["data.new.part: 1 there, not here"]
+    assert resume.differences(before, composed("data.flip=0.0"), given=[]) == ["data.flip: 0.5 there, 0.0 here"]
+
+
 FREE = [
     *(
         "trainer.accelerator=gpu",
