@@ -47,7 +47,8 @@ KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")
 # Keys that do not change the teacher's weights. Runs that differ in these keys only share one teacher.
 IGNORED_DATA = (*LOADING_KEYS, "on_overlap")
 IGNORED_MODEL = ("box_roi_align",)  # changes only the order of additions
-IGNORED_CALLBACKS = ("terms", "rate", "panels", "history", "lines", "progress")  # check, log and print only
+# These check, log and print only.
+IGNORED_CALLBACKS = ("teacher", "schedule", "terms", "rate", "panels", "history", "lines", "progress")
 # Keys of Lightning's trainer that change the teacher's weights.
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
