@@ -126,6 +126,7 @@ def run_sweep(words: Sequence[str], cfg: DictConfig) -> None:
         )
     if any(word.startswith("ckpt_path=") for word in words):
         raise DistillError("ckpt_path with -m: a sweep goes on by itself where it stopped: hydra.sweep.dir=DIR")
+    refuse_repeated_keys(words)
     HydraConfig.instance().set_config(cfg)  # for interpolations into it
     folder = resume.requeued_sweep(words) or Path(cfg.hydra.sweep.dir)
     others = [word for word in words if not word.startswith("hydra.sweep.dir=")]
@@ -146,6 +147,20 @@ def run_sweep(words: Sequence[str], cfg: DictConfig) -> None:
         for name in (JOBS_VARIABLE, START_VARIABLE, DONE_VARIABLE, FIXED_VARIABLE):
             os.environ.pop(name, None)
         show_table(folder)
+
+
+def refuse_repeated_keys(words: Sequence[str]) -> None:
+    """Refuse a key that is given twice in a sweep: Hydra would use the last word only.
+
+    Raises:
+        DistillError: names both words.
+    """
+    given: dict[str, str] = {}
+    for override in parse_overrides(words):
+        key, word = override.key_or_group, str(override.input_line)
+        if key in given and (override.is_sweep_override() or given[key] != word):
+            raise DistillError(f"{key} is given twice, as {given[key]} and as {word}: give all its values in one word")
+        given[key] = word
 
 
 def count_jobs(words: Sequence[str], cfg: DictConfig) -> int:

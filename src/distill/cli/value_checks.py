@@ -21,7 +21,7 @@ Rule = tuple[str, Callable[[Any], bool]]
 
 
 def _integer_from(least: int, most: float = math.inf) -> Rule:
-    expected = f"a whole number from {least}" + (f" to {most:g}" if most < math.inf else "")
+    expected = f"a whole number from {least}" + (f" to {most:.0f}" if most < math.inf else "")
     return expected, lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
@@ -81,6 +81,10 @@ RULES: dict[str, Rule] = {
     "data.workers": _integer_from(0),
     "data.prefetch": _integer_from(1),
     "data.pad_to": _integer_from(1),
+    "trainer.accelerator": (
+        "auto, cpu, gpu, cuda or mps; trainer.devices=[1] chooses the second GPU",
+        lambda value: not isinstance(value, str) or ":" not in value,
+    ),
     "trainer.num_nodes": _integer_from(1),
     "trainer.accumulate_grad_batches": _integer_from(1),
     "trainer.check_val_every_n_epoch": _integer_from(1),

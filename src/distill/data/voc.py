@@ -255,11 +255,11 @@ class VocFolder:
 
         A mark may follow the name, as in VOC's lists of one class, or the path of the XML file.
         """
-        name = line
         for name in (line, line.rsplit(maxsplit=1)[0], line.split()[0]):  # a name may have spaces
             if xmls := self.xmls.find(name):
                 return name, xmls
-        return name, []
+        name, _, mark = line.rpartition(" ")
+        return (name.rstrip() if mark in ("-1", "0", "1") and name else line), []
 
     def read_xml(self, name: str, xmls: Sequence[Path]) -> XmlAnnotation:
         """Read the XML file of an image name, and find its image. ``xmls`` are the files of this name."""
