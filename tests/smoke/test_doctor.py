@@ -145,12 +145,12 @@ def test_a_missing_teacher_is_planned_and_not_trained(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("subprocess.Popen", lambda *args, **named: pytest.fail("something was started"))
-    report = visit(cli, *TINY, "teacher.model.neck_channels=24", "teacher.schedule.epochs=12")
+    report = visit(cli, *TINY, "teacher.model.neck_channels=24", "teacher.schedule.epochs=3")
     found = report["teacher"]
     assert found["state"] == "not trained yet"
     assert "model=frcnn_r18_mini" in found["command"]
     assert "distill=none" in found["command"]
-    assert found["estimate"]["batches"] == 2  # one epoch, as the student's
+    assert found["estimate"]["batches"] == 6  # its own three epochs of two batches
     assert [row["teacher neck"] for row in report["shapes"]] == [[24]] * 5
     assert any("no teacher is cached" in note for note in report["notes"])
     assert not (tmp_path / "outputs").exists()
