@@ -401,12 +401,10 @@ def test_a_mistake_in_a_table_names_the_line(file: str, text: str, message: str,
 def test_help_and_completion_know_the_options_of_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    shown = {
-        line.partition(": ")[0]: line.partition(": ")[2].split(", ") for line in capsys.readouterr().out.splitlines()
-    }
+    text = capsys.readouterr().out.replace(",\n  ", ", ")  # the lists are wrapped
+    shown = {line.partition(": ")[0]: line.partition(": ")[2].split(", ") for line in text.splitlines()}
     assert {"base", "none", "frcnn_r50", "retinanet_x101"} <= set(shown["teacher"])
-    assert {"fcos_r18", "mask_rcnn_r50"} <= set(shown["teacher/of"])
-    assert {"shapes", "voc0712"} <= set(shown["metrics/of"])
+    assert not [group for group in shown if "/" in group]  # such groups are chosen by the configuration itself
     words = [sys.executable, "-m", "distill", "train", "-sc", "query=bash"]
     for typed, completed in (("teacher=retinanet_r15", "teacher=retinanet_r152"), ("metrics/of=", "metrics/of=bccd")):
         line = f"train.py {typed}"

@@ -80,11 +80,7 @@ def test_finds_its_own_configuration(installed: Installed) -> None:
 
 def test_help(installed: Installed) -> None:
     assert "usage: distill <verb>" in installed.python("-m", "distill", "--help")
-    (options,) = [
-        line
-        for line in installed.python("-m", "distill", "train", "--help").splitlines()
-        if line.startswith("distill: ")
-    ]
+    options = installed.python("-m", "distill", "train", "--help").partition("\ndistill: ")[2]
     assert "defeat" in options
 
 

@@ -102,7 +102,7 @@ def suggest_words(word: str, groups: Mapping[str, Sequence[str]], keys: Sequence
     suggested: list[str] = []
     for close in difflib.get_close_matches(key, {*full, *SYNONYMS}, n=3, cutoff=0.65):
         suggested += _with_value([full[close]], value) if close in full else _synonym(close, value)
-    return list(dict.fromkeys(suggested))
+    return sorted(dict.fromkeys(suggested), key=lambda word: "." in word.partition("=")[0])
 
 
 def suggestion(words: Iterable[str], otherwise: str = "") -> str:

@@ -123,11 +123,11 @@ def answer_flags(words: Sequence[str]) -> None:
             hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(
                 lambda cfg: None
             )()
-        print(wrapped_help(answer.getvalue()), end="")
     except (HydraException, OmegaConfBaseException) as error:
         raise _refusal(error) from error
-    finally:
+    finally:  # Hydra exits after its help
         sys.argv = command_line
+        print(wrapped_help(answer.getvalue()), end="")
 
 
 def wrapped_help(text: str) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Glob
+from hydra.core.override_parser.types import Glob, Override
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -150,17 +150,20 @@ def run_sweep(words: Sequence[str], cfg: DictConfig) -> None:
 
 
 def refuse_repeated_keys(words: Sequence[str]) -> None:
-    """Refuse a key that is given twice in a sweep: Hydra would use the last word only.
+    """Refuse a key that is given twice in a sweep, once with several values: Hydra would use the last word only.
 
     Raises:
         DistillError: names both words.
     """
-    given: dict[str, str] = {}
+    given: dict[str, Override] = {}
     for override in parse_overrides(words):
-        key, word = override.key_or_group, str(override.input_line)
-        if key in given and (override.is_sweep_override() or given[key] != word):
-            raise DistillError(f"{key} is given twice, as {given[key]} and as {word}: give all its values in one word")
-        given[key] = word
+        key = override.key_or_group
+        first = given.setdefault(key, override)
+        if first is not override and (override.is_sweep_override() or first.is_sweep_override()):
+            raise DistillError(
+                f"{key} is given twice, as {first.input_line} and as {override.input_line}: give all its values in one "
+                "word"
+            )
 
 
 def count_jobs(words: Sequence[str], cfg: DictConfig) -> int:

@@ -46,7 +46,7 @@ def test_what_is_no_stopped_run(run: Path) -> None:
 
 
 def test_a_finished_run(run: Path) -> None:
-    for name in ("summary.json", "student.json"):
+    for name in ("summary.json", "student.json", "student.pt"):
         (run / name).touch()
     with pytest.raises(DistillError, match=r"has finished.*distill resume '.*a run' schedule\.epochs=N resume=anyway"):
         resume_words(run, [])
