@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
@@ -18,9 +19,14 @@ from distill.cli.overrides import parse_overrides
 from distill.data.auto_size import SizeChoice, choose_batch, choose_size
 from distill.data.datamodule import DetectionData
 from distill.training.auto_schedule import choose_schedule
-from distill.type_checks import leaves
+from distill.types import DistillError
 
 AUTO = "auto"
+AUTO_KEYS = (
+    *("data.batch_size", "data.min_size", "data.max_size"),
+    *("schedule.epochs", "schedule.evaluate_every", "schedule.optimizer.lr"),
+)
+"""Keys that may be ``auto``."""
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -30,7 +36,10 @@ COCO_CLASSES = tuple(
 )
 
 
-FACT_KEYS = ("source", "keep_empty", "use_difficult", "fraction", "limit", "val_fraction", "on_error", "max_pixels")
+FACT_KEYS = (
+    *("source", "keep_empty", "use_difficult", "masks", "fraction", "limit", "on_error", "max_pixels"),
+    *("val_fraction", "val_seed", "val_group_similar"),
+)
 """Keys of ``data`` that decide which images and boxes a training sees."""
 
 
@@ -66,12 +75,7 @@ UNREAD = DataFacts(1000, (), SizeChoice(800, 1333, "the data is not read"))
 
 def auto_keys(cfg: DictConfig) -> list[str]:
     """The keys of a composed configuration that the data decides."""
-    return [
-        f"{node}.{key}"
-        for node in ("data", "schedule")
-        for key, value in leaves(cast(dict[str, Any], OmegaConf.to_container(cfg[node], resolve=False)))
-        if value == AUTO
-    ]
+    return [key for key in AUTO_KEYS if OmegaConf.select(cfg, key) == AUTO]
 
 
 def read_facts(data: DetectionData) -> DataFacts:
@@ -101,6 +105,8 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
     size, batch = facts.size, None
     if paper:
         size, batch = SizeChoice(*PAPERS[paper].size, f"as in papers on {paper}"), PAPERS[paper].batch
+    if "data.min_size" in keys and "data.max_size" not in keys and size.min_size > cfg.data.max_size:
+        size = SizeChoice(cfg.data.max_size, cfg.data.max_size, f"{size.reason}, within data.max_size")
     if "data.min_size" in keys:
         cfg.data.min_size = size.min_size
         lines.append(f"data.min_size={size.min_size}: {size.reason}")
@@ -112,11 +118,22 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
         cfg.data.batch_size = batch or choose_batch(least, cfg.data.max_size)
     if paper and "schedule.epochs" in keys:
         option = PAPERS[paper].schedule
-        cfg.schedule = compose.compose_config([*words, f"schedule={option}", "hydra.run.dir=."]).schedule
+        cfg.schedule = _compose_schedule(option, paper, words)
         lines.append(f"schedule={option}: as in papers on {paper}")
     elif any(key.startswith("schedule.") for key in keys):
         lines.append(_resolve_schedule(cfg, facts, keys))
     return cfg, lines
+
+
+def _compose_schedule(option: str, paper: str, words: Sequence[str]) -> DictConfig:
+    try:
+        node: DictConfig = compose.compose_config([*words, f"schedule={option}", "hydra.run.dir=."]).schedule
+    except HydraException as error:
+        raise DistillError(
+            f"the data is {paper} at full size, so schedule={option} was chosen, which lacks a key that is given: "
+            f"{str(error).splitlines()[0]} Choose a schedule that has the key, such as schedule=adamw"
+        ) from error
+    return node
 
 
 def _is_complete(facts: DataFacts, known: PaperSettings) -> bool:
@@ -151,12 +168,14 @@ def resolve_as_recorded(cfg: DictConfig, recorded: Mapping[str, Any], words: Seq
     cfg, keys = cfg.copy(), auto_keys(cfg)
     for key in keys:
         if key.startswith("data."):
-            OmegaConf.update(cfg, key, recorded["data"][key.removeprefix("data.")])
+            OmegaConf.update(cfg, key, OmegaConf.select(OmegaConf.create(dict(recorded)), key))
     if any(key.startswith("schedule.") for key in keys):
         given = {
             override.key_or_group: override.value()
             for override in parse_overrides(words)
-            if override.key_or_group.startswith("schedule.") and not override.is_delete()
+            if override.key_or_group.startswith("schedule.")
+            and not override.is_delete()
+            and override.key_or_group not in keys
         }
         cfg.schedule = recorded["schedule"]
         for key, value in given.items():

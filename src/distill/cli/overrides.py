@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,11 @@ def _explain_syntax_error(word: str, error: Exception) -> str:
         f"{message}: quote values that have = , ' \" ( [ {{ # & ~ or non-ASCII letters, for the shell and again for "
         f"Hydra: {cure}"
     )
+
+
+def write_value(value: Any) -> str:
+    """A value of a configuration as Hydra reads it on the right of an override."""
+    return quote_value(value, mark='"') if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def read_overrides(run: Path) -> list[str]:

@@ -176,7 +176,7 @@ def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:
         weights=options.weights,
         train=options.train,
         seed=options.seed,
-        own=run_overrides(instantiate.to_containers(options)),
+        own=run_overrides(instantiate.to_containers(options), list(HydraConfig.get().overrides.task)),
         run=instantiate.to_containers(options.run),
         min_ap=options.min_ap,
         optimization={name: options[name] for name in ("fold", "channels_last", "dtype")},

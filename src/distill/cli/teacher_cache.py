@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import BaseFileLock, FileLock
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli.auto_values import auto_keys, facts_of, resolve
 from distill.cli.child_runs import child_environment, wait_for_process
 from distill.cli.compose import compose_config
+from distill.cli.composition_errors import explain_failure
 from distill.cli.instantiate import to_containers, without_weights
-from distill.cli.overrides import parse_overrides
+from distill.cli.overrides import parse_overrides, write_value
 from distill.cli.resume import LOADING_KEYS
 from distill.cli.signals import Terminated
 from distill.files import read_json
@@ -247,32 +250,35 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
         *(*kept, f"model={options.option}", "distill=none", "teacher=none"),
         *("trainer.num_nodes=1", f"seed={options.seed}"),
     ]
-    own = [word for group in options.own for word in _own_overrides(options, group)]
+    own = [word for words in options.own.values() for word in words]
     return [*lines, *own, *_model_overrides(options.model, [*lines, *own]), *options.run]
-
-
-def _own_overrides(options: TeacherOptions, group: str) -> list[str]:
-    """Overrides from ``teacher.GROUP``. Keys from tables and experiments yield to what the command line says."""
-    given = {override.key_or_group for override in parse_overrides(options.student_overrides)}
-    words = options.own[group]
-    option = [word for word in words if word.startswith(f"{group}=")]
-    keys = [(word.partition("=")[0], word) for word in words if word not in option]
-    return option + [word for key, word in keys if f"teacher.{key}" in given or not (option or key in given)]
 
 
 def _model_overrides(wanted: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
     """Overrides that turn the model of `lines` into the wanted model, whatever an experiment sets for its student."""
-    given = dict(leaves(to_containers(compose_config([*lines, "hydra.run.dir=."]).model)))
+    given = dict(leaves(to_containers(_compose(lines).model)))
     wanted = dict(leaves(wanted))
     removed = [f"~model.{key}" for key in given if key not in wanted]
-    added = [f"+model.{key}={json.dumps(value)}" for key, value in wanted.items() if key not in given]
-    changed = [f"model.{key}={json.dumps(wanted[key])}" for key in given if wanted.get(key, given[key]) != given[key]]
+    added = [f"+model.{key}={write_value(value)}" for key, value in wanted.items() if key not in given]
+    changed = [f"model.{key}={write_value(wanted[key])}" for key in given if wanted.get(key, given[key]) != given[key]]
     return [*removed, *added, *changed]
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose the configuration of the teacher's run.
+
+    Raises:
+        DistillError: an override of the teacher's run is invalid.
+    """
+    try:
+        return compose_config([*overrides, "hydra.run.dir=."])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise DistillError(f"the teacher's run: {explain_failure(error, list(overrides))}") from error
 
 
 def run_config(overrides: Sequence[str]) -> DictConfig:
     """The configuration of the teacher's run. Values that are ``auto`` are resolved, for which its data is read."""
-    config = compose_config([*overrides, "hydra.run.dir=."])
+    config = _compose(overrides)
     return resolve(config, facts_of(config, overrides), overrides)[0] if auto_keys(config) else config
 
 

@@ -101,9 +101,9 @@ class ClassChoice:
             names: the names as the source has them. Label i + 1 of the records stands for `names[i]`.
             records: the records of a split.
         """
-        classes = self.classes or self.rename_all(names)
-        if classes != tuple(names):
-            relabel(records, [self.rename(name) for name in names], classes)
+        classes, renamed = self.classes or self.rename_all(names), [self.rename(name) for name in names]
+        if classes != tuple(renamed):
+            relabel(records, renamed, classes)
         return classes, records
 
 

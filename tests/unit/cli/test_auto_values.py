@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from distill.cli import compose
-from distill.cli.auto_values import COCO_CLASSES, PAPERS, VOC_CLASSES, DataFacts, auto_keys, resolve
+from distill.cli.auto_values import (
+    COCO_CLASSES,
+    PAPERS,
+    UNREAD,
+    VOC_CLASSES,
+    DataFacts,
+    auto_keys,
+    resolve,
+    resolve_as_recorded,
+)
 from distill.cli.evaluate import recompose
 from distill.cli.instantiate import to_containers
 from distill.cli.override_checks import compose_without_run
@@ -127,3 +136,26 @@ def test_a_damaged_record_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("[]")
     with pytest.raises(DistillError, match="expected the configuration of a run"):
         read_config(RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(200, (200, 200)), (640, (240, 640))])
+def test_a_given_limit_holds_for_the_chosen_size(given: int, expected: tuple[int, int]) -> None:
+    data = resolved("data=coco", f"data.max_size={given}")["data"]
+    assert (data["min_size"], data["max_size"]) == expected
+    unread = resolved("data=coco", f"data.max_size={given}", facts=UNREAD)["data"]
+    assert unread["min_size"] <= given
+
+
+def test_auto_elsewhere_is_a_plain_word() -> None:
+    """It is a car in German, and may be the name of a folder."""
+    words = ["data=coco", "data.source.root=auto", "data.source.rename={car: auto}", "schedule.epochs=auto"]
+    cfg = compose_without_run(words)
+    recorded = resolved(*words)
+    assert to_containers(resolve_as_recorded(cfg, recorded, words)) == recorded
+
+
+def test_a_key_that_the_papers_schedule_lacks_is_explained() -> None:
+    full = DataFacts(5_000, VOC_CLASSES, OWN.size)
+    words = ["data=voc", "schedule.optimizer.betas=[0.8,0.9]"]
+    with pytest.raises(DistillError, match="full size, so schedule=voc was chosen, which lacks a key"):
+        resolve(compose_without_run(["data=voc"]), full, words)

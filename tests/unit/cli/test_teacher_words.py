@@ -11,6 +11,7 @@ from distill.cli.override_checks import compose_without_run
 from distill.cli.preflight import plan_teacher
 from distill.cli.teacher_cache import run_config, teacher_overrides
 from distill.cli.teacher_words import expand_teacher_words
+from distill.quoting import quote_value
 from distill.types import DistillError
 from helpers.image_folders import write_coco
 
@@ -74,3 +75,35 @@ def test_a_sweep_of_a_key_stays_a_sweep() -> None:
         "++teacher.schedule.epochs=4,8",
         "seed=0,1",
     ]
+
+
+@pytest.mark.parametrize(
+    "words", [("teacher.schedule=sgd_1x",), ("schedule.optimizer.lr=0.003",), ("teacher.schedule.epochs=2",)]
+)
+def test_a_mapping_is_not_lost(words: tuple[str, ...]) -> None:
+    assert teacher_run(*SHAPES, *words, "teacher.schedule.optimizer={lr: 0.05}").schedule.optimizer.lr == 0.05
+
+
+@pytest.mark.parametrize("text", ["données/é", "a\\b", "it's, (1)"])
+def test_texts_arrive_as_they_were_typed(text: str) -> None:
+    word = f"teacher.data.source.root={quote_value(text)}"
+    assert teacher_run("data=coco", "data.min_size=64", *FIXED, word).data.source.root == text
+
+
+FIXED = ("data.max_size=64", "data.batch_size=2", "schedule=sgd_1x")
+
+
+def test_renames_of_the_teachers_classes_stay_one_mapping() -> None:
+    word = "teacher.data.source.rename={car: auto, my car: auto}"
+    run = teacher_run("data=coco", "data.min_size=64", *FIXED, word)
+    assert run.data.source.rename == {"car": "auto", "my car": "auto"}
+
+
+def test_an_added_key() -> None:
+    run = teacher_run(*SHAPES, "teacher.schedule=sgd", "+teacher.schedule.optimizer.nesterov=true")
+    assert run.schedule.optimizer.nesterov is True
+
+
+def test_a_key_with_a_spelling_mistake_is_named() -> None:
+    with pytest.raises(DistillError, match=r"the teacher's run: .*epocs.*schedule\.epochs"):
+        teacher_run(*SHAPES, "teacher.schedule.epocs=3")
