@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from distill.cli import assembly, compose, teacher_cache
+from distill.cli import assembly, compose, teacher_cache, teacher_notice
 from distill.types import DistillError
 from helpers.grids import mostly_exhaustive
 from helpers.image_folders import write_coco, write_voc
@@ -105,6 +105,7 @@ def test_the_teachers_own_run_has_the_model_that_is_printed(
         )
         raise DistillError("seen")
 
+    monkeypatch.setattr(teacher_notice, "announce_teacher", lambda *_: None)
     monkeypatch.setattr(assembly, "find_teacher", look)
     monkeypatch.setattr(assembly, "planned_spec", lambda *_: None)
     monkeypatch.setattr(assembly, "build_losses", lambda *_: {})
