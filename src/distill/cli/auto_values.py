@@ -121,7 +121,7 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
         cfg.schedule = _compose_schedule(option, paper, words)
         lines.append(f"schedule={option}: as in papers on {paper}")
     elif any(key.startswith("schedule.") for key in keys):
-        lines.append(_resolve_schedule(cfg, facts, keys))
+        lines.append(_resolve_schedule(cfg, facts))
     return cfg, lines
 
 
@@ -140,20 +140,28 @@ def _is_complete(facts: DataFacts, known: PaperSettings) -> bool:
     return facts.images >= known.images and sorted(facts.classes) == sorted(known.classes)
 
 
-def _resolve_schedule(cfg: DictConfig, facts: DataFacts, keys: set[str]) -> str:
+def fill_schedule(node: DictConfig, images: int, batch: int, pretrained: bool) -> dict[str, float]:
+    """Replace the values ``auto`` of a node ``schedule`` in place. Returns the chosen values by key.
+
+    Args:
+        node: the node; keys that are not ``auto`` stay.
+        images: number of training images.
+        batch: images per step of one process.
+        pretrained: whether the student starts from trained weights.
+    """
+    choice = choose_schedule(images, batch, pretrained, None if node.epochs == AUTO else node.epochs)
+    values = {"epochs": choice.epochs, "evaluate_every": choice.evaluate_every, "optimizer.lr": choice.rate}
+    chosen = {key: value for key, value in values.items() if OmegaConf.select(node, key) == AUTO}
+    for key, value in chosen.items():
+        OmegaConf.update(node, key, value)
+    return chosen
+
+
+def _resolve_schedule(cfg: DictConfig, facts: DataFacts) -> str:
     pretrained = bool(cfg.model.get("weights") or OmegaConf.select(cfg, "model.backbone.weights"))
-    given = None if "schedule.epochs" in keys else cfg.schedule.epochs
-    choice = choose_schedule(facts.images, cfg.data.batch_size, pretrained, given)
-    values = {
-        "epochs": choice.epochs,
-        "evaluate_every": choice.evaluate_every,
-        "optimizer.lr": choice.rate,
-    }
-    for key in values:
-        if f"schedule.{key}" in keys:
-            OmegaConf.update(cfg.schedule, key, values[key])
+    values = fill_schedule(cfg.schedule, facts.images, cfg.data.batch_size, pretrained)
     start = "trained weights" if pretrained else "random weights"
-    chosen = " ".join(f"schedule.{key}={value:g}" for key, value in values.items() if f"schedule.{key}" in keys)
+    chosen = " ".join(f"schedule.{key}={value:g}" for key, value in values.items())
     return f"{chosen}: {facts.images} images in batches of {cfg.data.batch_size}, start from {start}"
 
 

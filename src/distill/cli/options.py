@@ -8,11 +8,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distill.cli import compose, instantiate
+from distill.cli.auto_values import AUTO, fill_schedule
 from distill.cli.suggestions import nearest
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
-from distill.training.auto_schedule import choose_schedule
 from distill.training.schedule import Schedule
+from distill.type_checks import leaves
 from distill.types import DistillError
 
 
@@ -52,16 +53,10 @@ def schedule(name: str, data: DetectionData | None = None, pretrained: bool = Fa
         `distill.schedule("auto", data)`
     """
     node = _node("schedule", name, options)
-    if node.epochs == "auto" or node.evaluate_every == "auto" or node.optimizer.lr == "auto":
+    if any(value == AUTO for _, value in leaves(instantiate.to_containers(node))):
         if data is None:
             raise DistillError(f"schedule {name}: needs the data: distill.schedule('{name}', data)")
-        given = None if node.epochs == "auto" else node.epochs
-        choice = choose_schedule(len(data.training_records("train")), data.batch_size, pretrained, given)
-        for key, value in {"epochs": choice.epochs, "evaluate_every": choice.evaluate_every}.items():
-            if node[key] == "auto":
-                node[key] = value
-        if node.optimizer.lr == "auto":
-            node.optimizer.lr = choice.rate
+        fill_schedule(node, len(data.training_records("train")), data.batch_size, pretrained)
     built: Schedule = instantiate.build_node(node)
     return built
 

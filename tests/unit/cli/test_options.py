@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 import distill
@@ -47,6 +49,6 @@ def test_a_schedule_that_depends_on_the_data() -> None:
         (lambda: distill.schedule("shapes", epochs=0), "epochs"),
     ],
 )
-def test_a_mistake_is_named(call: object, message: str) -> None:
+def test_a_mistake_is_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        call()  # type: ignore[operator]
+        call()
