@@ -48,7 +48,7 @@ class PaperSettings(NamedTuple):
 
     classes: Sequence[str]
     images: int
-    """Fewer training images are a part of the data set, and get a schedule of their own."""
+    """Minimum number of training images for these settings. Smaller subsets get the automatic choice."""
     schedule: str
     """Option of the group ``schedule``."""
     size: tuple[int, int]
@@ -110,12 +110,11 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
     if "data.min_size" in keys:
         cfg.data.min_size = size.min_size
         lines.append(f"data.min_size={size.min_size}: {size.reason}")
+    largest_min_size = cfg.data.min_size if isinstance(cfg.data.min_size, int) else max(cfg.data.min_size)
     if "data.max_size" in keys:
-        least = cfg.data.min_size if isinstance(cfg.data.min_size, int) else max(cfg.data.min_size)
-        cfg.data.max_size = max(round(least * size.max_size / size.min_size), least)
+        cfg.data.max_size = max(round(largest_min_size * size.max_size / size.min_size), largest_min_size)
     if "data.batch_size" in keys:
-        least = cfg.data.min_size if isinstance(cfg.data.min_size, int) else max(cfg.data.min_size)
-        cfg.data.batch_size = batch or choose_batch(least, cfg.data.max_size)
+        cfg.data.batch_size = batch or choose_batch(largest_min_size, cfg.data.max_size)
     if paper and "schedule.epochs" in keys:
         option = PAPERS[paper].schedule
         cfg.schedule = _compose_schedule(option, paper, words)
@@ -130,7 +129,7 @@ def _compose_schedule(option: str, paper: str, words: Sequence[str]) -> DictConf
         node: DictConfig = compose.compose_config([*words, f"schedule={option}", "hydra.run.dir=."]).schedule
     except HydraException as error:
         raise DistillError(
-            f"the data is {paper} at full size, so schedule={option} was chosen, which lacks a key that is given: "
+            f"the data was recognized as {paper}, so schedule={option} was chosen. It lacks a key that is given: "
             f"{str(error).splitlines()[0]} Choose a schedule that has the key, such as schedule=adamw"
         ) from error
     return node

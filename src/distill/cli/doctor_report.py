@@ -81,7 +81,7 @@ def _examine_data(plan: RunPlan, report: Report) -> DetectionData:
     for split, counts in list(report["data"].items())[1:]:
         absent = [name for name, boxes in counts["classes"].items() if not boxes["all"]]
         if absent:
-            report["notes"].append(f"{split}: no box of {', '.join(absent)}: nothing is measured of these")
+            report["notes"].append(f"{split}: no box of {', '.join(absent)}: no AP is measured for these classes")
     return data
 
 
@@ -108,7 +108,7 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
                 report["faults"].append(f"there is no trained teacher at {folder} and teacher.train=never")
             else:
                 report["notes"].append(
-                    "no teacher is cached: the run trains one first; terms are those of an untrained one"
+                    "no teacher is cached: the run trains one first; the terms here are those of an untrained teacher"
                 )
             return as_teacher(options, detector, UNTRAINED)
     teacher = find_teacher(options, data)
@@ -195,7 +195,8 @@ def _examine_step(report: Report, module: Distiller, data: DetectionData, traine
             )
         elif term["weight"] and not term["reaches"]:
             report["notes"].append(
-                f"the term {name} has no gradient at step 0: it is cut off, or this batch has none of it"
+                f"the term {name} has no gradient at step 0: it is detached from the student, or this "
+                "batch has nothing for it"
             )
         if not name.startswith("student/") and abs(term["loss"]) > times * abs(detection):
             ratio = abs(term["loss"]) / max(abs(detection), 1e-30)

@@ -194,21 +194,16 @@ def predict(
     Raises:
         DistillError: no image can be read.
     """
-    import torch
-
     from distill.data import rle
     from distill.data.decoding import read_image
-    from distill.data.transforms import Sample, Transform, collate
-    from distill.detectors.registry import load_detector
-    from distill.detectors.student_files import read_extra
     from distill.evaluation.pictures import panel, save_panel
+    from distill.evaluation.predict import Predictor
     from distill.files import write_text
     from distill.progress import track
-    from distill.types import Detections, Target
 
-    detector = load_detector(run).eval().to(device)
-    options = detector.options
-    resize, trained_ids = _export_options(read_extra(run), run)
+    predictor = Predictor(run, device)
+    detector = predictor.detector
+    trained_ids = _trained_category_ids(predictor.extra, run)
     category_ids = {label: trained_ids.get(label, label) for label in range(1, len(detector.classes) + 1)}
     if reference is not None:
         category_ids = {
@@ -220,7 +215,6 @@ def predict(
             print(
                 f"{reference.source} has no class {', '.join(unknown)}: detections of it are left out", file=sys.stderr
             )
-    transform = Transform((options["min_size"],), options["max_size"], antialias=resize["antialias"])
     results, images = [], []
     failures: dict[Path, str] = {}
     for number, file in enumerate(track(files, "predict")):
@@ -231,16 +225,11 @@ def predict(
             print(f"left out: {error}", file=sys.stderr)
             continue
         size = (image.shape[-2], image.shape[-1])
-        sample = Sample(
-            transform.resize(image), Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)), size, number
-        )
-        batch = collate([sample], resize["pad_to"]).to(device)
-        on_device = detector.view(batch, training=False, frozen=True).detections[0]
-        binary = None if on_device.masks is None else on_device.masks.cpu()
-        detections = Detections(on_device.boxes.cpu(), on_device.scores.cpu(), on_device.labels.cpu(), binary)
+        (detections,) = predictor.detect([predictor.prepare(image, number)])
         image_id = number if reference is None else reference.image_ids[reference.find(file) or ""]
         images.append({"id": image_id, "file_name": str(file), "height": size[0], "width": size[1]})
-        masks = [] if binary is None else [rle.to_coco(code, size) for code in rle.encode_masks(binary)]
+        codes = [] if detections.masks is None else rle.encode_masks(detections.masks)
+        masks = [rle.to_coco(code, size) for code in codes]
         rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
         for index, (box, value, label) in enumerate(rows):
             x1, y1, x2, y2 = box
@@ -273,13 +262,9 @@ def predict(
     return len(results), failures
 
 
-def _export_options(extra: Mapping[str, Any], run: Path) -> tuple[dict[str, Any], dict[int, int]]:
-    """Options of the resize, and category ids by label, from the description of the exported student."""
+def _trained_category_ids(extra: Mapping[str, Any], run: Path) -> dict[int, int]:
+    """Label -> category id of the training data, from the description of the exported student."""
     try:
-        resize = {"antialias": False, "pad_to": 32} | extra.get("resize", {})
-        labels = {int(label): int(number) for label, number in extra.get("category_ids", {}).items()}
-        if not (isinstance(resize["antialias"], bool) and isinstance(resize["pad_to"], int) and resize["pad_to"] > 0):
-            raise ValueError("antialias is true or false, pad_to a number of pixels")
+        return {int(label): int(number) for label, number in extra.get("category_ids", {}).items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise DistillError(f"{run}: expected 'resize' and 'category_ids' in its {DESCRIPTION}: {error}") from error
-    return resize, labels
+        raise DistillError(f"{run}: expected 'category_ids' in its {DESCRIPTION}: {error}") from error

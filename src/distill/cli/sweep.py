@@ -201,7 +201,7 @@ def progress_line(sweep: Path, number: int, words: Sequence[str], overrides: Seq
     line += f", folder {run.name}: {' '.join(word for word in overrides if word not in shared)}"
     kept = {word.lstrip("+") for word in overrides}
     if unused := [word.lstrip("+") for word in words if word.lstrip("+") not in kept]:
-        line += f"\n  without {' '.join(unused)}: no such loss here"
+        line += f"\n  without {' '.join(unused)}: this job has no such loss"
         line += "; an earlier job is the same and is not repeated" if RunFolder(run).finished else ""
     elapsed = time.time() - float(os.environ.get(START_VARIABLE, time.time()))
     done = _count_done(sweep) - before

@@ -30,7 +30,7 @@ def training_advice(data: DetectionData, size_is_chosen: bool = False) -> list[s
     if factor > ENLARGED and not size_is_chosen:
         advice.append(
             f"images of {own[1]:.0f}x{own[0]:.0f} px are enlarged to {resized[1]}x{resized[0]} px, {factor**2:.0f} "
-            "times the pixels: data.min_size=auto data.max_size=auto keep their size"
+            "times the pixels, which costs time: data.min_size=auto data.max_size=auto choose a size from the data"
         )
     rows = ~records.crowd
     pairs = np.unique(np.stack([records.row_images()[rows], records.labels[rows]]), axis=1)

@@ -60,7 +60,7 @@ class Augmentation:
             Their objects have half the usual size in the result.
         zoom_out: probability of placing the image on a larger canvas of the same shape, as SSD does (Liu et al. 2016;
             the draws are those of torchvision's `v2.RandomZoomOut`).
-        zoom_out_max: greatest side of this canvas, in sides of the image.
+        zoom_out_max: largest ratio of the canvas side to the image side.
         iou_crop: probability of SSD's crop, which keeps a minimum overlap with a box (torchvision's
             `v2.RandomIoUCrop`). Boxes whose center is outside the crop are dropped. A crop of an upright image is
             upright, and one of a broad image is broad, so that batches grouped by shape need no more padding.

@@ -15,7 +15,7 @@ SMALL_OBJECT = 16.0
 MOST_ENLARGED = 2.0
 """Images are enlarged by this factor at most. More pixels add computing time, but no information."""
 BATCHES = ((400, 8), (640, 4))
-"""Images of up to this number of pixels squared -> batch size. Larger images: 2, as in the COCO papers."""
+"""Pairs (limit, batch size), for images whose square root of the area is up to the limit in pixels. Larger: 2."""
 
 
 class SizeChoice(NamedTuple):
@@ -31,8 +31,8 @@ def choose_size(records: Records) -> SizeChoice:
 
     The shorter side is the median shorter side of the images, 800 px at most. If more than a quarter of the objects
     would be smaller than 16 px (square root of the box area), it is enlarged until they are not: by a factor of 2 at
-    most, and up to 800 px. The longer side has room for the aspect ratio of 95 percent of the images, between 4:3 and
-    2:1.
+    most, and up to 800 px. The limit of the longer side is 1333 px if the shorter side is 800 px. Otherwise it fits the
+    aspect ratio of 95 percent of the images, between 4:3 and 2:1.
 
     Args:
         records: the checked training images, with their true sizes.
@@ -43,9 +43,9 @@ def choose_size(records: Records) -> SizeChoice:
     sides = np.sqrt((objects[:, 2] - objects[:, 0]) * (objects[:, 3] - objects[:, 1])) * scales
     quarter = float(np.quantile(sides, 0.25)) if len(sides) else SMALL_OBJECT
     factor = min(max(1.0, SMALL_OBJECT / max(quarter, 1e-6)), MOST_ENLARGED)
-    min_size = round(min(own * factor, max(LARGEST[0], 1)))
+    min_size = round(min(own * factor, LARGEST[0]))
     aspect = min(max(float(np.quantile(longer / shorter, 0.95)), 4 / 3), 2.0)
-    max_size = max(LARGEST[1], min_size) if min_size == LARGEST[0] else round(min_size * aspect)
+    max_size = LARGEST[1] if min_size == LARGEST[0] else round(min_size * aspect)
     size = f"images of {round(float(np.median(longer)))}x{round(own)} px"
     if min_size == round(own):
         return SizeChoice(min_size, max_size, f"{size} keep their size")

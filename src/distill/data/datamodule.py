@@ -370,7 +370,7 @@ class DetectionData(L.LightningDataModule):
 
     def adopt_records(self, other: DetectionData) -> None:
         """Take over the source and what was read of it from data with other sizes, to read nothing twice."""
-        self.source, self._classes = other.source, other._classes
+        self.source, self._classes, self._held_out = other.source, other._classes, other._held_out
         self.checked, self.summary, self._records = other.checked, other.summary, other._records
 
     def records(self, split: Split) -> Records:

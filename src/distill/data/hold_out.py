@@ -35,7 +35,7 @@ class HeldOut:
         """Describe how the images are chosen."""
         if self.by_name_alone:
             return "by a hash of their names: most images look alike, so that copies may be on both sides"
-        kept = f"; {self.together} images that look alike others stay with them" if self.together else ""
+        kept = f"; {self.together} images stay on the same side as similar images" if self.together else ""
         return f"by a hash of their names{kept}"
 
 

@@ -18,8 +18,8 @@ def as_tensor(image: Any, number: int = 0) -> Tensor:
     """Convert an image of any kind to a tensor (3, H, W) uint8.
 
     Args:
-        image: a tensor (3, H, W) or (1, H, W), uint8 or float in [0, 1]; an array (H, W, 3) or (H, W), uint8; a PIL
-            image, which is turned upright by its EXIF tag; or the path of an image file. Colors are RGB.
+        image: a tensor (3 or 1, H, W) or (H, W); an array (H, W, 3 or 1) or (H, W); both uint8 or float in [0, 1]; a
+            PIL image, which is turned upright by its EXIF tag; or the path of an image file. Colors are RGB.
         number: place of the image in its list, for messages.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 PASSES = 12
 """Epochs on a large data set: the 1x schedule of the COCO papers."""
 LEAST_STEPS = 1000
-"""Optimizer steps of a training on few images."""
+"""Minimum number of batches of a training, counted for one process without accumulation."""
 EVALUATIONS = 12
 """Evaluations of a run, about."""
 SCRATCH_RATE, PRETRAINED_RATE = 1e-3, 2e-4
@@ -26,7 +26,7 @@ class ScheduleChoice(NamedTuple):
 def choose_schedule(images: int, batch: int, pretrained: bool, epochs: int | None = None) -> ScheduleChoice:
     """Choose the schedule for a number of training images.
 
-    A run has 12 epochs, but not fewer than 1000 steps of the batch. The choice counts steps of one process: with more
+    A run has 12 epochs, or more if these have fewer than 1000 batches. Batches of one process are counted: with more
     processes, or accumulated batches, the run sees as many images in fewer steps.
 
     Args:

@@ -157,5 +157,5 @@ def test_auto_elsewhere_is_a_plain_word() -> None:
 def test_a_key_that_the_papers_schedule_lacks_is_explained() -> None:
     full = DataFacts(5_000, VOC_CLASSES, OWN.size)
     words = ["data=voc", "schedule.optimizer.betas=[0.8,0.9]"]
-    with pytest.raises(DistillError, match="full size, so schedule=voc was chosen, which lacks a key"):
+    with pytest.raises(DistillError, match=r"recognized as Pascal VOC, so schedule=voc was chosen\. It lacks a key"):
         resolve(compose_without_run(["data=voc"]), full, words)

@@ -82,7 +82,7 @@ def test_images_that_look_alike_stay_together(tmp_path: Path) -> None:
     held_out = hold_out_images(files, 0.2, similar=True)
     assert sorted(np.bincount(np.array(scenes)[held_out.images], minlength=10).tolist()) == [0] * 8 + [5, 5]
     assert held_out.together == 50
-    assert "50 images that look alike others stay with them" in held_out.describe()
+    assert "50 images stay on the same side as similar images" in held_out.describe()
     apart = hold_out_images(files, 0.2)
     assert max(np.bincount(np.array(scenes)[apart.images])) < 5
 

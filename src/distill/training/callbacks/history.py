@@ -141,7 +141,7 @@ class History(L.Callback):
     # -- a step
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Remember the learning rate of the step, which is another one afterwards."""
+        """Remember the learning rate of the step, because the scheduler changes it before the step is logged."""
         self._rate = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
