@@ -65,7 +65,15 @@ class Predictor:
         """Return the detections of each image, on the CPU, in pixels of the original image."""
         batch = collate(samples, self.pad_to).to(self.device)
         found = self.detector.view(batch, training=False, frozen=True).detections
-        return [Detections(*(None if part is None else part.cpu() for part in in_image)) for in_image in found]
+        return [
+            Detections(
+                image.boxes.cpu(),
+                image.scores.cpu(),
+                image.labels.cpu(),
+                None if image.masks is None else image.masks.cpu(),
+            )
+            for image in found
+        ]
 
 
 def _read_resize(extra: Mapping[str, Any], source: str) -> dict[str, Any]:
