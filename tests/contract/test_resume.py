@@ -32,7 +32,6 @@ from distill.training.callbacks.averaging import WeightAverage
 from distill.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint, RestoreSignalHandlers, parse_interval
 from distill.training.checkpoint_io import CheckpointFiles, read_checkpoint
 from distill.types import DistillError, View
-from helpers.grids import mostly_exhaustive
 from helpers.training import (
     EVERYTHING,
     FormulaLoss,
@@ -168,9 +167,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", mostly_exhaustive(SETTINGS, SETTINGS.keys() - {"average", "part of an epoch", "every second epoch"})
-)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> None:
     """In an epoch, before and after an evaluation: equal images, rates, losses, evaluations, weights and best score."""
     whole = Ended(tmp_path / "whole", **SETTINGS[name])

@@ -84,7 +84,6 @@ def test_ten_kills_later_the_student_is_the_same_to_the_bit(tiny_teacher: Path, 
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.exhaustive
 def test_killed_at_ten_moments_whatever_they_do_runs_end_with_the_same_bits(tiny_teacher: Path, tmp_path: Path) -> None:
     """With loaders, which may not outlive their run, and steps of two batches."""
     lines = ["data.workers=2", "schedule.accumulate=2", "schedule.epochs=8", "schedule.warmup_steps=5"]
