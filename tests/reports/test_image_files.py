@@ -142,3 +142,10 @@ def test_an_image_above_pillows_own_limit(suffix: str, tmp_path: Path, monkeypat
     with pytest.raises(DistillError, match=r"more pixels than data\.max_pixels=2000: shrink the image, or raise"):
         read_image(file, max_pixels=2000)
     assert read_image(file, max_pixels=3000).shape == (3, 50, 60)
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    """A download that was cut off at once; torchvision's own message names a file of its source code."""
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(DistillError, match=r"empty\.jpg: cannot be read as an image \(the file is empty\)"):
+        read_image(tmp_path / "empty.jpg")

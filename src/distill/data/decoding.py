@@ -241,6 +241,8 @@ def _map_file(file: str | Path) -> Tensor:
     """Return the bytes of a file. They are mapped into memory, so only those that are used are read from the disk."""
     if not Path(file).is_file():
         raise FileNotFoundError("no such file")
+    if not Path(file).stat().st_size:
+        raise ValueError("the file is empty")
     content: Tensor = read_file(str(file))
     return content
 
