@@ -197,8 +197,14 @@ def remaining_images(trainer: L.Trainer, evaluations: int) -> int:
 def validation_images(trainer: L.Trainer) -> int:
     """Images of one evaluation during the training."""
     data = compat.data_module(trainer)
-    batches = sum(count for count in trainer.num_val_batches if math.isfinite(count))
-    return int(min(len(data.records("val")), batches * data.eval_batch_size * trainer.world_size))
+    images = len(data.records("val"))
+    if trainer.num_val_batches:
+        batches = sum(count for count in trainer.num_val_batches if math.isfinite(count))
+    else:  # Lightning counts the batches at the start of the first evaluation
+        limit = trainer.limit_val_batches
+        all_batches = math.ceil(images / (data.eval_batch_size * trainer.world_size))
+        batches = limit if isinstance(limit, int) else int(all_batches * limit)
+    return int(min(images, batches * data.eval_batch_size * trainer.world_size))
 
 
 def time_detection(trainer: L.Trainer, module: Distiller) -> tuple[float, int]:

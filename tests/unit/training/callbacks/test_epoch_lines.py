@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from distill.losses.defeat import DeFeat
-from distill.training.callbacks.epoch_lines import EpochLines, Pace, describe_metric, remaining_work
+from distill.training.callbacks.epoch_lines import EpochLines, Pace, describe_metric, remaining_work, validation_images
 from distill.training.callbacks.history import History
 from distill.types import DistillError
 from helpers.training import distiller, fit
@@ -33,6 +33,24 @@ def test_a_line_per_epoch_and_an_estimate_are_printed(tmp_path: Path, capsys: py
     total, detection, distillation = map(float, losses.groups()[:3])
     assert total == pytest.approx(detection + distillation, abs=0.002)
     assert re.fullmatch(f"teacher epoch 2/2  {line}", second)
+
+
+def test_the_estimate_comes_before_the_first_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning counts the validation batches at the first evaluation. Before it, all images are still to be measured."""
+    lines = EpochLines(estimate_steps=1)
+    trainer = fit(
+        distiller(), tmp_path, max_epochs=2, limit_val_batches=1.0, check_val_every_n_epoch=2, callbacks=[lines]
+    )
+    assert re.search(r"2 steps of [\d.]+ s and [\d.]+ s of evaluation", capsys.readouterr().out)
+    assert validation_images(trainer) == len(trainer.datamodule.records("val"))
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1.0, 10), (2, 4), (0.5, 4)])
+def test_the_images_of_an_evaluation_that_has_not_begun(limit: float, expected: int) -> None:
+    """Ten images in batches of two: five batches, of which Lightning rounds a fraction down."""
+    data = SimpleNamespace(records=lambda split: range(10), eval_batch_size=2)
+    trainer: Any = SimpleNamespace(num_val_batches=[], limit_val_batches=limit, world_size=1, datamodule=data)
+    assert validation_images(trainer) == expected
 
 
 def test_the_metric_is_percent_with_its_best_epoch() -> None:
