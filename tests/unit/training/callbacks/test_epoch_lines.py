@@ -36,7 +36,7 @@ def test_a_line_per_epoch_and_an_estimate_are_printed(tmp_path: Path, capsys: py
 
 
 def test_the_estimate_comes_before_the_first_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Lightning counts the validation batches at the first evaluation. Before it, all images are still to be measured."""
+    """Lightning counts the validation batches at the first evaluation. Before it, all images are left."""
     lines = EpochLines(estimate_steps=1)
     trainer = fit(
         distiller(), tmp_path, max_epochs=2, limit_val_batches=1.0, check_val_every_n_epoch=2, callbacks=[lines]
