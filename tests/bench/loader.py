@@ -32,8 +32,8 @@ from torchvision.transforms import v2
 
 from distill.data.coco import Coco
 from distill.data.datamodule import DetectionData
-from distill.data.transforms import padded_size
 from distill.diagnostics.doctor import padding_share
+from distill.imaging.resizing import padded_size
 
 BATCH = 4
 

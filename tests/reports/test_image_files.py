@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.data.decoding import inspect_image, read_image
 from distill.data.inspection import inspect_files
+from distill.imaging.decoding import inspect_image, read_image
 from distill.types import DistillError
 
 HEIGHT, WIDTH = 24, 40

@@ -13,10 +13,10 @@ import pytest
 
 from distill.data.checks import check_records
 from distill.data.coco import Coco
-from distill.data.decoding import read_image
 from distill.data.layouts import recognize
 from distill.data.voc import Voc
 from distill.data.yolo import Yolo
+from distill.imaging.decoding import read_image
 from helpers.random_exports import Export, Picture, draw_pictures, write_coco, write_voc, write_yolo
 
 FORMATS: Mapping[str, tuple[Callable[[Export, dict[str, list[Picture]]], dict[str, Any]], Any]] = {

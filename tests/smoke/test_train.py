@@ -367,19 +367,6 @@ def test_a_named_teacher_is_measured_once_for_all_jobs_on_its_data(
         assert summary(tmp_path / str(number))["teacher"]["values"] == {"val/AP": 0.5}
 
 
-def test_a_teacher_smaller_than_its_student_is_said(
-    cli: Cli, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = ["train", f"teacher.weights={tiny_teacher}", *TINY, "pictures=0"]
-    assert cli([*lines, "hydra.run.dir=fitting"]) == 0
-    assert "fewer parameters" not in capsys.readouterr().out
-    assert cli([*lines, "model.backbone.width=1.0", "hydra.run.dir=run"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    student, teacher = (summary(Path("run"))["parameters"][who] for who in ("student", "teacher"))
-    assert teacher < student
-    assert f"the teacher has fewer parameters ({teacher:,}) than its student ({student:,})" in said
-
-
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_an_interrupt_says_how_to_go_on(
     epoch: int, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

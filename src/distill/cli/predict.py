@@ -136,7 +136,7 @@ def find_images(paths: Sequence[Path], out: Path) -> tuple[list[Path], Counter[s
     Raises:
         DistillError: a path does not exist, no image is found, or `out` holds the images.
     """
-    from distill.data.decoding import IMAGE_SUFFIXES
+    from distill.imaging.decoding import IMAGE_SUFFIXES
 
     files: list[Path] = []
     ignored: Counter[str] = Counter()
@@ -195,15 +195,16 @@ def predict(
         DistillError: no image can be read.
     """
     from distill.data import rle
-    from distill.data.decoding import read_image
+    from distill.detectors.registry import load_detector
+    from distill.detectors.student_files import read_extra
     from distill.evaluation.pictures import panel, save_panel
-    from distill.evaluation.predict import Predictor
     from distill.files import write_text
+    from distill.imaging.decoding import read_image
     from distill.progress import track
+    from distill.types import Detections
 
-    predictor = Predictor(run, device)
-    detector = predictor.detector
-    trained_ids = _trained_category_ids(predictor.extra, run)
+    detector = load_detector(run).to(device)
+    trained_ids = _trained_category_ids(read_extra(run), run)
     category_ids = {label: trained_ids.get(label, label) for label in range(1, len(detector.classes) + 1)}
     if reference is not None:
         category_ids = {
@@ -225,7 +226,8 @@ def predict(
             print(f"left out: {error}", file=sys.stderr)
             continue
         size = (image.shape[-2], image.shape[-1])
-        (detections,) = predictor.detect([predictor.prepare(image, number)])
+        (found,) = detector([image])
+        detections = Detections(found.boxes, found.scores, found.labels, found.masks)
         image_id = number if reference is None else reference.image_ids[reference.find(file) or ""]
         images.append({"id": image_id, "file_name": str(file), "height": size[0], "width": size[1]})
         codes = [] if detections.masks is None else rle.encode_masks(detections.masks)

@@ -64,7 +64,7 @@ def print_data(plan: RunPlan, data: DetectionData) -> None:
 
 @rank_zero_only
 def print_opening(plan: RunPlan, module: Distiller) -> None:
-    """Print student, teacher and losses, and a warning if the teacher is smaller than the student."""
+    """Print student, teacher and losses."""
     student = module.student
     print_line(plan.config["role"], _model_line(student))
     for line in student.report:
@@ -72,13 +72,6 @@ def print_opening(plan: RunPlan, module: Distiller) -> None:
     if module.teacher is not None:
         teacher = module.teacher.detector
         print_line("teacher", f"{_model_line(teacher)}, {module.teacher.source}")
-        if teacher.parameters_count < student.parameters_count:
-            print_line(
-                "warning",
-                f"the teacher has fewer parameters ({teacher.parameters_count:,}) than its student "
-                f"({student.parameters_count:,}); choose a larger one with teacher=…",
-                "yellow",
-            )
     for name, loss in module.losses.items():
         print_line("loss", f"{name}: {loss.weights}")
     print_line("run", plan.folder.path)

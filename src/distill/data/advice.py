@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from distill.data.datamodule import DetectionData
-from distill.data.resizing import resized_size
+from distill.imaging.resizing import resized_size
 
 FEW_IMAGES = 10
 """A class in fewer training images is hardly learned."""

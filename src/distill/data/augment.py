@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from distill.data import rle
 from distill.data.random_streams import Purpose, Streams, seed_globals
-from distill.data.resizing import resize_image, resize_mask
+from distill.imaging.resizing import resize_image
 from distill.types import DistillError, Size, Target
 
 CUT_SIDE = 1.0
@@ -294,8 +294,8 @@ def _draw_masks(codes: Sequence[bytes], loaded: LoadedImage, source: Tensor, pla
     masks = torch.zeros(len(codes), *size, dtype=torch.uint8)
     height, width = loaded.image.shape[-2:]
     for mask, code in zip(masks, codes, strict=True):
-        whole = resize_mask(rle.decode_mask(code, loaded.original_size), (height, width))
-        mask[_slices(place)[1:]] = resize_mask(whole[_slices(source)[1:]], _size(place))
+        whole = rle.resize_mask(rle.decode_mask(code, loaded.original_size), (height, width))
+        mask[_slices(place)[1:]] = rle.resize_mask(whole[_slices(source)[1:]], _size(place))
     return masks
 
 

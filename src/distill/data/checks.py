@@ -26,10 +26,10 @@ import numpy as np
 
 from distill.data import rle
 from distill.data.copies import find_shared_files
-from distill.data.decoding import MAX_PIXELS, TRANSPOSED
 from distill.data.inspection import inspect_files
 from distill.data.packed_bytes import PackedBytes
 from distill.data.records import NULL, Record, Records, pack_records
+from distill.imaging.decoding import MAX_PIXELS, TRANSPOSED
 from distill.types import DistillError, Size
 
 CORRECTED = (

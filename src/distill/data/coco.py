@@ -16,7 +16,6 @@ import numpy as np
 from distill.data.class_names import ClassChoice, Renames, relabel
 from distill.data.coco_file import Content, load_content
 from distill.data.copies import unify_copies
-from distill.data.decoding import IMAGE_SUFFIXES
 from distill.data.file_index import FileIndex, spellings
 from distill.data.packed_bytes import PackedBytes
 from distill.data.records import (
@@ -26,6 +25,7 @@ from distill.data.records import (
     pack_records,
     paused_garbage_collection,
 )
+from distill.imaging.decoding import IMAGE_SUFFIXES
 from distill.types import DistillError
 
 SplitFiles = Mapping[str, str | Sequence[str] | None]

@@ -18,16 +18,16 @@ from torch.utils.data import DataLoader
 from distill.data.augment import NO_AUGMENTATION, Augmentation
 from distill.data.checks import SplitReport, check_overlap, check_records
 from distill.data.class_names import describe_similar_names
-from distill.data.decoding import MAX_PIXELS, read_image
 from distill.data.hold_out import HeldOut, hold_out_images, select_with_faults
 from distill.data.identity import describe_differences, digest_records
 from distill.data.images import ImageDataset, training_rows
 from distill.data.loader import BatchDataset, DetectionLoader
 from distill.data.own_transforms import OwnTransform
 from distill.data.records import Record, Records, coco_ground_truth, pack_records
-from distill.data.resizing import resized_size
 from distill.data.sampler import BatchSampler
-from distill.data.transforms import Sample, Transform, collate, padded_size
+from distill.data.transforms import Sample, Transform, collate
+from distill.imaging.decoding import MAX_PIXELS, read_image
+from distill.imaging.resizing import padded_size, resized_size
 from distill.type_checks import parse_options
 from distill.types import Batch, DistillError, Size
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 from urllib.parse import unquote
 
-from distill.data.decoding import IMAGE_SUFFIXES
+from distill.imaging.decoding import IMAGE_SUFFIXES
 
 XML_SUFFIXES = (".xml",)
 

@@ -12,9 +12,9 @@ from pathlib import PurePath
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.decoding import MAX_PIXELS
 from distill.data.near_duplicates import Groups, group_similar
 from distill.data.records import Records
+from distill.imaging.decoding import MAX_PIXELS
 
 ROBOFLOW_COPY = re.compile(r"(.+)\.rf\.[0-9A-Za-z]+")
 """Names of the copies that Roboflow makes of one image by augmentation."""

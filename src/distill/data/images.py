@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from distill.data.augment import LoadedImage
 from distill.data.records import Record, Records, pack_records
-from distill.data.resizing import resized_size
 from distill.data.sampler import SampleKey
 from distill.data.transforms import Sample, Transform
+from distill.imaging.resizing import resized_size
 from distill.types import Size, Target
 
 

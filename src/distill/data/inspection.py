@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.column_cache import cache_file, load_columns, save_columns
-from distill.data.decoding import ImageInfo, inspect_image
+from distill.imaging.decoding import ImageInfo, inspect_image
 from distill.types import DistillError
 
 T = TypeVar("T")

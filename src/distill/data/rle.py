@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from distill.types import Size
 
@@ -151,3 +152,24 @@ def _decode_runs(code: bytes) -> NDArray[np.int64]:
     for alternate in (slice(1, None, 2), slice(2, None, 2)):
         values[alternate] = np.cumsum(values[alternate])
     return values
+
+
+def resize_masks(codes: Sequence[bytes], old: Size, new: Size) -> Tensor:
+    """Decode masks and resize them to (N, h, w) uint8 by the nearest pixel, as torchvision's detectors do.
+
+    Masks are processed one by one, so memory holds only one mask at the size of the original image.
+
+    Args:
+        codes: N run-length codes of masks of size ``old``.
+        old: (height, width) of the original image.
+        new: (height, width) of the result.
+    """
+    masks = torch.empty(len(codes), *new, dtype=torch.uint8)
+    for row, code in zip(masks, codes, strict=True):
+        row.copy_(resize_mask(decode_mask(code, old), new))
+    return masks
+
+
+def resize_mask(mask: Tensor, size: Size) -> Tensor:
+    """Resize a mask (H, W) uint8 to (height, width) by the nearest pixel."""
+    return interpolate(mask[None, None], size=size, mode="nearest")[0, 0]

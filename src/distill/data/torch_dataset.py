@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distill.data import rle
-from distill.data.pixels import as_tensor
 from distill.data.records import Record
+from distill.imaging.conversion import as_tensor
 from distill.types import DistillError
 
 

@@ -22,7 +22,8 @@ from distill.data.augment import NO_AUGMENTATION, Augmentation, LoadedImage
 from distill.data.buffers import BufferPool, WorkerBatch, wrap_images
 from distill.data.own_transforms import OwnTransform, apply_transforms, validate_callables
 from distill.data.random_streams import Purpose, Streams
-from distill.data.resizing import resize_boxes, resize_image, resize_masks, resized_size
+from distill.data.rle import resize_masks
+from distill.imaging.resizing import copy_padded, padded_size, resize_boxes, resize_image, resized_size
 from distill.types import Batch, DistillError, Size, Target
 
 MIN_SIDE = 1e-2
@@ -172,12 +173,6 @@ def _drop_thin_boxes(target: Target) -> Target:
     return Target(target.boxes[keep], target.labels[keep], None if target.masks is None else target.masks[keep])
 
 
-def padded_size(sizes: Sequence[Size], pad_to: int) -> Size:
-    """Return the smallest (height, width) that holds all sizes. Both sides are multiples of ``pad_to``."""
-    height, width = (math.ceil(max(sides) / pad_to) * pad_to for sides in zip(*sizes, strict=True))
-    return height, width
-
-
 BUFFER_POOL = BufferPool()
 """The batch memory of this process."""
 
@@ -189,10 +184,7 @@ def collate(samples: Sequence[Sample], pad_to: int = 32) -> Batch:
     in_worker = get_worker_info() is not None
     buffer = BUFFER_POOL.acquire(math.prod(shape), shared=in_worker)
     images = buffer[: math.prod(shape)].view(shape).permute(0, 3, 1, 2) if in_worker else wrap_images(buffer, shape)
-    for canvas, sample, (height, width) in zip(images, samples, sizes, strict=True):
-        canvas[:, :height, :width] = sample.image
-        canvas[:, height:] = 0
-        canvas[:, :height, width:] = 0
+    copy_padded((sample.image for sample in samples), images)
     original_sizes, ids = tuple(sample.original_size for sample in samples), tuple(sample.id for sample in samples)
     targets = tuple(sample.target for sample in samples)
     if in_worker:

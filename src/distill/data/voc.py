@@ -15,7 +15,6 @@ from pathlib import Path
 from unicodedata import normalize
 
 from distill.data.class_names import ClassChoice, Renames
-from distill.data.decoding import IMAGE_SUFFIXES
 from distill.data.file_index import XML_SUFFIXES, FileIndex, spellings
 from distill.data.layouts import ANNOTATION_FOLDERS, IMAGE_FOLDERS
 from distill.data.records import (
@@ -28,6 +27,7 @@ from distill.data.records import (
 )
 from distill.data.voc_file import MISSING_XML, XmlAnnotation, parse_xml
 from distill.files import read_text
+from distill.imaging.decoding import IMAGE_SUFFIXES
 from distill.types import DistillError
 
 SPLIT_FOLDERS = {"val": ("valid", "validation")}

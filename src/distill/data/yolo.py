@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from distill.data.class_names import ClassChoice, Renames
-from distill.data.decoding import IMAGE_SUFFIXES, MAX_PIXELS, inspect_image
 from distill.data.file_index import path_ends
 from distill.data.layouts import DESCRIPTIONS, SPLIT_KEYS, find_description
 from distill.data.records import Annotation, Record, Records, make_record, make_unusable_record, pack_records
 from distill.files import read_text
+from distill.imaging.decoding import IMAGE_SUFFIXES, MAX_PIXELS, inspect_image
 from distill.types import DistillError, Size
 
 TOLERANCE = 1e-3

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from distill.detectors.prediction import Prediction, predict_images
 from distill.detectors.view import LazyView
-from distill.types import Batch, DetectorSpec, DistillError, View
+from distill.imaging.resizing import ResizeOptions
+from distill.types import Batch, Detections, DetectorSpec, DistillError, View
 
 
 class Detector(nn.Module):
@@ -18,6 +20,7 @@ class Detector(nn.Module):
 
     The state dict is torchvision's, with the prefix ``net.``. A subclass builds `net` and passes its `options`: the
     arguments of its constructor, which no state dict holds. The lines in `report` say what was loaded at construction.
+    `resize` are the options of the resize in its training; `load_detector` sets them.
 
     Args:
         net: torchvision's network.
@@ -48,6 +51,7 @@ class Detector(nn.Module):
         self.spec = spec
         self.options = options
         self.report: list[str] = []
+        self.resize = ResizeOptions()
         self._frozen = tuple(frozen)
         self._pixels: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.train()
@@ -78,6 +82,33 @@ class Detector(nn.Module):
         view.prefetch(prefetch)
         return cast(View, view)
 
+    def forward(self, images: Iterable[Any], score: float = 0.0, batch_size: int = 1) -> list[Prediction]:
+        """Detect objects in images, on the detector's device and in evaluation mode. Gradients are not recorded.
+
+        Args:
+            images: tensors (3, H, W), arrays (H, W, 3), PIL images or paths of files, see `imaging.conversion`. They
+                are resized as in the detector's training.
+            score: lowest score of a detection. The detector itself has a limit, too (``model.score_thresh``).
+            batch_size: images that are computed together, if they have the same size after resize and padding. The
+                results do not depend on this number, up to rounding.
+
+        Returns:
+            One prediction per image, in the order of the images, on the CPU.
+
+        Raises:
+            DistillError: an image cannot be read.
+        """
+
+        def detect(batch: Batch) -> list[Detections]:
+            return self.view(batch.to(self.device), training=False, frozen=True).detections
+
+        training, limits = self.training, (self.options["min_size"], self.options["max_size"])
+        self.eval()
+        try:
+            return predict_images(images, detect, self.classes, limits, self.resize, score, batch_size)
+        finally:
+            self.train(training)
+
     def describe(self) -> dict[str, Any]:
         """Return what a state dict does not hold, in plain containers: the family and the constructor's arguments."""
         backbone = {**self.options["backbone"], "weights": None}
@@ -87,6 +118,11 @@ class Detector(nn.Module):
     def classes(self) -> tuple[str, ...]:
         """Class names in label order; label 0 is background."""
         return self.spec.classes
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
 
     @property
     def parameters_count(self) -> int:

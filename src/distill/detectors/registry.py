@@ -13,7 +13,8 @@ from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.retinanet import RetinaNet
 from distill.detectors.state_dicts import fit, fit_sizes
-from distill.detectors.student_files import read_detector, weights_file
+from distill.detectors.student_files import read_detector, read_extra, weights_file
+from distill.imaging.resizing import read_resize_options
 from distill.run_folder import DESCRIPTION
 from distill.type_checks import type_errors
 from distill.types import DistillError
@@ -23,7 +24,7 @@ FAMILIES: dict[str, type[Detector]] = {family.family: family for family in (Fast
 
 
 def load_detector(path: str | Path) -> Detector:
-    """Load the detector of a run.
+    """Load the detector of a run, with the resize of its training.
 
     Args:
         path: the run's folder, its `student.pt` or `student.json`, or one of its checkpoints.
@@ -32,7 +33,12 @@ def load_detector(path: str | Path) -> Detector:
         DistillError: a file is missing or invalid, or the weights do not fit the description.
     """
     file = weights_file(Path(path))
-    return restore_detector(*read_detector(file), str(file))
+    detector = restore_detector(*read_detector(file), str(file))
+    try:
+        detector.resize = read_resize_options(read_extra(file).get("resize", {}))
+    except DistillError as error:
+        raise DistillError(f"{DESCRIPTION} of {file}: {error}") from error
+    return detector
 
 
 def restore_detector(model: Any, state: dict[str, torch.Tensor], where: str) -> Detector:

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from distill.data.datamodule import DetectionData
 from distill.data.records import Records
-from distill.data.resizing import resized_size
-from distill.data.transforms import padded_size
 from distill.diagnostics.memory import peak
 from distill.diagnostics.sampled_evaluation import synchronize
+from distill.imaging.resizing import padded_size, resized_size
 from distill.precision import autocast_context
 from distill.training.callbacks.term_check import largest_gradient
 from distill.training.distiller import Distiller, StepResult

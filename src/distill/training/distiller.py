@@ -135,7 +135,8 @@ class Distiller(L.LightningModule):
     # -- training
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that keeps the weights in another type than float32, and apply the schedule.
+        """Refuse a precision that keeps the weights in another type than float32, apply the schedule, and warn of a
+        teacher that is smaller than its student.
 
         Raises:
             DistillError: the trainer's options contradict the precision or the schedule.
@@ -147,6 +148,17 @@ class Distiller(L.LightningModule):
                 gradient_clip_val=self.schedule.clip,
                 accumulate_grad_batches=self.schedule.accumulate,
                 check_val_every_n_epoch=self.schedule.evaluate_every,
+            )
+            self._warn_of_small_teacher()
+
+    def _warn_of_small_teacher(self) -> None:
+        if self.teacher is None:
+            return
+        teacher, student = self.teacher.detector.parameters_count, self.student.parameters_count
+        if teacher < student:
+            rank_zero_warn(
+                f"the teacher has fewer parameters ({teacher:,}) than its student ({student:,}); "
+                "choose a larger teacher"
             )
 
     def on_train_start(self) -> None:

@@ -8,8 +8,8 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from distill.data.checks import check_overlap, check_records
-from distill.data.decoding import read_image
 from distill.data.records import Annotation, Record, coco_ground_truth, make_record
+from distill.imaging.decoding import read_image
 from distill.types import DistillError
 
 

@@ -19,10 +19,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from distill.data import rle
 from distill.data.coco import Coco
 from distill.data.datamodule import DetectionData
-from distill.data.resizing import resize_masks, resized_size
 from distill.data.shapes import Shapes
 from distill.data.transforms import Transform
 from distill.data.voc import Voc
+from distill.imaging.resizing import resized_size
 from distill.types import Batch, DistillError, Target
 
 SIZE = (24, 40)
@@ -148,7 +148,7 @@ def test_sizes_and_pixels_are_torchvisions_for_many_sizes() -> None:
         masks = torch.from_numpy(rng.integers(0, 2, (2, *size), dtype=np.uint8))
         target = {"boxes": torch.tensor([[0.0, 0, 9, 9]] * 2), "masks": masks}
         theirs = GeneralizedRCNNTransform(low, high, [0], [1]).resize(torch.rand(3, *size), target)[1]
-        ours = resize_masks(rle.encode_masks(masks), size, resized_size(size, low, high))
+        ours = rle.resize_masks(rle.encode_masks(masks), size, resized_size(size, low, high))
         assert torch.equal(ours, theirs["masks"])
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 from distill.data.checks import check_records
 from distill.data.coco import Coco
 from distill.data.datamodule import DetectionData
-from distill.data.decoding import MAX_PIXELS, FileHeader, read_header, read_image
 from distill.data.voc import Voc
+from distill.imaging.decoding import MAX_PIXELS, FileHeader, read_header, read_image
 from distill.types import DistillError
 
 CATEGORIES = [{"id": 1, "name": "a"}]

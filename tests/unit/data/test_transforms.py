@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from distill.data.resizing import resize_boxes, resize_image, resized_size
-from distill.data.transforms import Transform, collate, flip_boxes, padded_size
+from distill.data.transforms import Transform, collate, flip_boxes
+from distill.imaging.resizing import padded_size, resize_boxes, resize_image, resized_size
 from distill.types import DistillError, Target
 
 

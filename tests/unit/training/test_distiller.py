@@ -23,7 +23,7 @@ from distill.training.callbacks.checkpoints import LastCheckpoint
 from distill.training.callbacks.teacher_check import TeacherCheck
 from distill.training.distiller import Distiller
 from distill.types import DistillError
-from helpers.training import CLASSES, distiller, fit, sgd, shapes_data, small_teacher
+from helpers.training import CLASSES, distiller, fit, sgd, shapes_data, small_detector, small_teacher
 
 
 class Counts(DetectionMetric):
@@ -174,3 +174,15 @@ def test_a_checkpoint_gives_a_distiller_with_its_student(tmp_path: Path) -> None
     expected = module.student.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in again.student.state_dict().items())
     assert again.metrics == (Counts,)
+
+
+@pytest.mark.parametrize("width", [0.25, 0.125])
+def test_a_teacher_smaller_than_its_student_is_said(width: float, tmp_path: Path) -> None:
+    student = small_detector(backbone={"depth": 10, "width": 0.25})
+    teacher = small_teacher(backbone={"depth": 10, "width": width})
+    small, large = teacher.detector.parameters_count, student.parameters_count
+    said = f"the teacher has fewer parameters ({small:,}) than its student ({large:,})"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(distiller(student, teacher), tmp_path, max_steps=0)
+    assert any(said in str(warning.message) for warning in caught) == (small < large)

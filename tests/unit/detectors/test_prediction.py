@@ -1,17 +1,15 @@
-"""Detections from Python, in images of all kinds."""
+"""Detections in images of all kinds: a detector that is called, and `distill.predict`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import distill
-from distill.data.pixels import as_tensor
 from distill.evaluation.predict import predict
 from distill.types import DistillError
 from helpers.training import small_detector
@@ -31,7 +29,7 @@ def test_every_kind_of_image_gives_the_same(detector: Any, image: torch.Tensor, 
     array = image.permute(1, 2, 0).numpy()
     Image.fromarray(array).save(tmp_path / "x.png")
     kinds = [image, image.float() / 255, array, Image.fromarray(array), tmp_path / "x.png", str(tmp_path / "x.png")]
-    first, *others = predict(detector, kinds)
+    first, *others = detector(kinds, score=0.05)
     assert len(first.scores) > 0
     for other in others:
         assert torch.equal(other.boxes, first.boxes)
@@ -49,7 +47,7 @@ def test_boxes_are_in_pixels_of_the_given_image(detector: Any, image: torch.Tens
 def test_batches_of_mixed_sizes_keep_the_order(detector: Any, image: torch.Tensor) -> None:
     images = [image, image[:, :, :60], image.flip(2), image[:, :40], image.flip(1)]
     alone = [predict(detector, [each])[0] for each in images]
-    together = predict(detector, images, batch_size=3)
+    together = detector(images, score=0.05, batch_size=3)
     for one, other in zip(alone, together, strict=True):
         assert torch.allclose(one.boxes, other.boxes, atol=1e-3)
         assert torch.allclose(one.scores, other.scores, atol=1e-5)
@@ -64,14 +62,30 @@ def test_a_score_leaves_out_the_rest(detector: Any, image: torch.Tensor) -> None
 def test_the_detector_is_left_as_it_was(image: torch.Tensor) -> None:
     detector = small_detector()
     assert detector.training
-    predict(detector, [image])
+    detector([image])
     assert detector.training
+    with pytest.raises(DistillError, match="image 1: expected"):
+        detector([image, 7])
+    assert detector.training
+
+
+def test_a_call_equals_predict_and_records_no_gradient(detector: Any, image: torch.Tensor) -> None:
+    (called,), (predicted,) = detector([image]), predict(detector, [image], score=0.0)
+    assert torch.equal(called.boxes, predicted.boxes)
+    assert not called.scores.requires_grad
 
 
 def test_a_run_is_loaded_with_its_resize(detector: Any, image: torch.Tensor, tmp_path: Path) -> None:
     distill.save_student(detector, tmp_path, {"resize": {"antialias": True, "pad_to": 64}})
     assert torch.equal(distill.predict(tmp_path, [image])[0].boxes, predict_with(detector, image, True, 64))
     assert not torch.equal(predict(detector, [image])[0].boxes, predict_with(detector, image, True, 64))
+
+
+@pytest.mark.parametrize("resize", [{"antialias": 1}, {"pad_to": 0}, {"pad": 32}, ["pad_to"]])
+def test_an_invalid_resize_is_named(resize: Any, detector: Any, tmp_path: Path) -> None:
+    distill.save_student(detector, tmp_path, {"resize": resize})
+    with pytest.raises(DistillError, match=r"student.json of .*: expected 'resize'"):
+        distill.load_detector(tmp_path)
 
 
 def predict_with(detector: Any, image: torch.Tensor, antialias: bool, pad_to: int) -> torch.Tensor:
@@ -84,34 +98,3 @@ def predict_with(detector: Any, image: torch.Tensor, antialias: bool, pad_to: in
     found = detector.view(batch, training=False, frozen=True).detections[0]
     boxes: torch.Tensor = found.boxes[found.scores >= 0.05]
     return boxes
-
-
-def test_a_phones_picture_is_turned_upright() -> None:
-    picture = Image.new("RGB", (4, 2))
-    picture.putpixel((0, 0), (255, 0, 0))
-    picture.getexif()[0x0112] = 6
-    turned = as_tensor(picture)
-    assert turned.shape == (3, 4, 2)
-    assert turned[0, 0, 1] == 255
-
-
-def test_gray_images_get_three_channels() -> None:
-    gray = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    assert all(torch.equal(channel, torch.from_numpy(gray)) for channel in as_tensor(gray))
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (np.zeros((4, 4, 4), np.uint8), r"image 2: expected .* got ndarray of shape \(4, 4, 4\)"),
-        (torch.zeros(2, 3, 4, 4), "got Tensor of shape"),
-        (torch.full((3, 4, 4), 128.0), "floats from 0 to 1"),
-        (torch.full((3, 4, 4), float("nan")), "floats from 0 to 1"),
-        (torch.zeros(3, 4, 4, dtype=torch.int32), "got torch.int32"),
-        (7, "got int"),
-        (Path("missing.jpg"), "missing.jpg"),
-    ],
-)
-def test_an_image_that_cannot_be_read_is_named(image: Any, message: str) -> None:
-    with pytest.raises(DistillError, match=message):
-        as_tensor(image, 2)

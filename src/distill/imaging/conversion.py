@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from distill.data.decoding import read_image
+from distill.imaging.decoding import read_image
 from distill.types import DistillError
 
 

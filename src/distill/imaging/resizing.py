@@ -1,4 +1,4 @@
-"""Resize of images, boxes and masks.
+"""Resize and padding of images, and resize of boxes.
 
 Student and teacher share one resize. Its size rule is that of torchvision's detection models: with ``scale =
 min(min_size / shorter, max_size / longer)``, the new side is ``floor(side * scale)``. The interpolation is bilinear, by
@@ -9,16 +9,39 @@ torchvision's, the result is uint8, rounded once per axis: the difference is les
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from distill.data import rle
-from distill.types import Size
+from distill.types import DistillError, Size
+
+
+class ResizeOptions(NamedTuple):
+    """How images are resized and padded, besides the sizes."""
+
+    antialias: bool = False
+    """Whether a low-pass filter is applied before an image is reduced."""
+    pad_to: int = 32
+    """The sides of a padded image are multiples of this number of pixels."""
+
+
+def read_resize_options(options: Mapping[str, Any]) -> ResizeOptions:
+    """Return resize options from plain containers, such as a file of a run.
+
+    Raises:
+        DistillError: a name or a value is invalid.
+    """
+    try:
+        resize = ResizeOptions(**options)
+        if not (isinstance(resize.antialias, bool) and isinstance(resize.pad_to, int) and resize.pad_to > 0):
+            raise ValueError("antialias is true or false, pad_to a number of pixels")
+    except (TypeError, ValueError) as error:
+        raise DistillError(f"expected 'resize': {error}") from error
+    return resize
 
 
 def resized_size(size: Size, min_size: int, max_size: int) -> Size:
@@ -57,22 +80,16 @@ def resize_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
     return boxes * torch.tensor([x_scale, y_scale, x_scale, y_scale])
 
 
-def resize_masks(codes: Sequence[bytes], old: Size, new: Size) -> Tensor:
-    """Decode masks and resize them to (N, h, w) uint8 by the nearest pixel, as torchvision's detectors do.
-
-    Masks are processed one by one, so memory holds only one mask at the size of the original image.
-
-    Args:
-        codes: N run-length codes of masks of size ``old``.
-        old: (height, width) of the original image.
-        new: (height, width) of the result.
-    """
-    masks = torch.empty(len(codes), *new, dtype=torch.uint8)
-    for row, code in zip(masks, codes, strict=True):
-        row.copy_(resize_mask(rle.decode_mask(code, old), new))
-    return masks
+def padded_size(sizes: Sequence[Size], pad_to: int) -> Size:
+    """Return the smallest (height, width) that holds all sizes. Both sides are multiples of ``pad_to``."""
+    height, width = (math.ceil(max(sides) / pad_to) * pad_to for sides in zip(*sizes, strict=True))
+    return height, width
 
 
-def resize_mask(mask: Tensor, size: Size) -> Tensor:
-    """Resize a mask (H, W) uint8 to (height, width) by the nearest pixel."""
-    return interpolate(mask[None, None], size=size, mode="nearest")[0, 0]
+def copy_padded(images: Iterable[Tensor], canvases: Tensor) -> None:
+    """Copy images (3, h, w) into the upper left corners of canvases (B, 3, H, W), and fill the rest with zeros."""
+    for image, canvas in zip(images, canvases, strict=True):
+        height, width = image.shape[-2:]
+        canvas[:, :height, :width] = image
+        canvas[:, height:] = 0
+        canvas[:, :height, width:] = 0

@@ -1,0 +1,1 @@
+"""Images: reading of files, conversion to tensors, resize and padding."""
