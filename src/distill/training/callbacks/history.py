@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,14 +16,15 @@ import torch
 from torch import Tensor
 
 from distill import distributed
-from distill.evaluation.pictures import save_panel
-from distill.files import write_text
+from distill.files import atomic_write, write_text
 from distill.run_folder import RunFolder
 from distill.training import lightning_compat as compat
 from distill.training.curves import draw_curves
 from distill.training.distiller import Distiller
 
 Row = dict[str, float]
+DRAWING_INTERVAL = 10.0
+"""Least seconds between two drawings. One takes about 0.2 s."""
 DRAWN_METRICS = ("val/AP", "val/AP50", "val/AP75", "val/mAP", "val/mask_AP")
 
 
@@ -89,7 +91,7 @@ class History(L.Callback):
 
     Args:
         folder: folder of the files.
-        curves: whether to draw ``curves.png`` after each epoch.
+        curves: whether to draw ``curves.png``: after an epoch, at most every 10 seconds, and at the end.
     """
 
     def __init__(self, folder: str | Path, curves: bool = True) -> None:
@@ -106,6 +108,8 @@ class History(L.Callback):
         self._step = 0
         """The last step in `steps.csv`."""
         self._resumed = False
+        self._drawn = -math.inf
+        """Time of the last drawing."""
 
     # -- resume
 
@@ -183,19 +187,27 @@ class History(L.Callback):
         self.rows = [other for other in self.rows if other["epoch"] < row["epoch"]] + [row]
         if trainer.is_global_zero:
             self._write_epochs()
+            self._draw_curves(every=DRAWING_INTERVAL)
         pl_module.log_dict({f"epoch/{name}": value for name, value in means.items()}, batch_size=1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the last step of a run that a limit of time ended, which is known only after the step."""
+        """Draw the curves. Write the last step of a run that a limit of time ended, which is known after the step."""
         assert isinstance(pl_module, Distiller)
         if trainer.log_every_n_steps and trainer.global_step > self._step and pl_module.last_batch.terms:  # type: ignore[attr-defined]
             self._write_step(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._draw_curves()
 
     def _write_epochs(self) -> None:
         if self.rows:
             write_text(self.run.metrics, to_csv(self.rows))
-        if self.rows and self.curves:
-            save_panel(self.run.curves, draw_curves(diagrams(self.rows)))
+
+    def _draw_curves(self, every: float = 0.0) -> None:
+        """Draw the curves, unless the last drawing ended less than this many seconds ago."""
+        if self.rows and self.curves and time.monotonic() - self._drawn >= every:
+            figure = draw_curves(diagrams(self.rows))
+            atomic_write(self.run.curves, lambda file: figure.savefig(file, format="png"))
+            self._drawn = time.monotonic()
 
 
 def loss_sums(values: Mapping[str, float]) -> Row:
