@@ -19,7 +19,6 @@ from distill import distributed
 from distill.files import atomic_write, write_text
 from distill.run_folder import RunFolder
 from distill.training import lightning_compat as compat
-from distill.training.curves import draw_curves
 from distill.training.distiller import Distiller
 
 Row = dict[str, float]
@@ -205,6 +204,8 @@ class History(L.Callback):
     def _draw_curves(self, every: float = 0.0) -> None:
         """Draw the curves, unless the last drawing ended less than this many seconds ago."""
         if self.rows and self.curves and time.monotonic() - self._drawn >= every:
+            from distill.training.curves import draw_curves  # a short run need not wait for matplotlib
+
             figure = draw_curves(diagrams(self.rows))
             atomic_write(self.run.curves, lambda file: figure.savefig(file, format="png"))
             self._drawn = time.monotonic()
