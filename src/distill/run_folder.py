@@ -41,12 +41,18 @@ class RunFolder:
         self.curves = self.path / "curves.png"
         """Losses and AP by epoch."""
         self.pictures = self.path / "pictures"
+        self.detections = self.path / "detections"
+        """The student's detections on each evaluated split, with the ground truth: ``val.npz``, ``test.npz``."""
         self.non_finite = self.path / "non_finite"
         """Steps that stopped the run because their loss or gradient was not finite."""
         self.error = self.path / "error.txt"
         """Why a sweep's job failed, in one line."""
         self.slurm_job = self.path / "slurm_job"
         """Id of the SLURM job that made the run, or the sweep."""
+
+    def detections_on(self, split: str) -> Path:
+        """The file with the detections on a split."""
+        return self.detections / f"{split}.npz"
 
     @property
     def finished(self) -> bool:

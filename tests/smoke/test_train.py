@@ -21,6 +21,8 @@ from distill import load_detector
 from distill.cli import compose, teacher_cache
 from distill.cli.main import main
 from distill.data.shapes import CLASSES
+from distill.evaluation.coco import CocoMetric
+from distill.evaluation.recording import load_recording
 from distill.training.distiller import Distiller
 from helpers.grids import exhaustive, mostly_exhaustive
 from helpers.methods import METHODS
@@ -151,6 +153,12 @@ def test_run_folder_holds_what_it_promises(cli: Cli, tiny_teacher: Path, tmp_pat
     assert (run / "checkpoints" / "best.ckpt").is_file()
     assert len(list((run / "pictures").glob("*.png"))) == 1
     assert not list(run.rglob("*.part"))
+    assert [file.name for file in (run / "detections").iterdir()] == ["val.npz"]
+    recording = load_recording(run / "detections" / "val.npz")
+    categories = [{"id": label, "name": name} for label, name in enumerate(recording.classes, 1)]
+    metric = CocoMetric({"images": [], "annotations": [], "categories": categories}, recording.classes)
+    measured = metric.evaluate(recording.truth, recording.detections)
+    assert {f"val/{name}": value for name, value in measured.items()} == summary(run)["student"]
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert not [name for name in state["state_dict"] if "teacher" in name]
     student = load_detector(run)

@@ -32,6 +32,7 @@ from distill.diagnostics.cost import COST_COLUMNS, ModelRow, cost_of, measure_ro
 from distill.evaluation.evaluate import evaluate
 from distill.evaluation.metric import SHARED
 from distill.evaluation.pictures import panel, save_panel
+from distill.evaluation.recording import DetectionRecorder, save_recording
 from distill.files import load_tensors, write_text
 from distill.run_folder import RunFolder
 from distill.training.callbacks.prediction_images import predict_columns, unpadded_images
@@ -129,7 +130,11 @@ def finish_run(
         save_student(module.student, plan.folder.path, {"category_ids": data.category_ids, "resize": data.resize})
     values: dict[str, float] = {}
     for split in splits:
-        results = evaluate(module.student, data, split, module.metrics, device, f"{plan.config['role']}, {split}")
+        recorder = DetectionRecorder(data.ground_truth(split), data.classes)
+        metrics = [*module.metrics, lambda *_, recorder=recorder: recorder]
+        results = evaluate(module.student, data, split, metrics, device, f"{plan.config['role']}, {split}")
+        if trainer.is_global_zero and recorder.recording is not None:
+            save_recording(plan.folder.detections_on(split), recorder.recording)
         values |= {f"{split}/{name}": value for name, value in results.items()}
     terms = {
         name: float(value)

@@ -108,7 +108,7 @@ class CocoMetric(DetectionMetric):
             "images": [{"id": image, **self._frame(image)} for image in truth.images.tolist()],
             "categories": [{"id": label, "name": name} for label, name in enumerate(self.classes, start=1)],
         }
-        rows = _ground_truth_rows(truth), _detection_rows(detections)
+        rows = ground_truth_rows(truth), detection_rows(detections)
         if kind == "segm":
             self._add_masks(rows[0], truth.code)
             self._add_masks(rows[1], detections.code)
@@ -136,7 +136,7 @@ class CocoMetric(DetectionMetric):
             row["segmentation"] = rle.to_coco(code, self.sizes[row["image_id"]])
 
 
-def _ground_truth_rows(truth: GroundTruth) -> list[dict[str, Any]]:
+def ground_truth_rows(truth: GroundTruth) -> list[dict[str, Any]]:
     """Make a new annotation for every object: the backends write into them. Ids start at 1, as 0 means "unmatched"."""
     # An area outside every range makes the backends ignore an object with ordinary IoU. No flag does that: both
     # overwrite "ignore".
@@ -148,7 +148,8 @@ def _ground_truth_rows(truth: GroundTruth) -> list[dict[str, Any]]:
     ]
 
 
-def _detection_rows(detections: DetectionArrays) -> list[dict[str, Any]]:
+def detection_rows(detections: DetectionArrays) -> list[dict[str, Any]]:
+    """Make a new annotation for every detection. Ids start at 1."""
     box = np.concatenate([detections.box[:, :2], detections.box[:, 2:] - detections.box[:, :2]], axis=1)
     columns = (detections.image, detections.label, box, box[:, 2] * box[:, 3], detections.score)
     return [

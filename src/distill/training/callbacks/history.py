@@ -81,9 +81,10 @@ class History(L.Callback):
 
     Both files have the names of the loggers (``term/...``, ``loss/...``, ``val/...``), ``loss/detection`` and
     ``loss/distillation``, which are the sums of the student's own and of the distillation terms, and ``lr``. An epoch's
-    row has the means over its batches, the results of its evaluation, if there was one, and the ``seconds`` that it
-    took with the evaluation. The other loggers get the means as ``epoch/loss/...`` and ``epoch/term/...``. Epochs and
-    steps count from 1; ``step`` is the number of finished optimizer steps.
+    row has the means over its batches, the results of its evaluation, if there was one, the ``seconds`` that it took
+    with the evaluation, and the ``evaluation_seconds`` among them. The other loggers get the means as
+    ``epoch/loss/...`` and ``epoch/term/...``. Epochs and steps count from 1; ``step`` is the number of finished
+    optimizer steps.
 
     The rows of the epochs, and the sums of an epoch that has begun, are part of every checkpoint, and rows of steps
     after the checkpoint are removed when a run resumes. So no row is missing or repeated after a resume.
@@ -100,6 +101,7 @@ class History(L.Callback):
         """The epochs so far."""
         self._means = Means()
         self._evaluated: Row = {}
+        self._evaluation_began = time.monotonic()
         self._rate = 0.0
         self._seconds = 0.0
         """Duration of the epoch in earlier processes."""
@@ -170,11 +172,17 @@ class History(L.Callback):
         self._means.reset()
         self._began, self._seconds = time.monotonic(), 0.0
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock of an evaluation."""
+        self._evaluation_began = time.monotonic()
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the results of the evaluation."""
+        """Remember the duration and the results of the evaluation."""
         if not trainer.sanity_checking:
             results = trainer.callback_metrics.items()
-            self._evaluated = {name: float(value) for name, value in results if name.startswith("val/")}
+            seconds = self._evaluated.get("evaluation_seconds", 0.0) + time.monotonic() - self._evaluation_began
+            self._evaluated = {"evaluation_seconds": round(seconds, 3)}
+            self._evaluated |= {name: float(value) for name, value in results if name.startswith("val/")}
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the row of the epoch before the epoch's checkpoint is saved, draw the curves, and log the means."""

@@ -56,6 +56,7 @@ def rows(file: Path) -> list[dict[str, str]]:
     found = list(csv.DictReader(file.open()))
     for row in found:
         row.pop("seconds", None)
+        row.pop("evaluation_seconds", None)
     return found
 
 
