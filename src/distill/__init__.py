@@ -51,6 +51,7 @@ _MODULES = {
     "TorchDataset": "data.torch_dataset",
     "Voc": "data.voc",
     "VocMetric": "evaluation.voc",
+    "WandbRun": "training.wandb_run",
     "WeightAverage": "training.callbacks.averaging",
     "Yolo": "data.yolo",
     "evaluate": "evaluation.evaluate",

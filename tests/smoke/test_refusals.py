@@ -170,16 +170,23 @@ def test_every_verb_names_a_wrong_value(
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+@pytest.mark.parametrize(
+    ("logger", "message"),
+    [
+        ("tensorboard", "TensorBoardLogger cannot begin: "),
+        ("wandb", "unexpected keyword argument 'unheard_of'"),
+    ],
+)
 def test_a_logger_that_cannot_begin_says_why_before_the_first_step(
-    logger: str, cli: Cli, capsys: pytest.CaptureFixture[str]
+    logger: str, message: str, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [f"logger={logger}", f"+logger.{logger}.unheard_of=1"]
     assert cli(["train", *TINY, "distill=none", *lines]) == 1
     said = capsys.readouterr()
-    assert "Logger cannot begin: " in said.err
-    assert "unexpected keyword argument 'unheard_of'. Correct its keys under logger" in said.err
-    assert "Epoch" not in said.out
+    assert message in said.err
+    assert "unheard_of" in said.err
+    assert "Traceback" not in said.err
+    assert "epoch 1" not in said.out
 
 
 @pytest.mark.parametrize("line", ["callbacks.best.monitor=val/APP", "metric=val/APP"])

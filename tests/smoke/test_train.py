@@ -27,6 +27,7 @@ from distill.training.distiller import Distiller
 from helpers.grids import exhaustive, mostly_exhaustive
 from helpers.methods import METHODS
 from helpers.runs import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
+from helpers.wandb_files import read_wandb
 
 WIDE = "model.neck_channels=64"  # group norm
 OPTIONS = [option for option in compose.config_groups()["distill"] if option != "none"]
@@ -332,20 +333,57 @@ def test_callbacks_options(callbacks: str, cli: Cli, tiny_teacher: Path, tmp_pat
     assert (tmp_path / "run" / "student.pt").is_file()
 
 
-def test_wandb_offline_and_tensorboard(
+def test_loggers_get_the_values_of_the_csv_files(
     cli: Cli, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    loggers = ["logger=[tensorboard,wandb]", "logger.wandb.offline=true"]
-    assert cli(["train", *loggers, f"teacher.weights={tiny_teacher}", *TINY, "hydra.run.dir=run"]) == 0
+    # Without a database: a store of files has no place for both `epoch` and `epoch/loss/total`.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    in_mlflow: set[str] = set()
+    monkeypatch.setattr(
+        "mlflow.tracking.MlflowClient.log_batch",
+        lambda *_, metrics=(), **__: in_mlflow.update(metric.key for metric in metrics),
+    )
+    loggers = ["logger=[tensorboard,wandb,mlflow]", "logger.wandb.offline=true", "logger.wandb.log_student=true"]
+    assert (
+        cli(
+            [
+                "train",
+                *loggers,
+                "logger.mlflow.tracking_uri=mlruns",
+                f"teacher.weights={tiny_teacher}",
+                *TINY,
+                "hydra.run.dir=run",
+            ]
+        )
+        == 0
+    )
     run = tmp_path / "run"
-    assert list(run.rglob("events.out.tfevents*"))
     assert (run / "metrics.csv").is_file()  # whatever else is chosen
-    assert list(run.rglob("*.wandb"))
     boxes = [json.loads(file.read_text())["box_data"] for file in run.rglob("*.boxes2D.json")]
     ground_truth = [each for each in boxes if each and all(box["scores"]["score"] == 1 for box in each)]
     assert len(ground_truth) >= 4  # one for each validation image
     assert all(box["box_caption"].split()[0] in CLASSES for each in boxes for box in each)
+
+    (file,) = run.rglob("*.wandb")
+    records = read_wandb(file)
+    assert records.run.run_group.startswith("data.source.train=")
+    assert "seed" not in records.run.run_group
+    assert {"frcnn_r10_mini", "shapes", "defeat"} <= set(records.run.tags)
+    assert records.axes["epoch/*"] == "epoch"
+    assert records.best["val/*"] == "max"
+    assert records.files >= {"student.pt", "student.json"}
+    measured = summary(run)["student"]
+    assert {name: records.summary[name] for name in measured} == pytest.approx(measured)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    drawn = EventAccumulator(str(run / "tensorboard")).Reload().Tags()["scalars"]
+    steps = (run / "steps.csv").read_text().splitlines()[0].split(",")
+    ours = {name for name in steps if "/" in name and name not in ("loss/detection", "loss/distillation")}
+    assert ours <= set(drawn)
+    assert ours <= records.logged
+    assert ours <= in_mlflow
 
 
 def test_a_named_teacher_is_measured_once_for_all_jobs_on_its_data(

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distill.cli import target_policy
-from distill.cli.overrides import parse_overrides
+from distill.cli.overrides import configuration_name, parse_overrides
 from distill.cli.presets import preset_options, register_presets
 from distill.types import DistillError
 
@@ -40,8 +40,10 @@ def register_resolvers() -> None:
     """Register distill's own resolvers for configurations.
 
     ``${names:node}`` joins a mapping's keys, for the names of run folders; ``${sweep:mode,folder}`` is the name of a
-    sweep's folder inside a sweep, and in the processes of its jobs, and null elsewhere.
+    sweep's folder inside a sweep, and in the processes of its jobs, and null elsewhere. ``${configuration:overrides}``
+    names a configuration without its seed, see `configuration_name`.
     """
+    OmegaConf.register_new_resolver("configuration", configuration_name, replace=True)
     OmegaConf.register_new_resolver("names", lambda node: "+".join(node) or "none", replace=True)
     OmegaConf.register_new_resolver(
         "sweep",

@@ -105,3 +105,21 @@ def sweep_key(override: Override) -> str:
     """The key of an override in a sweep's job, with the prefixes ``+`` and ``++``."""
     key = override.get_key_element()
     return ("+" * override.is_add() if not override.is_force_add() else "++") + key.lstrip("+~")
+
+
+TRAINING_GROUPS = ("data", "experiment", "start", "model", "supervised", "teacher", "distill", "schedule", "init")
+"""Groups and keys that name what a run trains and how, in the order of a configuration's name."""
+
+
+def configuration_name(overrides: Sequence[str]) -> str:
+    """The name of a configuration without its seed: its overrides that change the training, or ``defaults``.
+
+    Runs that differ in the seed, the machine or the logging have the same name.
+    """
+    named = [override for override in parse_overrides(overrides) if _group(override) in TRAINING_GROUPS]
+    named.sort(key=lambda override: TRAINING_GROUPS.index(_group(override)))
+    return " ".join(str(override.input_line) for override in named) or "defaults"
+
+
+def _group(override: Override) -> str:
+    return str(override.key_or_group).partition(".")[0].partition("/")[0]

@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
@@ -37,6 +36,7 @@ from distill.files import load_tensors, write_text
 from distill.run_folder import RunFolder
 from distill.training.callbacks.prediction_images import predict_columns, unpadded_images
 from distill.training.distiller import Distiller
+from distill.training.wandb_run import WandbRun
 from distill.types import DistillError
 from distill.units import percent
 
@@ -111,8 +111,8 @@ def open_loggers(plan: RunPlan, trainer: L.Trainer) -> Iterator[None]:
             # A logger that did not open cannot close. Only the first failure is reported.
             with suppress(Exception) if failed else nullcontext():
                 logger.finalize("failed" if failed else "success")
-                if isinstance(logger, WandbLogger):
-                    logger.experiment.finish(exit_code=int(failed))
+                if isinstance(logger, WandbRun):
+                    logger.close(failed)
 
 
 def finish_run(
@@ -165,7 +165,7 @@ def finish_run(
         _print_results(summary, plan.folder, plan.config["role"])
         related = find_related_runs(plan, recipe)
         print_comparison(summary, rows, related, baseline_command(plan), plan.config["role"])
-        _log_results(trainer, values)
+        _log_results(trainer, values, plan.folder)
     return summary
 
 
@@ -182,13 +182,12 @@ def _measure_rows(
     return rows
 
 
-def _log_results(trainer: L.Trainer, values: Mapping[str, float]) -> None:
-    """Log the final results to W&B, as its summary and as a table of metrics and splits."""
+def _log_results(trainer: L.Trainer, values: Mapping[str, float], folder: RunFolder) -> None:
+    """Log the results of the best weights, and the student's files where this is wanted, to W&B."""
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(values)
-            rows = [[*name.split("/", 1), value] for name, value in values.items()]
-            logger.log_table("AP", columns=["split", "metric", "value"], data=rows)
+        if isinstance(logger, WandbRun):
+            logger.log_results(values)
+            logger.log_files(folder)
 
 
 def _load_best(trainer: L.Trainer, module: Distiller) -> str | None:

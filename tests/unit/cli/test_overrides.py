@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from distill.cli.overrides import parse_overrides
+from distill.cli.overrides import configuration_name, parse_overrides
 from distill.quoting import quote_value
 from distill.types import DistillError
 
@@ -47,3 +47,17 @@ def test_any_text_can_be_quoted(text: str, mark: str) -> None:
 def test_a_word_that_is_no_override_is_named() -> None:
     with pytest.raises(DistillError, match=r"cannot read the command line at \?\?: "):
         parse_overrides(["seed=1", "??"])
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "defaults"),
+        (["seed=3", "trainer=gpu", "hydra.run.dir=x", "logger=wandb", "paths.outputs=y"], "defaults"),
+        (["distill=defeat", "seed=3", "model=frcnn_r50"], "model=frcnn_r50 distill=defeat"),
+        (["~distill.losses.defeat", "+model.x=1", "data.limit=3"], "data.limit=3 +model.x=1 ~distill.losses.defeat"),
+        (["schedule.epochs=3", "teacher.seed=1"], "teacher.seed=1 schedule.epochs=3"),
+    ],
+)
+def test_a_configuration_is_named_without_its_seed(words: list[str], name: str) -> None:
+    assert configuration_name(words) == name

@@ -1,0 +1,118 @@
+"""Weights & Biases: axes, summaries and files of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import WandbLogger
+
+from distill.run_folder import RunFolder
+
+STEP = "trainer/global_step"
+"""Lightning's name of the horizontal axis: finished optimizer steps."""
+
+
+class WandbRun(WandbLogger):
+    """Lightning's logger with the axes and summaries of a training with distillation.
+
+    Means of an epoch (``epoch/…``) are drawn over epochs, all other values over steps. A run's summary holds the best
+    value of each validation metric, and the lowest value of each loss, until the results of the best weights replace
+    them. The run's id comes from its folder, so a run that resumes continues its W&B run.
+
+    Args:
+        folder: the run's folder. W&B's own files are written there, too.
+        project, entity, name: as of `wandb.init`.
+        group: runs with one group can be averaged on the site. The name of the configuration without its seed.
+        job_type: the methods.
+        tags: words to filter by; null is left out.
+        offline: write files only. `wandb sync` uploads them later.
+        log_model: upload checkpoints, see Lightning's `WandbLogger`.
+        log_student: upload the exported student as an artifact at the end.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        project: str = "distill",
+        entity: str | None = None,
+        name: str | None = None,
+        group: str | None = None,
+        job_type: str | None = None,
+        tags: Sequence[str | None] = (),
+        offline: bool = False,
+        log_model: bool | str = False,
+        log_student: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {
+            "entity": entity,
+            "group": group and shorten(group),
+            "job_type": job_type,
+            "tags": [shorten(tag, TAG_LENGTH) for tag in tags if tag],
+        }
+        super().__init__(
+            name=name,
+            save_dir=str(folder),
+            version=run_id(folder),
+            offline=offline,
+            project=project,
+            log_model=log_model,  # type: ignore[arg-type]
+            **options,
+        )
+        self.log_student = log_student
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run. It is created on first access."""
+        is_new = self._experiment is None
+        run = super().experiment
+        if is_new:
+            run.define_metric("epoch/*", step_metric="epoch")
+            for pattern, best in (("val/*", "max"), ("loss/*", "min"), ("term/*", "min")):
+                run.define_metric(pattern, step_metric=STEP, summary=best)
+        return run
+
+    def log_results(self, values: Mapping[str, float]) -> None:
+        """Write the results of the best weights to the summary, and as a table of metrics and splits.
+
+        Args:
+            values: ``split/metric`` -> value.
+        """
+        self.experiment.summary.update(dict(values))
+        rows = [[*name.split("/", 1), value] for name, value in values.items()]
+        self.log_table("AP", columns=["split", "metric", "value"], data=rows)
+
+    def log_files(self, folder: RunFolder) -> None:
+        """Upload the exported student as an artifact, if the run asks for it."""
+        if self.log_student:
+            import wandb
+
+            artifact = wandb.Artifact(f"student-{self.experiment.id}", type="model")
+            for file in (folder.student, folder.description):
+                artifact.add_file(str(file))
+            self.experiment.log_artifact(artifact)
+
+    def close(self, failed: bool) -> None:
+        """End the W&B run, which records whether the training failed."""
+        self.experiment.finish(exit_code=int(failed))
+
+
+GROUP_LENGTH, TAG_LENGTH = 128, 64
+"""Most characters of a group and of a tag on W&B's site."""
+
+
+def shorten(text: str, length: int = GROUP_LENGTH) -> str:
+    """Cut a text, and end it with a hash of all of it, so that different texts stay different."""
+    if len(text) <= length:
+        return text
+    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{text[: length - len(mark) - 1]}…{mark}"
+
+
+def run_id(folder: str | Path) -> str:
+    """The W&B id of the run in a folder."""
+    return hashlib.sha256(str(Path(folder).absolute()).encode()).hexdigest()[:12]
