@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from distill.cli import compose, override_checks
 from distill.cli.overrides import parse_overrides
+from distill.cli.startup import uncollected_imports
 from distill.cli.tables import print_line, print_table
 from distill.types import DistillError
 
@@ -51,9 +52,10 @@ def main(argv: Sequence[str]) -> int:
         names = [name for name in compose.config_groups()["distill"] if name != "none"]
         configs = {name: compose.compose_config([*kept, f"distill={name}"]) for name in names}
 
-    from distill.cli.bench_measurement import measure_plan
-    from distill.cli.preflight import plan_run
-    from distill.files import write_text
+    with uncollected_imports():
+        from distill.cli.bench_measurement import measure_plan
+        from distill.cli.preflight import plan_run
+        from distill.files import write_text
 
     options = {name: partial(plan_run, config) for name, config in configs.items()}
     report = measure_plan(plan_run(cfg), options, args)

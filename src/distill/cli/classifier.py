@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.cli import instantiate, override_checks, value_checks
+from distill.cli.startup import uncollected_imports
 from distill.types import DistillError
 
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
     cfg = override_checks.compose_without_run(args.overrides)
     value_checks.validate_values(cfg)
 
-    from distill.training.classifier import train_classifier
+    with uncollected_imports():
+        from distill.training.classifier import train_classifier
 
     data, device = instantiate.build_node(cfg.data), instantiate.trainer_device(cfg)
     accuracy = train_classifier(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.cli import override_checks
+from distill.cli.startup import uncollected_imports
 from distill.cli.tables import gib, print_line, print_table
 from distill.units import duration, percent
 
@@ -23,8 +24,9 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
     cfg = override_checks.compose_without_run(args.overrides)
 
-    from distill.cli.doctor_report import examine_run
-    from distill.files import write_text
+    with uncollected_imports():
+        from distill.cli.doctor_report import examine_run
+        from distill.files import write_text
 
     report = examine_run(cfg)
     print_report(report)

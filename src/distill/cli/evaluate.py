@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from distill.cli import compose, override_checks
 from distill.cli.devices import add_device_option, find_device
 from distill.cli.overrides import parse_overrides, read_config, recorded_overrides
+from distill.cli.startup import uncollected_imports
 from distill.labels import unknown_classes
 from distill.run_folder import OVERRIDES, STUDENT, SUMMARY, RunFolder
 from distill.types import DistillError
@@ -51,12 +52,13 @@ def main(argv: Sequence[str]) -> int:
     run = find_run(args.source)
     cfg = recompose(run, [*args.overrides, *trained_size(args.source, args.overrides)])
 
-    from distill.cli.assembly import assemble
-    from distill.cli.preflight import plan_run
-    from distill.cli.tables import print_table
-    from distill.evaluation.evaluate import evaluate
-    from distill.evaluation.metric import SHARED
-    from distill.files import write_text
+    with uncollected_imports():
+        from distill.cli.assembly import assemble
+        from distill.cli.preflight import plan_run
+        from distill.cli.tables import print_table
+        from distill.evaluation.evaluate import evaluate
+        from distill.evaluation.metric import SHARED
+        from distill.files import write_text
 
     plan = plan_run(cfg)
     data = plan.data

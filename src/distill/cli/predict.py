@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.cli.devices import add_device_option, find_device
+from distill.cli.startup import uncollected_imports
 from distill.cli.tables import print_table
 from distill.run_folder import DESCRIPTION, STUDENT
 from distill.types import DistillError
@@ -194,13 +195,14 @@ def predict(
     Raises:
         DistillError: no image can be read.
     """
-    from distill.data import rle
-    from distill.detectors.registry import load_detector
-    from distill.detectors.student_files import read_extra
-    from distill.evaluation.pictures import panel, save_panel
-    from distill.files import write_text
-    from distill.imaging.decoding import read_image
-    from distill.progress import track
+    with uncollected_imports():
+        from distill.data import rle
+        from distill.detectors.registry import load_detector
+        from distill.detectors.student_files import read_extra
+        from distill.evaluation.pictures import panel, save_panel
+        from distill.files import write_text
+        from distill.imaging.decoding import read_image
+        from distill.progress import track
     from distill.types import Detections
 
     detector = load_detector(run).to(device)

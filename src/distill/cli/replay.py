@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.cli.devices import add_device_option, find_device
+from distill.cli.startup import uncollected_imports
 from distill.quoting import quote_value
 
 
@@ -25,12 +26,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="as for train, added to those of the run")
     args = parser.parse_intermixed_args(list(argv))
 
-    from distill.cli.assembly import assemble
-    from distill.cli.evaluate import find_run, recompose
-    from distill.cli.preflight import plan_run
-    from distill.cli.tables import print_line, print_table
-    from distill.diagnostics.replay import read_step, replay
-    from distill.training.nonfinite import bad_gradients
+    with uncollected_imports():
+        from distill.cli.assembly import assemble
+        from distill.cli.evaluate import find_run, recompose
+        from distill.cli.preflight import plan_run
+        from distill.cli.tables import print_line, print_table
+        from distill.diagnostics.replay import read_step, replay
+        from distill.training.nonfinite import bad_gradients
 
     step, run = read_step(args.file), find_run(args.file)
     teacher = [f"teacher.weights={quote_value(str(step['teacher']['source']))}"] if step["teacher"] else []

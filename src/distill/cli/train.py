@@ -19,6 +19,7 @@ from distill.cli import compose, override_checks, resume, sweep
 from distill.cli.hydra_main import answer_flags, parse_words, run_hydra
 from distill.cli.presets import register_presets
 from distill.cli.signals import Terminated
+from distill.cli.startup import uncollected_imports
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def train(cfg: DictConfig) -> float:
 
 
 def _train(cfg: DictConfig, run: Path) -> float:
-    from distill.cli import assembly, preflight, run_report, teacher_notice
+    with uncollected_imports():
+        from distill.cli import assembly, preflight, run_report, teacher_notice
 
     started = time.monotonic()
     silence_known_warnings()
