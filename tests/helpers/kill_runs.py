@@ -1,4 +1,4 @@
-"""Kills runs repeatedly and resumes them: ``python kill_runs.py events|moments FOLDER SEED OVERRIDES...``.
+"""Kills runs repeatedly and resumes them: ``python kill_runs.py events|moments FOLDER SEED KILLS OVERRIDES...``.
 
 Every attempt is a separate process, forked from this process before it has computed anything. SIGKILL ends the attempt:
 at an event that the seed chooses, or at a moment in time, whatever the attempt does then. Prints one line per attempt.
@@ -6,6 +6,7 @@ at an event that the seed chooses, or at a moment in time, whatever the attempt 
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import random
@@ -20,8 +21,8 @@ from typing import Any
 import psutil
 
 # Whatever is imported here need not be imported by each attempt.
+from distill.cli import assembly, override_checks, preflight, teacher_notice, train  # noqa: F401
 from distill.cli import run_report as reports
-from distill.cli import train  # noqa: F401
 from distill.cli.main import main
 from distill.training import checkpoint_io
 from distill.training.distiller import Distiller
@@ -106,7 +107,7 @@ def going_on(run: Path) -> list[str]:
     return [f"hydra.run.dir={run}", *found]
 
 
-def kill_at_events(folder: Path, seed: int, lines: list[str], kills: int = 10) -> None:
+def kill_at_events(folder: Path, seed: int, lines: list[str], kills: int) -> None:
     """The whole run first, then the one that is killed."""
     rng = random.Random(seed)
     assert attempt(None, 0, folder, [*lines, *going_on(folder / "whole")]) == 0
@@ -141,7 +142,7 @@ def kill_after(seconds: float, child: int) -> tuple[int, int]:
     return os.waitstatus_to_exitcode(ended[1]), loaders
 
 
-def kill_at_moments(folder: Path, seed: int, lines: list[str], kills: int = 10) -> None:
+def kill_at_moments(folder: Path, seed: int, lines: list[str], kills: int) -> None:
     """Kill at moments drawn uniformly from the duration of a whole run. If a run ends earlier, the next one starts."""
     rng = random.Random(seed)
     begun = time.monotonic()
@@ -172,4 +173,6 @@ def kill_at_moments(folder: Path, seed: int, lines: list[str], kills: int = 10) 
 
 if __name__ == "__main__":
     kill = {"events": kill_at_events, "moments": kill_at_moments}[sys.argv[1]]
-    kill(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    override_checks.validate_overrides(sys.argv[5:])  # once for all attempts: what Hydra keeps, its parsers
+    gc.freeze()
+    kill(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[5:], int(sys.argv[4]))

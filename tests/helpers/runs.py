@@ -45,6 +45,7 @@ TINY_RUN = [
     "trainer.accelerator=cpu",
     "pictures=1",
     "cost=0",
+    "callbacks.history.curves=false",  # matplotlib takes longer than the rest of the run
 ]
 TINY = [*TINY_DATA, *TINY_MODEL, *TINY_HEADS, *TINY_RUN]
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from distill.cli import run_report, teacher_cache
+from distill.cli.main import main
 from distill.data.datamodule import DetectionData
 from distill.data.images import ImageDataset
 from distill.data.loader import SIGTERM_GRACE
@@ -28,6 +29,7 @@ from helpers.grids import exhaustive, mostly_exhaustive
 from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli, started, wait_until
 
 SMALL = [*TINY_MODEL, *TINY_HEADS, *TINY_DATA, "data.batch_size=2", "trainer.accelerator=cpu", "pictures=0", "cost=0"]
+SMALL += ["callbacks.history.curves=false"]
 RUN = [*SMALL, "distill=none", "schedule.epochs=2", "hydra.run.dir=run"]
 
 
@@ -41,12 +43,12 @@ def assert_same_student(left: Path, right: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def killed(how: str, seed: int, lines: list[str], teacher: Path, folder: Path) -> list[str]:
+def killed(how: str, seed: int, kills: int, lines: list[str], teacher: Path, folder: Path) -> list[str]:
     """Output of kill_runs.py for a run with prototypes, adapters, a ramp and an average, which must all be restored."""
     method = ["distill=global_knowledge", "distill.losses.global_knowledge.prototypes.min_side=6.0"]
     lines = [*SMALL, *method, f"teacher.weights={teacher}", "callbacks=ema", "callbacks.ema.decay=0.8", *lines]
     lines += ["data.photometric=true", "data.eval_batch_size=2", "metric=val/AP50"]
-    command = [sys.executable, str(Path(kill_runs.__file__)), how, str(folder), str(seed), *lines]
+    command = [sys.executable, str(Path(kill_runs.__file__)), how, str(folder), str(seed), str(kills), *lines]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     log = (folder / "log.txt").read_text()[-3000:]
     assert done.returncode == 0, done.stdout + done.stderr + log
@@ -76,34 +78,41 @@ def assert_same_run(whole: Path, killed: Path) -> None:
     assert not list(killed.rglob("*.damaged"))
 
 
-def test_ten_kills_later_the_student_is_the_same_to_the_bit(tiny_teacher: Path, tmp_path: Path) -> None:
-    lines = ["schedule.epochs=14", "trainer.save_every=2 steps", "schedule.warmup_steps=9"]
-    told = killed("events", 7, lines, tiny_teacher, tmp_path)
-    kills = [line for line in told if line.startswith(("in ", "after ", "before ", "between ", "at "))]
-    assert len(kills) == 10
-    assert len(set(kills)) == 8
+@pytest.mark.parametrize(("kills", "epochs"), [(8, 9), exhaustive((10, 14))])
+def test_after_a_kill_at_each_event_the_student_is_the_same_to_the_bit(
+    kills: int, epochs: int, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    lines = [f"schedule.epochs={epochs}", "trainer.save_every=2 steps", "schedule.warmup_steps=9"]
+    told = killed("events", 7, kills, lines, tiny_teacher, tmp_path)
+    events = [line for line in told if line in kill_runs.EVENTS]
+    assert len(events) == kills
+    assert set(events) == set(kill_runs.EVENTS)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_killed_at_ten_moments_whatever_they_do_runs_end_with_the_same_bits(tiny_teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "epochs"), [(5, 4), exhaustive((10, 8))])
+def test_killed_at_any_moments_whatever_they_do_runs_end_with_the_same_bits(
+    kills: int, epochs: int, tiny_teacher: Path, tmp_path: Path
+) -> None:
     """With loaders, which may not outlive their run, and steps of two batches."""
-    lines = ["data.workers=2", "schedule.accumulate=2", "schedule.epochs=8", "schedule.warmup_steps=5"]
-    told = killed("moments", 5, [*lines, "trainer.save_every=1 steps"], tiny_teacher, tmp_path)
-    kills = [line for line in told if line.startswith("killed")]
-    assert len(kills) == 10
-    assert any(", 0 loaders" not in line for line in kills), kills
-    assert any("1 resumed" in line for line in kills), kills
+    lines = ["data.workers=2", "schedule.accumulate=2", f"schedule.epochs={epochs}", "schedule.warmup_steps=5"]
+    told = killed("moments", 5, kills, [*lines, "trainer.save_every=1 steps"], tiny_teacher, tmp_path)
+    moments = [line for line in told if line.startswith("killed")]
+    assert len(moments) == kills
+    assert any(", 0 loaders" not in line for line in moments), moments
+    assert any("1 resumed" in line for line in moments), moments
     runs = sorted(tmp_path.glob("killed*"))
-    assert len(runs) > 1
+    assert len(runs) > 1 or kills < 10
     for run in runs:
         assert_same_run(tmp_path / "whole", run)
 
 
-@pytest.fixture
-def finished(cli: Cli, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that was never stopped."""
-    assert cli(["train", *RUN]) == 0
-    return (tmp_path / "run").rename(tmp_path / "finished")
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["train", *RUN[:-1], f"hydra.run.dir={run}"]) == 0
+    return run
 
 
 def signalled(number: signal.Signals, patch: pytest.MonkeyPatch) -> None:
@@ -359,14 +368,9 @@ def test_a_killed_loader_is_reported_and_not_waited_for(
 
 def test_stopping_the_student_s_run_stops_its_teacher_s(tmp_path: Path) -> None:
     """The teacher is trained in a process of its own, which would go on alone."""
-    lines = [
-        *SMALL,
-        "distill=defeat",
-        "model=frcnn_r10_quarter",
-        "schedule.epochs=500",
-        'teacher.run=["schedule.epochs=500"]',
-    ]
-    with started(lines, tmp_path) as process:
+    small = [f"teacher.{line}" for line in (*TINY_MODEL, *TINY_HEADS)]
+    endless = ["schedule.epochs=500", 'teacher.run=["schedule.epochs=500","trainer.save_every=1 steps"]']
+    with started([*SMALL, *small, *endless, "distill=defeat"], tmp_path) as process:
         wait_until(lambda: list(tmp_path.rglob("teachers/*/checkpoints/last.ckpt")), process)
         process.terminate()
         _, said = process.communicate(timeout=900)

@@ -21,6 +21,7 @@ from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, started, wait_until
 
 TWO = [*TINY_MODEL, *TINY_HEADS, "distill=none", "trainer=ddp_cpu", "schedule.epochs=500", "pictures=0"]
 TWO += ["trainer.save_every=1 steps", "trainer.log_every_n_steps=1", "hydra.run.dir=run"]
+TWO += ["callbacks.history.curves=false"]
 DRAWN = [*TINY_DATA, "data.batch_size=2"]
 PATIENCE = 45.0
 """Seconds that a process waits for another one, with the imports before the first exchange, on a busy machine."""
