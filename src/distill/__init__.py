@@ -32,6 +32,7 @@ _MODULES = {
     "FGFI": "losses.fgfi",
     "FasterRCNN": "detectors.faster_rcnn",
     "GlobalKnowledge": "losses.global_knowledge",
+    "GradientShares": "training.callbacks.gradient_shares",
     "History": "training.callbacks.history",
     "LastCheckpoint": "training.callbacks.checkpoints",
     "MaskRCNN": "detectors.mask_rcnn",

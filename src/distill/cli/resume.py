@@ -41,6 +41,7 @@ OTHER_RUN_PREFIXES = (
     *(f"data.{key}=" for key in LOADING_KEYS),
     "guard",
     "callbacks.terms",
+    "callbacks.gradients",
 )
 """Prefixes of overrides that do not identify a run."""
 MAY_DIFFER = (
@@ -61,7 +62,7 @@ MAY_DIFFER = (
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy*", "benchmark", "profiler")),
     *(f"trainer.{key}" for key in ("log_every_n_steps", "enable_*", "default_root_dir", "save_every", "num_sanity*")),
     *("callbacks.last*", "callbacks.teacher*", "callbacks.rate*", "callbacks.panels*", "callbacks.progress*"),
-    *("callbacks.history*", "callbacks.lines*", "callbacks.schedule*"),
+    *("callbacks.history*", "callbacks.lines*", "callbacks.schedule*", "callbacks.gradients*"),
     "callbacks.best.dirpath",
     *(f"data.{key}" for key in LOADING_KEYS),
     # Compared by the checkpoint itself: images and boxes, the teacher's weights. Start weights no longer matter.

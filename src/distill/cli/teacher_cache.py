@@ -51,7 +51,7 @@ KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")
 IGNORED_DATA = (*LOADING_KEYS, "on_overlap")
 IGNORED_MODEL = ("box_roi_align",)  # changes only the order of additions
 # These check, log and print only.
-IGNORED_CALLBACKS = ("teacher", "schedule", "terms", "rate", "panels", "history", "lines", "progress")
+IGNORED_CALLBACKS = ("teacher", "schedule", "terms", "gradients", "rate", "panels", "history", "lines", "progress")
 # Keys of Lightning's trainer that change the teacher's weights.
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)

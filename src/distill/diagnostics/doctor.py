@@ -5,7 +5,6 @@ All functions return plain containers.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill.data.datamodule import DetectionData
 from distill.data.records import Records
@@ -25,6 +24,7 @@ from distill.imaging.resizing import padded_size, resized_size
 from distill.precision import autocast_context
 from distill.training.callbacks.term_check import largest_gradient
 from distill.training.distiller import Distiller, StepResult
+from distill.training.gradients import neck_gradient_norms, shares
 from distill.training.schedule import Schedule
 from distill.types import Batch, DetectorSpec, Pyramid, View
 
@@ -140,31 +140,22 @@ def adapters(losses: nn.ModuleDict) -> list[dict[str, Any]]:
 def measure_terms(step: StepResult) -> dict[str, dict[str, float | bool]]:
     """Measure each term of a step: value, weight, weighted value, and share of the gradient at the neck.
 
-    The share is the L2 norm of the weighted term's gradient on all maps of the neck, divided by the sum of these norms
-    over all terms. ``reaches`` says whether the term has a gradient on any map of the student's neck or body.
+    The share is that of `training.gradients`. ``reaches`` says whether the term has a gradient on any map of the
+    student's neck or body.
     """
     student, weights = step.student, step.weights
-    neck = [x for x in student.neck.values() if x.requires_grad]
     maps = [x for x in (*student.body.values(), *student.neck.values()) if x.requires_grad]
-    norms = {name: weights[name] * _norm(value, neck) for name, value in step.terms.items()}
-    total = sum(norms.values()) or 1.0
+    parts = shares(neck_gradient_norms(student, step.terms, weights))
     return {
         name: {
             "value": value.item(),
             "weight": weights[name],
             "loss": weights[name] * value.item(),
-            "share": norms[name] / total,
+            "share": parts[name].item(),
             "reaches": bool(largest_gradient(value, maps)),
         }
         for name, value in step.terms.items()
     }
-
-
-def _norm(term: Tensor, maps: Sequence[Tensor]) -> float:
-    if not term.requires_grad or not maps:
-        return 0.0
-    gradients = torch.autograd.grad(term, list(maps), retain_graph=True, allow_unused=True)
-    return math.sqrt(sum(x.double().square().sum().item() for x in gradients if x is not None))
 
 
 # -- pace

@@ -126,6 +126,8 @@ class Distiller(L.LightningModule):
         self.guard = guard or NonFiniteGuard()
         self.observers: list[Callable[[View, dict[str, Tensor], dict[str, float]], None]] = []
         """Functions that every step calls with the student's View, the terms with their graph, and their weights."""
+        self.step_measurements: dict[str, Tensor] = {}
+        """Scalars on this process that an observer adds to the values of the current optimizer step."""
         needy = [name for name, loss in self.losses.items() if loss.needs_teacher]
         if needy and teacher is None:
             raise DistillError(f"losses {needy} need a teacher, but none was given; use distill=none")
@@ -191,8 +193,10 @@ class Distiller(L.LightningModule):
         """Log the terms of an optimizer step every `log_every_n_steps` steps, and at the end of the run."""
         if self.logs_this_step:
             self.log_dict(self.step_values(), batch_size=1)
-        if step_completed(self.trainer) and self._is_last_step:
-            self._reset_stop = end_after_this_step(self.trainer)
+        if step_completed(self.trainer):
+            self.step_measurements = {}
+            if self._is_last_step:
+                self._reset_stop = end_after_this_step(self.trainer)
 
     @property
     def logs_this_step(self) -> bool:
@@ -258,20 +262,24 @@ class Distiller(L.LightningModule):
         return min(1.0, self.global_step / max(1, int(self.trainer.estimated_stepping_batches)))
 
     def step_values(self) -> dict[str, Tensor]:
-        """``term/...``, ``loss/...`` and ``loss/total`` of the last batch, averaged over the processes.
+        """``term/...``, ``loss/...`` and ``loss/total`` of the last batch, and the measurements of the step.
+
+        They are averaged over the processes.
 
         Every process must call this method. The values are computed once per batch.
         """
         if self._step_values is None:
             batch = self.last_batch
             # One all-reduce for all terms; Lightning's sync_dist would need one per term.
-            own = torch.stack([value.float() for value in (*batch.terms.values(), batch.total)])
-            summed, processes = distributed.sum_over_ranks(own)
-            *means, mean_total = (summed / processes).unbind()
-            terms = dict(zip(batch.terms, means, strict=True))
+            measured = self.step_measurements
+            values = (*batch.terms.values(), batch.total, *measured.values())
+            summed, processes = distributed.sum_over_ranks(torch.stack([value.float() for value in values]))
+            means = (summed / processes).unbind()
+            terms = dict(zip(batch.terms, means, strict=False))
+            loss, *measurements = means[len(terms) :]
             losses = {f"loss/{name}": batch.weights[name] * mean for name, mean in terms.items()}
             self._step_values = {f"term/{name}": mean for name, mean in terms.items()} | losses
-            self._step_values["loss/total"] = mean_total
+            self._step_values |= {"loss/total": loss, **dict(zip(measured, measurements, strict=True))}
         return self._step_values
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
