@@ -25,7 +25,7 @@ LONGEST_NAME = 180
 
 
 def main(argv: Sequence[str]) -> int:
-    """``distill predict RUN IMAGES… [--out DIR] [--score 0.5] [--annotations FILE] [--device cuda:1]``."""
+    """``distill predict RUN IMAGES… [--out DIR] [--score 0.5] [--annotations FILE] [--device cuda:1] [trust=[…]]``."""
     parser = argparse.ArgumentParser(prog="distill predict", description=__doc__)
     parser.add_argument("run", type=Path, help=f"a run folder, or its {STUDENT}")
     parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
@@ -41,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
         "scored against this file",
     )
     add_device_option(parser)
-    args = parser.parse_args(list(argv))
+    own = ("trust=", "config_dirs=")  # read already, for all verbs
+    args = parser.parse_args([word for word in argv if not word.lstrip("+").startswith(own)])
     if not 0 <= args.score <= 1:
         raise DistillError(f"--score {args.score:g}: expected a score from 0 to 1")
     device = find_device(args.device)

@@ -2,7 +2,8 @@
 
 Configuration files are shared and copied, so a file must not be able to run code of its author's choice. Three rules:
 
-- A ``_target_`` is a class that one of the `ALLOWED` packages defines, or a name that ``trust=[package]`` allows.
+- A ``_target_`` is a class that one of the `ALLOWED` packages defines, or that a trusted package defines: an installed
+  plugin (see `distill.plugins`), or a name that ``trust=[package]`` allows.
 - ``trust`` counts on the command line only. A file that sets it is refused.
 - Hydra acts on its own node (callbacks, launcher, logging, environment) before a run begins. Files may set only the
   `FILE_KEYS` of that node, and the keys of a sweep.
@@ -21,6 +22,7 @@ from typing import Any
 
 from hydra.utils import get_object
 
+from distill import plugins
 from distill.types import DistillError
 
 ALLOWED = (
@@ -47,7 +49,8 @@ FILE_KEYS = ("run", "sweep", "mode", "verbose")
 TRUST = re.compile(r"\[\s*(NAME(\s*,\s*NAME)*)?\s*\]|NAME".replace("NAME", r"[^\W\d]\w*(\.\w+)*"))
 """Value of ``trust``: ``[NAME, …]`` or ``NAME``."""
 
-_trusted: tuple[str, ...] = ()
+COMMAND_LINE_KEYS = ("hydra", "trust", "config_dirs")
+"""Prefixes of keys that count on the command line only."""
 
 
 def set_trusted(command_line: Sequence[str]) -> None:
@@ -56,14 +59,14 @@ def set_trusted(command_line: Sequence[str]) -> None:
     Raises:
         DistillError: a value is not the name of a package, a module or a constructor.
     """
-    global _trusted
-    _trusted = ()
+    names: list[str] = []
     for word in command_line:
         key, _, value = word.lstrip("+").partition("=")
         if key == "trust":
             if not TRUST.fullmatch(value):
                 raise DistillError(f"'{word}': expected names of packages or constructors, as in trust=[my_package]")
-            _trusted += tuple(re.findall(r"[\w.]+", value))
+            names += re.findall(r"[\w.]+", value)
+    plugins.set_trusted(names)
 
 
 def validate_config(config: dict[str, Any], overrides: Sequence[str], default_hydra: Mapping[str, Any]) -> None:
@@ -78,12 +81,14 @@ def validate_config(config: dict[str, Any], overrides: Sequence[str], default_hy
         DistillError: names the key, and the override that allows the setting on the command line.
     """
     tasks = {key: node for key, node in config.items() if key != "hydra"}
-    trust = tasks.get("trust")
-    if foreign := [name for name in (trust if isinstance(trust, list) else [trust]) if name not in (None, *_trusted)]:
+    trust, known = tasks.get("trust"), (None, *plugins.trusted_by_command_line())
+    if foreign := [name for name in (trust if isinstance(trust, list) else [trust]) if name not in known]:
         raise DistillError(
             f"a configuration file sets trust={foreign}: trust counts on the command line only. If you know this code "
             f"and want it to run, add trust=[{','.join(map(str, foreign))}] to the command line"
         )
+    if tasks.get("config_dirs") and not any(word.startswith("config_dirs=") for word in overrides):
+        raise DistillError("a configuration file sets config_dirs: only the command line may name folders of options")
     for where, name in _target_names(tasks):
         _validate_name(name, where)
     hydra, sweeper = config["hydra"], config["hydra"]["sweeper"]
@@ -101,7 +106,7 @@ def validate_config(config: dict[str, Any], overrides: Sequence[str], default_hy
         )
     if sweep_keys != default_hydra["sweeper"].get("params"):
         for where, key, value in walk({"params": sweep_keys}, "hydra.sweeper"):  # they become overrides of the jobs
-            if str(key).lstrip("+~").startswith(("hydra", "trust")) or "${" in str(value):
+            if str(key).lstrip("+~").startswith(COMMAND_LINE_KEYS) or "${" in str(value):
                 raise DistillError(f"a configuration file sets {where}; only the command line may sweep over this key")
     for where, name in _target_names(hydra, "hydra"):
         if name not in HYDRA_DEFAULTS:
@@ -154,13 +159,13 @@ def load_class(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> Any:
     """
     _validate_name(name, where, allowed)
     try:
-        target = get_object(name)
+        target = plugins.import_trusted(name) if plugins.is_trusted(name) else get_object(name)
     except Exception as error:  # the import of a user's module may raise anything
         raise DistillError(f"{where}: {name} cannot be imported: {error}") from error
     origin = f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', None)}"
-    if callable(target) and (name in _trusted or _is_within(origin, _trusted)):
+    if callable(target) and (name in plugins.trusted_by_command_line() or plugins.is_trusted(origin)):
         return target
-    if origin in allowed or (inspect.isclass(target) and _is_within(origin, allowed)):
+    if origin in allowed or (inspect.isclass(target) and plugins.is_within(origin, allowed)):
         return target
     raise _refusal(name, where, f"this is {origin if callable(target) else type(target).__name__}")
 
@@ -169,16 +174,12 @@ def _validate_name(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> N
     """Check the spelling, so that no module outside of the allowed packages is imported for the look-up of a name."""
     if not isinstance(name, str):
         raise DistillError(f"{where}: expected the dotted name of a class, got {name!r}")
-    if _is_within(name, _trusted):
+    if plugins.is_trusted(name):
         return
     first, *parts = name.split(".")
     public = all(part.isidentifier() and not part.startswith("_") for part in parts)
     if not public or first not in {package.split(".")[0] for package in allowed}:
         raise _refusal(name, where, "a configuration may not name this")
-
-
-def _is_within(name: str, packages: Sequence[str]) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def _refusal(name: str, where: str, why: str) -> DistillError:

@@ -110,9 +110,14 @@ class Detector(nn.Module):
             self.train(training)
 
     def describe(self) -> dict[str, Any]:
-        """Return what a state dict does not hold, in plain containers: the family and the constructor's arguments."""
+        """Return what a state dict does not hold, in plain containers: the family and the constructor's arguments.
+
+        A family that is not part of distill is named by the path of its class.
+        """
         backbone = {**self.options["backbone"], "weights": None}
-        return {"family": self.family, **self.options, "backbone": backbone, "weights": None, "head": "keep"}
+        is_own = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]
+        family = self.family if is_own else import_path(type(self))
+        return {"family": family, **self.options, "backbone": backbone, "weights": None, "head": "keep"}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -147,6 +152,11 @@ class Detector(nn.Module):
             )
             self._pixels[device] = mean, std
         return self._pixels[device]
+
+
+def import_path(kind: type) -> str:
+    """The path by which a class is imported: module and name."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.detectors.base import Detector
+from distill import plugins
+from distill.detectors.base import Detector, import_path
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
@@ -20,7 +22,7 @@ from distill.type_checks import type_errors
 from distill.types import DistillError
 
 FAMILIES: dict[str, type[Detector]] = {family.family: family for family in (FasterRCNN, MaskRCNN, RetinaNet, FCOS)}
-"""Family name -> class. A new family adds one entry."""
+"""Family name -> class. A new family of distill adds one entry; other families are named by the path of their class."""
 
 
 def load_detector(path: str | Path) -> Detector:
@@ -65,19 +67,54 @@ def detector_from_description(model: Any, where: str) -> Detector:
     Raises:
         DistillError: the description is invalid. The message names the file `where`.
     """
-    if not isinstance(model, dict) or not isinstance(model.get("family"), str) or model["family"] not in FAMILIES:
-        raise DistillError(
-            f"{where}: expected {DESCRIPTION} beside it, naming one of {', '.join(FAMILIES)} as its model; for bare"
-            " weights build the detector and give it weights=FILE"
-        )
+    family = _family(model.get("family") if isinstance(model, dict) else None, where)
     options = {name: value for name, value in model.items() if name != "family"}
-    if wrong := type_errors(FAMILIES[model["family"]], options):
+    if wrong := type_errors(family, options):
         raise DistillError(f"{DESCRIPTION} of {where}: {'; '.join(wrong)}")
     try:
         with torch.random.fork_rng(devices=[]):  # the random weights are not kept: restore the random state
-            detector: Detector = FAMILIES[model["family"]](**options)
+            detector: Detector = family(**options)
     except DistillError:
         raise
     except Exception as error:  # the file is untrusted: its options may fail anywhere in a constructor
         raise DistillError(f"{DESCRIPTION} of {where}: not written by this version of distill: {error}") from error
     return detector
+
+
+def _family(name: Any, where: str) -> type[Detector]:
+    """The class of a family's name, or of the path of a class outside of distill.
+
+    A file of unknown origin names the class. So it is imported only from a plugin or a trusted package. A class that
+    the program itself has imported is known already.
+
+    Raises:
+        DistillError: there is no such family, or its class may not be imported.
+    """
+    if not isinstance(name, str) or ("." not in name and name not in FAMILIES):
+        raise DistillError(
+            f"{where}: expected {DESCRIPTION} beside it, naming one of {', '.join(FAMILIES)} as its model; for bare"
+            " weights build the detector and give it weights=FILE"
+        )
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if imported := next((kind for kind in _subclasses(Detector) if import_path(kind) == name), None):
+        return imported
+    if not plugins.is_trusted(name):
+        raise DistillError(
+            f"{where}: the detector is a {name}, which is not part of distill. If you know this class and want it to "
+            f"run, add trust=[{name.partition('.')[0]}] to the command line, import the class first in Python, or "
+            f"install its package with an entry point in the group {plugins.GROUP}"
+        )
+    try:
+        kind = plugins.import_trusted(name)
+    except Exception as error:  # the import of a user's module may raise anything
+        raise DistillError(f"{where}: the detector is a {name}, which cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Detector)):
+        raise DistillError(f"{where}: {name} is not a subclass of distill.Detector")
+    return kind
+
+
+def _subclasses(kind: type[Detector]) -> Iterator[type[Detector]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _subclasses(below)
