@@ -1,6 +1,11 @@
 """``python -m distill <verb> [overrides]``; ``train.py`` is the verb train."""
 
+import os
 import sys
+
+# ``python -m`` puts the current folder first on the Python path, so that a downloaded folder could replace any library.
+if sys.path and sys.path[0] in ("", os.getcwd()) and not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]
 
 
 def main() -> int:
