@@ -24,6 +24,8 @@ class RunFolder:
         """The resolved configuration."""
         self.overrides = self.path / OVERRIDES
         """The overrides from which the configuration can be composed again."""
+        self.options = self.path / "conf"
+        """Copies of the options that are not distill's own, with the layout of a folder of options."""
         self.summary = self.path / SUMMARY
         """Results, versions and the teacher's identity; written at the end of the run."""
         self.student = self.path / STUDENT

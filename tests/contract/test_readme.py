@@ -8,7 +8,6 @@ import importlib
 import json
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import distill
-from distill.cli import compose, override_checks, renamed_keys
+from distill import plugins
+from distill.cli import compose, config_folders, override_checks, renamed_keys, target_policy
 from distill.cli.main import main
 from distill.cli.teacher_words import expand_teacher_words
 from distill.detectors import description
@@ -49,9 +49,11 @@ def commands(program: str) -> list[str]:
     return sorted({PLACEHOLDERS.sub("", line).strip() for line in lines})
 
 
-COMMAND = "distill=neck_mse trust=[neck_mse]"
+COMMAND = "--config-dir my_conf distill=neck_mse trust=[neck_mse]"
 """Of the example method, which has a test of its own."""
 TRAIN = [words for words in commands(r"python train\.py") if words != COMMAND]
+READERS_OPTIONS = ("neck_mse", "mine", "my_loss", "my_fcos")
+"""Options in examples, which the reader writes."""
 VERBS = sorted({*commands("python -m distill"), *commands("distill")})
 
 
@@ -70,14 +72,16 @@ def test_train_commands_compose(words: str) -> None:
 
 @pytest.mark.parametrize("words", VERBS)
 def test_commands_of_other_verbs_are_accepted(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    verb, *rest = shlex.split(words)
+    verb, *rest = shlex.split(words.replace("--config-dir my_conf ", ""))  # a folder of the reader
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     usage = capsys.readouterr().out
     for word in rest:
         if word.startswith("--"):
             assert word in usage
-    override_checks.validate_overrides([word.replace("data=DIR", "data=coco") for word in rest if "=" in word])
+    settings = [word for word in rest if "=" in word and word.partition("=")[2] not in READERS_OPTIONS]
+    known = [word.replace("data=DIR", "data=coco") for word in settings if not word.startswith("trust=")]
+    override_checks.validate_overrides(known)
 
 
 # -- keys and options
@@ -135,9 +139,7 @@ def test_keys_and_options_exist(page: str) -> None:
                     wrong.append(word)
             elif key in groups and value:
                 options = [option for option in value.strip("'[]").split(",") if option.islower()]
-                wrong += [
-                    word for option in options if option not in (*groups[key], "none", "null", "neck_mse", "mine")
-                ]
+                wrong += [word for option in options if option not in (*groups[key], "none", "null", *READERS_OPTIONS)]
     assert not wrong
 
 
@@ -334,23 +336,27 @@ def block(language: str, word: str) -> str:
 
 @pytest.fixture
 def method_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The README's module on the Python path, and its option in a copy of the configuration."""
+    """The README's module in the current folder, and its option in a folder beside it."""
     (tmp_path / "neck_mse.py").write_text(block("python", "class NeckMSE"), encoding="utf-8")
-    home = tmp_path / "conf"
-    shutil.copytree(compose.config_folder(), home)
-    (home / "distill" / "neck_mse.yaml").write_text(block("yaml", "NeckMSE"), encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(compose, "config_folder", lambda: home)
+    home = tmp_path / "my_conf" / "distill"
+    home.mkdir(parents=True)
+    (home / "neck_mse.yaml").write_text(block("yaml", "NeckMSE"), encoding="utf-8")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
     yield
+    config_folders.set_config_dirs([])
+    target_policy.set_trusted([])
     sys.modules.pop("neck_mse", None)
 
 
-def test_the_method_of_the_readme_runs(
-    method_of_the_readme: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def own_class() -> Any:
+    target_policy.set_trusted([COMMAND.split()[-1]])
+    return plugins.import_trusted("neck_mse.NeckMSE")
+
+
+def test_the_method_of_the_readme_runs(method_of_the_readme: None, tmp_path: Path) -> None:
     """Through the command line: composed, trusted, built and computed on a batch, with a gradient at the student."""
     report, small = tmp_path / "report.json", ["data.source.train=8", "data.source.val=4", "data.source.test=0"]
-    monkeypatch.chdir(tmp_path)
     assert f"    python train.py {COMMAND}\n" in README
     arguments = [*shlex.split(COMMAND), "trainer=cpu", *small, "--json", str(report)]
     assert main(["doctor", *arguments]) == 0
@@ -359,18 +365,15 @@ def test_the_method_of_the_readme_runs(
     assert term["reaches"]
 
 
-def test_the_method_of_the_readme_needs_trust(
-    method_of_the_readme: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["doctor", "distill=neck_mse", "trainer=cpu"]) == 1
+def test_the_method_of_the_readme_needs_trust(method_of_the_readme: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *shlex.split(COMMAND)[:-1], "trainer=cpu"]) == 1
     assert "trust=[neck_mse" in capsys.readouterr().err
     assert "neck_mse" not in sys.modules
 
 
 def test_the_method_of_the_readme_is_its_equation(method_of_the_readme: None) -> None:
     """The mean over levels of the mean of (A(S) - T)^2 over all that the batch holds."""
-    kind = importlib.import_module("neck_mse").NeckMSE
+    kind = own_class()
     torch.manual_seed(0)
     student, teacher = ({8: torch.randn(2, channels, 8, 8), 16: torch.randn(2, channels, 4, 4)} for channels in (3, 5))
     specs = [SimpleNamespace(neck={stride: x.shape[1] for stride, x in maps.items()}) for maps in (student, teacher)]
@@ -387,7 +390,7 @@ def test_the_method_of_the_readme_is_its_equation(method_of_the_readme: None) ->
 
 
 def test_the_method_of_the_readme_stays_finite_in_half_precision(method_of_the_readme: None) -> None:
-    kind = importlib.import_module("neck_mse").NeckMSE
+    kind = own_class()
     maps = [{8: 1000 * torch.randn(2, 3, 8, 8)} for _ in range(2)]
     spec = SimpleNamespace(neck={8: 3})
     views = [SimpleNamespace(neck={stride: x.half() for stride, x in each.items()}) for each in maps]
@@ -396,6 +399,6 @@ def test_the_method_of_the_readme_stays_finite_in_half_precision(method_of_the_r
 
 
 def test_an_unfit_pair_is_refused_by_the_method_of_the_readme(method_of_the_readme: None) -> None:
-    kind = importlib.import_module("neck_mse").NeckMSE
+    kind = own_class()
     with pytest.raises(DistillError, match=r"neck\.levels"):
         kind(SimpleNamespace(neck={8: 3}), SimpleNamespace(neck={16: 3}))

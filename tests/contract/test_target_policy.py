@@ -277,7 +277,7 @@ def test_trust_names_packages(word: str, cli: Cli, capsys: pytest.CaptureFixture
     assert "trust=" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--config-dir", "--config-path", "-cn", "-cp", "--experimental-rerun"])
+@pytest.mark.parametrize("flag", ["--config-path", "-cn", "-cp", "--experimental-rerun"])
 def test_hydras_flags_for_another_configuration_are_refused(
     flag: str, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from unittest.mock import patch
 
-from distill.cli import compose
+from distill.cli import compose, config_folders
 from distill.cli.hydra_main import answer_flags
-from distill.cli.presets import register_presets
+from distill.types import DistillError
 
 PATH_FIRST = ("evaluate", "resume", "classifier", "replay")
 """Verbs whose first argument is a path, which the shell itself completes; overrides follow."""
@@ -26,9 +27,10 @@ def main(argv: Sequence[str], verbs: Iterable[str]) -> int:
         argv: words after the verb; they include one of `FLAGS`.
         verbs: names of the verbs.
     """
-    compose.register_resolvers()
-    register_presets(compose.config_folder())
     line = os.environ.get("COMP_LINE", "")
+    with suppress(DistillError):  # a word that is not typed to its end
+        config_folders.set_config_dirs(config_folders.expand_config_dirs(line.split()))
+    compose.register_options()
     if not any(word.startswith("query=") for word in argv):
         # ``python -m distill`` installs the completion of the command ``distill``.
         name = sys.argv[0] if sys.argv[0].endswith("train.py") else "distill"

@@ -12,9 +12,10 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distill.cli import target_policy
+from distill.cli import config_folders, target_policy
 from distill.cli.overrides import configuration_name, parse_overrides
 from distill.cli.presets import preset_options, register_presets
 from distill.types import DistillError
@@ -36,6 +37,45 @@ def config_folder() -> Path:
     raise DistillError(f"no conf/{CONFIG_NAME}.yaml beside {package}: reinstall distill")
 
 
+def all_folders() -> list[Path]:
+    """The ``conf`` folder, and the user's and the plugins' folders of options."""
+    return [config_folder(), *config_folders.own_folders()]
+
+
+def refuse_hidden_options() -> None:
+    """Refuse an option in a folder of the command line if distill has an option of this name, which is read instead.
+
+    Raises:
+        DistillError: names the file.
+    """
+    conf = config_folder()
+    for folder in config_folders.given_folders():
+        for file in sorted(folder.rglob("*.yaml")):
+            if (conf / file.relative_to(folder)).is_file():
+                raise DistillError(f"{file}: distill has an option of this name, and reads its own. Rename the file")
+
+
+def own_files(overrides: Sequence[str]) -> dict[str, Path]:
+    """The files of the composed configuration that are not distill's own, by their path inside a folder of options."""
+    with initialized_hydra():
+        loader = GlobalHydra.instance().config_loader()
+        options = loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN).defaults
+    names = [f"{option.config_path}.yaml" for option in options]
+    found: dict[str, Path] = {}
+    for name in names:
+        places = [folder / name for folder in all_folders() if (folder / name).is_file()]
+        if places and places[0] != config_folder() / name and ".." not in Path(name).parts:
+            found[name] = places[0]
+    return found
+
+
+def register_options() -> None:
+    """Make distill's resolvers, and the options that are not files of ``conf``, known to Hydra."""
+    register_resolvers()
+    register_presets(all_folders())
+    config_folders.register()
+
+
 def register_resolvers() -> None:
     """Register distill's own resolvers for configurations.
 
@@ -54,10 +94,10 @@ def register_resolvers() -> None:
 
 def config_groups() -> dict[str, list[str]]:
     """Config groups and their options."""
-    conf = config_folder()
-    files = [file.relative_to(conf).with_suffix("").as_posix() for file in conf.rglob("*.yaml")]
+    folders = all_folders()
+    files = [file.relative_to(conf).with_suffix("").as_posix() for conf in folders for file in conf.rglob("*.yaml")]
     options: dict[str, list[str]] = {}
-    for option in sorted({*files, *preset_options(conf)}):
+    for option in sorted({*files, *preset_options(folders)}):
         group, _, name = option.partition("/")
         if name:
             options.setdefault(group, []).append(name)
@@ -74,8 +114,7 @@ def root_keys() -> list[str]:
 @contextmanager
 def initialized_hydra() -> Iterator[None]:
     """Hydra, initialized with our configuration, unless a running job has initialized it."""
-    register_resolvers()
-    register_presets(config_folder())
+    register_options()
     if GlobalHydra.instance().is_initialized():
         yield
     else:

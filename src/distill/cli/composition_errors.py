@@ -78,7 +78,8 @@ def unknown_key(word: str, keys: Sequence[str] | None = None) -> str:
 def _families_with(path: str) -> list[str]:
     """The detector families that define the loss ``supervised.NAME``; none for any other key."""
     group, _, name = path.partition(".")
-    files = sorted((compose.config_folder() / group).glob("*.yaml")) if group == "supervised" else []
+    folders = compose.all_folders() if group == "supervised" else []
+    files = [file for folder in folders for file in sorted((folder / group).glob("*.yaml"))]
     return [file.stem for file in files if name in OmegaConf.load(file)]
 
 

@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig
 
 from distill.cli import compose, override_checks
+from distill.cli.config_folders import with_copy_of_run
 from distill.cli.devices import add_device_option, find_device
 from distill.cli.overrides import parse_overrides, read_config, recorded_overrides
 from distill.cli.startup import uncollected_imports
@@ -147,7 +148,7 @@ def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
     ]
     from distill.cli import auto_values
 
-    words = [*recorded, *overrides]
+    words = with_copy_of_run([*recorded, *overrides], run)
     cfg = override_checks.compose_without_run(words)
     if auto_values.auto_keys(cfg) and run.config.is_file():
         cfg = auto_values.resolve_as_recorded(cfg, read_config(run), words)

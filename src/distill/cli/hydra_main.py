@@ -28,7 +28,6 @@ from distill.types import DistillError
 CONFIGURATION_FLAGS = (
     ("--config-path", "-cp"),
     ("--config-name", "-cn"),
-    ("--config-dir", "-cd"),
     ("--experimental-rerun",),
 )
 """Flags of Hydra that would replace distill's configuration."""
@@ -56,8 +55,8 @@ def parse_words(words: Sequence[str]) -> tuple[Namespace, list[str]]:
     for name in (flag[0] for flag in CONFIGURATION_FLAGS):
         if getattr(flags, name[2:].replace("-", "_")) is not None:
             raise DistillError(
-                f"{name}: the configuration is {compose.config_folder()}; put a file of yours there, "
-                "experiment/mine.yaml say, and choose it by experiment=mine"
+                f"{name}: the configuration is {compose.config_folder()}; --config-dir DIR adds a folder of yours: "
+                "experiment=mine then chooses DIR/experiment/mine.yaml"
             )
     if flags.cfg and flags.multirun:
         raise DistillError("--cfg shows the configuration of one run: leave out -m, and give each key one value")

@@ -21,6 +21,7 @@ USAGE = """usage: distill <verb> [options]
   doctor [overrides of train]           check data, teacher and loss terms before a run, and estimate its time
   replay FILE                           repeat the step that stopped a run
 
+Options and code of your own, for every verb: --config-dir DIR, and trust=[PACKAGE].
 distill <verb> --help shows the options of a verb. distill --version shows the versions of distill and its libraries.
 eval "$(distill -sc install=bash)" completes verbs, groups and keys in this shell; also for zsh and fish."""
 
@@ -75,10 +76,13 @@ def _run(verb: str, words: Sequence[str]) -> int:
 
         print(f"distill: there is no verb '{verb}'{nearest(verb, verbs)}\n\n{USAGE}", file=sys.stderr)
         return 2
-    from distill.cli import target_policy
+    from distill.cli import compose, config_folders, target_policy
     from distill.cli.data_paths import expand_data_paths
     from distill.cli.teacher_words import expand_teacher_words
 
+    words = config_folders.expand_config_dirs(words)
+    config_folders.set_config_dirs(words)
+    compose.refuse_hidden_options()
     target_policy.set_trusted(words)
     return verbs[verb](expand_teacher_words(expand_data_paths(words)))
 

@@ -89,7 +89,9 @@ def _read_yaml(file: Path) -> Any:
 
 
 def recorded_overrides(run: Path) -> list[Override]:
-    """The overrides that a run recorded, without those that only the command line may set: ``hydra.*`` and ``trust``.
+    """The overrides that a run recorded, without those that only the command line may set.
+
+    These are ``hydra.*``, ``trust`` and ``config_dirs``.
 
     Raises:
         DistillError: ``overrides.yaml`` is not a list of overrides.
@@ -97,7 +99,7 @@ def recorded_overrides(run: Path) -> list[Override]:
     return [
         override
         for override in parse_overrides(read_overrides(run))
-        if not override.is_hydra_override() and override.key_or_group != "trust"
+        if not override.is_hydra_override() and override.key_or_group not in ("trust", "config_dirs")
     ]
 
 

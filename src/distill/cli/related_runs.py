@@ -21,7 +21,7 @@ from distill.types import DistillError
 
 START_KEYS = ("model.weights", "model.backbone.weights")
 """Keys that may differ when a run resumes, but decide the result of a run that starts."""
-UNRELATED = (*(key for key in MAY_DIFFER if key not in START_KEYS), "distill.*", "teacher.*", "trust*")
+UNRELATED = (*(key for key in MAY_DIFFER if key not in START_KEYS), "distill.*", "teacher.*")
 """Keys that may differ between a run and its baseline."""
 LEFT_OUT = ("hydra", "distill", "teacher", "init", "ckpt_path", "resume", "name", "role", "sweep")
 """Keys of a distillation's overrides that do not belong to its baseline."""

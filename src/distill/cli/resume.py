@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from distill import plugins
 from distill.cli import compose, instantiate
 from distill.cli.overrides import parse_overrides, read_overrides
 from distill.cli.signals import RESTART_ADVICE
@@ -42,6 +43,8 @@ OTHER_RUN_PREFIXES = (
     "guard",
     "callbacks.terms",
     "callbacks.gradients",
+    "trust",
+    "config_dirs",
 )
 """Prefixes of overrides that do not identify a run."""
 MAY_DIFFER = (
@@ -57,6 +60,8 @@ MAY_DIFFER = (
         "logger.*",
         "guard.*",
         "callbacks.terms*",
+        "trust*",
+        "config_dirs*",
     ),
     # The machine, saving and the terminal.
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy*", "benchmark", "profiler")),
@@ -142,7 +147,9 @@ def resume_advice(run: Path) -> str:
     """Text that says how to resume a stopped run."""
     if not RunFolder(run).resumable:
         return RESTART_ADVICE
-    return f"python -m distill resume {shlex.quote(str(run))} continues from the last checkpoint"
+    trusted = plugins.trusted_by_command_line()
+    words = ["resume", str(run), *([f"trust=[{','.join(trusted)}]"] if trusted else [])]
+    return f"{shlex.join(['python', '-m', 'distill', *words])} continues from the last checkpoint"
 
 
 def _saved_at(run: Path) -> float:

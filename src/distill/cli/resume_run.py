@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.cli import train
+from distill.cli.config_folders import with_copy_of_run
 from distill.cli.overrides import parse_overrides, recorded_overrides
 from distill.quoting import quote_value
 from distill.run_folder import OVERRIDES, RunFolder
@@ -25,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
         "overrides", nargs="*", help="changes, for example data.workers=0, or trust=[…] as in the run's own command"
     )
     args = parser.parse_intermixed_args(list(argv))
-    return train.main(resume_words(args.run, args.overrides))
+    words = resume_words(args.run, args.overrides)
+    return train.main(with_copy_of_run(words, _run_of(args.run)))
 
 
 def resume_words(source: Path, overrides: Sequence[str]) -> list[str]:

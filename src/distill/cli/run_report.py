@@ -18,11 +18,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
+from distill.cli.compose import own_files
+from distill.cli.config_folders import own_folders
 from distill.cli.preflight import RunPlan
 from distill.cli.related_runs import RelatedRun, baseline_command, find_related_runs, fingerprint_recipe
 from distill.cli.resume import write_slurm_job
 from distill.cli.tables import print_line, print_table
-from distill.cli.teacher_cache import measured_by
+from distill.cli.teacher_cache import measured_by, teacher_overrides
 from distill.data.advice import training_advice
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
@@ -46,10 +48,21 @@ COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP", "mask_AP")
 
 @rank_zero_only
 def write_config(plan: RunPlan) -> None:
-    """Write the resolved configuration, and the overrides from which it can be composed again."""
+    """Write the resolved configuration, and the overrides and options from which it can be composed again."""
     write_text(plan.folder.config, OmegaConf.to_yaml(plan.config))
     write_text(plan.folder.overrides, OmegaConf.to_yaml(list(plan.overrides)))
+    if own_folders():
+        _copy_options(plan)
     write_slurm_job(plan.folder.path)
+
+
+def _copy_options(plan: RunPlan) -> None:
+    """Copy the options of the user and of plugins that compose this run, and the run that trains its teacher."""
+    files = own_files(plan.overrides)
+    if plan.needs_teacher and plan.teacher is not None and plan.teacher.weights is None:
+        files |= own_files(teacher_overrides(plan.teacher))
+    for name, file in files.items():
+        write_text(plan.folder.options / name, file.read_text(encoding="utf-8"))
 
 
 @rank_zero_only

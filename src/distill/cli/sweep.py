@@ -33,7 +33,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import compose, override_checks, resume, target_policy
+from distill.cli import compose, config_folders, override_checks, resume, target_policy
 from distill.cli.child_runs import child_environment, wait_for_process
 from distill.cli.hydra_main import run_hydra
 from distill.cli.overrides import parse_overrides, read_overrides
@@ -73,6 +73,7 @@ def run_job(cfg: DictConfig) -> float:
     sweep = Path(hydra.sweep.dir)
     words = [str(line) for line in hydra.overrides.task]
     target_policy.set_trusted(words)  # the process of a launcher does not know them yet
+    config_folders.set_config_dirs(words)
     overrides = override_checks.applicable_overrides(words)
     run = claim_folder(sweep, Path(hydra.runtime.output_dir), overrides)
     print(progress_line(sweep, int(hydra.job.num) + 1, words, overrides, run), flush=True)

@@ -33,6 +33,7 @@ from distill.cli.instantiate import to_containers, without_weights
 from distill.cli.overrides import parse_overrides, write_value
 from distill.cli.resume import LOADING_KEYS
 from distill.cli.signals import Terminated
+from distill.cli.target_policy import COMMAND_LINE_KEYS
 from distill.files import read_json
 from distill.quoting import quote_value
 from distill.run_folder import STUDENT, RunFolder
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from distill.teacher import Teacher
 
 # Groups and keys that a teacher's run takes over from the student's run: the data, the machine and the recipe.
-KEPT_GROUPS = ("data", "schedule", "trainer", "experiment", "paths", "trust")
+KEPT_GROUPS = ("data", "schedule", "trainer", "experiment", "paths", "trust", "config_dirs")
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")  # no num_nodes: one machine trains it
 # Keys that do not change the teacher's weights. Runs that differ in these keys only share one teacher.
 IGNORED_DATA = (*LOADING_KEYS, "on_overlap")
@@ -244,7 +245,7 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
         ):
             kept.append(line)
     for override in parse_overrides(options.run):  # may come from a shared file, and become a command line
-        if override.is_hydra_override() or override.key_or_group == "trust":
+        if override.is_hydra_override() or override.key_or_group in COMMAND_LINE_KEYS:
             raise DistillError(f"teacher.run: '{override.input_line}' may not be said here; remove it")
     lines = [
         *(*kept, f"model={options.option}", "distill=none", "teacher=none"),

@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 
 from distill.cli import compose, override_checks, resume, sweep
 from distill.cli.hydra_main import answer_flags, parse_words, run_hydra
-from distill.cli.presets import register_presets
 from distill.cli.signals import Terminated
 from distill.cli.startup import uncollected_imports
 from distill.types import DistillError
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Hydra's own flags work too: ``--help``, ``--cfg job --resolve``, ``-m``, ``-sc install=bash``."""
-    compose.register_resolvers()
-    register_presets(compose.config_folder())
+    compose.register_options()
     flags, options = parse_words(argv)
     cfg, overrides = override_checks.validate_overrides(flags.overrides)
     if not flags.runs:
