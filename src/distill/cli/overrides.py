@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from distill.cli.renamed_keys import translated
+from distill.cli.target_policy import COMMAND_LINE_KEYS
 from distill.quoting import quote_value
 from distill.run_folder import RunFolder
 from distill.types import DistillError
@@ -99,7 +100,7 @@ def recorded_overrides(run: Path) -> list[Override]:
     return [
         override
         for override in parse_overrides(read_overrides(run))
-        if not override.is_hydra_override() and override.key_or_group not in ("trust", "config_dirs")
+        if not override.is_hydra_override() and override.key_or_group not in COMMAND_LINE_KEYS
     ]
 
 
