@@ -158,7 +158,8 @@ def _refuse_shared_losses(overrides: Sequence[str]) -> None:
                 raise DistillError(
                     f"distill: {first} and {option} both write the loss '{name}', so that only the settings of the "
                     "last one would be left. Choose one of them, or give the second a name of its own: in an option of "
-                    f"yours, DIR/distill/mine.yaml with --config-dir DIR, or by '+distill.losses.{name}_2={{_target_: …}}'"
+                    f"yours, DIR/distill/mine.yaml with --config-dir DIR, "
+                    f"or by '+distill.losses.{name}_2={{_target_: …}}'"
                 )
 
 
