@@ -45,7 +45,21 @@ def classifier_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
     """A classifier that the verb made, and what the verb printed."""
     file, printed = tmp_path_factory.mktemp("classifier") / "classifier.pt", io.StringIO()
     with redirect_stdout(printed):
-        assert main(["classifier", str(file), "--arch", "resnet18", "--epochs=1", "--size=32", *TINY_DATA]) == 0
+        assert (
+            main(
+                [
+                    "classifier",
+                    str(file),
+                    "--arch",
+                    "resnet18",
+                    "--epochs=1",
+                    "--size=32",
+                    *TINY_DATA,
+                    "data.batch_size=auto",
+                ]
+            )
+            == 0
+        )
     return file, printed.getvalue()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distill.cli import instantiate, override_checks, value_checks
 from distill.cli.startup import uncollected_imports
+from distill.cli.tables import print_line
 from distill.types import DistillError
 
 
@@ -31,10 +32,16 @@ def main(argv: Sequence[str]) -> int:
     if args.epochs < 1 or args.size < 1 or not 0 < args.rate < math.inf:
         raise DistillError("classifier: --epochs and --size start at 1, --rate is a number above 0")
     cfg = override_checks.compose_without_run(args.overrides)
-    value_checks.validate_values(cfg)
-
     with uncollected_imports():
+        from distill.cli import auto_values
         from distill.training.classifier import train_classifier
+
+    if auto_values.auto_keys(cfg):
+        cfg, choices = auto_values.resolve(cfg, auto_values.facts_of(cfg, args.overrides), args.overrides)
+        for line in choices:
+            if line.startswith("data."):  # the classifier has its own schedule
+                print_line("auto", line)
+    value_checks.validate_values(cfg)
 
     data, device = instantiate.build_node(cfg.data), instantiate.trainer_device(cfg)
     accuracy = train_classifier(
