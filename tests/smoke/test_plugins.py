@@ -16,7 +16,7 @@ import torch
 from hatchling.build import build_wheel
 
 import distill
-from distill.cli import compose, config_folders, options, target_policy
+from distill.cli import compose, config_folders, options, override_checks, preflight, target_policy, teacher_cache
 from distill.types import DistillError
 from helpers.image_folders import drawn
 from helpers.runs import TINY, TINY_RUN, Cli, summary
@@ -124,6 +124,25 @@ LOSS = "# @package distill.losses.mimic\ndefaults: [mimic]\nregions: {all: 0.0}\
 """An option that needs no code of the user: a variant of Mimic."""
 
 
+def test_a_folder_and_trust_reach_the_run_of_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options are copied, too: with other options, a resume would look for another teacher in the cache."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "my conf" / "model" / "own_teacher.yaml", "defaults: [fcos_r10_quarter]\n_target_: mine.Own\n")
+    write(tmp_path / "my conf" / "supervised" / "Own.yaml", "defaults: [FCOS]\n")
+    given = ["--config-dir", "my conf", "trust=[mine]", "distill=mimic_neck", "model=fcos_r18", "teacher=own_teacher"]
+    words = config_folders.expand_config_dirs(given)
+    config_folders.set_config_dirs(words)
+    target_policy.set_trusted(words)
+    teacher = preflight.plan_teacher(override_checks.compose_without_run(words))
+    assert teacher is not None
+    overrides = teacher_cache.teacher_overrides(teacher)
+    assert f'config_dirs=["{tmp_path / "my conf"}"]' in overrides
+    assert "trust=[mine]" in overrides
+    assert list(compose.own_files(words)) == ["model/own_teacher.yaml"]
+    assert set(compose.own_files(overrides)) == {"model/own_teacher.yaml", "supervised/Own.yaml"}
+
+
+@pytest.mark.exhaustive
 def test_a_folder_reaches_every_process_of_a_sweep(
     cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
