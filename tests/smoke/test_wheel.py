@@ -56,9 +56,11 @@ def test_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "distill").rglob("*.py")}
+    templates = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "distill").rglob("*.html")}
     options = {f"distill/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert options
-    assert names == sources | options | {"distill/py.typed"}
+    assert templates
+    assert names == sources | templates | options | {"distill/py.typed"}
 
 
 def test_declares_its_command_and_licence(installed: Installed) -> None:
