@@ -229,7 +229,7 @@ def test_methods_of_the_tables_are_the_options() -> None:
 
 def test_recipes_of_the_table_are_the_experiments() -> None:
     listed = re.findall(r"^\| `(\w+)` \|", PAGES["docs/recipes.md"], re.MULTILINE)
-    assert sorted([*listed, "bccd"]) == sorted(compose.config_groups()["experiment"])
+    assert sorted([*listed, "bccd", "demo"]) == sorted(compose.config_groups()["experiment"])
 
 
 def test_helpers_of_the_guide_to_methods_exist() -> None:

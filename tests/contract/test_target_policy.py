@@ -185,7 +185,7 @@ def test_no_text_becomes_a_call(source: str, conf: Path, tmp_path: Path, monkeyp
         "distill.detectors.student_files.save_student",
         "distill.cli.main",
         "distill.cli.sweep.SweepTable",
-        "distill.cli.teacher_cache.subprocess.Popen",
+        "distill.cli.child_runs.subprocess.Popen",
         "distill.detectors.backbones.torch.hub.load",
         "torch.hub.load",
         "torch.load",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill.cli import override_checks, teacher_cache
+from distill.cli import child_runs, override_checks, teacher_cache
 from distill.cli.evaluate import load_teacher_of
 from distill.cli.preflight import plan_teacher
 from distill.cli.teacher_cache import TeacherOptions
@@ -105,7 +105,7 @@ def test_a_cached_teacher_whose_weights_are_gone(tmp_path: Path, monkeypatch: py
     with pytest.raises(DistillError, match=r"no trained teacher at .*student\.pt.*teacher\.weights="):
         teacher_cache.cached_run(tmp_path, [], "never")
     trained: list[Path] = []
-    monkeypatch.setattr(teacher_cache, "_train", lambda command, folder, lock: trained.append(folder))
+    monkeypatch.setattr(child_runs, "_run", lambda folder, *_: trained.append(folder))
     assert teacher_cache.cached_run(tmp_path, [], "auto") == tmp_path
     assert trained == [tmp_path]
     run.student.write_bytes(b"")

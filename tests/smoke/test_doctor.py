@@ -141,16 +141,20 @@ def test_a_schedule_is_counted_in_batches(lines: list[str], batches: int, expect
     assert planned_batches(compose.compose_config([*lines, "paths.run=x"]).trainer, batches) == expected
 
 
-def test_a_missing_teacher_is_planned_and_not_trained(
+def test_a_missing_teacher_and_a_missing_baseline_are_planned_and_not_trained(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("subprocess.Popen", lambda *args, **named: pytest.fail("something was started"))
-    report = visit(cli, *TINY, "teacher.model.neck_channels=24", "teacher.schedule.epochs=3")
+    lines = [*TINY, "trainer.max_steps=-1", "teacher.model.neck_channels=24", "teacher.schedule.epochs=3"]
+    report = visit(cli, *lines, "baseline=train", "baseline_epochs=5")
     found = report["teacher"]
     assert found["state"] == "not trained yet"
     assert "model=frcnn_r18_mini" in found["command"]
     assert "distill=none" in found["command"]
     assert found["estimate"]["batches"] == 6  # its own three epochs of two batches
+    alone = report["baseline"]
+    assert (alone["state"], alone["epochs"], alone["estimate"]["batches"]) == ("not trained yet", 5, 10)
+    assert "schedule.epochs=5" in alone["command"]
     assert [row["teacher neck"] for row in report["shapes"]] == [[24]] * 5
     assert any("no teacher is cached" in note for note in report["notes"])
     assert not (tmp_path / "outputs").exists()

@@ -109,6 +109,8 @@ UNREAD = [  # the word, and what the message names
     ("+callbacks.x={_target_:torch.nn.Identity}", "callbacks.x: expected a Callback"),
     ("+logger.csv2={flush_logs_every_n_steps:x}", "flush_logs_every_n_steps=x: expected a whole number from 1"),
     ("+logger.csv2={flush_logs_every_n_steps:0}", "flush_logs_every_n_steps=0: expected a whole number from 1"),
+    ("baseline=[a]", "expected train, the folder of a run with distill=none, or null"),
+    ("baseline_epochs=0", "baseline_epochs=0: expected a factor above 0"),
     ("role=pupil", "role=pupil: expected one of student, teacher"),
     ("cost=-1", "cost=-1: expected a whole number from 0"),
     ("+logger.x={_target_:torch.nn.Identity}", "logger.x: expected a Logger"),

@@ -221,7 +221,7 @@ def test_a_teacher_that_is_missing_is_refused_before_anything_is_trained(
 
 @pytest.mark.parametrize("backgrounds", ["4", exhaustive("4,16")])
 def test_a_teacher_is_trained_once_and_serves_a_sweep(backgrounds: str, cli: Cli, tmp_path: Path) -> None:
-    """Weights of a loss swept, and the baseline beside: one teacher, a folder a job, one table."""
+    """Weights of a loss swept: one teacher and one run of the student alone for all jobs, a folder a job, one table."""
     tiny_teacher = [
         "teacher.model.backbone.depth=10",
         "teacher.model.backbone.width=0.5",
@@ -230,6 +230,7 @@ def test_a_teacher_is_trained_once_and_serves_a_sweep(backgrounds: str, cli: Cli
     tiny_teacher += [f"teacher.{line}" for line in TINY_HEADS]
     sweep = ["distill.losses.defeat.neck.foreground=1,4", f"distill.losses.defeat.neck.background={backgrounds}"]
     run = ['teacher.run=["schedule.epochs=1","trainer.max_steps=2"]', "hydra.sweep.dir=sweep"]
+    run += ["baseline=train", "baseline_epochs=2"]
     assert cli(["train", "-m", *sweep, *TINY, *tiny_teacher, *run]) == 0
     made = [folder for folder in (tmp_path / "outputs" / "teachers").iterdir() if folder.is_dir()]
     assert len(made) == 1
@@ -240,6 +241,15 @@ def test_a_teacher_is_trained_once_and_serves_a_sweep(backgrounds: str, cli: Cli
         assert [row["distill.losses.defeat.neck.background"] for row in rows] == [background for _, background in jobs]
     assert all(row["state"] == "done" and float(row["val/AP"]) >= 0 for row in rows)
     assert all(summary(tmp_path / "sweep" / str(job))["teacher"]["source"] == str(made[0]) for job in range(len(jobs)))
+    (alone,) = (folder for folder in (tmp_path / "outputs" / "baselines").iterdir() if folder.is_dir())
+    assert summary(alone)["losses"] == []
+    assert alone.name == f"frcnn_r10_mini-shapes-{summary(alone)['recipe'][:10]}"  # that which was looked for
+    for row in rows:
+        job = summary(tmp_path / "sweep" / row["job"])
+        assert job["baseline"] == str(alone)
+        (picture,) = (tmp_path / "sweep" / row["job"] / "pictures").glob("*.png")
+        assert Image.open(picture).width > 4 * 480  # ground truth, teacher, student alone, distilled student
+        assert float(row["alone/val/AP"]) == round(summary(alone)["student"]["val/AP"], 4)
     # the teacher's own run is a run of distill=none, with its measured AP, which no job measured again
     assert "val/AP" in summary(made[0])["student"]
     assert summary(made[0])["teacher"] is None

@@ -65,6 +65,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     print_table("terms at step 0", ("term", "value", "weight", "in the loss", "of the neck's gradient"), rows)
     if "teacher" in report:
         _print_teacher(report["teacher"])
+    if "baseline" in report:
+        _print_baseline(report["baseline"])
     if "estimate" in report:
         _print_estimate(report["estimate"])
     for kind, color in (("notes", "yellow"), ("faults", "red")):
@@ -92,6 +94,13 @@ def _print_teacher(teacher: Mapping[str, Any]) -> None:
             measured = f"AP {percent(sample['AP'])}{of_shared} on {sample['images']} images"
         expected = f"{percent(promised)} promised" if promised is not None else "its file promises nothing"
         print_line("teacher", f"{teacher['source']}: {measured}, {expected}")
+
+
+def _print_baseline(baseline: Mapping[str, Any]) -> None:
+    print_line("baseline", f"the student alone, {baseline['epochs']} epochs: {baseline['state']}, {baseline['folder']}")
+    if "command" in baseline:
+        expected = duration(baseline["estimate"]["seconds"]["total"])
+        print_line("", f"would be trained in about {expected}:\n{baseline['command']}")
 
 
 def _print_estimate(estimate: Mapping[str, Any]) -> None:

@@ -6,14 +6,17 @@ import shlex
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
 from distill.cli import instantiate, preflight
 from distill.cli.assembly import assemble, build_student, build_trainer
+from distill.cli.baseline import plan_baseline
 from distill.cli.preflight import RunPlan
 from distill.cli.run_estimate import PATIENCE, estimate_run
 from distill.cli.tables import gib
@@ -22,7 +25,6 @@ from distill.cli.teacher_cache import (
     as_teacher,
     cache_entry,
     find_teacher,
-    is_trained,
     read_summary,
     run_config,
     train_command,
@@ -35,6 +37,7 @@ from distill.diagnostics import doctor
 from distill.diagnostics.sampled_evaluation import evaluate_sample
 from distill.evaluation.metric import SHARED
 from distill.precision import autocast_context
+from distill.run_folder import RunFolder
 from distill.teacher import Teacher
 from distill.training.callbacks.term_check import TermCheck
 from distill.training.distiller import Distiller
@@ -54,8 +57,9 @@ def examine_run(cfg: DictConfig) -> Report:
     try:
         plan = preflight.plan_run(cfg)
         trainer = build_trainer(plan)  # not run: provides device, precision, number of processes and limits
-        data = _examine_data(plan, report)
+        data, splits = _examine_data(plan, report)
         preflight.check_metrics(plan, data)
+        _examine_baseline(plan, data, splits, trainer, report)
         student = build_student(plan, data)
         teacher = _examine_teacher(plan, data, trainer, report)
         _examine_classes(report, data, student.spec.classes, teacher)
@@ -69,7 +73,8 @@ def examine_run(cfg: DictConfig) -> Report:
     return report
 
 
-def _examine_data(plan: RunPlan, report: Report) -> DetectionData:
+def _examine_data(plan: RunPlan, report: Report) -> tuple[DetectionData, list[str]]:
+    """The data, and the splits on which the run is evaluated."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data, splits = preflight.load_data(plan)
@@ -82,7 +87,29 @@ def _examine_data(plan: RunPlan, report: Report) -> DetectionData:
         absent = [name for name, boxes in counts["classes"].items() if not boxes["all"]]
         if absent:
             report["notes"].append(f"{split}: no box of {', '.join(absent)}: no AP is measured for these classes")
-    return data
+    return data, splits
+
+
+def _examine_baseline(
+    plan: RunPlan, data: DetectionData, splits: Sequence[str], trainer: L.Trainer, report: Report
+) -> None:
+    """Report the run of the student alone that the run would train first, or the finished one that it compares with."""
+    baseline = plan_baseline(plan, data, splits, trainer.world_size)
+    if baseline is None:
+        return
+    state = "ready" if baseline.command is None else "not trained yet"
+    section: Report = {"state": state, "folder": str(baseline.folder), "epochs": baseline.epochs}
+    report["baseline"] = section
+    if baseline.command is None:
+        return
+    with isolate_rng():
+        module = Distiller(build_student(plan, data), schedule=plan.schedule).to(trainer.strategy.root_device)
+        length = {"max_epochs": baseline.epochs, "max_steps": baseline.schedule["steps"]}
+        every = {"check_val_every_n_epoch": baseline.schedule["evaluate_every"]}
+        limits = SimpleNamespace(**{**plan.trainer.settings, **length, **every})
+        section["estimate"] = estimate_run(limits, module, data, trainer)
+    section["command"] = shlex.join(baseline.command)
+    report["notes"].append("the student alone is not trained yet: the run trains it first, to compare with")
 
 
 def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, report: Report) -> Teacher | None:
@@ -93,7 +120,7 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
         return None
     if options.weights is None:
         folder, overrides = cache_entry(options)
-        if not is_trained(folder):
+        if not RunFolder(folder).finished:
             detector, config = untrained(options, data.classes), run_config(overrides)
             module = Distiller(detector, schedule=instantiate.build_node(config.schedule)).to(
                 trainer.strategy.root_device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
+from distill.cli.instantiate import to_containers
 from distill.cli.renamed_keys import translated
 from distill.cli.target_policy import COMMAND_LINE_KEYS
 from distill.quoting import quote_value
 from distill.run_folder import RunFolder
+from distill.type_checks import leaves
 from distill.types import DistillError
 
 
@@ -52,6 +55,22 @@ def _explain_syntax_error(word: str, error: Exception) -> str:
 def write_value(value: Any) -> str:
     """A value of a configuration as Hydra reads it on the right of an override."""
     return quote_value(value, mark='"') if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def node_overrides(name: str, wanted: Mapping[str, Any], cfg: DictConfig) -> list[str]:
+    """Overrides that turn a node of a composed configuration into the wanted node.
+
+    Args:
+        name: name of the node, such as ``model``.
+        wanted: the wanted node in plain containers.
+        cfg: the composed configuration.
+    """
+    given = dict(leaves(to_containers(cfg[name])))
+    wanted = dict(leaves(wanted))
+    removed = [f"~{name}.{key}" for key in given if key not in wanted]
+    added = [f"+{name}.{key}={write_value(value)}" for key, value in wanted.items() if key not in given]
+    changed = [f"{name}.{key}={write_value(wanted[key])}" for key in given if wanted.get(key, given[key]) != given[key]]
+    return [*removed, *added, *changed]
 
 
 def read_overrides(run: Path) -> list[str]:

@@ -83,6 +83,10 @@ class RunPlan:
     schedule: Schedule
     guard: NonFiniteGuard
     trainer: TrainerOptions
+    baseline: str | None
+    """``train``, or a finished run of the student alone."""
+    baseline_epochs: float
+    """Epochs of a baseline that is trained, relative to those of this run."""
     choices: Sequence[str] = ()
     """Lines that explain the values that were ``auto``."""
 
@@ -153,6 +157,8 @@ def _plan(cfg: DictConfig, run: Path | None, checkpoint: Path | None) -> RunPlan
         schedule=instantiate.build_node(cfg.schedule),
         guard=instantiate.build_node(cfg.guard),
         trainer=_plan_trainer(cfg),
+        baseline=cfg.baseline,
+        baseline_epochs=cfg.baseline_epochs,
     )
     if plan.needs_teacher and plan.teacher is None:
         user = f"distillation losses {list(plan.losses)}" if plan.losses else "init=inherit"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,10 @@ START_KEYS = ("model.weights", "model.backbone.weights")
 """Keys that may differ when a run resumes, but decide the result of a run that starts."""
 UNRELATED = (*(key for key in MAY_DIFFER if key not in START_KEYS), "distill.*", "teacher.*")
 """Keys that may differ between a run and its baseline."""
-LEFT_OUT = ("hydra", "distill", "teacher", "init", "ckpt_path", "resume", "name", "role", "sweep")
+LEFT_OUT = (
+    *("hydra", "distill", "teacher", "init", "ckpt_path", "resume", "name", "role", "sweep"),
+    *("baseline", "baseline_epochs"),
+)
 """Keys of a distillation's overrides that do not belong to its baseline."""
 
 
@@ -41,9 +44,12 @@ class RelatedRun(NamedTuple):
 
 def fingerprint_recipe(plan: RunPlan, data: DetectionData, processes: int) -> str:
     """Hash of all that decides a student's training but the distillation: configuration, data, and processes."""
-    settings = {
-        key: value for key, value in leaves(plan.config) if not any(fnmatchcase(key, free) for free in UNRELATED)
-    }
+    return fingerprint(plan.config, data, processes)
+
+
+def fingerprint(config: Mapping[str, Any], data: DetectionData, processes: int) -> str:
+    """The hash of `fingerprint_recipe`, for the resolved configuration of any run."""
+    settings = {key: value for key, value in leaves(config) if not any(fnmatchcase(key, free) for free in UNRELATED)}
     content = {"settings": settings, "data": data.state_dict(), "processes": processes}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -71,9 +77,13 @@ def _run_folders(plan: RunPlan) -> Iterator[Path]:
 
 def baseline_command(plan: RunPlan) -> str:
     """The command that trains the same student alone, to be pasted into a shell."""
-    kept = [
+    return shlex.join(["python", "-m", "distill", "train", *baseline_overrides(plan.overrides), "distill=none"])
+
+
+def baseline_overrides(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a distilled run that its baseline keeps: all but those of the distillation."""
+    return [
         str(override.input_line)
-        for override in parse_overrides(plan.overrides)
+        for override in parse_overrides(overrides)
         if override.key_or_group.split(".")[0].split("@")[0] not in LEFT_OUT
     ]
-    return shlex.join(["python", "-m", "distill", "train", *kept, "distill=none"])

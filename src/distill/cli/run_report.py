@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
@@ -24,10 +26,12 @@ from distill.cli.preflight import RunPlan
 from distill.cli.related_runs import RelatedRun, baseline_command, find_related_runs, fingerprint_recipe
 from distill.cli.resume import write_slurm_job
 from distill.cli.tables import print_line, print_table
-from distill.cli.teacher_cache import measured_by, teacher_overrides
+from distill.cli.teacher_cache import measured_by, read_summary, teacher_overrides
 from distill.data.advice import training_advice
 from distill.data.datamodule import DetectionData
+from distill.data.shapes import Shapes
 from distill.detectors.base import Detector
+from distill.detectors.registry import load_detector
 from distill.detectors.student_files import save_student
 from distill.diagnostics.cost import COST_COLUMNS, ModelRow, cost_of, measure_row, summarize
 from distill.evaluation.evaluate import evaluate
@@ -36,11 +40,12 @@ from distill.evaluation.pictures import panel, save_panel
 from distill.evaluation.recording import DetectionRecorder, save_recording
 from distill.files import load_tensors, write_text
 from distill.run_folder import RunFolder
-from distill.training.callbacks.prediction_images import predict_columns, unpadded_images
+from distill.training.callbacks.history import find_history
+from distill.training.callbacks.prediction_images import compare_columns, predict_columns, unpadded_images
 from distill.training.distiller import Distiller
 from distill.training.wandb_run import WandbRun
 from distill.types import DistillError
-from distill.units import percent
+from distill.units import duration, percent
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP", "mask_AP")
 """Metrics in the closing table."""
@@ -135,8 +140,19 @@ def finish_run(
     data: DetectionData,
     splits: Sequence[str],
     started: float,
+    baseline: RelatedRun | None = None,
 ) -> dict[str, Any]:
-    """Export and evaluate the best student; write pictures and the summary; print the table. Returns the summary."""
+    """Export and evaluate the best student; write pictures and the summary; print the table. Returns the summary.
+
+    Args:
+        plan: plan of the run.
+        trainer: trainer of the run, after the training.
+        module: student, teacher and losses.
+        data: data of the run.
+        splits: the splits on which the student is evaluated.
+        started: when the run started, by ``time.monotonic``.
+        baseline: the run of the student alone that the table compares with; None: one that is found.
+    """
     best = _load_best(trainer, module)
     device = trainer.strategy.root_device  # Lightning has moved the module back to the CPU
     if trainer.is_global_zero:
@@ -165,19 +181,28 @@ def finish_run(
         "parameters": _parameters(module),
         "cost": {model: summarize(row.cost) for model, row in rows.items()},
         "terms": terms,
+        "baseline": None if baseline is None else str(baseline.folder),
         "skipped_steps": module.guard.skipped,
         "best_checkpoint": best,
+        "images": len(data.training_records("train")),
         "seconds": round(time.monotonic() - started, 1),
+        "training": _training_length(trainer),
         "versions": _versions(),
         "git": _git_commit(),
     }
     if trainer.is_global_zero:
         if plan.pictures:
-            _save_pictures(module, data, plan.pictures, plan.folder.pictures, device)
+            alone = load_detector(baseline.folder) if baseline else None
+            _save_pictures(module, data, plan.pictures, plan.folder.pictures, device, alone)
         write_text(plan.folder.summary, json.dumps(summary, indent=1))
         _print_results(summary, plan.folder, plan.config["role"])
-        related = find_related_runs(plan, recipe)
-        print_comparison(summary, rows, related, baseline_command(plan), plan.config["role"])
+        if plan.config["role"] == "student":
+            related = find_related_runs(plan, recipe)
+            if baseline:
+                related = [baseline, *(run for run in related if not run.is_baseline)]
+            print_comparison(summary, rows, related, baseline_command(plan))
+            if isinstance(data.source, Shapes) and plan.losses:
+                print_next_steps(plan)
         _log_results(trainer, values, plan.folder)
     return summary
 
@@ -214,10 +239,23 @@ def _load_best(trainer: L.Trainer, module: Distiller) -> str | None:
     return str(path)
 
 
-def _save_pictures(module: Distiller, data: DetectionData, count: int, folder: Path, device: torch.device) -> None:
+def _training_length(trainer: L.Trainer) -> dict[str, float] | None:
+    """Epochs and seconds of the training with its evaluations, over all processes of a resumed run."""
+    history = find_history(trainer)
+    if history is None or not history.rows:
+        return None
+    return {"epochs": history.rows[-1]["epoch"], "seconds": round(sum(row["seconds"] for row in history.rows), 1)}
+
+
+def _save_pictures(
+    module: Distiller, data: DetectionData, count: int, folder: Path, device: torch.device, alone: Detector | None
+) -> None:
+    """Draw validation images with ground truth and the boxes of teacher and student, and of the student alone."""
     count = min(count, len(data.ground_truth("val")["images"]))
     batch = data.load_batch("val", range(count)).to(device)
     columns = predict_columns(module, batch)
+    if alone is not None:
+        columns = compare_columns(columns, alone.to(device).eval(), batch)
     for number, image in enumerate(unpadded_images(batch)):
         boxes = {name: column[number] for name, column in columns.items()}
         save_panel(folder / f"{batch.ids[number]}.png", panel(image, boxes, data.classes))
@@ -258,7 +296,7 @@ def _student_name(summary: Mapping[str, Any], role: str = "student") -> str:
 
 
 def print_comparison(
-    summary: Mapping[str, Any], rows: Mapping[str, ModelRow], related: Sequence[RelatedRun], command: str, role: str
+    summary: Mapping[str, Any], rows: Mapping[str, ModelRow], related: Sequence[RelatedRun], command: str
 ) -> None:
     """Print the table of the student alone, distilled students and the teacher, and what the distillation gained.
 
@@ -267,27 +305,24 @@ def print_comparison(
         rows: rows of this run's ``student`` and ``teacher``, if it has one.
         related: finished runs that differ in the distillation only, the newest one first.
         command: trains the same student alone.
-        role: what the run trained, ``student`` or ``teacher``.
     """
     split = "test" if any(name.startswith("test/") for name in summary["student"]) else "val"
     metric = next(name for name in ("AP", "mAP") if f"{split}/{name}" in summary["student"])
     related = [run for run in related if f"{split}/{metric}" in run.summary["student"]]
     student, teacher = rows["student"], rows.get("teacher")
-    alone: ModelRow | None = None
-    distilled: list[ModelRow] = []
-    if role == "student":
-        others = [replace(student, name=_student_name(run.summary), results=run.summary["student"]) for run in related]
-        baselines = [row for row, run in zip(others, related, strict=True) if run.is_baseline]
-        distilled = [row for row, run in zip(others, related, strict=True) if run.summary["losses"]]
-        distilled = list({row.name: row for row in reversed(distilled)}.values())  # the newest one of each method
-        if summary["losses"]:
-            alone, distilled = next(iter(baselines), None), [student]
-        else:
-            alone = student
-            taught = [run.summary for run in related if run.summary["losses"] and run.summary["teacher"]]
-            if teacher is None and taught:
-                costs = cost_of((taught[0].get("cost") or {}).get("teacher"))
-                teacher = ModelRow("teacher", taught[0]["teacher"]["values"], costs)
+    alone: ModelRow | None
+    others = [replace(student, name=_student_name(run.summary), results=run.summary["student"]) for run in related]
+    baselines = [row for row, run in zip(others, related, strict=True) if run.is_baseline]
+    distilled = [row for row, run in zip(others, related, strict=True) if run.summary["losses"]]
+    distilled = list({row.name: row for row in reversed(distilled)}.values())  # the newest one of each method
+    if summary["losses"]:
+        alone, distilled = next(iter(baselines), None), [student]
+    else:
+        alone = student
+        taught = [run.summary for run in related if run.summary["losses"] and run.summary["teacher"]]
+        if teacher is None and taught:
+            costs = cost_of((taught[0].get("cost") or {}).get("teacher"))
+            teacher = ModelRow("teacher", taught[0]["teacher"]["values"], costs)
     table = [row for row in (alone, *distilled, teacher) if row] or [student]
     names = [name for name in (metric, "AP50") if f"{split}/{name}" in summary["student"]]
     title = f"{split}, percent"
@@ -295,15 +330,43 @@ def print_comparison(
         title += f"; one image at a time on {student.cost.device}"
     columns = ("", *names, *COST_COLUMNS)
     print_table(title, columns, [row.cells([f"{split}/{name}" for name in names]) for row in table], compact=True)
-    if alone is None and summary["losses"] and role == "student":
-        print_line("gain", f"not known: no run of the same student alone was found. This command makes one:\n{command}")
-    if summary["losses"] and teacher and role == "student":
+    if alone is None and summary["losses"]:
+        print_line(
+            "gain",
+            "not known: no run of the same student alone was found. baseline=train trains it before the distilled "
+            f"student. This command makes one now:\n{command}",
+        )
+    if summary["losses"] and teacher:
         _warn_of_weak_teacher(teacher.results.get(f"{split}/{metric}"), student.results[f"{split}/{metric}"])
+    if alone and summary["losses"]:
+        _print_training(summary, next(run.summary for run in related if run.is_baseline))
     if alone:
         taught_by = teacher.results.get(f"{split}/{metric}") if teacher else None
         for row in distilled:
             gain = describe_gain(alone.results[f"{split}/{metric}"], row.results[f"{split}/{metric}"], taught_by)
             print_line("gain", f"{row.name}: {gain}")
+
+
+def _print_training(summary: Mapping[str, Any], alone: Mapping[str, Any]) -> None:
+    """Print how long the student was trained alone and with distillation, and on how many images its teacher."""
+    with_losses, without = summary.get("training"), alone.get("training")
+    if with_losses and without:
+        texts = [f"{duration(length['seconds'])} ({length['epochs']:.0f} epochs)" for length in (without, with_losses)]
+        print_line("time", f"the student was trained {texts[0]} alone, {texts[1]} with distillation")
+    source = (summary["teacher"] or {}).get("source")
+    images = read_summary(source).get("images") if source else None
+    if images and summary.get("images") not in (None, images):
+        print_line("images", f"the student learned from {summary['images']}, the teacher from {images}")
+
+
+def print_next_steps(plan: RunPlan) -> None:
+    """Print the commands that follow a run on drawn images."""
+    method = str(HydraConfig.get().runtime.choices["distill"])
+    own = shlex.join(["python", "-m", "distill", "train", "data=DIR", f"distill={method}", "baseline=train"])
+    predict = shlex.join(["python", "-m", "distill", "predict", str(plan.folder.path)])
+    print_line("next", f"this student's detections on images:\n{predict} IMAGES")
+    print_line("", f"the same table for your own data, a folder in COCO's, VOC's or YOLO's format:\n{own}")
+    print_line("", f"with a teacher that learns from more images:\n{own} teacher.data=LARGER_DIR")
 
 
 def _warn_of_weak_teacher(teacher: float | None, student: float) -> None:

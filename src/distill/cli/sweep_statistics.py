@@ -10,6 +10,8 @@ from typing import Any
 from distill.cli.tables import print_table
 
 METRICS = ("val/AP", "val/mAP", "test/AP", "test/mAP")
+ALONE = "alone/"
+"""Prefix of the columns with the results of a job's baseline, for ``baseline=train`` and ``baseline=RUN``."""
 NOT_SETTINGS = ("job", "state", "error", "seed")
 
 
@@ -30,20 +32,24 @@ def configurations(rows: Sequence[Mapping[str, Any]]) -> list[Configuration]:
             continue
         settings = {name: str(row[name]) for name in row if "/" not in name and name not in NOT_SETTINGS}
         one = grouped.setdefault(tuple(sorted(settings.items())), Configuration(settings))
-        for name in METRICS:
+        for name in (*METRICS, *(f"{ALONE}{metric}" for metric in METRICS)):
             if name in row:
                 one.values.setdefault(name, {})[str(row.get("seed", ""))] = float(row[name])
     return list(grouped.values())
 
 
 def paired_gains(one: Configuration, others: Sequence[Configuration], metric: str) -> list[float]:
-    """Differences to ``distill=none`` with the same seed and the same other settings; empty without such jobs."""
+    """Differences to ``distill=none`` with the same seed and the same other settings, or to the jobs' baselines.
+
+    Empty without such jobs and without baselines.
+    """
     wanted = _without_method(one.settings)
     for other in others:
         if other is not one and other.settings.get("distill") == "none" and _without_method(other.settings) == wanted:
             ours, alone = one.values.get(metric, {}), other.values.get(metric, {})
             return [ours[seed] - alone[seed] for seed in ours if seed in alone]
-    return []
+    ours, alone = one.values.get(metric, {}), one.values.get(f"{ALONE}{metric}", {})
+    return [ours[seed] - alone[seed] for seed in ours if seed in alone]
 
 
 def _without_method(settings: Mapping[str, str]) -> dict[str, str]:
@@ -71,12 +77,14 @@ def show_statistics(rows: Sequence[Mapping[str, Any]]) -> None:
     several = any(len(values) > 1 for one in found for values in one.values.values())
     if not several and not any(any(each) for each in gains.values()):
         return
+    alone = [name for name in metrics if any(f"{ALONE}{name}" in one.values for one in found)]
     names = dict.fromkeys(name for one in found for name in one.settings)
     varied = [name for name in names if len({one.settings.get(name) for one in found}) > 1]
     cells = [
         [
             *(one.settings.get(name) for name in varied),
             max(map(len, one.values.values()), default=0),
+            *(spread(list(one.values.get(f"{ALONE}{name}", {}).values())) for name in alone),
             *(
                 text
                 for name in metrics
@@ -85,9 +93,14 @@ def show_statistics(rows: Sequence[Mapping[str, Any]]) -> None:
         ]
         for number, one in enumerate(found)
     ]
-    columns = [*varied, "seeds", *(text for name in metrics for text in (name, "gain"))]
+    columns = [
+        *varied,
+        "seeds",
+        *(f"{name} alone" for name in alone),
+        *(text for name in metrics for text in (name, "gain")),
+    ]
     print_table(
-        "mean ± standard deviation over seeds, percent; gain over distill=none with the same seeds",
+        "mean ± standard deviation over seeds, percent; gain over the student alone with the same seeds",
         columns,
         cells,
         len(varied),

@@ -7,12 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,24 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import BaseFileLock, FileLock
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.cli import child_runs
 from distill.cli.auto_values import auto_keys, facts_of, resolve
-from distill.cli.child_runs import child_environment, wait_for_process
 from distill.cli.compose import compose_config
 from distill.cli.composition_errors import explain_failure
 from distill.cli.instantiate import to_containers, without_weights
-from distill.cli.overrides import parse_overrides, write_value
+from distill.cli.overrides import node_overrides, parse_overrides
 from distill.cli.resume import LOADING_KEYS
-from distill.cli.signals import Terminated
 from distill.cli.target_policy import COMMAND_LINE_KEYS
 from distill.files import read_json
 from distill.quoting import quote_value
 from distill.run_folder import STUDENT, RunFolder
-from distill.type_checks import leaves
 from distill.types import DetectorSpec, DistillError
 
 if TYPE_CHECKING:
@@ -55,8 +47,6 @@ IGNORED_MODEL = ("box_roi_align",)  # changes only the order of additions
 IGNORED_CALLBACKS = ("teacher", "schedule", "terms", "gradients", "rate", "panels", "history", "lines", "progress")
 # Keys of Lightning's trainer that change the teacher's weights.
 TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
-STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
-"""Exit codes of a run that was asked to stop."""
 UNTRAINED = "untrained"
 """Source of a teacher that has random weights."""
 
@@ -194,7 +184,7 @@ def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
     Raises:
         DistillError: the teacher is missing and `train` is ``never``, or its run failed.
     """
-    if is_trained(folder):
+    if RunFolder(folder).finished:
         return folder
     command = train_command(folder, overrides)
     if train == "never":
@@ -202,24 +192,13 @@ def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
             f"there is no trained teacher at {folder} (a finished run with its {STUDENT}) and teacher.train=never. "
             f"Name one with teacher.weights=…, or make it with:\n  {shlex.join(command)}"
         )
-    if _rank() != 0:
-        return _wait(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock") as lock:
-        if not is_trained(folder):
-            _train(command, folder, lock)
+    child_runs.run_once(folder, command, "teacher")
     return folder
 
 
 def train_command(folder: Path, overrides: Sequence[str]) -> list[str]:
     """The words of the command that trains a teacher into its folder in the cache."""
-    run_dir = f"hydra.run.dir={quote_value(str(folder), mark=chr(34))}"  # readable inside a shell's single quotes
-    return ["python", "-m", "distill", "train", *overrides, "role=teacher", run_dir]
-
-
-def is_trained(folder: Path) -> bool:
-    """Whether a run has finished and still has the weights of its student."""
-    return RunFolder(folder).finished
+    return child_runs.train_command(folder, [*overrides, "role=teacher"])
 
 
 def cache_entry(options: TeacherOptions) -> tuple[Path, list[str]]:
@@ -252,34 +231,24 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
         *("trainer.num_nodes=1", f"seed={options.seed}"),
     ]
     own = [word for words in options.own.values() for word in words]
-    return [*lines, *own, *_model_overrides(options.model, [*lines, *own]), *options.run]
+    return [*lines, *own, *node_overrides("model", options.model, compose_run([*lines, *own])), *options.run]
 
 
-def _model_overrides(wanted: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
-    """Overrides that turn the model of `lines` into the wanted model, whatever an experiment sets for its student."""
-    given = dict(leaves(to_containers(_compose(lines).model)))
-    wanted = dict(leaves(wanted))
-    removed = [f"~model.{key}" for key in given if key not in wanted]
-    added = [f"+model.{key}={write_value(value)}" for key, value in wanted.items() if key not in given]
-    changed = [f"model.{key}={write_value(wanted[key])}" for key in given if wanted.get(key, given[key]) != given[key]]
-    return [*removed, *added, *changed]
-
-
-def _compose(overrides: Sequence[str]) -> DictConfig:
-    """Compose the configuration of the teacher's run.
+def compose_run(overrides: Sequence[str], model: str = "teacher") -> DictConfig:
+    """Compose the configuration of the run that trains a teacher or a baseline.
 
     Raises:
-        DistillError: an override of the teacher's run is invalid.
+        DistillError: an override of this run is invalid.
     """
     try:
         return compose_config([*overrides, "hydra.run.dir=."])
     except (HydraException, OmegaConfBaseException) as error:
-        raise DistillError(f"the teacher's run: {explain_failure(error, list(overrides))}") from error
+        raise DistillError(f"the {model}'s run: {explain_failure(error, list(overrides))}") from error
 
 
 def run_config(overrides: Sequence[str]) -> DictConfig:
     """The configuration of the teacher's run. Values that are ``auto`` are resolved, for which its data is read."""
-    config = _compose(overrides)
+    config = compose_run(overrides)
     return resolve(config, facts_of(config, overrides), overrides)[0] if auto_keys(config) else config
 
 
@@ -329,36 +298,3 @@ def _known_values(source: str, metrics: Mapping[str, Any], data: DetectionData) 
         with suppress(DistillError):  # the split cannot be read here
             same += [split] * (data.has_split(split) and data.fingerprint(split) == fingerprint)
     return {name: value for name, value in summary["student"].items() if name.split("/")[0] in same}
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
-
-
-def _train(command: list[str], folder: Path, lock: BaseFileLock) -> None:
-    if RunFolder(folder).resumable:
-        command = [*command, "ckpt_path=last"]
-    print(f"distill: no teacher is cached; training one first:\n  {shlex.join(command)}", flush=True)
-    # A separate process, so that neither its random state nor its memory affects this run.
-    # The process inherits the lock: if this run is killed, the teacher's run continues, and no other one may start.
-    held = [fd for fd in (lock._context.lock_file_fd,) if fd is not None]
-    with subprocess.Popen([sys.executable, *command[1:]], env=child_environment(), pass_fds=held) as process:
-        code = wait_for_process(process)
-    if code in STOPPED:
-        raise Terminated
-    if code or not is_trained(folder):
-        raise DistillError(
-            f"the teacher's run failed with exit code {code}; its files are in {folder}. Run it by hand:\n"
-            f"  {shlex.join(command)}"
-        )
-
-
-def _wait(folder: Path, patience: float = 24 * 3600) -> Path:
-    start = time.monotonic()
-    while not is_trained(folder):
-        if time.monotonic() - start > patience:
-            raise DistillError(
-                f"rank {_rank()} waited {patience / 3600:.0f} h for rank 0 to train the teacher in {folder}"
-            )
-        time.sleep(2)
-    return folder

@@ -14,10 +14,11 @@ from distill.cli.overrides import parse_overrides
 from distill.cli.preflight import RunPlan
 from distill.cli.run_estimate import estimate_seconds
 from distill.cli.tables import print_line
-from distill.cli.teacher_cache import cache_entry, is_trained, run_config, untrained
+from distill.cli.teacher_cache import cache_entry, run_config, untrained
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.diagnostics.cost import device_name
+from distill.run_folder import RunFolder
 from distill.training.distiller import Distiller
 from distill.units import duration, time_of_day
 
@@ -38,7 +39,7 @@ def announce_teacher(plan: RunPlan, trainer: L.Trainer, data: DetectionData) -> 
     if not plan.needs_teacher or options is None or options.weights is not None or options.train == "never":
         return
     folder, overrides = cache_entry(options)
-    if is_trained(folder):
+    if RunFolder(folder).finished:
         return
     other_data = bool(options.own.get("data"))  # which only the teacher's run reads
     with isolate_rng():

@@ -24,9 +24,15 @@ from distill.types import DistillError
 if TYPE_CHECKING:
     import lightning as L
 
+DEMO = "experiment=demo"
+
 
 def main(argv: Sequence[str]) -> int:
-    """Hydra's own flags work too: ``--help``, ``--cfg job --resolve``, ``-m``, ``-sc install=bash``."""
+    """Train a run or a sweep. Without any word: the demo.
+
+    Hydra's own flags work too: ``--help``, ``--cfg job --resolve``, ``-m``, ``-sc install=bash``.
+    """
+    argv = argv or [DEMO]
     compose.register_options()
     flags, options = parse_words(argv)
     cfg, overrides = override_checks.validate_overrides(flags.overrides)
@@ -65,7 +71,7 @@ def train(cfg: DictConfig) -> float:
 
 def _train(cfg: DictConfig, run: Path) -> float:
     with uncollected_imports():
-        from distill.cli import assembly, preflight, run_report, teacher_notice
+        from distill.cli import assembly, baseline, preflight, run_report, teacher_notice
 
     started = time.monotonic()
     silence_known_warnings()
@@ -75,12 +81,15 @@ def _train(cfg: DictConfig, run: Path) -> float:
     preflight.check_metrics(plan, data)
     run_report.write_config(plan)
     run_report.print_data(plan, data)
+    alone = baseline.plan_baseline(plan, data, splits, trainer.world_size)
     teacher_notice.announce_teacher(plan, trainer, data)
+    baseline.announce_baseline(alone)
     module = assembly.assemble(plan, data)
+    compared = alone.run() if alone else None
     run_report.print_opening(plan, module)
     with translated_errors(trainer), run_report.open_loggers(plan, trainer):
         trainer.fit(module, data, ckpt_path=plan.checkpoint, weights_only=True)
-        summary = run_report.finish_run(plan, trainer, module, data, splits, started)
+        summary = run_report.finish_run(plan, trainer, module, data, splits, started, compared)
     return float(summary["student"][plan.metric])
 
 

@@ -51,7 +51,12 @@ RULES: dict[str, Rule] = {
     "seed": _integer_from(0, 2**32 - 1),  # numpy's range
     "init": _one_of("scratch", "inherit"),
     "test": BOOLEAN,
-    "role": _one_of("student", "teacher"),
+    "role": _one_of("student", "teacher", "baseline"),
+    "baseline": (
+        "train, the folder of a run with distill=none, or null",
+        lambda value: value is None or (isinstance(value, str) and bool(value)),
+    ),
+    "baseline_epochs": _number("a factor above 0", lambda value: 0 < value < math.inf),
     "cost": _integer_from(0),
     "pictures": _integer_from(0),
     "channels_last": BOOLEAN,

@@ -23,15 +23,15 @@ DISTILLED = {
 
 
 def printed(
-    summary: dict[str, Any], related: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], role: str = "student"
+    summary: dict[str, Any], related: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> tuple[list[list[str]], str]:
     """Cells of the table's rows, and all that is printed."""
-    name = {"student": "distilled (defeat)" if summary["losses"] else "student alone", "teacher": "teacher"}[role]
+    name = "distilled (defeat)" if summary["losses"] else "student alone"
     rows = {"student": ModelRow(name, summary["student"], COST)}
     if summary["teacher"]:
         rows["teacher"] = ModelRow("teacher", summary["teacher"]["values"], BIG)
     runs = [RelatedRun(Path("run"), other) for other in related]
-    print_comparison(summary, rows, runs, "python -m distill train 'a=b c' distill=none", role)
+    print_comparison(summary, rows, runs, "python -m distill train 'a=b c' distill=none")
     text = capsys.readouterr().out
     lines = [line.split() for line in text.splitlines()]
     return [line for line in lines if line and line[0] in ("student", "distilled", "teacher")], text
@@ -64,12 +64,6 @@ def test_without_a_baseline_the_command_that_makes_one_can_be_pasted(capsys: pyt
     assert "\npython -m distill train 'a=b c' distill=none\n" in text
 
 
-def test_a_teacher_s_own_run_has_one_row_and_no_gain(capsys: pytest.CaptureFixture[str]) -> None:
-    rows, text = printed(ALONE, [DISTILLED], capsys, "teacher")
-    assert [row[0] for row in rows] == ["teacher"]
-    assert "gain" not in text
-
-
 @pytest.mark.parametrize(
     ("alone", "distilled", "teacher", "text"),
     [
@@ -91,3 +85,14 @@ def test_a_teacher_that_is_not_better_than_its_student(
     weak = {**DISTILLED, "teacher": {"values": {"val/AP": 0.0, "test/AP": teacher}}}
     _, text = printed(weak, [], capsys)
     assert ("is not better than its student (32.0)" in " ".join(text.split())) == warned
+
+
+def test_the_length_of_both_trainings_and_the_images_of_both_models_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "summary.json").write_text('{"student": {}, "images": 1600}')
+    taught = {**DISTILLED["teacher"], "source": str(tmp_path)}
+    one = {**DISTILLED, "teacher": taught, "images": 100, "training": {"epochs": 8, "seconds": 61.0}}
+    _, text = printed(one, [{**ALONE, "training": {"epochs": 12, "seconds": 70.0}}], capsys)
+    assert "1 min 10 s (12 epochs) alone, 1 min 1 s (8 epochs) with distillation" in text
+    assert "the student learned from 100, the teacher from 1600" in text

@@ -33,6 +33,16 @@ def test_gains_pair_the_seeds_of_the_student_alone() -> None:
     assert [paired_gains(one, found, "val/AP") for one in (none, large, other_seed)] == [[], [], []]
 
 
+def test_gains_over_the_baselines_of_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        row("defeat", seed, ap, **{"baseline": "train"}) | {"alone/val/AP": 0.1} for seed, ap in ((0, 0.3), (1, 0.5))
+    ]
+    (one,) = found = configurations(rows)
+    assert paired_gains(one, found, "val/AP") == pytest.approx([0.2, 0.4])
+    show_statistics(rows)
+    assert "val/AP alone" in capsys.readouterr().out
+
+
 def test_spread_is_the_sample_deviation_in_percent() -> None:
     assert (spread([0.1, 0.2, 0.3]), spread([0.03, 0.05], "+"), spread([-0.02], "+")) == (
         "20.0 ± 10.0",

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from distill.detectors.base import Detector
 from distill.evaluation.pictures import panel
 from distill.training.distiller import Distiller
 from distill.training.lightning_compat import data_module
@@ -82,6 +83,22 @@ def predict_columns(module: Distiller, batch: Batch) -> dict[str, Sequence[Targe
     columns["student"] = module.student.view(resized, training=False, frozen=True).detections
     module.student.train(training)
     return columns
+
+
+def compare_columns(
+    columns: Mapping[str, Sequence[Target | Detections]], alone: Detector, batch: Batch
+) -> dict[str, Sequence[Target | Detections]]:
+    """The columns of `predict_columns` with those of the student alone, before the distilled student's.
+
+    Args:
+        columns: from `predict_columns`.
+        alone: the same student, trained without distillation, in evaluation mode.
+        batch: the images.
+    """
+    resized = replace(batch, original_sizes=batch.sizes)
+    others = {name: boxes for name, boxes in columns.items() if name != "student"}
+    alone_boxes = alone.view(resized, training=False, frozen=True).detections
+    return {**others, "student alone": alone_boxes, "distilled student": columns["student"]}
 
 
 def unpadded_images(batch: Batch) -> list[Tensor]:
