@@ -246,7 +246,7 @@ def test_a_teacher_is_trained_once_and_serves_a_sweep(backgrounds: str, cli: Cli
     assert alone.name == f"frcnn_r10_mini-shapes-{summary(alone)['recipe'][:10]}"  # that which was looked for
     for row in rows:
         job = summary(tmp_path / "sweep" / row["job"])
-        assert job["baseline"] == str(alone)
+        assert job["baseline"]["source"] == str(alone)
         (picture,) = (tmp_path / "sweep" / row["job"] / "pictures").glob("*.png")
         assert Image.open(picture).width > 4 * 480  # ground truth, teacher, student alone, distilled student
         assert float(row["alone/val/AP"]) == round(summary(alone)["student"]["val/AP"], 4)

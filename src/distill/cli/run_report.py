@@ -181,7 +181,7 @@ def finish_run(
         "parameters": _parameters(module),
         "cost": {model: summarize(row.cost) for model, row in rows.items()},
         "terms": terms,
-        "baseline": None if baseline is None else str(baseline.folder),
+        "baseline": baseline and {"source": str(baseline.folder), "values": baseline.summary["student"]},
         "skipped_steps": module.guard.skipped,
         "best_checkpoint": best,
         "images": len(data.training_records("train")),

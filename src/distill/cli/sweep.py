@@ -40,7 +40,6 @@ from distill.cli.overrides import parse_overrides, read_overrides
 from distill.cli.signals import Terminated
 from distill.cli.sweep_statistics import ALONE, METRICS, show_statistics
 from distill.cli.tables import print_table
-from distill.cli.teacher_cache import read_summary
 from distill.files import write_text
 from distill.quoting import quote_value
 from distill.run_folder import RunFolder
@@ -334,7 +333,7 @@ def _table_row(job: Path) -> dict[str, Any]:
     if RunFolder(job).finished:
         report = json.loads(RunFolder(job).summary.read_text())
         row |= {"state": "done"} | {name: round(value, 4) for name, value in report["student"].items()}
-        alone = read_summary(report["baseline"])["student"] if report.get("baseline") else {}
+        alone = (report.get("baseline") or {}).get("values", {})
         return row | {f"{ALONE}{name}": round(alone[name], 4) for name in METRICS if name in alone}
     if RunFolder(job).error.is_file():
         return row | {"state": "failed", "error": RunFolder(job).error.read_text()}
