@@ -1,1 +1,1 @@
-"""Comparison of finished runs, and the statistics behind it."""
+"""Comparison of finished runs, analysis of one run, and the statistics behind both."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.evaluation.matching import average_precision, pair_iou
 from distill.evaluation.metric import (
     BoolArray,
     DetectionArrays,
@@ -17,6 +18,9 @@ from distill.evaluation.metric import (
     concatenate_ranges,
 )
 from distill.types import DistillError
+
+RECALLS_2007: FloatArray = np.arange(11, dtype=np.float64) * 0.1
+"""The recalls of VOC2007's AP."""
 
 
 class VocMetric(DetectionMetric):
@@ -75,7 +79,7 @@ class VocMetric(DetectionMetric):
         for label, name in enumerate(self.classes, start=1):
             hits = correct[counted & (detections.label == label)]
             positives = int(np.count_nonzero(objects & (truth.label == label)))
-            results[f"mAP/{name}"] = average_precision(hits, positives, self.eleven_point)
+            results[f"mAP/{name}"] = average_precision(hits, positives, RECALLS_2007 if self.eleven_point else None)
         measured = [value for value in results.values() if value >= 0]
         mean = {"mAP": float(np.mean(measured)) if measured else -1.0}
         return mean | results if self.per_class else mean
@@ -92,28 +96,6 @@ class VocMetric(DetectionMetric):
         correct = np.zeros(len(detections.score), dtype=np.bool_)
         correct[rivals[first]] = True
         return correct, counted
-
-
-def average_precision(hits: BoolArray, positives: int, eleven_point: bool = False) -> float:
-    """Compute the area under the precision-recall curve. It is -1 without positives.
-
-    The precision at a recall is the highest precision at this recall or above.
-
-    Args:
-        hits: (D,) whether each detection is a true positive, by descending score.
-        positives: number of objects.
-        eleven_point: whether to return the mean of the precision at recall 0, 0.1, ..., 1 instead of the area.
-    """
-    if positives == 0:
-        return -1.0
-    true_positives = np.cumsum(hits)
-    recall = true_positives / positives
-    precision = true_positives / np.arange(1, len(hits) + 1)
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    if eleven_point:
-        positions = np.searchsorted(recall, np.arange(11) * 0.1)
-        return float(np.append(best, 0.0)[positions].mean())
-    return float(np.sum(np.diff(recall, prepend=0.0) * best))
 
 
 def best_overlaps(
@@ -137,22 +119,10 @@ def best_overlaps(
     count = np.searchsorted(keys[grouped], key, side="right") - start
     detection = np.repeat(np.arange(len(key)), count)
     candidate = grouped[concatenate_ranges(start, count)]
-    iou = _pair_iou(detections.box[detection], truth.box[candidate], float(inclusive))
+    iou = pair_iou(detections.box[detection], truth.box[candidate], float(inclusive))
     order = np.lexsort((-iou, detection))
     matched, first = np.unique(detection[order], return_index=True)
     objects, overlap = np.full(len(key), -1), np.zeros(len(key))
     objects[matched] = candidate[order[first]]
     overlap[matched] = iou[order[first]]
     return objects, overlap
-
-
-def _pair_iou(detections: FloatArray, truth: FloatArray, extra: float) -> FloatArray:
-    """Return the IoU (P,) of pairs of `detections` (P, 4) xyxy and `truth` (P, 4) xywh.
-
-    `extra` is added to the length of all sides, in pixels.
-    """
-    last = truth[:, :2] + truth[:, 2:]
-    sides = np.minimum(detections[:, 2:], last) - np.maximum(detections[:, :2], truth[:, :2]) + extra
-    shared = sides.clip(min=0).prod(axis=1)
-    areas = (detections[:, 2:] - detections[:, :2] + extra).prod(axis=1) + (truth[:, 2:] + extra).prod(axis=1)
-    return np.asarray(shared / np.maximum(areas - shared, np.finfo(np.float64).tiny))

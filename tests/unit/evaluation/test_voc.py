@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from distill.evaluation.voc import VocMetric, average_precision
+from distill.evaluation.matching import average_precision
+from distill.evaluation.voc import VocMetric
 from distill.types import Detections, DistillError
 
 CLASSES = ("cat", "dog", "never")
@@ -191,7 +192,7 @@ def test_the_eleven_points_are_floating_point() -> None:
         points = reached + 1 - (reached in (3, 6, 7))
         for objects in (10, 30):
             hits = np.ones(reached * objects // 10, dtype=np.bool_)
-            assert average_precision(hits, objects, eleven_point=True) == pytest.approx(points / 11)
+            assert average_precision(hits, objects, np.arange(11) * 0.1) == pytest.approx(points / 11)
 
 
 def test_empty_things() -> None:
