@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from distill.cli import train
 from distill.cli.override_checks import compose_without_run
 from distill.cli.preflight import plan_teacher
 from distill.cli.teacher_cache import run_config, teacher_overrides
@@ -107,3 +108,17 @@ def test_an_added_key() -> None:
 def test_a_key_with_a_spelling_mistake_is_named() -> None:
     with pytest.raises(DistillError, match=r"the teacher's run: .*epocs.*schedule\.epochs"):
         teacher_run(*SHAPES, "teacher.schedule.epocs=3")
+
+
+def test_the_teacher_of_the_demo_learns_from_more_images() -> None:
+    run = teacher_run("experiment=demo")
+    assert (run.data.source.train, run.data.batch_size, run.schedule.epochs) == (1600, 8, 3)
+
+
+def test_training_without_a_word_is_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(train, "_run_once", lambda overrides: started.append(list(overrides)))
+    assert train.main([]) == 0
+    assert started == [["experiment=demo"]]
+    cfg = compose_without_run(started[0])
+    assert (cfg.data.source.train, list(cfg.distill.losses), cfg.baseline) == (100, ["dsig"], "train")
