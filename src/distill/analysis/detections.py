@@ -10,24 +10,13 @@ import torch
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.evaluation.evaluate import evaluate
-from distill.evaluation.metric import DetectionArrays, DetectionMetric, GroundTruth
-
-
-class _Recorder(DetectionMetric):
-    """Keeps the ground truth and the detections instead of measuring them."""
-
-    recorded: tuple[GroundTruth, DetectionArrays] | None = None
-
-    def evaluate(self, truth: GroundTruth, detections: DetectionArrays) -> dict[str, float]:
-        if self.recorded is None:  # a second call has the shared classes only
-            self.recorded = truth, detections
-        return {}
+from distill.evaluation.recording import DetectionRecorder, Recording
 
 
 def record_detections(
     detector: Detector, data: DetectionData, split: str, device: torch.device, bar: str | None = None
-) -> tuple[GroundTruth, DetectionArrays]:
-    """Return the ground truth of a split and the detections of a detector, with the labels of the data.
+) -> Recording:
+    """Return the detections of a detector on a split, with the labels of the data, and the ground truth.
 
     Args:
         detector: the detector. It keeps its mode and device.
@@ -39,13 +28,13 @@ def record_detections(
     Raises:
         DistillError: detector and data share no class name.
     """
-    recorders: list[_Recorder] = []
+    recorders: list[DetectionRecorder] = []
 
-    def build(ground_truth: Mapping[str, Any], classes: Sequence[str]) -> DetectionMetric:
-        recorders.append(_Recorder(ground_truth, classes))
-        return recorders[0]
+    def build(ground_truth: Mapping[str, Any], classes: Sequence[str]) -> DetectionRecorder:
+        recorders.append(DetectionRecorder(ground_truth, classes))
+        return recorders[-1]
 
     evaluate(detector, data, split, [build], device, bar)
-    recorded = recorders[0].recorded
-    assert recorded is not None
-    return recorded
+    recording = recorders[-1].recording
+    assert recording is not None
+    return recording

@@ -75,12 +75,15 @@ class _Sums:
         self.edges: list[float] = []
 
 
-def skipped_analyses(models: Mapping[str, DetectorSpec], teacher: DetectorSpec | None) -> dict[str, str]:
+def skipped_analyses(
+    models: Mapping[str, DetectorSpec], teacher: DetectorSpec | None, classes: Sequence[str]
+) -> dict[str, str]:
     """Analysis, or ``analysis of model``, that these detectors do not allow -> the reason.
 
     Args:
         models: the student, and perhaps a baseline, by name.
         teacher: the teacher; None without one.
+        classes: class names of the data.
     """
     reasons: dict[str, str] = {}
     pairs = ("distances", "ssim", "cka", "edges")
@@ -89,6 +92,8 @@ def skipped_analyses(models: Mapping[str, DetectorSpec], teacher: DetectorSpec |
     for name, spec in models.items():
         if reason := _missing("neck", {name: spec}):
             reasons[f"gradients of {name}"] = reason
+        elif spec.classes != tuple(classes):
+            reasons[f"gradients of {name}"] = f"the {name} has other classes than the data, so it has no loss there"
         if teacher is None:
             continue
         both = {name: spec, "teacher": teacher}
@@ -144,9 +149,8 @@ def examine_necks(
     """
     for detector in (*models.values(), *([teacher] if teacher else [])):
         detector.to(device).eval()
-    reasons = skipped_analyses(
-        {name: model.spec for name, model in models.items()}, None if teacher is None else teacher.spec
-    )
+    specs = {name: model.spec for name, model in models.items()}
+    reasons = skipped_analyses(specs, None if teacher is None else teacher.spec, data.classes)
     count = len(data.records(split))
     chosen = np.unique(np.linspace(0, count - 1, min(images, count)).round().astype(int)).tolist()
     sums, report = {name: _Sums() for name in models}, NeckReport(len(chosen), skipped=reasons)
@@ -248,26 +252,25 @@ def _mean(values: Tensor) -> list[float]:
     return [total / count if count else float("nan") for total, count in values.tolist()]
 
 
-def csv_rows(report: NeckReport) -> dict[str, list[Sequence[object]]]:
-    """File name -> header and rows of the tables of a report. A value that does not exist is empty."""
-    tables: dict[str, list[Sequence[object]]] = {
-        "gradients": [("model", "stride", *PARTS)],
-        "ssim": [("model", "stride", *PARTS)],
-        "cka": [("model", "stride", *PARTS, "all")],
-        "distances": [("model", "stride", "channel", *PARTS)],
-        "edges": [("model", "error")],
+def neck_tables(report: NeckReport) -> dict[str, list[dict[str, object]]]:
+    """Name of a table -> its rows, for the tables that have rows. A value that does not exist is empty."""
+    tables: dict[str, list[dict[str, object]]] = {
+        name: [
+            {"model": model, "stride": stride, **_cells_of(means)}
+            for model, levels in values.items()
+            for stride, means in levels.items()
+        ]
+        for name, values in (("gradients", report.gradients), ("ssim", report.ssim), ("cka", report.cka))
     }
-    for name in ("gradients", "ssim", "cka"):
-        values: dict[str, dict[int, list[float]]] = getattr(report, name)
-        for model, levels in values.items():
-            tables[name] += [(model, stride, *map(_cell, means)) for stride, means in levels.items()]
-    for model, maps in report.distances.items():
-        for stride, means in maps.items():
-            rows = means.T.tolist()
-            tables["distances"] += [(model, stride, channel, *map(_cell, row)) for channel, row in enumerate(rows)]
-    tables["edges"] += list(report.edges.items())
-    return {name: rows for name, rows in tables.items() if len(rows) > 1}
+    tables["distances"] = [
+        {"model": model, "stride": stride, "channel": channel, **_cells_of(row)}
+        for model, maps in report.distances.items()
+        for stride, means in maps.items()
+        for channel, row in enumerate(means.T.tolist())
+    ]
+    tables["edges"] = [{"model": model, "error": error} for model, error in report.edges.items()]
+    return {name: rows for name, rows in tables.items() if rows}
 
 
-def _cell(value: float) -> float | str:
-    return "" if math.isnan(value) else value
+def _cells_of(means: Sequence[float]) -> dict[str, object]:
+    return {name: "" if math.isnan(value) else value for name, value in zip((*PARTS, "all"), means, strict=False)}

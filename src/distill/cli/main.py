@@ -16,6 +16,7 @@ USAGE = """usage: distill <verb> [options]
   resume RUN [overrides]                continue a stopped run from its last checkpoint
   evaluate RUN [overrides]              measure the AP of a run's student, on any split or data set
   predict RUN IMAGES... [--score 0.5]   write pictures and COCO-format detections
+  analyze RUN [--against RUN]           say where a run's student errs, compared with its teacher and a baseline
   bench [overrides]                     measure the cost of distillation on this machine, part by part
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
   doctor [overrides of train]           check data, teacher and loss terms before a run, and estimate its time
@@ -27,13 +28,14 @@ eval "$(distill -sc install=bash)" completes verbs, groups and keys in this shel
 
 
 def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
-    from distill.cli import bench, classifier, doctor, evaluate, predict, replay, resume_run, train
+    from distill.cli import analyze, bench, classifier, doctor, evaluate, predict, replay, resume_run, train
 
     return {
         "train": train.main,
         "resume": resume_run.main,
         "evaluate": evaluate.main,
         "predict": predict.main,
+        "analyze": analyze.main,
         "bench": bench.main,
         "classifier": classifier.main,
         "doctor": doctor.main,

@@ -1,0 +1,144 @@
+"""The models that analyze looks at: a finished run's student, its teacher, and a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import InvalidVersion, Version
+
+from distill import __version__
+from distill.cli.evaluate import load_student, load_teacher_of
+from distill.cli.overrides import parse_overrides
+from distill.files import read_json
+from distill.run_folder import STUDENT, SUMMARY, RunFolder
+from distill.types import DistillError
+
+if TYPE_CHECKING:
+    from distill.cli.preflight import RunPlan
+    from distill.detectors.base import Detector
+
+
+@dataclass
+class Models:
+    """The detectors of an analysis by name, best informed first: teacher, baseline, student."""
+
+    detectors: dict[str, Detector] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    """Name -> where the weights come from."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences about models that are left out."""
+
+    def add(self, name: str, detector: Detector, source: object) -> None:
+        """Add a detector."""
+        self.detectors[name], self.sources[name] = detector, str(source)
+
+
+def read_finished(run: RunFolder) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Raises:
+        DistillError: the run has not finished, its student is gone, its summary is damaged, or a newer version of
+            distill wrote it.
+    """
+    if not run.summary.is_file():
+        advice = f"python -m distill resume {run.path} continues it" if run.resumable else "start it again"
+        raise DistillError(f"{run.path}: the run has not finished, it has no {SUMMARY}: {advice}")
+    if not run.finished:
+        raise DistillError(
+            f"{run.path}: expected the run's student, but there is no {STUDENT}, or no description of it"
+        )
+    summary = read_json(run.summary)
+    if not isinstance(summary.get("student"), dict):
+        raise DistillError(
+            f"{run.summary}: expected the run's results under 'student'. Evaluate or train the run again"
+        )
+    _require_known_version(run, summary)
+    return summary
+
+
+def _require_known_version(run: RunFolder, summary: Mapping[str, Any]) -> None:
+    versions = summary.get("versions")
+    written = versions.get("distill") if isinstance(versions, dict) else None
+    try:
+        is_newer = written is not None and Version(str(written)) > Version(__version__)
+    except InvalidVersion:
+        is_newer = False
+    if is_newer:
+        raise DistillError(
+            f"{run.summary}: written by distill {written}, newer than the installed {__version__}. Install that version"
+        )
+
+
+def same_split(summary: Mapping[str, Any], split: str, fingerprint: str) -> bool | None:
+    """Whether a run was measured on a split with this fingerprint; None if its summary does not say."""
+    measured = summary.get("measured")
+    data = measured.get("data") if isinstance(measured, dict) else None
+    known = data.get(split) if isinstance(data, dict) else None
+    return None if known is None else known == fingerprint
+
+
+def add_teacher(
+    models: Models, run: RunFolder, plan: RunPlan, summary: Mapping[str, Any], overrides: Sequence[str]
+) -> None:
+    """Add the run's teacher, if it has one. A teacher that is gone is left out, with a note."""
+    given = any(word.key_or_group == "teacher.weights" for word in parse_overrides(overrides))
+    if not summary.get("teacher") and not given:
+        models.notes.append("the run has no teacher (distill=none): what compares with a teacher is left out")
+        return
+    try:
+        teacher = load_teacher_of(run, plan.teacher, plan.data.classes if given else None)
+    except DistillError as error:
+        models.notes.append(f"the teacher is left out: {error}")
+        return
+    identity = summary.get("teacher")
+    named = identity.get("source") if isinstance(identity, dict) else None
+    models.add("teacher", teacher, plan.teacher.weights if given and plan.teacher else named)
+
+
+def add_other(
+    models: Models,
+    run: RunFolder,
+    against: RunFolder,
+    summary: Mapping[str, Any],
+    student: Detector,
+    split: str,
+    fingerprint: str | None,
+) -> None:
+    """Add the student of the run that the user named.
+
+    Raises:
+        DistillError: it is the same run, or was trained or measured on other classes or other data.
+    """
+    if against.path.resolve() == run.path.resolve():
+        raise DistillError(f"--against {against.path}: this is the analyzed run itself. Name another run")
+    detector = load_student(against.path)
+    if set(detector.spec.classes) != set(student.spec.classes):
+        raise DistillError(
+            f"--against {against.path}: its classes are {', '.join(detector.spec.classes)}, those of {run.path} are "
+            f"{', '.join(student.spec.classes)}. Name a run of the same classes"
+        )
+    if fingerprint is not None and same_split(summary, split, fingerprint) is False:
+        raise DistillError(
+            f"--against {against.path}: it was measured on another {split} split, or at another image size, than "
+            f"{run.path}. Name a run of the same data, or data=… to analyze both on one data set"
+        )
+    name = "baseline" if summary.get("losses") == [] and not summary.get("teacher") else "other"
+    models.add(name, detector, against.path)
+
+
+def find_baseline(models: Models, plan: RunPlan, summary: Mapping[str, Any]) -> None:
+    """Add the newest finished run of the same student alone, if there is one."""
+    from distill.cli.related_runs import baseline_command, find_related_runs
+
+    if not summary.get("losses"):
+        return
+    recipe = summary.get("recipe")
+    related = find_related_runs(plan, recipe) if isinstance(recipe, str) else []
+    baseline = next((run for run in related if run.is_baseline), None)
+    if baseline is None:
+        command = baseline_command(plan)
+        models.notes.append(f"no run of the same student alone was found. This command makes one:\n{command}")
+        return
+    models.add("baseline", load_student(baseline.folder), baseline.folder)
