@@ -60,7 +60,7 @@ def test_files_of_an_analysis(runs: Path, cli: Cli, capsys: pytest.CaptureFixtur
     assert all(float(row["all"]) == pytest.approx(1) for row in table(run, "cka") if row["model"] == "baseline")
     pictures = {file.stem for file in (run / "analysis").glob("*.png")}
     assert pictures >= {"errors", "shares", "precision_recall", "f1", "confusion", "calibration", "agreement"}
-    assert pictures >= {"gradients", "gradients_examples", "distances", "ssim", "ssim_examples", "cka"}
+    assert pictures >= {"terms", "gradients", "gradients_examples", "distances", "ssim", "ssim_examples", "cka"}
     for file in (run / "analysis").rglob("*.png"):
         with Image.open(file) as picture:
             picture.load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -130,4 +131,15 @@ def neck_figures(report: NeckReport) -> dict[str, Figure]:
                 rows.append({**picture, **{model: values.numpy() for model, values in tensors.items()}})
         if rows:
             figures[f"{name}_examples"] = map_charts(rows)
+    return figures
+
+
+def training_figures(losses: Mapping[str, Lines], gradients: Lines) -> dict[str, Figure]:
+    """Name -> figure of the loss terms over the training, see `training_log`."""
+    figures: dict[str, Figure] = {}
+    if losses:
+        figures["terms"] = line_charts(losses, "epoch", "weighted term", unit=False)
+    if gradients:
+        title = "share of the gradient at the neck"
+        figures["gradient_shares"] = line_charts({title: gradients}, "step", "share", unit=False)
     return figures

@@ -13,14 +13,16 @@ import torch
 
 from distill.analysis.detections import record_detections
 from distill.analysis.errors import similar_groups
-from distill.analysis.figures import model_figures, neck_figures
+from distill.analysis.figures import model_figures, neck_figures, training_figures
 from distill.analysis.model_report import TEACHER, Comparison, Rows, compare_models, model_summary, model_tables
 from distill.analysis.neck_report import NeckReport, examine_necks, neck_tables
 from distill.analysis.to_do_pictures import draw_image, image_indices
+from distill.analysis.training_log import read_training
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.evaluation.pictures import save_panel
 from distill.files import atomic_write, write_text
+from distill.run_folder import METRICS, STEPS, RunFolder
 from distill.training.callbacks.history import to_csv
 
 FOLDER = "analysis"
@@ -94,6 +96,15 @@ def write_summary(
         "skipped": necks.skipped,
     }
     return write_text(folder / SUMMARY, json.dumps(_without_nan(content), indent=1))
+
+
+def draw_training(run: RunFolder, folder: Path) -> dict[str, str]:
+    """Draw the loss terms and their gradients over the training. Returns what is left out -> the reason."""
+    losses, gradients = read_training(run)
+    for name, figure in training_figures(losses, gradients).items():
+        atomic_write(folder / f"{name}.png", partial(figure.savefig, format="png"))
+    reasons = {"terms": f"{METRICS} has no loss terms"} if not losses else {}
+    return reasons | ({} if gradients else {"gradient_shares": f"{STEPS} has none (callbacks.gradients)"})
 
 
 def _draw_to_do(result: Comparison, data: DetectionData, split: str, folder: Path, count: int) -> dict[int, str]:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     overrides = [*args.overrides, f"paths.run={quote_value(str(run.path))}"]
     cfg = recompose(run, [*overrides, *trained_size(run.path, args.overrides)])
 
-    from distill.analysis.run_analysis import FOLDER, analyze_models, write_summary
+    from distill.analysis.run_analysis import FOLDER, analyze_models, draw_training, write_summary
     from distill.cli.preflight import plan_run
 
     plan = plan_run(cfg)
@@ -83,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
     result, necks = analyze_models(
         models.detectors, data, args.split, folder, groups, args.images, args.pictures, device or plan.device
     )
+    necks.skipped |= draw_training(run, folder)
     write_summary(
         folder, result, necks, data, args.split, {"run": str(run.path), "models": models.sources, "notes": models.notes}
     )
