@@ -14,7 +14,6 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from distill.training.distiller import Distiller
 from distill.training.schedule import Schedule
 from distill.types import Batch, Target
 from helpers.detectors import BOX_FAMILIES, FAMILIES, small_options
+from helpers.two_processes import start_two_processes
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
 CONF = Path(__file__).parents[2] / "conf" / "trainer" / "ddp_cpu.yaml"
@@ -214,7 +214,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, (port, str(folder)), nprocs=2)
+    start_two_processes(work, port, str(folder))
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in RUNS}
 
 

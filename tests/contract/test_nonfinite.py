@@ -14,7 +14,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from helpers.training import (
     small_detector,
     small_teacher,
 )
+from helpers.two_processes import start_two_processes
 
 ONE_EPOCH: dict[str, Any] = {"max_epochs": 1}
 
@@ -375,7 +375,7 @@ def test_all_processes_skip_and_stop_together(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
+    start_two_processes(one_rank, port, str(tmp_path))
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     refused = [found.pop("disagreement")["message"] for found in both]
     assert refused[0] == refused[1]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 from distill.losses.base import DistillLoss
 from distill.types import AnchorTargets, Regions
@@ -25,9 +28,31 @@ Found = tuple[dict[str, float], list[torch.Tensor], list[torch.Tensor]]
 
 
 @functools.cache
+def fork_server() -> ForkServerContext:
+    """Processes of a server that has imported what takes seconds, once for all of them, and has computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning", "torchvision", "distill.cli.preflight", "pytest"])
+    return context
+
+
+@functools.cache
 def process_pair() -> ProcessPoolExecutor:
-    """Two processes for all tests of this one, because the start of each takes seconds."""
-    return ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+    """Two processes for all tests of this one that leave nothing behind in them."""
+    return ProcessPoolExecutor(2, fork_server(), initializer=gc.freeze)
+
+
+def start_two_processes(work: Callable[..., object], *arguments: Any) -> None:
+    """Call ``work(rank, *arguments)`` in two new processes, as ``torch.multiprocessing.spawn`` does.
+
+    `work` is a module-level function, which may change the environment and end its process.
+    """
+    fork_server()
+    torch.multiprocessing.start_processes(_work_frozen, (work, *arguments), nprocs=2, start_method="forkserver")
+
+
+def _work_frozen(rank: int, work: Callable[..., object], *arguments: Any) -> None:
+    gc.freeze()  # what the server imported
+    work(rank, *arguments)
 
 
 def run_in_two_processes(work: Callable[..., object], *arguments: Any) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from distill.cli import compose, instantiate
 from distill.cli.assembly import shared_values
@@ -26,6 +25,7 @@ from distill.training.callbacks.consistency import (
     require_equal_values,
 )
 from distill.types import DistillError
+from helpers.two_processes import start_two_processes
 
 CASES: dict[str, list[dict[str, str]]] = {  # what each of two processes was given
     "equal": [{"seed": "0", "model.backbone.depth": "10"}, {"model.backbone.depth": "10", "seed": "0"}],
@@ -61,7 +61,7 @@ def one_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(one_rank, args=(str(folder),), nprocs=2)
+    start_two_processes(one_rank, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
