@@ -18,10 +18,10 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException
 
 from distill.losses.defeat import DeFeat
 from distill.losses.global_knowledge import GlobalKnowledge
@@ -32,6 +32,7 @@ from distill.training.callbacks.averaging import WeightAverage
 from distill.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint, RestoreSignalHandlers, parse_interval
 from distill.training.checkpoint_io import CheckpointFiles, read_checkpoint
 from distill.types import DistillError, View
+from helpers.grids import exhaustive
 from helpers.training import (
     EVERYTHING,
     FormulaLoss,
@@ -43,6 +44,7 @@ from helpers.training import (
     shapes_data,
     small_detector,
 )
+from helpers.two_processes import start_two_processes
 
 
 class Archive(CheckpointFiles):
@@ -167,21 +169,32 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> None:
+EACH, SOME = 1, 3
+"""Every checkpoint of a run, and every third of them, the last one among them."""
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        *(((name, EACH) if name in ("defeat", "accumulated") else exhaustive((name, EACH))) for name in SETTINGS),
+        *((name, SOME) for name in SETTINGS if name not in ("defeat", "accumulated")),
+    ],
+)
+def test_every_checkpoint_leads_to_the_same_end(name: str, step: int, tmp_path: Path) -> None:
     """In an epoch, before and after an evaluation: equal images, rates, losses, evaluations, weights and best score."""
     whole = Ended(tmp_path / "whole", **SETTINGS[name])
     assert len(whole.files) >= 4
+    files = list(enumerate(whole.files))[::-1][::step]
     lengths = set()
-    for number, file in enumerate(whole.files):
+    for number, file in files:
         again = Ended(tmp_path / str(number), ckpt=file, **SETTINGS[name])
         assert again.journal == whole.journal[len(whole.journal) - len(again.journal) :], number
         assert_same(again.weights, whole.weights)
         assert again.best.best_model_score == whole.best.best_model_score
         lengths.add(len(again.journal))
-    assert len(lengths) >= len(whole.files) - 1  # of different moments, but for a last step that is no epoch's last
+    assert len(lengths) >= len(files) - 1  # of different moments, but for a last step that is no epoch's last
     assert min(lengths) == 0
-    assert max(lengths) == len(whole.journal) - (2 if name == "accumulated" else 1)
+    assert max(lengths) == len(whole.journal) - (2 if name == "accumulated" else 1) or step == SOME
 
 
 class SignalAt(L.Callback):
@@ -425,7 +438,7 @@ def spawn(folder: Path, killed: bool) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(one_rank, (port, folder, killed), nprocs=2)
+    start_two_processes(one_rank, port, folder, killed)
 
 
 def test_two_processes_that_are_killed_or_asked_in_a_step_go_on_to_the_same_bits(tmp_path: Path) -> None:
@@ -433,7 +446,7 @@ def test_two_processes_that_are_killed_or_asked_in_a_step_go_on_to_the_same_bits
 
     Asked in the first step, they leave with it where they talk after each one, else with the epoch's last.
     """
-    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
         spawn(tmp_path, killed=True)
     spawn(tmp_path, killed=False)
     for rank in range(2):
