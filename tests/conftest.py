@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from helpers.runs import TINY, Cli
 
+gc.disable()  # until all tests are collected
 # What a shell starts in the background ignores ctrl-C, and so would all that is started from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests neither read nor write the user's cache of annotations.
@@ -38,6 +41,7 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector the modules and the tests: millions of objects that live until the end."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
@@ -47,6 +51,29 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
 
     monkeypatch.chdir(tmp_path)
     return main
+
+
+@pytest.fixture(scope="session")
+def copied_conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from distill.cli import compose
+
+    return shutil.copytree(compose.config_folder(), tmp_path_factory.mktemp("conf") / "conf")
+
+
+@pytest.fixture
+def conf(copied_conf: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the configuration, whose files a test may change. The next test finds them as they were."""
+    from distill.cli import compose
+
+    original = compose.config_folder()
+    monkeypatch.setattr(compose, "config_folder", lambda: copied_conf)
+    yield copied_conf
+    for path in sorted(copied_conf.rglob("*"), reverse=True):  # files before their folders
+        known = original / path.relative_to(copied_conf)
+        if not known.exists():
+            path.rmdir() if path.is_dir() else path.unlink()
+        elif path.is_file() and path.read_bytes() != known.read_bytes():
+            shutil.copy2(known, path)
 
 
 @pytest.fixture(scope="session")

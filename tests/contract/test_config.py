@@ -6,7 +6,6 @@ import inspect
 import itertools
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from distill.cli.preflight import plan_losses, plan_run
 from distill.detectors.options import to_plain
 from distill.type_checks import leaves
 from distill.types import DistillError
-from helpers.grids import mostly_exhaustive
+from helpers.grids import exhaustive, mostly_exhaustive
 from helpers.methods import METHODS
 
 # `base` is what the other options of its group inherit; it is not complete.
@@ -42,10 +41,35 @@ GIVEN = {
 }  # handed over at run time, so no YAML can name them
 
 
-@pytest.mark.parametrize(("group", "option"), mostly_exhaustive(OPTIONS, OPTIONS[::3]), ids=lambda value: value)
-def test_every_option_composes(group: str, option: str) -> None:
-    cfg = compose.compose_config([f"{group}={option}", "paths.run=x"])
+def combined() -> list[dict[str, str]]:
+    """Configurations, group -> option, which together have every option of every group but `experiment`.
+
+    Options ``of/NAME`` are those that the configuration chooses by itself, here for every third model.
+    """
+    groups: dict[str, list[str]] = {}
+    for group, option in OPTIONS:
+        if group != "experiment" and not option.startswith("of/"):
+            groups.setdefault(group, []).append(option)
+    rows = range(max(map(len, groups.values())))
+    chosen = [{group: options[row % len(options)] for group, options in groups.items()} for row in rows]
+    return chosen + [{"model": option} for option in groups["model"][::3]]
+
+
+ALONE = [{group: option} for group, option in OPTIONS]
+"""Every option, with the default of every other group."""
+
+
+def short_id(options: dict[str, str]) -> str:
+    return " ".join(f"{group}={option}" for group, option in options.items() if len(options) == 1 or group == "model")
+
+
+@pytest.mark.parametrize("options", [*combined(), *map(exhaustive, ALONE)], ids=short_id)
+def test_every_option_composes_and_names_all_parameters_of_our_constructors(options: dict[str, str]) -> None:
+    cfg = compose.compose_config([*(f"{group}={option}" for group, option in options.items()), "paths.run=x"])
     assert cfg.data.source
+    for group, option in options.items():
+        if group in OURS:
+            assert_names_every_parameter(cfg[group], f"{group}/{option}")
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -66,24 +90,19 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
                 yield from targets(node[key], f"{path}.{key}")
 
 
-OURS = [
-    (group, option)
-    for group, option in OPTIONS
-    if group in ("data", "model", "distill", "schedule", "metrics", "callbacks")
-]
+OURS = ("data", "model", "distill", "schedule", "metrics", "callbacks")
+"""Groups whose options name constructors of the package."""
 
 
-@pytest.mark.parametrize(("group", "option"), mostly_exhaustive(OURS, OURS[::3]), ids=lambda value: value)
-def test_yaml_names_every_parameter_of_our_constructors(group: str, option: str) -> None:
-    cfg = compose.compose_config([f"{group}={option}", "paths.run=x"])
-    found = [(path, node) for path, node in targets(cfg[group]) if node._target_.startswith("distill.")]
-    assert found or (group, option) == ("distill", "none")
+def assert_names_every_parameter(options: DictConfig, where: str) -> None:
+    found = [(path, node) for path, node in targets(options) if node._target_.startswith("distill.")]
+    assert found or where == "distill/none"
     for path, node in found:
         parameters = inspect.signature(get_class(node._target_)).parameters
         assert not [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)], path
         keys = {str(key) for key in node} - {"_target_", "_partial_"}
-        assert keys <= set(parameters), f"{group}/{option}{path}"
-        assert set(parameters) - keys <= GIVEN, f"{group}/{option}{path}"
+        assert keys <= set(parameters), f"{where}{path}"
+        assert set(parameters) - keys <= GIVEN, f"{where}{path}"
 
 
 def plain(value: Any) -> Any:
@@ -233,7 +252,7 @@ def test_any_two_distill_options_add_up_or_are_refused() -> None:
         assert OmegaConf.to_container(compose.compose_config([line]).distill.losses) == together
 
 
-def test_a_second_loss_of_one_method_takes_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_loss_of_one_method_takes_a_name_of_its_own(conf: Path) -> None:
     second = "+distill.losses.ssim_2={_target_: distill.SSIM, error: l1}"
     with pytest.raises(
         DistillError, match=r"ssim and ssim_l1 both write .* by '\+distill\.losses\.ssim_2=\{_target_: …\}'"
@@ -243,11 +262,8 @@ def test_a_second_loss_of_one_method_takes_a_name_of_its_own(tmp_path: Path, mon
     losses = compose.compose_config(["distill=ssim", second]).distill.losses
     assert [losses[name].error for name in ("ssim", "ssim_2")] == ["ssim", "l1"]
     # as well where an experiment chooses
-    shutil.copytree(compose.config_folder(), tmp_path / "conf")
-    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
-        "# @package _global_\ndefaults:\n  - override /distill: [defeat, defeat_voc]\n"
-    )
-    monkeypatch.setattr(compose, "config_folder", lambda: tmp_path / "conf")
+    text = "# @package _global_\ndefaults:\n  - override /distill: [defeat, defeat_voc]\n"
+    (conf / "experiment" / "mine.yaml").write_text(text)
     with pytest.raises(DistillError, match="defeat and defeat_voc both write the loss 'defeat'"):
         override_checks.validate_overrides(["experiment=mine"])
     override_checks.validate_overrides(["experiment=mine", "distill=[defeat,dsig]"])
@@ -284,8 +300,8 @@ def test_supervised_names_the_losses_of_the_student_and_not_of_the_teacher(stude
             override_checks.validate_overrides([f"model={student}", f"teacher={teacher}", f"supervised.{foreign}=0"])
 
 
-def test_a_detector_of_a_users_own_has_no_loss_names(conf: Path) -> None:
-    (conf / "model" / "mine.yaml").write_text("_target_: torch.nn.Identity\n")
+def test_a_detector_of_a_users_own_has_no_loss_names(new_conf: Path) -> None:
+    (new_conf / "model" / "mine.yaml").write_text("_target_: torch.nn.Identity\n")
     assert compose.compose_config(["model=mine", "teacher=none", "distill=none"]).supervised == {}
 
 
@@ -339,19 +355,17 @@ def test_every_student_has_a_default_teacher_and_can_be_one() -> None:
 
 
 @pytest.fixture
-def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def new_conf(conf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the configuration, to be changed, of which no option is registered yet."""
-    shutil.copytree(compose.config_folder(), tmp_path / "conf")
-    monkeypatch.setattr(compose, "config_folder", lambda: tmp_path / "conf")
     store = ConfigStore.instance()
     monkeypatch.setattr(store, "repo", {**store.repo, "teacher": {}, "metrics": {}, "supervised": {}})
-    return tmp_path / "conf"
+    return conf
 
 
-def test_a_model_without_a_line_in_the_table_has_no_default_teacher_and_can_be_one(conf: Path) -> None:
-    (conf / "model" / "mine.yaml").write_text("defaults: [frcnn_r18]\n")
-    (conf / "data" / "mine.yaml").write_text("defaults: [shapes]\n")
-    (conf / "schedule" / "of" / "mine.yaml").write_text("defaults: [/schedule/of/shapes@_here_]\n")
+def test_a_model_without_a_line_in_the_table_has_no_default_teacher_and_can_be_one(new_conf: Path) -> None:
+    (new_conf / "model" / "mine.yaml").write_text("defaults: [frcnn_r18]\n")
+    (new_conf / "data" / "mine.yaml").write_text("defaults: [shapes]\n")
+    (new_conf / "schedule" / "of" / "mine.yaml").write_text("defaults: [/schedule/of/shapes@_here_]\n")
     cfg = compose.compose_config(["model=mine", "data=mine", "distill=none"])
     assert cfg.teacher == {}
     assert list(cfg.metrics) == ["coco"]
@@ -359,14 +373,14 @@ def test_a_model_without_a_line_in_the_table_has_no_default_teacher_and_can_be_o
     assert {"mine", "of/mine"} <= set(compose.config_groups()["teacher"])
     with pytest.raises(DistillError, match=r"cannot do without a teacher: .* a line in conf/teachers\.yaml"):
         plan_run(override_checks.compose_without_run(["model=mine", "distill=mimic"]))
-    (conf / "teachers.yaml").write_text("default: none\nmine: {teacher: fcos_r18, run: [seed=7]}\n")
+    (new_conf / "teachers.yaml").write_text("default: none\nmine: {teacher: fcos_r18, run: [seed=7]}\n")
     cfg = compose.compose_config(["model=mine"])
     assert (cfg.teacher.model._target_, list(cfg.teacher.run)) == ("distill.FCOS", ["seed=7"])
 
 
-def test_a_file_of_a_users_own_takes_precedence_over_a_line(conf: Path) -> None:
-    (conf / "teacher" / "of").mkdir()
-    (conf / "teacher" / "of" / "fcos_r50.yaml").write_text("defaults: [/teacher/fcos_r34@_here_]\nseed: 9\n")
+def test_a_file_of_a_users_own_takes_precedence_over_a_line(new_conf: Path) -> None:
+    (new_conf / "teacher" / "of").mkdir()
+    (new_conf / "teacher" / "of" / "fcos_r50.yaml").write_text("defaults: [/teacher/fcos_r34@_here_]\nseed: 9\n")
     cfg = compose.compose_config(["model=fcos_r50"])
     assert (cfg.teacher.model.backbone.depth, cfg.teacher.seed) == (34, 9)
 
@@ -390,8 +404,8 @@ def test_a_file_of_a_users_own_takes_precedence_over_a_line(conf: Path) -> None:
         ("metrics.yaml", "default: coco\nvoc: [coco, vok]", "voc: there is no option 'vok'; did you mean voc"),
     ],
 )  # fmt: skip
-def test_a_mistake_in_a_table_names_the_line(file: str, text: str, message: str, conf: Path) -> None:
-    (conf / file).write_text(text)
+def test_a_mistake_in_a_table_names_the_line(file: str, text: str, message: str, new_conf: Path) -> None:
+    (new_conf / file).write_text(text)
     with pytest.raises(DistillError) as caught:
         override_checks.validate_overrides([])
     assert f"{file}: " in str(caught.value)
@@ -449,8 +463,12 @@ CHANGED = [name for name in EXPERIMENTS if name != "demo"]
 DATA = [option for option in compose.config_groups()["data"] if option != "base"]
 
 
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("experiment", mostly_exhaustive(EXPERIMENTS, EXPERIMENTS[::12]))
+ON_OTHER_DATA = list(itertools.product(EXPERIMENTS, DATA))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "data"), mostly_exhaustive(ON_OTHER_DATA, zip(EXPERIMENTS[::3], DATA, strict=False))
+)
 def test_an_experiment_takes_any_data(experiment: str, data: str) -> None:
     """Nothing of the experiment's own data set is left, and every source builds."""
     cfg = compose.compose_config([f"experiment={experiment}", f"data={data}", "paths.run=x"])

@@ -62,7 +62,10 @@ def test_commands_are_collected() -> None:
     assert {words.split()[0] for words in VERBS} >= {"doctor", "bench", "evaluate", "predict", "replay", "classifier"}
 
 
-@pytest.mark.parametrize("words", TRAIN)
+DAILY = {words for words in TRAIN if words in README} | {*TRAIN[::2]}
+
+
+@pytest.mark.parametrize("words", mostly_exhaustive(TRAIN, DAILY))
 def test_train_commands_compose(words: str) -> None:
     named = [re.sub(r"data=(LARGER_)?DIR", "data=coco", word) for word in shlex.split(words) if word[0] != "-"]
     overrides = expand_teacher_words(named)

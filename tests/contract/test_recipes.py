@@ -7,6 +7,7 @@ value is ours, the block says so.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -136,11 +137,21 @@ def processes(experiment: str) -> int:
     return int(found[1] or 8)
 
 
+@cache
+def composed(experiment: str) -> DictConfig:
+    return compose.compose_config([f"experiment={experiment}", "paths.run=x"])
+
+
+@cache
+def spec(family: str) -> Any:
+    return random_detector(family).spec
+
+
 def terms(cfg: DictConfig) -> dict[str, float]:
     """``LOSS/term`` -> weight, of the losses as they are built."""
     family = {"frcnn": "faster_rcnn", "mask_rcnn": "faster_rcnn", "retinanet": "retinanet"}[name(cfg.model).split()[0]]
-    spec: Any = random_detector(family).spec
-    losses = {key: instantiate.build_node(node, student=spec, teacher=spec) for key, node in cfg.distill.losses.items()}
+    given = {"student": spec(family), "teacher": spec(family)}
+    losses = {key: instantiate.build_node(node, **given) for key, node in cfg.distill.losses.items()}
     return {f"{key}/{term}": weight for key, loss in losses.items() for term, weight in loss.weights.items()}
 
 
@@ -150,7 +161,7 @@ def test_no_recipe_is_left_out() -> None:
 
 @pytest.mark.parametrize("experiment", RECIPES)
 def test_a_recipe_is_what_its_source_says(experiment: str) -> None:
-    cfg = compose.compose_config([f"experiment={experiment}", "paths.run=x"])
+    cfg = composed(experiment)
     schedule, batch = cfg.schedule, cfg.data.batch_size * processes(experiment)
     assert (schedule.shape, schedule.gamma, schedule.accumulate) == ("step", 0.1, 1)
     assert RECIPES[experiment] == Recipe(
@@ -172,12 +183,12 @@ def test_a_recipe_is_what_its_source_says(experiment: str) -> None:
 @pytest.mark.parametrize("experiment", [name for name in DSIG | SSIM if "_retinanet_" in name])
 def test_a_retinanet_of_another_framework_has_its_p6(experiment: str) -> None:
     """Detectron2 and MMDetection make it from C5, torchvision's first RetinaNet from P5."""
-    cfg = compose.compose_config([f"experiment={experiment}", "paths.run=x"])
+    cfg = composed(experiment)
     assert (cfg.model.p6_from, cfg.teacher.model.p6_from) == ("c5", "c5")
 
 
 @pytest.mark.parametrize("experiment", ["defeat_coco_frcnn_r152_r50", "defeat_coco_frcnn_r50_quarter"])
 def test_proposals_have_the_paper_s_temperatures(experiment: str) -> None:
     """Table 5 of DeFeat: 3 for objects, 1 for background."""
-    proposals = compose.compose_config([f"experiment={experiment}", "paths.run=x"]).distill.losses.defeat.proposals
+    proposals = composed(experiment).distill.losses.defeat.proposals
     assert (proposals.temperature_positive, proposals.temperature_negative) == (3, 1)

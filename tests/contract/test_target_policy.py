@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import hydra.utils
@@ -20,15 +19,6 @@ CALL = "{_target_: os.mkdir, path: mark}"
 @pytest.fixture(autouse=True)
 def _forget() -> None:
     target_policy.set_trusted([])
-
-
-@pytest.fixture
-def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of our configuration, into which files from outside are put."""
-    folder = tmp_path / "conf"
-    shutil.copytree(compose.config_folder(), folder)
-    monkeypatch.setattr(compose, "config_folder", lambda: folder)
-    return folder
 
 
 def outside(conf: Path, body: str) -> str:

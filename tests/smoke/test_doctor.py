@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distill import load_detector
 from distill.cli import compose, instantiate
+from distill.cli.main import main
 from distill.data.shapes import CLASSES, Shapes
 from distill.evaluation.evaluate import evaluate
 from distill.training.distiller import Distiller
@@ -26,18 +27,19 @@ OWN_DATA = [line for line in TINY if not line.startswith("data.source")]
 SIZES = {"small": (0, 1024), "medium": (1024, 9216), "large": (9216, 10**9)}
 
 
-def visit(cli: Cli, *lines: str) -> dict[str, Any]:
+def visit(cli: Cli, *lines: str, file: Path = Path("doctor.json")) -> dict[str, Any]:
     """What the doctor writes; its exit code says the verdict."""
-    code = cli(["doctor", "--json", "doctor.json", *lines])
-    report: dict[str, Any] = json.loads(Path("doctor.json").read_text())
+    code = cli(["doctor", "--json", str(file), *lines])
+    report: dict[str, Any] = json.loads(file.read_text())
     assert code == {"ready": 0, "not ready": 1}[report["verdict"]]
     assert bool(report["faults"]) == bool(code)
     return report
 
 
-@pytest.fixture
-def ready(cli: Cli, tiny_teacher: Path) -> dict[str, Any]:
-    return visit(cli, f"teacher.weights={tiny_teacher}", *TINY)
+@pytest.fixture(scope="module")
+def ready(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("doctor") / "report.json"
+    return visit(main, f"teacher.weights={tiny_teacher}", *TINY, file=file)
 
 
 def test_a_fine_run_is_ready_and_nothing_is_left_behind(

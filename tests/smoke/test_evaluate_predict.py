@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from distill.cli.main import main
 from distill.data.shapes import CLASSES
 from distill.detectors.base import Detector
 from distill.types import Batch, View
@@ -17,11 +18,13 @@ from helpers.image_folders import drawn, write_voc
 from helpers.runs import TINY, Cli, summary
 
 
-@pytest.fixture
-def run(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> Path:
-    lines = [f"teacher.weights={tiny_teacher}", *TINY, "data.source.test=4", "hydra.run.dir=run"]
-    assert cli(["train", *lines]) == 0
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, which tests only read."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    lines = [f"teacher.weights={tiny_teacher}", *TINY, "data.source.test=4", f"hydra.run.dir={folder}"]
+    assert main(["train", *lines]) == 0
+    return folder
 
 
 def test_evaluate_gives_the_numbers_of_the_run(run: Path, cli: Cli) -> None:
