@@ -22,6 +22,8 @@ from PIL import Image
 import distill
 from distill import plugins
 from distill.cli import compose, config_folders, override_checks, renamed_keys, target_policy
+from distill.cli.ablations import read_sweep
+from distill.cli.compare import take_own_keys
 from distill.cli.main import main
 from distill.cli.teacher_words import expand_teacher_words
 from distill.detectors import description
@@ -82,6 +84,10 @@ def test_commands_of_other_verbs_are_accepted(words: str, capsys: pytest.Capture
     for word in rest:
         if word.startswith("--"):
             assert word in usage
+    if verb == "compare":
+        own, rest = take_own_keys(rest)
+        if "sweep" in own:
+            assert read_sweep(own["sweep"])
     settings = [word for word in rest if "=" in word and word.partition("=")[2] not in READERS_OPTIONS]
     known = [word.replace("data=DIR", "data=coco") for word in settings if not word.startswith("trust=")]
     override_checks.validate_overrides(known)

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from distill import load_detector
 from distill.cli import compose, instantiate
 from distill.cli.main import main
+from distill.cli.related_runs import RelatedRun
 from distill.data.shapes import CLASSES, Shapes
 from distill.evaluation.evaluate import evaluate
 from distill.training.distiller import Distiller
@@ -236,9 +237,18 @@ def test_broken_data_is_named_with_what_to_mend(trouble: str, cli: Cli, tmp_path
         assert "terms" in goes_on
 
 
-def test_a_weak_teacher_is_named(cli: Cli, tiny_teacher: Path) -> None:
+def test_a_weak_teacher_is_named(
+    cli: Cli, tiny_teacher: Path, ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert any("no run of the same student with distill=none was found" in note for note in ready["notes"])
+    summary: dict[str, Any] = {"losses": [], "teacher": None, "student": {"val/AP": 0.8}}
+    alone = RelatedRun(Path("alone"), summary)
+    monkeypatch.setattr("distill.cli.doctor_report.find_related_runs", lambda *_: [alone])
     report = visit(cli, f"teacher.weights={tiny_teacher}", *TINY, "teacher.min_ap=0.9")
     assert any("below teacher.min_ap=0.9" in fault for fault in report["faults"])
+    assert any(
+        "the student alone (distill=none) 80.0: a teacher that is not better" in note for note in report["notes"]
+    )
 
 
 def test_a_teacher_that_does_not_keep_its_promise_is_named(

@@ -21,6 +21,8 @@ from distill.cli.presets import preset_options, register_presets
 from distill.types import DistillError
 
 CONFIG_NAME = "config"
+SWEEPS = "sweep"
+"""Folder of the prepared sweeps of the verb compare. It is no config group."""
 REQUIRED_NODES = (
     *("data", "model", "schedule", "supervised", "distill", "metrics"),
     *("trainer", "callbacks", "logger", "paths", "guard"),
@@ -96,6 +98,7 @@ def config_groups() -> dict[str, list[str]]:
     """Config groups and their options."""
     folders = all_folders()
     files = [file.relative_to(conf).with_suffix("").as_posix() for conf in folders for file in conf.rglob("*.yaml")]
+    files = [file for file in files if not file.startswith(f"{SWEEPS}/")]
     options: dict[str, list[str]] = {}
     for option in sorted({*files, *preset_options(folders)}):
         group, _, name = option.partition("/")

@@ -14,10 +14,12 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
+from distill.analysis.comparison import describe_regime
 from distill.cli import instantiate, preflight
 from distill.cli.assembly import assemble, build_student, build_trainer
 from distill.cli.baseline import plan_baseline
 from distill.cli.preflight import RunPlan
+from distill.cli.related_runs import find_related_runs, fingerprint_recipe
 from distill.cli.run_estimate import PATIENCE, estimate_run
 from distill.cli.tables import gib
 from distill.cli.teacher_cache import (
@@ -63,6 +65,7 @@ def examine_run(cfg: DictConfig) -> Report:
         student = build_student(plan, data)
         teacher = _examine_teacher(plan, data, trainer, report)
         _examine_classes(report, data, student.spec.classes, teacher)
+        _examine_gap(plan, data, trainer, teacher, report)
         module = assemble(plan, data, student, teacher).to(trainer.strategy.root_device)
         _examine_step(report, module, data, trainer)
         _estimate_run(plan, report, module, data, trainer)
@@ -172,6 +175,26 @@ def _compare_ap(min_ap: float | None, section: Report, report: Report) -> None:
         report[kind].append(f"{result}, but {section['source']} promises {percent(expected)} %: {remedy}")
     if min_ap is not None and ap < min_ap:
         report["faults"].append(f"{result}, below teacher.min_ap={min_ap}: {remedy}")
+
+
+def _examine_gap(
+    plan: RunPlan, data: DetectionData, trainer: L.Trainer, teacher: Teacher | None, report: Report
+) -> None:
+    """Note whether the teacher is better than the student alone, by a finished run of the same student alone."""
+    if teacher is None or teacher.source == UNTRAINED:
+        return
+    related = find_related_runs(plan, fingerprint_recipe(plan, data, trainer.world_size))
+    values = next((run.summary["student"] for run in related if run.is_baseline), None)
+    section = report["teacher"]
+    of_teacher = section["here"] if section["here"] is not None else section.get("sample", {}).get("AP")
+    alone = None if values is None else _ap(values, "val/")
+    if alone is None:
+        report["notes"].append(
+            "it is not known whether the teacher is better than the student alone, because no run of the same student "
+            "with distill=none was found: baseline=train and distill compare train it"
+        )
+    elif of_teacher is not None:
+        report["notes"].append(describe_regime(of_teacher, alone, "distill=none"))
 
 
 def _ap(values: Mapping[str, float], prefix: str = "") -> float | None:

@@ -137,7 +137,7 @@ def wrapped_help(text: str) -> str:
         group = re.match(r"([\w/]+): \w", line)
         if group is None:
             lines.append(line)
-        elif "/" not in group[1]:
+        elif "/" not in group[1] and group[1] != compose.SWEEPS:
             lines.append(
                 textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
                 + "\n"

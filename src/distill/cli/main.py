@@ -15,6 +15,7 @@ USAGE = """usage: distill <verb> [options]
   train [overrides]                     train or distil a detector (also: python train.py)
   resume RUN [overrides]                continue a stopped run from its last checkpoint
   evaluate RUN [overrides]              measure the AP of a run's student, on any split or data set
+  compare [overrides] distill=none,defeat seeds=3   train and compare; or compare RUN RUN: finished runs
   predict RUN IMAGES... [--score 0.5]   write pictures and COCO-format detections
   analyze RUN [--against RUN]           say where a run's student errs, compared with its teacher and a baseline
   bench [overrides]                     measure the cost of distillation on this machine, part by part
@@ -28,12 +29,13 @@ eval "$(distill -sc install=bash)" completes verbs, groups and keys in this shel
 
 
 def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
-    from distill.cli import analyze, bench, classifier, doctor, evaluate, predict, replay, resume_run, train
+    from distill.cli import analyze, bench, classifier, compare, doctor, evaluate, predict, replay, resume_run, train
 
     return {
         "train": train.main,
         "resume": resume_run.main,
         "evaluate": evaluate.main,
+        "compare": compare.main,
         "predict": predict.main,
         "analyze": analyze.main,
         "bench": bench.main,

@@ -12,8 +12,6 @@ after ``hydra.launcher.timeout_min=60`` minutes; submitit_local starts all jobs 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import signal
@@ -21,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +34,9 @@ from omegaconf import DictConfig, OmegaConf
 from distill.cli import compose, config_folders, override_checks, resume, target_policy
 from distill.cli.child_runs import child_environment, wait_for_process
 from distill.cli.hydra_main import run_hydra
-from distill.cli.overrides import parse_overrides, read_overrides
+from distill.cli.overrides import parse_overrides
 from distill.cli.signals import Terminated
-from distill.cli.sweep_statistics import ALONE, METRICS, show_statistics
+from distill.cli.sweep_folder import count_done, count_failed, job_folders, recorded_words, write_table
 from distill.cli.tables import print_table
 from distill.files import write_text
 from distill.quoting import quote_value
@@ -50,6 +48,8 @@ JOBS_VARIABLE, START_VARIABLE, DONE_VARIABLE = "DISTILL_SWEEP_JOBS", "DISTILL_SW
 """Environment variables for the processes of launchers: number of jobs, start, jobs finished before the start."""
 FIXED_VARIABLE = "DISTILL_SWEEP_FIXED"
 """Environment variable: the overrides that all jobs share, one a line."""
+BEFORE_VARIABLE = "DISTILL_SWEEP_BEFORE"
+"""Environment variable: the number of jobs in earlier parts of the sweep."""
 TABLE_METRICS = ("val/AP", "val/AP50", "val/mAP", "test/AP", "test/mAP")
 
 
@@ -76,7 +76,8 @@ def run_job(cfg: DictConfig) -> float:
     config_folders.set_config_dirs(words)
     overrides = override_checks.applicable_overrides(words)
     run = claim_folder(sweep, Path(hydra.runtime.output_dir), overrides)
-    print(progress_line(sweep, int(hydra.job.num) + 1, words, overrides, run), flush=True)
+    number = int(os.environ.get(BEFORE_VARIABLE, "0")) + int(hydra.job.num) + 1
+    print(progress_line(sweep, number, words, overrides, run), flush=True)
     with FileLock(f"{run}.lock"):  # jobs that differ only in a key that applies to neither are the same job
         if not RunFolder(run).finished:
             _run_process_of_job(run, overrides, sweep.name)
@@ -117,8 +118,30 @@ def run_sweep(words: Sequence[str], cfg: DictConfig) -> None:
 
     Raises:
         JobFailed: at least one job failed, and the others are done.
-        DistillError: torchrun or SLURM starts this very sweep more than once.
+        DistillError: see `choose_folder`.
         Terminated, KeyboardInterrupt: the sweep is asked to stop; the message says how to continue.
+    """
+    folder = choose_folder(words, cfg)
+    try:
+        run_jobs(folder, [(words, count_jobs(words, cfg))])
+    except (Terminated, KeyboardInterrupt):
+        show_jobs(folder)
+        raise
+    except DistillError:
+        show_table(folder)
+        raise
+    show_table(folder)
+
+
+def choose_folder(words: Sequence[str], cfg: DictConfig) -> Path:
+    """The folder of a sweep: the given one, that of a sweep which SLURM started again, or a new one.
+
+    Args:
+        words: overrides of the sweep.
+        cfg: the configuration of the first job, with the ``hydra`` node.
+
+    Raises:
+        DistillError: torchrun or SLURM starts this very sweep more than once; a key is given twice, or ``ckpt_path``.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise DistillError(
@@ -129,25 +152,46 @@ def run_sweep(words: Sequence[str], cfg: DictConfig) -> None:
         raise DistillError("ckpt_path with -m: a sweep goes on by itself where it stopped: hydra.sweep.dir=DIR")
     refuse_repeated_keys(words)
     HydraConfig.instance().set_config(cfg)  # for interpolations into it
-    folder = resume.requeued_sweep(words) or Path(cfg.hydra.sweep.dir)
-    others = [word for word in words if not word.startswith("hydra.sweep.dir=")]
+    return resume.requeued_sweep(words) or Path(cfg.hydra.sweep.dir)
+
+
+def run_jobs(folder: Path, parts: Sequence[tuple[Sequence[str], int]]) -> None:
+    """Run the jobs of a sweep that are not done.
+
+    Args:
+        folder: folder of the sweep.
+        parts: one after another, the overrides of jobs of which Hydra runs all combinations, and their number.
+
+    Raises:
+        JobFailed: at least one job failed, and the others are done.
+        Terminated, KeyboardInterrupt: the sweep is asked to stop; the message says how to continue.
+    """
     resume.write_slurm_job(folder)
+    shared = [word for word in parts[0][0] if all(word in words for words, _ in parts)]
     os.environ |= {
-        JOBS_VARIABLE: str(count_jobs(words, cfg)),
+        JOBS_VARIABLE: str(sum(count for _, count in parts)),
         START_VARIABLE: str(time.time()),
-        DONE_VARIABLE: str(_count_done(folder)),
-        FIXED_VARIABLE: "\n".join(words),
+        DONE_VARIABLE: str(count_done(folder)),
+        FIXED_VARIABLE: "\n".join(shared),
     }
+    failures: list[JobFailed] = []
+    before = 0
     try:
-        run_hydra([f"hydra.sweep.dir={quote_value(str(folder))}", *others], run_job, RunMode.MULTIRUN)
-    except JobFailed as error:
-        raise JobFailed(f"{count_failed(folder)} of the sweep's jobs failed, the first: {error}") from None
+        for words, count in parts:
+            os.environ[BEFORE_VARIABLE] = str(before)
+            others = [word for word in words if not word.startswith("hydra.sweep.dir=")]
+            try:
+                run_hydra([f"hydra.sweep.dir={quote_value(str(folder))}", *others], run_job, RunMode.MULTIRUN)
+            except JobFailed as error:
+                failures.append(error)
+            before += count
     except (Terminated, KeyboardInterrupt) as stopped:
         raise type(stopped)(*(stopped.args or [continuation_advice(folder)])) from None
     finally:
-        for name in (JOBS_VARIABLE, START_VARIABLE, DONE_VARIABLE, FIXED_VARIABLE):
+        for name in (JOBS_VARIABLE, START_VARIABLE, DONE_VARIABLE, FIXED_VARIABLE, BEFORE_VARIABLE):
             os.environ.pop(name, None)
-        show_table(folder)
+    if failures:
+        raise JobFailed(f"{count_failed(folder)} of the sweep's jobs failed, the first: {failures[0]}")
 
 
 def refuse_repeated_keys(words: Sequence[str]) -> None:
@@ -205,36 +249,15 @@ def progress_line(sweep: Path, number: int, words: Sequence[str], overrides: Seq
         line += f"\n  without {' '.join(unused)}: this job has no such loss"
         line += "; an earlier job is the same and is not repeated" if RunFolder(run).finished else ""
     elapsed = time.time() - float(os.environ.get(START_VARIABLE, time.time()))
-    done = _count_done(sweep) - before
+    done = count_done(sweep) - before
     if done > 0 and jobs:
         left = elapsed / done * max(0, jobs - number + 1)
         line += f"\n  {duration(elapsed)} elapsed, about {duration(left)} left"
     return line
 
 
-def _count_done(folder: Path) -> int:
-    return sum(RunFolder(job).finished for job in job_folders(folder))
-
-
-def write_table(folder: Path) -> list[dict[str, Any]]:
-    """Write ``sweep.csv`` from the folders of the jobs, and return its rows."""
-    rows = [_table_row(job) for job in job_folders(folder)]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    page = io.StringIO(newline="")
-    writer = csv.DictWriter(page, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(folder / "sweep.csv", page.getvalue())
-    return rows
-
-
-def count_failed(folder: Path) -> int:
-    """Number of failed jobs in a sweep's folder."""
-    return sum(_table_row(job)["state"] == "failed" for job in job_folders(folder))
-
-
-def show_table(folder: Path) -> None:
-    """Print the table: the varied keys, the main metrics, and the errors of failed jobs; nothing without jobs."""
+def show_jobs(folder: Path) -> None:
+    """Print a row for each job: the varied keys, the main metrics, and errors of failed jobs; nothing without jobs."""
     if not job_folders(folder):
         return
     rows = write_table(folder)
@@ -247,12 +270,44 @@ def show_table(folder: Path) -> None:
         for row in rows
     ]
     print_table(f"sweep {folder}, AP in percent", list(columns), cells, len(columns))
-    show_statistics(rows)
     for row in rows:
         if "error" in row:
             print(f"job {row['job']} failed: {row['error']}")
     if count_failed(folder):
         print(continuation_advice(folder))
+
+
+def show_table(
+    folder: Path,
+    equal: str = "epochs",
+    labels: Mapping[frozenset[str], str] | None = None,
+    always: bool = False,
+    files: Sequence[Path | None] = (None, None),
+) -> None:
+    """Print the jobs, and compare their configurations if there is something to compare.
+
+    ``comparison.csv`` and ``comparison.json`` in the folder have the comparison.
+
+    Args:
+        folder: folder of the sweep.
+        equal, labels: see `distill.analysis.comparison.compare`.
+        always: whether to compare even without several seeds and without a student alone.
+        files: another CSV file and another JSON file of the comparison; None: no such file.
+    """
+    show_jobs(folder)
+    if not count_done(folder):
+        return
+    from distill.cli import comparison_report as report
+
+    try:
+        comparison = report.compare_folders(job_folders(folder), equal, labels)
+    except DistillError as error:  # the jobs are done; their table stands above
+        print(f"distill: {error}")
+        return
+    if always or report.is_worth_showing(comparison):
+        for csv, json_file in ((folder / report.CSV, folder / report.JSON), files):
+            report.write_comparison(comparison, csv, json_file)
+        report.print_comparison(comparison, settings=False)
 
 
 def continuation_advice(folder: Path) -> str:
@@ -283,12 +338,6 @@ def _choose_folder(sweep: Path, given: Path, overrides: Sequence[str]) -> Path:
     return sweep / str(max(int(job.name) for job in sweep.iterdir() if job.name.isdigit()) + 1)
 
 
-def recorded_words(job: Path) -> set[str]:
-    """The overrides that a job recorded, without those of its resume."""
-    lines = set(read_overrides(job))
-    return {line for line in lines if not line.startswith("ckpt_path=")}
-
-
 def run_process(command: Sequence[str], sweep: str) -> tuple[int, str]:
     """Run a job and pass on its messages. Returns its exit code, and one line with its last message, for a failure.
 
@@ -315,26 +364,3 @@ def _failure_reason(code: int, lines: Sequence[str]) -> str:
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return (messages or [f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}"])[-1]
-
-
-def job_folders(folder: Path) -> list[Path]:
-    """The folders of a sweep's jobs, by number."""
-    jobs = [job for job in folder.iterdir() if RunFolder(job).overrides.is_file()] if folder.is_dir() else []
-    return sorted(jobs, key=_job_order)
-
-
-def _job_order(job: Path) -> tuple[bool, int, str]:
-    return (not job.name.isdigit(), int(job.name) if job.name.isdigit() else 0, job.name)
-
-
-def _table_row(job: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {"job": job.name}
-    row |= dict(line.partition("=")[::2] for line in read_overrides(job))
-    if RunFolder(job).finished:
-        report = json.loads(RunFolder(job).summary.read_text())
-        row |= {"state": "done"} | {name: round(value, 4) for name, value in report["student"].items()}
-        alone = (report.get("baseline") or {}).get("values", {})
-        return row | {f"{ALONE}{name}": round(alone[name], 4) for name in METRICS if name in alone}
-    if RunFolder(job).error.is_file():
-        return row | {"state": "failed", "error": RunFolder(job).error.read_text()}
-    return row | {"state": "unfinished"}

@@ -1,0 +1,191 @@
+"""The answer of a comparison: tables and sentences on the terminal, a CSV file and a JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.analysis import comparison as analysis
+from distill.analysis.comparison import Comparison, Difference, Row
+from distill.analysis.statistics import MOST_SEEDS, Interval, student_quantile
+from distill.cli.finished_runs import read_runs
+from distill.cli.related_runs import UNRELATED
+from distill.cli.tables import print_line, print_table
+from distill.files import write_text
+from distill.training.callbacks.history import to_csv
+from distill.units import duration, percent
+
+STUDENT_KEYS = ("data.source*", "distill*", "teacher*", "init", "model*")
+"""Patterns of keys that may differ when a run resumes, but tell two configurations apart."""
+MOST_LINES = 40
+"""Largest number of differing keys that are printed; the JSON file has all."""
+CSV, JSON = "comparison.csv", "comparison.json"
+COLORS = {"gain shown": "green", "loss shown": "red", "no difference shown": "yellow", "not decided": "yellow"}
+
+
+def free_keys() -> list[str]:
+    """Patterns of keys that do not change a result: the machine, what is printed, where files are."""
+    return [key for key in UNRELATED if not any(key.startswith(start.rstrip("*")) for start in STUDENT_KEYS)]
+
+
+def compare_folders(
+    folders: Sequence[Path],
+    equal: str = "epochs",
+    labels: Mapping[frozenset[str], str] | None = None,
+    images: bool = True,
+) -> Comparison:
+    """Compare the runs in these folders. Folders without a finished run are left out.
+
+    Raises:
+        DistillError: there is no finished run.
+    """
+    runs, left_out = read_runs(folders)
+    return analysis.compare(runs, left_out, free_keys(), equal, labels, images)
+
+
+def is_worth_showing(comparison: Comparison) -> bool:
+    """Whether there is something to compare: several seeds, or a difference to a student alone."""
+    roles = {row.configuration: row.role for row in comparison.rows}
+    differences = [row.difference for row in comparison.rows if row.difference]
+    return any(len(row.seeds) > 1 for row in comparison.rows) or any(
+        roles.get(found.reference) == "student alone" for found in differences
+    )
+
+
+def print_comparison(comparison: Comparison, settings: bool = True) -> None:
+    """Print the tables, what was left out, and a sentence for each difference.
+
+    Args:
+        comparison: the comparison.
+        settings: whether to print the settings that differ.
+    """
+    names = [name for name in analysis.measured(comparison.split) if any(name in row.values for row in comparison.rows)]
+    print_table(
+        f"{comparison.split}, percent; means over seeds, {_short(comparison.metric)} with the standard deviation",
+        ("configuration", "seeds", *map(_short, names), "s/step", "time"),
+        [_value_cells(row, names, comparison.metric) for row in comparison.rows],
+        compact=True,
+    )
+    differences = [(row, row.difference) for row in comparison.rows if row.difference]
+    print_table(
+        f"difference in {_short(comparison.metric)}, points of percent; 95 % intervals over seeds (Student's t) and "
+        "over the images of one seed (bootstrap)",
+        ("configuration", "to", "seeds", "difference", "over seeds", "over images", "gap closed", "extra time"),
+        [_difference_cells(row, found) for row, found in differences],
+        left=2,
+        compact=True,
+    )
+    for row, found in differences:
+        print_line(found.verdict, f"{row.configuration}: {describe(found, comparison)}", COLORS[found.verdict])
+    for note in comparison.notes:
+        print_line("note", note)
+    if settings and comparison.settings:
+        _print_settings(comparison)
+    for folder, reason in comparison.left_out:
+        print_line("left out", f"{folder}: {reason}", "yellow")
+
+
+def _short(metric: str) -> str:
+    return metric.partition("/")[2]
+
+
+def _value_cells(row: Row, names: Sequence[str], main: str) -> list[str | None]:
+    cells = []
+    for name in names:
+        value = percent(row.values[name]) if name in row.values else None
+        spread = f" ± {100 * row.deviation:.1f}" if name == main and value and row.deviation is not None else ""
+        cells.append(f"{value}{spread}" if value else None)
+    return [
+        row.configuration,
+        str(len(row.seeds)) if row.seeds else None,
+        *cells,
+        None if row.seconds_per_step is None else f"{row.seconds_per_step:.3g}",
+        None if row.seconds is None else duration(row.seconds),
+    ]
+
+
+def _difference_cells(row: Row, found: Difference) -> list[str | None]:
+    return [
+        row.configuration,
+        found.reference,
+        str(len(found.seeds)),
+        points(found.mean),
+        _range(found.by_seed),
+        _range(found.by_image),
+        None if found.gap_closed is None else f"{100 * found.gap_closed:.0f} %",
+        None if found.extra_time is None else f"{100 * found.extra_time:+.0f} %",
+    ]
+
+
+def points(value: float) -> str:
+    """A difference in points of percent, with one decimal; with two if it is small, so that its sign shows."""
+    digits = 1 if abs(value) >= 0.0005 or value == 0 else 2
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f}"
+
+
+def _range(interval: Interval | None) -> str | None:
+    return None if interval is None else f"{points(interval.low)} to {points(interval.high)}"
+
+
+def describe(found: Difference, comparison: Comparison) -> str:
+    """A difference in a sentence: its interval, how few seeds that is, what the extra time was, and what to do next."""
+    text = f"{points(found.mean)} {_short(comparison.metric)} over {found.reference}"
+    count = len(found.seeds)
+    if found.by_seed is None:
+        text += f", of one seed ({found.seeds[0]}), so there is no interval over seeds: run more seeds (seeds=3)"
+    else:
+        text += (
+            f", 95 % interval {_range(found.by_seed)} over {count} seeds (t = {student_quantile(count - 1):.2f})"
+            f"{'' if found.by_seed.excludes_zero else ', which holds 0'}"
+        )
+        if found.verdict == "no difference shown":
+            text += f"; {_further(found.further_seeds)}"
+    if found.by_image is not None:
+        text += f"; over the images of seed {found.seeds[0]}: {_range(found.by_image)}"
+    if found.extra_time is not None and abs(found.extra_time) >= 0.01:
+        amount = f"{100 * abs(found.extra_time):.0f} % {'more' if found.extra_time > 0 else 'less'} time"
+        advice = " at equal epochs (equal=time compares at equal time)" if comparison.equal == "epochs" else ""
+        text += f"; it took {amount}{advice}"
+    return text
+
+
+def _further(seeds: int | None) -> str:
+    if seeds is None:
+        return f"more than {MOST_SEEDS} seeds would be needed to tell them apart, if the spread stays"
+    return f"about {seeds} more seed{'' if seeds == 1 else 's'} would decide it, if mean and spread stay"
+
+
+def _print_settings(comparison: Comparison) -> None:
+    """Print the settings that differ. A loss or a teacher that not all configurations have is one line."""
+    names = [row.configuration for row in comparison.rows if row.role != "teacher"]
+    rows: dict[str, list[str | None]] = {}
+    for key, values in comparison.settings.items():
+        part = _optional_part(key)
+        if part and len(values) < len(names):
+            rows[part] = ["yes" if name in values else None for name in names]
+        else:
+            rows[key] = [values.get(name) for name in names]
+    shown = list(rows.items())[:MOST_LINES]
+    print_table("settings that differ", ("key", *names), [[key, *cells] for key, cells in shown], len(names) + 1, True)
+    if len(rows) > len(shown):
+        print_line("", f"and {len(rows) - len(shown)} more keys; --json FILE writes all of them")
+
+
+def _optional_part(key: str) -> str:
+    """The part of a configuration that a key belongs to and that some configurations lack: a loss, or the teacher."""
+    parts = key.split(".")
+    return ".".join(parts[:3]) if key.startswith("distill.losses.") else parts[0] if parts[0] == "teacher" else ""
+
+
+def write_comparison(comparison: Comparison, csv: Path | None, json_file: Path | None) -> None:
+    """Write the rows as CSV, and everything as JSON; None: no such file. Files are replaced atomically."""
+    if csv is not None:
+        write_text(csv, to_csv(_without_none(analysis.to_rows(comparison))))
+    if json_file is not None:
+        write_text(json_file, json.dumps(analysis.to_json(comparison), indent=1))
+
+
+def _without_none(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: "" if value is None else value for name, value in row.items()} for row in rows]

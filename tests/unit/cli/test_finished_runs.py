@@ -1,0 +1,110 @@
+"""Folders of runs for a comparison: what is read of a finished one, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distill.cli.comparison_report import compare_folders
+from distill.cli.finished_runs import expand_folders, read_run, read_runs, training_times
+from distill.run_folder import RunFolder
+from helpers.finished_runs import write_run
+
+
+def test_a_finished_run_is_read(tmp_path: Path) -> None:
+    teacher = write_run(tmp_path / "teacher", 0.5, seconds=(100.0,))
+    folder = write_run(tmp_path / "0", 0.25, ["defeat"], seed=3, seconds=(11.0, 13.0), words=["distill=defeat"])
+    run = read_run(folder)
+    assert (run.seed, run.losses, run.classes) == (3, ["defeat"], ["cat", "dog"])
+    assert run.words == ["distill=defeat", "seed=3"]
+    assert run.values["test/AP"] == 0.25
+    assert run.teacher == {
+        "source": str(teacher),
+        "values": {"test/AP": 0.5, "test/AP50": 0.8},
+        "seconds": 100.0,
+    }
+    assert run.seconds == 24.0
+    assert run.seconds_per_step == pytest.approx((24 - 2) / 10)
+    assert (run.fingerprints, run.detections) == ({"val": "a", "test": "b"}, {})
+
+
+def test_times_that_older_runs_do_not_tell(tmp_path: Path) -> None:
+    run = RunFolder(write_run(tmp_path / "0", 0.1))
+    run.metrics.write_text("epoch,step,seconds\n1,5,10.0\n2,10,12.0\n")
+    assert training_times(run) == (22.0, None)
+    for text in ("epoch,step\n1,5\n", "", "epoch,step,seconds\n1,5,fast\n"):
+        run.metrics.write_text(text)
+        assert training_times(run) == (None, None)
+    run.metrics.unlink()
+    assert training_times(run) == (None, None)
+
+
+def change(name: str, **entries: object) -> Callable[[Path], object]:
+    def apply(folder: Path) -> None:
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+    return apply
+
+
+BROKEN: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: (folder / "summary.json").unlink(), "unfinished, it has no summary.json: python -m distill resume"),
+    (lambda folder: (folder / "summary.json").write_text("{"), "not JSON"),
+    (change("summary.json", versions={"distill": "99.1"}), "made by distill 99.1, which is newer than this version"),
+    (change("summary.json", student=None), "expected results under 'student'"),
+    (change("summary.json", losses=None), "names under 'losses'"),
+    (change("student.json", model={}), "expected the student's 'classes'"),
+    (lambda folder: (folder / "student.json").unlink(), "not JSON"),
+    (lambda folder: (folder / "config.yaml").write_text("[]"), "expected the configuration of a run"),
+    (lambda folder: (folder / "config.yaml").write_text("{data: {}, schedule: {}}"), "expected a 'seed', got None"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), BROKEN, ids=[reason[:25] for _, reason in BROKEN])
+def test_a_folder_that_is_no_finished_run_is_named_and_left_out(
+    spoil: Callable[[Path], object], reason: str, tmp_path: Path
+) -> None:
+    good, bad = write_run(tmp_path / "0", 0.1), write_run(tmp_path / "1", 0.9, seed=1)
+    spoil(bad)
+    answer = compare_folders([good, bad], images=False)
+    ((folder, said),) = answer.left_out
+    assert folder == bad
+    assert reason in said
+    assert answer.rows[0].seeds == [0]
+    assert answer.rows[0].values["test/AP"] == 0.1
+
+
+def test_a_failed_job_and_a_folder_without_a_run_say_so(tmp_path: Path) -> None:
+    failed = write_run(tmp_path / "0", 0.1)
+    (failed / "summary.json").unlink()
+    (failed / "error.txt").write_text("out of memory\n")
+    runs, left_out = read_runs([failed, tmp_path / "none", tmp_path])
+    assert not runs
+    assert left_out == [
+        (failed, "failed: out of memory"),
+        (tmp_path / "none", "no run: expected a folder that train left, or that of a sweep"),
+        (tmp_path, "no run: expected a folder that train left, or that of a sweep"),
+    ]
+
+
+def test_the_baseline_that_a_run_names_is_read_too_and_is_its_reference(tmp_path: Path) -> None:
+    """It is longer, so that its settings differ; two runs share it."""
+    alone = write_run(tmp_path / "alone", 0.2, seconds=(10.0, 10.0, 10.0))
+    named = {"baseline": {"source": str(alone), "values": {"test/AP": 0.2}}}
+    jobs = [write_run(tmp_path / name, 0.3, [name], summary=named) for name in ("defeat", "dsig")]
+    runs, left_out = read_runs(jobs)
+    assert ([run.folder for run in runs], left_out) == ([*jobs, alone], [])
+    answer = compare_folders(jobs, images=False)
+    found = {row.configuration: row.difference for row in answer.rows}
+    assert [found[name].reference for name in ("defeat", "dsig")] == ["none"] * 2
+    assert found["defeat"].mean == pytest.approx(0.1)
+
+
+def test_the_folder_of_a_sweep_stands_for_its_jobs(tmp_path: Path) -> None:
+    jobs = [write_run(tmp_path / "sweep" / str(number), 0.1) for number in (0, 1, 10, 2)]
+    alone = write_run(tmp_path / "alone", 0.1)
+    expected = [alone, jobs[0], jobs[1], jobs[3], jobs[2], tmp_path / "gone"]
+    assert expand_folders([alone, tmp_path / "sweep", jobs[0], tmp_path / "gone"]) == expected
