@@ -42,6 +42,8 @@ class RunFolder:
         """One row per logged step: losses of a single batch."""
         self.curves = self.path / "curves.png"
         """Losses and AP by epoch."""
+        self.report = self.path / "report.html"
+        """The page that `analyze` writes."""
         self.pictures = self.path / "pictures"
         self.detections = self.path / "detections"
         """The student's detections on each evaluated split, with the ground truth: ``val.npz``, ``test.npz``."""

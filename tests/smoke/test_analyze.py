@@ -45,6 +45,11 @@ def test_files_of_an_analysis(runs: Path, cli: Cli, capsys: pytest.CaptureFixtur
     assert "AP50 that errors of each kind cost" in output
     assert str(runs / "run" / "analysis") in output
     content, run = analysis(runs / "run"), runs / "run"
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for part in ("distilled (defeat)", "AP50 that errors of each kind cost", "the threshold with the best F1"):
+        assert part in page
+    assert page.count("data:image/png") > 8
+    assert len(page) < 5_000_000
     assert set(content["models"]) == {"teacher", "baseline", "student"}
     assert content["images"] == 4
     for model in content["models"]:

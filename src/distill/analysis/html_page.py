@@ -1,7 +1,7 @@
 """A page of tables, plots and pictures as one HTML file that needs no network.
 
-Jinja2 fills the template and escapes all texts; matplotlib draws the plots. Both are well kept, and both work without
-JavaScript, so a page of a run stays small: interactive plots would embed a library of 4 MB in every page.
+Jinja2 fills the template and escapes all texts; the plots are those of matplotlib. Both are well kept, and need no
+JavaScript, so a page stays small: interactive plots would embed a library of 4 MB in every page.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from matplotlib.figure import Figure
 from PIL import Image
 
 PICTURE_WIDTH = 1200
@@ -32,35 +32,34 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot, as an SVG that follows the colors of a dark page."""
+    """A plot in a PNG file. A dark page inverts its brightness."""
 
-    figure: Figure
+    file: Path
     caption: str
     """What the plot shows, for readers who cannot see it, too."""
 
     @property
     def source(self) -> str:
         """The data URI."""
-        file = io.BytesIO()
-        self.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+        return "data:image/png;base64," + base64.b64encode(self.file.read_bytes()).decode()
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of an image."""
+    """An image file, which is reduced to a width that fits a page."""
 
-    image: Image.Image
+    file: Path
     caption: str
 
     @property
     def source(self) -> str:
         """The data URI."""
-        image = self.image.convert("RGB")
+        with Image.open(self.file) as opened:
+            image = opened.convert("RGB")
         image.thumbnail((PICTURE_WIDTH, 10 * PICTURE_WIDTH))
-        file = io.BytesIO()
-        image.save(file, format="JPEG", quality=QUALITY, optimize=True)
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=QUALITY, optimize=True)
+        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Section:
     texts: Sequence[str] = ()
     tables: Sequence[Table] = ()
     plots: Sequence[Plot] = ()
-    pictures: Sequence[Picture] = field(default_factory=tuple)
+    pictures: Sequence[Picture] = ()
 
     @property
     def anchor(self) -> str:

@@ -28,6 +28,8 @@ from distill.training.callbacks.history import to_csv
 FOLDER = "analysis"
 """Folder of the results, in the run's folder."""
 SUMMARY = "analysis.json"
+PICTURES = "pictures"
+"""Folder of the pictures of the to-do list, in the folder of the results."""
 LISTED = 100
 """Images of the to-do list in the summary; the table has all."""
 
@@ -67,7 +69,7 @@ def analyze_models(
         necks = examine_necks(
             students, models.get(TEACHER), data, split, neck_images, torch.device(device), bar=f"necks, {split}"
         )
-    for old in (*folder.glob("*.csv"), *folder.glob("*.png"), *folder.glob("pictures/*.png"), *folder.glob(SUMMARY)):
+    for old in (*folder.glob("*.csv"), *folder.glob("*.png"), *folder.glob(f"{PICTURES}/*.png"), *folder.glob(SUMMARY)):
         old.unlink()
     drawn = _draw_to_do(result, data, split, folder, pictures)
     for name, rows in (model_tables(result) | neck_tables(necks)).items():
@@ -111,7 +113,7 @@ def _draw_to_do(result: Comparison, data: DetectionData, split: str, folder: Pat
     """Draw the first images of the to-do list; image id -> file name."""
     confident = {name: model.confident for name, model in result.models.items()}
     ids = [row.image for row in result.to_do[:count]]
-    names = {image_id: f"pictures/{rank:03d}-{image_id}.png" for rank, image_id in enumerate(ids, start=1)}
+    names = {image_id: f"{PICTURES}/{rank:03d}-{image_id}.png" for rank, image_id in enumerate(ids, start=1)}
     for image_id, index in zip(ids, image_indices(data, split, ids), strict=True):
         save_panel(folder / names[image_id], draw_image(data, split, index, confident))
     return names

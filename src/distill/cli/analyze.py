@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     cfg = recompose(run, [*overrides, *trained_size(run.path, args.overrides)])
 
     from distill.analysis.run_analysis import FOLDER, analyze_models, draw_training, write_summary
+    from distill.analysis.run_page import write_run_page
     from distill.cli.preflight import plan_run
 
     plan = plan_run(cfg)
@@ -88,6 +89,7 @@ def main(argv: Sequence[str]) -> int:
         folder, result, necks, data, args.split, {"run": str(run.path), "models": models.sources, "notes": models.notes}
     )
     print_results(result, models, necks.skipped, folder, args.split)
+    print_line("report", write_run_page(run, folder))
     return 0
 
 
@@ -100,6 +102,8 @@ def _similar_classes(given: Sequence[str], classes: Sequence[str]) -> list[list[
 
 def print_results(result: Comparison, models: Models, skipped: Mapping[str, str], folder: Path, split: str) -> None:
     """Print the table of errors, the best thresholds, what was left out, and where the files are."""
+    from distill.analysis.run_analysis import PICTURES
+
     rows = [
         [name, percent(model.errors.ap50), *(percent(gain) for gain in model.errors.gain.values())]
         for name, model in result.models.items()
@@ -127,7 +131,7 @@ def print_results(result: Comparison, models: Models, skipped: Mapping[str, str]
         errors = percent(model.calibration.d_ece), percent(model.calibration.la_ece)
         print_line("calibrated", f"{name}: D-ECE {errors[0]} %, LaECE {errors[1]} %")
     if result.to_do:
-        first = folder / "pictures"
+        first = folder / PICTURES
         print_line("to do", f"{len(result.to_do)} images where the teacher is right and the student is wrong: {first}")
     for note in models.notes:
         print_line("note", note, "yellow")

@@ -16,34 +16,34 @@ from distill.training.curves import draw_curves
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def page() -> str:
+@pytest.fixture
+def page(tmp_path: Path) -> str:
     table = Table(("", *(f"AP{number}" for number in range(12))), [["<b>student</b> & co", *["12.3"] * 12]], "percent")
-    curves = draw_curves({"loss": {"total": [(1, 3.0), (2, 1.0)]}})
-    picture = Picture(Image.new("RGB", (2400, 300), (200, 30, 30)), "an image")
+    draw_curves({"loss": {"total": [(1, 3.0), (2, 1.0)]}}).savefig(tmp_path / "curves.png")
+    Image.new("RGB", (2400, 300), (200, 30, 30)).save(tmp_path / "image.png")
+    curves, picture = Plot(tmp_path / "curves.png", "losses"), Picture(tmp_path / "image.png", "an image")
     return render_page(
         "A run",
         "Student alone against distilled.",
-        [Section("Result, test", ["A sentence."], [table], [Plot(curves, "losses")], [picture]), Section("Empty")],
+        [Section("Result, test", ["A sentence."], [table], [curves], [picture]), Section("Empty")],
     )
 
 
-def test_texts_are_escaped_and_empty_sections_left_out() -> None:
-    text = page()
-    assert "&lt;b&gt;student&lt;/b&gt; &amp; co" in text
-    assert "<b>student" not in text
-    assert 'id="result-test"' in text
-    assert "Empty" not in text
+def test_texts_are_escaped_and_empty_sections_left_out(page: str) -> None:
+    assert "&lt;b&gt;student&lt;/b&gt; &amp; co" in page
+    assert "<b>student" not in page
+    assert 'id="result-test"' in page
+    assert "Empty" not in page
 
 
-def test_the_page_needs_no_network() -> None:
-    text = page()
-    assert 'src="http' not in text
-    assert 'href="http' not in text
-    assert "<script" not in text
+def test_the_page_needs_no_network(page: str) -> None:
+    assert 'src="http' not in page
+    assert 'href="http' not in page
+    assert "<script" not in page
 
 
-def test_pictures_are_reduced() -> None:
-    assert len(page()) < 100_000
+def test_pictures_are_reduced(page: str) -> None:
+    assert len(page) < 100_000
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
-def test_a_browser_shows_the_page(width: int, scheme: Any, browser: Any, tmp_path: Path) -> None:
+def test_a_browser_shows_the_page(width: int, scheme: Any, browser: Any, page: str, tmp_path: Path) -> None:
     """On a phone in dark mode, and on a screen: nothing is wider than the window, all pictures load, no error."""
-    (tmp_path / "page.html").write_text(page(), encoding="utf-8")
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
     view = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     faults: list[str] = []
     view.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
