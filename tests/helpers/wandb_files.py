@@ -23,15 +23,15 @@ class WandbFile(NamedTuple):
     summary: dict[str, Any]
     logged: set[str]
     """Names of logged values."""
-    files: set[str]
-    """Files of artifacts."""
+    files: dict[str, Path]
+    """Path in an artifact -> the file that would be uploaded."""
 
 
 def read_wandb(file: Path) -> WandbFile:
     """Read a file ``run-ID.wandb``."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    found = WandbFile(None, {}, {}, {}, set(), set())
+    found = WandbFile(None, {}, {}, {}, set(), {})
     for content in _records(file.read_bytes()):
         record = Record()
         record.ParseFromString(content)
@@ -47,7 +47,7 @@ def read_wandb(file: Path) -> WandbFile:
         elif kind == "history":
             found.logged.update(_key(item) for item in record.history.item)
         elif kind == "artifact":
-            found.files.update(entry.path for entry in record.artifact.manifest.contents)
+            found.files.update({entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents})
     return found
 
 

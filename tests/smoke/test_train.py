@@ -402,7 +402,13 @@ def test_loggers_get_the_values_of_the_csv_files(
     assert {"frcnn_r10_mini", "shapes", "defeat"} <= set(records.run.tags)
     assert records.axes["epoch/*"] == "epoch"
     assert records.best["val/*"] == "max"
-    assert records.files >= {"student.pt", "student.json"}
+    assert records.files.keys() >= {"student.pt", "student.json"}
+    table = json.loads(records.files["predictions.table.json"].read_text())
+    assert len(table["data"]) == 4  # one row per validation image
+    row = dict(zip(table["columns"], table["data"][0], strict=True))
+    assert set(row["image"]["boxes"]) == {"ground_truth", "student", "teacher"}
+    assert set(row["image"]["masks"]) == {"distillation"}
+    assert 0 <= row["teacher right, student wrong"] <= row["teacher finds"] <= row["objects"]
     measured = summary(run)["student"]
     assert {name: records.summary[name] for name in measured} == pytest.approx(measured)
 

@@ -203,7 +203,7 @@ def finish_run(
             print_comparison(summary, rows, related, baseline_command(plan))
             if isinstance(data.source, Shapes) and plan.losses:
                 print_next_steps(plan)
-        _log_results(trainer, values, plan.folder)
+        _log_results(trainer, module, data, values, plan.folder)
     return summary
 
 
@@ -220,11 +220,14 @@ def _measure_rows(
     return rows
 
 
-def _log_results(trainer: L.Trainer, values: Mapping[str, float], folder: RunFolder) -> None:
-    """Log the results of the best weights, and the student's files where this is wanted, to W&B."""
+def _log_results(
+    trainer: L.Trainer, module: Distiller, data: DetectionData, values: Mapping[str, float], folder: RunFolder
+) -> None:
+    """Log to W&B the results of the best weights, a table of predictions, and the student's files if wanted."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbRun):
             logger.log_results(values)
+            logger.log_predictions(module, data)
             logger.log_files(folder)
 
 

@@ -10,7 +10,10 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 
+from distill.data.datamodule import DetectionData
 from distill.run_folder import RunFolder
+from distill.training.distiller import Distiller
+from distill.training.wandb_table import prediction_table
 
 STEP = "trainer/global_step"
 """Lightning's name of the horizontal axis: finished optimizer steps."""
@@ -32,6 +35,8 @@ class WandbRun(WandbLogger):
         offline: write files only. `wandb sync` uploads them later.
         log_model: upload checkpoints, see Lightning's `WandbLogger`.
         log_student: upload the exported student as an artifact at the end.
+        table_images: validation images in the table of predictions at the end; 0: no table.
+        table_score: least score of a detection in this table.
     """
 
     def __init__(
@@ -46,6 +51,8 @@ class WandbRun(WandbLogger):
         offline: bool = False,
         log_model: bool | str = False,
         log_student: bool = False,
+        table_images: int = 50,
+        table_score: float = 0.3,
     ) -> None:
         options: dict[str, Any] = {
             "entity": entity,
@@ -62,7 +69,7 @@ class WandbRun(WandbLogger):
             log_model=log_model,  # type: ignore[arg-type]
             **options,
         )
-        self.log_student = log_student
+        self.log_student, self.table_images, self.table_score = log_student, table_images, table_score
 
     @property
     @rank_zero_experiment
@@ -85,6 +92,12 @@ class WandbRun(WandbLogger):
         self.experiment.summary.update(dict(values))
         rows = [[*name.split("/", 1), value] for name, value in values.items()]
         self.log_table("AP", columns=["split", "metric", "value"], data=rows)
+
+    def log_predictions(self, module: Distiller, data: DetectionData) -> None:
+        """Write the table of predictions, see `wandb_table`."""
+        if self.table_images:
+            table = prediction_table(module, data, self.table_images, self.table_score)
+            self.experiment.log({"predictions": table})
 
     def log_files(self, folder: RunFolder) -> None:
         """Upload the exported student as an artifact, if the run asks for it."""

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -132,19 +131,32 @@ def log_image(
 
 
 def wandb_boxes(column: Target | Detections, classes: Sequence[str], score: float) -> dict[str, Any]:
-    """One column as box overlays of W&B; ground truth has score 1."""
-    scores = column.scores if isinstance(column, Detections) else torch.ones(len(column.labels))
+    """One column as box overlays of W&B, colored by class; ground truth has score 1."""
+    layer = box_layer(column, column.labels.tolist(), dict(enumerate(classes, start=1)), classes)
+    return layer | {"box_data": [box for box in layer["box_data"] if box["scores"]["score"] >= score]}
+
+
+def box_layer(
+    column: Target | Detections, colors: Sequence[int], names: Mapping[int, str], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Boxes as a layer of W&B. The caption of a box has its class and score.
+
+    Args:
+        column: boxes in pixels of the image.
+        colors: a number per box, by which W&B colors it.
+        names: color -> its meaning.
+        classes: class names in label order.
+    """
+    scores = column.scores.tolist() if isinstance(column, Detections) else [1.0] * len(column.labels)
+    rows = zip(column.boxes.tolist(), column.labels.tolist(), scores, colors, strict=True)
     data = [
         {
             "position": {"minX": x1, "minY": y1, "maxX": x2, "maxY": y2},
             "domain": "pixel",
-            "class_id": label,
+            "class_id": color,
             "box_caption": f"{classes[label - 1] if label <= len(classes) else label} {value:.2f}",
             "scores": {"score": value},
         }
-        for (x1, y1, x2, y2), label, value in zip(
-            column.boxes.tolist(), column.labels.tolist(), scores.tolist(), strict=True
-        )
-        if value >= score
+        for (x1, y1, x2, y2), label, value, color in rows
     ]
-    return {"box_data": data, "class_labels": dict(enumerate(classes, start=1))}
+    return {"box_data": data, "class_labels": dict(names)}
