@@ -1,4 +1,4 @@
-"""``python -m distill <verb> [overrides]``; ``train.py`` is the verb train."""
+"""``python -m distill <command> [overrides]``; ``train.py`` is the command train."""
 
 import os
 import sys

@@ -90,7 +90,7 @@ UNREAD = [  # the word, and what the message names
     ("+trainer.limit_test_batches=1", "data.limit_eval=N limits val and test to N images"),
     ("+trainer.overfit_batches=2", "data.limit=N trains on the same N images in every epoch"),
     ("+trainer.overfit_batches=0.1", "data.limit=N trains on the same N images in every epoch"),
-    ("+trainer.fast_dev_run=true", "schedule.steps=2 data.limit_eval=8, or call the verb doctor"),
+    ("+trainer.fast_dev_run=true", "schedule.steps=2 data.limit_eval=8, or call the command doctor"),
     ("+trainer.fast_dev_run=3", "the folder of the run would count as finished"),
     ("trainer.precision=bf16-true", "trainer.precision=bf16-true: expected auto, 32-true, bf16-mixed, 16-mixed"),
     ("trainer.precision=16-true", "trainer.precision=16-true: expected auto, 32-true, bf16-mixed, 16-mixed"),

@@ -81,7 +81,7 @@ def test_finds_its_own_configuration(installed: Installed) -> None:
 
 
 def test_help(installed: Installed) -> None:
-    assert "usage: distill <verb>" in installed.python("-m", "distill", "--help")
+    assert "usage: distill <command>" in installed.python("-m", "distill", "--help")
     options = installed.python("-m", "distill", "train", "--help").partition("\ndistill: ")[2]
     assert "defeat" in options
 

@@ -349,8 +349,7 @@ def find_references(configurations: Sequence[Configuration], equal: str) -> list
     """The reference of each configuration; None for a student alone, and where there is none.
 
     It is the student alone with the same settings of the student, else the baseline that its runs name. If no
-    configuration has such a reference, it is the
-    first configuration.
+    configuration has such a reference, it is the first configuration.
     """
     alone = [one for one in configurations if one.is_alone]
     found = [None if one.is_alone else _reference(one, alone, equal) for one in configurations]
@@ -522,9 +521,9 @@ def describe_regime(teacher: float, alone: float, name: str) -> str:
     if teacher > alone:
         return f"{values}: a gap of {100 * (teacher - alone):.1f} that distillation may close"
     return (
-        f"{values}: a teacher that is not better than the student alone cannot help. What a method gains here has "
-        "another cause, such as its longer steps. Train the teacher longer (teacher.schedule.epochs=…) or on more data "
-        "(teacher.data=…), or choose a larger one (teacher=…)"
+        f"{values}: a teacher that is not better than the student alone has nothing to teach. A gain of a method has "
+        "another cause here, such as its longer training time. Train the teacher longer (teacher.schedule.epochs=…) or "
+        "on more data (teacher.data=…), or choose a larger one (teacher=…)"
     )
 
 

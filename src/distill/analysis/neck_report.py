@@ -139,7 +139,7 @@ def examine_necks(
 
     Args:
         models: the student, and perhaps a baseline, by name.
-        teacher: the teacher; None leaves out what compares with it.
+        teacher: the teacher; None leaves out the comparisons with it.
         data: the data set.
         split: `train`, `val` or `test`.
         images: number of images; DeFeat's figure 8 uses 20.

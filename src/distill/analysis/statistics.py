@@ -109,7 +109,7 @@ def seeds_to_decide(differences: Sequence[float], confidence: float = 0.95) -> i
 
 
 def verdict(interval: Interval | None) -> str:
-    """The verdict on a difference, in words: an interval that holds 0 shows no difference."""
+    """The verdict on a difference, in words: an interval that contains 0 shows no difference."""
     if interval is None:
         return "not decided"
     if not interval.excludes_zero:

@@ -1,4 +1,4 @@
-"""The verb analyze: where a finished run's student errs, and how it differs from its teacher and from a baseline."""
+"""The command analyze: the errors of a finished run's student, and its differences to its teacher and a baseline."""
 
 from __future__ import annotations
 
@@ -33,11 +33,18 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     parser.add_argument(
-        "--against", type=Path, metavar="RUN", help="a finished run to compare with; default: the student alone"
+        "--against",
+        type=Path,
+        metavar="RUN",
+        help="a finished run to compare with; default: the newest run of the student alone",
     )
-    parser.add_argument("--split", default="val", choices=("train", "val", "test"))
-    parser.add_argument("--images", type=int, default=20, help="images on which the necks are compared; 0: none")
-    parser.add_argument("--pictures", type=int, default=12, help="pictures of the images to look at")
+    parser.add_argument(
+        "--split", default="val", choices=("train", "val", "test"), help="split that is evaluated; default: val"
+    )
+    parser.add_argument(
+        "--images", type=int, default=20, help="images on which the necks (FPN) are compared; default: 20"
+    )
+    parser.add_argument("--pictures", type=int, default=12, help="images with most errors to draw; default: 12")
     parser.add_argument(
         "--similar",
         action="append",
@@ -45,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="CLASSES",
         help="similar classes for Hoiem's shares, as in cat,dog; may be repeated. Default: COCO's supercategories",
     )
-    add_device_option(parser)
+    add_device_option(parser, "that of the run (trainer.accelerator)")
     parser.add_argument("overrides", nargs="*", help="as for train, for example data.source.root=… if the data moved")
     args = parser.parse_intermixed_args(list(argv))
     if min(args.images, args.pictures) < 0:

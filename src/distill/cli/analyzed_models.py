@@ -85,7 +85,7 @@ def add_teacher(
     """Add the run's teacher, if it has one. A teacher that is gone is left out, with a note."""
     given = any(word.key_or_group == "teacher.weights" for word in parse_overrides(overrides))
     if not summary.get("teacher") and not given:
-        models.notes.append("the run has no teacher (distill=none): what compares with a teacher is left out")
+        models.notes.append("the run has no teacher (distill=none): comparisons with a teacher are left out")
         return
     try:
         teacher = load_teacher_of(run, plan.teacher, plan.data.classes if given else None)

@@ -1,4 +1,4 @@
-"""The verb bench: the cost of distillation and the bottleneck, on this machine with this data and these models."""
+"""The command bench: the cost of distillation and the bottleneck, on this machine with this data and these models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures the student and the distill options of a plan for the verb bench."""
+"""Measures the student and the distill options of a plan for the command bench."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def _rank() -> int:
 def _run(folder: Path, command: list[str], model: str, lock: BaseFileLock) -> None:
     state = f"no {model} is cached; training one first"
     if RunFolder(folder).resumable:
-        command, state = [*command, "ckpt_path=last"], f"the training of the {model} was stopped; it goes on"
+        command, state = [*command, "ckpt_path=last"], f"the training of the {model} was stopped; it is resumed"
     print(f"distill: {state}:\n  {shlex.join(command)}", flush=True)
     # A separate process, so that neither its random state nor its memory affects this run.
     # The process inherits the lock: if this run is killed, the child's run continues, and no other one may start.

@@ -1,4 +1,4 @@
-"""The verb classifier: trains an image classifier on the objects of a data set, as the teacher of distill=dicod."""
+"""The command classifier: trains an image classifier on the objects of a data set, as the teacher of distill=dicod."""
 
 from __future__ import annotations
 

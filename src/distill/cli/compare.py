@@ -1,11 +1,12 @@
-"""The verb compare: does distillation help, by how much, how sure, and at what cost?
+"""The command compare: does distillation help, by how much, how sure, and at what cost?
 
     distill compare distill=none,defeat,dsig seeds=3 [overrides of train]    train what is missing, then compare
     distill compare sweep=defeat_table4 seeds=3 [overrides of train]         a table of a paper on any data
     distill compare RUN RUN ...                                              compare finished runs, or sweeps
 
-The plain student (distill=none) is always among the configurations. All runs share one teacher. Each run is a process
-of its own. With hydra.sweep.dir=DIR the same words continue a comparison. The folder gets comparison.csv and
+The student alone (distill=none) is always among the configurations. All runs share one teacher. Each run has its own
+process. seeds=3 stands for seed=0,1,2. equal=time also trains the student alone for as long as each distilled student
+took. The same command with hydra.sweep.dir=DIR continues a stopped comparison. Its folder gets comparison.csv and
 comparison.json.
 """
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from distill.analysis.comparison import Configuration
 
 OWN_KEYS = ("equal", "seeds", "sweep")
-"""Keys of this verb that are no keys of the configuration."""
+"""Keys of this command that are no keys of the configuration."""
 EQUAL = ("epochs", "time")
 SEEDS = 3
 
@@ -54,10 +55,12 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", nargs="*", metavar="OVERRIDE|RUN", help="overrides as for train; or run folders")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table to this file too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file too")
-    parser.add_argument("--no-images", action="store_true", help="leave out the intervals over images (RUN RUN ...)")
+    parser.add_argument(
+        "words", nargs="*", metavar="OVERRIDE|RUN", help="overrides as for train, or folders of runs and sweeps"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write tables, runs and settings to this file")
+    parser.add_argument("--no-images", action="store_true", help="leave out the intervals over images")
     args = parser.parse_intermixed_args(list(argv))
     folders = [Path(word) for word in args.words if "=" not in word or Path(word).is_dir()]
     words = [word for word in args.words if Path(word) not in folders]
@@ -70,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def take_own_keys(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The values of this verb's own keys, and the other words.
+    """The values of this command's own keys, and the other words.
 
     Raises:
         DistillError: an own key is given twice, or has an invalid value.
@@ -128,7 +131,8 @@ def _compare_by_training(own: Mapping[str, str], words: Sequence[str], args: arg
     except (Terminated, KeyboardInterrupt):
         sweep.show_jobs(folder)
         raise
-    sweep.show_table(folder, equal, plan.labels, always=True, files=(args.csv, args.json))
+    files = (args.csv, args.json)
+    sweep.show_table(folder, equal, plan.labels, always=True, files=files, images=not args.no_images)
     if failure is not None:
         raise failure
 
@@ -197,7 +201,7 @@ def _plan_prepared(name: str, words: Sequence[str], seeds: Sequence[str]) -> Pla
             if override.key_or_group in given:
                 raise DistillError(
                     f"{override.key_or_group} is given, but sweep={name} sets it ({label}: {override.input_line}). "
-                    "Remove your word"
+                    "Remove your override"
                 )
         applicable = set(override_checks.applicable_overrides([*words, *_options(own)]))
         part = [*(word for word in words if word in applicable), *own, *seeds]
@@ -207,7 +211,7 @@ def _plan_prepared(name: str, words: Sequence[str], seeds: Sequence[str]) -> Pla
         parts.append(part)
         labels[frozenset(own)] = label
     if unused:
-        raise DistillError(f"{sorted(unused)[0]}: no configuration of sweep={name} has this loss. Remove the word")
+        raise DistillError(f"{sorted(unused)[0]}: no configuration of sweep={name} has this loss. Remove the override")
     assert first is not None  # a sweep has at least one configuration
     return Plan(parts, dict(sorted(labels.items(), key=lambda item: len(item[0]))), first)
 

@@ -70,7 +70,7 @@ def print_comparison(comparison: Comparison, settings: bool = True) -> None:
     )
     differences = [(row, row.difference) for row in comparison.rows if row.difference]
     print_table(
-        f"difference in {_short(comparison.metric)}, points of percent; 95 % intervals over seeds (Student's t) and "
+        f"difference in {_short(comparison.metric)}, percentage points; 95 % intervals over seeds (Student's t) and "
         "over the images of one seed (bootstrap)",
         ("configuration", "to", "seeds", "difference", "over seeds", "over images", "gap closed", "extra time"),
         [_difference_cells(row, found) for row, found in differences],
@@ -120,7 +120,7 @@ def _difference_cells(row: Row, found: Difference) -> list[str | None]:
 
 
 def points(value: float) -> str:
-    """A difference in points of percent, with one decimal; with two if it is small, so that its sign shows."""
+    """A difference in percentage points, with one decimal; with two if it is small, so that its sign shows."""
     digits = 1 if abs(value) >= 0.0005 or value == 0 else 2
     return f"{round(100 * value, digits) + 0.0:+.{digits}f}"
 
@@ -138,7 +138,7 @@ def describe(found: Difference, comparison: Comparison) -> str:
     else:
         text += (
             f", 95 % interval {_range(found.by_seed)} over {count} seeds (t = {student_quantile(count - 1):.2f})"
-            f"{'' if found.by_seed.excludes_zero else ', which holds 0'}"
+            f"{'' if found.by_seed.excludes_zero else ', which contains 0'}"
         )
         if found.verdict == "no difference shown":
             text += f"; {_further(found.further_seeds)}"

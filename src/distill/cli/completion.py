@@ -1,4 +1,4 @@
-"""Completion of the command line in a shell. Hydra completes overrides; the verbs are completed here.
+"""Completion of the command line in a shell. Hydra completes overrides; the commands are completed here.
 
 Hydra's shell function calls ``distill -sc query=bash`` with the typed line in ``COMP_LINE``.
 """
@@ -20,12 +20,12 @@ PATH_FIRST = ("evaluate", "analyze", "resume", "classifier", "replay")
 FLAGS = ("-sc", "--shell-completion")
 
 
-def main(argv: Sequence[str], verbs: Iterable[str]) -> int:
+def main(argv: Sequence[str], commands: Iterable[str]) -> int:
     """``distill -sc install=bash`` and ``uninstall=bash``, for zsh and fish too; and ``query=…`` for the shell.
 
     Args:
-        argv: words after the verb; they include one of `FLAGS`.
-        verbs: names of the verbs.
+        argv: words after the command; they include one of `FLAGS`.
+        commands: names of the commands.
     """
     line = os.environ.get("COMP_LINE", "")
     with suppress(DistillError):  # a word that is not typed to its end
@@ -42,26 +42,27 @@ def main(argv: Sequence[str], verbs: Iterable[str]) -> int:
         answer_line(argv, f"{start}{script}", "train", rest)
         return 0
     program, _, rest = line.lstrip().partition(" ")
-    verb, space, rest = rest.lstrip().partition(" ")
+    command, space, rest = rest.lstrip().partition(" ")
     if not space:
-        print(" ".join(name for name in verbs if name.startswith(verb)))
-    elif verb in verbs and verb != "predict":
-        answer_line(argv, program, verb, rest)
+        print(" ".join(name for name in commands if name.startswith(command)))
+    elif command in commands and command != "predict":
+        answer_line(argv, program, command, rest)
     return 0
 
 
-def answer_line(argv: Sequence[str], program: str, verb: str, rest: str) -> None:
+def answer_line(argv: Sequence[str], program: str, command: str, rest: str) -> None:
     """Let Hydra complete the last word of a line. Nothing is printed where the shell completes a path.
 
     Args:
         argv: words with Hydra's flag.
-        program: the typed start of the line, without the verb.
-        verb: the verb.
-        rest: the line after the verb.
+        program: the typed start of the line, without the command.
+        command: the command.
+        rest: the line after the command.
     """
     words = rest.split()
     current = "" if not rest or rest[-1].isspace() else words.pop()
-    if current.startswith("-") or (verb in PATH_FIRST and all("=" in word or word.startswith("-") for word in words)):
+    has_path = any("=" not in word and not word.startswith("-") for word in words)
+    if current.startswith("-") or (command in PATH_FIRST and not has_path):
         return
     overrides = [word for word in words if word in ("-m", "--multirun") or ("=" in word and not word.startswith("-"))]
     with patch.dict(os.environ, COMP_LINE=" ".join([program, *overrides, current])):

@@ -22,7 +22,7 @@ from distill.types import DistillError
 
 CONFIG_NAME = "config"
 SWEEPS = "sweep"
-"""Folder of the prepared sweeps of the verb compare. It is no config group."""
+"""Folder of the prepared sweeps of the command compare. It is no config group."""
 REQUIRED_NODES = (
     *("data", "model", "schedule", "supervised", "distill", "metrics"),
     *("trainer", "callbacks", "logger", "paths", "guard"),

@@ -1,4 +1,4 @@
-"""The option ``--device`` of the verbs that run a trained detector."""
+"""The option ``--device`` of the commands that run a trained detector."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 _DEVICE = re.compile(r"cpu|mps|cuda(?::\d+)?|\d+")
 
 
-def add_device_option(parser: ArgumentParser) -> None:
-    """Add ``--device`` to the options of a verb."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; without this option CUDA if available, else cpu")
+def add_device_option(parser: ArgumentParser, default: str = "CUDA if available, else cpu") -> None:
+    """Add ``--device`` to the options of a command.
+
+    Args:
+        parser: parser of the command.
+        default: the device without this option, in words.
+    """
+    parser.add_argument("--device", help=f"cpu, cuda, cuda:1 or mps; default: {default}")
 
 
 def find_device(name: str | None) -> torch.device:

@@ -1,4 +1,4 @@
-"""The verb doctor: checks data, teacher and losses in about a minute before a run, without training."""
+"""The command doctor: checks data, teacher and losses in about a minute before a run, without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examines a planned run for the verb doctor. The report is a nested mapping with one entry for each section."""
+"""Examines a planned run for the command doctor. The report is a nested mapping with one entry for each section."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _examine_gap(
     if alone is None:
         report["notes"].append(
             "it is not known whether the teacher is better than the student alone, because no run of the same student "
-            "with distill=none was found: baseline=train and distill compare train it"
+            "with distill=none was found: baseline=train or python -m distill compare trains it"
         )
     elif of_teacher is not None:
         report["notes"].append(describe_regime(of_teacher, alone, "distill=none"))

@@ -1,4 +1,4 @@
-"""The verb evaluate: AP of a run's student, or of its teacher, on any split or data set."""
+"""The command evaluate: AP of a run's student, or of its teacher, on any split or data set."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
     )
     parser.add_argument("source", type=Path, metavar="RUN|CKPT", help="a run folder, or one of its checkpoints")
-    parser.add_argument("--split", default="val", choices=("train", "val", "test"))
+    parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="split; default: val")
     parser.add_argument("--teacher", action="store_true", help="evaluate the run's teacher instead of its student")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
-    add_device_option(parser)
+    add_device_option(parser, "that of the run (trainer.accelerator)")
     parser.add_argument(
         "overrides", nargs="*", help="as for train: data=voc data.source.root=…, metrics.coco.per_class=true"
     )

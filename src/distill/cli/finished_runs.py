@@ -1,4 +1,4 @@
-"""Reads finished runs for a comparison, and says of other folders why they are none."""
+"""Reads the finished runs of a comparison, with the reason for each folder that has none."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_run(folder: Path) -> FinishedRun:
     """
     run = RunFolder(folder)
     if not folder.is_dir() or not (run.config.is_file() or run.overrides.is_file() or run.summary.is_file()):
-        raise DistillError(f"{folder}: no run: expected a folder that train left, or that of a sweep")
+        raise DistillError(f"{folder}: not a run: expected the folder of a run or of a sweep")
     if not run.summary.is_file():
         if run.error.is_file():
             raise DistillError(f"{folder}: failed: {run.error.read_text(encoding='utf-8', errors='replace').strip()}")

@@ -10,25 +10,28 @@ from collections.abc import Callable, Sequence
 from distill.cli.signals import EXIT_REASONS, RESTART_ADVICE, Terminated, stop_on_signals
 from distill.types import DistillError
 
-USAGE = """usage: distill <verb> [options]
+USAGE = """usage: distill <command> [options]
 
-  train [overrides]                     train or distil a detector (also: python train.py)
+  train [overrides]                     train a detector, alone or by distillation (also: python train.py)
   resume RUN [overrides]                continue a stopped run from its last checkpoint
   evaluate RUN [overrides]              measure the AP of a run's student, on any split or data set
-  compare [overrides] distill=none,defeat seeds=3   train and compare; or compare RUN RUN: finished runs
-  predict RUN IMAGES... [--score 0.5]   write pictures and COCO-format detections
-  analyze RUN [--against RUN]           say where a run's student errs, compared with its teacher and a baseline
+  compare [overrides] [seeds=3]         train without and with distillation over several seeds, and compare
+  compare RUN RUN...                    compare finished runs
+  predict RUN IMAGES... [--score 0.5]   draw detections on images, and write them in COCO's format
+  analyze RUN [--against RUN]           report the errors of a run's student, its teacher and a baseline, by kind
   bench [overrides]                     measure the cost of distillation on this machine, part by part
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
   doctor [overrides of train]           check data, teacher and loss terms before a run, and estimate its time
   replay FILE                           repeat the step that stopped a run
 
-Options and code of your own, for every verb: --config-dir DIR, and trust=[PACKAGE].
-distill <verb> --help shows the options of a verb. distill --version shows the versions of distill and its libraries.
-eval "$(distill -sc install=bash)" completes verbs, groups and keys in this shell; also for zsh and fish."""
+RUN is the folder of a run; a run prints it. An override is KEY=VALUE (seed=1) or GROUP=OPTION (distill=defeat).
+With every command, --config-dir DIR adds a folder of your own options, and trust=[PACKAGE] allows your own code.
+distill <command> --help shows the options of a command. distill --version shows the versions of distill and its
+libraries.
+eval "$(distill -sc install=bash)" completes commands, groups and keys in this shell; also for zsh and fish."""
 
 
-def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
+def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
     from distill.cli import analyze, bench, classifier, compare, doctor, evaluate, predict, replay, resume_run, train
 
     return {
@@ -46,7 +49,7 @@ def _verbs() -> dict[str, Callable[[Sequence[str]], int]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a verb and return its exit code. Invalid input ends with one message and without a traceback."""
+    """Run a command and return its exit code. Invalid input ends with one message and without a traceback."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -69,16 +72,16 @@ def main(argv: Sequence[str]) -> int:
         return 128 + number
 
 
-def _run(verb: str, words: Sequence[str]) -> int:
-    verbs = _verbs()
-    if {verb, *words} & {"-sc", "--shell-completion"}:
+def _run(command: str, words: Sequence[str]) -> int:
+    commands = _commands()
+    if {command, *words} & {"-sc", "--shell-completion"}:
         from distill.cli import completion
 
-        return completion.main([verb, *words] if verb.startswith("-") else words, verbs)
-    if verb not in verbs:
+        return completion.main([command, *words] if command.startswith("-") else words, commands)
+    if command not in commands:
         from distill.cli.suggestions import nearest
 
-        print(f"distill: there is no verb '{verb}'{nearest(verb, verbs)}\n\n{USAGE}", file=sys.stderr)
+        print(f"distill: there is no command '{command}'{nearest(command, commands)}\n\n{USAGE}", file=sys.stderr)
         return 2
     from distill.cli import compose, config_folders, target_policy
     from distill.cli.data_paths import expand_data_paths
@@ -88,7 +91,7 @@ def _run(verb: str, words: Sequence[str]) -> int:
     config_folders.set_config_dirs(words)
     compose.refuse_hidden_options()
     target_policy.set_trusted(words)
-    return verbs[verb](expand_teacher_words(expand_data_paths(words)))
+    return commands[command](expand_teacher_words(expand_data_paths(words)))
 
 
 def version_line() -> str:

@@ -72,13 +72,13 @@ def _refuse_added_root_keys(overrides: Sequence[str]) -> None:
 
 
 def compose_without_run(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of a verb that starts no run.
+    """The configuration of a command that starts no run.
 
     Raises:
         DistillError: an override is invalid; see `validate_overrides`.
     """
     if sweeps := [override.input_line for override in parse_overrides(overrides) if override.is_sweep_override()]:
-        raise DistillError(f"{sweeps[0]}: this verb looks at one run: give the key one value")
+        raise DistillError(f"{sweeps[0]}: expected one value: this command reads one configuration")
     cfg, _ = validate_overrides(overrides)
     HydraConfig.instance().set_config(cfg)  # as in a run, for interpolations into it
     cfg = compose.without_hydra(cfg)

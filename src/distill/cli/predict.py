@@ -1,4 +1,4 @@
-"""The verb predict: detections of a run's student in images, as pictures and in COCO's result format."""
+"""The command predict: detections of a run's student in images, as pictures and in COCO's result format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="distill predict", description=__doc__)
     parser.add_argument("run", type=Path, help=f"a run folder, or its {STUDENT}")
     parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
-    parser.add_argument("--out", type=Path, default=Path("outputs/predictions"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/predictions"), help="folder; default: outputs/predictions"
+    )
     parser.add_argument(
         "--score", type=float, default=0.5, help="lowest score that is drawn; the JSON file holds all detections"
     )
@@ -41,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         "scored against this file",
     )
     add_device_option(parser)
-    own = ("trust=", "config_dirs=")  # read already, for all verbs
+    own = ("trust=", "config_dirs=")  # read already, for all commands
     args = parser.parse_args([word for word in argv if not word.lstrip("+").startswith(own)])
     if not 0 <= args.score <= 1:
         raise DistillError(f"--score {args.score:g}: expected a score from 0 to 1")

@@ -108,7 +108,7 @@ def plan_run(cfg: DictConfig, run: Path | None = None) -> RunPlan:
 
     Args:
         cfg: the composed configuration.
-        run: folder of the run, for the verb ``train``: its checkpoints are searched for ``ckpt_path=last``.
+        run: folder of the run, for the command ``train``: its checkpoints are searched for ``ckpt_path=last``.
 
     Raises:
         DistillError: an invalid value, an unknown class, a missing teacher, a checkpoint of another run, or training

@@ -1,4 +1,4 @@
-"""The verb replay: repeats the step that stopped a run, with the weights, batch and random draws of its file."""
+"""The command replay: repeats the step that stopped a run, with the weights, batch and random draws of its file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="distill replay", description=__doc__)
     parser.add_argument("file", type=Path, help="the file that the stopped run named; it must lie in the run's folder")
-    add_device_option(parser)
+    add_device_option(parser, "cpu")
     parser.set_defaults(device="cpu")
     parser.add_argument("overrides", nargs="*", help="as for train, added to those of the run")
     args = parser.parse_intermixed_args(list(argv))

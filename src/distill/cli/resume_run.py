@@ -1,4 +1,4 @@
-"""The verb resume: continues a stopped run from its last checkpoint, with the overrides that the run recorded."""
+"""The command resume: continues a stopped run from its last checkpoint, with the overrides that the run recorded."""
 
 from __future__ import annotations
 

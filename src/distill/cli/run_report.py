@@ -385,7 +385,7 @@ def _warn_of_weak_teacher(teacher: float | None, student: float) -> None:
 
 
 def describe_gain(alone: float, distilled: float, teacher: float | None) -> str:
-    """The gain over the student alone in points of percent, and the share of the gap to the teacher that it closes."""
+    """The gain over the student alone in percentage points, and the share of the gap to the teacher that it closes."""
     gain = f"{round(100 * (distilled - alone), 1) + 0.0:+.1f} AP over the student alone"
     if teacher is None or teacher < 0:
         return gain

@@ -1,4 +1,4 @@
-"""A fast start of the command line, whose verbs import torch and Lightning when they need them."""
+"""A fast start of the command line, whose commands import torch and Lightning when they need them."""
 
 from __future__ import annotations
 

@@ -283,6 +283,7 @@ def show_table(
     labels: Mapping[frozenset[str], str] | None = None,
     always: bool = False,
     files: Sequence[Path | None] = (None, None),
+    images: bool = True,
 ) -> None:
     """Print the jobs, and compare their configurations if there is something to compare.
 
@@ -290,7 +291,7 @@ def show_table(
 
     Args:
         folder: folder of the sweep.
-        equal, labels: see `distill.analysis.comparison.compare`.
+        equal, labels, images: see `distill.analysis.comparison.compare`.
         always: whether to compare even without several seeds and without a student alone.
         files: another CSV file and another JSON file of the comparison; None: no such file.
     """
@@ -300,7 +301,7 @@ def show_table(
     from distill.cli import comparison_report as report
 
     try:
-        comparison = report.compare_folders(job_folders(folder), equal, labels)
+        comparison = report.compare_folders(job_folders(folder), equal, labels, images)
     except DistillError as error:  # the jobs are done; their table stands above
         print(f"distill: {error}")
         return

@@ -1,4 +1,4 @@
-"""Tables and labeled lines on the terminal, in one form for all verbs."""
+"""Tables and labeled lines on the terminal, in one form for all commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb train: compose, preflight, data, student and teacher, trainer, fit, report."""
+"""The command train: compose, preflight, data, student and teacher, trainer, fit, report."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ RULES: dict[str, Rule] = {
     ),
     "trainer.fast_dev_run": (
         "false, because the folder of the run would count as finished; for a quick trial set schedule.steps=2 "
-        "data.limit_eval=8, or call the verb doctor",
+        "data.limit_eval=8, or call the command doctor",
         lambda value: value is False or value == 0,
     ),
     "trainer.use_distributed_sampler": (

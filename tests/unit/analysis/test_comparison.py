@@ -190,7 +190,7 @@ def test_nothing_to_compare_is_refused_with_the_reasons() -> None:
 
 
 def test_a_teacher_that_is_not_better_cannot_help() -> None:
-    assert "cannot help" in describe_regime(0.3, 0.3, "none")
+    assert "has nothing to teach" in describe_regime(0.3, 0.3, "none")
     assert "gap of 10.0" in describe_regime(0.4, 0.3, "none")
 
 

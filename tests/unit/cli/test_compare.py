@@ -121,13 +121,15 @@ def test_a_comparison_runs_what_is_missing_and_ends_in_tables_and_files(
     assert "about 1 more seed would decide it" in said
     assert "job 4 of 4" in said
     assert "it took 50 % more time at equal epochs" in said
+    assert "no interval over images" in said
     rows = list(csv.DictReader((tmp_path / "sweep" / "comparison.csv").open()))
     assert [row["configuration"] for row in rows] == ["teacher", "none", "defeat"]
     assert float(rows[1]["test/AP"]) == pytest.approx(0.207)
     assert float(rows[2]["difference"]) == pytest.approx(0.055)
     content = json.loads((tmp_path / "sweep" / "comparison.json").read_text())
     assert content["rows"][2]["difference"]["extra_time"] == pytest.approx(0.5)
-    assert cli([*words, "--csv", "again.csv"]) == 0
+    assert cli([*words, "--csv", "again.csv", "--no-images"]) == 0
+    assert "over images for" not in capsys.readouterr().out
     assert len(jobs.ran) == 4  # nothing is repeated
     assert (tmp_path / "again.csv").read_text() == (tmp_path / "sweep" / "comparison.csv").read_text()
 
@@ -187,7 +189,7 @@ def test_finished_runs_are_compared_without_training(
     assert cli(["compare", str(folders[0]), "seeds=3"]) == 1
     assert "seeds=3: finished runs are compared as they are" in capsys.readouterr().err
     assert cli(["compare", str(odd / "none")]) == 1
-    assert "no run: expected a folder that train left" in capsys.readouterr().err
+    assert "not a run: expected the folder of a run" in capsys.readouterr().err
     assert not jobs.ran
 
 

@@ -85,8 +85,8 @@ def test_a_failed_job_and_a_folder_without_a_run_say_so(tmp_path: Path) -> None:
     assert not runs
     assert left_out == [
         (failed, "failed: out of memory"),
-        (tmp_path / "none", "no run: expected a folder that train left, or that of a sweep"),
-        (tmp_path, "no run: expected a folder that train left, or that of a sweep"),
+        (tmp_path / "none", "not a run: expected the folder of a run or of a sweep"),
+        (tmp_path, "not a run: expected the folder of a run or of a sweep"),
     ]
 
 

@@ -9,7 +9,7 @@ from distill.types import DistillError
 
 
 def test_a_verb_that_looks_at_one_run_refuses_a_sweep() -> None:
-    with pytest.raises(DistillError, match=r"seed=1,2: this verb looks at one run"):
+    with pytest.raises(DistillError, match=r"seed=1,2: expected one value"):
         override_checks.compose_without_run(["distill=none", "seed=1,2"])
 
 
