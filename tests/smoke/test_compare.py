@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from distill.cli import ablations
 from helpers.grids import mostly_exhaustive
@@ -32,6 +33,9 @@ def test_a_table_of_the_paper_is_one_command(
     assert "of one seed (0), so there is no interval over seeds" in said
     found = rows(tmp_path / "sweep")
     assert list(found) == ["teacher", *ablations.read_sweep(name)]
+    page = (tmp_path / "sweep" / "comparison.html").read_text(encoding="utf-8")
+    assert "data:image/png" in page
+    assert all(f"<td>{escape(label)}</td>" in page for label in found)
     content = json.loads((tmp_path / "sweep" / "comparison.json").read_text())
     values = {run["configuration"]: run["val/AP"] for run in content["runs"]}
     assert not content["left_out"]

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from distill.analysis.charts import Lines, bar_charts, line_charts, map_charts, matrix_charts
+from distill.analysis.comparison import Difference
 from distill.analysis.feature_maps import PARTS
 from distill.analysis.model_report import Comparison, ModelReport
 from distill.analysis.neck_report import NeckReport
@@ -143,3 +144,21 @@ def training_figures(losses: Mapping[str, Lines], gradients: Lines) -> dict[str,
         title = "share of the gradient at the neck"
         figures["gradient_shares"] = line_charts({title: gradients}, "step", "share", unit=False)
     return figures
+
+
+def difference_figure(differences: Mapping[str, Difference], metric: str) -> Figure:
+    """Points and intervals of the differences to the student alone, one row per configuration, in percentage points."""
+    figure = Figure(figsize=(7.6, 1.2 + 0.45 * len(differences)), dpi=100, layout="tight")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="gray", linewidth=1)
+    for place, one in enumerate(differences.values()):
+        if one.by_seed is not None:
+            axes.plot(
+                [100 * one.by_seed.low, 100 * one.by_seed.high], [place, place], color="C0", linewidth=3, alpha=0.5
+            )
+        axes.plot([100 * one.mean], [place], "o", color="C0")
+    axes.set_yticks(range(len(differences)), list(differences))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"difference in {metric}, percentage points")
+    axes.grid(alpha=0.4, axis="x")
+    return figure

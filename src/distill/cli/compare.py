@@ -24,6 +24,7 @@ from distill.cli.ablations import read_sweep
 from distill.cli.overrides import parse_overrides, write_value
 from distill.cli.signals import Terminated
 from distill.cli.sweep_folder import job_folders
+from distill.cli.tables import print_line
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="distill compare",
         usage="distill compare [overrides] [seeds=3] [equal=epochs|time] [sweep=NAME] | RUN RUN ... [--csv FILE] "
-        "[--json FILE] [--no-images]",
+        "[--json FILE] [--html FILE] [--no-images]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table to this file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write tables, runs and settings to this file")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to this file (finished runs)")
     parser.add_argument("--no-images", action="store_true", help="leave out the intervals over images")
     args = parser.parse_intermixed_args(list(argv))
     folders = [Path(word) for word in args.words if "=" not in word or Path(word).is_dir()]
@@ -113,6 +115,8 @@ def _compare_runs(
     comparison = report.compare_folders(expand_folders(folders), own.get("equal", EQUAL[0]), images=not args.no_images)
     report.write_comparison(comparison, args.csv, args.json)
     report.print_comparison(comparison)
+    if args.html:
+        print_line("report", report.write_page(comparison, args.html))
 
 
 # -- runs that are trained first

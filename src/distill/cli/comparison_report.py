@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distill.analysis import comparison as analysis
 from distill.analysis.comparison import Comparison, Difference, Row
@@ -13,15 +13,15 @@ from distill.analysis.statistics import MOST_SEEDS, Interval, student_quantile
 from distill.cli.finished_runs import read_runs
 from distill.cli.related_runs import UNRELATED
 from distill.cli.tables import print_line, print_table
-from distill.files import write_text
+from distill.files import atomic_write, write_text
 from distill.training.callbacks.history import to_csv
-from distill.units import duration, percent
+from distill.units import MISSING, duration, percent
 
 STUDENT_KEYS = ("data.source*", "distill*", "teacher*", "init", "model*")
 """Patterns of keys that may differ when a run resumes, but tell two configurations apart."""
 MOST_LINES = 40
 """Largest number of differing keys that are printed; the JSON file has all."""
-CSV, JSON = "comparison.csv", "comparison.json"
+CSV, JSON, PAGE = "comparison.csv", "comparison.json", "comparison.html"
 COLORS = {"gain shown": "green", "loss shown": "red", "no difference shown": "yellow", "not decided": "yellow"}
 
 
@@ -61,23 +61,10 @@ def print_comparison(comparison: Comparison, settings: bool = True) -> None:
         comparison: the comparison.
         settings: whether to print the settings that differ.
     """
-    names = [name for name in analysis.measured(comparison.split) if any(name in row.values for row in comparison.rows)]
-    print_table(
-        f"{comparison.split}, percent; means over seeds, {_short(comparison.metric)} with the standard deviation",
-        ("configuration", "seeds", *map(_short, names), "s/step", "time"),
-        [_value_cells(row, names, comparison.metric) for row in comparison.rows],
-        compact=True,
-    )
-    differences = [(row, row.difference) for row in comparison.rows if row.difference]
-    print_table(
-        f"difference in {_short(comparison.metric)}, percentage points; 95 % intervals over seeds (Student's t) and "
-        "over the images of one seed (bootstrap)",
-        ("configuration", "to", "seeds", "difference", "over seeds", "over images", "gap closed", "extra time"),
-        [_difference_cells(row, found) for row, found in differences],
-        left=2,
-        compact=True,
-    )
-    for row, found in differences:
+    values, changes = value_table(comparison), difference_table(comparison)
+    print_table(values.title, values.columns, values.rows, compact=True)
+    print_table(changes.title, changes.columns, changes.rows, left=2, compact=True)
+    for row, found in differences(comparison):
         print_line(found.verdict, f"{row.configuration}: {describe(found, comparison)}", COLORS[found.verdict])
     for note in comparison.notes:
         print_line("note", note)
@@ -85,6 +72,39 @@ def print_comparison(comparison: Comparison, settings: bool = True) -> None:
         _print_settings(comparison)
     for folder, reason in comparison.left_out:
         print_line("left out", f"{folder}: {reason}", "yellow")
+
+
+class Cells(NamedTuple):
+    """A table as texts; None is an empty cell."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[list[str | None]]
+
+
+def value_table(comparison: Comparison) -> Cells:
+    """Metrics and times of the teacher and of each configuration."""
+    names = [name for name in analysis.measured(comparison.split) if any(name in row.values for row in comparison.rows)]
+    return Cells(
+        f"{comparison.split}, percent; means over seeds, {_short(comparison.metric)} with the standard deviation",
+        ("configuration", "seeds", *map(_short, names), "s/step", "time"),
+        [_value_cells(row, names, comparison.metric) for row in comparison.rows],
+    )
+
+
+def differences(comparison: Comparison) -> list[tuple[Row, Difference]]:
+    """The configurations that have a reference, with their differences to it."""
+    return [(row, row.difference) for row in comparison.rows if row.difference]
+
+
+def difference_table(comparison: Comparison) -> Cells:
+    """Differences of the main metric with their intervals."""
+    return Cells(
+        f"difference in {_short(comparison.metric)}, percentage points; 95 % intervals over seeds (Student's t) and "
+        "over the images of one seed (bootstrap)",
+        ("configuration", "to", "seeds", "difference", "over seeds", "over images", "gap closed", "extra time"),
+        [_difference_cells(row, found) for row, found in differences(comparison)],
+    )
 
 
 def _short(metric: str) -> str:
@@ -185,6 +205,36 @@ def write_comparison(comparison: Comparison, csv: Path | None, json_file: Path |
         write_text(csv, to_csv(_without_none(analysis.to_rows(comparison))))
     if json_file is not None:
         write_text(json_file, json.dumps(analysis.to_json(comparison), indent=1))
+
+
+def write_page(comparison: Comparison, file: Path) -> Path:
+    """Write the comparison as a page that needs no network, with a plot beside it (``comparison.png``)."""
+    from distill.analysis.figures import difference_figure
+    from distill.analysis.html_page import Plot, Section, Table, render_page
+
+    found = differences(comparison)
+    plots = []
+    if found:
+        picture = file.with_suffix(".png")
+        figure = difference_figure({row.configuration: one for row, one in found}, _short(comparison.metric))
+        atomic_write(picture, lambda handle: figure.savefig(handle, format="png"))
+        plots.append(Plot(picture, "Differences to the student alone: mean, and 95 % interval over the seeds."))
+    values, changes = (
+        Table(table.columns, [[cell or MISSING for cell in row] for row in table.rows], table.title)
+        for table in (value_table(comparison), difference_table(comparison))
+    )
+    sentences = [f"{one.verdict}: {row.configuration}: {describe(one, comparison)}." for row, one in found]
+    names = [row.configuration for row in comparison.rows if row.role != "teacher"]
+    keys = [[key, *(cells.get(name, MISSING) for name in names)] for key, cells in comparison.settings.items()]
+    sections = [
+        Section("Verdict", [*sentences, *comparison.notes], plots=plots),
+        Section("Results", tables=[values]),
+        Section("Differences", tables=[changes] if found else []),
+        Section("Settings that differ", tables=[Table(("key", *names), keys)] if keys else []),
+        Section("Left out", [f"{folder}: {reason}" for folder, reason in comparison.left_out]),
+    ]
+    lead = f"{len(comparison.runs)} runs on the {comparison.split} split. Metrics are in percent."
+    return write_text(file, render_page("Comparison", lead, sections))
 
 
 def _without_none(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ from distill.cli.hydra_main import run_hydra
 from distill.cli.overrides import parse_overrides
 from distill.cli.signals import Terminated
 from distill.cli.sweep_folder import count_done, count_failed, job_folders, recorded_words, write_table
-from distill.cli.tables import print_table
+from distill.cli.tables import print_line, print_table
 from distill.files import write_text
 from distill.quoting import quote_value
 from distill.run_folder import RunFolder
@@ -308,7 +308,9 @@ def show_table(
     if always or report.is_worth_showing(comparison):
         for csv, json_file in ((folder / report.CSV, folder / report.JSON), files):
             report.write_comparison(comparison, csv, json_file)
+        page = report.write_page(comparison, folder / report.PAGE)
         report.print_comparison(comparison, settings=False)
+        print_line("report", page)
 
 
 def continuation_advice(folder: Path) -> str:
