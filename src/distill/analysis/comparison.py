@@ -25,10 +25,14 @@ from distill.types import DistillError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP")
 """Metrics of a comparison, in the order of its columns. The first one that was measured is the main metric."""
-LENGTH_KEYS = ("schedule.epochs", "schedule.steps", "schedule.milestones", "trainer.max_steps", "trainer.max_epochs")
-"""Keys of the length of a training."""
+LENGTH_KEYS = (
+    *("schedule.epochs", "schedule.steps", "schedule.milestones", "schedule.evaluate_every"),
+    *("trainer.max_steps", "trainer.max_epochs", "trainer.check_val_every_n_epoch"),
+    "data.augment.stop_epoch",
+)
+"""Keys of the length of a training, and those that change with it."""
 SEED_KEYS = ("seed", "data.seed", "distill.losses.*.seed")
-"""Keys that hold the seed of the run, unless the user gave them another value."""
+"""Keys that hold the seed of the run, unless an override of the run sets them."""
 DISTILLATION_KEYS = ("distill.*", "teacher.*", "init", "trust*")
 """Keys in which a distilled student may differ from the student alone."""
 SAME_AP = 1e-6
@@ -274,9 +278,10 @@ def group_runs(runs: Sequence[FinishedRun], free: Sequence[str]) -> tuple[list[C
 
 def decisive_settings(run: FinishedRun, free: Sequence[str]) -> dict[str, str]:
     """Dotted key -> value as JSON, for the keys that may change the result, without the seed."""
+    given = {word.partition("=")[0].lstrip("+") for word in run.words} - {"seed"}
     settings = {}
     for key, value in leaves(run.config):
-        is_seed = _matches(key, SEED_KEYS) and value == run.config["seed"]
+        is_seed = _matches(key, SEED_KEYS) and value == run.seed and key not in given
         if is_seed or _matches(key, free) or (run.is_alone and key.startswith("teacher.")):
             continue
         settings[key] = json.dumps(value, sort_keys=True, default=str)

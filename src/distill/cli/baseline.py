@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,8 +72,7 @@ def plan_baseline(plan: RunPlan, data: DetectionData, splits: Sequence[str], pro
         _validate_run(folder, plan, data, splits)
         return Baseline(folder, None, read_config(RunFolder(folder))["schedule"])
     lines = [*baseline_overrides(plan.overrides), "distill=none"]
-    composed, wanted = compose_run(lines, "baseline"), longer_training(plan.config, plan.baseline_epochs)
-    lines += [word for node in ("data", "schedule") for word in node_overrides(node, wanted[node], composed)]
+    lines += longer_overrides(plan.config, plan.baseline_epochs, lines)
     config = to_containers(compose_run(lines, "baseline"))
     recipe = fingerprint(config, data, processes)
     for related in find_related_runs(plan, recipe):
@@ -86,7 +86,9 @@ def plan_baseline(plan: RunPlan, data: DetectionData, splits: Sequence[str], pro
         )
     choices = HydraConfig.get().runtime.choices
     folder = Path(plan.config["paths"]["outputs"]).absolute() / FOLDER
-    folder /= f"{choices['model']}-{choices['data']}-{recipe[:10]}"
+    # A finished run with this recipe that was measured on other splits or images keeps its folder.
+    measured = json.dumps([recipe, measured_by(plan.config["metrics"], data, splits)], sort_keys=True)
+    folder /= f"{choices['model']}-{choices['data']}-{hashlib.sha256(measured.encode()).hexdigest()[:10]}"
     lines += ["role=baseline", "pictures=0", "cost=0"]
     return Baseline(folder, child_runs.train_command(folder, lines), config["schedule"])
 
@@ -111,6 +113,25 @@ def longer_training(config: Mapping[str, Any], factor: float) -> dict[str, Any]:
     stop = data["augment"]["stop_epoch"]
     data["augment"] = {**data["augment"], "stop_epoch": None if stop is None else scale(stop, 0)}
     return {"schedule": schedule, "data": data}
+
+
+def longer_overrides(config: Mapping[str, Any], factor: float, words: Sequence[str]) -> list[str]:
+    """Overrides that turn the student alone of these words into that of a configuration, with so many times the epochs.
+
+    Values that are ``auto`` after the words become those of the configuration: they would be chosen anew for another
+    number of epochs.
+
+    Args:
+        config: the resolved configuration.
+        factor: see `longer_training`.
+        words: overrides of the student alone, with the seed of `config`.
+    """
+    composed, wanted = compose_run(words, "baseline"), longer_training(config, factor)
+    found = [word for node in ("data", "schedule") for word in node_overrides(node, wanted[node], composed)]
+    steps, of_schedule = config["trainer"]["max_steps"], config["schedule"]["steps"]
+    if steps is not None and steps > 0 and steps != of_schedule and factor != 1:
+        found.append(f"trainer.max_steps={max(1, round(factor * steps))}")
+    return found
 
 
 def _validate_run(folder: Path, plan: RunPlan, data: DetectionData, splits: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from distill.cli import compose, override_checks, sweep
 from distill.cli.ablations import read_sweep
-from distill.cli.overrides import parse_overrides, write_value
+from distill.cli.overrides import parse_overrides
 from distill.cli.signals import Terminated
 from distill.cli.sweep_folder import job_folders
 from distill.cli.tables import print_line
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to this file (finished runs)")
     parser.add_argument("--no-images", action="store_true", help="leave out the intervals over images")
     args = parser.parse_intermixed_args(list(argv))
-    folders = [Path(word) for word in args.words if "=" not in word or Path(word).is_dir()]
+    folders = [Path(word) for word in args.words if is_folder(word)]
     words = [word for word in args.words if Path(word) not in folders]
     own, words = take_own_keys(words)
     if folders:
@@ -72,6 +72,11 @@ def main(argv: Sequence[str]) -> int:
     else:
         _compare_by_training(own, words, args)
     return 0
+
+
+def is_folder(word: str) -> bool:
+    """Whether a word names a folder. Overrides have an equals sign, or begin with ``~``, which deletes a key."""
+    return Path(word).is_dir() or not ("=" in word or word.startswith("~"))
 
 
 def take_own_keys(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -231,14 +236,14 @@ def _options(words: Sequence[str]) -> list[str]:
 def longer_baselines(jobs: Sequence[Path], words: Sequence[str]) -> list[list[str]]:
     """Overrides of students alone that train for as long as the distilled students of finished jobs took.
 
-    The length of the schedule is multiplied by (seconds of the distilled run) / (seconds of the run alone), both of the
-    first seed, so that more seeds later ask for the same lengths.
+    The length of the training is multiplied by (seconds of the distilled run) / (seconds of the run alone), both of the
+    first seed, so that more seeds later ask for the same lengths. It is never shortened.
 
     Args:
         jobs: folders of the finished jobs.
         words: overrides with the axis of seeds.
     """
-    from distill.analysis.comparison import LENGTH_KEYS, find_references, group_runs
+    from distill.analysis.comparison import find_references, group_runs
     from distill.cli.comparison_report import free_keys
     from distill.cli.finished_runs import read_runs
 
@@ -249,14 +254,8 @@ def longer_baselines(jobs: Sequence[Path], words: Sequence[str]) -> list[list[st
         if reference is None or not reference.is_alone:
             continue
         factor = time_factor(one, reference)
-        longer = longer_schedule(reference.first.config, factor) if factor is not None else []
-        if longer:
-            kept = [
-                str(override.input_line)
-                for override in parse_overrides(reference.first.words)
-                if override.key_or_group not in (*LENGTH_KEYS, "seed")
-            ]
-            parts.append([*kept, *longer, *kept_words])
+        if factor is not None and is_longer(reference.first.config, factor):
+            parts.append([*longer_words(reference, factor), *kept_words])
     return [part for number, part in enumerate(parts) if part not in parts[:number]]
 
 
@@ -269,25 +268,19 @@ def time_factor(one: Configuration, reference: Configuration) -> float | None:
     return None
 
 
-def longer_schedule(config: Mapping[str, Any], factor: float) -> list[str]:
-    """Overrides that multiply the length of a training, and the epochs at which its rate falls, by a factor above 1.
+def is_longer(config: Mapping[str, Any], factor: float) -> bool:
+    """Whether the length that is multiplied by a factor, and rounded, is larger than before."""
+    lengths = config["schedule"]["epochs"], config["schedule"]["steps"], config["trainer"]["max_steps"]
+    return any(round(factor * length) > length for length in lengths if length is not None and length > 0)
 
-    Empty if the rounded length is that of the configuration.
-    """
-    schedule, trainer = config["schedule"], config.get("trainer") or {}
 
-    def scaled(value: int) -> int:
-        return max(value, round(value * factor))
+def longer_words(reference: Configuration, factor: float) -> list[str]:
+    """The overrides of a student alone, without its seed, for a training with so many times the epochs."""
+    from distill.cli.baseline import longer_overrides
 
-    values: dict[str, Any] = {"schedule.epochs": scaled(schedule["epochs"])}
-    if schedule.get("milestones"):
-        values["schedule.milestones"] = [scaled(epoch) for epoch in schedule["milestones"]]
-    if (schedule.get("steps") or -1) > 0:
-        values["schedule.steps"] = scaled(schedule["steps"])
-    if (trainer.get("max_steps") or -1) > 0:
-        values["trainer.max_steps"] = scaled(trainer["max_steps"])
-    given = {"schedule.epochs": schedule["epochs"], "schedule.steps": schedule.get("steps")}
-    given |= {"schedule.milestones": schedule.get("milestones"), "trainer.max_steps": trainer.get("max_steps")}
-    if all(given[key] == value for key, value in values.items()):
-        return []
-    return [f"{key}={write_value(value)}" for key, value in values.items()]
+    run = reference.first
+    kept = [word for word in parse_overrides(run.words) if word.key_or_group != "seed"]
+    lines = [str(word.input_line) for word in kept]
+    longer = longer_overrides(run.config, factor, [*lines, f"seed={run.seed}"])
+    replaced = {word.key_or_group for word in parse_overrides(longer)}
+    return [*(line for word, line in zip(kept, lines, strict=True) if word.key_or_group not in replaced), *longer]

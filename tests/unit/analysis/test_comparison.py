@@ -101,6 +101,12 @@ def test_only_seeds_that_both_have_are_compared_and_one_seed_has_no_interval() -
     assert (found.by_seed, found.verdict, found.further_seeds) == (None, "not decided", None)
 
 
+def test_a_fixed_seed_of_the_data_does_not_split_a_configuration() -> None:
+    runs = [run("none", seed, 0.1, words=("data.seed=0",)) for seed in (0, 1)]
+    runs = [replace(one, config={**one.config, "data": {"seed": 0}}) for one in runs]
+    assert [row.seeds for row in compare(runs, free=FREE, images=False).rows] == [[0, 1]]
+
+
 def test_no_common_seed_is_no_difference() -> None:
     answer = compare([*NONE, run("defeat", 9, 0.9)], free=FREE, images=False)
     assert named(answer, "defeat").difference is None

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from distill.cli import baseline
-from distill.cli.baseline import longer_training, plan_baseline
+from distill.cli.auto_values import COCO_CLASSES, DataFacts, SizeChoice, resolve
+from distill.cli.baseline import longer_overrides, longer_training, plan_baseline
+from distill.cli.instantiate import to_containers
 from distill.cli.override_checks import compose_without_run
 from distill.cli.preflight import RunPlan, plan_run
 from distill.cli.related_runs import fingerprint_recipe
@@ -61,6 +63,17 @@ def test_a_finished_run_of_the_same_student_is_not_trained_again(tmp_path: Path)
     assert (found.folder, found.command) == (tmp_path / "none" / "mine", None)
 
 
+def test_a_baseline_without_results_on_a_split_is_trained_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    plan, data = planned(tmp_path, "baseline=train", "data.source.test=2")
+    first = plan_baseline(plan, data, ["val"], 1)
+    assert first is not None
+    write_run(first.folder, plan, data)
+    second = plan_baseline(plan, data, ["val", "test"], 1)
+    assert second is not None
+    assert second.command is not None
+    assert not RunFolder(second.folder).finished
+
+
 def test_a_finished_run_of_the_longer_training_is_found(tmp_path: Path) -> None:
     wanted = planned(tmp_path, "baseline=train", "baseline_epochs=3", "schedule.evaluate_every=2")
     write_run(tmp_path / "none" / "short", *planned(tmp_path, "distill=none", "schedule.evaluate_every=2"))
@@ -87,6 +100,26 @@ def test_the_command_of_a_longer_baseline(tmp_path: Path) -> None:
     assert {"schedule.epochs=10", "schedule.evaluate_every=2"} <= set(lines)
     cfg = compose_without_run([line for line in lines if not line.startswith("hydra.")])
     assert (cfg.schedule.epochs, cfg.role, cfg.distill.losses, cfg.seed) == (10, "baseline", {}, 3)
+
+
+def test_values_that_were_chosen_for_the_data_stay() -> None:
+    """For COCO, ``schedule=auto`` became SGD. With given epochs it would become AdamW."""
+    words = ["data=coco", "distill=none", "schedule.clip=3"]
+    cfg = compose_without_run(words)
+    facts = DataFacts(100_000, COCO_CLASSES, SizeChoice(800, 1333, ""))
+    config = to_containers(resolve(cfg, facts, words)[0])
+    longer = to_containers(compose_without_run([*words, *longer_overrides(config, 1.5, words)]))
+    assert longer["schedule"] == config["schedule"] | {"epochs": 18, "evaluate_every": 2, "milestones": [12.0, 16.5]}
+    assert config["schedule"]["optimizer"]["_target_"] == "torch.optim.SGD"
+    assert longer["data"] == config["data"]
+    assert longer["trainer"]["max_steps"] == -1
+
+
+def test_given_steps_of_the_trainer_are_multiplied() -> None:
+    words = ["distill=none", "trainer.max_steps=50"]
+    config = to_containers(compose_without_run(words))
+    assert "trainer.max_steps=75" in longer_overrides(config, 1.5, words)
+    assert not [word for word in longer_overrides(config, 1.0, words) if word.startswith("trainer")]
 
 
 def test_what_changes_with_the_length() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from distill.cli import ablations, compare, compose, sweep
+from distill.cli.instantiate import to_containers
 from distill.cli.overrides import parse_overrides
 from distill.type_checks import leaves
 from distill.types import DistillError
@@ -60,6 +62,21 @@ def test_words_that_contradict_each_other_are_refused_before_a_run(words: list[s
         plan(*words)
 
 
+@cache
+def composed_nodes() -> dict[str, Any]:
+    cfg = compose.compose_config(["hydra.run.dir=."])
+    return {name: to_containers(cfg[name]) for name in ("schedule", "data", "trainer")}
+
+
+def resolved_nodes(words: Sequence[str]) -> dict[str, Any]:
+    """The nodes of these words in the ``config.yaml`` of a run."""
+    nodes = OmegaConf.create(composed_nodes())
+    for override in parse_overrides(words):
+        OmegaConf.update(nodes, override.key_or_group, override.value())
+    nodes.trainer.check_val_every_n_epoch = nodes.schedule.evaluate_every
+    return dict(OmegaConf.to_container(nodes))  # type: ignore[arg-type]
+
+
 class Jobs:
     """Stands for the processes of jobs: writes finished runs, or an error. AP and time depend on the words."""
 
@@ -84,7 +101,9 @@ class Jobs:
             teacher="teachers/x",
             seconds=[30.0 if losses else 20.0] * epochs,
             settings={
-                "schedule": {"epochs": epochs, "milestones": [1], "steps": -1},
+                **resolved_nodes(
+                    [f"data.seed={seed}", *(word for word in words if word.startswith(("schedule.", "data.")))]
+                ),
                 "distill": {"losses": {loss: {"words": sorted(words[:-1]), "seed": seed} for loss in losses}},
             },
         )
@@ -137,16 +156,18 @@ def test_a_comparison_runs_what_is_missing_and_ends_in_tables_and_files(
 def test_equal_time_trains_the_student_alone_for_longer(
     cli: Cli, jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["compare", "distill=defeat", "seeds=2", "schedule.epochs=4", "metric=test/AP", "hydra.sweep.dir=sweep"]
+    """1.5 times the epochs. The interval between evaluations and the end of the augmentation grow with them."""
+    words = ["compare", "distill=defeat", "seeds=2", "metric=test/AP", "hydra.sweep.dir=sweep"]
+    words += ["schedule.epochs=4", "schedule.evaluate_every=2", "data.augment.stop_epoch=2"]
     assert cli([*words, "equal=time"]) == 0
     longer = [set(words) for words in jobs.ran if "schedule.epochs=6" in words]
-    assert [
-        {"distill=none", "schedule.milestones=[2]", f"seed={seed}"} <= words for seed, words in enumerate(longer)
-    ] == [True] * 2
+    expected = {"distill=none", "schedule.evaluate_every=3", "data.augment.stop_epoch=3"}
+    assert [expected | {f"seed={seed}"} <= words for seed, words in enumerate(longer)] == [True] * 2
     assert len(jobs.ran) == 6
     rows = {row["configuration"]: row for row in csv.DictReader((tmp_path / "sweep" / "comparison.csv").open())}
-    assert rows["defeat epochs=4"]["reference"] == "none epochs=6 milestones=[2]"
-    assert float(rows["defeat epochs=4"]["extra_time"]) == pytest.approx(0.0)
+    distilled = next(row for name, row in rows.items() if name.startswith("defeat"))
+    assert "epochs=6" in distilled["reference"]
+    assert float(distilled["extra_time"]) == pytest.approx(0.0)
     assert cli([*words, "equal=time"]) == 0
     assert len(jobs.ran) == 6
 
@@ -194,17 +215,19 @@ def test_finished_runs_are_compared_without_training(
 
 
 @pytest.mark.parametrize(
-    ("schedule", "factor", "expected"),
-    [
-        ({"epochs": 12, "milestones": [8, 11], "steps": -1}, 1.5, ["epochs=18", "milestones=[12, 16]"]),
-        ({"epochs": 12, "milestones": None, "steps": 100}, 1.25, ["epochs=15", "steps=125"]),
-        ({"epochs": 12, "milestones": [8, 11], "steps": -1}, 1.01, []),
-        ({"epochs": 12, "milestones": [8, 11], "steps": -1}, 0.5, []),
-    ],
+    ("epochs", "steps", "max_steps", "factor", "expected"),
+    [(12, -1, -1, 1.5, True), (12, -1, -1, 1.01, False), (12, 100, 100, 1.01, True), (12, -1, -1, 0.5, False)],
 )
-def test_a_longer_schedule_keeps_its_shape(schedule: dict[str, Any], factor: float, expected: list[str]) -> None:
-    found = compare.longer_schedule({"schedule": schedule}, factor)
-    assert found == [f"schedule.{word}" for word in expected]
+def test_only_a_longer_training_is_added(
+    epochs: int, steps: int, max_steps: int, factor: float, expected: bool
+) -> None:
+    config = {"schedule": {"epochs": epochs, "steps": steps}, "trainer": {"max_steps": max_steps}}
+    assert compare.is_longer(config, factor) is expected
+
+
+def test_a_word_that_deletes_a_key_is_no_folder(tmp_path: Path) -> None:
+    words = ["~callbacks.rate", "seeds=3", str(tmp_path), "runs/gone"]
+    assert [compare.is_folder(word) for word in words] == [False, False, True, True]
 
 
 def test_a_sweep_s_file_is_checked(tmp_path: Path) -> None:
