@@ -31,7 +31,7 @@ SUMMARY = "analysis.json"
 PICTURES = "pictures"
 """Folder of the pictures of the to-do list, in the folder of the results."""
 LISTED = 100
-"""Images of the to-do list in the summary; the table has all."""
+"""Images of the to-do list in the summary, which has the number of all of them, too. The table has all."""
 
 
 def analyze_models(
@@ -94,6 +94,7 @@ def write_summary(
         **model_summary(result),
         "neck_images": necks.images,
         **{name: rows for name, rows in tables.items() if name != "distances"},
+        "to_do_images": len(result.to_do),
         "to_do": [row._asdict() for row in result.to_do[:LISTED]],
         "skipped": necks.skipped,
     }

@@ -56,7 +56,7 @@ def write_run_page(run: RunFolder, analysis: Path) -> Path:
     sections = [
         Section("Result", tables=result_tables(summary)),
         Section("Learning curves", plots=_plots({run.curves: "Losses and validation AP by epoch."})),
-        Section("To do", _to_do_text(found), pictures=_pictures(analysis / PICTURES, "teacher right, student wrong")),
+        Section("To do", to_do_text(found), pictures=_pictures(analysis / PICTURES, "teacher right, student wrong")),
         *(
             Section(
                 title,
@@ -152,8 +152,9 @@ def _pictures(folder: Path, caption: str) -> list[Picture]:
     return [Picture(file, f"{file.stem}: {caption}") for file in sorted(folder.glob("*.png"))[:MOST_PICTURES]]
 
 
-def _to_do_text(found: Mapping[str, Any]) -> list[str]:
-    count = len(found.get("to_do", []))
+def to_do_text(found: Mapping[str, Any]) -> list[str]:
+    """The sentence above the pictures of the to-do list, from the summary of the analysis."""
+    count = found.get("to_do_images", 0)
     if not count:
         return []
     return [

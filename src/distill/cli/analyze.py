@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.analyzed_models import Models, add_other, add_teacher, find_baseline, read_finished
+from distill.cli.analyzed_models import Models, add_other, add_teacher, find_baseline
 from distill.cli.devices import add_device_option, find_device
 from distill.cli.evaluate import class_notes, find_run, load_student, recompose, trained_size
+from distill.cli.finished_runs import read_finished
 from distill.cli.overrides import parse_overrides
 from distill.cli.tables import print_line, print_table
 from distill.quoting import quote_value

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packaging.version import InvalidVersion, Version
-
-from distill import __version__
 from distill.cli.evaluate import load_student, load_teacher_of
 from distill.cli.overrides import parse_overrides
-from distill.files import read_json
-from distill.run_folder import STUDENT, SUMMARY, RunFolder
+from distill.run_folder import RunFolder
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -33,42 +30,6 @@ class Models:
     def add(self, name: str, detector: Detector, source: object) -> None:
         """Add a detector."""
         self.detectors[name], self.sources[name] = detector, str(source)
-
-
-def read_finished(run: RunFolder) -> dict[str, Any]:
-    """The summary of a finished run.
-
-    Raises:
-        DistillError: the run has not finished, its student is gone, its summary is damaged, or a newer version of
-            distill wrote it.
-    """
-    if not run.summary.is_file():
-        advice = f"python -m distill resume {run.path} continues it" if run.resumable else "start it again"
-        raise DistillError(f"{run.path}: the run has not finished, it has no {SUMMARY}: {advice}")
-    if not run.finished:
-        raise DistillError(
-            f"{run.path}: expected the run's student, but there is no {STUDENT}, or no description of it"
-        )
-    summary = read_json(run.summary)
-    if not isinstance(summary.get("student"), dict):
-        raise DistillError(
-            f"{run.summary}: expected the run's results under 'student'. Evaluate or train the run again"
-        )
-    _require_known_version(run, summary)
-    return summary
-
-
-def _require_known_version(run: RunFolder, summary: Mapping[str, Any]) -> None:
-    versions = summary.get("versions")
-    written = versions.get("distill") if isinstance(versions, dict) else None
-    try:
-        is_newer = written is not None and Version(str(written)) > Version(__version__)
-    except InvalidVersion:
-        is_newer = False
-    if is_newer:
-        raise DistillError(
-            f"{run.summary}: written by distill {written}, newer than the installed {__version__}. Install that version"
-        )
 
 
 def same_split(summary: Mapping[str, Any], split: str, fingerprint: str) -> bool | None:
@@ -129,10 +90,14 @@ def add_other(
 
 
 def find_baseline(models: Models, plan: RunPlan, summary: Mapping[str, Any]) -> None:
-    """Add the newest finished run of the same student alone, if there is one."""
+    """Add the student alone that the run was compared with, else the newest finished run of the same student alone."""
     from distill.cli.related_runs import baseline_command, find_related_runs
 
     if not summary.get("losses"):
+        return
+    source = (summary.get("baseline") or {}).get("source")
+    if source is not None and RunFolder(source).finished:
+        models.add("baseline", load_student(Path(source)), source)
         return
     recipe = summary.get("recipe")
     related = find_related_runs(plan, recipe) if isinstance(recipe, str) else []

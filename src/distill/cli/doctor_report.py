@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from distill.analysis.comparison import describe_regime
 from distill.cli import instantiate, preflight
 from distill.cli.assembly import assemble, build_student, build_trainer
-from distill.cli.baseline import plan_baseline
+from distill.cli.baseline import Baseline, plan_baseline
 from distill.cli.preflight import RunPlan
 from distill.cli.related_runs import find_related_runs, fingerprint_recipe
 from distill.cli.run_estimate import PATIENCE, estimate_run
@@ -61,11 +61,11 @@ def examine_run(cfg: DictConfig) -> Report:
         trainer = build_trainer(plan)  # not run: provides device, precision, number of processes and limits
         data, splits = _examine_data(plan, report)
         preflight.check_metrics(plan, data)
-        _examine_baseline(plan, data, splits, trainer, report)
+        baseline = _examine_baseline(plan, data, splits, trainer, report)
         student = build_student(plan, data)
         teacher = _examine_teacher(plan, data, trainer, report)
         _examine_classes(report, data, student.spec.classes, teacher)
-        _examine_gap(plan, data, trainer, teacher, report)
+        examine_gap(plan, data, trainer, teacher, baseline, report)
         module = assemble(plan, data, student, teacher).to(trainer.strategy.root_device)
         _examine_step(report, module, data, trainer)
         _estimate_run(plan, report, module, data, trainer)
@@ -95,16 +95,16 @@ def _examine_data(plan: RunPlan, report: Report) -> tuple[DetectionData, list[st
 
 def _examine_baseline(
     plan: RunPlan, data: DetectionData, splits: Sequence[str], trainer: L.Trainer, report: Report
-) -> None:
+) -> Baseline | None:
     """Report the run of the student alone that the run would train first, or the finished one that it compares with."""
     baseline = plan_baseline(plan, data, splits, trainer.world_size)
     if baseline is None:
-        return
+        return None
     state = "ready" if baseline.command is None else "not trained yet"
     section: Report = {"state": state, "folder": str(baseline.folder), "epochs": baseline.epochs}
     report["baseline"] = section
     if baseline.command is None:
-        return
+        return baseline
     with isolate_rng():
         module = Distiller(build_student(plan, data), schedule=plan.schedule).to(trainer.strategy.root_device)
         length = {"max_epochs": baseline.epochs, "max_steps": baseline.schedule["steps"]}
@@ -113,6 +113,7 @@ def _examine_baseline(
         section["estimate"] = estimate_run(limits, module, data, trainer)
     section["command"] = shlex.join(baseline.command)
     report["notes"].append("the student alone is not trained yet: the run trains it first, to compare with")
+    return baseline
 
 
 def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, report: Report) -> Teacher | None:
@@ -177,14 +178,24 @@ def _compare_ap(min_ap: float | None, section: Report, report: Report) -> None:
         report["faults"].append(f"{result}, below teacher.min_ap={min_ap}: {remedy}")
 
 
-def _examine_gap(
-    plan: RunPlan, data: DetectionData, trainer: L.Trainer, teacher: Teacher | None, report: Report
+def examine_gap(
+    plan: RunPlan,
+    data: DetectionData,
+    trainer: L.Trainer,
+    teacher: Teacher | None,
+    baseline: Baseline | None,
+    report: Report,
 ) -> None:
     """Note whether the teacher is better than the student alone, by a finished run of the same student alone."""
     if teacher is None or teacher.source == UNTRAINED:
         return
-    related = find_related_runs(plan, fingerprint_recipe(plan, data, trainer.world_size))
-    values = next((run.summary["student"] for run in related if run.is_baseline), None)
+    if baseline is None:
+        related = find_related_runs(plan, fingerprint_recipe(plan, data, trainer.world_size))
+        values = next((run.summary["student"] for run in related if run.is_baseline), None)
+    elif baseline.command is None:
+        values = baseline.run().summary["student"]
+    else:
+        return  # it is noted already that the student alone is not trained yet
     section = report["teacher"]
     of_teacher = section["here"] if section["here"] is not None else section.get("sample", {}).get("AP")
     alone = None if values is None else _ap(values, "val/")

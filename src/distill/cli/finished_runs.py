@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from packaging.version import InvalidVersion, Version
+
+from distill import __version__
 from distill.analysis.comparison import FinishedRun
 from distill.cli.overrides import read_config, read_overrides
 from distill.cli.sweep_folder import job_folders
 from distill.files import read_json
-from distill.run_folder import SUMMARY, RunFolder
+from distill.run_folder import STUDENT, SUMMARY, RunFolder
 from distill.training.callbacks.history import read_rows
 from distill.types import DistillError
 
@@ -51,24 +54,16 @@ def read_run(folder: Path) -> FinishedRun:
     """Read a finished run.
 
     Raises:
-        DistillError: the folder holds no run, or the run failed, has not finished, or was made by a newer version; or a
-            file of it is damaged.
+        DistillError: the folder holds no run, a file of it is damaged, or see `read_finished`.
     """
     run = RunFolder(folder)
     if not folder.is_dir() or not (run.config.is_file() or run.overrides.is_file() or run.summary.is_file()):
         raise DistillError(f"{folder}: not a run: expected the folder of a run or of a sweep")
-    if not run.summary.is_file():
-        if run.error.is_file():
-            raise DistillError(f"{folder}: failed: {run.error.read_text(encoding='utf-8', errors='replace').strip()}")
-        raise DistillError(
-            f"{folder}: unfinished, it has no {SUMMARY}: python -m distill resume '{folder}' continues it"
-        )
-    summary = read_json(run.summary)
-    _refuse_newer(summary.get("versions"), folder)
-    values, losses = summary.get("student"), summary.get("losses")
+    summary = read_finished(run)
+    values, losses = summary["student"], summary.get("losses")
     if not _is_numbers(values) or not isinstance(losses, list):
         raise DistillError(
-            f"{run.summary}: expected results under 'student' and names under 'losses', as this version writes them"
+            f"{run.summary}: expected numbers under 'student' and names under 'losses', as this version writes them"
         )
     classes = (read_json(run.description).get("model") or {}).get("classes")
     if not isinstance(classes, list):
@@ -93,6 +88,40 @@ def read_run(folder: Path) -> FinishedRun:
     )
 
 
+def read_finished(run: RunFolder) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Raises:
+        DistillError: the run failed or has not finished, its student is gone, its summary is damaged, or a newer
+            version of distill, whose numbers may have another meaning, wrote it.
+    """
+    if not run.summary.is_file():
+        if run.error.is_file():
+            reason = run.error.read_text(encoding="utf-8", errors="replace").strip()
+            raise DistillError(f"{run.path}: failed: {reason}")
+        command = shlex.join(["python", "-m", "distill", "resume", str(run.path)])
+        advice = f"{command} continues it" if run.resumable else "start it again"
+        raise DistillError(f"{run.path}: unfinished, it has no {SUMMARY}: {advice}")
+    if not run.finished:
+        raise DistillError(
+            f"{run.path}: expected the run's student, but there is no {STUDENT}, or no description of it"
+        )
+    summary = read_json(run.summary)
+    if not isinstance(summary.get("student"), dict):
+        raise DistillError(
+            f"{run.summary}: expected the run's results under 'student'. Evaluate or train the run again"
+        )
+    versions = summary.get("versions")
+    written = versions.get("distill") if isinstance(versions, dict) else None
+    with suppress(InvalidVersion):
+        if written is not None and Version(str(written)) > Version(__version__):
+            raise DistillError(
+                f"{run.summary}: written by distill {written}, newer than the installed {__version__}. Install that "
+                "version"
+            )
+    return summary
+
+
 def _baseline_folder(baseline: Any) -> Path | None:
     source = baseline.get("source") if isinstance(baseline, dict) else None
     return Path(source) if isinstance(source, str) else None
@@ -105,21 +134,6 @@ def _fingerprints(measured: Any) -> dict[str, str]:
 
 def _is_numbers(values: Any) -> TypeGuard[dict[str, float]]:
     return isinstance(values, dict) and all(isinstance(value, (int, float)) for value in values.values())
-
-
-def _refuse_newer(versions: Any, folder: Path) -> None:
-    """Refuse a run of a newer version, whose numbers may have another meaning."""
-    from distill import __version__
-
-    made_by = str(versions.get("distill", "0")) if isinstance(versions, dict) else "0"
-    if _release(made_by) > _release(__version__):
-        raise DistillError(f"{folder}: made by distill {made_by}, which is newer than this version {__version__}")
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """The numbers at the start of a version: ``1.2.0rc1`` -> (1, 2, 0)."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
 def _teacher(identity: Any) -> Mapping[str, Any] | None:

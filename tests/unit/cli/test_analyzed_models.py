@@ -1,50 +1,34 @@
-"""The checks of a finished run before it is analyzed."""
+"""Which baseline an analysis finds, and whether two runs were measured on the same images."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from distill import __version__
-from distill.cli.analyzed_models import read_finished, same_split
-from distill.run_folder import RunFolder
-from distill.types import DistillError
+from distill.cli import analyzed_models
+from distill.cli.analyzed_models import Models, find_baseline, same_split
+from distill.cli.override_checks import compose_without_run
+from distill.cli.preflight import plan_run
+from helpers.finished_runs import write_run
+from helpers.runs import TINY_DATA
 
 
-def write(folder: Path, summary: Any, *files: str) -> RunFolder:
-    run = RunFolder(folder)
-    if summary is not None:
-        run.summary.write_text(json.dumps(summary))
-    for name in files:
-        file = folder / name
-        file.parent.mkdir(exist_ok=True)
-        file.touch()
-    return run
-
-
-EXPORTED = ("student.pt", "student.json")
-CASES = [
-    (None, EXPORTED, r"has not finished, it has no summary\.json: start it again"),
-    (None, (*EXPORTED, "checkpoints/last.ckpt"), "has no summary.json: python -m distill resume .* continues it"),
-    ({"student": {}}, ("student.json",), r"there is no student\.pt"),
-    ({"losses": []}, EXPORTED, "expected the run's results under 'student'"),
-    ({"student": {}, "versions": {"distill": "99.1"}}, EXPORTED, "written by distill 99.1, newer than the installed"),
-]
-
-
-@pytest.mark.parametrize(("summary", "files", "message"), CASES)
-def test_refused_runs(summary: Any, files: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    with pytest.raises(DistillError, match=message):
-        read_finished(write(tmp_path, summary, *files))
-
-
-@pytest.mark.parametrize("versions", [None, {}, {"distill": "0.1.0"}, {"distill": __version__}, {"distill": "mine"}])
-def test_runs_of_older_versions_are_read(versions: Any, tmp_path: Path) -> None:
-    summary = {"student": {"val/AP": 0.5}, "versions": versions}
-    assert read_finished(write(tmp_path, summary, *EXPORTED)) == summary
+def test_the_baseline_that_the_run_names_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its training was longer, so its recipe is another one. Without its files the advice remains."""
+    monkeypatch.setattr(analyzed_models, "load_student", lambda folder: f"student of {folder.name}")
+    plan = plan_run(compose_without_run([*TINY_DATA, f"paths.outputs={tmp_path}"]))
+    alone = write_run(tmp_path / "baselines" / "longer", 0.2)
+    summary = {"losses": ["defeat"], "recipe": "x", "baseline": {"source": str(alone), "values": {}}}
+    models = Models()
+    find_baseline(models, plan, summary)
+    assert (models.detectors, models.sources) == ({"baseline": "student of longer"}, {"baseline": str(alone)})
+    assert not models.notes
+    (alone / "student.pt").unlink()
+    models = Models()
+    find_baseline(models, plan, summary)
+    assert not models.detectors
+    assert "distill=none" in models.notes[0]
 
 
 def test_whether_a_split_is_the_same() -> None:

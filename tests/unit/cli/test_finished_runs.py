@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distill import __version__
 from distill.cli.comparison_report import compare_folders
-from distill.cli.finished_runs import expand_folders, read_run, read_runs, training_times
+from distill.cli.finished_runs import expand_folders, read_finished, read_run, read_runs, training_times
 from distill.run_folder import RunFolder
+from distill.types import DistillError
 from helpers.finished_runs import write_run
 
 
@@ -51,13 +54,14 @@ def change(name: str, **entries: object) -> Callable[[Path], object]:
 
 
 BROKEN: list[tuple[Callable[[Path], object], str]] = [
-    (lambda folder: (folder / "summary.json").unlink(), "unfinished, it has no summary.json: python -m distill resume"),
+    (lambda folder: (folder / "summary.json").unlink(), "unfinished, it has no summary.json: start it again"),
     (lambda folder: (folder / "summary.json").write_text("{"), "not JSON"),
-    (change("summary.json", versions={"distill": "99.1"}), "made by distill 99.1, which is newer than this version"),
-    (change("summary.json", student=None), "expected results under 'student'"),
+    (change("summary.json", versions={"distill": "99.1"}), "written by distill 99.1, newer than the installed"),
+    (change("summary.json", student=None), "expected the run's results under 'student'"),
+    (change("summary.json", student={"val/AP": "high"}), "expected numbers under 'student'"),
     (change("summary.json", losses=None), "names under 'losses'"),
     (change("student.json", model={}), "expected the student's 'classes'"),
-    (lambda folder: (folder / "student.json").unlink(), "not JSON"),
+    (lambda folder: (folder / "student.json").write_text("{"), "not JSON"),
     (lambda folder: (folder / "config.yaml").write_text("[]"), "expected the configuration of a run"),
     (lambda folder: (folder / "config.yaml").write_text("{data: {}, schedule: {}}"), "expected a 'seed', got None"),
 ]
@@ -108,3 +112,36 @@ def test_the_folder_of_a_sweep_stands_for_its_jobs(tmp_path: Path) -> None:
     alone = write_run(tmp_path / "alone", 0.1)
     expected = [alone, jobs[0], jobs[1], jobs[3], jobs[2], tmp_path / "gone"]
     assert expand_folders([alone, tmp_path / "sweep", jobs[0], tmp_path / "gone"]) == expected
+
+
+def write_files(folder: Path, summary: Any, *files: str) -> RunFolder:
+    run = RunFolder(folder)
+    if summary is not None:
+        run.summary.write_text(json.dumps(summary))
+    for name in files:
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    return run
+
+
+EXPORTED = ("student.pt", "student.json")
+UNREADABLE = [
+    (None, EXPORTED, r"unfinished, it has no summary\.json: start it again"),
+    (None, (*EXPORTED, "checkpoints/last.ckpt"), "has no summary.json: python -m distill resume .* continues it"),
+    ({"student": {}}, ("student.json",), r"there is no student\.pt"),
+    ({"losses": []}, EXPORTED, "expected the run's results under 'student'"),
+    ({"student": {}, "versions": {"distill": "99.1"}}, EXPORTED, "written by distill 99.1, newer than the installed"),
+]
+
+
+@pytest.mark.parametrize(("summary", "files", "message"), UNREADABLE)
+def test_refused_runs(summary: Any, files: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match=message):
+        read_finished(write_files(tmp_path, summary, *files))
+
+
+@pytest.mark.parametrize("versions", [None, {}, {"distill": "0.1.0"}, {"distill": __version__}, {"distill": "mine"}])
+def test_runs_of_older_versions_are_read(versions: Any, tmp_path: Path) -> None:
+    summary = {"student": {"val/AP": 0.5}, "versions": versions}
+    assert read_finished(write_files(tmp_path, summary, *EXPORTED)) == summary
