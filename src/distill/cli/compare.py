@@ -25,6 +25,7 @@ from distill.cli.overrides import parse_overrides
 from distill.cli.signals import Terminated
 from distill.cli.sweep_folder import job_folders
 from distill.cli.tables import print_line
+from distill.cli.target_policy import COMMAND_LINE_KEYS
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table to this file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write tables, runs and settings to this file")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to this file (finished runs)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to this file")
     parser.add_argument("--no-images", action="store_true", help="leave out the intervals over images")
     args = parser.parse_intermixed_args(list(argv))
     folders = [Path(word) for word in args.words if is_folder(word)]
@@ -140,7 +141,7 @@ def _compare_by_training(own: Mapping[str, str], words: Sequence[str], args: arg
     except (Terminated, KeyboardInterrupt):
         sweep.show_jobs(folder)
         raise
-    files = (args.csv, args.json)
+    files = (args.csv, args.json, args.html)
     sweep.show_table(folder, equal, plan.labels, always=True, files=files, images=not args.no_images)
     if failure is not None:
         raise failure
@@ -247,7 +248,8 @@ def longer_baselines(jobs: Sequence[Path], words: Sequence[str]) -> list[list[st
     from distill.cli.comparison_report import free_keys
     from distill.cli.finished_runs import read_runs
 
-    kept_words = [word for word in words if word.startswith(("seed=", "hydra"))]  # jobs do not record those of Hydra
+    # Those of Hydra are not recorded by jobs; trust and config_dirs count on the command line only.
+    kept_words = [word for word in words if word.lstrip("+").startswith(("seed=", *COMMAND_LINE_KEYS))]
     configurations, _ = group_runs(read_runs(jobs)[0], free_keys())
     parts = []
     for one, reference in zip(configurations, find_references(configurations, "epochs"), strict=True):
@@ -279,7 +281,7 @@ def longer_words(reference: Configuration, factor: float) -> list[str]:
     from distill.cli.baseline import longer_overrides
 
     run = reference.first
-    kept = [word for word in parse_overrides(run.words) if word.key_or_group != "seed"]
+    kept = [word for word in parse_overrides(run.words) if word.key_or_group not in ("seed", *COMMAND_LINE_KEYS)]
     lines = [str(word.input_line) for word in kept]
     longer = longer_overrides(run.config, factor, [*lines, f"seed={run.seed}"])
     replaced = {word.key_or_group for word in parse_overrides(longer)}

@@ -218,7 +218,7 @@ def write_page(comparison: Comparison, file: Path) -> Path:
         picture = file.with_suffix(".png")
         figure = difference_figure({row.configuration: one for row, one in found}, _short(comparison.metric))
         atomic_write(picture, lambda handle: figure.savefig(handle, format="png"))
-        plots.append(Plot(picture, "Differences to the student alone: mean, and 95 % interval over the seeds."))
+        plots.append(Plot(picture, "Differences of the table below: mean, and 95 % interval over the seeds."))
     values, changes = (
         Table(table.columns, [[cell or MISSING for cell in row] for row in table.rows], table.title)
         for table in (value_table(comparison), difference_table(comparison))

@@ -131,6 +131,8 @@ def sweep_key(override: Override) -> str:
 
 TRAINING_GROUPS = ("data", "experiment", "start", "model", "supervised", "teacher", "distill", "schedule", "init")
 """Groups and keys that name what a run trains and how, in the order of a configuration's name."""
+TRAINER_KEYS = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
+"""Keys of ``trainer`` that change the weights."""
 
 
 def configuration_name(overrides: Sequence[str]) -> str:
@@ -138,10 +140,11 @@ def configuration_name(overrides: Sequence[str]) -> str:
 
     Runs that differ in the seed, the machine or the logging have the same name.
     """
-    named = [override for override in parse_overrides(overrides) if _group(override) in TRAINING_GROUPS]
-    named.sort(key=lambda override: TRAINING_GROUPS.index(_group(override)))
+    places = {group: place for place, group in enumerate((*TRAINING_GROUPS, *TRAINER_KEYS))}
+    named = [override for override in parse_overrides(overrides) if _group(override) in places]
+    named.sort(key=lambda override: places[_group(override)])
     return " ".join(str(override.input_line) for override in named) or "defaults"
 
 
 def _group(override: Override) -> str:
-    return str(override.key_or_group).partition(".")[0].partition("/")[0]
+    return str(override.key_or_group).removeprefix("trainer.").partition(".")[0].partition("/")[0]

@@ -282,18 +282,18 @@ def show_table(
     equal: str = "epochs",
     labels: Mapping[frozenset[str], str] | None = None,
     always: bool = False,
-    files: Sequence[Path | None] = (None, None),
+    files: tuple[Path | None, Path | None, Path | None] = (None, None, None),
     images: bool = True,
 ) -> None:
     """Print the jobs, and compare their configurations if there is something to compare.
 
-    ``comparison.csv`` and ``comparison.json`` in the folder have the comparison.
+    ``comparison.csv``, ``comparison.json`` and ``comparison.html`` in the folder have the comparison.
 
     Args:
         folder: folder of the sweep.
         equal, labels, images: see `distill.analysis.comparison.compare`.
         always: whether to compare even without several seeds and without a student alone.
-        files: another CSV file and another JSON file of the comparison; None: no such file.
+        files: another CSV file, JSON file and page of the comparison; None: no such file.
     """
     show_jobs(folder)
     if not count_done(folder):
@@ -306,11 +306,13 @@ def show_table(
         print(f"distill: {error}")
         return
     if always or report.is_worth_showing(comparison):
-        for csv, json_file in ((folder / report.CSV, folder / report.JSON), files):
-            report.write_comparison(comparison, csv, json_file)
-        page = report.write_page(comparison, folder / report.PAGE)
+        csv, json_file, page = files
+        report.write_comparison(comparison, csv, json_file)
+        report.write_comparison(comparison, folder / report.CSV, folder / report.JSON)
+        if page is not None:
+            report.write_page(comparison, page)
         report.print_comparison(comparison, settings=False)
-        print_line("report", page)
+        print_line("report", report.write_page(comparison, folder / report.PAGE))
 
 
 def continuation_advice(folder: Path) -> str:

@@ -24,7 +24,7 @@ from distill.cli.auto_values import auto_keys, facts_of, resolve
 from distill.cli.compose import compose_config
 from distill.cli.composition_errors import explain_failure
 from distill.cli.instantiate import to_containers, without_weights
-from distill.cli.overrides import node_overrides, parse_overrides
+from distill.cli.overrides import TRAINER_KEYS, node_overrides, parse_overrides
 from distill.cli.resume import LOADING_KEYS
 from distill.cli.target_policy import COMMAND_LINE_KEYS
 from distill.files import read_json
@@ -45,8 +45,6 @@ IGNORED_DATA = (*LOADING_KEYS, "on_overlap")
 IGNORED_MODEL = ("box_roi_align",)  # changes only the order of additions
 # These check, log and print only.
 IGNORED_CALLBACKS = ("teacher", "schedule", "terms", "gradients", "rate", "panels", "history", "lines", "progress")
-# Keys of Lightning's trainer that change the teacher's weights.
-TRAINER = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 UNTRAINED = "untrained"
 """Source of a teacher that has random weights."""
 
@@ -261,7 +259,7 @@ def _cache_key(overrides: Sequence[str]) -> str:
     # Not resolved: the paths of callbacks are below each run's own folder.
     callbacks: Any = OmegaConf.to_container(config.callbacks)
     content["callbacks"] = {name: node for name, node in callbacks.items() if name not in IGNORED_CALLBACKS}
-    content["trainer"] = {name: config.trainer.get(name) for name in TRAINER}
+    content["trainer"] = {name: config.trainer.get(name) for name in TRAINER_KEYS}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 

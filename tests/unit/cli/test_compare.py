@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from distill.analysis.comparison import Configuration
 from distill.cli import ablations, compare, compose, sweep
+from distill.cli.finished_runs import read_run
 from distill.cli.instantiate import to_containers
 from distill.cli.overrides import parse_overrides
 from distill.type_checks import leaves
@@ -147,10 +149,11 @@ def test_a_comparison_runs_what_is_missing_and_ends_in_tables_and_files(
     assert float(rows[2]["difference"]) == pytest.approx(0.055)
     content = json.loads((tmp_path / "sweep" / "comparison.json").read_text())
     assert content["rows"][2]["difference"]["extra_time"] == pytest.approx(0.5)
-    assert cli([*words, "--csv", "again.csv", "--no-images"]) == 0
+    assert cli([*words, "--csv", "again.csv", "--no-images", "--html", "again.html"]) == 0
     assert "over images for" not in capsys.readouterr().out
     assert len(jobs.ran) == 4  # nothing is repeated
-    assert (tmp_path / "again.csv").read_text() == (tmp_path / "sweep" / "comparison.csv").read_text()
+    for suffix in (".csv", ".html"):
+        assert (tmp_path / f"again{suffix}").read_text() == (tmp_path / "sweep" / f"comparison{suffix}").read_text()
 
 
 def test_equal_time_trains_the_student_alone_for_longer(
@@ -170,6 +173,18 @@ def test_equal_time_trains_the_student_alone_for_longer(
     assert float(distilled["extra_time"]) == pytest.approx(0.0)
     assert cli([*words, "equal=time"]) == 0
     assert len(jobs.ran) == 6
+
+
+def test_a_longer_student_alone_trusts_what_the_command_line_trusts(tmp_path: Path) -> None:
+    """The words of a job come from a file."""
+    settings = resolved_nodes(["data.seed=4"])
+    words = ["distill=none", "trust=[evil]", "config_dirs=[there]", "data.limit=7"]
+    settings["data"]["limit"] = 7
+    run = read_run(write_run(tmp_path / "0", 0.2, seed=4, words=words, settings=settings))
+    found = compare.longer_words(Configuration({}, {4: run}), 2.0)
+    assert {"distill=none", "data.limit=7"} <= set(found)
+    assert f"schedule.epochs={2 * settings['schedule']['epochs']}" in found
+    assert not [word for word in found if word.startswith(("trust", "config_dirs", "seed", "data.seed"))]
 
 
 def test_a_failed_job_is_a_row_and_the_comparison_goes_on(

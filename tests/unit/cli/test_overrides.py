@@ -57,6 +57,7 @@ def test_a_word_that_is_no_override_is_named() -> None:
         (["distill=defeat", "seed=3", "model=frcnn_r50"], "model=frcnn_r50 distill=defeat"),
         (["~distill.losses.defeat", "+model.x=1", "data.limit=3"], "data.limit=3 +model.x=1 ~distill.losses.defeat"),
         (["schedule.epochs=3", "teacher.seed=1"], "teacher.seed=1 schedule.epochs=3"),
+        (["trainer.max_steps=5", "trainer.devices=2", "distill=ssim"], "distill=ssim trainer.max_steps=5"),
     ],
 )
 def test_a_configuration_is_named_without_its_seed(words: list[str], name: str) -> None:
