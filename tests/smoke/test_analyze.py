@@ -42,6 +42,7 @@ def test_files_of_an_analysis(runs: Path, cli: Cli, capsys: pytest.CaptureFixtur
     words = ["--against", str(runs / "alone"), "--images", "2", "--pictures", "1", "--similar", "circle,square"]
     assert cli(["analyze", str(runs / "run"), *words]) == 0
     output = capsys.readouterr().out
+    assert "– %" not in output  # a share of nothing
     assert "AP50 that errors of each kind cost" in output
     assert str(runs / "run" / "analysis") in output
     content, run = analysis(runs / "run"), runs / "run"

@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
     agreements: dict[str, Agreement]
     """Name of a model that is not the teacher -> its agreement with the teacher. Empty without a teacher."""
     to_do: list[ToDo]
-    """Images where the teacher is right and the student is wrong. Empty without a teacher."""
+    """Images with errors of the student that the teacher does not make. Empty without a teacher."""
 
 
 def report_model(

@@ -158,7 +158,7 @@ def to_do_text(found: Mapping[str, Any]) -> list[str]:
     if not count:
         return []
     return [
-        f"Images where the teacher is right and the student is wrong, the worst first. to_do.csv lists all {count}."
+        f"Images with errors of the student that the teacher does not make, worst first. to_do.csv lists all {count}."
     ]
 
 

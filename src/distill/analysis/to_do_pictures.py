@@ -1,4 +1,4 @@
-"""Pictures of the images where the teacher is right and the student is wrong."""
+"""Pictures of the images with errors of the student that the teacher does not make."""
 
 from __future__ import annotations
 

@@ -130,17 +130,20 @@ def print_results(result: Comparison, models: Models, skipped: Mapping[str, str]
     if len(student.shares) > MOST_CLASSES:
         print_line("", f"{len(student.shares) - MOST_CLASSES} more classes are in thresholds.csv")
     for name, one in result.agreements.items():
-        print_line(
-            "agreement",
-            f"{name} finds {percent(one.found)} % of the teacher's {one.boxes} boxes, and copies "
-            f"{percent(one.copied)} % of its {one.mistakes} mistakes",
-        )
+        text = f"{name} finds {percent(one.found)} % of the teacher's {one.boxes} boxes"
+        if not one.boxes:
+            text = f"{name}: the teacher has no boxes above its thresholds"
+        elif one.mistakes:
+            text += f", and copies {percent(one.copied)} % of its {one.mistakes} mistakes"
+        print_line("agreement", text)
     for name, model in result.models.items():
         errors = percent(model.calibration.d_ece), percent(model.calibration.la_ece)
         print_line("calibrated", f"{name}: D-ECE {errors[0]} %, LaECE {errors[1]} %")
     if result.to_do:
         first = folder / PICTURES
-        print_line("to do", f"{len(result.to_do)} images where the teacher is right and the student is wrong: {first}")
+        print_line(
+            "to do", f"{len(result.to_do)} images with errors of the student that the teacher does not make: {first}"
+        )
     for note in models.notes:
         print_line("note", note, "yellow")
     reasons: dict[str, list[str]] = {}

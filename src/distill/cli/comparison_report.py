@@ -185,7 +185,7 @@ def _print_settings(comparison: Comparison) -> None:
         part = _optional_part(key)
         if part and len(values) < len(names):
             rows[part] = ["yes" if name in values else None for name in names]
-        else:
+        elif key != "distill.losses":  # the empty mapping of a student alone
             rows[key] = [values.get(name) for name in names]
     shown = list(rows.items())[:MOST_LINES]
     print_table("settings that differ", ("key", *names), [[key, *cells] for key, cells in shown], len(names) + 1, True)

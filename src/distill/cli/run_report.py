@@ -354,8 +354,8 @@ def _print_training(summary: Mapping[str, Any], alone: Mapping[str, Any]) -> Non
     """Print how long the student was trained alone and with distillation, and on how many images its teacher."""
     with_losses, without = summary.get("training"), alone.get("training")
     if with_losses and without:
-        texts = [f"{duration(length['seconds'])} ({length['epochs']:.0f} epochs)" for length in (without, with_losses)]
-        print_line("time", f"the student was trained {texts[0]} alone, {texts[1]} with distillation")
+        texts = [f"{duration(length['seconds'])} (epochs: {length['epochs']:.0f})" for length in (without, with_losses)]
+        print_line("time", f"the student was trained for {texts[0]} alone, for {texts[1]} with distillation")
     source = (summary["teacher"] or {}).get("source")
     images = read_summary(source).get("images") if source else None
     if images and summary.get("images") not in (None, images):

@@ -216,6 +216,7 @@ def test_finished_runs_are_compared_without_training(
     assert cli(["compare", *map(str, folders), str(odd), "--json", "it.json", "--no-images"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "settings that differ" in said
+    assert "{}" not in said  # the losses of the student alone
     assert f"left out {odd}: its classes are owl; those of {folders[0]} are cat, dog" in said
     assert [row["configuration"] for row in json.loads((tmp_path / "it.json").read_text())["rows"]] == [
         "teacher",
