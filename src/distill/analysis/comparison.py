@@ -387,20 +387,20 @@ def difference_to(
     seeds = [seed for seed in one.runs if seed in reference.runs]
     if not seeds:
         return None
-    ours, theirs = ([other.runs[seed].values[metric] for seed in seeds] for other in (one, reference))
-    differences = [value - alone for value, alone in zip(ours, theirs, strict=True)]
+    values, reference_values = ([other.runs[seed].values[metric] for seed in seeds] for other in (one, reference))
+    differences = [value - base for value, base in zip(values, reference_values, strict=True)]
     interval = statistics.mean_interval(differences)
     verdict = statistics.verdict(interval)
     teacher = (one.first.teacher or {}).get("values", {}).get(metric, -1.0)
-    time, base = one.mean_seconds(), reference.mean_seconds()
+    time, reference_time = one.mean_seconds(), reference.mean_seconds()
     return Difference(
         reference=reference.name,
         seeds=seeds,
         mean=fmean(differences),
         by_seed=interval,
         by_image=bootstrap.interval(one.runs[seeds[0]], reference.runs[seeds[0]]) if bootstrap else None,
-        gap_closed=statistics.share_of_gap(fmean(theirs), fmean(ours), teacher),
-        extra_time=time / base - 1 if time and base else None,
+        gap_closed=statistics.share_of_gap(fmean(reference_values), fmean(values), teacher),
+        extra_time=time / reference_time - 1 if time and reference_time else None,
         verdict=verdict,
         further_seeds=statistics.seeds_to_decide(differences) or None,
     )
