@@ -1,4 +1,4 @@
-# One verb per intent. Needs Python 3.10-3.13; uses uv where it is installed, else venv and pip.
+# One command per task. Needs Python 3.10-3.13; uses uv where it is installed, else venv and pip.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ UV := $(shell command -v uv 2>/dev/null)
 TESTS ?= tests
 
 .PHONY: help demo test test-all ring check docs format setup clean
-help:  ## list the verbs
+help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/'
 
 demo: $(VENV)/.demo  ## set up, then train a teacher, a student alone and a distilled student on drawn shapes
