@@ -364,8 +364,9 @@ def _print_training(summary: Mapping[str, Any], alone: Mapping[str, Any]) -> Non
 
 def print_next_steps(plan: RunPlan) -> None:
     """Print the commands that follow a run on drawn images."""
-    method = str(HydraConfig.get().runtime.choices["distill"])
-    own = shlex.join(["python", "-m", "distill", "train", "data=DIR", f"distill={method}", "baseline=train"])
+    given = [word for word in plan.overrides if word.startswith("distill=")]  # may be a list of options
+    method = given[-1] if given else f"distill={HydraConfig.get().runtime.choices['distill']}"
+    own = shlex.join(["python", "-m", "distill", "train", "data=DIR", method, "baseline=train"])
     predict = shlex.join(["python", "-m", "distill", "predict", str(plan.folder.path)])
     print_line("next", f"this student's detections on images:\n{predict} IMAGES")
     print_line("", f"the same table for your own data, a folder in COCO's, VOC's or YOLO's format:\n{own}")
