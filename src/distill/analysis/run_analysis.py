@@ -21,6 +21,7 @@ from distill.analysis.training_log import read_training
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.evaluation.pictures import save_panel
+from distill.evaluation.recording import Recording
 from distill.files import atomic_write, write_text
 from distill.run_folder import METRICS, STEPS, RunFolder
 from distill.training.callbacks.history import to_csv
@@ -43,6 +44,7 @@ def analyze_models(
     neck_images: int = 20,
     pictures: int = 12,
     device: torch.device | str = "cpu",
+    recorded: Mapping[str, Recording] | None = None,
 ) -> tuple[Comparison, NeckReport]:
     """Measure detectors on a split, and write tables, figures and pictures. Files of an earlier analysis are removed.
 
@@ -55,9 +57,11 @@ def analyze_models(
         neck_images: images on which the necks are compared.
         pictures: images of the to-do list that are drawn.
         device: device of the detectors.
+        recorded: name -> detections on the split that are known already. Those of other models are computed.
     """
+    known = recorded or {}
     recordings = {
-        name: record_detections(detector, data, split, torch.device(device), f"{name}, {split}")
+        name: known.get(name) or record_detections(detector, data, split, torch.device(device), f"{name}, {split}")
         for name, detector in models.items()
     }
     truth = next(iter(recordings.values())).truth

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.analyzed_models import Models, add_other, add_teacher, find_baseline
+from distill.cli.analyzed_models import Models, add_other, add_teacher, find_baseline, recorded_detections
 from distill.cli.devices import add_device_option, find_device
 from distill.cli.evaluate import class_notes, find_run, load_student, recompose, trained_size
 from distill.cli.finished_runs import read_finished
@@ -88,9 +88,11 @@ def main(argv: Sequence[str]) -> int:
     models.add("student", student, run.path)
     for note in class_notes(student.spec.classes, data.classes):
         models.notes.append(note)
+    sources = models.sources.items()
+    known = {name: found for name, source in sources if (found := recorded_detections(source, data, args.split))}
     folder = run.path / FOLDER
     result, necks = analyze_models(
-        models.detectors, data, args.split, folder, groups, args.images, args.pictures, device or plan.device
+        models.detectors, data, args.split, folder, groups, args.images, args.pictures, device or plan.device, known
     )
     necks.skipped |= draw_training(run, folder)
     write_summary(

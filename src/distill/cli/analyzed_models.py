@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.cli.evaluate import load_student, load_teacher_of
 from distill.cli.overrides import parse_overrides
-from distill.run_folder import RunFolder
+from distill.evaluation.recording import DetectionRecorder, Recording, load_recording
+from distill.files import read_json
+from distill.run_folder import STUDENT, RunFolder
 from distill.types import DistillError
 
 if TYPE_CHECKING:
     from distill.cli.preflight import RunPlan
+    from distill.data.datamodule import DetectionData
     from distill.detectors.base import Detector
 
 
@@ -38,6 +42,28 @@ def same_split(summary: Mapping[str, Any], split: str, fingerprint: str) -> bool
     data = measured.get("data") if isinstance(measured, dict) else None
     known = data.get(split) if isinstance(data, dict) else None
     return None if known is None else known == fingerprint
+
+
+def recorded_detections(source: str, data: DetectionData, split: str) -> Recording | None:
+    """The detections that a finished run recorded of its student on a split; None if it was measured on other data.
+
+    Args:
+        source: the run's folder or its exported student. Other weights have no recorded detections.
+        data: the data that is analyzed now.
+        split: the split.
+    """
+    path = Path(source)
+    run = RunFolder(path.parent if path.name == STUDENT else path)
+    file = run.detections_on(split)
+    if not (file.is_file() and run.finished):
+        return None
+    with suppress(DistillError):  # a damaged file: the detections are computed
+        if same_split(read_json(run.summary), split, data.fingerprint(split)):
+            recording = load_recording(file)
+            truth = DetectionRecorder(data.ground_truth(split), data.classes).truth
+            now = Recording(tuple(data.classes), truth, recording.detections)
+            return recording if recording.truth_digest() == now.truth_digest() else None
+    return None
 
 
 def add_teacher(
