@@ -23,6 +23,11 @@ Bars = Mapping[str, Mapping[str, float]]
 """Name of a group -> name of a series -> value. NaN has no bar."""
 
 
+def literal(text: str) -> str:
+    """A class name or another text without the formulas that matplotlib reads between dollar signs."""
+    return text.replace("$", r"\$")
+
+
 def line_charts(diagrams: Mapping[str, Lines], x_label: str, y_label: str, unit: bool = True) -> Figure:
     """Draw one diagram of lines per entry.
 
@@ -35,8 +40,8 @@ def line_charts(diagrams: Mapping[str, Lines], x_label: str, y_label: str, unit:
     for axes, (title, lines) in zip(all_axes, diagrams.items(), strict=True):
         for name, (x, y) in lines.items():
             style: dict[str, Any] = {"color": "gray", "linestyle": "--"} if name == "ideal" else {}
-            axes.plot(x, y, label=name, marker="." if len(x) == 1 else None, **style)
-        axes.set_title(title, loc="left", fontsize="medium")
+            axes.plot(x, y, label=literal(name), marker="." if len(x) == 1 else None, **style)
+        axes.set_title(literal(title), loc="left", fontsize="medium")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if unit:
@@ -75,8 +80,8 @@ def bar_charts(charts: Mapping[str, Bars], y_label: str, stacked: bool = False) 
             else:
                 axes.bar(places + (index - (len(series) - 1) / 2) * width, values, width, label=name)
         turned: dict[str, Any] = {"rotation": 90} if len(bars) > 12 else {}
-        axes.set_xticks(places, list(bars), fontsize="small", **turned)
-        axes.set_title(title, loc="left", fontsize="medium")
+        axes.set_xticks(places, [literal(name) for name in bars], fontsize="small", **turned)
+        axes.set_title(literal(title), loc="left", fontsize="medium")
         axes.set_ylabel(y_label)
         axes.grid(axis="y", alpha=0.4)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -95,9 +100,9 @@ def matrix_charts(matrices: Mapping[str, FloatArray], rows: Sequence[str], colum
     for number, (title, matrix) in enumerate(matrices.items(), start=1):
         axes = figure.add_subplot(len(matrices), 1, number)
         axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
-        axes.set_xticks(range(len(columns)), list(columns), rotation=90)
-        axes.set_yticks(range(len(rows)), list(rows))
-        axes.set_title(title, loc="left", fontsize="medium")
+        axes.set_xticks(range(len(columns)), [literal(name) for name in columns], rotation=90)
+        axes.set_yticks(range(len(rows)), [literal(name) for name in rows])
+        axes.set_title(literal(title), loc="left", fontsize="medium")
         axes.set_xlabel("detected")
         axes.set_ylabel("true class")
         if len(rows) <= 15:

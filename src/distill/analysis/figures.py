@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from distill.analysis.charts import Lines, bar_charts, line_charts, map_charts, matrix_charts
+from distill.analysis.charts import Lines, bar_charts, line_charts, literal, map_charts, matrix_charts
 from distill.analysis.comparison import Difference
 from distill.analysis.feature_maps import PARTS
 from distill.analysis.model_report import Comparison, ModelReport
@@ -157,7 +157,7 @@ def difference_figure(differences: Mapping[str, Difference], metric: str) -> Fig
                 [100 * one.by_seed.low, 100 * one.by_seed.high], [place, place], color="C0", linewidth=3, alpha=0.5
             )
         axes.plot([100 * one.mean], [place], "o", color="C0")
-    axes.set_yticks(range(len(differences)), list(differences))
+    axes.set_yticks(range(len(differences)), [literal(name) for name in differences])
     axes.invert_yaxis()
     axes.set_xlabel(f"difference in {metric}, percentage points")
     axes.grid(alpha=0.4, axis="x")
