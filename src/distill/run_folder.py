@@ -51,6 +51,8 @@ class RunFolder:
         """Steps that stopped the run because their loss or gradient was not finite."""
         self.error = self.path / "error.txt"
         """Why a sweep's job failed, in one line."""
+        self.wandb_id = self.path / "wandb_id"
+        """Id of the run on the site of W&B."""
         self.slurm_job = self.path / "slurm_job"
         """Id of the SLURM job that made the run, or the sweep."""
 

@@ -114,6 +114,8 @@ def open_loggers(plan: RunPlan, trainer: L.Trainer) -> Iterator[None]:
         loggers: list[Any] = trainer.loggers
         for logger in loggers:
             try:
+                if isinstance(logger, WandbRun):
+                    logger.choose_id(resumed=plan.checkpoint is not None)
                 if hasattr(type(logger), "experiment"):
                     _ = logger.experiment  # created on first access
                 logger.log_hyperparams(dict(plan.config))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from distill.data.datamodule import DetectionData
+from distill.files import write_text
 from distill.run_folder import RunFolder
 from distill.training.distiller import Distiller
 from distill.training.wandb_table import prediction_table
@@ -24,7 +27,7 @@ class WandbRun(WandbLogger):
 
     Means of an epoch (``epoch/…``) are drawn over epochs, all other values over steps. A run's summary holds the best
     value of each validation metric, and the lowest value of each loss, until the results of the best weights replace
-    them. The run's id comes from its folder, so a run that resumes continues its W&B run.
+    them. A file in the run's folder keeps the id, so a run that resumes continues its W&B run, see `choose_id`.
 
     Args:
         folder: the run's folder. W&B's own files are written there, too.
@@ -63,13 +66,25 @@ class WandbRun(WandbLogger):
         super().__init__(
             name=name,
             save_dir=str(folder),
-            version=run_id(folder),
             offline=offline,
             project=project,
             log_model=log_model,  # type: ignore[arg-type]
             **options,
         )
         self.log_student, self.table_images, self.table_score = log_student, table_images, table_score
+
+    @rank_zero_only
+    def choose_id(self, resumed: bool) -> None:
+        """Choose the id of the W&B run, before it is created.
+
+        Args:
+            resumed: whether the training continues an earlier one in its folder, whose id it keeps. A new training in
+                the folder of an earlier one gets an id of its own.
+        """
+        file = RunFolder(str(self.save_dir)).wandb_id
+        if not (resumed and file.is_file()):
+            write_text(file, uuid.uuid4().hex[:12])
+        self._id = self._wandb_init["id"] = file.read_text(encoding="utf-8").strip()
 
     @property
     @rank_zero_experiment
@@ -124,8 +139,3 @@ def shorten(text: str, length: int = GROUP_LENGTH) -> str:
         return text
     mark = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{text[: length - len(mark) - 1]}…{mark}"
-
-
-def run_id(folder: str | Path) -> str:
-    """The W&B id of the run in a folder."""
-    return hashlib.sha256(str(Path(folder).absolute()).encode()).hexdigest()[:12]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from distill.training.wandb_run import WandbRun, run_id, shorten
+from distill.training.wandb_run import WandbRun, shorten
 
 
 def test_a_long_group_is_cut_and_stays_different() -> None:
@@ -17,9 +15,20 @@ def test_a_long_group_is_cut_and_stays_different() -> None:
     assert shorten("defaults") == "defaults"
 
 
-def test_a_folder_has_one_id_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run_id("run") == run_id(tmp_path / "run") != run_id("other")
+def test_a_resumed_run_keeps_its_id_and_a_new_one_gets_another(tmp_path: Path) -> None:
+    ids = []
+    for resumed in (False, True, False, True):
+        run = WandbRun(tmp_path, offline=True)
+        run.choose_id(resumed)
+        ids.append(run._wandb_init["id"])
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+
+
+def test_a_resumed_run_without_an_id_gets_one(tmp_path: Path) -> None:
+    """The training was without W&B before it was stopped."""
+    run = WandbRun(tmp_path, offline=True)
+    run.choose_id(resumed=True)
+    assert run.version
 
 
 def test_tags_without_a_value_are_left_out(tmp_path: Path) -> None:
