@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from distill.evaluation.metric import FloatArray
 MOST_CLASSES = 20
 """Classes in a chart, those with the most objects; the files have all."""
 MOST_DIAGRAMS = 12
+LABEL_WIDTH = 40
+"""Characters of a line in the name of a configuration."""
 
 
 def model_figures(result: Comparison) -> dict[str, Figure]:
@@ -148,7 +151,9 @@ def training_figures(losses: Mapping[str, Lines], gradients: Lines) -> dict[str,
 
 def difference_figure(differences: Mapping[str, Difference], metric: str) -> Figure:
     """Points and intervals of the differences to the student alone, one row per configuration, in percentage points."""
-    figure = Figure(figsize=(7.6, 1.2 + 0.45 * len(differences)), dpi=100, layout="tight")
+    names = [fill(literal(name), LABEL_WIDTH) for name in differences]
+    lines = sum(1 + name.count("\n") for name in names)
+    figure = Figure(figsize=(7.6, 1.4 + 0.3 * len(names) + 0.2 * lines), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(0, color="gray", linewidth=1)
     for place, one in enumerate(differences.values()):
@@ -157,7 +162,7 @@ def difference_figure(differences: Mapping[str, Difference], metric: str) -> Fig
                 [100 * one.by_seed.low, 100 * one.by_seed.high], [place, place], color="C0", linewidth=3, alpha=0.5
             )
         axes.plot([100 * one.mean], [place], "o", color="C0")
-    axes.set_yticks(range(len(differences)), [literal(name) for name in differences])
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel(f"difference in {metric}, percentage points")
     axes.grid(alpha=0.4, axis="x")

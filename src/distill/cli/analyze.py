@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.analyzed_models import Models, add_other, add_teacher, find_baseline, recorded_detections
 from distill.cli.devices import add_device_option, find_device
 from distill.cli.evaluate import class_notes, find_run, load_student, recompose, trained_size
-from distill.cli.finished_runs import read_finished
 from distill.cli.overrides import parse_overrides
 from distill.cli.tables import print_line, print_table
 from distill.quoting import quote_value
@@ -20,6 +18,7 @@ from distill.units import percent
 if TYPE_CHECKING:
     from distill.analysis.model_report import Comparison
     from distill.analysis.thresholds import Curve
+    from distill.cli.analyzed_models import Models
 
 MOST_CLASSES = 20
 """Classes in the table of thresholds on the terminal."""
@@ -58,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
     if min(args.images, args.pictures) < 0:
         raise DistillError("analyze: --images and --pictures start at 0")
+    from distill.cli.finished_runs import read_finished
+
     device = None if args.device is None else find_device(args.device)
     run = find_run(args.run)
     summary = read_finished(run)
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
     from distill.analysis.run_analysis import FOLDER, analyze_models, draw_training, write_summary
     from distill.analysis.run_page import write_run_page
+    from distill.cli.analyzed_models import Models, add_other, add_teacher, find_baseline, recorded_detections
     from distill.cli.preflight import plan_run
 
     plan = plan_run(cfg)

@@ -94,5 +94,5 @@ def test_the_length_of_both_trainings_and_the_images_of_both_models_are_said(
     taught = {**DISTILLED["teacher"], "source": str(tmp_path)}
     one = {**DISTILLED, "teacher": taught, "images": 100, "training": {"epochs": 8, "seconds": 61.0}}
     _, text = printed(one, [{**ALONE, "training": {"epochs": 12, "seconds": 70.0}}], capsys)
-    assert "1 min 10 s (12 epochs) alone, 1 min 1 s (8 epochs) with distillation" in text
+    assert "for 1 min 10 s (epochs: 12) alone, for 1 min 1 s (epochs: 8) with distillation" in text
     assert "the student learned from 100, the teacher from 1600" in text
