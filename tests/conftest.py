@@ -55,7 +55,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
 
 @pytest.fixture(scope="session")
 def copied_conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from distill.cli import compose
+    from distill.cli.config import compose
 
     return shutil.copytree(compose.config_folder(), tmp_path_factory.mktemp("conf") / "conf")
 
@@ -63,7 +63,7 @@ def copied_conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def conf(copied_conf: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the configuration, whose files a test may change. The next test finds them as they were."""
-    from distill.cli import compose
+    from distill.cli.config import compose
 
     original = compose.config_folder()
     monkeypatch.setattr(compose, "config_folder", lambda: copied_conf)

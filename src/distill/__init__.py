@@ -57,11 +57,11 @@ _MODULES = {
     "Yolo": "data.yolo",
     "evaluate": "evaluation.evaluate",
     "load_detector": "detectors.registry",
-    "model": "cli.options",
+    "model": "cli.config.options",
     "panel": "evaluation.pictures",
     "predict": "evaluation.predict",
     "save_student": "detectors.student_files",
-    "schedule": "cli.options",
+    "schedule": "cli.config.options",
 }
 """Public name -> the module below ``distill`` that defines it."""
 

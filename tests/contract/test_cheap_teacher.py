@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from distill.cli import override_checks
-from distill.cli.preflight import plan_teacher
-from distill.cli.teacher_cache import as_teacher
+from distill.cli.config import override_checks
+from distill.cli.runs.preflight import plan_teacher
+from distill.cli.runs.teacher_cache import as_teacher
 from distill.diagnostics.bench.step import Step
 from distill.training.distiller import Distiller
 from helpers.detector_pairs import OPTIONS, Pair

@@ -17,10 +17,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from distill.cli import auto_values, compose, instantiate, override_checks
-from distill.cli.assembly import build_losses, build_trainer
+from distill.cli.config import auto_values, compose, instantiate, override_checks
 from distill.cli.main import main
-from distill.cli.preflight import plan_losses, plan_run
+from distill.cli.runs.assembly import build_losses, build_trainer
+from distill.cli.runs.preflight import plan_losses, plan_run
 from distill.detectors.options import to_plain
 from distill.type_checks import leaves
 from distill.types import DistillError

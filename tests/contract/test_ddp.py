@@ -17,7 +17,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from distill.cli import instantiate
+from distill.cli.config import instantiate
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.evaluation.coco import CocoMetric

@@ -23,7 +23,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
-from distill.cli.compose import compose_config
+from distill.cli.config.compose import compose_config
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.detectors.base import Detector
@@ -746,9 +746,9 @@ def test_the_layout_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_command_line_lays_out_the_student(wanted: bool) -> None:
-    from distill.cli import override_checks
-    from distill.cli.assembly import assemble
-    from distill.cli.preflight import plan_run
+    from distill.cli.config import override_checks
+    from distill.cli.runs.assembly import assemble
+    from distill.cli.runs.preflight import plan_run
 
     lines = [
         "distill=none",

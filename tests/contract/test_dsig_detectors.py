@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from distill.cli import compose
+from distill.cli.config import compose
 from distill.losses.chen import Chen
 from distill.losses.dsig import DSIG
 from distill.types import Batch, DistillError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from distill.cli.compose import compose_config
+from distill.cli.config.compose import compose_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

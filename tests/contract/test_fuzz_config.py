@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.cli import compose, instantiate, override_checks, target_policy
-from distill.cli.assembly import build_losses
-from distill.cli.preflight import plan_losses, plan_teacher
-from distill.cli.teacher_cache import untrained
+from distill.cli.config import compose, instantiate, override_checks, target_policy
+from distill.cli.runs.assembly import build_losses
+from distill.cli.runs.preflight import plan_losses, plan_teacher
+from distill.cli.runs.teacher_cache import untrained
 from distill.types import DetectorSpec, DistillError
 
 DAILY, ALL = (int(os.environ.get("DISTILL_FUZZ", examples)) for examples in ("150", "500"))

@@ -21,11 +21,11 @@ from PIL import Image
 
 import distill
 from distill import plugins
-from distill.cli import compose, config_folders, override_checks, renamed_keys, target_policy
-from distill.cli.ablations import read_sweep
-from distill.cli.compare import take_own_keys
+from distill.cli.commands.compare import take_own_keys
+from distill.cli.config import compose, config_folders, override_checks, renamed_keys, target_policy
+from distill.cli.config.prepared_sweeps import read_sweep
+from distill.cli.config.teacher_words import expand_teacher_words
 from distill.cli.main import main
-from distill.cli.teacher_words import expand_teacher_words
 from distill.detectors import description
 from distill.types import DistillError, View
 from helpers.grids import mostly_exhaustive

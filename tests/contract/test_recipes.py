@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 from omegaconf import DictConfig
 
-from distill.cli import compose, instantiate
-from distill.cli.auto_values import auto_keys
+from distill.cli.config import compose, instantiate
+from distill.cli.config.auto_values import auto_keys
 from helpers.detectors import FAMILIES, random_detector
 
 

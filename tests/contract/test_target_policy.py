@@ -8,7 +8,7 @@ import hydra.utils
 import pytest
 from omegaconf import OmegaConf
 
-from distill.cli import compose, instantiate, override_checks, target_policy
+from distill.cli.config import compose, instantiate, override_checks, target_policy
 from distill.types import DistillError
 from helpers.runs import TINY, Cli
 
@@ -174,8 +174,8 @@ def test_no_text_becomes_a_call(source: str, conf: Path, tmp_path: Path, monkeyp
         "distill.files.write_text",
         "distill.detectors.student_files.save_student",
         "distill.cli.main",
-        "distill.cli.sweep.SweepTable",
-        "distill.cli.child_runs.subprocess.Popen",
+        "distill.cli.runs.sweep.SweepTable",
+        "distill.cli.runs.child_runs.subprocess.Popen",
         "distill.detectors.backbones.torch.hub.load",
         "torch.hub.load",
         "torch.load",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from distill.cli import compose, override_checks
-from distill.cli.assembly import assemble, build_student
-from distill.cli.bench_measurement import bench_teacher
-from distill.cli.instantiate import without_weights
-from distill.cli.preflight import plan_run
+from distill.cli.config import compose, override_checks
+from distill.cli.config.instantiate import without_weights
+from distill.cli.reports.bench_measurement import bench_teacher
+from distill.cli.runs.assembly import assemble, build_student
+from distill.cli.runs.preflight import plan_run
 from distill.diagnostics.bench.measure import set_norm_statistics
 from distill.types import DistillError
 from helpers.grids import exhaustive

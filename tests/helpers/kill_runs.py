@@ -21,9 +21,10 @@ from typing import Any
 import psutil
 
 # Whatever is imported here need not be imported by each attempt.
-from distill.cli import assembly, override_checks, preflight, teacher_notice, train  # noqa: F401
-from distill.cli import run_report as reports
+from distill.cli.commands import train  # noqa: F401
+from distill.cli.config import override_checks
 from distill.cli.main import main
+from distill.cli.reports import run_report as reports
 from distill.training import checkpoint_io
 from distill.training.distiller import Distiller
 

@@ -31,7 +31,7 @@ Found = tuple[dict[str, float], list[torch.Tensor], list[torch.Tensor]]
 def fork_server() -> ForkServerContext:
     """Processes of a server that has imported what takes seconds, once for all of them, and has computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning", "torchvision", "distill.cli.preflight", "pytest"])
+    context.set_forkserver_preload(["lightning", "torchvision", "distill.cli.runs.preflight", "pytest"])
     return context
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distill.cli.overrides import parse_overrides
+from distill.cli.config.overrides import parse_overrides
 from distill.data.datamodule import DetectionData
 from distill.types import DistillError
 from helpers.coco_files import boxes_by_file, coco_content, coco_data, write_coco

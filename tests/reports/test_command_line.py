@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.cli import override_checks
-from distill.cli.sweep import count_jobs, refuse_repeated_keys
-from distill.cli.value_checks import validate_values
+from distill.cli.config import override_checks
+from distill.cli.config.value_checks import validate_values
+from distill.cli.runs.sweep import count_jobs, refuse_repeated_keys
 from distill.types import DistillError
 
 

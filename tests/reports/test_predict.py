@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from distill.cli.predict import find_images, picture_name
+from distill.cli.commands.predict import find_images, picture_name
 from distill.types import DistillError
 from helpers.runs import Cli
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from distill.cli import child_runs, override_checks, teacher_cache
-from distill.cli.evaluate import load_teacher_of
-from distill.cli.preflight import plan_teacher
-from distill.cli.teacher_cache import TeacherOptions
+from distill.cli.config import override_checks
+from distill.cli.runs import child_runs, teacher_cache
+from distill.cli.runs.preflight import plan_teacher
+from distill.cli.runs.recorded_run import load_teacher_of
+from distill.cli.runs.teacher_cache import TeacherOptions
 from distill.detectors.student_files import save_student
 from distill.run_folder import RunFolder
 from distill.types import DistillError

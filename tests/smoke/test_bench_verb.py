@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distill.cli import compose
+from distill.cli.config import compose
 from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli
 
 LINES = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from markupsafe import escape
 
-from distill.cli import ablations
+from distill.cli.config import prepared_sweeps
 from helpers.grids import mostly_exhaustive
 from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli
 
@@ -18,7 +18,7 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
     return {row["configuration"]: row for row in csv.DictReader((folder / "comparison.csv").open())}
 
 
-@pytest.mark.parametrize("name", mostly_exhaustive(ablations.sweep_names(), ["defeat_table6"]))
+@pytest.mark.parametrize("name", mostly_exhaustive(prepared_sweeps.sweep_names(), ["defeat_table6"]))
 def test_a_table_of_the_paper_is_one_command(
     name: str, cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -32,7 +32,7 @@ def test_a_table_of_the_paper_is_one_command(
     said = " ".join(capsys.readouterr().out.split())
     assert "of one seed (0), so there is no interval over seeds" in said
     found = rows(tmp_path / "sweep")
-    assert list(found) == ["teacher", *ablations.read_sweep(name)]
+    assert list(found) == ["teacher", *prepared_sweeps.read_sweep(name)]
     page = (tmp_path / "sweep" / "comparison.html").read_text(encoding="utf-8")
     assert "data:image/png" in page
     assert all(f"<td>{escape(label)}</td>" in page for label in found)

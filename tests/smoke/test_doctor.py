@@ -15,9 +15,9 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distill import load_detector
-from distill.cli import compose, instantiate
+from distill.cli.config import compose, instantiate
 from distill.cli.main import main
-from distill.cli.related_runs import RelatedRun
+from distill.cli.runs.related_runs import RelatedRun
 from distill.data.shapes import CLASSES, Shapes
 from distill.evaluation.evaluate import evaluate
 from distill.training.distiller import Distiller
@@ -139,7 +139,7 @@ def test_time_and_memory_are_estimated(ready: dict[str, Any]) -> None:
     ],
 )
 def test_a_schedule_is_counted_in_batches(lines: list[str], batches: int, expected: tuple[int, int]) -> None:
-    from distill.cli.run_estimate import planned_batches
+    from distill.cli.reports.run_estimate import planned_batches
 
     assert planned_batches(compose.compose_config([*lines, "paths.run=x"]).trainer, batches) == expected
 
@@ -243,7 +243,7 @@ def test_a_weak_teacher_is_named(
     assert any("no run of the same student with distill=none was found" in note for note in ready["notes"])
     summary: dict[str, Any] = {"losses": [], "teacher": None, "student": {"val/AP": 0.8}}
     alone = RelatedRun(Path("alone"), summary)
-    monkeypatch.setattr("distill.cli.doctor_report.find_related_runs", lambda *_: [alone])
+    monkeypatch.setattr("distill.cli.reports.doctor_report.find_related_runs", lambda *_: [alone])
     report = visit(cli, f"teacher.weights={tiny_teacher}", *TINY, "teacher.min_ap=0.9")
     assert any("below teacher.min_ap=0.9" in fault for fault in report["faults"])
     assert any(
@@ -254,7 +254,7 @@ def test_a_weak_teacher_is_named(
 def test_a_teacher_that_does_not_keep_its_promise_is_named(
     cli: Cli, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.cli.teacher_cache._known_values", lambda *_: {"val/AP": 0.4})
+    monkeypatch.setattr("distill.cli.runs.teacher_cache._known_values", lambda *_: {"val/AP": 0.4})
     report = visit(cli, f"teacher.weights={tiny_teacher}", *TINY)
     assert any("promises 40.0 %: check its weights" in fault for fault in report["faults"])
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from distill.cli import assembly, compose, teacher_cache, teacher_notice
+from distill.cli.config import compose
+from distill.cli.reports import teacher_notice
+from distill.cli.runs import assembly, teacher_cache
 from distill.types import DistillError
 from helpers.grids import mostly_exhaustive
 from helpers.image_folders import write_coco, write_voc

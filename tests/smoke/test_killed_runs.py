@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from distill.cli import run_report, teacher_cache
 from distill.cli.main import main
+from distill.cli.reports import run_report
+from distill.cli.runs import teacher_cache
 from distill.data.datamodule import DetectionData
 from distill.data.images import ImageDataset
 from distill.data.loader import SIGTERM_GRACE

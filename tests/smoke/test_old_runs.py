@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.cli.evaluate import load_student
-from distill.cli.renamed_keys import translated
+from distill.cli.config.renamed_keys import translated
+from distill.cli.runs.recorded_run import load_student
 from distill.detectors.base import Detector
 from distill.detectors.registry import load_detector
 from distill.types import Batch, Target

@@ -16,7 +16,8 @@ import torch
 from hatchling.build import build_wheel
 
 import distill
-from distill.cli import compose, config_folders, options, override_checks, preflight, target_policy, teacher_cache
+from distill.cli.config import compose, config_folders, options, override_checks, target_policy
+from distill.cli.runs import preflight, teacher_cache
 from distill.types import DistillError
 from helpers.image_folders import drawn
 from helpers.runs import TINY, TINY_RUN, Cli, summary

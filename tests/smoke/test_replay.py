@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.cli import compose
+from distill.cli.config import compose
 from distill.training.nonfinite import NonFiniteGuard
 from helpers.runs import TINY, Cli
 

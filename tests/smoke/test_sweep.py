@@ -18,8 +18,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from distill.cli.runs.sweep import claim_folder, run_process
 from distill.cli.signals import Terminated, stop_on_signals
-from distill.cli.sweep import claim_folder, run_process
 from helpers.grids import exhaustive
 from helpers.runs import TINY, Cli, started, summary, wait_until
 

@@ -19,8 +19,9 @@ import yaml
 from PIL import Image
 
 from distill import load_detector
-from distill.cli import compose, teacher_cache
+from distill.cli.config import compose
 from distill.cli.main import main
+from distill.cli.runs import teacher_cache
 from distill.data.shapes import CLASSES
 from distill.evaluation.coco import CocoMetric
 from distill.evaluation.recording import load_recording

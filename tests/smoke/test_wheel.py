@@ -73,7 +73,8 @@ def test_declares_its_command_and_licence(installed: Installed) -> None:
 
 def test_finds_its_own_configuration(installed: Installed) -> None:
     script = (
-        "import distill; from distill.cli.compose import config_folder; print(distill.__file__); print(config_folder())"
+        "import distill; from distill.cli.config.compose import config_folder; "
+        "print(distill.__file__); print(config_folder())"
     )
     package, conf = installed.python("-c", script).split()
     assert Path(package) == installed.site / "distill" / "__init__.py"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import distill
-from distill.cli import compose
+from distill.cli.config import compose
 from distill.run_folder import RunFolder, previous_checkpoint
 
 SOURCE = Path(distill.__file__).parent

@@ -1,1 +1,1 @@
-"""The command line: the only package that imports Hydra and OmegaConf."""
+"""The command line: commands, reports of what they measured, runs, and the configuration."""

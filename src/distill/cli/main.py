@@ -32,11 +32,22 @@ eval "$(distill -sc install=bash)" completes commands, groups and keys in this s
 
 
 def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
-    from distill.cli import analyze, bench, classifier, compare, doctor, evaluate, predict, replay, resume_run, train
+    from distill.cli.commands import (
+        analyze,
+        bench,
+        classifier,
+        compare,
+        doctor,
+        evaluate,
+        predict,
+        replay,
+        resume,
+        train,
+    )
 
     return {
         "train": train.main,
-        "resume": resume_run.main,
+        "resume": resume.main,
         "evaluate": evaluate.main,
         "compare": compare.main,
         "predict": predict.main,
@@ -75,17 +86,17 @@ def main(argv: Sequence[str]) -> int:
 def _run(command: str, words: Sequence[str]) -> int:
     commands = _commands()
     if {command, *words} & {"-sc", "--shell-completion"}:
-        from distill.cli import completion
+        from distill.cli.commands import completion
 
         return completion.main([command, *words] if command.startswith("-") else words, commands)
     if command not in commands:
-        from distill.cli.suggestions import nearest
+        from distill.cli.config.suggestions import nearest
 
         print(f"distill: there is no command '{command}'{nearest(command, commands)}\n\n{USAGE}", file=sys.stderr)
         return 2
-    from distill.cli import compose, config_folders, target_policy
-    from distill.cli.data_paths import expand_data_paths
-    from distill.cli.teacher_words import expand_teacher_words
+    from distill.cli.config import compose, config_folders, target_policy
+    from distill.cli.config.data_paths import expand_data_paths
+    from distill.cli.config.teacher_words import expand_teacher_words
 
     words = config_folders.expand_config_dirs(words)
     config_folders.set_config_dirs(words)

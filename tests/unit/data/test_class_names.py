@@ -7,7 +7,7 @@ import shlex
 import numpy as np
 import pytest
 
-from distill.cli.overrides import parse_overrides
+from distill.cli.config.overrides import parse_overrides
 from distill.data.class_names import ClassChoice, describe_similar_names
 from distill.data.records import Record, pack_records
 from distill.types import DistillError

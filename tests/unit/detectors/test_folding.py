@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from distill.cli import override_checks
-from distill.cli.preflight import plan_teacher
-from distill.cli.teacher_cache import TeacherOptions, as_teacher
+from distill.cli.config import override_checks
+from distill.cli.runs.preflight import plan_teacher
+from distill.cli.runs.teacher_cache import TeacherOptions, as_teacher
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.folding import fold

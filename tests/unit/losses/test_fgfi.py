@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.cli import compose, instantiate
+from distill.cli.config import compose, instantiate
 from distill.losses.base import DistillLoss
 from distill.losses.fgfi import FGFI
 from distill.types import DetectorSpec, DistillError

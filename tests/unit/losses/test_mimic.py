@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.cli import compose, instantiate
+from distill.cli.config import compose, instantiate
 from distill.losses.base import DistillLoss
 from distill.losses.mimic import Mimic
 from distill.types import DetectorSpec, DistillError

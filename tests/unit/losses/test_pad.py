@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.cli import compose, instantiate
+from distill.cli.config import compose, instantiate
 from distill.losses.base import DistillLoss
 from distill.losses.chen import Chen
 from distill.losses.defeat import DeFeat

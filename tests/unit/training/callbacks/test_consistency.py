@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill.cli import compose, instantiate
-from distill.cli.assembly import shared_values
-from distill.cli.preflight import shared_config
+from distill.cli.config import compose, instantiate
+from distill.cli.runs.assembly import shared_values
+from distill.cli.runs.preflight import shared_config
 from distill.data.datamodule import DetectionData
 from distill.data.packed_bytes import PackedBytes
 from distill.data.shapes import Shapes

@@ -1,0 +1,84 @@
+"""The command evaluate: AP of a run's student, or of its teacher, on any split or data set."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.cli.config.overrides import parse_overrides
+from distill.cli.devices import add_device_option, find_device
+from distill.cli.runs.recorded_run import class_notes, find_run, load_student, load_teacher_of, recompose, trained_size
+from distill.cli.startup import uncollected_imports
+from distill.labels import unknown_classes
+from distill.units import percent
+
+if TYPE_CHECKING:
+    pass
+
+
+def main(argv: Sequence[str]) -> int:
+    """``distill evaluate RUN|CKPT [--split test] [--teacher] [--device cpu] [--json FILE] [data=voc …]``."""
+    parser = argparse.ArgumentParser(
+        prog="distill evaluate",
+        usage="distill evaluate RUN|CKPT [--split SPLIT] [--teacher] [--device DEVICE] [--json FILE] [overrides]",
+        description=__doc__,
+    )
+    parser.add_argument("source", type=Path, metavar="RUN|CKPT", help="a run folder, or one of its checkpoints")
+    parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="split; default: val")
+    parser.add_argument("--teacher", action="store_true", help="evaluate the run's teacher instead of its student")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add_device_option(parser, "that of the run (trainer.accelerator)")
+    parser.add_argument(
+        "overrides", nargs="*", help="as for train: data=voc data.source.root=…, metrics.coco.per_class=true"
+    )
+    args = parser.parse_intermixed_args(list(argv))
+    device = None if args.device is None else find_device(args.device)
+    run = find_run(args.source)
+    cfg = recompose(run, [*args.overrides, *trained_size(args.source, args.overrides)])
+
+    with uncollected_imports():
+        from distill.cli.runs.assembly import assemble
+        from distill.cli.runs.preflight import plan_run
+        from distill.cli.tables import print_table
+        from distill.evaluation.evaluate import evaluate
+        from distill.evaluation.metric import SHARED
+        from distill.files import write_text
+
+    plan = plan_run(cfg)
+    data = plan.data
+    data.records(args.split)  # reads no other split: this data may have one only
+    if args.teacher:
+        given = any(override.key_or_group == "teacher.weights" for override in parse_overrides(args.overrides))
+        detector = load_teacher_of(run, plan.teacher, data.classes if given else None)
+    else:
+        detector = load_student(args.source)
+    trained = (detector.options["min_size"], detector.options["max_size"])
+    if trained != data.input_size:
+        print(f"distill: the detector is made for sizes {trained}, this data gives {data.input_size} (data.min_size)")
+    module = assemble(replace(plan, losses={}, inherit=False), data, detector)
+    title = f"{'teacher' if args.teacher else 'student'}, {args.split}"
+    results = evaluate(module.student, data, args.split, module.metrics, device or plan.device, title)
+    for note in class_notes(detector.spec.classes, data.classes):
+        print(f"distill: {note}")
+    unknown = unknown_classes(detector.spec.classes, data.classes)
+    shared = {name.removeprefix(SHARED): value for name, value in results.items() if name.startswith(SHARED)}
+    rows = [
+        (name, format_result(value), *([format_result(shared.get(name, value))] if unknown else ()))
+        if name.partition("/")[2] not in unknown
+        else (name, "unknown to the model", None)
+        for name, value in results.items()
+        if not name.startswith(SHARED)
+    ]
+    print_table(f"{title}, percent", ("metric", "value", *(["shared classes"] if unknown else ())), rows)
+    if args.json:
+        write_text(args.json, json.dumps(results, indent=1))
+    return 0
+
+
+def format_result(value: float) -> str:
+    """A metric in percent, or the reason why it does not exist."""
+    return percent(value) if value >= 0 else "no ground truth"

@@ -1,0 +1,211 @@
+"""Values that depend on the data: keys of ``data`` and ``schedule`` that are ``auto`` in the configuration.
+
+They are resolved once, after the data is read and before the teacher is looked up. ``config.yaml`` and the checkpoints
+of a run have the resolved values. A resume, an evaluation and a replay use these again, even if the data has grown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from distill.cli.config import compose, instantiate
+from distill.cli.config.overrides import parse_overrides
+from distill.data.auto_size import SizeChoice, choose_batch, choose_size
+from distill.data.datamodule import DetectionData
+from distill.training.auto_schedule import choose_schedule
+from distill.types import DistillError
+
+AUTO = "auto"
+AUTO_KEYS = (
+    *("data.batch_size", "data.min_size", "data.max_size"),
+    *("schedule.epochs", "schedule.evaluate_every", "schedule.optimizer.lr"),
+)
+"""Keys that may be ``auto``."""
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+COCO_CLASSES = tuple(
+    name for name in FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if name not in ("__background__", "N/A")
+)
+
+
+FACT_KEYS = (
+    *("source", "keep_empty", "use_difficult", "masks", "fraction", "limit", "on_error", "max_pixels"),
+    *("val_fraction", "val_seed", "val_group_similar"),
+)
+"""Keys of ``data`` that decide which images and boxes a training sees."""
+
+
+class PaperSettings(NamedTuple):
+    """The papers' setting of a public data set."""
+
+    classes: Sequence[str]
+    images: int
+    """Minimum number of training images for these settings. Smaller subsets get the automatic choice."""
+    schedule: str
+    """Option of the group ``schedule``."""
+    size: tuple[int, int]
+    batch: int
+
+
+PAPERS = {
+    "COCO": PaperSettings(COCO_CLASSES, 50_000, "sgd_1x", (800, 1333), 2),
+    "Pascal VOC": PaperSettings(VOC_CLASSES, 2_000, "voc", (600, 1000), 2),
+}
+
+
+class DataFacts(NamedTuple):
+    """What the choices depend on."""
+
+    images: int
+    classes: Sequence[str]
+    size: SizeChoice
+
+
+UNREAD = DataFacts(1000, (), SizeChoice(800, 1333, "the data is not read"))
+"""Stands for the data while a configuration is checked before the data is read."""
+
+
+def auto_keys(cfg: DictConfig) -> list[str]:
+    """The keys of a composed configuration that the data decides."""
+    return [key for key in AUTO_KEYS if OmegaConf.select(cfg, key) == AUTO]
+
+
+def read_facts(data: DetectionData) -> DataFacts:
+    """Read and check the training images.
+
+    Raises:
+        DistillError: the data fails a check.
+    """
+    records = data.training_records("train")
+    return DataFacts(len(records), data.classes, choose_size(records))
+
+
+def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """Replace the values ``auto`` of a configuration.
+
+    Args:
+        cfg: the composed configuration.
+        facts: of its training images.
+        words: the overrides that composed `cfg`.
+
+    Returns:
+        A copy of the configuration without ``auto``, and lines that explain the choices.
+    """
+    cfg, keys = cfg.copy(), set(auto_keys(cfg))
+    paper = next((name for name, known in PAPERS.items() if _is_complete(facts, known)), None)
+    lines: list[str] = []
+    size, batch = facts.size, None
+    if paper:
+        size, batch = SizeChoice(*PAPERS[paper].size, f"as in papers on {paper}"), PAPERS[paper].batch
+    if "data.min_size" in keys and "data.max_size" not in keys and size.min_size > cfg.data.max_size:
+        size = SizeChoice(cfg.data.max_size, cfg.data.max_size, f"{size.reason}, within data.max_size")
+    if "data.min_size" in keys:
+        cfg.data.min_size = size.min_size
+        lines.append(f"data.min_size={size.min_size}: {size.reason}")
+    largest_min_size = cfg.data.min_size if isinstance(cfg.data.min_size, int) else max(cfg.data.min_size)
+    if "data.max_size" in keys:
+        cfg.data.max_size = max(round(largest_min_size * size.max_size / size.min_size), largest_min_size)
+    if "data.batch_size" in keys:
+        cfg.data.batch_size = batch or choose_batch(largest_min_size, cfg.data.max_size)
+    if paper and "schedule.epochs" in keys:
+        option = PAPERS[paper].schedule
+        cfg.schedule = _compose_schedule(option, paper, words)
+        lines.append(f"schedule={option}: as in papers on {paper}")
+    elif any(key.startswith("schedule.") for key in keys):
+        lines.append(_resolve_schedule(cfg, facts))
+    return cfg, lines
+
+
+def _compose_schedule(option: str, paper: str, words: Sequence[str]) -> DictConfig:
+    try:
+        node: DictConfig = compose.compose_config([*words, f"schedule={option}", "hydra.run.dir=."]).schedule
+    except HydraException as error:
+        raise DistillError(
+            f"the data was recognized as {paper}, so schedule={option} was chosen. It lacks a key that is given: "
+            f"{str(error).splitlines()[0]} Choose a schedule that has the key, such as schedule=adamw"
+        ) from error
+    return node
+
+
+def _is_complete(facts: DataFacts, known: PaperSettings) -> bool:
+    return facts.images >= known.images and sorted(facts.classes) == sorted(known.classes)
+
+
+def fill_schedule(node: DictConfig, images: int, batch: int, pretrained: bool) -> dict[str, float]:
+    """Replace the values ``auto`` of a node ``schedule`` in place. Returns the chosen values by key.
+
+    Args:
+        node: the node; keys that are not ``auto`` stay.
+        images: number of training images.
+        batch: images per step of one process.
+        pretrained: whether the student starts from trained weights.
+    """
+    choice = choose_schedule(images, batch, pretrained, None if node.epochs == AUTO else node.epochs)
+    values = {"epochs": choice.epochs, "evaluate_every": choice.evaluate_every, "optimizer.lr": choice.rate}
+    chosen = {key: value for key, value in values.items() if OmegaConf.select(node, key) == AUTO}
+    for key, value in chosen.items():
+        OmegaConf.update(node, key, value)
+    return chosen
+
+
+def _resolve_schedule(cfg: DictConfig, facts: DataFacts) -> str:
+    pretrained = bool(cfg.model.get("weights") or OmegaConf.select(cfg, "model.backbone.weights"))
+    values = fill_schedule(cfg.schedule, facts.images, cfg.data.batch_size, pretrained)
+    start = "trained weights" if pretrained else "random weights"
+    chosen = " ".join(f"schedule.{key}={value:g}" for key, value in values.items())
+    return f"{chosen}: {facts.images} images in batches of {cfg.data.batch_size}, start from {start}"
+
+
+def resolve_as_recorded(cfg: DictConfig, recorded: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
+    """Replace the values ``auto`` of a configuration by those of an earlier run with the same words.
+
+    Args:
+        cfg: the composed configuration.
+        recorded: the configuration of the earlier run.
+        words: the overrides that composed `cfg`. Overrides of schedule keys win over recorded values.
+    """
+    cfg, keys = cfg.copy(), auto_keys(cfg)
+    for key in keys:
+        if key.startswith("data."):
+            OmegaConf.update(cfg, key, OmegaConf.select(OmegaConf.create(dict(recorded)), key))
+    if any(key.startswith("schedule.") for key in keys):
+        given = {
+            override.key_or_group: override.value()
+            for override in parse_overrides(words)
+            if override.key_or_group.startswith("schedule.")
+            and not override.is_delete()
+            and override.key_or_group not in keys
+        }
+        cfg.schedule = recorded["schedule"]
+        for key, value in given.items():
+            OmegaConf.update(cfg, key, value, force_add=True)
+    return cfg
+
+
+_facts: dict[str, DataFacts] = {}
+
+
+def facts_of(cfg: DictConfig, words: Sequence[str]) -> DataFacts:
+    """Facts of the training images of a configuration. Read once per process for a data set."""
+    key = _data_key(cfg)
+    if key not in _facts:
+        provisional, _ = resolve(cfg, UNREAD, words)
+        _facts[key] = read_facts(instantiate.build_node(provisional.data))
+    return _facts[key]
+
+
+def remember_facts(cfg: DictConfig, facts: DataFacts) -> None:
+    """Keep facts for `facts_of`: a teacher that learns from the same data needs them again."""
+    _facts[_data_key(cfg)] = facts
+
+
+def _data_key(cfg: DictConfig) -> str:
+    return json.dumps({key: instantiate.to_containers(cfg.data[key]) for key in FACT_KEYS}, default=str)

@@ -1,0 +1,1 @@
+"""What a command measures and prints, and the files that it writes."""

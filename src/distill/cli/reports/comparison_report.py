@@ -1,0 +1,241 @@
+"""The answer of a comparison: tables and sentences on the terminal, a CSV file and a JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill.analysis import comparison as analysis
+from distill.analysis.comparison import Comparison, Difference, Row
+from distill.analysis.statistics import MOST_SEEDS, Interval, student_quantile
+from distill.cli.runs.finished_runs import read_runs
+from distill.cli.runs.related_runs import UNRELATED
+from distill.cli.tables import print_line, print_table
+from distill.files import atomic_write, write_text
+from distill.training.callbacks.history import to_csv
+from distill.units import MISSING, duration, percent
+
+STUDENT_KEYS = ("data.source*", "distill*", "teacher*", "init", "model*")
+"""Patterns of keys that may differ when a run resumes, but tell two configurations apart."""
+MOST_LINES = 40
+"""Largest number of differing keys that are printed; the JSON file has all."""
+CSV, JSON, PAGE = "comparison.csv", "comparison.json", "comparison.html"
+COLORS = {"gain shown": "green", "loss shown": "red", "no difference shown": "yellow", "not decided": "yellow"}
+
+
+def free_keys() -> list[str]:
+    """Patterns of keys that do not change a result: the machine, what is printed, where files are."""
+    return [key for key in UNRELATED if not any(key.startswith(start.rstrip("*")) for start in STUDENT_KEYS)]
+
+
+def compare_folders(
+    folders: Sequence[Path],
+    equal: str = "epochs",
+    labels: Mapping[frozenset[str], str] | None = None,
+    images: bool = True,
+) -> Comparison:
+    """Compare the runs in these folders. Folders without a finished run are left out.
+
+    Raises:
+        DistillError: there is no finished run.
+    """
+    runs, left_out = read_runs(folders)
+    return analysis.compare(runs, left_out, free_keys(), equal, labels, images)
+
+
+def is_worth_showing(comparison: Comparison) -> bool:
+    """Whether there is something to compare: several seeds, or a difference to a student alone."""
+    roles = {row.configuration: row.role for row in comparison.rows}
+    differences = [row.difference for row in comparison.rows if row.difference]
+    return any(len(row.seeds) > 1 for row in comparison.rows) or any(
+        roles.get(found.reference) == "student alone" for found in differences
+    )
+
+
+def print_comparison(comparison: Comparison, settings: bool = True) -> None:
+    """Print the tables, what was left out, and a sentence for each difference.
+
+    Args:
+        comparison: the comparison.
+        settings: whether to print the settings that differ.
+    """
+    values, changes = value_table(comparison), difference_table(comparison)
+    print_table(values.title, values.columns, values.rows, compact=True)
+    print_table(changes.title, changes.columns, changes.rows, left=2, compact=True)
+    for row, found in differences(comparison):
+        print_line(found.verdict, f"{row.configuration}: {describe(found, comparison)}", COLORS[found.verdict])
+    for note in comparison.notes:
+        print_line("note", note)
+    if settings and comparison.settings:
+        _print_settings(comparison)
+    for folder, reason in comparison.left_out:
+        print_line("left out", f"{folder}: {reason}", "yellow")
+
+
+class Cells(NamedTuple):
+    """A table as texts; None is an empty cell."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[list[str | None]]
+
+
+def value_table(comparison: Comparison) -> Cells:
+    """Metrics and times of the teacher and of each configuration."""
+    names = [name for name in analysis.measured(comparison.split) if any(name in row.values for row in comparison.rows)]
+    return Cells(
+        f"{comparison.split}, percent; means over seeds, {_short(comparison.metric)} with the standard deviation",
+        ("configuration", "seeds", *map(_short, names), "s/step", "time"),
+        [_value_cells(row, names, comparison.metric) for row in comparison.rows],
+    )
+
+
+def differences(comparison: Comparison) -> list[tuple[Row, Difference]]:
+    """The configurations that have a reference, with their differences to it."""
+    return [(row, row.difference) for row in comparison.rows if row.difference]
+
+
+def difference_table(comparison: Comparison) -> Cells:
+    """Differences of the main metric with their intervals."""
+    return Cells(
+        f"difference in {_short(comparison.metric)}, percentage points; 95 % intervals over seeds (Student's t) and "
+        "over the images of one seed (bootstrap)",
+        ("configuration", "to", "seeds", "difference", "over seeds", "over images", "gap closed", "extra time"),
+        [_difference_cells(row, found) for row, found in differences(comparison)],
+    )
+
+
+def _short(metric: str) -> str:
+    return metric.partition("/")[2]
+
+
+def _value_cells(row: Row, names: Sequence[str], main: str) -> list[str | None]:
+    cells = []
+    for name in names:
+        value = percent(row.values[name]) if name in row.values else None
+        spread = f" ± {100 * row.deviation:.1f}" if name == main and value and row.deviation is not None else ""
+        cells.append(f"{value}{spread}" if value else None)
+    return [
+        row.configuration,
+        str(len(row.seeds)) if row.seeds else None,
+        *cells,
+        None if row.seconds_per_step is None else f"{row.seconds_per_step:.3g}",
+        None if row.seconds is None else duration(row.seconds),
+    ]
+
+
+def _difference_cells(row: Row, found: Difference) -> list[str | None]:
+    return [
+        row.configuration,
+        found.reference,
+        str(len(found.seeds)),
+        points(found.mean),
+        _range(found.by_seed),
+        _range(found.by_image),
+        None if found.gap_closed is None else f"{100 * found.gap_closed:.0f} %",
+        None if found.extra_time is None else f"{100 * found.extra_time:+.0f} %",
+    ]
+
+
+def points(value: float) -> str:
+    """A difference in percentage points, with one decimal; with two if it is small, so that its sign shows."""
+    digits = 1 if abs(value) >= 0.0005 or value == 0 else 2
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f}"
+
+
+def _range(interval: Interval | None) -> str | None:
+    return None if interval is None else f"{points(interval.low)} to {points(interval.high)}"
+
+
+def describe(found: Difference, comparison: Comparison) -> str:
+    """A difference in a sentence: its interval, how few seeds that is, what the extra time was, and what to do next."""
+    text = f"{points(found.mean)} {_short(comparison.metric)} over {found.reference}"
+    count = len(found.seeds)
+    if found.by_seed is None:
+        text += f", of one seed ({found.seeds[0]}), so there is no interval over seeds: run more seeds (seeds=3)"
+    else:
+        text += (
+            f", 95 % interval {_range(found.by_seed)} over {count} seeds (t = {student_quantile(count - 1):.2f})"
+            f"{'' if found.by_seed.excludes_zero else ', which contains 0'}"
+        )
+        if found.verdict == "no difference shown":
+            text += f"; {_further(found.further_seeds)}"
+    if found.by_image is not None:
+        text += f"; over the images of seed {found.seeds[0]}: {_range(found.by_image)}"
+    if found.extra_time is not None and abs(found.extra_time) >= 0.01:
+        amount = f"{100 * abs(found.extra_time):.0f} % {'more' if found.extra_time > 0 else 'less'} time"
+        advice = " at equal epochs (equal=time compares at equal time)" if comparison.equal == "epochs" else ""
+        text += f"; it took {amount}{advice}"
+    return text
+
+
+def _further(seeds: int | None) -> str:
+    if seeds is None:
+        return f"more than {MOST_SEEDS} seeds would be needed to tell them apart, if the spread stays"
+    return f"about {seeds} more seed{'' if seeds == 1 else 's'} would decide it, if mean and spread stay"
+
+
+def _print_settings(comparison: Comparison) -> None:
+    """Print the settings that differ. A loss or a teacher that not all configurations have is one line."""
+    names = [row.configuration for row in comparison.rows if row.role != "teacher"]
+    rows: dict[str, list[str | None]] = {}
+    for key, values in comparison.settings.items():
+        part = _optional_part(key)
+        if part and len(values) < len(names):
+            rows[part] = ["yes" if name in values else None for name in names]
+        elif key != "distill.losses":  # the empty mapping of a student alone
+            rows[key] = [values.get(name) for name in names]
+    shown = list(rows.items())[:MOST_LINES]
+    print_table("settings that differ", ("key", *names), [[key, *cells] for key, cells in shown], len(names) + 1, True)
+    if len(rows) > len(shown):
+        print_line("", f"and {len(rows) - len(shown)} more keys; --json FILE writes all of them")
+
+
+def _optional_part(key: str) -> str:
+    """The part of a configuration that a key belongs to and that some configurations lack: a loss, or the teacher."""
+    parts = key.split(".")
+    return ".".join(parts[:3]) if key.startswith("distill.losses.") else parts[0] if parts[0] == "teacher" else ""
+
+
+def write_comparison(comparison: Comparison, csv: Path | None, json_file: Path | None) -> None:
+    """Write the rows as CSV, and everything as JSON; None: no such file. Files are replaced atomically."""
+    if csv is not None:
+        write_text(csv, to_csv(_without_none(analysis.to_rows(comparison))))
+    if json_file is not None:
+        write_text(json_file, json.dumps(analysis.to_json(comparison), indent=1))
+
+
+def write_page(comparison: Comparison, file: Path) -> Path:
+    """Write the comparison as a page that needs no network, with a plot beside it (``comparison.png``)."""
+    from distill.analysis.figures import difference_figure
+    from distill.analysis.html_page import Plot, Section, Table, render_page
+
+    found = differences(comparison)
+    plots = []
+    if found:
+        picture = file.with_suffix(".png")
+        figure = difference_figure({row.configuration: one for row, one in found}, _short(comparison.metric))
+        atomic_write(picture, lambda handle: figure.savefig(handle, format="png"))
+        plots.append(Plot(picture, "Differences of the table below: mean, and 95 % interval over the seeds."))
+    values, changes = (
+        Table(table.columns, [[cell or MISSING for cell in row] for row in table.rows], table.title)
+        for table in (value_table(comparison), difference_table(comparison))
+    )
+    sentences = [f"{one.verdict}: {row.configuration}: {describe(one, comparison)}." for row, one in found]
+    names = [row.configuration for row in comparison.rows if row.role != "teacher"]
+    keys = [[key, *(cells.get(name, MISSING) for name in names)] for key, cells in comparison.settings.items()]
+    sections = [
+        Section("Verdict", [*sentences, *comparison.notes], plots=plots),
+        Section("Results", tables=[values]),
+        Section("Differences", tables=[changes] if found else []),
+        Section("Settings that differ", tables=[Table(("key", *names), keys)] if keys else []),
+        Section("Left out", [f"{folder}: {reason}" for folder, reason in comparison.left_out]),
+    ]
+    lead = f"{len(comparison.runs)} runs on the {comparison.split} split. Metrics are in percent."
+    return write_text(file, render_page("Comparison", lead, sections))
+
+
+def _without_none(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: "" if value is None else value for name, value in row.items()} for row in rows]

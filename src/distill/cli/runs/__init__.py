@@ -1,0 +1,1 @@
+"""Runs: the plan of one, its assembly and resume; its teacher, its baseline and other related runs; sweeps."""

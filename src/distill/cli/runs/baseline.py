@@ -1,0 +1,173 @@
+"""The student alone, to compare a distilled student with: ``baseline=train`` and ``baseline=RUN``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
+
+from distill.cli.config.instantiate import to_containers
+from distill.cli.config.overrides import node_overrides, read_config
+from distill.cli.runs import child_runs
+from distill.cli.runs.preflight import RunPlan
+from distill.cli.runs.related_runs import RelatedRun, baseline_overrides, find_related_runs, fingerprint
+from distill.cli.runs.teacher_cache import compose_run, measured_by, read_summary
+from distill.cli.tables import print_line
+from distill.data.datamodule import DetectionData
+from distill.run_folder import RunFolder
+from distill.types import DistillError
+
+TRAIN = "train"
+"""Value of ``baseline`` that trains the student alone, unless a finished run of it is found."""
+FOLDER = "baselines"
+"""Folder of the baselines, below ``paths.outputs``."""
+
+
+class Baseline(NamedTuple):
+    """A run of the student alone, finished or planned."""
+
+    folder: Path
+    command: Sequence[str] | None
+    """The command that trains the run; None if it is finished."""
+    schedule: Mapping[str, Any]
+    """The resolved node ``schedule`` of the run."""
+
+    @property
+    def epochs(self) -> int:
+        """Length of the run."""
+        return int(self.schedule["epochs"])
+
+    def run(self) -> RelatedRun:
+        """The finished run. It is trained or resumed first if it is not finished.
+
+        Raises:
+            DistillError: the run failed.
+        """
+        if self.command is not None:
+            child_runs.run_once(self.folder, self.command, "baseline")
+        return RelatedRun(self.folder, read_summary(str(self.folder)))
+
+
+def plan_baseline(plan: RunPlan, data: DetectionData, splits: Sequence[str], processes: int) -> Baseline | None:
+    """The baseline that ``baseline`` names; None without one, and in a run that trains the student alone itself.
+
+    Args:
+        plan: plan of the distilled run.
+        data: its data, already read.
+        splits: the splits on which the students are compared.
+        processes: number of processes of the run.
+
+    Raises:
+        DistillError: the named run is not finished, or cannot be compared with this run.
+    """
+    if plan.baseline is None or not (plan.losses or plan.inherit):
+        return None
+    if plan.baseline != TRAIN:
+        folder = Path(plan.baseline).expanduser().absolute()
+        _validate_run(folder, plan, data, splits)
+        return Baseline(folder, None, read_config(RunFolder(folder))["schedule"])
+    lines = [*baseline_overrides(plan.overrides), "distill=none"]
+    lines += longer_overrides(plan.config, plan.baseline_epochs, lines)
+    config = to_containers(compose_run(lines, "baseline"))
+    recipe = fingerprint(config, data, processes)
+    for related in find_related_runs(plan, recipe):
+        summary = read_summary(str(related.folder))
+        if related.is_baseline and _is_measured_on(summary, plan, data, splits):
+            return Baseline(related.folder, None, config["schedule"])
+    if plan.config["trainer"]["num_nodes"] > 1:
+        raise DistillError(
+            "baseline=train with trainer.num_nodes above 1: a baseline is trained on one machine. Train it by itself, "
+            "with distill=none, and name it: baseline=RUN"
+        )
+    choices = HydraConfig.get().runtime.choices
+    folder = Path(plan.config["paths"]["outputs"]).absolute() / FOLDER
+    # A finished run with this recipe that was measured on other splits or images keeps its folder.
+    measured = json.dumps([recipe, measured_by(plan.config["metrics"], data, splits)], sort_keys=True)
+    folder /= f"{choices['model']}-{choices['data']}-{hashlib.sha256(measured.encode()).hexdigest()[:10]}"
+    lines += ["role=baseline", "pictures=0", "cost=0"]
+    return Baseline(folder, child_runs.train_command(folder, lines), config["schedule"])
+
+
+def longer_training(config: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """The nodes ``schedule`` and ``data`` of a configuration for a training with so many times the epochs.
+
+    The length, the milestones, the epochs between evaluations and the end of the augmentation change alike.
+    """
+    schedule, data = dict(config["schedule"]), dict(config["data"])
+    if factor == 1:
+        return {"schedule": schedule, "data": data}
+
+    def scale(value: Any, least: int = 1) -> Any:
+        return max(least, round(factor * value))
+
+    for key in ("epochs", "evaluate_every"):
+        schedule[key] = scale(schedule[key])
+    schedule["steps"] = scale(schedule["steps"]) if schedule["steps"] > 0 else schedule["steps"]
+    if schedule["shape"] == "step":
+        schedule["milestones"] = [factor * epoch for epoch in schedule["milestones"]]
+    stop = data["augment"]["stop_epoch"]
+    data["augment"] = {**data["augment"], "stop_epoch": None if stop is None else scale(stop, 0)}
+    return {"schedule": schedule, "data": data}
+
+
+def longer_overrides(config: Mapping[str, Any], factor: float, words: Sequence[str]) -> list[str]:
+    """Overrides that turn the student alone of these words into that of a configuration, with so many times the epochs.
+
+    Values that are ``auto`` after the words become those of the configuration: they would be chosen anew for another
+    number of epochs.
+
+    Args:
+        config: the resolved configuration.
+        factor: see `longer_training`.
+        words: overrides of the student alone, with the seed of `config`.
+    """
+    composed, wanted = compose_run(words, "baseline"), longer_training(config, factor)
+    found = [word for node in ("data", "schedule") for word in node_overrides(node, wanted[node], composed)]
+    steps, of_schedule = config["trainer"]["max_steps"], config["schedule"]["steps"]
+    if steps is not None and steps > 0 and steps != of_schedule and factor != 1:
+        found.append(f"trainer.max_steps={max(1, round(factor * steps))}")
+    return found
+
+
+def _validate_run(folder: Path, plan: RunPlan, data: DetectionData, splits: Sequence[str]) -> None:
+    run, named = RunFolder(folder), f"baseline={plan.baseline}"
+    if not run.finished:
+        raise DistillError(
+            f"{named}: expected train, or the folder of a finished run with distill=none; "
+            + (f"the run in {folder} is not finished" if folder.exists() else f"{folder} does not exist")
+        )
+    summary = read_summary(str(folder))
+    if not RelatedRun(folder, summary).is_baseline:
+        raise DistillError(f"{named}: expected a run of the student alone (distill=none), got a distilled student")
+    if read_config(run).get("model") != plan.config["model"]:
+        raise DistillError(f"{named}: the model of that run differs from this student: choose a run of the same model")
+    if not _is_measured_on(summary, plan, data, splits):
+        raise DistillError(
+            f"{named}: that run was measured on other images or with other metrics, so its AP cannot be compared. "
+            "Choose a run with the same data and metrics, or baseline=train"
+        )
+
+
+def _is_measured_on(summary: Mapping[str, Any], plan: RunPlan, data: DetectionData, splits: Sequence[str]) -> bool:
+    """Whether the results of a summary come from the images and metrics of this run."""
+    wanted = json.loads(json.dumps(measured_by(plan.config["metrics"], data, splits)))
+    measured = summary["measured"]
+    return bool(measured["metrics"] == wanted["metrics"] and wanted["data"].items() <= measured["data"].items())
+
+
+@rank_zero_only
+def announce_baseline(baseline: Baseline | None) -> None:
+    """Print which run is the baseline, or that it is trained first."""
+    if baseline is None:
+        return
+    if baseline.command is None:
+        print_line("baseline", f"the student alone, {baseline.epochs} epochs: {baseline.folder}")
+    else:
+        print_line(
+            "baseline", f"none is cached: the student alone is trained before this run, {baseline.epochs} epochs"
+        )

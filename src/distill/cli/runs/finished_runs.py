@@ -1,0 +1,165 @@
+"""Reads the finished runs of a comparison, with the reason for each folder that has none."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from packaging.version import InvalidVersion, Version
+
+from distill import __version__
+from distill.analysis.comparison import FinishedRun
+from distill.cli.config.overrides import read_config, read_overrides
+from distill.cli.runs.sweep_folder import job_folders
+from distill.files import read_json
+from distill.run_folder import STUDENT, SUMMARY, RunFolder
+from distill.training.callbacks.history import read_rows
+from distill.types import DistillError
+
+SPLITS = ("val", "test")
+
+
+def expand_folders(paths: Sequence[Path]) -> list[Path]:
+    """The run folders of these paths. The folder of a sweep stands for its jobs."""
+    folders: list[Path] = []
+    for path in paths:
+        run = RunFolder(path)
+        is_run = run.config.is_file() or run.overrides.is_file() or run.summary.is_file()
+        folders += [path] if is_run or not (jobs := job_folders(path)) else jobs
+    return list(dict.fromkeys(folders))
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[Path, str]]]:
+    """The finished runs among folders, and the baselines that they name; and the other folders with the reason."""
+    runs, left_out = [], []
+    waiting = list(folders)
+    known = {folder.absolute() for folder in folders}
+    for folder in waiting:
+        try:
+            run = read_run(folder)
+        except DistillError as error:
+            left_out.append((folder, str(error).removeprefix(f"{folder}: ")))
+            continue
+        runs.append(run)
+        if run.baseline is not None and run.baseline.absolute() not in known and run.baseline.is_dir():
+            waiting.append(run.baseline)  # read by this loop later
+            known.add(run.baseline.absolute())
+    return runs, left_out
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a finished run.
+
+    Raises:
+        DistillError: the folder holds no run, a file of it is damaged, or see `read_finished`.
+    """
+    run = RunFolder(folder)
+    if not folder.is_dir() or not (run.config.is_file() or run.overrides.is_file() or run.summary.is_file()):
+        raise DistillError(f"{folder}: not a run: expected the folder of a run or of a sweep")
+    summary = read_finished(run)
+    values, losses = summary["student"], summary.get("losses")
+    if not _is_numbers(values) or not isinstance(losses, list):
+        raise DistillError(
+            f"{run.summary}: expected numbers under 'student' and names under 'losses', as this version writes them"
+        )
+    classes = (read_json(run.description).get("model") or {}).get("classes")
+    if not isinstance(classes, list):
+        raise DistillError(f"{run.description}: expected the student's 'classes'")
+    config = read_config(run)
+    if not isinstance(config.get("seed"), int):
+        raise DistillError(f"{run.config}: expected a 'seed', got {config.get('seed')}")
+    seconds, per_step = training_times(run)
+    return FinishedRun(
+        folder=folder,
+        config=config,
+        words=read_overrides(folder) if run.overrides.is_file() else [],
+        losses=[str(name) for name in losses],
+        values={name: float(value) for name, value in values.items()},
+        classes=[str(name) for name in classes],
+        teacher=_teacher(summary.get("teacher")),
+        baseline=_baseline_folder(summary.get("baseline")),
+        fingerprints=_fingerprints(summary.get("measured")),
+        detections={split: file for split in SPLITS if (file := run.detections_on(split)).is_file()},
+        seconds=seconds,
+        seconds_per_step=per_step,
+    )
+
+
+def read_finished(run: RunFolder) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Raises:
+        DistillError: the run failed or has not finished, its student is gone, its summary is damaged, or a newer
+            version of distill, whose numbers may have another meaning, wrote it.
+    """
+    if not run.summary.is_file():
+        if run.error.is_file():
+            reason = run.error.read_text(encoding="utf-8", errors="replace").strip()
+            raise DistillError(f"{run.path}: failed: {reason}")
+        command = shlex.join(["python", "-m", "distill", "resume", str(run.path)])
+        advice = f"{command} continues it" if run.resumable else "start it again"
+        raise DistillError(f"{run.path}: unfinished, it has no {SUMMARY}: {advice}")
+    if not run.finished:
+        raise DistillError(
+            f"{run.path}: expected the run's student, but there is no {STUDENT}, or no description of it"
+        )
+    summary = read_json(run.summary)
+    if not isinstance(summary.get("student"), dict):
+        raise DistillError(
+            f"{run.summary}: expected the run's results under 'student'. Evaluate or train the run again"
+        )
+    versions = summary.get("versions")
+    written = versions.get("distill") if isinstance(versions, dict) else None
+    with suppress(InvalidVersion):
+        if written is not None and Version(str(written)) > Version(__version__):
+            raise DistillError(
+                f"{run.summary}: written by distill {written}, newer than the installed {__version__}. Install that "
+                "version"
+            )
+    return summary
+
+
+def _baseline_folder(baseline: Any) -> Path | None:
+    source = baseline.get("source") if isinstance(baseline, dict) else None
+    return Path(source) if isinstance(source, str) else None
+
+
+def _fingerprints(measured: Any) -> dict[str, str]:
+    data = measured.get("data") if isinstance(measured, dict) else None
+    return {str(split): str(value) for split, value in data.items()} if isinstance(data, dict) else {}
+
+
+def _is_numbers(values: Any) -> TypeGuard[dict[str, float]]:
+    return isinstance(values, dict) and all(isinstance(value, (int, float)) for value in values.values())
+
+
+def _teacher(identity: Any) -> Mapping[str, Any] | None:
+    """Source, results, and the duration of the training of a run's teacher, if it is a run that is still there."""
+    if not isinstance(identity, dict):
+        return None
+    teacher: dict[str, Any] = {"source": identity.get("source"), "values": {}}
+    if _is_numbers(identity.get("values")):
+        teacher["values"] = identity["values"]
+    path = Path(str(identity.get("source")))
+    teacher["seconds"] = training_times(RunFolder(path if path.is_dir() else path.parent))[0]
+    return teacher
+
+
+def training_times(run: RunFolder) -> tuple[float | None, float | None]:
+    """Duration of a training with its evaluations, over all resumes, and of an optimizer step without them, in seconds.
+
+    None where ``metrics.csv`` does not say it. Versions before 0.2 did not tell the time of evaluations apart.
+    """
+    if not run.metrics.is_file():
+        return None, None
+    with suppress(KeyError, ValueError, OSError):
+        rows = read_rows(run.metrics)
+        seconds = sum(float(row["seconds"]) for row in rows)
+        if not rows or "evaluation_seconds" not in rows[0]:
+            return (seconds if rows else None), None
+        evaluating = sum(float(row["evaluation_seconds"] or 0) for row in rows)
+        return seconds, (seconds - evaluating) / int(rows[-1]["step"])
+    return None, None

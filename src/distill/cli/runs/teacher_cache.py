@@ -1,0 +1,298 @@
+"""The teacher of a run: the source of its weights, and the run that trains a teacher that is not cached.
+
+A cached teacher is a finished run of ``distill=none``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.cli.config.auto_values import auto_keys, facts_of, resolve
+from distill.cli.config.compose import compose_config
+from distill.cli.config.composition_errors import explain_failure
+from distill.cli.config.instantiate import to_containers, without_weights
+from distill.cli.config.overrides import TRAINER_KEYS, node_overrides, parse_overrides
+from distill.cli.config.target_policy import COMMAND_LINE_KEYS
+from distill.cli.runs import child_runs
+from distill.cli.runs.resume import LOADING_KEYS
+from distill.files import read_json
+from distill.quoting import quote_value
+from distill.run_folder import STUDENT, RunFolder
+from distill.types import DetectorSpec, DistillError
+
+if TYPE_CHECKING:
+    from distill.data.datamodule import DetectionData
+    from distill.detectors.base import Detector
+    from distill.teacher import Teacher
+
+# Groups and keys that a teacher's run takes over from the student's run: the data, the machine and the recipe.
+KEPT_GROUPS = ("data", "schedule", "trainer", "experiment", "paths", "trust", "config_dirs")
+KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")  # no num_nodes: one machine trains it
+# Keys that do not change the teacher's weights. Runs that differ in these keys only share one teacher.
+IGNORED_DATA = (*LOADING_KEYS, "on_overlap")
+IGNORED_MODEL = ("box_roi_align",)  # changes only the order of additions
+# These check, log and print only.
+IGNORED_CALLBACKS = ("teacher", "schedule", "terms", "gradients", "rate", "panels", "history", "lines", "progress")
+UNTRAINED = "untrained"
+"""Source of a teacher that has random weights."""
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """The values below ``teacher``, and the settings that the teacher's run takes over from the student's run."""
+
+    build: Callable[..., Detector]
+    """The constructor of ``teacher.model``, with its options."""
+    model: Mapping[str, Any]
+    """The same options in plain containers."""
+    option: str
+    """Name of the model option, such as ``frcnn_r50``."""
+    weights: str | None
+    train: str
+    seed: int
+    own: Mapping[str, Sequence[str]]
+    """Overrides of the teacher's run from ``teacher.schedule`` and ``teacher.data``, by group."""
+    run: Sequence[str]
+    """More overrides of the teacher's run."""
+    min_ap: float | None
+    optimization: Mapping[str, Any]
+    """``fold``, ``channels_last`` and ``dtype`` of `Teacher`."""
+    cache: Path
+    """Folder of all cached teachers."""
+    student_overrides: Sequence[str]
+    student_backbone: str | None
+    """Start weights of the student's backbone."""
+    metrics: Mapping[str, Any]
+    """Metrics of this run. The results of another run are reused only if its metrics are equal."""
+
+    def __post_init__(self) -> None:
+        """Refuse a head that does not come from the weights.
+
+        Raises:
+            DistillError: ``teacher.model.head=new`` together with ``teacher.weights``.
+        """
+        if self.weights is not None and self.model.get("head") == "new":
+            raise DistillError(
+                "teacher.model.head=new: a teacher whose head has random weights cannot teach. Remove "
+                "teacher.model.head: the classes are matched by name. If the weights lack classes of the data, train "
+                f"a teacher from them: teacher.weights=null teacher.model.weights={quote_value(self.weights)} "
+                "teacher.model.head=match"
+            )
+
+
+def planned_spec(options: TeacherOptions, classes: Sequence[str]) -> DetectorSpec:
+    """Spec of the teacher that ``teacher.model`` describes, before it is trained. Allocates no memory for weights.
+
+    Raises:
+        DistillError: the options do not fit together.
+    """
+    import torch
+
+    with torch.device("meta"):
+        return untrained(options, classes).spec
+
+
+def untrained(options: TeacherOptions, classes: Sequence[str]) -> Detector:
+    """The detector that ``teacher.model`` describes, with random weights."""
+    return options.build(classes=list(classes), **without_weights(options.model))
+
+
+def find_teacher(options: TeacherOptions, data: DetectionData) -> Teacher:
+    """The teacher that ``teacher.weights`` names, or the cached teacher, which is trained first if it does not exist.
+
+    Args:
+        options: teacher options of the run.
+        data: provides the classes for a plain weights file, which lists none. The fingerprints of the data decide
+            whether the results that a run measured for its student are valid here.
+
+    Raises:
+        DistillError: no teacher is cached and ``teacher.train=never``, or the weights do not fit.
+    """
+    from distill.detectors.registry import load_detector
+
+    if options.weights is None:
+        if options.student_backbone and not options.model.get("backbone", {}).get("weights"):
+            warnings.warn(
+                f"the student's backbone starts from {options.student_backbone}, its teacher's from random weights: "
+                "set teacher.model.backbone.weights too, or start=imagenet for both",
+                stacklevel=2,
+            )
+        source = str(cached_run(*cache_entry(options), options.train))
+        detector = load_detector(source)
+    else:
+        source = options.weights
+        if Path(source).expanduser().exists():
+            source = str(
+                Path(source).expanduser().absolute()
+            )  # recorded, and read later from other working directories
+        detector = load_teacher(options, source, data.classes)
+    return as_teacher(options, detector, source, _known_values(source, options.metrics, data))
+
+
+def as_teacher(
+    options: TeacherOptions, detector: Detector, source: str, values: Mapping[str, float] | None = None
+) -> Teacher:
+    """Make a detector this run's teacher, optimized by ``teacher.fold``, ``channels_last`` and ``dtype``."""
+    from distill.teacher import Teacher
+
+    return Teacher(detector, source, values, **options.optimization)
+
+
+def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[str]) -> Detector:
+    """Load a detector from a run folder, a checkpoint, an exported student, a file of weights, or torchvision.
+
+    Run folders, exported students and checkpoints of runs describe their model. From other weights, the detector gets
+    the rows of `classes`.
+
+    Raises:
+        DistillError: the weights do not describe their model, and the configuration has no teacher that does; or the
+            weights lack a class.
+    """
+    from distill.detectors.registry import restore_detector
+    from distill.detectors.student_files import read_detector
+
+    path = Path(source).expanduser()
+    if path.exists():
+        source = str(path)
+        model, state = read_detector(path)
+        if model is not None:
+            return restore_detector(model, state, source)
+    if options is None:
+        raise DistillError(f"{source} does not describe its model: choose its teacher=…, not none")
+    # Frozen norms compute as in evaluation mode.
+    backbone = {**options.model.get("backbone", {}), "norm": "frozen"}
+    return options.build(classes=list(classes), weights=source, backbone=backbone, head="keep")
+
+
+def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
+    """The folder of the finished teacher run; rank 0 trains the teacher if it is missing.
+
+    Raises:
+        DistillError: the teacher is missing and `train` is ``never``, or its run failed.
+    """
+    if RunFolder(folder).finished:
+        return folder
+    command = train_command(folder, overrides)
+    if train == "never":
+        raise DistillError(
+            f"there is no trained teacher at {folder} (a finished run with its {STUDENT}) and teacher.train=never. "
+            f"Name one with teacher.weights=…, or make it with:\n  {shlex.join(command)}"
+        )
+    child_runs.run_once(folder, command, "teacher")
+    return folder
+
+
+def train_command(folder: Path, overrides: Sequence[str]) -> list[str]:
+    """The words of the command that trains a teacher into its folder in the cache."""
+    return child_runs.train_command(folder, [*overrides, "role=teacher"])
+
+
+def cache_entry(options: TeacherOptions) -> tuple[Path, list[str]]:
+    """The folder in which this run's teacher is cached, or will be, and the overrides of the run that trains it."""
+    overrides = teacher_overrides(options)
+    return options.cache / f"{options.option}-{_cache_key(overrides)}", overrides
+
+
+def teacher_overrides(options: TeacherOptions) -> list[str]:
+    """Overrides of the run that trains this teacher: the student's, without those that concern the student alone.
+
+    Keys of ``teacher.schedule``, ``teacher.data`` and ``teacher.run`` follow, in this order, and win.
+    """
+    kept: list[str] = []
+    replaced = {group for group, words in options.own.items() if words and words[0].startswith(f"{group}=")}
+    for override in parse_overrides(options.student_overrides):
+        key, line = override.key_or_group, str(override.input_line)
+        group, _, rest = key.partition(".")
+        if (
+            group in KEPT_GROUPS
+            and group not in replaced
+            and (group != "trainer" or not rest or rest.split(".")[0] in KEPT_TRAINER)
+        ):
+            kept.append(line)
+    for override in parse_overrides(options.run):  # may come from a shared file, and become a command line
+        if override.is_hydra_override() or override.key_or_group in COMMAND_LINE_KEYS:
+            raise DistillError(f"teacher.run: '{override.input_line}' may not be said here; remove it")
+    lines = [
+        *(*kept, f"model={options.option}", "distill=none", "teacher=none"),
+        *("trainer.num_nodes=1", f"seed={options.seed}"),
+    ]
+    own = [word for words in options.own.values() for word in words]
+    return [*lines, *own, *node_overrides("model", options.model, compose_run([*lines, *own])), *options.run]
+
+
+def compose_run(overrides: Sequence[str], model: str = "teacher") -> DictConfig:
+    """Compose the configuration of the run that trains a teacher or a baseline.
+
+    Raises:
+        DistillError: an override of this run is invalid.
+    """
+    try:
+        return compose_config([*overrides, "hydra.run.dir=."])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise DistillError(f"the {model}'s run: {explain_failure(error, list(overrides))}") from error
+
+
+def run_config(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of the teacher's run. Values that are ``auto`` are resolved, for which its data is read."""
+    config = compose_run(overrides)
+    return resolve(config, facts_of(config, overrides), overrides)[0] if auto_keys(config) else config
+
+
+def _cache_key(overrides: Sequence[str]) -> str:
+    config = run_config(overrides)
+    data = {name: value for name, value in to_containers(config.data).items() if name not in IGNORED_DATA}
+    model = {name: value for name, value in to_containers(config.model).items() if name not in IGNORED_MODEL}
+    content = {"data": data, "model": model, "schedule": to_containers(config.schedule), "seed": config.seed}
+    content |= {"supervised": to_containers(config.supervised), "init": config.init}
+    # Not resolved: the paths of callbacks are below each run's own folder.
+    callbacks: Any = OmegaConf.to_container(config.callbacks)
+    content["callbacks"] = {name: node for name, node in callbacks.items() if name not in IGNORED_CALLBACKS}
+    content["trainer"] = {name: config.trainer.get(name) for name in TRAINER_KEYS}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def measured_by(metrics: Mapping[str, Any], data: DetectionData, splits: Sequence[str]) -> dict[str, Any]:
+    """Metrics and fingerprints of the splits behind a run's results. Kept in the run's summary."""
+    return {"metrics": dict(metrics), "data": {split: data.fingerprint(split) for split in splits}}
+
+
+def read_summary(source: str) -> dict[str, Any]:
+    """The summary of the run that a teacher comes from, a folder or its exported student; empty if there is none.
+
+    Raises:
+        DistillError: the file does not hold a run's results.
+    """
+    path = Path(source)
+    file = RunFolder(path.parent if path.stem == Path(STUDENT).stem else path).summary
+    if not file.is_file():
+        return {}
+    summary = read_json(file)
+    measured = summary["measured"] = summary.get("measured") or {"metrics": None, "data": {}}
+    data = measured.get("data") if isinstance(measured, dict) else None
+    if not isinstance(data, dict) or not isinstance(summary.get("student"), dict):
+        raise DistillError(f"{file}: expected what the run measured under 'student' and 'measured'")
+    return summary
+
+
+def _known_values(source: str, metrics: Mapping[str, Any], data: DetectionData) -> dict[str, float]:
+    """Results that a finished run measured for its student on the same images with the same metrics."""
+    summary = read_summary(source)
+    if not summary or summary["measured"].get("metrics") != json.loads(json.dumps(metrics)):
+        return {}
+    same = []
+    for split, fingerprint in summary["measured"]["data"].items():
+        with suppress(DistillError):  # the split cannot be read here
+            same += [split] * (data.has_split(split) and data.fingerprint(split) == fingerprint)
+    return {name: value for name, value in summary["student"].items() if name.split("/")[0] in same}

@@ -1,0 +1,161 @@
+"""Values ``auto`` of a configuration, and where a run finds them again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.cli.config import compose
+from distill.cli.config.auto_values import (
+    COCO_CLASSES,
+    PAPERS,
+    UNREAD,
+    VOC_CLASSES,
+    DataFacts,
+    auto_keys,
+    resolve,
+    resolve_as_recorded,
+)
+from distill.cli.config.instantiate import to_containers
+from distill.cli.config.override_checks import compose_without_run
+from distill.cli.config.overrides import read_config
+from distill.cli.runs.preflight import plan_run
+from distill.cli.runs.recorded_run import recompose
+from distill.data.auto_size import SizeChoice, choose_size
+from distill.run_folder import RunFolder
+from distill.types import DistillError
+from helpers.image_folders import write_coco
+
+OWN = DataFacts(60, ("cell",), SizeChoice(240, 320, "kept"))
+
+
+def resolved(*words: str, facts: DataFacts = OWN) -> Any:
+    cfg, _ = resolve(compose_without_run(words), facts, words)
+    assert auto_keys(cfg) == []
+    return to_containers(cfg)
+
+
+@pytest.mark.parametrize("data", ["coco", "voc", "yolo"])
+def test_own_data(data: str) -> None:
+    cfg = resolved(f"data={data}")
+    assert [cfg["data"][key] for key in ("min_size", "max_size", "batch_size")] == [240, 320, 8]
+    assert cfg["schedule"]["epochs"] * (60 // 8) >= 1000
+    assert cfg["schedule"]["optimizer"]["lr"] == 1e-3
+    assert cfg["trainer"]["max_epochs"] == cfg["schedule"]["epochs"]
+
+
+def test_given_values_stay() -> None:
+    cfg = resolved(
+        *("data=coco", "data.min_size=96", "data.batch_size=2", "schedule.epochs=5"),
+        *("schedule.optimizer.lr=0.02", "schedule.evaluate_every=5"),
+    )
+    assert [cfg["data"][key] for key in ("min_size", "max_size", "batch_size")] == [96, 128, 2]
+    assert [cfg["schedule"][key] for key in ("epochs", "evaluate_every")] == [5, 5]
+    assert cfg["schedule"]["optimizer"]["lr"] == 0.02
+
+
+def test_several_sizes_leave_room_for_the_largest() -> None:
+    assert resolved("data=coco", "data.min_size=[96,120]")["data"]["max_size"] == 160
+
+
+def test_a_named_schedule_is_not_changed() -> None:
+    plain = to_containers(compose.compose_config(["data=coco", "schedule=sgd_2x", "hydra.run.dir=."]).schedule)
+    assert resolved("data=coco", "schedule=sgd_2x")["schedule"] == plain
+
+
+@pytest.mark.parametrize("start", ["start=imagenet", "model.weights=COCO_V1", "model.backbone.weights=crops.pt"])
+def test_trained_weights_get_a_lower_rate(start: str) -> None:
+    assert resolved("data=coco", start)["schedule"]["optimizer"]["lr"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("data", "classes", "images", "schedule", "size"),
+    [("coco", COCO_CLASSES, 117_266, "sgd_1x", [800, 1333]), ("voc", VOC_CLASSES, 5_717, "voc", [600, 1000])],
+)
+def test_public_data_sets_at_full_size_get_the_papers_settings(
+    data: str, classes: tuple[str, ...], images: int, schedule: str, size: list[int]
+) -> None:
+    full = DataFacts(images, classes[::-1], OWN.size)  # in any order
+    cfg = resolved(f"data={data}", "schedule.clip=5.0", facts=full)
+    expected = compose.compose_config([f"schedule={schedule}", "schedule.clip=5.0", "hydra.run.dir=."])
+    assert cfg["schedule"] == to_containers(expected.schedule)
+    assert [cfg["data"][key] for key in ("min_size", "max_size", "batch_size")] == [*size, 2]
+    part = resolved(f"data={data}", facts=full._replace(images=50))
+    assert part["schedule"]["optimizer"]["_target_"] == "torch.optim.AdamW"
+    other = resolved(f"data={data}", facts=full._replace(classes=classes[:-1]))
+    assert other["schedule"]["optimizer"]["_target_"] == "torch.optim.AdamW"
+
+
+def test_the_lists_of_classes() -> None:
+    assert (len(COCO_CLASSES), len(VOC_CLASSES)) == (80, 20)
+    assert {known.schedule for known in PAPERS.values()} <= set(compose.config_groups()["schedule"])
+
+
+def plan(root: Path, *words: str) -> Any:
+    files = [f"data.source.{split}.annotations=annotations/instances_{split}2017.json" for split in ("train", "val")]
+    lines = ["data=coco", f"data.source.root={root}", *files, "distill=none", "data.workers=0", *words]
+    return plan_run(compose_without_run(lines))
+
+
+def test_a_plan_reads_the_images_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_coco(tmp_path)
+    reads: list[str] = []
+    from distill.data.coco import Coco
+
+    read_split = Coco.read_split
+    monkeypatch.setattr(Coco, "read_split", lambda self, split: reads.append(split) or read_split(self, split))
+    made = plan(tmp_path)
+    made.data.setup("fit")
+    assert sorted(reads) == ["train", "val"]
+    assert made.data.input_size == choose_size(made.data.records("train"))[:2] != (800, 1333)
+    assert made.config["data"]["min_size"] == made.data.input_size[0]
+    assert made.schedule.epochs == made.config["schedule"]["epochs"] == made.trainer.settings["max_epochs"]
+    assert any("schedule.epochs=" in line for line in made.choices)
+
+
+def test_a_wrong_value_is_refused_before_the_data_is_read(tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match="min_ap"):
+        plan(tmp_path / "missing", "distill=defeat", "teacher.min_ap=3")
+
+
+def test_an_evaluation_uses_the_values_of_the_run(tmp_path: Path) -> None:
+    """Also those of an older run, whose configuration had numbers where there is ``auto`` now."""
+    run = RunFolder(tmp_path)
+    run.overrides.write_text(json.dumps(["data=coco", "distill=none", "schedule.optimizer.lr=0.5"]))
+    schedule = to_containers(compose.compose_config(["schedule=sgd_1x", "hydra.run.dir=."]).schedule)
+    run.config.write_text(json.dumps({"data": {"min_size": 77, "max_size": 99, "batch_size": 3}, "schedule": schedule}))
+    cfg = to_containers(recompose(run, ["schedule.clip=7.0"]))
+    assert [cfg["data"][key] for key in ("min_size", "max_size", "batch_size")] == [77, 99, 3]
+    assert cfg["schedule"] == schedule | {"clip": 7.0, "optimizer": schedule["optimizer"] | {"lr": 0.5}}
+
+
+def test_a_damaged_record_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("[]")
+    with pytest.raises(DistillError, match="expected the configuration of a run"):
+        read_config(RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(200, (200, 200)), (640, (240, 640))])
+def test_a_given_limit_holds_for_the_chosen_size(given: int, expected: tuple[int, int]) -> None:
+    data = resolved("data=coco", f"data.max_size={given}")["data"]
+    assert (data["min_size"], data["max_size"]) == expected
+    unread = resolved("data=coco", f"data.max_size={given}", facts=UNREAD)["data"]
+    assert unread["min_size"] <= given
+
+
+def test_auto_elsewhere_is_a_plain_word() -> None:
+    """It is a car in German, and may be the name of a folder."""
+    words = ["data=coco", "data.source.root=auto", "data.source.rename={car: auto}", "schedule.epochs=auto"]
+    cfg = compose_without_run(words)
+    recorded = resolved(*words)
+    assert to_containers(resolve_as_recorded(cfg, recorded, words)) == recorded
+
+
+def test_a_key_that_the_papers_schedule_lacks_is_explained() -> None:
+    full = DataFacts(5_000, VOC_CLASSES, OWN.size)
+    words = ["data=voc", "schedule.optimizer.betas=[0.8,0.9]"]
+    with pytest.raises(DistillError, match=r"recognized as Pascal VOC, so schedule=voc was chosen\. It lacks a key"):
+        resolve(compose_without_run(["data=voc"]), full, words)

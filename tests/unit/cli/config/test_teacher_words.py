@@ -1,0 +1,124 @@
+"""Keys of the teacher's run on the command line, and which of several values wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.cli.commands import train
+from distill.cli.config.override_checks import compose_without_run
+from distill.cli.config.teacher_words import expand_teacher_words
+from distill.cli.runs.preflight import plan_teacher
+from distill.cli.runs.teacher_cache import run_config, teacher_overrides
+from distill.quoting import quote_value
+from distill.types import DistillError
+from helpers.image_folders import write_coco
+
+
+def teacher_run(*words: str) -> Any:
+    """The configuration of the teacher's run of a command line."""
+    options = plan_teacher(compose_without_run(expand_teacher_words(words)))
+    assert options is not None
+    return run_config(teacher_overrides(options))
+
+
+SHAPES = ("data=shapes", "data.source.train=8")
+
+
+def test_the_teacher_has_the_students_recipe() -> None:
+    run = teacher_run(*SHAPES, "schedule.epochs=3", "schedule.optimizer.lr=0.5")
+    assert (run.schedule.epochs, run.schedule.optimizer.lr, run.data.source.train) == (3, 0.5, 8)
+
+
+def test_keys_of_the_teachers_run_win() -> None:
+    run = teacher_run(*SHAPES, "teacher.schedule.epochs=5", "schedule.epochs=3", "teacher.data.source.train=16")
+    assert (run.schedule.epochs, run.data.source.train) == (5, 16)
+    run = teacher_run(*SHAPES, "teacher.schedule.epochs=5", 'teacher.run=["schedule.epochs=7"]')
+    assert run.schedule.epochs == 7
+
+
+def test_the_command_line_wins_over_the_rule_of_a_data_set() -> None:
+    assert teacher_run("data=shapes").schedule.epochs == 12
+    assert teacher_run("data=shapes", "schedule.epochs=3").schedule.epochs == 3
+
+
+def test_another_option_replaces_all_keys_of_the_group() -> None:
+    run = teacher_run(*SHAPES, "schedule.clip=3.0", "teacher.schedule=sgd_2x", "teacher.schedule.gamma=0.2")
+    assert (run.schedule.epochs, run.schedule.clip, run.schedule.gamma) == (24, None, 0.2)
+
+
+def test_another_data_set_by_its_folder(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    run = teacher_run(*SHAPES, "data.min_size=64", f"teacher.data={tmp_path}", "teacher.data.limit=2")
+    assert run.data._target_ == "distill.DetectionData"
+    assert run.data.source.root == str(tmp_path)
+    assert (run.data.limit, run.data.min_size) != (2, 64)
+    assert run.data.limit == 2
+
+
+def test_values_of_all_kinds_arrive() -> None:
+    run = teacher_run(*SHAPES, "teacher.data.limit=null", "teacher.data.min_size=[64,96]", "teacher.data.flip=0.0")
+    assert (run.data.limit, list(run.data.min_size), run.data.flip) == (None, [64, 96], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"), [("teacher.schedule=sgd_3x", "sgd_2x"), ("teacher.data=cocoo", "teacher.data=cocoo")]
+)
+def test_an_option_that_does_not_exist(word: str, message: str) -> None:
+    with pytest.raises(DistillError, match=message):
+        expand_teacher_words([word])
+
+
+def test_a_sweep_of_a_key_stays_a_sweep() -> None:
+    assert expand_teacher_words(["teacher.schedule.epochs=4,8", "seed=0,1"]) == [
+        "++teacher.schedule.epochs=4,8",
+        "seed=0,1",
+    ]
+
+
+@pytest.mark.parametrize(
+    "words", [("teacher.schedule=sgd_1x",), ("schedule.optimizer.lr=0.003",), ("teacher.schedule.epochs=2",)]
+)
+def test_a_mapping_is_not_lost(words: tuple[str, ...]) -> None:
+    assert teacher_run(*SHAPES, *words, "teacher.schedule.optimizer={lr: 0.05}").schedule.optimizer.lr == 0.05
+
+
+@pytest.mark.parametrize("text", ["données/é", "a\\b", "it's, (1)"])
+def test_texts_arrive_as_they_were_typed(text: str) -> None:
+    word = f"teacher.data.source.root={quote_value(text)}"
+    assert teacher_run("data=coco", "data.min_size=64", *FIXED, word).data.source.root == text
+
+
+FIXED = ("data.max_size=64", "data.batch_size=2", "schedule=sgd_1x")
+
+
+def test_renames_of_the_teachers_classes_stay_one_mapping() -> None:
+    word = "teacher.data.source.rename={car: auto, my car: auto}"
+    run = teacher_run("data=coco", "data.min_size=64", *FIXED, word)
+    assert run.data.source.rename == {"car": "auto", "my car": "auto"}
+
+
+def test_an_added_key() -> None:
+    run = teacher_run(*SHAPES, "teacher.schedule=sgd", "+teacher.schedule.optimizer.nesterov=true")
+    assert run.schedule.optimizer.nesterov is True
+
+
+def test_a_key_with_a_spelling_mistake_is_named() -> None:
+    with pytest.raises(DistillError, match=r"the teacher's run: .*epocs.*schedule\.epochs"):
+        teacher_run(*SHAPES, "teacher.schedule.epocs=3")
+
+
+def test_the_teacher_of_the_demo_learns_from_more_images() -> None:
+    run = teacher_run("experiment=demo")
+    assert (run.data.source.train, run.data.batch_size, run.schedule.epochs) == (1600, 8, 3)
+
+
+def test_training_without_a_word_is_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(train, "_run_once", lambda overrides: started.append(list(overrides)))
+    assert train.main([]) == 0
+    assert started == [["experiment=demo"]]
+    cfg = compose_without_run(started[0])
+    assert (cfg.data.source.train, list(cfg.distill.losses), cfg.baseline) == (100, ["dsig"], "train")

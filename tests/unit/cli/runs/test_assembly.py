@@ -1,0 +1,72 @@
+"""One plan and one assembly for train, doctor, bench and replay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distill.cli.config import override_checks
+from distill.cli.runs import teacher_cache
+from distill.cli.runs.assembly import assemble, build_student
+from distill.cli.runs.preflight import RunPlan, plan_run
+from distill.data.datamodule import DetectionData
+from distill.teacher import Teacher
+from distill.types import DistillError
+from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL
+
+LINES = [*TINY_DATA, *TINY_MODEL, *TINY_HEADS, "model=frcnn_r10_mini", "teacher=frcnn_r18_mini", "data.workers=0"]
+
+
+def plan(*lines: str) -> RunPlan:
+    return plan_run(override_checks.compose_without_run([*LINES, *lines]))
+
+
+def untrained_teacher(run: RunPlan) -> Teacher:
+    assert run.teacher is not None
+    return teacher_cache.as_teacher(
+        run.teacher, teacher_cache.untrained(run.teacher, run.data.classes), teacher_cache.UNTRAINED
+    )
+
+
+def test_weights_of_the_plan_reach_the_step() -> None:
+    run = plan("supervised.loss_objectness=0.25", "distill.losses.defeat.ramp.shape=linear")
+    module = assemble(run, run.data, teacher=untrained_teacher(run))
+    batch = next(iter(run.data.train_dataloader()))
+    step = module.compute_step(batch, seed=0, progress=0.5)
+    assert step.weights["student/loss_objectness"] == 0.25
+    assert step.weights["student/loss_classifier"] == 1.0
+    loss = module.losses["defeat"]
+    for name, weight in loss.weights.items():
+        assert step.weights[f"defeat/{name}"] == 0.5 * weight
+    expected = sum(step.weights[name] * value for name, value in step.terms.items())
+    torch.testing.assert_close(step.loss, expected)
+
+
+def test_objects_that_are_given_are_used() -> None:
+    run = plan()
+    student, known = build_student(run, run.data), untrained_teacher(run)
+    module = assemble(run, run.data, student, known)
+    assert module.student is student
+    assert module.teacher is known
+    alone = assemble(replace(run, losses={}), run.data, student, known)
+    assert alone.teacher is None
+    assert not alone.losses
+
+
+def test_the_assembly_draws_no_random_number_of_its_own() -> None:
+    run = plan()
+    student, known = build_student(run, run.data), untrained_teacher(run)
+    before = torch.random.get_rng_state()
+    assemble(run, run.data, student, known)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("lines", [("distill=defeat",), ("distill=none", "init=inherit")])
+def test_a_missing_teacher_is_refused_before_data_is_read(
+    lines: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DetectionData, "records", lambda *_: pytest.fail("data was read"))
+    with pytest.raises(DistillError, match="cannot do without a teacher"):
+        plan(*lines, "teacher=none")
