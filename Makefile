@@ -10,8 +10,8 @@ TESTS ?= tests
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/'
 
-demo: $(VENV)/.demo  ## set up, then train a teacher, a student alone and a distilled student on drawn shapes
-	$(BIN)/python train.py experiment=demo
+demo: $(VENV)/.demo  ## set up, then train a teacher, a student alone and a distilled student on drawn shapes; continues a stopped demo
+	$(BIN)/python train.py
 	@echo "Before these commands, type: source $(VENV)/bin/activate"
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -16,15 +17,19 @@ from omegaconf import DictConfig
 from distill.cli.config import compose, override_checks
 from distill.cli.config.hydra_main import answer_flags, parse_words, run_hydra
 from distill.cli.reports import sweep_report
-from distill.cli.runs import resume, sweep
+from distill.cli.runs import child_runs, resume, sweep
 from distill.cli.signals import Terminated
 from distill.cli.startup import uncollected_imports
+from distill.run_folder import RunFolder
 from distill.types import DistillError
 
 if TYPE_CHECKING:
     import lightning as L
 
-DEMO = "experiment=demo"
+DEMO = ("experiment=demo", "ckpt_path=unfinished")
+"""The words of a run without any word."""
+LOCK_TIMEOUT = 10.0
+"""Seconds to wait for the loader processes of a killed run, which hold its lock until they end."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
     Hydra's own flags work too: ``--help``, ``--cfg job --resolve``, ``-m``, ``-sc install=bash``.
     """
-    argv = argv or [DEMO]
+    argv = argv or DEMO
     compose.register_options()
     flags, options = parse_words(argv)
     cfg, overrides = override_checks.validate_overrides(flags.overrides)
@@ -104,18 +109,44 @@ def _train(cfg: DictConfig, run: Path) -> float:
     trainer = assembly.build_trainer(plan)
     data, splits = preflight.load_data(plan)
     preflight.check_metrics(plan, data)
-    run_report.write_config(plan)
-    run_report.print_data(plan, data)
-    alone = baseline.plan_baseline(plan, data, splits, trainer.world_size)
-    teacher_notice.announce_teacher(plan, trainer, data)
-    baseline.announce_baseline(alone)
-    module = assembly.assemble(plan, data)
-    compared = alone.run() if alone else None
-    run_report.print_opening(plan, module)
-    with translated_errors(trainer), run_report.open_loggers(plan, trainer):
-        trainer.fit(module, data, ckpt_path=plan.checkpoint, weights_only=True)
-        summary = run_report.finish_run(plan, trainer, module, data, splits, started, compared)
+    with locked(plan.folder):
+        run_report.write_config(plan)
+        run_report.print_data(plan, data)
+        alone = baseline.plan_baseline(plan, data, splits, trainer.world_size)
+        teacher_notice.announce_teacher(plan, trainer, data)
+        baseline.announce_baseline(alone)
+        module = assembly.assemble(plan, data)
+        compared = alone.run() if alone else None
+        run_report.print_opening(plan, module)
+        with translated_errors(trainer), run_report.open_loggers(plan, trainer):
+            trainer.fit(module, data, ckpt_path=plan.checkpoint, weights_only=True)
+            summary = run_report.finish_run(plan, trainer, module, data, splits, started, compared)
     return float(summary["student"][plan.metric])
+
+
+@contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Hold the lock of a run's folder while the run is trained. Ranks above 0 write no checkpoints, and need no lock.
+
+    Raises:
+        DistillError: another process trains the run.
+    """
+    lock = FileLock(run.lock, timeout=LOCK_TIMEOUT)
+    if child_runs.rank() == 0:
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise DistillError(
+                f"{run.path} is in use by another process, which trains this run: wait until it has ended, or choose "
+                "another folder with hydra.run.dir=DIR"
+            ) from None
+        except (OSError, NotImplementedError):  # a file system without locks
+            pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from distill.cli.config.instantiate import to_containers
 from distill.cli.config.overrides import node_overrides, read_config
 from distill.cli.runs import child_runs
-from distill.cli.runs.preflight import RunPlan
+from distill.cli.runs.preflight import RunPlan, named_baseline
 from distill.cli.runs.related_runs import RelatedRun, baseline_overrides, find_related_runs, fingerprint
 from distill.cli.runs.teacher_cache import compose_run, measured_by, read_summary
 from distill.cli.tables import print_line
@@ -22,8 +22,6 @@ from distill.data.datamodule import DetectionData
 from distill.run_folder import RunFolder
 from distill.types import DistillError
 
-TRAIN = "train"
-"""Value of ``baseline`` that trains the student alone, unless a finished run of it is found."""
 FOLDER = "baselines"
 """Folder of the baselines, below ``paths.outputs``."""
 
@@ -67,10 +65,10 @@ def plan_baseline(plan: RunPlan, data: DetectionData, splits: Sequence[str], pro
     """
     if plan.baseline is None or not (plan.losses or plan.inherit):
         return None
-    if plan.baseline != TRAIN:
-        folder = Path(plan.baseline).expanduser().absolute()
-        _validate_run(folder, plan, data, splits)
-        return Baseline(folder, None, read_config(RunFolder(folder))["schedule"])
+    if plan.names_baseline:
+        run = named_baseline(plan)
+        _validate_run(run, plan, data, splits)
+        return Baseline(run.path, None, read_config(run)["schedule"])
     lines = [*baseline_overrides(plan.overrides), "distill=none"]
     lines += longer_overrides(plan.config, plan.baseline_epochs, lines)
     config = to_containers(compose_run(lines, "baseline"))
@@ -134,15 +132,9 @@ def longer_overrides(config: Mapping[str, Any], factor: float, words: Sequence[s
     return found
 
 
-def _validate_run(folder: Path, plan: RunPlan, data: DetectionData, splits: Sequence[str]) -> None:
-    run, named = RunFolder(folder), f"baseline={plan.baseline}"
-    if not run.finished:
-        raise DistillError(
-            f"{named}: expected train, or the folder of a finished run with distill=none; "
-            + (f"the run in {folder} is not finished" if folder.exists() else f"{folder} does not exist")
-        )
-    summary = read_summary(str(folder))
-    if not RelatedRun(folder, summary).is_baseline:
+def _validate_run(run: RunFolder, plan: RunPlan, data: DetectionData, splits: Sequence[str]) -> None:
+    named, summary = f"baseline={plan.baseline}", read_summary(str(run.path))
+    if not RelatedRun(run.path, summary).is_baseline:
         raise DistillError(f"{named}: expected a run of the student alone (distill=none), got a distilled student")
     if read_config(run).get("model") != plan.config["model"]:
         raise DistillError(f"{named}: the model of that run differs from this student: choose a run of the same model")

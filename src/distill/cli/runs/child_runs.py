@@ -15,6 +15,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock
 
 from distill.cli.signals import Terminated
+from distill.files import write_text
 from distill.quoting import quote_value
 from distill.run_folder import RunFolder
 from distill.types import DistillError
@@ -26,6 +27,8 @@ RANK_VARIABLES = (
 """Prefixes of environment variables that make a process part of a distributed run."""
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 """Exit codes of a run that was asked to stop."""
+STARTED = time.time()
+"""About when this process began."""
 
 
 def child_environment() -> dict[str, str]:
@@ -85,16 +88,24 @@ def run_once(folder: Path, command: Sequence[str], model: str) -> None:
         DistillError: the run failed.
         Terminated, KeyboardInterrupt: this process was asked to stop, and the run has saved.
     """
-    if _rank() != 0:
+    if rank() != 0:
         _wait(folder, model)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    error = RunFolder(folder).error
     with FileLock(f"{folder}.lock") as lock:
         if not RunFolder(folder).finished:
-            _run(folder, list(command), model, lock)
+            error.unlink(missing_ok=True)
+            try:
+                _run(folder, list(command), model, lock)
+            except BaseException as failed:  # tells the other ranks, which wait for the run
+                folder.mkdir(exist_ok=True)
+                write_text(error, str(failed) or type(failed).__name__)
+                raise
 
 
-def _rank() -> int:
+def rank() -> int:
+    """The rank of this process, before torch's process group exists."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
 
 
@@ -118,10 +129,12 @@ def _run(folder: Path, command: list[str], model: str, lock: BaseFileLock) -> No
 
 
 def _wait(folder: Path, model: str, patience: float = 24 * 3600) -> None:
-    start = time.monotonic()
-    while not RunFolder(folder).finished:
+    start, run = time.monotonic(), RunFolder(folder)
+    while not run.finished:
+        if run.error.is_file() and run.error.stat().st_mtime >= STARTED:  # an older one is of an earlier attempt
+            raise DistillError(f"rank {rank()}: rank 0 could not train the {model}: {run.error.read_text()}")
         if time.monotonic() - start > patience:
             raise DistillError(
-                f"rank {_rank()} waited {patience / 3600:.0f} h for rank 0 to train the {model} in {folder}"
+                f"rank {rank()} waited {patience / 3600:.0f} h for rank 0 to train the {model} in {folder}"
             )
         time.sleep(2)

@@ -33,6 +33,9 @@ from distill.training.nonfinite import NonFiniteGuard
 from distill.training.schedule import Schedule
 from distill.types import DistillError
 
+TRAIN = "train"
+"""Value of ``baseline`` that trains the student alone, unless a finished run of it is found."""
+
 
 class LossOptions(NamedTuple):
     """A distillation loss that is built once the student and the teacher are known."""
@@ -95,6 +98,11 @@ class RunPlan:
     def size_is_chosen(self) -> bool:
         """Whether the size of the resized images was chosen from the data."""
         return any(line.startswith("data.min_size=") for line in self.choices)
+
+    @property
+    def names_baseline(self) -> bool:
+        """Whether the student is compared with a finished run that ``baseline`` names."""
+        return self.baseline not in (None, TRAIN) and bool(self.losses or self.inherit)
 
     @property
     def needs_teacher(self) -> bool:
@@ -167,7 +175,24 @@ def _plan(cfg: DictConfig, run: Path | None, checkpoint: Path | None) -> RunPlan
             f"{user} cannot do without a teacher: choose teacher=MODEL, or give the student a line in "
             "conf/teachers.yaml"
         )
+    if run is not None and plan.names_baseline:
+        named_baseline(plan)
     return plan
+
+
+def named_baseline(plan: RunPlan) -> RunFolder:
+    """The finished run that ``baseline`` names.
+
+    Raises:
+        DistillError: the run does not exist, or is not finished.
+    """
+    run = RunFolder(Path(str(plan.baseline)).expanduser().absolute())
+    if not run.finished:
+        raise DistillError(
+            f"baseline={plan.baseline}: expected train, or the folder of a finished run with distill=none; "
+            + (f"the run in {run.path} is not finished" if run.path.exists() else f"{run.path} does not exist")
+        )
+    return run
 
 
 def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:

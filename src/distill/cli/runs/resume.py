@@ -10,13 +10,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill import plugins
 from distill.cli.config import compose, instantiate
-from distill.cli.config.overrides import parse_overrides, read_overrides
+from distill.cli.config.overrides import parse_overrides, read_config, read_overrides
 from distill.cli.signals import RESTART_ADVICE
+from distill.cli.tables import print_line
 from distill.files import write_text
 from distill.quoting import quote_value
 from distill.run_folder import OVERRIDES, RunFolder, previous_checkpoint
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 LOADING_KEYS = ("workers", "prefetch", "persistent_workers", "pin_memory", "cache", "eval_batch_size")
 """Keys of ``data`` that change how images are loaded, but not which images."""
+UNFINISHED = "ckpt_path=unfinished"
+"""Word of ``train`` that resumes a stopped run of the same overrides, if there is one."""
 OTHER_RUN_PREFIXES = (
     "ckpt_path",
     "resume=",
@@ -88,9 +92,14 @@ IDENTITY_KEYS = ("made_by", "teacher", "guests", "DetectionData")
 def add_run_to_resume(overrides: Sequence[str]) -> list[str]:
     """Add the folder of the run that ``ckpt_path=last`` means: by default the newest run of the same overrides.
 
+    ``ckpt_path=unfinished`` means the newest run of the same overrides that has not finished and that no process
+    trains. If there is none, the word is removed, so a new run starts.
+
     A job that SLURM started again resumes without ``ckpt_path=last`` if it has a checkpoint.
     """
     lines = list(overrides)
+    if UNFINISHED in lines:
+        return _find_unfinished_run([line for line in lines if line != UNFINISHED])
     if _requeued() and not any(line.startswith("ckpt_path=") for line in lines):
         try:
             return _find_run([*lines, "ckpt_path=last"], must=True)
@@ -132,6 +141,39 @@ def _find_run(lines: list[str], must: bool) -> list[str]:
         f"ckpt_path=last: no run below {home} was made by these very overrides; {newest}. distill resume RUN needs no "
         "overrides: RUN is the folder of the run"
     )
+
+
+def _find_unfinished_run(lines: list[str]) -> list[str]:
+    resuming = [*lines, "ckpt_path=last"]
+    home = compose.runs_folder(lines)
+    if any(override.key_or_group == "hydra.run.dir" for override in parse_overrides(lines)):
+        named = RunFolder(HydraConfig.get().run.dir)
+        return resuming if named.resumable and not named.finished else lines
+    for run in sorted((run for run in home.glob("*") if RunFolder(run).resumable), key=_saved_at, reverse=True):
+        same = _run_identity(_recorded_words(run)) == _run_identity(lines)
+        if same and not RunFolder(run).finished and not _is_locked(run) and _is_same_configuration(run, lines):
+            print_line("resume", f"the stopped run {run}")
+            return [*resuming, f"hydra.run.dir={quote_value(str(run))}"]
+    return lines
+
+
+def _is_locked(run: Path) -> bool:
+    """Whether a process trains a run."""
+    try:
+        with FileLock(RunFolder(run).lock, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def _is_same_configuration(run: Path, lines: Sequence[str]) -> bool:
+    """Whether the overrides of a run have the same meaning today: another version may have other defaults."""
+    from distill.cli.config import auto_values
+
+    recorded = read_config(RunFolder(run))
+    composed = auto_values.resolve_as_recorded(compose.compose_config(lines), recorded, lines)
+    composed.paths = {name: str(name) for name in composed.paths}  # may differ, and exist only inside a run
+    return not differences(recorded, instantiate.to_containers(composed))
 
 
 def write_slurm_job(run: Path) -> None:

@@ -117,8 +117,9 @@ def test_the_teacher_of_the_demo_learns_from_more_images() -> None:
 
 def test_training_without_a_word_is_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
+    monkeypatch.setattr(train.resume, "add_run_to_resume", lambda words: words)
     monkeypatch.setattr(train, "_run_once", lambda overrides: started.append(list(overrides)))
     assert train.main([]) == 0
-    assert started == [["experiment=demo"]]
+    assert started == [["experiment=demo", "ckpt_path=unfinished"]]
     cfg = compose_without_run(started[0])
     assert (cfg.data.source.train, list(cfg.distill.losses), cfg.baseline) == (100, ["dsig"], "train")

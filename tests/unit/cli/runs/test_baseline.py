@@ -155,15 +155,23 @@ def test_a_run_that_is_named(tmp_path: Path) -> None:
     [
         ({"losses": ["ssim"]}, "expected a run of the student alone"),
         ({"measured": {"metrics": {}, "data": {}}}, "measured on other images or with other metrics"),
-        (None, "does not exist"),
     ],
 )
-def test_a_run_that_is_no_baseline_is_refused(changes: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
+def test_a_run_that_is_no_baseline_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     plan, data = planned(tmp_path, f"baseline={tmp_path / 'other'}")
-    if changes is not None:
-        write_run(tmp_path / "other", plan, data, **changes)
+    write_run(tmp_path / "other", plan, data, **changes)
     with pytest.raises(DistillError, match=message):
         plan_baseline(plan, data, SPLITS, 1)
+
+
+def test_a_run_that_is_not_there_or_not_finished_is_refused_before_the_data_is_read(tmp_path: Path) -> None:
+    words = ["data=coco", "data.source.root=nowhere", f"baseline={tmp_path / 'other'}"]
+    cfg = compose_without_run([*words, "data.source.train.annotations=a.json", "data.source.val.annotations=b.json"])
+    with pytest.raises(DistillError, match=r"^baseline=.*other does not exist"):
+        plan_run(cfg, tmp_path)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DistillError, match=r"^baseline=.*other is not finished"):
+        plan_run(cfg, tmp_path)
 
 
 def test_a_run_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from distill.cli.config import compose, instantiate, overrides
 from distill.cli.runs import resume
+from distill.run_folder import RunFolder
 from distill.type_checks import leaves
 from distill.types import DistillError
 
@@ -142,6 +146,37 @@ def test_a_job_that_slurm_started_again_goes_on_where_there_is_something(
         assert resume.add_run_to_resume(named) == [*named, *more]
     fixed = [*lines, "ckpt_path=null"]
     assert resume.add_run_to_resume(fixed) == fixed
+
+
+UNFINISHED = ["distill=none", "seed=1", "ckpt_path=unfinished"]
+
+
+def record_config(run: Path, words: list[str], **changes: Any) -> None:
+    """Write the configuration that a run with these words records."""
+    (run / "config.yaml").write_text(json.dumps(composed(*words) | changes))
+
+
+def test_the_stopped_run_of_the_same_overrides_is_continued(runs: Path) -> None:
+    record_config(runs / "b", UNFINISHED[:2])
+    resumed = ["distill=none", "seed=1", "ckpt_path=last"]
+    assert resume.add_run_to_resume(UNFINISHED) == [*resumed, f"hydra.run.dir='outputs/{runs.name}/b'"]
+    place = f"hydra.run.dir={runs / 'b'}"
+    assert resume.add_run_to_resume([*UNFINISHED, place]) == ["distill=none", "seed=1", place, "ckpt_path=last"]
+
+
+@pytest.mark.parametrize("reason", ["no checkpoint", "finished", "in use", "another default", "other words"])
+def test_a_new_run_starts_where_no_stopped_run_can_be_continued(reason: str, runs: Path) -> None:
+    run = RunFolder(runs / "b")
+    record_config(run.path, UNFINISHED[:2], metric="val/AP50" if reason == "another default" else "val/AP")
+    if reason == "no checkpoint":
+        run.last.unlink()
+    if reason == "other words":
+        run.overrides.write_text("- distill=none\n- seed=1\n- schedule.clip=2\n")
+    if reason == "finished":
+        for file in (run.summary, run.description, run.student):
+            file.touch()
+    with FileLock(run.lock) if reason == "in use" else nullcontext():
+        assert resume.add_run_to_resume(UNFINISHED) == UNFINISHED[:2]
 
 
 @pytest.mark.parametrize("outputs", [[], ["paths.outputs='an other'"]])
