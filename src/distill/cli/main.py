@@ -19,6 +19,7 @@ USAGE = """usage: distill <command> [options]
   compare RUN RUN...                    compare finished runs
   predict RUN IMAGES... [--score 0.5]   draw detections on images, and write them in COCO's format
   analyze RUN [--against RUN]           report the errors of a run's student, its teacher and a baseline, by kind
+  report DIR [--wandb ENTITY/PROJECT]   write the comparison of a sweep as a page, and as a report on W&B's site
   bench [overrides]                     measure the cost of distillation on this machine, part by part
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
   doctor [overrides of train]           check data, teacher and loss terms before a run, and estimate its time
@@ -41,6 +42,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
         evaluate,
         predict,
         replay,
+        report,
         resume,
         train,
     )
@@ -52,6 +54,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
         "compare": compare.main,
         "predict": predict.main,
         "analyze": analyze.main,
+        "report": report.main,
         "bench": bench.main,
         "classifier": classifier.main,
         "doctor": doctor.main,

@@ -1,0 +1,44 @@
+"""The command report: writes the comparison of finished runs as a page, and on request as a report on W&B's site."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.cli.tables import print_line
+from distill.types import DistillError
+
+
+def main(argv: Sequence[str]) -> int:
+    """``distill report DIR [RUN ...] [--html FILE] [--wandb ENTITY/PROJECT]``."""
+    parser = argparse.ArgumentParser(
+        prog="distill report",
+        usage="distill report DIR [RUN ...] [--html FILE] [--wandb ENTITY/PROJECT]",
+        description=__doc__,
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="the folder of a sweep, or of a run")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="the page; default: comparison.html in the first of the folders"
+    )
+    parser.add_argument(
+        "--wandb",
+        metavar="ENTITY/PROJECT",
+        help="also make a report and a workspace in this project of W&B. The runs must be there: logger=wandb",
+    )
+    parser.add_argument("--no-images", action="store_true", help="leave out the intervals over images")
+    args = parser.parse_args(list(argv))
+    if missing := [folder for folder in args.folders if not folder.is_dir()]:
+        raise DistillError(f"{missing[0]}: there is no such folder. Expected the folder of a sweep or of a run")
+    from distill.cli.reports import comparison_report, wandb_report
+    from distill.cli.runs.finished_runs import expand_folders
+
+    site = wandb_report.parse_site(args.wandb) if args.wandb else None
+    comparison = comparison_report.compare_folders(expand_folders(args.folders), images=not args.no_images)
+    pages = wandb_report.build_pages(comparison, site, f"distill: {args.folders[0].resolve().name}") if site else None
+    print_line(
+        "report", comparison_report.write_page(comparison, args.html or args.folders[0] / comparison_report.PAGE)
+    )
+    for address in pages.save() if pages else []:
+        print_line("W&B", address)
+    return 0
