@@ -208,9 +208,15 @@ def write_comparison(comparison: Comparison, csv: Path | None, json_file: Path |
 
 
 def write_page(comparison: Comparison, file: Path) -> Path:
-    """Write the comparison as a page that needs no network, with a plot beside it (``comparison.png``)."""
+    """Write the comparison as a page that needs no network, with its plots beside it.
+
+    ``comparison.png`` has the differences. If configurations differ in the value of one number only, such as a loss
+    weight, ``comparison_settings.png`` has the metric over this number.
+    """
+    from distill.analysis.charts import line_charts
     from distill.analysis.figures import difference_figure
     from distill.analysis.html_page import Plot, Section, Table, render_page
+    from distill.analysis.setting_curves import setting_curves
 
     found = differences(comparison)
     plots = []
@@ -219,6 +225,11 @@ def write_page(comparison: Comparison, file: Path) -> Path:
         figure = difference_figure({row.configuration: one for row, one in found}, _short(comparison.metric))
         atomic_write(picture, lambda handle: figure.savefig(handle, format="png"))
         plots.append(Plot(picture, "Differences of the table below: mean, and 95 % interval over the seeds."))
+    if curves := setting_curves(comparison):
+        picture = file.with_name(f"{file.stem}_settings.png")
+        chart = line_charts(curves, "value", f"{_short(comparison.metric)}, percent", unit=False)
+        atomic_write(picture, lambda handle: chart.savefig(handle, format="png"))
+        plots.append(Plot(picture, "The metric over one setting, where all others are equal. Mean over the seeds."))
     values, changes = (
         Table(table.columns, [[cell or MISSING for cell in row] for row in table.rows], table.title)
         for table in (value_table(comparison), difference_table(comparison))
