@@ -23,7 +23,7 @@ def setting_curves(comparison: Comparison) -> dict[str, Lines]:
         Key -> name of a line -> the values of the key in ascending order, and the means of the main metric over the
         seeds, in percent. The name of a line has the other settings in which the lines of a key differ.
     """
-    curves = {}
+    curves: dict[str, Lines] = {}
     for key, cells in comparison.settings.items():
         groups: dict[Others, list[tuple[float, float]]] = {}
         for row in comparison.rows:
