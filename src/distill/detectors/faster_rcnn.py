@@ -71,7 +71,7 @@ class FasterRCNNView(PyramidView):
         """Proposals (P, 4) of each image, clipped, after NMS, best first, detached."""
         rpn, (objectness, deltas) = self.net.rpn, self._flat
         boxes = rpn.box_coder.decode(deltas.detach(), self._image_anchors).view(len(self.batch), -1, 4)
-        counts = [len(level) for level in self.anchors.values()]
+        counts = [level.shape[0] for level in self.anchors.values()]
         with temporarily(rpn, training=self.training):
             return list(rpn.filter_proposals(boxes, objectness, self.sizes, counts)[0])
 

@@ -64,7 +64,7 @@ class FCOSView(RetinaNetView):
         matches: list[list[Tensor]] = []
         head = SimpleNamespace(compute_loss=lambda *arguments: matches.append(arguments[3]))
         substitute = SimpleNamespace(head=head, center_sampling_radius=self.net.center_sampling_radius)
-        counts = [len(level) for level in self.anchors.values()]
+        counts = [level.shape[0] for level in self.anchors.values()]
         fcos.FCOS.compute_loss(substitute, self.targets, {}, self._image_anchors, counts)
         return matches[0]
 
@@ -79,7 +79,7 @@ class FCOSView(RetinaNetView):
     def losses(self) -> dict[str, Tensor]:
         """The losses ``classification``, ``bbox_regression`` and ``bbox_ctrness``."""
         outputs = {name: torch.cat(levels, dim=1) for name, levels in self._flat().items()}
-        counts = [len(level) for level in self.anchors.values()]
+        counts = [level.shape[0] for level in self.anchors.values()]
         return dict(self.net.compute_loss(self.targets, outputs, self._image_anchors, counts))
 
 
