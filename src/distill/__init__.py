@@ -28,6 +28,7 @@ _MODULES = {
     "Distiller": "training.distiller",
     "EpochLines": "training.callbacks.epoch_lines",
     "EpochProgressBar": "training.callbacks.progress_bar",
+    "ExportedDetector": "export.exported",
     "FCOS": "detectors.fcos",
     "FGFI": "losses.fgfi",
     "FasterRCNN": "detectors.faster_rcnn",
@@ -60,6 +61,7 @@ _MODULES = {
     "model": "cli.config.options",
     "panel": "evaluation.pictures",
     "predict": "evaluation.predict",
+    "save_safetensors": "detectors.student_files",
     "save_student": "detectors.student_files",
     "schedule": "cli.config.options",
 }

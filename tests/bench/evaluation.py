@@ -158,7 +158,7 @@ def collection(detections: int, batches: int = 8, side: int = 320) -> dict[str, 
         start = time.process_time()
         found = detector.view(batch, training=False, frozen=True).detections
         middle = time.process_time()
-        evaluation.add_detections(batch, found)
+        evaluation.add_detections(batch.ids, found)
         detect.append((middle - start) / len(batch))
         collect.append((time.process_time() - middle) / len(batch))
         counts += [len(one.scores) for one in found]

@@ -15,6 +15,7 @@ USAGE = """usage: distill <command> [options]
   train [overrides]                     train a detector, alone or by distillation (also: python train.py)
   resume RUN [overrides]                continue a stopped run from its last checkpoint
   evaluate RUN [overrides]              measure the AP of a run's student, on any split or data set
+  export RUN --to FORMAT [overrides]    write a run's student as a file of another program, and measure its AP
   compare [overrides] [seeds=3]         train without and with distillation over several seeds, and compare
   compare RUN RUN...                    compare finished runs
   predict RUN IMAGES... [--score 0.5]   draw detections on images, and write them in COCO's format
@@ -40,6 +41,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
         compare,
         doctor,
         evaluate,
+        export,
         predict,
         replay,
         report,
@@ -51,6 +53,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
         "train": train.main,
         "resume": resume.main,
         "evaluate": evaluate.main,
+        "export": export.main,
         "compare": compare.main,
         "predict": predict.main,
         "analyze": analyze.main,

@@ -21,6 +21,8 @@ from distill.files import atomic_write, load_tensors, read_json, write_text
 from distill.run_folder import STUDENT, RunFolder
 from distill.types import DistillError
 
+SAFETENSORS = ".safetensors"
+
 
 def save_student(detector: Detector, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
     """Write a detector to `student.pt` and `student.json`. Each file is written atomically.
@@ -37,10 +39,60 @@ def save_student(detector: Detector, folder: str | Path, extra: Mapping[str, Any
         The path of `student.pt`.
     """
     run = RunFolder(folder)
-    text = json.dumps({"format": FORMAT, "model": detector.describe(), "extra": dict(extra or {})}, indent=2) + "\n"
     state = {name: value.detach().cpu().contiguous() for name, value in detector.net.state_dict().items()}
-    write_text(run.description, text)
+    write_text(run.description, _description(detector, extra))
     return atomic_write(run.student, lambda file: torch.save(state, file))
+
+
+def save_safetensors(detector: Detector, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write a detector as `save_student` does, with its weights in `student.safetensors`.
+
+    `load_detector` reads the folder. Other programs read the weights without torch, and without unpickling anything.
+
+    Args:
+        detector: the detector.
+        folder: an existing folder or a new one.
+        extra: further facts, which `read_extra` returns.
+
+    Raises:
+        DistillError: safetensors is not installed.
+
+    Returns:
+        The path of `student.safetensors`.
+    """
+    run, (save, _) = RunFolder(folder), _safetensors()
+    state = {name: value.detach().cpu().contiguous() for name, value in detector.net.state_dict().items()}
+    write_text(run.description, _description(detector, extra))
+    content = save(state, {"format": "pt"})
+    return atomic_write(run.student.with_suffix(SAFETENSORS), lambda file: file.write(content))
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file.
+
+    Raises:
+        DistillError: safetensors is not installed, or the file is damaged.
+    """
+    _, load = _safetensors()
+    try:
+        tensors: dict[str, Tensor] = load(path.read_bytes())
+    except Exception as error:  # its errors are not documented
+        raise DistillError(f"{path}: not a file of safetensors ({error}); write or copy the file again") from error
+    return tensors
+
+
+def _safetensors() -> tuple[Any, Any]:
+    try:
+        from safetensors.torch import load, save
+    except ImportError as error:
+        raise DistillError(
+            "safetensors is not installed: pip install 'distill[hub]', or uv pip install 'distill[hub]'"
+        ) from error
+    return save, load
+
+
+def _description(detector: Detector, extra: Mapping[str, Any] | None) -> str:
+    return json.dumps({"format": FORMAT, "model": detector.describe(), "extra": dict(extra or {})}, indent=2) + "\n"
 
 
 def read_extra(path: str | Path) -> dict[str, Any]:
@@ -66,7 +118,7 @@ def read_detector(path: Path) -> tuple[Any, dict[str, Tensor]]:
         DistillError: a file is missing or invalid.
     """
     file = weights_file(path)
-    content = load_tensors(file)
+    content = load_safetensors(file) if file.suffix == SAFETENSORS else load_tensors(file)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         prefix = "student.net."
         state = {
@@ -109,6 +161,8 @@ def weights_file(path: Path) -> Path:
         DistillError: there is no such file.
     """
     path = RunFolder(path).student if path.is_dir() else path.with_suffix(".pt") if path.suffix == ".json" else path
+    if not path.is_file() and path.with_suffix(SAFETENSORS).is_file():
+        path = path.with_suffix(SAFETENSORS)
     return existing_file(path, "weights")
 
 

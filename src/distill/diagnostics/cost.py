@@ -118,7 +118,7 @@ def measure_cost(
     if not chosen:
         raise DistillError(f"cost: expected at least one validation image, got {count} and a limit of {images}")
     batches = [data.load_batch("val", [index]).to(device) for index in chosen]
-    folded = _folded(detector, batches[0], device)
+    folded = folded_copy(detector, batches[0], device)
     timer, times, start = Clock(device, clock), [], time.monotonic()
     with torch.autocast(device.type, enabled=False):
         for batch in [batches[0]] * WARMUP:
@@ -142,7 +142,8 @@ def measure_cost(
     )
 
 
-def _folded(detector: Detector, batch: Batch, device: torch.device) -> Detector:
+def folded_copy(detector: Detector, batch: Batch, device: torch.device) -> Detector:
+    """A copy of a detector for inference, with batch norms folded where that changes nothing on this batch."""
     folded = copy.deepcopy(detector).to(device).eval()
 
     def maps() -> Mapping[int, torch.Tensor]:

@@ -59,7 +59,7 @@ def evaluate_sample(
     ids = [image for batch, _ in results for image in batch.ids]
     evaluation = Evaluation(detector, ground_truth_of(data.ground_truth("val"), ids), data.classes, metrics, device)
     for batch, detections in results:
-        evaluation.add_detections(batch, detections)
+        evaluation.add_detections(batch.ids, detections)
     values, count = evaluation.compute(), max(1, len(ids))
     seconds = {"detect": (detected - start) / count, "metric": (time.perf_counter() - detected) / count}
     return {"images": len(ids), **seconds, "values": values}

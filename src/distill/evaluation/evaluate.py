@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -19,6 +19,14 @@ MetricFactory = Callable[[Mapping[str, Any], Sequence[str]], DetectionMetric]
 """A function of the ground truth in COCO form and the class names that returns a metric."""
 
 
+class NamesClasses(Protocol):
+    """A program whose detections can be evaluated."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in label order; label 0 is background."""
+
+
 class Evaluation:
     """Collects the detections of a detector batch by batch and computes all metrics.
 
@@ -27,7 +35,7 @@ class Evaluation:
     also measured on the shared classes only, as `shared_<name>`, for example `shared_AP`.
 
     Args:
-        detector: the detector to evaluate.
+        detector: the detector to evaluate; for `add_detections` its class names are enough.
         ground_truth: ground truth in COCO form; its labels are those of `classes`.
         classes: class names of the data; class `i` has label `i + 1`.
         metrics: factories of the metrics.
@@ -41,7 +49,7 @@ class Evaluation:
 
     def __init__(
         self,
-        detector: Detector,
+        detector: Detector | NamesClasses,
         ground_truth: Mapping[str, Any],
         classes: Sequence[str],
         metrics: Sequence[MetricFactory],
@@ -49,7 +57,7 @@ class Evaluation:
         seen_only: bool = False,
     ) -> None:
         self.detector = detector
-        labels = shared_labels(detector.spec.classes, classes)
+        labels = shared_labels(detector.classes, classes)
         self.labels = torch.tensor(labels, device=device)
         self.metrics = [make(ground_truth, classes).to(device) for make in metrics]
         for metric in self.metrics:
@@ -58,13 +66,14 @@ class Evaluation:
 
     def update(self, batch: Batch) -> None:
         """Run the detector on a batch and add its detections to all metrics."""
-        self.add_detections(batch, self.detector.view(batch, training=False, frozen=True).detections)
+        detector = cast(Detector, self.detector)
+        self.add_detections(batch.ids, detector.view(batch, training=False, frozen=True).detections)
 
-    def add_detections(self, batch: Batch, detections: Sequence[Detections]) -> None:
-        """Add the detector's detections in a batch, with the detector's labels, to all metrics."""
+    def add_detections(self, ids: Sequence[int], detections: Sequence[Detections]) -> None:
+        """Add the detector's detections in the images with these ids, with the detector's labels, to all metrics."""
         shared = [relabel_detections(in_image, self.labels) for in_image in detections]
         for metric in self.metrics:
-            metric.update(batch.ids, shared)
+            metric.update(ids, shared)
 
     def compute(self) -> dict[str, float]:
         """Compute all metrics, by name. The values are equal on all ranks.

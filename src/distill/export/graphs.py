@@ -48,6 +48,8 @@ class TracedView:
             rows = torch.arange(height)[None] < self.sides[:, :1]
             columns = torch.arange(width)[None] < self.sides[:, 1:]
             images = images * (rows[:, None, :, None] & columns[:, None, None, :])
+        if self.pad_to == 1:
+            return cast(Tensor, images)
         bottom, right = ((side + self.pad_to - 1) // self.pad_to * self.pad_to - side for side in (height, width))
         return F.pad(images, (0, right, 0, bottom))
 
@@ -124,13 +126,12 @@ class FullGraph(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the detections in an image (H, W, 3)."""
         limits = self.detector.options["min_size"], self.detector.options["max_size"]
-        original: Any = torch._shape_as_tensor(image)[:2]  # type: ignore[attr-defined]
+        original = torch._shape_as_tensor(image)[:2]
         height, width = resized_sides(original, *limits)
         pixels = image.permute(2, 0, 1)[None].to(torch.float32)
         pixels = resize_pixels(pixels, height, width, self.detector.resize.antialias).to(torch.uint8)
-        sizes: Any = ((height, width),), (tuple(original.unbind()),)
-        view = self.view_class(self.detector, Batch(pixels, *sizes, (NO_TARGET,), (0,)), False, True, None)
-        found = view.detections[0]
+        view = self.view_class(self.detector, _batch(pixels, (height, width), original.unbind()), False, True, None)
+        found: tuple[Tensor, ...] = view.detections[0]
         return found if self.has_masks else found[:3]
 
 
@@ -180,8 +181,7 @@ class DenseGraph(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of a batch of images."""
-        canvas: Any = tuple(self.canvas)
-        view = self.view_class(self.detector, Batch(images, (canvas,), (canvas,), (NO_TARGET,), (0,)), False, True, None)
+        view = self.view_class(self.detector, _batch(images, self.canvas, self.canvas), False, True, None)
         view.sides = sizes
         raw = self.raw_outputs(view)
         return tuple(raw.values()) if self.top is None else decode(self.detector, raw, sizes, self.top)
@@ -200,7 +200,9 @@ class DenseGraph(nn.Module):
 def _flatten(x: Tensor, anchors: int) -> Tensor:
     """Reshape (B, A*C, H, W) to (B, H*W*A, C)."""
     height, width = x.shape[-2:]
-    return x.unflatten(1, (anchors, -1)).permute(0, 3, 4, 1, 2).reshape(x.shape[0], height * width * anchors, -1)
+    columns = x.shape[1] // anchors
+    split = x.view(x.shape[0], anchors, columns, height, width).permute(0, 3, 4, 1, 2)
+    return split.reshape(x.shape[0], height * width * anchors, columns)
 
 
 def decode(detector: Detector, raw: Mapping[str, Tensor], sizes: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,12 +219,16 @@ def decode(detector: Detector, raw: Mapping[str, Tensor], sizes: Tensor, top: in
     best, place = scores.flatten(1).topk(min(top, int(scores.shape[1]) * int(classes)))
     anchor = torch.div(place, classes, rounding_mode="floor")
     picked = deltas.gather(1, anchor[..., None].expand(-1, -1, 4)).reshape(-1, 4)
-    view: Any = traced_view(detector, 1)(
-        detector, Batch(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), ((1, 1),), ((1, 1),), (NO_TARGET,), (0,)), False, True, None
-    )
+    image = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+    view = traced_view(detector, 1)(detector, _batch(image, (1, 1), (1, 1)), False, True, None)
     boxes = view._decode(picked, anchors[anchor.flatten()]).view(batch, -1, 4)
     limits = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
     return torch.minimum(boxes.clamp(min=0), limits), best, place - anchor * classes + 1
+
+
+def _batch(images: Tensor, size: Any, original: Any) -> Batch:
+    """A batch whose images all have the same (height, width), which may be tensors."""
+    return Batch(images, (tuple(size),), (tuple(original),), (NO_TARGET,), (0,))
 
 
 def traced_view(detector: Detector, pad_to: int) -> Any:
@@ -234,10 +240,8 @@ def traced_view(detector: Detector, pad_to: int) -> Any:
     kind, outputs = detector.view_class, detector.spec.outputs
     if "neck" not in outputs or not outputs & {"rois", "class_logits"}:
         raise DistillError(
-            f"export: the detector is a {detector.spec.family}. Expected a family with a feature pyramid whose View has "
-            "rois or class_logits; its View's outputs are " + ", ".join(sorted(outputs))
+            f"export: the detector is a {detector.spec.family}. Expected a family with a feature pyramid whose View "
+            "has rois or class_logits; its View's outputs are " + ", ".join(sorted(outputs))
         )
     mixin = TracedMaskView if "mask_logits" in outputs else TracedView
     return type(f"Traced{kind.__name__}", (mixin, kind), {"pad_to": pad_to})
-
-

@@ -10,7 +10,7 @@ Source: torch, aten/src/ATen/native/cpu/UpSampleKernel.cpp, compute_index_ranges
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def resize_pixels(image: Tensor, height: Tensor, width: Tensor, antialias: bool)
     Without antialiasing the result equals that of torch on an x86 CPU. With it, one value in a thousand may differ by
     one: the weights are not exact in float32.
     """
-    rows, columns = torch._shape_as_tensor(image)[2:].unbind()  # type: ignore[attr-defined]
+    rows, columns = torch._shape_as_tensor(image)[2:].unbind()
     if antialias:
         weights, precision = _filters(columns, width)
         wide = _rounded(image @ weights.T, precision)
@@ -84,7 +84,7 @@ def _quantized(weights: Tensor, precision: Tensor) -> Tensor:
 
 def _rounded(sums: Tensor, precision: Tensor) -> Tensor:
     scale = _power(precision).to(torch.float32)
-    return cast(Tensor, ((sums + scale / 2) / scale).floor())
+    return ((sums + scale / 2) / scale).floor()
 
 
 def _power(exponent: Tensor) -> Tensor:

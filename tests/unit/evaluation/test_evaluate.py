@@ -27,7 +27,7 @@ def evaluation(model: tuple[str, ...], metric: Any, seen_only: bool = False) -> 
         ],
         "categories": [{"id": label, "name": name} for label, name in enumerate(DATA, 1)],
     }
-    detector: Any = SimpleNamespace(spec=SimpleNamespace(classes=model))
+    detector: Any = SimpleNamespace(classes=model)
     return Evaluation(detector, truth, DATA, [metric], torch.device("cpu"), seen_only)
 
 
@@ -36,8 +36,7 @@ def detect(measured: Evaluation, model: tuple[str, ...], image: int) -> None:
     at = [DATA.index(name) if name in DATA else 2 for name in model]
     boxes = torch.tensor([[30.0 * place, 0, 30 * place + 20, 20] for place in at])
     labels = torch.arange(1, len(model) + 1)
-    batch: Any = SimpleNamespace(ids=(image,))
-    measured.add_detections(batch, [Detections(boxes, torch.ones(len(model)), labels)])
+    measured.add_detections([image], [Detections(boxes, torch.ones(len(model)), labels)])
 
 
 @pytest.mark.parametrize(("metric", "name"), [(CocoMetric, "AP"), (VocMetric, "mAP")])

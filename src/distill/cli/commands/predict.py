@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from distill.cli.devices import add_device_option, find_device
 from distill.cli.startup import uncollected_imports
 from distill.cli.tables import print_table
+from distill.export.suffixes import is_exported
 from distill.run_folder import DESCRIPTION, STUDENT
 from distill.types import DistillError
 
@@ -27,7 +28,7 @@ LONGEST_NAME = 180
 def main(argv: Sequence[str]) -> int:
     """``distill predict RUN IMAGES… [--out DIR] [--score 0.5] [--annotations FILE] [--device cuda:1] [trust=[…]]``."""
     parser = argparse.ArgumentParser(prog="distill predict", description=__doc__)
-    parser.add_argument("run", type=Path, help=f"a run folder, or its {STUDENT}")
+    parser.add_argument("run", type=Path, help=f"a run folder, its {STUDENT}, or an exported file")
     parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/predictions"), help="folder; default: outputs/predictions"
@@ -184,7 +185,7 @@ def predict(
     """Write pictures, ``detections.json`` and ``images.json``. An image that cannot be read is reported and left out.
 
     Args:
-        run: a run folder, or the student in this folder.
+        run: a run folder, the student in this folder, or an exported file.
         files: the images.
         out: folder of the written files.
         score: lowest score that is drawn.
@@ -200,16 +201,23 @@ def predict(
     """
     with uncollected_imports():
         from distill.data import rle
+        from distill.detectors.base import Detector
         from distill.detectors.registry import load_detector
         from distill.detectors.student_files import read_extra
         from distill.evaluation.pictures import panel, save_panel
+        from distill.export.exported import ExportedDetector
         from distill.files import write_text
         from distill.imaging.decoding import read_image
         from distill.progress import track
     from distill.types import Detections
 
-    detector = load_detector(run).to(device)
-    trained_ids = _trained_category_ids(read_extra(run), run)
+    detector: Detector | ExportedDetector
+    if is_exported(run.name):
+        detector = ExportedDetector(run)
+        extra: Mapping[str, Any] = detector.facts
+    else:
+        detector, extra = load_detector(run).to(device), read_extra(run)
+    trained_ids = _trained_category_ids(extra, run)
     category_ids = {label: trained_ids.get(label, label) for label in range(1, len(detector.classes) + 1)}
     if reference is not None:
         category_ids = {
