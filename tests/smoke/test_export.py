@@ -20,7 +20,7 @@ from helpers.runs import TINY, Cli
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-FEW = ["--images", "4", "--timed", "1"]
+FEW = ["--images", "4", "--timed", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with a file `student.onnx`, which tests only read."""
     folder = tmp_path_factory.mktemp("exported") / "run"
     assert main(["train", "distill=none", *TINY, "data.source.val=6", f"hydra.run.dir={folder}"]) == 0
-    assert main(["export", str(folder), "--to", "onnx", *FEW, "--license", "CC-BY-4.0"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        assert main(["export", str(folder), "--to", "onnx", "--images", "4", "--timed", "1"]) == 0
     return folder
 
 
@@ -50,7 +52,7 @@ def test_export_writes_the_file_its_script_and_its_proof(run: Path) -> None:
     assert proof["student"]["results"].keys() == proof["exported"]["results"].keys() >= {"AP", "AP50"}
     assert proof["exported"]["megabytes"] == (folder / "student.onnx").stat().st_size / 1e6
     for row in (proof["student"], proof["exported"]):
-        assert [spread["threads"] for spread in row["latency"]] == sorted({1, os.cpu_count()})
+        assert [spread["threads"] for spread in row["latency"]] == [1]
         assert all(0 < spread["median"] <= spread["p95"] for spread in row["latency"])
 
 
@@ -105,7 +107,7 @@ def test_evaluate_takes_a_file_outside_of_a_run(
 def test_other_formats_find_what_the_student_finds(route: str, run: Path, cli: Cli) -> None:
     if route == "safetensors":
         pytest.importorskip("safetensors")
-    assert cli(["export", str(run), "--to", route, *FEW, "--timed", "0", "--out", route]) == 0
+    assert cli(["export", str(run), "--to", route, *FEW, "--out", route]) == 0
     proof = json.loads(Path(route, "proof.json").read_text())
     parity = proof["parity"]
     assert (parity["missing"], parity["surplus"]) == (0, 0)
@@ -151,7 +153,7 @@ def test_openvino_finds_what_the_student_finds(run: Path, cli: Cli) -> None:
 def test_refusals_write_nothing(
     words: list[str], message: str, run: Path, cli: Cli, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert cli(["export", str(run), *words, "--timed", "1", "--out", "out"]) == 1
+    assert cli(["export", str(run), *words, "--timed", "0", "--out", "out"]) == 1
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

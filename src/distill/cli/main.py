@@ -16,6 +16,7 @@ USAGE = """usage: distill <command> [options]
   resume RUN [overrides]                continue a stopped run from its last checkpoint
   evaluate RUN [overrides]              measure the AP of a run's student, on any split or data set
   export RUN --to FORMAT [overrides]    write a run's student as a file of another program, and measure its AP
+  card RUN [--license TEXT]             table of AP and costs, and a model card beside the student's weights
   compare [overrides] [seeds=3]         train without and with distillation over several seeds, and compare
   compare RUN RUN...                    compare finished runs
   predict RUN IMAGES... [--score 0.5]   draw detections on images, and write them in COCO's format
@@ -37,6 +38,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
     from distill.cli.commands import (
         analyze,
         bench,
+        card,
         classifier,
         compare,
         doctor,
@@ -59,6 +61,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
         "analyze": analyze.main,
         "report": report.main,
         "bench": bench.main,
+        "card": card.main,
         "classifier": classifier.main,
         "doctor": doctor.main,
         "replay": replay.main,

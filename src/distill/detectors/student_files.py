@@ -118,7 +118,7 @@ def read_detector(path: Path) -> tuple[Any, dict[str, Tensor]]:
         DistillError: a file is missing or invalid.
     """
     file = weights_file(path)
-    content = load_safetensors(file) if file.suffix == SAFETENSORS else load_tensors(file)
+    content: Any = load_safetensors(file) if file.suffix == SAFETENSORS else load_tensors(file)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         prefix = "student.net."
         state = {

@@ -205,7 +205,7 @@ def prove(
     found: list[Detections] = []
     own = detect_by(student)
     expected = evaluate_program(student, own, images, metrics, "student", ours)
-    results = evaluate_program(student, open_program(0), images, metrics, name, found)
+    results = evaluate_program(student, open_program(1), images, metrics, name, found)
     in_memory = [pixels for _, (_, pixels) in zip(range(timed), images, strict=False)]
     cores = os.cpu_count() or 1
     latency: dict[str, list[Latency]] = {"student": [], name: []}

@@ -15,7 +15,7 @@ from distill.cli.config import compose, config_folders
 from distill.cli.config.hydra_main import answer_flags
 from distill.types import DistillError
 
-PATH_FIRST = ("evaluate", "analyze", "resume", "classifier", "replay")
+PATH_FIRST = ("evaluate", "analyze", "resume", "export", "classifier", "replay")
 """Verbs whose first argument is a path, which the shell itself completes; overrides follow."""
 FLAGS = ("-sc", "--shell-completion")
 
