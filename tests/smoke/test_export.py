@@ -222,3 +222,41 @@ def test_exported_weights_load_into_plain_torchvision(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert (done.stdout.strip(), done.stderr) == ("0.05", "")
+
+
+def test_card_has_results_recipe_and_weights(run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    from distill.detectors.registry import load_detector
+    from distill.export import hub
+
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Client:
+        def create_repo(self, name: str, **options: Any) -> str:
+            calls.append((name, options))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append(("upload", options))
+
+    monkeypatch.setattr(hub, "hub_client", Client)
+    words = ["--license", "CC-BY-4.0", "--out", "card", "--push-to-hub", "me/cells"]
+    assert cli(["card", str(run), *words]) == 0
+    names = {"README.md", "student.safetensors", "student.json", "student.onnx", "infer.py"}
+    assert {file.name for file in Path("card").iterdir()} == names
+    assert [call[0] for call in calls] == ["me/cells", "upload"]
+    assert Path(calls[1][1]["folder_path"]) == Path("card")
+    text = Path("card/README.md").read_text()
+    assert "license: cc-by-4.0" in text
+    assert "| this student | CC-BY-4.0 |" in text
+    assert "| onnx (val, 4 images) |" in text
+    assert "distill=none" in text
+    ours, loaded = load_detector(run).state_dict(), load_detector("card").state_dict()
+    assert ours.keys() == loaded.keys()
+    assert all(torch.equal(ours[name], loaded[name]) for name in ours)
+
+
+def test_card_of_an_unfinished_run_is_refused(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    assert cli(["card", "run"]) == 1
+    assert "expected a finished run" in capsys.readouterr().err
