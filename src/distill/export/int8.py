@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +38,20 @@ def quantize(source: Path, path: Path, images: Iterable[Tensor], facts: dict[str
     if first is None:
         raise DistillError("--int8: expected training images to calibrate with, but the split train has none")
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.images = _chain(first, rows)
+    given = chain([first], rows)
 
-        def get_next(self) -> dict[str, Any] | None:
-            image = next(self.images, None)
-            return None if image is None else {"image": image.permute(1, 2, 0).contiguous().numpy()}
+    def next_input(_: Any) -> dict[str, Any] | None:
+        image = next(given, None)
+        return None if image is None else {"image": image.permute(1, 2, 0).contiguous().numpy()}
 
+    reader = type("Reader", (quantization.CalibrationDataReader,), {"get_next": next_input})()
     logger, level = logging.getLogger(), logging.getLogger().level
     logger.setLevel(logging.ERROR)  # it recommends a preparation that the exporter has done
     try:
         quantization.quantize_static(
             str(source),
             str(path),
-            Reader(),
+            reader,
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(LAYERS),
             per_channel=True,
@@ -64,8 +64,3 @@ def quantize(source: Path, path: Path, images: Iterable[Tensor], facts: dict[str
     model = onnx.load(str(path))
     onnx.helper.set_model_props(model, to_strings(facts))
     onnx.save(model, str(path))
-
-
-def _chain(first: Tensor, others: Iterator[Tensor]) -> Iterator[Tensor]:
-    yield first
-    yield from others

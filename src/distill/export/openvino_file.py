@@ -41,7 +41,8 @@ class OpenVinoProgram:
         try:
             model = openvino.Core().read_model(str(path))
             self.network = openvino.compile_model(model, "CPU", options)
-            stored = model.get_rt_info()["distill"].value if model.has_rt_info(["distill"]) else {}
+            found: Any = model.get_rt_info(["distill"]) if model.has_rt_info(["distill"]) else {}
+            stored = getattr(found, "value", found)
         except Exception as error:  # openvino's errors have no common class
             reason = str(error).strip().partition("\n")[0]
             raise DistillError(f"{path}: not an OpenVINO file that openvino can run ({reason})") from error

@@ -23,7 +23,7 @@ def export_torchscript(graph: nn.Module, image: Tensor, path: Path, facts: Mappi
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer warns about every shape that it records
         traced: Any = torch.jit.trace(graph, image, check_trace=False)  # type: ignore[no-untyped-call]
-        torch.jit.save(traced, str(path), {METADATA: json.dumps(to_strings(facts))})  # type: ignore[no-untyped-call]
+        torch.jit.save(traced, str(path), {METADATA: json.dumps(to_strings(facts))})
 
 
 class TorchScriptProgram:
