@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,6 +30,24 @@ def sum_over_ranks(values: Tensor) -> tuple[Tensor, int]:
         values = values.clone()
         dist.all_reduce(values)
     return values, processes
+
+
+def sum_with_gradient(values: Tensor) -> Tensor:
+    """Sum ``values`` over all processes; the gradient of each process is that of the sum of all processes' losses.
+
+    Every process must call this function, and run the backward pass, if one of them does.
+    """
+    return _SumOverRanks.apply(values) if world_size() > 1 else values
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return sum_over_ranks(values)[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return sum_over_ranks(gradient)[0]
 
 
 def gather_objects(value: Any) -> list[Any]:

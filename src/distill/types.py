@@ -175,6 +175,7 @@ ALTERNATIVES = {
     **dict.fromkeys(("neck", "anchors", "deltas", "anchor_targets", "anchor_boxes", "roi_features"), _PYRAMID),
     **dict.fromkeys(("objectness", "proposals", "rois", "roi_logits", "roi_boxes"), _TWO_STAGE),
     **dict.fromkeys(("points", "centerness"), _ANCHOR_FREE),
+    **dict.fromkeys(("tower_features", "finish_tower"), "choose a one-stage detector (model=retinanet_r50)"),
     "class_logits": "choose a one-stage detector (model=retinanet_r50)",
     "mask_logits": "choose a detector with a mask head (model=mask_rcnn_r50)",
 }
@@ -227,6 +228,12 @@ class View(Protocol):
     @property
     def neck(self) -> Pyramid: ...
 
+    def with_neck(self, maps: Pyramid) -> View:
+        """Return a View of the same detector and batch with other maps as its neck.
+
+        Gradients reach the maps, also where this View is frozen.
+        """
+
     @property
     def anchors(self) -> dict[int, Tensor]:
         """Stride -> anchors (H*W*A, 4) float32. All images of the batch share the anchors.
@@ -251,6 +258,20 @@ class View(Protocol):
         """Dense box deltas (B, A*4, H, W).
 
         Deltas of an anchor-free detector are distances to the left, top, right and bottom side, in strides, at least 0.
+        """
+
+    def tower_features(self, branch: str, depth: int) -> Pyramid:
+        """One-stage detectors: return the output (B, C, H, W) of a convolution of a head's tower, before its ReLU.
+
+        Args:
+            branch: ``classes`` or ``boxes``.
+            depth: number of convolutions that were run; 0 for the neck.
+        """
+
+    def finish_tower(self, branch: str, depth: int, features: Mapping[int, Tensor]) -> Pyramid:
+        """One-stage detectors: return class logits or deltas of features (after the ReLU) of convolution `depth`.
+
+        The gradient reaches the features, also where this View is frozen. See `tower_features`.
         """
 
     @property

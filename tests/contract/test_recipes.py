@@ -7,7 +7,7 @@ value is ours, the block says so.
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -118,7 +118,32 @@ SSIM = {
     "ssim_coco_frcnn_x101_r50": Recipe("frcnn r50", "frcnn resnext101_64x4d", rate=0.02, **DEFAULTS),
 }
 
-RECIPES = DEFEAT | FGFI | MIMIC | TADF | DSIG | SSIM
+# The 2x schedule of MMDetection: 0.02 (Faster R-CNN) and 0.01 (RetinaNet) on 8 x 2 images, drops at 16 and 22 of 24
+# epochs. Weights as released: PKD 10 (arXiv 2207.02039), CWD 5 (mmdetection-distiller), MGD 2e-5 (arXiv 2205.01529),
+# FGD 1e-3, 5e-4, 5e-4, 5e-6 (arXiv 2111.11837, its code), CrossKD 1 and 1 (arXiv 2306.11369), FRS 0.005 and 0.02 (arXiv
+# 2111.00674), DIST 1 and 1 with mimic 1 (arXiv 2205.10536), FBKD as in MMRazor, MasKD 1 (arXiv 2205.14589; the weights
+# of its tokens are ours).
+TWICE = {"batch": 16, "milestones": (16, 22), "epochs": 24}
+RETINANET = partial(Recipe, "retinanet r50", rate=0.01, **TWICE)
+FASTER = partial(Recipe, "frcnn r50", "frcnn r101", rate=0.02, **TWICE)
+X101, R101 = "retinanet resnext101_64x4d", "retinanet r101"
+FOCAL = weights("fgd", neck_foreground=1e-3, neck_background=5e-4, neck_attention=5e-4, neck_relation=5e-6)
+FEATURES = weights("fbkd", neck_attended=7e-5, neck_channels=4e-3, neck_cells=4e-3, neck_relation=7e-5)
+MODERN = {
+    "pkd_coco_retinanet_x101_r50": RETINANET(X101, weights=weights("pkd", neck_all=10)),
+    "cwd_coco_retinanet_x101_r50": RETINANET(X101, weights=weights("cwd", neck_all=5)),
+    "mgd_coco_retinanet_x101_r50": RETINANET(X101, weights=weights("mgd", neck_all=2e-5)),
+    "fgd_coco_retinanet_x101_r50": RETINANET(X101, weights=FOCAL),
+    "dist_coco_retinanet_x101_r50": RETINANET(
+        X101, weights=weights("dist", classes_inter=1, classes_intra=1) | weights("hint", neck_all=1)
+    ),
+    "crosskd_coco_retinanet_r101_r50": RETINANET(R101, weights=weights("crosskd", heads_classes=1, heads_boxes=1)),
+    "frs_coco_retinanet_r101_r50": RETINANET(R101, weights=weights("frs", neck_features=0.005, logits_classes=0.02)),
+    "fbkd_coco_frcnn_r101_r50": FASTER(weights=FEATURES),
+    "maskd_coco_frcnn_r101_r50": FASTER(weights=weights("maskd", neck_all=1, tokens_task=1, tokens_diversity=1)),
+}
+
+RECIPES = MODERN | DEFEAT | FGFI | MIMIC | TADF | DSIG | SSIM
 PREFIXES = {family.detector.__name__: family.options for family in FAMILIES.values()}
 
 
@@ -180,7 +205,7 @@ def test_a_recipe_is_what_its_source_says(experiment: str) -> None:
     assert auto_keys(cfg) == []  # nothing of a recipe depends on the data
 
 
-@pytest.mark.parametrize("experiment", [name for name in DSIG | SSIM if "_retinanet_" in name])
+@pytest.mark.parametrize("experiment", [name for name in DSIG | SSIM | MODERN if "_retinanet_" in name])
 def test_a_retinanet_of_another_framework_has_its_p6(experiment: str) -> None:
     """Detectron2 and MMDetection make it from C5, torchvision's first RetinaNet from P5."""
     cfg = composed(experiment)

@@ -20,7 +20,10 @@ PAIRS = {
     "one-stage": ["model=retinanet_r10_quarter", "teacher=retinanet_r18"],
 }
 NOT_HERE = {
-    "two-stage": {"dicod", "dsig_retinanet", "dsig_retinanet_small"},
+    "two-stage": {
+        *("adl", "bckd", "crosskd", "crosskd_fcos", "cwd_logits", "dicod"),
+        *("dsig_retinanet", "dsig_retinanet_small"),
+    },
     "one-stage": {
         *("chen", "defeat_full", "dicod", "global_knowledge", "mimic", "tadf"),
         *("dsig", "dsig_r50_r101", "dsig_r101_r152"),

@@ -14,7 +14,7 @@ from distill.detectors.retinanet import RetinaNetView
 from distill.types import AnchorTargets, Batch, Detections, DetectorSpec, Regions, Target
 
 STRIDES = (4, 8, 16, 32, 64)
-PYRAMIDS = {"body", "neck", "class_logits", "objectness", "deltas"}
+PYRAMIDS = {"body", "neck", "class_logits", "objectness", "deltas", "tower_classes", "tower_boxes"}
 
 
 def spec(
@@ -80,6 +80,19 @@ class FakeView:
     def roi_boxes(self, boxes: Sequence[Tensor]) -> Tensor:
         self.reads.add("roi_boxes")
         return self.stages["roi_boxes"]
+
+    def anchor_boxes(self, deltas: Tensor) -> Tensor:
+        """Deltas move the corners of the anchors, in pixels."""
+        return torch.cat(list(self.stages["anchors"].values())) + deltas
+
+    def tower_features(self, branch: str, depth: int) -> Any:
+        self.reads.add("tower_features")
+        return self.stages[f"tower_{branch}"]
+
+    def finish_tower(self, branch: str, depth: int, features: Any) -> Any:
+        """A linear layer, ``head_classes`` or ``head_boxes`` (channels out, channels in)."""
+        weight = self.stages[f"head_{branch}"]
+        return {at: torch.einsum("oc,bchw->bohw", weight.to(x.dtype), x) for at, x in features.items()}
 
     def mapped(self, change: Any) -> FakeView:
         """The same view with `change` applied to every map, pooled feature and logit of a network."""

@@ -68,6 +68,8 @@ class LossGrid:
         for view in (student, teacher):
             for leaf in view.leaves():
                 leaf.requires_grad_()
+        if student.leaves()[0].dtype == torch.float64:
+            loss.double()  # its trained layers
         values = loss(student, teacher)
         assert values.keys() == loss.weights.keys()
         return values
@@ -190,6 +192,30 @@ class LossGrid:
         wrong = student.mapped(lambda x: x[..., :-1] if x.shape[-1] > 1 else x.expand(*x.shape[:-1], 2))
         with pytest.raises(DistillError, match=r"expected student and teacher of equal shape, got the student's \("):
             self.loss(self.student, self.teacher)(wrong, teacher)
+
+
+class TrainedLayers(LossGrid):
+    """A loss with layers of its own between both models: it does not vanish between equals, and autocast changes it."""
+
+    test_is_at_its_minimum_when_student_equals_teacher = None
+    test_autocast_changes_adapters_only = None
+
+    def test_autocast_keeps_its_terms_finite(self) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            values = self.run(self.loss(self.student, self.teacher), *self.views(OBJECTS, torch.float32))
+        self.finite(values)
+        assert all(value.dtype == torch.float32 for value in values.values())
+
+
+class OracleOfTwins(LossGrid):
+    """A batch that holds an image twice has a value of its own: statistics of the batch, or draws."""
+
+    def test_an_image_twice(self) -> None:
+        loss = self.loss(self.student, self.teacher)
+        images = batch([OBJECTS[0]] * 2)
+        student, teacher = self.pair(replace(images, ids=(images.ids[0],) * 2))
+        values = {name: value.item() for name, value in self.run(loss, student, teacher).items()}
+        assert values == pytest.approx(self.oracle(loss, student, teacher), rel=self.relative)
 
 
 class AnchorsFollowMaps(LossGrid):

@@ -6,15 +6,29 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from distill.losses.adl import ADL
+from distill.losses.at import AT
 from distill.losses.base import DistillLoss
+from distill.losses.bckd import BCKD
 from distill.losses.chen import Chen
+from distill.losses.crosskd import CrossKD
+from distill.losses.cwd import CWD
 from distill.losses.defeat import DeFeat
 from distill.losses.dicod import DICOD
+from distill.losses.dist import DIST
 from distill.losses.dsig import DSIG
+from distill.losses.fbkd import FBKD
+from distill.losses.fgd import FGD
 from distill.losses.fgfi import FGFI
+from distill.losses.frs import FRS
 from distill.losses.global_knowledge import GlobalKnowledge
+from distill.losses.hint import Hint
+from distill.losses.maskd import MasKD
+from distill.losses.mgd import MGD
 from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD
+from distill.losses.pkd import PKD
+from distill.losses.response import Response
 from distill.losses.ssim import SSIM
 from distill.losses.tadf import TADF
 from helpers.training import EVERYTHING
@@ -30,19 +44,37 @@ class Method(NamedTuple):
     """Constructor arguments that suit small detectors, and switch on what the defaults leave out."""
     replaces_hard_labels: bool = False
     """It changes the student's own losses even where its own terms have no weight."""
+    family: str = "faster_rcnn"
+    """The family of a student and teacher that it fits."""
+    trained_alone: bool = True
+    """Whether daily tests train its option in a run of its own, or in one run with those of other methods."""
 
 
 METHODS = {
+    "adl": Method(ADL, "adl", family="retinanet", trained_alone=False),
+    "at": Method(AT, "at", trained_alone=False),
+    "bckd": Method(BCKD, "bckd", family="retinanet", trained_alone=False),
     "chen": Method(Chen, "chen", replaces_hard_labels=True),
+    "crosskd": Method(CrossKD, "crosskd", family="retinanet", trained_alone=False),
+    "cwd": Method(CWD, "cwd", trained_alone=False),
     "defeat": Method(DeFeat, "defeat_full", EVERYTHING),
     "dicod": Method(DICOD, "dicod"),
+    "dist": Method(DIST, "dist", trained_alone=False),
     "dsig": Method(DSIG, "dsig", {"adapter": {"kernel": 1}}),
+    "fbkd": Method(FBKD, "fbkd", trained_alone=False),
+    "fgd": Method(FGD, "fgd", trained_alone=False),
     "fgfi": Method(FGFI, "fgfi"),
     "global_knowledge": Method(
         GlobalKnowledge, "global_knowledge", {"prototypes": {"count": 2, "images": 4, "min_side": 4.0}}
     ),
+    "frs": Method(FRS, "frs_two_stage", trained_alone=False),
+    "hint": Method(Hint, "hint", trained_alone=False),
+    "maskd": Method(MasKD, "maskd", trained_alone=False),
+    "mgd": Method(MGD, "mgd", trained_alone=False),
     "mimic": Method(Mimic, "mimic", {"neck": {"all": 1.0}}),
     "pad": Method(PAD, "pad_mimic", {"of": Mimic}),
+    "pkd": Method(PKD, "pkd", trained_alone=False),
+    "response": Method(Response, "response", trained_alone=False),
     "ssim": Method(SSIM, "ssim"),
     "tadf": Method(TADF, "tadf"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
@@ -103,10 +103,13 @@ def one_rank(rank: int, folder: str, make: Make, scene: Scene) -> None:
     dist.destroy_process_group()
 
 
-def assert_two_equal_one(make: Make, scene: Scene, folder: Path, relative: float = 1e-9) -> None:
+def assert_two_equal_one(
+    make: Make, scene: Scene, folder: Path, relative: float = 1e-9, differ: Collection[str] | None = None
+) -> None:
     """Terms and gradients, averaged over processes as DDP does; with counts of each process alone, they must differ.
 
-    Of several losses together, whose terms are called ``name/term``, each must differ in some term.
+    Of several losses together, whose terms are called ``name/term``, each must differ in some term, or, if `differ` is
+    given, exactly those: the others count images only, of which both processes have equally many.
     """
     run_in_two_processes(one_rank, str(folder), make, scene)
     values, leaves, adapters = found(make, scene, "global", slice(0, 4))
@@ -121,8 +124,8 @@ def assert_two_equal_one(make: Make, scene: Scene, folder: Path, relative: float
     for one, other, whole in zip(first[2], second[2], adapters, strict=True):
         torch.testing.assert_close((one + other) / 2, whole, rtol=relative, atol=1e-14)
     alone = [torch.load(folder / f"process{rank}.pt")[0] for rank in (0, 1)]
-    differ = {
-        name: abs((alone[0][name] + alone[1][name]) / 2 - value) > 1e-3 * abs(value) for name, value in values.items()
+    apart = {
+        name for name, value in values.items() if abs((alone[0][name] + alone[1][name]) / 2 - value) > 1e-3 * abs(value)
     }
-    for loss in {name.rpartition("/")[0] for name in values}:
-        assert any(apart for name, apart in differ.items() if name.rpartition("/")[0] == loss), loss
+    losses = {name.rpartition("/")[0] for name in values}
+    assert {name.rpartition("/")[0] for name in apart} == (losses if differ is None else set(differ))

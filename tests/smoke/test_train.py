@@ -26,6 +26,7 @@ from distill.data.shapes import CLASSES
 from distill.evaluation.coco import CocoMetric
 from distill.evaluation.recording import load_recording
 from distill.training.distiller import Distiller
+from helpers.detector_pairs import NOT_HERE
 from helpers.grids import exhaustive, mostly_exhaustive
 from helpers.methods import METHODS
 from helpers.runs import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
@@ -33,9 +34,15 @@ from helpers.wandb_files import read_wandb
 
 WIDE = "model.neck_channels=64"  # group norm
 OPTIONS = [option for option in compose.config_groups()["distill"] if option != "none"]
-ONE_STAGE = [option for option in OPTIONS if "retinanet" in option]
-DISTILL = [option for option in OPTIONS if option not in ONE_STAGE]
-DAILY = [method.option for method in METHODS.values()]
+ONE_STAGE = [option for option in OPTIONS if "retinanet" in option or option in NOT_HERE["two-stage"] - {"dicod"}]
+TOGETHER = {
+    family: sorted(row.option for row in METHODS.values() if not row.trained_alone and row.family == family)
+    for family in ("faster_rcnn", "retinanet")
+}
+"""Options of a family that daily tests train in one run."""
+DISTILL = [*(option for option in OPTIONS if option not in ONE_STAGE), f"[{','.join(TOGETHER['faster_rcnn'])}]"]
+DAILY = [*(method.option for method in METHODS.values() if method.trained_alone), DISTILL[-1]]
+DENSE = [f"[{','.join(['dsig_retinanet', *TOGETHER['retinanet']])}]", *ONE_STAGE]
 MADE = {"dicod": "made_classifier"}
 """Options that need something made first -> the fixture that makes it and gives the overrides that name it."""
 WITHOUT_TEACHER = ["dicod"]
@@ -148,7 +155,7 @@ def test_an_inheriting_student_starts_from_the_teacher_s_neck_and_heads(
     )
 
 
-@pytest.mark.parametrize("option", mostly_exhaustive(ONE_STAGE, ONE_STAGE[:1]))
+@pytest.mark.parametrize("option", mostly_exhaustive(DENSE, DENSE[:1]))
 def test_every_one_stage_option_trains(option: str, cli: Cli, tmp_path: Path) -> None:
     lines = ["model=retinanet_r10_quarter", *TINY_DATA, *TINY_MODEL, *TINY_RUN]
     assert cli(["train", *lines, "distill=none", "hydra.run.dir=teacher"]) == 0

@@ -44,6 +44,10 @@ class FCOSView(RetinaNetView):
         layer = self.net.head.regression_head.bbox_reg
         return {stride: upcast(torch.relu(layer(x))) for stride, x in self._box_features.items()}
 
+    def _last_layer(self, branch: str, x: Tensor) -> Tensor:
+        outputs = super()._last_layer(branch, x)
+        return outputs.relu() if branch == "boxes" else outputs
+
     @network
     def centerness(self) -> Pyramid:
         """Stride -> centerness logits (B, 1, H, W)."""

@@ -16,6 +16,7 @@ from torchvision.ops import box_iou
 from distill.detectors.anchors import anchor_generator, choose, clamp_deltas
 from distill.detectors.options import BACKBONE, PIXELS, AnchorOptions, BackboneOptions, PixelOptions
 from distill.detectors.pyramid import DenseDetector
+from distill.detectors.towers import run_layers, split_tower
 from distill.detectors.view import PyramidView, geometry, network, temporarily
 from distill.precision import upcast
 from distill.types import AnchorTargets, Detections, DistillError, Pyramid
@@ -27,7 +28,7 @@ ANCHORS = AnchorOptions(sizes=((32, 40, 50), (64, 80, 101), (128, 161, 203), (25
 class RetinaNetView(PyramidView):
     """The View of a RetinaNet. The class branch and the box branch run separately, each only if its output is read."""
 
-    outputs = PyramidView.outputs | {"class_logits"}
+    outputs = PyramidView.outputs | {"class_logits", "tower_features"}
 
     @property
     def generator(self) -> Any:
@@ -56,6 +57,48 @@ class RetinaNetView(PyramidView):
         """Stride -> box deltas (B, A*4, H, W)."""
         branch = self.net.head.regression_head
         return {stride: upcast(branch.bbox_reg(branch.conv(x))) for stride, x in self.neck.items()}
+
+    def tower_features(self, branch: str, depth: int) -> Pyramid:
+        """Return the output of convolution number `depth` of a branch, after its normalization and before its ReLU.
+
+        The layers run again, apart from those of `class_logits` and `deltas`, whose ReLUs overwrite their input.
+
+        Args:
+            branch: ``classes`` or ``boxes``.
+            depth: from 0, the neck, to the number of convolutions.
+        """
+        layers, _ = split_tower(self._branch(branch).conv, depth)
+        with self.scope(autocast=True):
+            return {stride: run_layers(layers, x) for stride, x in self.neck.items()}
+
+    def finish_tower(self, branch: str, depth: int, features: Mapping[int, Tensor]) -> Pyramid:
+        """Run the rest of a branch behind the ReLU of convolution number `depth`, on any features.
+
+        The gradient reaches the features, also where this View is frozen.
+
+        Args:
+            branch: ``classes``, for logits as in `class_logits`, or ``boxes``, for deltas as in `deltas`.
+            depth: number of convolutions that `features` have passed.
+            features: stride -> (B, C, H, W).
+        """
+        _, layers = split_tower(self._branch(branch).conv, depth)
+        dtype = next(self.net.head.parameters()).dtype
+        enabled, autocast = self._autocast
+        with torch.enable_grad(), torch.autocast(self.device.type, dtype=autocast, enabled=enabled):
+            # With autocast, inputs of any type fit; without it, those of the type of the weights.
+            maps = {stride: run_layers(layers, x if enabled else x.to(dtype)) for stride, x in features.items()}
+            outputs = {stride: self._last_layer(branch, x) for stride, x in maps.items()}
+        if branch == "boxes":
+            return outputs
+        return {stride: _classes_only(x, len(self.spec.classes) + 1) for stride, x in outputs.items()}
+
+    def _branch(self, branch: str) -> Any:
+        head = self.net.head
+        return {"classes": head.classification_head, "boxes": head.regression_head}[branch]
+
+    def _last_layer(self, branch: str, x: Tensor) -> Tensor:
+        head = self._branch(branch)
+        return upcast((head.cls_logits if branch == "classes" else head.bbox_reg)(x))
 
     def _flat(self) -> dict[str, list[Tensor]]:
         """torchvision's name -> logits (B, HWA, K+1) or deltas (B, HWA, 4) of each level."""

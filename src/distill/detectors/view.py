@@ -225,6 +225,17 @@ class PyramidView(LazyView):
         maps = fpn({str(index): x for index, x in enumerate(stages)})
         return dict(zip(self.spec.neck, maps.values(), strict=True))
 
+    def with_neck(self, maps: Pyramid) -> PyramidView:
+        """Return a View of the same detector and batch with other maps as its neck.
+
+        Its stages record gradients to the maps, also where this View is frozen.
+        """
+        with torch.enable_grad():
+            view = type(self)(self.detector, self.batch, self.training, False, self.seed)
+        view._autocast = self._autocast
+        vars(view)["neck"] = dict(maps)
+        return view
+
     @geometry
     def anchors(self) -> dict[int, Tensor]:
         """Stride -> (H*W*A, 4) float32 in the order (row, column, anchor). All images share the anchors."""

@@ -112,8 +112,8 @@ class DistillLoss(nn.Module):
         """One seed per image, from the loss's seed, the epoch and the image's id, independent of batch and process."""
         return [derive_seed(self.seed, self.epoch, image) for image in ids]
 
-    def average(self, shares: Mapping[str, Sequence[SumAndCount]]) -> dict[str, Tensor]:
-        """Term -> mean over its shares (e.g. levels) of sum / max(1, count).
+    def average(self, shares: Mapping[str, Sequence[SumAndCount]], least: float = 1.0) -> dict[str, Tensor]:
+        """Term -> mean over its shares (e.g. levels) of sum / max(least, count).
 
         With ``normalizer="global"`` the counts are summed over all processes, with one all-reduce for all terms, and
         the value is multiplied by the number of processes: DDP's mean gradient is then the gradient of one process with
@@ -125,7 +125,7 @@ class DistillLoss(nn.Module):
         summed, processes = torch.stack(counts), 1
         if self.normalizer == "global":
             summed, processes = distributed.sum_over_ranks(summed)
-        factors = iter((processes / summed.clamp(min=1)).unbind())
+        factors = iter((processes / summed.clamp(min=least)).unbind())
         return {
             term: torch.stack([total * next(factors) for total, _ in pairs]).mean() for term, pairs in shares.items()
         }
@@ -134,6 +134,16 @@ class DistillLoss(nn.Module):
 def sum_and_count(values: Tensor, member: Tensor) -> SumAndCount:
     """Sum and number of the values where `member` is true; both tensors have one shape."""
     return (member * values).sum(), member.sum()
+
+
+def summed(shares: Sequence[SumAndCount]) -> list[SumAndCount]:
+    """Shares whose :meth:`DistillLoss.average` is the sum over them of sum / count, instead of the mean."""
+    return [(len(shares) * total, count) for total, count in shares]
+
+
+def sum_and_size(total: Tensor, size: int) -> SumAndCount:
+    """A sum, and a count that is known on the host."""
+    return total, torch.full((), float(size), dtype=total.dtype, device=total.device)
 
 
 def is_number(value: Any, low: float = 0, high: float = math.inf) -> bool:
@@ -167,14 +177,15 @@ def merge_options(name: str, given: Mapping[str, Any], defaults: Mapping[str, An
 
 
 def shared_levels(
-    name: str, student: Mapping[int, int], teacher: Mapping[int, int], levels: Sequence[int] | None
+    name: str, student: Mapping[int, int], teacher: Mapping[int, int], levels: Sequence[int] | int | None
 ) -> list[int]:
     """Strides that both models have, finest first: all of them, or those of `levels`.
 
     Args:
         name: of the place, for the message.
         student, teacher: channels by stride.
-        levels: the requested strides; None for all shared ones.
+        levels: the requested strides; a number for so many of the finest shared ones, or all if there are fewer; None
+            for all shared ones.
 
     Raises:
         DistillError: a model lacks this place, no stride is shared, or a requested one is not.
@@ -185,6 +196,10 @@ def shared_levels(
                 f"{name}: the {role} has no feature pyramid. Set the weights of {name} to 0, or {ALTERNATIVES['neck']}"
             )
     shared = sorted(set(student) & set(teacher))
+    if isinstance(levels, int) and levels > 0 and shared:
+        return shared[:levels]
+    if isinstance(levels, int):
+        levels = [levels]
     missing = [level for level in levels or () if level not in shared]
     if not missing and shared and (levels is None or len(levels) > 0):
         return shared if levels is None else sorted(set(levels))

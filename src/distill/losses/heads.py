@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.labels import match_classes
-from distill.losses.base import require_equal_shapes
+from distill.losses.base import require_equal_shapes, require_outputs
 from distill.precision import upcast
 from distill.types import DetectorSpec, DistillError, Pyramid, Regions, View
 
@@ -21,6 +21,24 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     log_p = F.log_softmax(upcast(student) / temperature, dim=-1)
     log_q = F.log_softmax(upcast(teacher.detach()) / temperature, dim=-1)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+
+
+def sigmoid_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """tau^2 KL of the Bernoulli distributions sigmoid(T / tau) and sigmoid(S / tau); equal shapes -> the same shape."""
+    s, t = upcast(student) / temperature, upcast(teacher.detach()) / temperature
+    q = t.sigmoid()
+    error = q * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - q) * (F.logsigmoid(-t) - F.logsigmoid(-s))
+    return temperature**2 * error
+
+
+def quality_focal(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
+    """``|p - q|^beta`` BCE(p, q) of logits, p = sigmoid(S), q = sigmoid(T); equal shapes -> the same shape.
+
+    The gradient also flows through the weight ``|p - q|^beta`` (Li et al., "Generalized Focal Loss", NeurIPS 2020).
+    """
+    logits, target = upcast(student), upcast(teacher.detach()).sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (logits.sigmoid() - target).abs().pow(beta) * entropy
 
 
 def label_deltas(deltas: Tensor, labels: Tensor) -> Tensor:
@@ -55,6 +73,14 @@ class ClassMap(nn.Module):
     def dense_logits(self, teacher: Tensor) -> Tensor:
         """The teacher's logits without background -> the student's columns (..., K)."""
         return teacher if self.columns is None else teacher[..., self.columns[1:] - 1]
+
+    def map_logits(self, teacher: Tensor, classes: int) -> Tensor:
+        """The teacher's dense logits (B, A*classes, H, W) -> the student's columns (B, A*K, H, W)."""
+        if self.columns is None:
+            return teacher
+        batch, channels, height, width = teacher.shape
+        by_anchor = teacher.reshape(batch, channels // classes, classes, height, width)
+        return by_anchor[:, :, self.columns[1:] - 1].flatten(1, 2)
 
     def labels(self, student: Tensor) -> Tensor:
         """The student's labels -> the teacher's labels, of the same shape."""
@@ -117,6 +143,42 @@ def anchor_outputs(place: str, stage: str, student: View, teacher: View, width: 
     for stride, x in student_maps.items():
         require_equal_shapes(f"{place}, {stage} at stride {stride}", x, teacher_maps[stride], REMEDY)
     return flatten_anchors(student_maps, width), flatten_anchors(teacher_maps, width)
+
+
+def class_maps(name: str, student: View, teacher: View, classes: ClassMap) -> list[tuple[Tensor, Tensor]]:
+    """The dense class logits (B, A*K, H, W) of both models by level, in the student's classes, in float32 at least.
+
+    Raises:
+        DistillError: the logits differ in shape.
+    """
+    pairs = []
+    for stride, x in student.class_logits.items():
+        target = classes.map_logits(teacher.class_logits[stride], len(teacher.spec.classes))
+        require_equal_shapes(f"{name}, class_logits at stride {stride}", x, target, REMEDY)
+        pairs.append((upcast(x), upcast(target.detach())))
+    return pairs
+
+
+def anchor_classes(name: str, student: View, teacher: View, classes: ClassMap) -> tuple[Tensor, Tensor]:
+    """The dense class logits (B, N, K) of both models, in the student's classes, in float32 at least.
+
+    Raises:
+        DistillError: the logits differ in shape.
+    """
+    maps, width = class_maps(name, student, teacher, classes), len(student.spec.classes)
+    by_model = [dict(enumerate(x)) for x in zip(*maps, strict=True)]
+    return flatten_anchors(by_model[0], width), flatten_anchors(by_model[1], width)
+
+
+def dense_class_map(name: str, student: DetectorSpec, teacher: DetectorSpec) -> ClassMap:
+    """The class map of a pair of one-stage detectors.
+
+    Raises:
+        DistillError: a detector is not one-stage, their anchors differ, or the teacher lacks a class.
+    """
+    require_outputs(name, student, teacher, "class_logits")
+    require_equal_anchors(name, student, teacher)
+    return ClassMap(name, student, teacher)
 
 
 def require_equal_anchors(name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:

@@ -17,7 +17,7 @@ from distill.losses import adapters, base, masks
 from distill.losses.base import SumAndCount
 from distill.losses.kernels.blocks import values_per_block
 from distill.precision import upcast
-from distill.types import DistillError, Pyramid, Size, View
+from distill.types import DetectorSpec, DistillError, Pyramid, Size, View
 
 MapError = Callable[[Tensor, Tensor], Tensor]
 """(student's map after its adapter, teacher's map), both (B, C, H, W) -> error summed over channels (B, H, W)."""
@@ -173,6 +173,43 @@ class MapImitation(nn.Module):
         if self.reweigh is not None:
             error = channels * self.reweigh[str(level)](feature, error / channels)
         return [masked(error, mask, divisor) for mask in level_masks]
+
+
+class NeckPairs(nn.Module):
+    """The neck's maps of both models, level by level, for comparisons that are no sum over cells.
+
+    Args:
+        student, teacher: specs of both detectors.
+        levels: see :func:`distill.losses.base.shared_levels`.
+        adapter: ``kernel``, ``start`` and ``relu`` of :func:`distill.losses.adapters.adapter`.
+        seed: of the start values of the adapters.
+
+    Raises:
+        DistillError: no shared stride, unequal channels without an adapter, an unknown option.
+    """
+
+    def __init__(
+        self,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
+        levels: Sequence[int] | int | None,
+        adapter: Mapping[str, Any],
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.levels = base.shared_levels("neck", student.neck, teacher.neck, levels)
+        own_seed = base.derive_seed(seed, "neck")
+        self.adapters = adapters.adapters(student.neck, teacher.neck, self.levels, seed=own_seed, **adapter)
+
+    def forward(self, student: View, teacher: View) -> list[tuple[Tensor, Tensor]]:
+        """(B, C, H, W) of both by level, the student's after its adapter, in float32 at least."""
+        pairs = []
+        for level in self.levels:
+            student_map, teacher_map = self.adapters[str(level)](student.neck[level]), teacher.neck[level]
+            remedy = "Leave this stride out with neck.levels"
+            base.require_equal_shapes(f"neck, stride {level}", student_map, teacher_map, remedy)
+            pairs.append((upcast(student_map), upcast(teacher_map.detach())))
+        return pairs
 
 
 class RegionErrors(nn.Module):

@@ -226,6 +226,33 @@ def fine_grained_all_levels(
     }
 
 
+def inverse_areas(boxes: Sequence[Tensor], images: Sequence[Size], cells: Size) -> Tensor:
+    """The largest 1 / (number of its cells) of the boxes that cover a cell, 0 without a box: (B, H, W).
+
+    A box covers the cells from floor(x1 W / w) to ceil(x2 W / w), both inclusive, of an image of w pixels and a map of
+    W cells; rows likewise. The number of cells is not clipped to the map. Source: the released code of FGD (Yang et
+    al., CVPR 2022).
+
+    Args:
+        boxes: (N, 4) per image.
+        images: (h, w) of each image in pixels.
+        cells: (H, W) of the map.
+    """
+    padded, valid = _pad(boxes)
+    height, width = cells
+    pixels = torch.tensor([(w, h, w, h) for h, w in images], dtype=padded.dtype).to(padded.device, non_blocking=True)
+    scale = torch.tensor([width, height, width, height], dtype=padded.dtype).to(padded.device, non_blocking=True)
+    corners = padded / pixels[:, None] * scale
+    low, high = corners[..., :2].floor(), corners[..., 2:].ceil()
+    values = valid / (high - low + 1).prod(-1)
+    rows, columns = (torch.arange(count, device=padded.device) for count in cells)
+    in_columns = (columns >= low[..., :1]) & (columns <= high[..., :1])
+    in_rows = (rows >= low[..., 1:]) & (rows <= high[..., 1:])
+    # One image at a time, because (N, H, W) is large.
+    images_of = zip(in_rows * values[..., None], in_columns, strict=True)
+    return torch.stack([(row[:, :, None] * column[:, None]).amax(0) for row, column in images_of])
+
+
 def random(like: Masks, seeds: Sequence[int]) -> Masks:
     """The weights of `like`, shuffled within each image and level, at places drawn from the image's own seed.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill.losses import base, heads
 from distill.losses.base import DistillLoss, SumAndCount
+from distill.losses.boxes import paired_iou
 from distill.losses.heads import ClassMap
 from distill.losses.imitation import MapImitation
 from distill.precision import upcast
@@ -48,14 +49,6 @@ def smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum over the four deltas (R, 4) -> (R,)."""
     pair = upcast(student), upcast(teacher.detach())
     return F.smooth_l1_loss(*pair, beta=BETA, reduction="none").sum(1)
-
-
-def paired_iou(boxes: Tensor, truth: Tensor) -> Tensor:
-    """IoU of each box with the truth in the same row, both (R, 4) -> (R,); 0 where neither has an area."""
-    low, high = torch.maximum(boxes[:, :2], truth[:, :2]), torch.minimum(boxes[:, 2:], truth[:, 2:])
-    overlap = (high - low).clamp(min=0).prod(1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) + (truth[:, 2:] - truth[:, :2]).clamp(min=0).prod(1)
-    return overlap / (areas - overlap).clamp(min=torch.finfo(boxes.dtype).tiny)
 
 
 class TADF(DistillLoss):

@@ -8,12 +8,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.losses.at import AT
 from distill.losses.base import DistillLoss
+from distill.losses.cwd import CWD
+from distill.losses.dist import DIST
 from distill.losses.dsig import DSIG
+from distill.losses.fbkd import FBKD
+from distill.losses.fgd import FGD
 from distill.losses.fgfi import FGFI
+from distill.losses.frs import FRS
 from distill.losses.global_knowledge import GlobalKnowledge
+from distill.losses.hint import Hint
+from distill.losses.mgd import MGD
 from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD
+from distill.losses.pkd import PKD
 from distill.losses.ssim import SSIM
 from distill.types import View
 from helpers.fake_view import FakeView, batch, random_view, spec
@@ -50,6 +59,23 @@ def make(normalizer: str) -> DistillLoss:
     ).double()
 
 
+def make_of_batches(normalizer: str) -> DistillLoss:
+    """Losses with a sum over images or statistics of the batch. Batches of one size hide the counts, not statistics."""
+    known, how = (spec(), spec()), {"normalizer": normalizer}
+    context = {"foreground": 1.0, "background": 1.0, "attention": 1.0, "relation": 1.0}
+    return SeveralLosses(
+        at=AT(*known, **how),
+        cwd=CWD(*known, **how),
+        dist=DIST(*known, **how),
+        fbkd=FBKD(*known, neck={"relation": 0}, **how),
+        frs=FRS(*known, **how),
+        fgd=FGD(*known, neck=context, **how),
+        hint=Hint(*known, **how),
+        mgd=MGD(*known, **how),
+        pkd=PKD(*known, adapter={"kernel": 1}, **how),
+    ).double()
+
+
 def scene() -> tuple[FakeView, FakeView]:
     """The second process has a box in one image only."""
     images = batch([OBJECTS[0], OBJECTS[1], NOTHING, OBJECTS[1]])
@@ -59,3 +85,7 @@ def scene() -> tuple[FakeView, FakeView]:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert_two_equal_one(make, scene, tmp_path, relative=1e-6)  # masks are float32
+
+
+def test_two_processes_equal_one_in_their_statistics(tmp_path: Path) -> None:
+    assert_two_equal_one(make_of_batches, scene, tmp_path, relative=1e-6, differ=("dist", "fbkd", "frs", "pkd"))

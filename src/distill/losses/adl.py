@@ -1,0 +1,98 @@
+"""ADL: imitate dense class scores, with a weight that grows with the divergence and with the teacher's doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.losses import base, heads
+from distill.losses.base import DistillLoss
+from distill.losses.heads import ClassMap
+from distill.precision import upcast
+from distill.types import DetectorSpec, DistillError, View
+
+LOGITS = {"classes": 1.0}
+DIVISORS = ("scores", "positives")
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of the sigmoid of each logit: -q log q - (1 - q) log(1 - q)."""
+    logits = upcast(logits)
+    return F.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none")
+
+
+def adaptive_divergence(student: Tensor, teacher: Tensor, beta: float, gamma: float) -> Tensor:
+    """(1 - exp(-(KL + beta T)))^gamma KL of each logit, T the teacher's entropy; any equal shapes -> the same shape."""
+    divergence = heads.sigmoid_divergence(student, teacher, 1.0).clamp(min=0)
+    doubt = -(-(divergence + beta * entropy(teacher.detach()))).expm1()
+    return doubt.clamp(min=0).pow(gamma) * divergence
+
+
+class ADL(DistillLoss):
+    """Imitate the class scores of dense heads; easy anchors, where the teacher is sure and the student agrees, count
+    little.
+
+    ::
+
+        logits.classes = 1/N sum_{i, c} (1 - exp(-(KL_ic + beta T(q_ic))))^gamma KL_ic
+        KL = KL(q || p) of two Bernoulli distributions,  q = sigmoid(z_t),  p = sigmoid(z_s)
+        T(q) = -q log q - (1 - q) log(1 - q),            N = sum_{i, c} q_ic^theta
+
+    over all anchors i and classes c. The gradient also flows through the weight, as in the focal loss.
+
+    Source: Tang, Feng, Shao, Kuang, Zhang, Lu, "Learning Efficient Detector with Semi-supervised Adaptive
+    Distillation", 2019, arXiv 1901.00366. The abstract says that the loss grows with the teacher's uncertainty and with
+    the gap between both models; the equation and beta = 1.5, gamma = 1, theta = 1.8 are recalled, not checked against
+    the paper. With ``divide_by="positives"`` N is the number of positive anchors, that of the focal loss.
+
+    Shapes: logits (B, A*K, H, W). N is summed over all processes. The paper's weight is not known; 1 is a choice.
+
+    Args:
+        student, teacher: specs of two one-stage detectors with equal anchors.
+        logits: weight of its term.
+        beta, gamma: of the weight.
+        divide_by: ``scores`` (N) or ``positives``.
+        theta: of N.
+        ramp, normalizer, seed: see :class:`DistillLoss`. The loss draws nothing at random.
+    """
+
+    classes: ClassMap
+
+    def __init__(
+        self,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
+        logits: Mapping[str, float] = LOGITS,
+        beta: float = 1.5,
+        gamma: float = 1.0,
+        divide_by: str = "scores",
+        theta: float = 1.8,
+        ramp: Mapping[str, Any] = base.RAMP,
+        normalizer: str = "global",
+        seed: int = 0,
+    ) -> None:
+        logits = base.merge_options("logits", logits, LOGITS)
+        super().__init__({"logits.classes": logits["classes"]}, ramp, normalizer, seed)
+        if not all(map(base.is_number, (beta, gamma, theta))) or divide_by not in DIVISORS:
+            raise DistillError(
+                f"adl: expected beta, gamma and theta of at least 0 and divide_by of {' or '.join(DIVISORS)}, got "
+                f"beta={beta}, gamma={gamma}, theta={theta}, divide_by={divide_by}"
+            )
+        self.beta, self.gamma, self.theta, self.by_scores = beta, gamma, theta, divide_by == "scores"
+        if self.weights:
+            self.classes = heads.dense_class_map("logits", student, teacher)
+
+    def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
+        """The term of `weights`, a scalar."""
+        if not self.weights:
+            return {}
+        student_logits, teacher_logits = heads.anchor_classes("logits", student, teacher, self.classes)
+        error = adaptive_divergence(student_logits, teacher_logits, self.beta, self.gamma)
+        if self.by_scores:
+            count = upcast(teacher_logits).sigmoid().pow(self.theta).sum()
+        else:
+            count = (student.anchor_targets.labels > 0).sum()
+        return self.average({"logits.classes": [(error.sum(), count)]})

@@ -1,0 +1,174 @@
+"""FBKD: imitate maps by attention, their means over cells and over channels, and the relations between cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill import distributed
+from distill.losses import base
+from distill.losses.adapters import adapter as convolution
+from distill.losses.attention import spatial_attention
+from distill.losses.base import DistillLoss, SumAndCount
+from distill.losses.imitation import NeckPairs
+from distill.precision import upcast
+from distill.types import DetectorSpec, DistillError, View
+
+NECK = {"attended": 7e-5, "channels": 4e-3, "cells": 4e-3, "relation": 7e-5, "levels": 4}
+ADAPTER = {"kernel": 1, "start": "default", "relu": False}
+POOLED = (8, 4, 4, 2)
+"""Side of the cells that a non-local block pools, from the finest level on; no pooling on other levels."""
+
+
+class NonLocal(nn.Module):
+    """Relate every cell to all cells: F + W_o (theta(F) (phi(F)^T g(F)) / cells), without a softmax.
+
+    Source: Wang et al., "Non-local Neural Networks", CVPR 2018, with dot products. theta, phi and g are 1x1
+    convolutions to half of the channels. W_o is a 1x1 convolution that starts at 0, so that the block starts as the
+    identity.
+
+    Args:
+        channels: of the maps (B, C, H, W).
+        pool: side of the max-pooling of phi and g, clipped to the map.
+        seed: of the start values.
+    """
+
+    def __init__(self, channels: int, pool: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        hidden = max(1, channels // 2)
+        self.theta, self.phi, self.g = (
+            convolution(channels, hidden, 1, start="default", seed=seed + part) for part in range(3)
+        )
+        self.out = convolution(hidden, channels, 1, start="default", seed=seed + 3)
+        with torch.no_grad():
+            for parameter in self.out.parameters():
+                parameter.zero_()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        side = min(self.pool, *x.shape[2:])
+        phi, g = (F.max_pool2d(layer(x), side).flatten(2) for layer in (self.phi, self.g))
+        # The products are associative: (phi^T g) has half of the channels squared, theta phi^T the cells squared.
+        mixing = phi @ g.transpose(1, 2) / phi.shape[2]  # (B, hidden of phi, hidden of g)
+        related = torch.einsum("bihw,bij->bjhw", self.theta(x), mixing)
+        added: Tensor = self.out(related)
+        return x + added
+
+
+class FBKD(DistillLoss):
+    """Imitate maps by attention, the means over cells and over channels, and maps after non-local blocks.
+
+    ::
+
+        neck.attended = sum_l | sqrt(m_l) (A_l(S_l) - T_l) |_2         m = (A^S(S) + A^S(T)) / 2, without a gradient
+        neck.channels = sum_l | linear_l(mean_hw S_l) - mean_hw T_l |_2
+        neck.cells    = sum_l | conv3x3_l(mean_c S_l) - mean_c T_l |_2
+        neck.relation = sum_l | conv1x1_l(NL_s(S_l)) - NL_t(T_l) |_2
+        A^S           = H W softmax_hw(mean_c |F| / tau)
+
+    The norms are roots of sums of squares over the whole batch. All layers are trained, also NL_t on the teacher's map.
+
+    Source: Zhang, Ma, "Improve Object Detection with Feature-based Knowledge Distillation: Towards Accurate and
+    Efficient Detectors", ICLR 2021; form and weights as in MMRazor. The channel attention of the paper is left out, as
+    there: it is computed and not used.
+
+    The batch is that of one process, as published, so the terms grow with the root of the batch size per GPU; with
+    ``normalizer="global"`` it is that of all processes. Where we differ: the non-local blocks have no batch norm; the
+    linear layer, the convolutions and NL_s take the student's map before its adapter.
+
+    Shapes: maps (B, C, H, W). Published: 7e-5, 4e-3, 4e-3 and 7e-5 on the four finest levels of Faster R-CNN, tau =
+    0.5.
+
+    Args:
+        student, teacher: specs of both detectors.
+        neck: weights of its terms; ``levels``: strides, or a number of the finest shared levels, None for all.
+        temperature: tau.
+        adapter: ``kernel``, ``start`` and ``relu`` of :func:`distill.losses.adapters.adapter`, for ``attended``.
+        ramp, normalizer, seed: see :class:`DistillLoss`.
+    """
+
+    def __init__(
+        self,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
+        neck: Mapping[str, Any] = NECK,
+        temperature: float = 0.5,
+        adapter: Mapping[str, Any] = ADAPTER,
+        ramp: Mapping[str, Any] = base.RAMP,
+        normalizer: str = "process",
+        seed: int = 0,
+    ) -> None:
+        neck = base.merge_options("neck", neck, NECK)
+        super().__init__({f"neck.{term}": neck[term] for term in NECK if term != "levels"}, ramp, normalizer, seed)
+        if not 0 < temperature < math.inf:
+            raise DistillError(f"temperature: expected a number above 0, got {temperature}")
+        self.temperature = float(temperature)
+        adapter = base.merge_options("adapter", adapter, ADAPTER)
+        self.levels: list[int] = []
+        self.neck: NeckPairs | None = None
+        self.layers: Any = nn.ModuleDict({term: nn.ModuleDict() for term in self.terms("neck") if term != "attended"})
+        if not self.weights:
+            return
+        self.levels = base.shared_levels("neck", student.neck, teacher.neck, neck["levels"])
+        if "neck.attended" in self.weights:
+            self.neck = NeckPairs(student, teacher, self.levels, adapter, seed)
+        for level, pool in zip(self.levels, (*POOLED, *[1] * len(self.levels)), strict=False):
+            channels = student.neck[level], teacher.neck[level]
+            for term, layers in self.layers.items():
+                layers[str(level)] = _layers(term, *channels, pool, base.derive_seed(seed, term, level))
+
+    def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
+        """The terms of `weights`, scalars."""
+        shares: dict[str, list[SumAndCount]] = {term: [] for term in self.weights}
+        adapted = [None] * len(self.levels) if self.neck is None else self.neck(student, teacher)
+        for level, pair in zip(self.levels, adapted, strict=True):
+            student_map, teacher_map = student.neck[level], teacher.neck[level].detach()
+            if student_map.shape[2:] != teacher_map.shape[2:]:
+                remedy = "Leave this stride out with neck.levels"
+                base.require_equal_shapes(f"neck, stride {level}", student_map, teacher_map, remedy)
+            x, y = upcast(student_map), upcast(teacher_map)
+            if pair is not None:
+                own, target = (spatial_attention(maps, self.temperature) for maps in (x, y))
+                weights = ((own + target) / 2).detach()[:, None]
+                shares["neck.attended"].append(self._distance((pair[0] - pair[1]).square() * weights))
+            for term, layers in self.layers.items():
+                own, target = _summaries(term, layers[str(level)], x, y)
+                shares[f"neck.{term}"].append(self._distance((upcast(own) - upcast(target)).square()))
+        return self.average({term: base.summed(levels) for term, levels in shares.items()} if self.levels else {})
+
+    def _distance(self, squares: Tensor) -> SumAndCount:
+        """The root of a sum over the batch; at 0, where the root has an infinite slope, it passes no gradient."""
+        total = squares.sum()
+        total = distributed.sum_with_gradient(total) if self.normalizer == "global" else total
+        return base.sum_and_size(total.clamp(min=torch.finfo(total.dtype).tiny).sqrt(), 1)
+
+
+def _layers(term: str, student: int, teacher: int, pool: int, seed: int) -> nn.Module:
+    """The trained layers of a term at one level, for maps of so many channels."""
+    if term == "channels":
+        # A linear layer over channels is a 1x1 convolution of a map of one cell.
+        return convolution(student, teacher, 1, start="default", seed=seed)
+    if term == "cells":
+        return convolution(1, 1, 3, start="default", seed=seed)
+    return nn.ModuleDict(
+        {
+            "student": NonLocal(student, pool, seed),
+            "adapter": convolution(student, teacher, 1, start="default", seed=seed + 4),
+            "teacher": NonLocal(teacher, pool, seed + 5),
+        }
+    )
+
+
+def _summaries(term: str, layers: Any, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """What a term compares at one level."""
+    if term == "channels":
+        return layers(student.mean((2, 3), keepdim=True)), teacher.mean((2, 3), keepdim=True)
+    if term == "cells":
+        return layers(student.mean(1, keepdim=True)), teacher.mean(1, keepdim=True)
+    return layers["adapter"](layers["student"](student)), layers["teacher"](teacher)

@@ -1,0 +1,174 @@
+"""MasKD: imitate maps inside masks that learned tokens find on the teacher's maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.losses import base
+from distill.losses.base import DistillLoss, SumAndCount
+from distill.losses.imitation import NeckPairs
+from distill.precision import upcast
+from distill.types import DetectorSpec, DistillError, Pyramid, View
+
+NECK = {"all": 1.0, "levels": None}
+TOKENS = {"task": 1.0, "diversity": 1.0, "count": 6, "epochs": 1, "warmup": 1}
+ADAPTER = {"kernel": 1, "start": "default", "relu": False}
+
+
+class MaskTokens(nn.Module):
+    """Tokens that turn a map into masks, and a small network that weighs the masks of an image.
+
+    ::
+
+        m_t = sigmoid(sum_c token_tc F_c),      p = softmax(W_2 relu(W_1 mean_hw F))
+
+    Args:
+        channels: of the maps (B, C, H, W).
+        count: number of tokens T.
+        seed: of the start values: tokens from N(0, 0.01^2), W_1 and W_2 from torch's default.
+    """
+
+    def __init__(self, channels: int, count: int, seed: int) -> None:
+        super().__init__()
+        source, bound = torch.Generator().manual_seed(seed), 1 / math.sqrt(channels)
+
+        def uniform(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=source))
+
+        self.tokens = nn.Parameter(torch.empty(count, channels).normal_(0, 0.01, generator=source))
+        self.hidden, self.weights, self.bias = uniform(channels, channels), uniform(count, channels), uniform(count)
+
+    def masks(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, T, H, W)."""
+        return torch.einsum("tc,bchw->bthw", self.tokens, x).sigmoid()
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, T), with a sum of 1 for each image."""
+        hidden = F.relu(x.mean((2, 3)) @ self.hidden.T)
+        return F.softmax(hidden @ self.weights.T + self.bias, dim=1)
+
+
+def masked_error(student: Tensor, teacher: Tensor, masks: Tensor, probabilities: Tensor) -> Tensor:
+    """sum_t p_t mean_c (sum_hw (m_t (T - S))^2 / sum_hw m_t); (B, C, H, W) twice, (B, T, H, W), (B, T) -> (B,)."""
+    squares = (teacher - student).square().mean(1)
+    errors = torch.einsum("bthw,bhw->bt", masks.square(), squares) / masks.sum((2, 3))
+    return (probabilities * errors).sum(1)
+
+
+def dice(masks: Tensor) -> Tensor:
+    """Mean over pairs of different masks of 2 sum m m' / (sum m^2 + sum m'^2); (B, T, H, W) -> (B,)."""
+    flat = masks.flatten(2)
+    products, squares = flat @ flat.transpose(1, 2), flat.square().sum(2)
+    overlaps = 2 * products / (squares[:, :, None] + squares[:, None, :])
+    count = masks.shape[1]
+    # Each mask has an overlap of 1 with itself.
+    return (overlaps.sum((1, 2)) - count) / max(1, count * (count - 1))
+
+
+class MasKD(DistillLoss):
+    """Imitate the neck inside masks of learned tokens, which find what the teacher needs for its task.
+
+    ::
+
+        neck.all         = sum_l 1/B sum_n sum_t p_t mean_c (sum_hw (m_t (T_l - A_l(S_l)))^2 / sum_hw m_t)
+        tokens.task      = the teacher's own losses with the neck sum_t p_t m_t T_l
+        tokens.diversity = sum_l 1/B sum_n dice of the masks
+
+    The tokens (`MaskTokens`, for each level) are trained with the teacher frozen in the first ``tokens.epochs`` epochs,
+    by the terms ``tokens.*``, which do not reach the student. After ``tokens.warmup`` epochs m_t is multiplied by the
+    mask of the same token on the student's map. Masks pass no gradient to ``neck.all``.
+
+    Source: Huang, Zhang, You, Wang, Qian, Cao, Xu, "Masked Distillation with Receptive Tokens", ICLR 2023, arXiv
+    2205.14589, and its released code.
+
+    Where we differ: the original trains the tokens for 2000 steps in a run of its own, and applies the student's masks
+    after 1000 steps; here both happen in the epochs of the student's run. The weights of ``tokens.*`` are ours. The
+    published settings also imitate the teacher's box head (smooth L1, weight 1), which is left out: add
+    ``distill=[maskd,response]`` or another method for the head.
+
+    Shapes: maps (B, C, H, W). B is counted over all processes. Published weights of ``neck.all``: 1 (Faster R-CNN), 7
+    (RetinaNet, learning rate 0.02, gradients clipped at a norm of 35), 10 (FCOS). The teacher's heads run once more
+    per step while the tokens are trained.
+
+    Args:
+        student, teacher: specs of both detectors.
+        neck: weight of its term; ``levels``: strides, or a number of the finest shared levels, None for all.
+        tokens: weights of ``task`` and ``diversity``; ``count`` per level; ``epochs`` of their training; ``warmup``:
+            epochs without the student's masks.
+        adapter: ``kernel``, ``start`` and ``relu`` of :func:`distill.losses.adapters.adapter`.
+        ramp, normalizer, seed: see :class:`DistillLoss`.
+    """
+
+    def __init__(
+        self,
+        student: DetectorSpec,
+        teacher: DetectorSpec,
+        neck: Mapping[str, Any] = NECK,
+        tokens: Mapping[str, Any] = TOKENS,
+        adapter: Mapping[str, Any] = ADAPTER,
+        ramp: Mapping[str, Any] = base.RAMP,
+        normalizer: str = "global",
+        seed: int = 0,
+    ) -> None:
+        neck, tokens = base.merge_options("neck", neck, NECK), base.merge_options("tokens", tokens, TOKENS)
+        weights = {"neck.all": neck["all"], **{f"tokens.{term}": tokens[term] for term in ("task", "diversity")}}
+        super().__init__(weights, ramp, normalizer, seed)
+        if not (isinstance(tokens["count"], int) and tokens["count"] > 0):
+            raise DistillError(f"tokens.count: expected 1 or more, got {tokens['count']}")
+        if not all(map(base.is_number, (tokens["epochs"], tokens["warmup"]))):
+            raise DistillError(f"tokens: expected epochs and warmup of 0 or more, got {dict(tokens)}")
+        self.token_epochs, self.warmup = tokens["epochs"], tokens["warmup"]
+        adapter = base.merge_options("adapter", adapter, ADAPTER)
+        self.neck: NeckPairs | None = None
+        self.tokens: Any = nn.ModuleDict()
+        if self.weights:
+            self.neck = NeckPairs(student, teacher, neck["levels"], adapter, seed)
+            for level in self.neck.levels:
+                own_seed = base.derive_seed(seed, "tokens", level)
+                self.tokens[str(level)] = MaskTokens(teacher.neck[level], tokens["count"], own_seed)
+            # Parameters without a gradient would make several processes wait for one another.
+            self.tokens.requires_grad_(bool(self.terms("tokens")))
+
+    def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
+        """The terms of `weights`, scalars."""
+        if self.neck is None:
+            return {}
+        shares: dict[str, list[SumAndCount]] = {term: [] for term in self.weights}
+        changed: Pyramid = dict(teacher.neck)
+        pairs = self.neck(student, teacher)
+        training = self.epoch < self.token_epochs
+        for level, (student_map, teacher_map) in zip(self.neck.levels, pairs, strict=True):
+            tokens = self.tokens[str(level)]
+            with torch.autocast(teacher_map.device.type, enabled=False):
+                masks, probabilities = tokens.masks(teacher_map), tokens.probabilities(teacher_map)
+                if "neck.all" in shares:
+                    total = self._imitate(tokens, student_map, teacher_map, masks, probabilities)
+                    shares["neck.all"].append(base.sum_and_size(total, len(student_map)))
+                if "tokens.diversity" in shares:
+                    # The tokens stay attached when they are not trained any more.
+                    total = dice(masks).sum() * float(training) + 0 * student_map.sum()
+                    shares["tokens.diversity"].append(base.sum_and_size(total, len(student_map)))
+                mixed = torch.einsum("bt,bthw->bhw", probabilities, masks)[:, None]
+                changed[level] = (teacher_map * mixed).to(teacher.neck[level].dtype)
+        terms = self.average({term: base.summed(levels) for term, levels in shares.items() if levels})
+        if "tokens.task" in shares:
+            if training:
+                values = [upcast(value) for value in teacher.with_neck(changed).losses.values()]
+                terms["tokens.task"] = torch.stack(values).sum() + 0 * pairs[0][0].sum()
+            else:
+                kept = sum(upcast(x).sum() for x in changed.values()) + pairs[0][0].sum()
+                terms["tokens.task"] = torch.as_tensor(0 * kept)
+        return {term: terms[term] for term in self.weights}
+
+    def _imitate(self, tokens: MaskTokens, student: Tensor, teacher: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
+        """Sum over images of the error of one level."""
+        masks, weights = masks.detach(), weights.detach()
+        if self.epoch >= self.warmup:
+            masks = masks * tokens.masks(student.detach()).detach()
+        return masked_error(student, teacher, masks, weights).sum()
