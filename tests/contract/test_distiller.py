@@ -94,6 +94,8 @@ def meddle(student: View, teacher: View) -> Tensor:
     return torch.stack([x.sum() for x in student.neck.values()]).sum() * 0.0
 
 
+QUIET = {"frs": {"logits": {"classes": 0.0}}}
+"""Options without terms whose gradient, though 0, gives that of the RPN's logits another layout, and other rounding."""
 IDLE: dict[str, dict[str, Callable[..., DistillLoss]]] = {
     "all weights zero": {"defeat": partial(DeFeat, **NOTHING)},
     "hard labels alone": {"chen": partial(Chen, **HARD_ONLY)},
@@ -103,7 +105,7 @@ IDLE: dict[str, dict[str, Callable[..., DistillLoss]]] = {
         if name != "dicod" and not method.replaces_hard_labels and method.trained_alone  # dicod takes a classifier
     },
     "ramp at zero: the other methods": {
-        name: small_loss(name, ramp=OFF)
+        name: small_loss(name, ramp=OFF, **QUIET.get(name, {}))
         for name, method in METHODS.items()
         if not method.trained_alone and method.family == "faster_rcnn"
     },

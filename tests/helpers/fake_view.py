@@ -92,7 +92,8 @@ class FakeView:
     def finish_tower(self, branch: str, depth: int, features: Any) -> Any:
         """A linear layer, ``head_classes`` or ``head_boxes`` (channels out, channels in)."""
         weight = self.stages[f"head_{branch}"]
-        return {at: torch.einsum("oc,bchw->bohw", weight.to(x.dtype), x) for at, x in features.items()}
+        with torch.autocast("cpu", enabled=False):
+            return {at: torch.einsum("oc,bchw->bohw", weight.to(x.dtype), x) for at, x in features.items()}
 
     def mapped(self, change: Any) -> FakeView:
         """The same view with `change` applied to every map, pooled feature and logit of a network."""

@@ -138,8 +138,8 @@ class FBKD(DistillLoss):
                 weights = ((own + target) / 2).detach()[:, None]
                 shares["neck.attended"].append(self._distance((pair[0] - pair[1]).square() * weights))
             for term, layers in self.layers.items():
-                own, target = _summaries(term, layers[str(level)], x, y)
-                shares[f"neck.{term}"].append(self._distance((upcast(own) - upcast(target)).square()))
+                summary, goal = _summaries(term, layers[str(level)], x, y)
+                shares[f"neck.{term}"].append(self._distance((upcast(summary) - upcast(goal)).square()))
         return self.average({term: base.summed(levels) for term, levels in shares.items()} if self.levels else {})
 
     def _distance(self, squares: Tensor) -> SumAndCount:
