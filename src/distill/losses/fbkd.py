@@ -112,16 +112,24 @@ class FBKD(DistillLoss):
         adapter = base.merge_options("adapter", adapter, ADAPTER)
         self.levels: list[int] = []
         self.neck: NeckPairs | None = None
-        self.layers: Any = nn.ModuleDict({term: nn.ModuleDict() for term in self.terms("neck") if term != "attended"})
-        if not self.weights:
-            return
-        self.levels = base.shared_levels("neck", student.neck, teacher.neck, neck["levels"])
+        if self.weights:
+            self.levels = base.shared_levels("neck", student.neck, teacher.neck, neck["levels"])
         if "neck.attended" in self.weights:
             self.neck = NeckPairs(student, teacher, self.levels, adapter, seed)
-        for level, pool in zip(self.levels, (*POOLED, *[1] * len(self.levels)), strict=False):
-            channels = student.neck[level], teacher.neck[level]
-            for term, layers in self.layers.items():
-                layers[str(level)] = _layers(term, *channels, pool, base.derive_seed(seed, term, level))
+        pools = dict(zip(self.levels, (*POOLED, *[1] * len(self.levels)), strict=False))
+        layers = {
+            term: nn.ModuleDict(
+                {
+                    str(level): _layers(
+                        term, student.neck[level], teacher.neck[level], pool, base.derive_seed(seed, term, level)
+                    )
+                    for level, pool in pools.items()
+                }
+            )
+            for term in self.terms("neck")
+            if term != "attended"
+        }
+        self.layers: Any = nn.ModuleDict(layers)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
