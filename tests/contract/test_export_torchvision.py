@@ -1,0 +1,78 @@
+"""Every family in plain torchvision: the lines of `--to torchvision` build the same detector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from distill.detectors.base import Detector
+from distill.export.parity import compare_detections
+from distill.export.torchvision_code import detect_with_torchvision, torchvision_code, torchvision_state
+from distill.imaging.resizing import ResizeOptions
+from distill.types import Detections, DistillError
+from helpers.detectors import FAMILIES, random_detector
+
+CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "bgr": ("faster_rcnn", {"pixels": {"channel_order": "bgr", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}}),
+    "another epsilon": ("faster_rcnn", {"norm_eps": 1e-2}),
+    "epsilon 0": ("retinanet", {"norm_eps": 0.0}),
+    "version 2": ("retinanet", {"head_norm": "group", "p6_from": "c5"}),
+}
+DAILY = (*FAMILIES, "bgr", "another epsilon")
+
+
+def plain_detector(family: str, **options: Any) -> Detector:
+    settings = {"depth": 10, "width": 1.0, "min_size": 96, "max_size": 160, "score_thresh": 0.0, **options}
+    detector: Detector = random_detector(family, **settings).eval()
+    for name, buffer in detector.named_buffers():  # statistics of an untrained norm would hide a wrong epsilon
+        if name.endswith("running_var"):
+            torch.nn.init.uniform_(buffer, 0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    return detector
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in DAILY else pytest.param(case, marks=pytest.mark.exhaustive) for case in CONVERTED]
+)
+def test_torchvision_finds_what_the_detector_finds(case: str, tmp_path: Any) -> None:
+    family, options = CONVERTED[case]
+    detector = plain_detector(family, **options)
+    torch.save(torchvision_state(detector), tmp_path / "weights.pt")
+    names: dict[str, Any] = {}
+    exec(torchvision_code(detector, str(tmp_path / "weights.pt")), names)
+    # torchvision resizes in float32, so these images need no resize
+    images = [
+        torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        for seed, size in enumerate([(96, 128), (96, 160)])
+    ]
+    ours = [Detections(*found[:3], found.masks) for found in detector(images)]
+    detect = detect_with_torchvision(names["net"])
+    parity = compare_detections(ours, [detect(image) for image in images])
+    assert parity.detections > 40
+    assert parity.agreement > 0.97, parity
+    assert parity.pixels < 0.05, parity
+    assert parity.mask_pixels < 1e-3, parity
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "named"),
+    [
+        ("faster_rcnn", {"width": 0.5}, "backbone.width=0.5"),
+        ("faster_rcnn", {"box_roi_aligned": True}, "box_roi_aligned=True"),
+        ("faster_rcnn", {"offset": 0.5}, "anchors.offset=0.5"),
+        ("retinanet", {"p7_relu": False}, "p7_relu=False"),
+    ],
+)
+def test_settings_that_torchvision_lacks_are_named(family: str, options: dict[str, Any], named: str) -> None:
+    anchors = {"anchors": options} if "offset" in options else options
+    with pytest.raises(DistillError, match=named):
+        torchvision_code(plain_detector(family, **anchors), "student.pt")
+
+
+def test_another_resize_is_named() -> None:
+    detector = plain_detector("retinanet")
+    detector.resize = ResizeOptions(antialias=True, pad_to=64)
+    with pytest.raises(DistillError, match=r"data\.antialias=true, data\.pad_to=64"):
+        torchvision_code(detector, "student.pt")
