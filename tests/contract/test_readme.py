@@ -167,6 +167,8 @@ def test_every_model_may_start_from_imagenet(option: str) -> None:
 
 EXAMPLES = {
     "data.yaml",
+    "infer.py",  # written by the command export
+    "load.py",  # written by the command export
     "mine.yaml",
     "neck_mse.py",
     "conf/distill/neck_mse.yaml",
