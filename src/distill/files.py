@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -90,12 +91,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_tensors(path: Path, mmap: bool = False) -> Any:
+def load_tensors(path: Path, mmap: bool = False, foreign: bool = False) -> Any:
     """Load a file of ``torch.save`` onto the CPU. Only tensors and plain containers are accepted, so no code runs.
 
     Args:
         path: file to load.
         mmap: whether to map the file instead of reading it. The bytes of a tensor are then read on first use.
+        foreign: whether files of other projects are read too: plain pickles of NumPy arrays, and files with objects of
+            unknown classes, which become inert placeholders. See `restricted_pickle`.
 
     Raises:
         DistillError: the file cannot be read, is damaged, or holds other objects. Those are not unpickled.
@@ -103,9 +106,33 @@ def load_tensors(path: Path, mmap: bool = False) -> Any:
     import torch  # the import takes seconds, and some callers of this module need no tensors
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            if foreign:  # torch warns of protocols that it then refuses
+                warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes raise exceptions of any type
+        if foreign:
+            return _load_foreign(path)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DistillError(
             f"{path}: not a file of tensors that torch.save wrote completely ({reason}); write or copy the file again"
+        ) from error
+
+
+def _load_foreign(path: Path) -> Any:
+    from distill import restricted_pickle
+
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        # torch's older format is a sequence of pickles, and the first one is a number.
+        first = None if is_zip else restricted_pickle.read_pickle(path)
+        return restricted_pickle.read_torch(path) if is_zip or isinstance(first, int) else first
+    except DistillError as error:
+        raise DistillError(f"{path}: {error}") from error
+    except Exception as error:  # damaged bytes raise exceptions of any type
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DistillError(
+            f"{path}: not a file of tensors or arrays that was written completely ({reason}); copy or download "
+            "the file again"
         ) from error

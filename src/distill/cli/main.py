@@ -25,6 +25,7 @@ USAGE = """usage: distill <command> [options]
   bench [overrides]                     measure the cost of distillation on this machine, part by part
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
   doctor [overrides of train]           check data, teacher and loss terms before a run, and estimate its time
+  import FILE [--out DIR]               convert a detector of Detectron2 or MMDetection, for teacher.weights
   replay FILE                           repeat the step that stopped a run
 
 RUN is the folder of a run; a run prints it. An override is KEY=VALUE (seed=1) or GROUP=OPTION (distill=defeat).
@@ -44,6 +45,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
         doctor,
         evaluate,
         export,
+        import_detector,
         predict,
         replay,
         report,
@@ -64,6 +66,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
         "card": card.main,
         "classifier": classifier.main,
         "doctor": doctor.main,
+        "import": import_detector.main,
         "replay": replay.main,
     }
 

@@ -29,6 +29,12 @@ DEFAULTS: dict[str, Any] = {
     "box_roi_aligned": False,
     "box_level_rule": "torchvision",
     "p7_relu": True,
+    "anchor_delta_weights": [1.0, 1.0, 1.0, 1.0],
+    "box_delta_weights": [10.0, 10.0, 5.0, 5.0],
+    "point_offset": 0.0,
+    "point_step": "fitted",
+    "centerness_from": "box",
+    "distances": "relu",
 }
 """Dotted path of an option of this module or of `roi_align` -> torchvision's value."""
 
@@ -138,19 +144,42 @@ class TwoSidedBoxCoder(BoxCoder):  # type: ignore[misc]
         return decoded
 
 
-def clamp_deltas(parts: Sequence[Any], delta_clamp: str) -> None:
-    """Set the clamping of width and height deltas in the `box_coder` of each part.
+def set_box_coders(parts: Sequence[Any], delta_clamp: str, weights: Sequence[float], option: str) -> None:
+    """Set the weights of the deltas, and the clamping of width and height, in the `box_coder` of each part.
 
     Args:
         parts: modules with an attribute `box_coder`.
         delta_clamp: ``upper`` clamps large deltas only (torchvision); ``both`` also clamps small deltas.
+        weights: factors on the deltas (x, y, width, height): deltas / weights are shifts in sides of the anchor, and
+            logarithms of the sides' ratios. The reciprocals are MMDetection's ``target_stds``.
+        option: the name of `weights`, for the message.
 
     Raises:
-        DistillError: `delta_clamp` has another value.
+        DistillError: `delta_clamp` has another value, or `weights` is not four numbers above 0.
     """
-    if choose("delta_clamp", delta_clamp, ("upper", "both")) == "both":
-        for part in parts:
-            part.box_coder = TwoSidedBoxCoder(part.box_coder.weights, part.box_coder.bbox_xform_clip)
+    if len(weights) != 4 or not all(weight > 0 for weight in weights):
+        raise DistillError(f"{option}: expected four numbers above 0 (x, y, width, height), got {list(weights)}")
+    kind = TwoSidedBoxCoder if choose("delta_clamp", delta_clamp, ("upper", "both")) == "both" else BoxCoder
+    for part in parts:
+        part.box_coder = kind(tuple(weights), part.box_coder.bbox_xform_clip)
+
+
+class LateralP6P7(LastLevelP6P7):  # type: ignore[misc]
+    """P6 and P7 on top of the pyramid's lateral map of C5, which is P5 before its 3x3 convolution (MMDetection).
+
+    `lateral` holds the lateral convolution, and is set when the pyramid has been built.
+    """
+
+    lateral: tuple[Any, ...] = ()
+
+    def __init__(self, channels: int, relu: bool) -> None:
+        super().__init__(channels, channels)
+        self.relu = relu
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Append P6 and P7 to the levels, and their names to the names."""
+        p6 = self.p6(self.lateral[0](c[-1]))
+        return [*p, p6, self.p7(torch.relu(p6) if self.relu else p6)], [*names, "p6", "p7"]
 
 
 class LinearP6P7(LastLevelP6P7):  # type: ignore[misc]
@@ -168,13 +197,15 @@ def p6_p7(c5_channels: int, neck_channels: int, p6_from: str, relu: bool) -> Any
     Args:
         c5_channels: channels of C5.
         neck_channels: channels of P5, P6 and P7.
-        p6_from: the input of P6: ``p5`` or ``c5``.
+        p6_from: the input of P6: ``p5``, ``c5``, or ``lateral``, see `LateralP6P7`.
         relu: whether a ReLU stands between P6 and the convolution that computes P7.
 
     Raises:
         DistillError: `p6_from` has another value.
     """
-    from_p5 = choose("p6_from", p6_from, ("p5", "c5")) == "p5"
+    if choose("p6_from", p6_from, ("p5", "c5", "lateral")) == "lateral":
+        return LateralP6P7(neck_channels, relu)
+    from_p5 = p6_from == "p5"
     levels = (LastLevelP6P7 if relu else LinearP6P7)(neck_channels if from_p5 else c5_channels, neck_channels)
     levels.use_P5 = from_p5  # torchvision infers it from the channels, wrongly if C5 is as wide as the neck
     return levels

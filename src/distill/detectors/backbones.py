@@ -8,6 +8,7 @@ in `ENDS`, or a network of timm. Module names, state dict keys and outputs equal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -71,6 +72,8 @@ class ResNet(nn.Module):
         norm_eps: epsilon of the norms.
         stride_in_1x1: whether the first 1x1 convolution of a bottleneck has the stride, and not the 3x3 convolution.
             The original ResNet has this form, and Detectron2's weights expect it.
+        groups: groups of the 3x3 convolutions of a bottleneck. A ResNeXt has 32 or 64.
+        group_width: channels of each group in C2. ResNeXt-101-32x8d has 32 groups of 8 channels.
 
     Raises:
         DistillError: an option has an invalid value.
@@ -83,6 +86,8 @@ class ResNet(nn.Module):
         norm: str = "batch",
         norm_eps: float = 1e-5,
         stride_in_1x1: bool = False,
+        groups: int = 1,
+        group_width: int = 64,
     ) -> None:
         super().__init__()
         if depth not in DEPTHS:
@@ -92,6 +97,11 @@ class ResNet(nn.Module):
                 f"backbone.width: expected a factor above 0 (1 the full ResNet, 0.25 a quarter), got {width!r}"
             )
         block, repeats = DEPTHS[depth]
+        if groups < 1 or group_width < 1 or ((groups, group_width) != (1, 64) and (block is BasicBlock or width != 1)):
+            raise DistillError(
+                "backbone.groups, backbone.group_width: expected 1 and 64, or others for depth 50, 101 or 152 and "
+                f"width 1, got {groups!r} and {group_width!r} for depth {depth} and width {width}"
+            )
         layer, planes = norm_layer(norm, norm_eps), [max(1, round(64 * 2**stage * width)) for stage in range(4)]
         self.conv1 = nn.Conv2d(3, planes[0], kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = layer(planes[0])
@@ -100,7 +110,8 @@ class ResNet(nn.Module):
         channels = planes[0]
         for stage, (plane, count) in enumerate(zip(planes, repeats, strict=True)):
             stride = 1 if stage == 0 else 2
-            self.add_module(f"layer{stage + 1}", _stage(block, channels, plane, count, stride, layer, stride_in_1x1))
+            parts = partial(block, groups=groups, base_width=group_width, norm_layer=layer)
+            self.add_module(f"layer{stage + 1}", _stage(parts, channels, plane, count, stride, layer, stride_in_1x1))
             channels = plane * block.expansion
         self.depth, self.ends = depth, RESNET
         self.channels = tuple(plane * int(block.expansion) for plane in planes)
@@ -118,13 +129,13 @@ class ResNet(nn.Module):
 def _stage(
     block: Any, channels: int, plane: int, count: int, stride: int, norm: Callable[..., nn.Module], in_1x1: bool
 ) -> nn.Sequential:
-    out, shortcut = plane * block.expansion, None
+    out, shortcut = plane * block.func.expansion, None
     if stride != 1 or channels != out:
         shortcut = nn.Sequential(nn.Conv2d(channels, out, kernel_size=1, stride=stride, bias=False), norm(out))
-    first = block(channels, plane, stride, shortcut, norm_layer=norm)
-    if in_1x1 and block is Bottleneck:
+    first = block(channels, plane, stride, shortcut)
+    if in_1x1 and block.func is Bottleneck:
         first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
-    return nn.Sequential(first, *(block(out, plane, norm_layer=norm) for _ in range(count - 1)))
+    return nn.Sequential(first, *(block(out, plane) for _ in range(count - 1)))
 
 
 class Layers(nn.Sequential):
@@ -152,6 +163,8 @@ def build_backbone(
     norm: str = "batch",
     norm_eps: float | None = None,
     stride_in_1x1: bool = False,
+    groups: int = 1,
+    group_width: int = 64,
 ) -> Any:
     """Build the `StagedNetwork` with a given name and random weights.
 
@@ -162,19 +175,21 @@ def build_backbone(
         norm: the replacement of every batch norm, a name in `distill.detectors.norms.NORMS`.
         norm_eps: epsilon of the norms. None keeps the network's own epsilon (1e-5 for the ResNet).
         stride_in_1x1: see `ResNet`. Other backbones accept only false.
+        groups: see `ResNet`. Other backbones accept only 1.
+        group_width: see `ResNet`. Other backbones accept only 64.
 
     Raises:
         DistillError: the name is unknown, or an option does not fit the network.
     """
     if name == "resnet":
-        return ResNet(
-            50 if depth is None else depth, width, norm, 1e-5 if norm_eps is None else norm_eps, stride_in_1x1
-        )
+        eps = 1e-5 if norm_eps is None else norm_eps
+        return ResNet(50 if depth is None else depth, width, norm, eps, stride_in_1x1, groups, group_width)
     check_norm(norm)
-    if depth is not None or stride_in_1x1:
+    if depth is not None or stride_in_1x1 or (groups, group_width) != (1, 64):
         raise DistillError(
-            "backbone.depth, backbone.stride_in_1x1: expected null and false, as only backbone.name=resnet has them,"
-            f" got {depth!r} and {stride_in_1x1!r} with {name!r}"
+            "backbone.depth, stride_in_1x1, groups, group_width: expected null, false, 1 and 64, as only "
+            f"backbone.name=resnet has them, got {depth!r}, {stride_in_1x1!r}, {groups!r} and {group_width!r} with "
+            f"{name!r}"
         )
     if not 0 < width <= 8 or (width != 1 and name not in WIDE):
         wide = ", ".join(("resnet", *WIDE))

@@ -13,8 +13,9 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from distill.detectors.anchors import anchor_generator, clamp_deltas
+from distill.detectors.anchors import anchor_generator, set_box_coders
 from distill.detectors.backbones import with_fpn
+from distill.detectors.detection_rules import with_rule
 from distill.detectors.options import ANCHORS, BACKBONE, PIXELS, AnchorOptions, BackboneOptions, PixelOptions
 from distill.detectors.pyramid import PyramidDetector
 from distill.detectors.roi_align import region_pool
@@ -181,6 +182,8 @@ class FasterRCNN(PyramidDetector):
         neck_channels: channels of every level of the feature pyramid.
         anchors: anchors of the strides 4, 8, 16, 32 and 64, see `options.AnchorOptions`.
         delta_clamp: whether deltas of width and height are clamped on the ``upper`` side only, or on ``both`` sides.
+        anchor_delta_weights: factors on the deltas of the RPN, see `anchors.set_box_coders`.
+        box_delta_weights: factors on the deltas of the box head. torchvision's name is `bbox_reg_weights`.
         proposal_min_size: the smallest width and height of a proposal in pixels. 0 keeps every proposal with an area.
         head_channels: width of the two layers of the box head.
         box_sampling_ratio: RoIAlign's sample points per side of a bin. 0 adapts the number to the size of the region.
@@ -188,6 +191,7 @@ class FasterRCNN(PyramidDetector):
         box_level_rule: the formula that assigns a region to a pyramid level, see `roi_align.LEVEL_RULES`.
         box_roi_align: ``fast``, which on a CPU equals torchvision's RoIAlign except for rounding, or ``torchvision``.
             See `roi_align.region_pool`.
+        detection_rule: the rule for the final detections, see `detection_rules`.
         pixels: channel order and statistics that the weights expect, see `options.PixelOptions`.
         min_size: set in `net.transform`, for uses of `net` without a View. A View never resizes images.
         max_size: set in `net.transform`, see `min_size`.
@@ -217,6 +221,8 @@ class FasterRCNN(PyramidDetector):
         neck_channels: int = 256,
         anchors: AnchorOptions | Mapping[str, Any] = ANCHORS,
         delta_clamp: str = "upper",
+        anchor_delta_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        box_delta_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
         rpn_pre_nms_top_n_train: int = 2000,
         rpn_pre_nms_top_n_test: int = 1000,
         rpn_post_nms_top_n_train: int = 2000,
@@ -239,6 +245,7 @@ class FasterRCNN(PyramidDetector):
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_img: int = 100,
+        detection_rule: str = "torchvision",
         pixels: PixelOptions | Mapping[str, Any] = PIXELS,
         min_size: int = 800,
         max_size: int = 1333,
@@ -264,7 +271,9 @@ class FasterRCNN(PyramidDetector):
         )
         # torchvision keeps proposals whose side equals the minimum.
         net.rpn.min_size = max(options["proposal_min_size"], torch.finfo(torch.float32).tiny)
-        clamp_deltas((net.rpn, net.roi_heads), options["delta_clamp"])
+        net.roi_heads = with_rule(net.roi_heads, options["detection_rule"])
+        for part, name in ((net.rpn, "anchor_delta_weights"), (net.roi_heads, "box_delta_weights")):
+            set_box_coders((part,), options["delta_clamp"], options[name], name)
         self.extend(net.roi_heads, channels, classes)
         return net
 

@@ -13,6 +13,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference, maskrcnn_loss, paste_masks_in_image
 
+from distill.detectors.detection_rules import finish, paste_sampled
 from distill.detectors.faster_rcnn import FasterRCNN, FasterRCNNView
 from distill.detectors.view import geometry
 from distill.precision import upcast
@@ -79,7 +80,10 @@ class MaskRCNNView(FasterRCNNView):
         logits = self.mask_logits([image.boxes for image in predictions])
         cells = maskrcnn_inference(logits, [image.labels for image in predictions])
         rows = zip(self.enlarged(predictions), cells, self.batch.original_sizes, strict=True)
-        return [image._replace(masks=paste(masks, image.boxes, size)) for image, masks, size in rows]
+        into_image = paste if self.rule == "torchvision" else paste_sampled
+        return [
+            finish(image._replace(masks=into_image(masks, image.boxes, size)), self.rule) for image, masks, size in rows
+        ]
 
 
 def paste(cells: Tensor, boxes: Tensor, size: Size) -> Tensor:

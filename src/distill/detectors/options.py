@@ -23,6 +23,8 @@ class BackboneOptions:
         norm_eps: epsilon of the norms. Weights that need another epsilon change it. None means the backbone's own
             epsilon (1e-5 for a ResNet).
         stride_in_1x1: see `backbones.ResNet`.
+        groups: see `backbones.ResNet`.
+        group_width: see `backbones.ResNet`.
         trainable_stages: how many of C5, C4, C3, C2 and the stem are trained, in this order. The statistics of the
             other stages are fixed too.
         weights: ImageNet weights: torchvision's name (IMAGENET1K_V1, ...) or a file. They are not used if the detector
@@ -35,6 +37,8 @@ class BackboneOptions:
     norm: str = "batch"
     norm_eps: float | None = None
     stride_in_1x1: bool = False
+    groups: int = 1
+    group_width: int = 64
     trainable_stages: int = 5
     weights: str | None = None
 

@@ -37,7 +37,7 @@ class PyramidDetector(Detector):
         backbone = parse_options("backbone", given["backbone"], BACKBONE)
         pixels = parse_options("pixels", given["pixels"], PIXELS)
         body = build_backbone(
-            backbone.name, backbone.depth, backbone.width, backbone.norm, backbone.norm_eps, backbone.stride_in_1x1
+            **{name: value for name, value in asdict(backbone).items() if name not in ("trainable_stages", "weights")}
         )
         resolved = {"backbone": {**asdict(backbone), **resolved_options(body)}, "pixels": pixels}
         if "anchors" in given:
@@ -93,4 +93,8 @@ class DenseDetector(PyramidDetector):
     def backbone(body: Any, options: Mapping[str, Any]) -> Backbone:
         """Build the backbone with a feature pyramid over C3 to C5, and P6 and P7 on top of the pyramid."""
         channels = options["neck_channels"]
-        return with_fpn(body, 2, channels, p6_p7(body.channels[-1], channels, options["p6_from"], options["p7_relu"]))
+        extra = p6_p7(body.channels[-1], channels, options["p6_from"], options["p7_relu"])
+        backbone = with_fpn(body, 2, channels, extra)
+        if options["p6_from"] == "lateral":
+            extra.lateral = (backbone.fpn.inner_blocks[-1],)  # in a tuple, so that the pyramid alone registers it
+        return backbone

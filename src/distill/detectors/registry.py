@@ -15,7 +15,7 @@ from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.retinanet import RetinaNet
 from distill.detectors.state_dicts import fit, fit_sizes
-from distill.detectors.student_files import read_detector, read_extra, weights_file
+from distill.detectors.student_files import read_file, weights_file
 from distill.imaging.resizing import read_resize_options
 from distill.run_folder import DESCRIPTION
 from distill.type_checks import type_errors
@@ -29,15 +29,17 @@ def load_detector(path: str | Path) -> Detector:
     """Load the detector of a run, with the resize of its training.
 
     Args:
-        path: the run's folder, its `student.pt` or `student.json`, or one of its checkpoints.
+        path: the run's folder, its `student.pt` or `student.json`, one of its checkpoints, or a file of another project
+            (see `convert.formats`).
 
     Raises:
         DistillError: a file is missing or invalid, or the weights do not fit the description.
     """
     file = weights_file(Path(path))
-    detector = restore_detector(*read_detector(file), str(file))
+    content = read_file(file)
+    detector = restore_detector(content.model, content.state, str(file))
     try:
-        detector.resize = read_resize_options(read_extra(file).get("resize", {}))
+        detector.resize = read_resize_options(content.resize)
     except DistillError as error:
         raise DistillError(f"{DESCRIPTION} of {file}: {error}") from error
     return detector

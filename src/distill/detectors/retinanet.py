@@ -13,7 +13,8 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights, retinan
 from torchvision.models.detection.rpn import permute_and_flatten
 from torchvision.ops import box_iou
 
-from distill.detectors.anchors import anchor_generator, choose, clamp_deltas
+from distill.detectors.anchors import anchor_generator, choose, set_box_coders
+from distill.detectors.detection_rules import RuledRetinaNet, check_rule
 from distill.detectors.options import BACKBONE, PIXELS, AnchorOptions, BackboneOptions, PixelOptions
 from distill.detectors.pyramid import DenseDetector
 from distill.detectors.towers import run_layers, split_tower
@@ -192,10 +193,13 @@ class RetinaNet(DenseDetector):
     Args:
         classes: class names in label order, without background. None means the classes of `weights`.
         anchors: anchors of the strides 8, 16, 32, 64 and 128, see `options.AnchorOptions`.
-        p6_from: the input of the convolution that computes P6 (stride 64): ``p5``, or ``c5`` (paper, Detectron2).
+        p6_from: the input of the convolution that computes P6 (stride 64): ``p5``, ``c5`` (paper, Detectron2), or
+            ``lateral``, the lateral map of C5 (an option of MMDetection).
         p7_relu: whether a ReLU stands between P6 and the convolution that computes P7 (stride 128). MMDetection has
             none.
-        head_norm: normalisation in the heads: ``none`` or ``group`` (32 groups).
+        anchor_delta_weights: factors on the deltas, see `anchors.set_box_coders`.
+        head_norm: normalisation in the heads: ``none`` or ``group`` (32 groups). ``group_bias`` also gives the
+            convolutions before the norms a bias (Detectron2).
         box_loss: ``l1``, ``smooth_l1``, ``giou``, ``diou`` or ``ciou``.
 
     Raises:
@@ -218,6 +222,7 @@ class RetinaNet(DenseDetector):
         p7_relu: bool = True,
         anchors: AnchorOptions | Mapping[str, Any] = ANCHORS,
         delta_clamp: str = "upper",
+        anchor_delta_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
         fg_iou_thresh: float = 0.5,
         bg_iou_thresh: float = 0.4,
         head_norm: str = "none",
@@ -226,6 +231,7 @@ class RetinaNet(DenseDetector):
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_img: int = 300,
+        detection_rule: str = "torchvision",
         pixels: PixelOptions | Mapping[str, Any] = PIXELS,
         min_size: int = 800,
         max_size: int = 1333,
@@ -238,22 +244,32 @@ class RetinaNet(DenseDetector):
         """Build torchvision's RetinaNet."""
         generator = anchor_generator(strides=self.strides, **options["anchors"])
         per_cell = generator.num_anchors_per_location()[0]
-        net = retinanet.RetinaNet(
+        ruled = check_rule(options["detection_rule"]) != "torchvision"
+        net = (RuledRetinaNet if ruled else retinanet.RetinaNet)(
             self.backbone(body, options),
             classes + 1,
             anchor_generator=generator,
             head=_head(options["neck_channels"], per_cell, classes + 1, options["head_norm"], options["box_loss"]),
             **shared,
         )
-        clamp_deltas((net, net.head.regression_head), options["delta_clamp"])
+        coders, weights = (net, net.head.regression_head), options["anchor_delta_weights"]
+        set_box_coders(coders, options["delta_clamp"], weights, "anchor_delta_weights")
+        if ruled:
+            net.rule = options["detection_rule"]
         return net
 
 
 def _head(channels: int, anchors: int, outputs: int, norm: str, box_loss: str) -> Any:
-    if norm not in ("none", "group") or (norm == "group" and channels % 32):
-        raise DistillError(f"head_norm: expected none, or group with neck_channels a multiple of 32, got {norm!r}")
+    if norm not in ("none", "group", "group_bias") or (norm != "none" and channels % 32):
+        raise DistillError(
+            "head_norm: expected none, or group or group_bias with neck_channels a multiple of 32, got "
+            f"{norm!r} with {channels}"
+        )
     choose("box_loss", box_loss, ("l1", "smooth_l1", "giou", "diou", "ciou"))
-    layer = partial(nn.GroupNorm, 32) if norm == "group" else None
+    layer = None if norm == "none" else partial(nn.GroupNorm, 32)
     head = retinanet.RetinaNetHead(channels, anchors, outputs, norm_layer=layer)
+    for tower in (head.classification_head.conv, head.regression_head.conv):
+        for part in tower if norm == "group_bias" else ():
+            part[0].bias = nn.Parameter(torch.zeros(channels))
     head.regression_head._loss_type = box_loss
     return head

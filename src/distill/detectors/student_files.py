@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from distill.convert.formats import read_foreign
 from distill.detectors.base import Detector
 from distill.detectors.description import FORMAT, checkpoint_model, to_current_format
+from distill.detectors.foreign_files import find_config, warn_of_assumptions
 from distill.detectors.state_dicts import extract_state
 from distill.files import atomic_write, load_tensors, read_json, write_text
 from distill.run_folder import STUDENT, RunFolder
@@ -104,21 +106,34 @@ def read_extra(path: str | Path) -> dict[str, Any]:
     return extra
 
 
+class DetectorFile(NamedTuple):
+    """A detector as a file describes it."""
+
+    model: Any
+    """The description as `Detector.describe` returns it. None for a plain file of weights."""
+    state: dict[str, Tensor]
+    """torchvision's state dict."""
+    resize: Mapping[str, Any]
+    """Options of the resize in its training, see `imaging.resizing.ResizeOptions`."""
+
+
 def read_detector(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Read the description and the weights of a detector.
+    """Read the description and the weights of a detector, see `read_file`."""
+    return read_file(path)[:2]
+
+
+def read_file(path: Path) -> DetectorFile:
+    """Read a detector.
 
     Args:
-        path: a run's folder, an exported student, a checkpoint of a run, or a plain file of weights.
-
-    Returns:
-        The description as `Detector.describe` returns it, and torchvision's state dict. The description is None for a
-        plain file of weights.
+        path: a run's folder, an exported student, a checkpoint of a run, a file of another project (see
+            `convert.formats`), or a plain file of weights.
 
     Raises:
         DistillError: a file is missing or invalid.
     """
     file = weights_file(path)
-    content: Any = load_safetensors(file) if file.suffix == SAFETENSORS else load_tensors(file)
+    content: Any = load_safetensors(file) if file.suffix == SAFETENSORS else load_tensors(file, foreign=True)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         prefix = "student.net."
         state = {
@@ -128,8 +143,14 @@ def read_detector(path: Path) -> tuple[Any, dict[str, Tensor]]:
         }
         if state:
             model = checkpoint_model(content, str(file))
-            return (None if model is None else _validated({"model": model}, file)["model"]), state
-    return read_description(file.with_suffix(".json")).get("model"), extract_state(content, file)
+            model = None if model is None else _validated({"model": model}, file)["model"]
+            return DetectorFile(model, state, read_extra(file).get("resize", {}))
+    description = read_description(file.with_suffix(".json"))
+    if "model" not in description and (found := read_foreign(content, str(file), find_config(file))):
+        warn_of_assumptions(found, file)
+        return DetectorFile(found.description, found.state, found.resize)
+    resize = description.get("extra", {}).get("resize", {})
+    return DetectorFile(description.get("model"), extract_state(content, file), resize)
 
 
 def read_description(path: Path) -> dict[str, Any]:

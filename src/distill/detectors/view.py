@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import clip_boxes_to_image
 
+from distill.detectors.detection_rules import finish
 from distill.precision import upcast
 from distill.types import ALTERNATIVES, AnchorTargets, Batch, Detections, DetectorSpec, DistillError, Pyramid, require
 
@@ -201,15 +203,21 @@ class LazyView:
     @geometry
     def detections(self) -> list[Detections]:
         """Predictions with the detector's own thresholds, in pixels of the original images."""
-        return self.enlarged(self.predictions())
+        return [finish(image, self.rule) for image in self.enlarged(self.predictions())]
+
+    @property
+    def rule(self) -> str:
+        """The rule for the final detections, see `detection_rules`."""
+        return str(self.detector.options.get("detection_rule", "torchvision"))
 
     def enlarged(self, detections: Sequence[Detections]) -> list[Detections]:
         """Scale detections from pixels of the resized images to pixels of the original images."""
-        sizes = zip(self.batch.sizes, self.batch.original_sizes, strict=True)
-        return [
-            Detections(resize_boxes(image.boxes, size, original), image.scores, image.labels)
-            for image, (size, original) in zip(detections, sizes, strict=True)
-        ]
+        results = []
+        for image, size, original in zip(detections, self.batch.sizes, self.batch.original_sizes, strict=True):
+            boxes = resize_boxes(image.boxes, size, original)
+            boxes = clip_boxes_to_image(boxes, original) if self.rule == "detectron2" else boxes
+            results.append(Detections(boxes, image.scores, image.labels))
+        return results
 
 
 class PyramidView(LazyView):

@@ -26,7 +26,7 @@ HEADS = ("keep", "match", "new")
 
 MEANING = (
     *("pixels.mean", "pixels.std", "backbone.stride_in_1x1", "anchors.sizes", "anchors.ratios"),
-    *("box_sampling_ratio", "p6_from"),
+    *("box_sampling_ratio", "p6_from", "backbone.groups", "backbone.group_width"),
     *anchors.DEFAULTS,
 )
 """Dotted paths of options that change the results of weights, although the weights load with any value."""

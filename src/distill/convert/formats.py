@@ -1,0 +1,65 @@
+"""The formats of other projects' files, and the choice of one by the names of the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from distill.convert import detectron2, mmdetection
+from distill.convert.foreign import ForeignDetector
+from distill.convert.python_config import parse_config
+
+KNOWN = "Detectron2 (.pkl, .pth) and MMDetection 2.x and 3.x (.pth)"
+"""The formats, for messages."""
+
+
+def read_foreign(
+    content: Any, where: str, config: str | None = None, classes: Sequence[str] | None = None
+) -> ForeignDetector | None:
+    """Convert the content of a file, or return None if it has none of the known formats.
+
+    Args:
+        content: what `files.load_tensors` returned.
+        where: the file, for messages and for the recipe in its name.
+        config: the text of the configuration: Detectron2's YAML or MMDetection's Python. None: what the file holds.
+        classes: class names in label order. None: what the file holds.
+
+    Raises:
+        DistillError: the file has a known format, but holds a part of a detector, or one that distill cannot express.
+    """
+    state = foreign_state(content)
+    if state is None:
+        return None
+    if detectron2.matches(state):
+        parsed = None if config is None else detectron2.parse_config(config, f"configuration of {where}")
+        return detectron2.convert(state, where, parsed, classes)
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    text = config if config is not None else meta.get("cfg") or meta.get("config")
+    return mmdetection.convert(state, where, meta, parse_config(text) if isinstance(text, str) else None, classes)
+
+
+def foreign_state(content: Any) -> dict[str, Tensor] | None:
+    """The tensors in a file of another project, without prefixes; None if no known format has such names."""
+    if not isinstance(content, Mapping):
+        return None
+    for key in ("model", "state_dict", "blobs"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    prefixes = ("module.", "d2_model.")
+    state: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            continue
+        for prefix in prefixes:
+            name = name.removeprefix(prefix)
+        state[name] = value
+    return state if detectron2.matches(state) or mmdetection.matches(state) else None
+
+
+def is_foreign(content: Any) -> bool:
+    """Whether a file has one of the known formats."""
+    return foreign_state(content) is not None
