@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.cli.config import auto_values, compose, instantiate, override_checks
 from distill.cli.main import main
-from distill.cli.runs.assembly import build_losses, build_trainer
+from distill.cli.runs.assembly import build_losses, build_student, build_trainer
 from distill.cli.runs.preflight import plan_losses, plan_run
+from distill.cli.runs.teacher_cache import planned_spec
 from distill.detectors.options import to_plain
 from distill.type_checks import leaves
 from distill.types import DistillError
@@ -61,6 +62,9 @@ ALONE = [{group: option} for group, option in OPTIONS]
 
 def short_id(options: dict[str, str]) -> str:
     return " ".join(f"{group}={option}" for group, option in options.items() if len(options) == 1 or group == "model")
+
+
+EXPERIMENTS = compose.config_groups()["experiment"]
 
 
 @pytest.mark.parametrize("options", [*combined(), *map(exhaustive, ALONE)], ids=short_id)
@@ -362,6 +366,48 @@ def new_conf(conf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return conf
 
 
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        ([], "dsig"),
+        (["model=frcnn_r50"], "dsig"),
+        (["model=mask_rcnn_r50"], "dsig"),
+        (["model=retinanet_r50"], "defeat"),
+        (["model=fcos_r50"], "defeat"),
+        (["model=frcnn_r50", "distill=defeat"], "defeat"),
+    ],
+)
+def test_the_default_method_is_that_of_the_students_family(words: list[str], method: str) -> None:
+    cfg = override_checks.compose_without_run(words)
+    named = override_checks.compose_without_run([*words, f"distill={method}"])
+    assert list(cfg.distill.losses) == [method]
+    assert (cfg.distill, cfg.name) == (named.distill, named.name)
+    assert not any(option.startswith("of/") for option in compose.config_groups()["distill"])
+
+
+@pytest.mark.parametrize(
+    "student", ["frcnn_r10_mini", "mask_rcnn_r10_mini", "retinanet_r10_quarter", "fcos_r10_quarter"]
+)
+def test_the_default_method_builds_for_a_student_and_its_default_teacher(student: str) -> None:
+    plan = plan_run(override_checks.compose_without_run([f"model={student}", "data.masks=true"]))
+    assert plan.teacher is not None
+    detector = build_student(plan, plan.data)
+    assert build_losses(plan.losses, detector.spec, planned_spec(plan.teacher, plan.data.classes))
+
+
+@pytest.mark.parametrize("experiment", mostly_exhaustive(EXPERIMENTS, EXPERIMENTS[::6]))
+def test_an_experiment_keeps_the_method_that_it_names(experiment: str) -> None:
+    file = OmegaConf.load(compose.config_folder() / "experiment" / f"{experiment}.yaml")
+    named = [line["override /distill"] for line in file.defaults if "override /distill" in line]
+    if not named:  # inherited from the experiment of another detector
+        return
+    composed, chosen = (
+        compose.compose_config([f"experiment={experiment}", *words, "paths.run=x", "name=x"])
+        for words in ([], [f"distill={named[0]}"])
+    )
+    assert composed.distill == chosen.distill
+
+
 def test_a_model_without_a_line_in_the_table_has_no_default_teacher_and_can_be_one(new_conf: Path) -> None:
     (new_conf / "model" / "mine.yaml").write_text("defaults: [frcnn_r18]\n")
     (new_conf / "data" / "mine.yaml").write_text("defaults: [shapes]\n")
@@ -457,7 +503,6 @@ def test_train_py_is_the_verb_train() -> None:
     assert "_target_: lightning.Trainer" in done.stdout
 
 
-EXPERIMENTS = compose.config_groups()["experiment"]
 CHANGED = [name for name in EXPERIMENTS if name != "demo"]
 """Experiments that change options of their models."""
 DATA = [option for option in compose.config_groups()["data"] if option != "base"]

@@ -260,7 +260,7 @@ def test_a_teacher_that_does_not_keep_its_promise_is_named(
 
 
 def test_a_pair_that_cannot_be_is_named(cli: Cli, tiny_teacher: Path) -> None:
-    lines = [f"teacher.weights={tiny_teacher}", *TINY, "distill.losses.defeat.neck.levels=[4,128]"]
+    lines = [f"teacher.weights={tiny_teacher}", *TINY, "distill.losses.dsig.neck.levels=[4,128]"]
     report = visit(cli, *lines)
     assert any("expected strides that both models have" in fault for fault in report["faults"])
     assert "classes" in report
@@ -277,7 +277,7 @@ def test_a_term_that_is_not_finite_is_named(cli: Cli, tiny_teacher: Path, monkey
         return found | {"neck.background": found["neck.background"].log() * torch.inf}
 
     monkeypatch.setattr(DeFeat, "forward", broken)
-    report = visit(cli, f"teacher.weights={tiny_teacher}", *TINY)
+    report = visit(cli, f"teacher.weights={tiny_teacher}", *TINY, "distill=defeat")
     assert any("defeat/neck.background is not finite" in fault for fault in report["faults"])
 
 

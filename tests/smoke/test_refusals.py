@@ -57,7 +57,7 @@ def test_a_test_split_without_labels_is_said_first_and_does_not_lose_the_run(cli
             ["distill=defeat_full", "teacher=retinanet_r18"],
             "proposals: the teacher is a retinanet, which has no rois. Set the weights of proposals to 0, or choose",
         ),
-        (["distill.losses.defeat.neck.levels=[4,128]"], "expected strides that both models have"),
+        (["distill.losses.dsig.neck.levels=[4,128]"], "expected strides that both models have"),
         (["teacher.model.anchors.sizes=[[8]]"], "expected 5 lists"),
     ],
 )

@@ -236,7 +236,11 @@ def test_a_teacher_is_trained_once_and_serves_a_sweep(backgrounds: str, cli: Cli
         "teacher.model.neck_channels=16",
     ]
     tiny_teacher += [f"teacher.{line}" for line in TINY_HEADS]
-    sweep = ["distill.losses.defeat.neck.foreground=1,4", f"distill.losses.defeat.neck.background={backgrounds}"]
+    sweep = [
+        "distill=defeat",
+        "distill.losses.defeat.neck.foreground=1,4",
+        f"distill.losses.defeat.neck.background={backgrounds}",
+    ]
     run = ['teacher.run=["schedule.epochs=1","trainer.max_steps=2"]', "hydra.sweep.dir=sweep"]
     run += ["baseline=train", "baseline_epochs=2"]
     assert cli(["train", "-m", *sweep, *TINY, *tiny_teacher, *run]) == 0

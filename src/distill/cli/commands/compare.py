@@ -182,6 +182,8 @@ def with_plain_student(words: Sequence[str]) -> list[str]:
     if not given:
         cfg, _ = override_checks.validate_overrides(_without_sweeps(words))
         choice = cfg.hydra.runtime.choices["distill"]
+        if choice.startswith("of/"):  # the default of the model's family, under the name of its loss
+            choice = ",".join(cfg.distill.losses)
         return [*words, "distill=none" if choice == "none" else f"distill=none,{choice}"]
     override = next(override for override in parsed if override.key_or_group == "distill")
     sweeps = override.is_sweep_override()

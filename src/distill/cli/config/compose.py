@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distill.cli.config import config_folders, target_policy
 from distill.cli.config.overrides import configuration_name, parse_overrides
-from distill.cli.config.presets import preset_options, register_presets
+from distill.cli.config.presets import DEFAULT_METHOD, preset_options, register_presets
 from distill.types import DistillError
 
 CONFIG_NAME = "config"
@@ -95,14 +95,14 @@ def register_resolvers() -> None:
 
 
 def config_groups() -> dict[str, list[str]]:
-    """Config groups and their options."""
+    """Config groups and their options, without those that stand for a model's default method."""
     folders = all_folders()
     files = [file.relative_to(conf).with_suffix("").as_posix() for conf in folders for file in conf.rglob("*.yaml")]
     files = [file for file in files if not file.startswith(f"{SWEEPS}/")]
     options: dict[str, list[str]] = {}
     for option in sorted({*files, *preset_options(folders)}):
         group, _, name = option.partition("/")
-        if name:
+        if name and not option.startswith(DEFAULT_METHOD):
             options.setdefault(group, []).append(name)
     return options
 

@@ -111,16 +111,27 @@ def _read_yaml(file: Path) -> Any:
 def recorded_overrides(run: Path) -> list[Override]:
     """The overrides that a run recorded, without those that only the command line may set.
 
-    These are ``hydra.*``, ``trust`` and ``config_dirs``.
+    These are ``hydra.*``, ``trust`` and ``config_dirs``. A run of a version whose default method was DeFeat for every
+    model gets the word for it.
 
     Raises:
         DistillError: ``overrides.yaml`` is not a list of overrides.
     """
-    return [
+    recorded = [
         override
         for override in parse_overrides(read_overrides(run))
         if not override.is_hydra_override() and override.key_or_group not in COMMAND_LINE_KEYS
     ]
+    named = any(override.key_or_group in ("distill", "experiment") for override in recorded)
+    if not named and RunFolder(run).config.is_file() and _losses(read_config(RunFolder(run))) == ["defeat"]:
+        return [*parse_overrides(["distill=defeat"]), *recorded]
+    return recorded
+
+
+def _losses(config: Mapping[str, Any]) -> list[str]:
+    method = config.get("distill")
+    losses = method.get("losses") if isinstance(method, dict) else None
+    return list(losses) if isinstance(losses, dict) else []
 
 
 def sweep_key(override: Override) -> str:

@@ -1,10 +1,10 @@
-"""Config options that are derived instead of stored in files: default teachers, default metrics and loss names.
+"""Config options that are derived instead of stored in files: default teachers, methods and metrics, and loss names.
 
 ``conf/teachers.yaml`` holds the default teacher of each student, ``conf/metrics.yaml`` the default metrics of each data
 set. Each line becomes an option of Hydra: ``teacher=of/STUDENT``, ``metrics=of/DATA``. Each model becomes a teacher as
-well: ``teacher=MODEL``. ``supervised=of/MODEL`` has the loss names of the model's family. ``schedule=of/DATA`` is
-``schedule=auto``. Models and data sets in folders of the user have these options, too. A file of the same name takes
-precedence.
+well: ``teacher=MODEL``. ``supervised=of/MODEL`` has the loss names of the model's family, ``distill=of/MODEL`` the
+method that ``conf/methods.yaml`` names for this family. ``schedule=of/DATA`` is ``schedule=auto``. Models and data sets
+in folders of the user have these options, too. A file of the same name takes precedence.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from hydra.core.config_store import ConfigStore
 from distill.cli.config.suggestions import nearest
 from distill.types import DistillError
 
-DERIVED_GROUPS = ("teacher", "metrics", "supervised", "schedule")
+DERIVED_GROUPS = ("teacher", "metrics", "supervised", "schedule", "distill")
 """Groups of the derived options."""
-FILE_GROUPS = ("model", "teacher", "supervised", "data", "metrics")
+FILE_GROUPS = ("model", "teacher", "supervised", "data", "metrics", "distill")
 """Groups whose files decide which options are derived."""
+DEFAULT_METHOD = "distill/of/"
+"""Prefix of the options that stand for a student's default method."""
 
 _registered: dict[str, dict[str, Any]] = {}
 
@@ -68,11 +70,15 @@ def preset_options(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """
     conf, files = folders[0], {group: _files(folders, group) for group in FILE_GROUPS}
     models, families = files["model"], files["supervised"]
+    methods = _mapping(conf / "methods.yaml")
+    _require_names(conf / "methods.yaml", "the table", list(methods.values()), files["distill"])
     nodes: dict[str, dict[str, Any]] = {}
     for model in models:
         nodes[f"teacher/{model}"] = {"defaults": ["base", {"/model@model": model}]}
         family = _target(model, models)
         nodes[f"supervised/of/{model}"] = {"defaults": [f"/supervised/{family}@_here_"] if family in families else []}
+        method = methods.get(str(family), methods["default"])
+        nodes[f"{DEFAULT_METHOD}{model}"] = {"defaults": [f"/distill/{method}@_global_.distill.losses.{method}"]}
     for model, teacher, options in _rows(conf / "teachers.yaml", models, "teacher"):
         _require_names(conf / "teachers.yaml", model, [teacher], {*models, *files["teacher"]})
         nodes[f"teacher/of/{model}"] = {"defaults": [f"/teacher/{teacher}@_here_"], **options}

@@ -16,7 +16,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
@@ -366,13 +365,16 @@ def _print_training(summary: Mapping[str, Any], alone: Mapping[str, Any]) -> Non
 
 def print_next_steps(plan: RunPlan) -> None:
     """Print the commands that follow a run on drawn images."""
-    given = [word for word in plan.overrides if word.startswith("distill=")]  # may be a list of options
-    method = given[-1] if given else f"distill={HydraConfig.get().runtime.choices['distill']}"
-    own = shlex.join(["python", "-m", "distill", "train", "data=DIR", method, "baseline=train"])
+    method = [word for word in plan.overrides if word.startswith("distill=")][-1:]  # may be a list of options
+    own = shlex.join(["python", "-m", "distill", "train", "data=DIR", *method, "baseline=train"])
     predict = shlex.join(["python", "-m", "distill", "predict", str(plan.folder.path)])
     print_line("next", f"this student's detections on images:\n{predict} IMAGES")
-    print_line("", f"the same table for your own data, a folder in COCO's, VOC's or YOLO's format:\n{own}")
-    print_line("", f"with a teacher that learns from more images:\n{own} teacher.data=LARGER_DIR")
+    print_line(
+        "",
+        "the same table for your own data, a folder in COCO's, VOC's or YOLO's format, with a teacher that learns from "
+        f"more images:\n{own} teacher.data=LARGER_DIR",
+    )
+    print_line("", f"with a teacher that learns from the same images:\n{own}")
 
 
 def _warn_of_weak_teacher(teacher: float | None, student: float) -> None:

@@ -35,7 +35,7 @@ def plan(*words: str) -> compare.Plan:
     [
         (["distill=none,dsig", "seeds=2"], ["distill=none,dsig", "seed=0,1"]),
         (["distill=dsig"], ["distill=none,dsig", "seed=0,1,2"]),
-        (["seed=4,7"], ["seed=4,7", "distill=none,defeat"]),
+        (["seed=4,7"], ["seed=4,7", "distill=none,dsig"]),
         (
             ["distill=dsig,[defeat,ssim]", "distill.losses.dsig.neck.all=1", "seed=1"],
             ["distill=none,dsig,[defeat,ssim]", "++distill.losses.dsig.neck.all=1", "seed=1"],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from pathlib import Path
 
 import pytest
 
-from distill.cli.config.overrides import configuration_name, parse_overrides
+from distill.cli.config.overrides import configuration_name, parse_overrides, recorded_overrides
 from distill.quoting import quote_value
+from distill.run_folder import RunFolder
 from distill.types import DistillError
 
 PATHS = [
@@ -62,3 +65,22 @@ def test_a_word_that_is_no_override_is_named() -> None:
 )
 def test_a_configuration_is_named_without_its_seed(words: list[str], name: str) -> None:
     assert configuration_name(words) == name
+
+
+@pytest.mark.parametrize(
+    ("recorded", "losses", "expected"),
+    [
+        (["seed=1"], ["defeat"], ["distill=defeat", "seed=1"]),
+        (["seed=1"], ["dsig"], ["seed=1"]),
+        (["distill=[defeat,ssim]"], ["defeat", "ssim"], ["distill=[defeat,ssim]"]),
+        (["experiment=bccd"], ["defeat"], ["experiment=bccd"]),
+    ],
+)
+def test_a_run_of_the_former_default_method_keeps_it(
+    recorded: list[str], losses: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path)
+    run.overrides.write_text(json.dumps(recorded))
+    config = {"data": {}, "schedule": {}, "distill": {"losses": {name: {"weight": 1.0} for name in losses}}}
+    run.config.write_text(json.dumps(config))
+    assert [override.input_line for override in recorded_overrides(tmp_path)] == expected

@@ -31,7 +31,7 @@ def untrained_teacher(run: RunPlan) -> Teacher:
 
 
 def test_weights_of_the_plan_reach_the_step() -> None:
-    run = plan("supervised.loss_objectness=0.25", "distill.losses.defeat.ramp.shape=linear")
+    run = plan("supervised.loss_objectness=0.25", "distill=defeat", "distill.losses.defeat.ramp.shape=linear")
     module = assemble(run, run.data, teacher=untrained_teacher(run))
     batch = next(iter(run.data.train_dataloader()))
     step = module.compute_step(batch, seed=0, progress=0.5)

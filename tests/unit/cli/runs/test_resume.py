@@ -30,7 +30,7 @@ def composed(*lines: str) -> Any:
         ("schedule.epochs=3", ["schedule.epochs: 6 there, 3 here", "trainer.max_epochs: 6 there, 3 here"]),
         ("schedule.optimizer.lr=7", ["schedule.optimizer.lr: "]),
         ("supervised.loss_box_reg=2.0", ["supervised.loss_box_reg: 1.0 there, 2.0 here"]),
-        ("distill.losses.defeat.neck.foreground=9", ["distill.losses.defeat.neck.foreground: "]),
+        ("distill.losses.dsig.nodes.foreground=9", ["distill.losses.dsig.nodes.foreground: "]),
         ("distill=[defeat,ssim]", ["distill.losses.ssim"]),
         ("trainer.precision=16-mixed", ["trainer.precision: auto there, 16-mixed here"]),
         ("trainer.accumulate_grad_batches=2", ["trainer.accumulate_grad_batches: "]),

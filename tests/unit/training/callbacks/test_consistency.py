@@ -100,7 +100,7 @@ def spec(*lines: str, run: str = "a", source: DetectionData | None = None) -> di
     [
         ("seed=3", "seed"),
         ("model.backbone.depth=18", "model.backbone.depth"),
-        ("distill.losses.defeat.neck.foreground=1", "distill.losses.defeat.neck.foreground"),
+        ("distill.losses.dsig.nodes.foreground=1", "distill.losses.dsig.nodes.foreground"),
         ("trainer.precision=16-mixed", "trainer.precision"),
         ("guard.limit=0", "guard.limit"),
     ],
