@@ -1,8 +1,12 @@
-"""Maps between the class lists of two models, or of a model and a data set. Classes match by exact name only."""
+"""Maps between the class lists of two models, or of a model and a data set.
+
+Classes match by exact name. Only a bridge between a teacher and other data (``classes.map``) knows more.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from distill.types import DistillError
 
@@ -58,3 +62,86 @@ def shared_labels(model: Sequence[str], data: Sequence[str]) -> list[int]:
             "measured. Class lists are matched by exact name: rename the classes, or choose other data"
         )
     return [0, *labels]
+
+
+AUTO = "auto"
+"""Value of ``classes.map`` that matches names by `SAME` and by spelling alone."""
+
+SAME: tuple[tuple[str, ...], ...] = (
+    ("airplane", "aeroplane", "plane"),
+    ("bicycle", "bike"),
+    ("car", "automobile"),
+    ("cell phone", "mobile phone"),
+    ("couch", "sofa"),
+    ("cow", "cattle"),
+    ("donut", "doughnut"),
+    ("dining table", "table"),
+    ("hair drier", "hair dryer"),
+    ("motorcycle", "motorbike"),
+    ("person", "pedestrian", "people", "human"),
+    ("potted plant", "pottedplant"),
+    ("tv", "tv monitor", "television"),
+)
+"""Names of one class in different data sets: COCO, Pascal VOC, Objects365, Open Images and others."""
+
+
+def bridge_classes(
+    teacher: Sequence[str], data: Sequence[str], given: Mapping[str, str | None] | str
+) -> dict[str, str]:
+    """Return the data's class name of each class of a teacher that has one. Several may have the same.
+
+    The given pairs come first. Classes without a pair match by name, without regard to case, spaces, hyphens and
+    underscores, or by the table `SAME`.
+
+    Args:
+        teacher: class names of the teacher.
+        data: class names of the data.
+        given: teacher's name -> data's name; None: no class. Or ``auto``, which gives no pairs.
+
+    Raises:
+        DistillError: a pair has an unknown name, or no class has a partner.
+    """
+    pairs: Mapping[str, str | None] = {} if isinstance(given, str) else given
+    if isinstance(given, str) and given != AUTO:
+        raise DistillError(
+            f"classes.map={given}: expected auto, or pairs as in classes.map={{car:vehicle,truck:vehicle}}"
+        )
+    for names, known, whose in ((pairs.keys(), teacher, "teacher"), (pairs.values(), data, "data")):
+        if wrong := [name for name in names if name is not None and name not in known]:
+            raise DistillError(
+                f"classes.map: {wrong} is no class of the {whose}; its classes are {[n for n in known if n != 'N/A']}. "
+                "Each pair is TEACHER:DATA"
+            )
+    by_spelling = {_plain(name): name for name in reversed(data)}
+    bridge = {}
+    for name in teacher:
+        partner = pairs[name] if name in pairs else by_spelling.get(_plain(name))
+        if partner is not None and name != "N/A":
+            bridge[name] = partner
+    if not bridge:
+        raise DistillError(
+            f"classes.map: none of the teacher's classes {[name for name in teacher if name != 'N/A'][:10]} has a "
+            f"partner among {list(data)[:10]}. Name pairs, as in classes.map={{{teacher[0]}:{data[0]}}}; or choose a "
+            "method that compares features alone, which needs no map: distill=ssim"
+        )
+    return bridge
+
+
+def describe_bridge(bridge: Mapping[str, str], data: Sequence[str]) -> list[str]:
+    """Return a line for each class of the data: the teacher's classes that stand for it, or that none does."""
+    lines = []
+    for name in data:
+        partners = [own for own, partner in bridge.items() if partner == name]
+        lines.append(
+            f"{name}: {' + '.join(partners) if partners else 'unknown to the teacher; terms on features only'}"
+        )
+    return lines
+
+
+def _plain(name: str) -> str:
+    """The first name of a class in `SAME`, in a form that does not depend on spelling."""
+    spelled = re.sub(r"[\s_-]+", "", name).casefold()
+    for names in SAME:
+        if spelled in (re.sub(r"\s", "", other) for other in names):
+            return re.sub(r"\s", "", names[0])
+    return spelled

@@ -163,6 +163,15 @@ class DetectorSpec:
     anchor_options: Mapping[str, Any] = field(default_factory=dict)
     """Options that decide the anchors at every image size (``sizes``, ``ratios``, ``step``, ...). Detectors with equal
     `anchors` and `anchor_options` have the same anchors."""
+    bridge: Mapping[str, str] | None = None
+    """Of a teacher with another class list: its class name -> the data's class name, see `labels.bridge_classes`.
+
+    None: classes match by exact name, and every class of the student must be known."""
+
+    @property
+    def data_classes(self) -> tuple[str, ...]:
+        """The class names in label order, those of `bridge` under the data's names."""
+        return tuple((self.bridge or {}).get(name, name) for name in self.classes)
 
 
 MAPS = ("body", "neck", "objectness", "class_logits", "deltas", "centerness")

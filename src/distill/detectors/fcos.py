@@ -63,9 +63,11 @@ class FCOSView(RetinaNetView):
             stride: distances(upcast(layer(x)), level) for level, (stride, x) in enumerate(self._box_features.items())
         }
 
-    def _last_layer(self, branch: str, x: Tensor) -> Tensor:
-        outputs = super()._last_layer(branch, x)
-        return outputs.relu() if branch == "boxes" else outputs
+    def _last_layer(self, branch: str, x: Tensor, stride: int) -> Tensor:
+        outputs, distances = super()._last_layer(branch, x, stride), getattr(self.net.head, "distances", None)
+        if branch == "classes":
+            return outputs
+        return outputs.relu() if distances is None else cast(Tensor, distances(outputs, list(self.neck).index(stride)))
 
     @network
     def centerness(self) -> Pyramid:

@@ -42,7 +42,7 @@ def read_config(path: Path) -> str:
 
 def warn_of_assumptions(found: ForeignDetector, file: Path) -> None:
     """Warn of what a file does not tell."""
-    sentences = " ".join(f"({number}) {line}." for number, line in enumerate(found.warnings, start=1))
+    sentences = " ".join(f"({number}) {line.removesuffix('.')}." for number, line in enumerate(found.warnings, start=1))
     warnings.warn(
         f"{file}: read as a {found.family} of {found.project}. {sentences} `python -m distill import {file}` writes a "
         "folder with all options, and a report",

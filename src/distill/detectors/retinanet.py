@@ -88,7 +88,7 @@ class RetinaNetView(PyramidView):
         with torch.enable_grad(), torch.autocast(self.device.type, dtype=autocast, enabled=enabled):
             # With autocast, inputs of any type fit; without it, those of the type of the weights.
             maps = {stride: run_layers(layers, x if enabled else x.to(dtype)) for stride, x in features.items()}
-            outputs = {stride: self._last_layer(branch, x) for stride, x in maps.items()}
+            outputs = {stride: self._last_layer(branch, x, stride) for stride, x in maps.items()}
         if branch == "boxes":
             return outputs
         return {stride: _classes_only(x, len(self.spec.classes) + 1) for stride, x in outputs.items()}
@@ -97,7 +97,7 @@ class RetinaNetView(PyramidView):
         head = self.net.head
         return {"classes": head.classification_head, "boxes": head.regression_head}[branch]
 
-    def _last_layer(self, branch: str, x: Tensor) -> Tensor:
+    def _last_layer(self, branch: str, x: Tensor, stride: int) -> Tensor:
         head = self._branch(branch)
         return upcast((head.cls_logits if branch == "classes" else head.bbox_reg)(x))
 

@@ -57,7 +57,8 @@ class Evaluation:
         seen_only: bool = False,
     ) -> None:
         self.detector = detector
-        labels = shared_labels(detector.classes, classes)
+        names = detector.spec.data_classes if isinstance(detector, Detector) else detector.classes
+        labels = shared_labels(names, classes)
         self.labels = torch.tensor(labels, device=device)
         self.metrics = [make(ground_truth, classes).to(device) for make in metrics]
         for metric in self.metrics:

@@ -134,7 +134,7 @@ class Chen(DistillLoss):
             heads.require_equal_anchors("rpn", student, teacher)
         if self.terms("rcn"):
             base.require_outputs("rcn", student, teacher, "rois", "roi_logits")
-            self.classes = ClassMap("rcn", student, teacher)
+            self.classes = ClassMap("rcn", student, teacher, partial=True)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. Stages that no term needs are not read."""

@@ -123,7 +123,7 @@ class DeFeat(DistillLoss):
         self.temperatures = {group: float(proposals[f"temperature_{group}"]) for group in self.terms("proposals")}
         if self.temperatures:
             self._validate_proposals(student, teacher)
-            self.classes = ClassMap("proposals", student, teacher)
+            self.classes = ClassMap("proposals", student, teacher, partial=True)
 
     def _validate_proposals(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         base.require_outputs("proposals", student, teacher, "rois", "roi_logits")

@@ -228,7 +228,7 @@ class DSIG(DistillLoss):
                 f"{list(student.classes)}. Set logits.classes=0"
             )
         if settings:
-            self.classes = ClassMap("logits and edges", student, teacher)
+            self.classes = ClassMap("logits and edges", student, teacher, partial=True)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. Stages that no term needs are not read."""
@@ -305,6 +305,7 @@ class DSIG(DistillLoss):
             )
             teacher_logits, remedy = self.classes.dense_logits(teacher_logits), heads.REMEDY
             base.require_equal_shapes("logits.classes (B, anchors, K)", student_logits, teacher_logits, remedy)
+            student_logits, teacher_logits = self.classes.compared(student_logits, teacher_logits, labels)
             divergence = heads.kl_divergence(student_logits, teacher_logits, self.temperature)
             total, count = base.sum_and_count(divergence, labels >= 0)
             shares["logits.classes"] = total, student_logits.shape[-1] * count

@@ -130,7 +130,7 @@ class GlobalKnowledge(DistillLoss):
             adapter = base.merge_options("adapter", adapter, ADAPTER)
             self.neck = MapImitation("neck", student.neck, teacher.neck, self.levels, adapter, seed=seed)
         if "labels" in self.weights:
-            self.classes = ClassMap("labels", student, teacher)
+            self.classes = ClassMap("labels", student, teacher, partial=True)
         for name, spec in (("student", student), ("teacher", teacher)):
             shape = len(student.classes), len(self.levels), self.prototypes["count"], spec.neck[self.levels[0]]
             self.register_buffer(f"{name}_prototypes", torch.zeros(shape))

@@ -46,33 +46,96 @@ def label_deltas(deltas: Tensor, labels: Tensor) -> Tensor:
     return deltas.view(len(deltas), deltas.shape[1] // 4, 4)[torch.arange(len(labels), device=labels.device), labels]
 
 
+IMPOSSIBLE = -1e4
+"""Logit of an outcome with probability 0, whose gradient is 0 too."""
+
+
 class ClassMap(nn.Module):
-    """Brings the teacher's head outputs into the order of the student's classes, matched by name.
+    """Brings the teacher's head outputs into the order of the student's classes.
+
+    Without a bridge, classes match by exact name. With the bridge of the teacher's spec, several classes of the teacher
+    may stand for one of the student: their probabilities are summed. A class of the student that the teacher does not
+    know takes no part: `compared` removes its column, and the rows that are labelled with it, from both sides.
 
     Args:
         name: of the terms, for the message.
         student, teacher: specs of both detectors. The teacher may know more classes.
+        partial: whether the terms call `compared`, and so can leave out classes that the teacher does not know.
 
     Raises:
-        DistillError: the teacher does not know a class of the student.
+        DistillError: the teacher does not know a class of the student and has no bridge, its bridge leads to no class
+            of the student, or not to all of them, which these terms need.
     """
 
     columns: Tensor | None
-    """(K+1,) the teacher's labels of the student's labels, background first; None if both class lists are equal."""
+    """(K+1,) the teacher's labels of the student's labels, background first; None if both class lists are equal. With a
+    bridge, the first of several labels; 0 for an unknown class."""
+    members: Tensor
+    """(K+1, M) all labels of the teacher that stand for each label of the student, filled up with -1."""
+    known: Tensor
+    """(K+1,) bool: whether the teacher knows the student's label. The background is known."""
 
-    def __init__(self, name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    def __init__(self, name: str, student: DetectorSpec, teacher: DetectorSpec, partial: bool = False) -> None:
         super().__init__()
-        remedy = f"choose another teacher, or set the weights of {name} to 0"
-        columns = torch.tensor(match_classes(student.classes, teacher.classes, remedy))
-        self.register_buffer("columns", None if student.classes == teacher.classes else columns, persistent=False)
+        remedy = f"choose another teacher, map the classes (classes.map=auto), or set the weights of {name} to 0"
+        if teacher.bridge is None:
+            labels = [[label] for label in match_classes(student.classes, teacher.classes, remedy)]
+        else:
+            labels = [[0]]
+            for wanted in student.classes:
+                partners = enumerate(teacher.data_classes, start=1)
+                labels.append(
+                    [label for label, partner in partners if partner == wanted and self._linked(label, teacher)]
+                )
+            if not any(labels[1:]):
+                raise DistillError(f"{name}: classes.map leads to none of the student's classes; {remedy}")
+            if not (partial or all(labels)):
+                unknown = [own for own, known in zip(student.classes, labels[1:], strict=True) if not known]
+                raise DistillError(
+                    f"{name}: classes.map leads to no class of the teacher for {unknown}, and these terms need all "
+                    f"classes. Add pairs, or set the weights of {name} to 0: terms on features need no classes"
+                )
+        widest = max(len(own) for own in labels)
+        equal = teacher.bridge is None and student.classes == teacher.classes
+        columns = torch.tensor([own[0] if own else 0 for own in labels])
+        self.register_buffer("columns", None if equal else columns, persistent=False)
+        members = torch.tensor([[*own, *[-1] * (widest - len(own))] for own in labels])
+        self.register_buffer("members", members, persistent=False)
+        self.register_buffer("known", torch.tensor([bool(own) for own in labels]), persistent=False)
+        self.is_partial, self.is_merged = not all(labels), widest > 1
+
+    @staticmethod
+    def _linked(label: int, teacher: DetectorSpec) -> bool:
+        return teacher.bridge is not None and teacher.classes[label - 1] in teacher.bridge
 
     def logits(self, teacher: Tensor) -> Tensor:
-        """The teacher's logits with background first -> the student's columns (..., K+1)."""
-        return teacher if self.columns is None else teacher[..., self.columns]
+        """The teacher's logits with background first -> the student's columns (..., K+1).
+
+        The softmax of a class is the sum over its members.
+        """
+        if self.columns is None:
+            return teacher
+        if not self.is_merged:
+            return self._without_unknown(teacher[..., self.columns], self.known)
+        parts = upcast(teacher)[..., self.members.clamp(min=0)]
+        merged = parts.masked_fill(self.members < 0, -torch.inf).logsumexp(-1)
+        return self._without_unknown(merged, self.known)
 
     def dense_logits(self, teacher: Tensor) -> Tensor:
-        """The teacher's logits without background -> the student's columns (..., K)."""
-        return teacher if self.columns is None else teacher[..., self.columns[1:] - 1]
+        """The teacher's logits without background -> the student's columns (..., K).
+
+        The sigmoid of a class is the sum over its members, at most 1 - 1e-6.
+        """
+        if self.columns is None:
+            return teacher
+        if not self.is_merged:
+            return self._without_unknown(teacher[..., self.columns[1:] - 1], self.known[1:])
+        members = self.members[1:]
+        parts = upcast(teacher)[..., (members - 1).clamp(min=0)]
+        total = parts.sigmoid().masked_fill(members < 0, 0.0).sum(-1)
+        single = (members >= 0).sum(-1) < 2  # exact, also where the sigmoid rounds to 0 or 1
+        merged = torch.where(single, parts[..., 0], torch.logit(total, eps=1e-6))
+        return self._without_unknown(merged, self.known[1:])
 
     def map_logits(self, teacher: Tensor, classes: int) -> Tensor:
         """The teacher's dense logits (B, A*classes, H, W) -> the student's columns (B, A*K, H, W)."""
@@ -80,11 +143,46 @@ class ClassMap(nn.Module):
             return teacher
         batch, channels, height, width = teacher.shape
         by_anchor = teacher.reshape(batch, channels // classes, classes, height, width)
+        if self.is_merged:
+            return self.dense_logits(by_anchor.movedim(2, -1)).movedim(-1, 2).flatten(1, 2)
         return by_anchor[:, :, self.columns[1:] - 1].flatten(1, 2)
 
-    def labels(self, student: Tensor) -> Tensor:
-        """The student's labels -> the teacher's labels, of the same shape."""
-        return student if self.columns is None else self.columns[student]
+    def _without_unknown(self, logits: Tensor, known: Tensor) -> Tensor:
+        return logits.masked_fill(~known, IMPOSSIBLE) if self.is_partial else logits
+
+    def compared(self, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of both models for the terms. What the teacher does not know is equal on both sides, without gradient.
+
+        Args:
+            student: (..., K+1) with background first, or (..., K).
+            teacher: of the same shape, from `logits` or `dense_logits`.
+            labels: (...) the student's label of each row; below 1: no class.
+        """
+        if not self.is_partial:
+            return student, teacher
+        columns = self.known[-student.shape[-1] :]
+        rows = self.known[labels.clamp(min=0)]
+        fill = torch.full_like(columns, IMPOSSIBLE, dtype=torch.float32)
+        if student.shape[-1] == len(self.known):
+            fill[0] = -IMPOSSIBLE  # a row of an unknown class is background on both sides
+        taught = columns & rows[..., None]
+        return torch.where(taught, upcast(student), fill), torch.where(taught, upcast(teacher), fill)
+
+    def labels(self, student: Tensor, teacher: Tensor | None = None) -> Tensor:
+        """The student's labels -> the teacher's labels, of the same shape.
+
+        Args:
+            student: labels (R,).
+            teacher: the teacher's own logits (R, columns). They choose among several classes that stand for one.
+        """
+        if self.columns is None:
+            return student
+        if not self.is_merged or teacher is None:
+            return self.columns[student]
+        members = self.members[student]
+        scores = teacher.gather(1, members.clamp(min=0)).masked_fill(members < 0, -torch.inf)
+        best = members.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+        return best.clamp(min=0)
 
 
 class RegionOutputs(NamedTuple):
@@ -101,16 +199,25 @@ class RegionOutputs(NamedTuple):
     teacher_deltas: Tensor
     """(R, (K_teacher+1)*4), class-major, in the order of the teacher's classes."""
     classes: ClassMap
+    own_teacher_logits: Tensor
+    """(R, K_teacher+1), in the order of the teacher's classes."""
 
     @property
     def teacher_labels(self) -> Tensor:
-        """(R,) the regions' classes as labels of the teacher."""
-        return self.classes.labels(self.labels)
+        """(R,) the regions' classes as labels of the teacher; 0 where it does not know the class."""
+        return self.classes.labels(self.labels, self.own_teacher_logits)
 
     def label_deltas(self) -> tuple[Tensor, Tensor]:
-        """The deltas of each region's label, (R, 4) of the student and of the teacher."""
+        """The deltas of each region's label, (R, 4) of the student and of the teacher.
+
+        Where the teacher does not know the class, both are the student's, without a gradient.
+        """
         student = label_deltas(self.student_deltas, self.labels)
-        return student, label_deltas(self.teacher_deltas, self.teacher_labels)
+        teacher = label_deltas(self.teacher_deltas, self.teacher_labels)
+        if not self.classes.is_partial:
+            return student, teacher
+        known = self.classes.known[self.labels][:, None]
+        return torch.where(known, student, student.detach()), torch.where(known, teacher, student.detach())
 
 
 def region_outputs(place: str, student: View, teacher: View, regions: Regions, classes: ClassMap) -> RegionOutputs:
@@ -120,11 +227,14 @@ def region_outputs(place: str, student: View, teacher: View, regions: Regions, c
         DistillError: the logits differ in shape.
     """
     student_logits, student_deltas = student.roi_logits(regions.boxes)
-    teacher_logits, teacher_deltas = teacher.roi_logits(regions.boxes)
-    teacher_logits = classes.logits(teacher_logits)
+    own_teacher_logits, teacher_deltas = teacher.roi_logits(regions.boxes)
+    teacher_logits = classes.logits(own_teacher_logits)
     require_equal_shapes(f"{place}, logits of regions (R, K+1)", student_logits, teacher_logits, REMEDY)
     labels = torch.cat(list(regions.labels))
-    return RegionOutputs(labels, student_logits, teacher_logits, student_deltas, teacher_deltas, classes)
+    student_logits, teacher_logits = classes.compared(student_logits, teacher_logits, labels)
+    return RegionOutputs(
+        labels, student_logits, teacher_logits, student_deltas, teacher_deltas, classes, own_teacher_logits
+    )
 
 
 def flatten_anchors(maps: Pyramid, width: int) -> Tensor:

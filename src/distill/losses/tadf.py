@@ -112,7 +112,7 @@ class TADF(DistillLoss):
             )
         if self.terms("head"):
             base.require_outputs("head", student, teacher, "rois", "roi_logits")
-            self.classes = ClassMap("head", student, teacher)
+            self.classes = ClassMap("head", student, teacher, partial=True)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. Stages that no term needs are not read."""

@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     with uncollected_imports():
         from distill.cli.runs.assembly import assemble
         from distill.cli.runs.preflight import plan_run
+        from distill.cli.runs.teacher_cache import bridge_teacher
         from distill.evaluation.evaluate import evaluate
 
     plan = plan_run(cfg)
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     if args.teacher:
         given = any(override.key_or_group == "teacher.weights" for override in parse_overrides(args.overrides))
         detector = load_teacher_of(run, plan.teacher, data.classes if given else None)
+        bridge_teacher(plan.teacher, detector, data.classes)
     else:
         detector = load_student(args.source)
     trained = (detector.options["min_size"], detector.options["max_size"])
@@ -62,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     module = assemble(replace(plan, losses={}, inherit=False), data, detector)
     title = f"{'teacher' if args.teacher else 'student'}, {args.split}"
     results = evaluate(module.student, data, args.split, module.metrics, device or plan.device, title)
-    report(title, results, detector.classes, data.classes, args.json)
+    report(title, results, detector.spec.data_classes, data.classes, args.json)
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.cli.config.overrides import parse_overrides
 from distill.cli.runs.recorded_run import load_student, load_teacher_of
+from distill.cli.runs.teacher_cache import bridge_teacher
 from distill.evaluation.recording import DetectionRecorder, Recording, load_recording
 from distill.files import read_json
 from distill.run_folder import STUDENT, RunFolder
@@ -76,6 +77,7 @@ def add_teacher(
         return
     try:
         teacher = load_teacher_of(run, plan.teacher, plan.data.classes if given else None)
+        bridge_teacher(plan.teacher, teacher, plan.data.classes)
     except DistillError as error:
         models.notes.append(f"the teacher is left out: {error}")
         return

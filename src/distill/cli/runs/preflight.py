@@ -211,6 +211,7 @@ def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:
         own=run_overrides(instantiate.to_containers(options), list(HydraConfig.get().overrides.task)),
         run=instantiate.to_containers(options.run),
         min_ap=options.min_ap,
+        class_map=instantiate.to_containers(cfg.classes).get("map"),
         optimization={name: options[name] for name in ("fold", "channels_last", "dtype")},
         cache=Path(cfg.paths.teachers).absolute(),
         student_overrides=list(HydraConfig.get().overrides.task),

@@ -21,10 +21,10 @@ from distill.types import DistillError
 
 START_KEYS = ("model.weights", "model.backbone.weights")
 """Keys that may differ when a run resumes, but decide the result of a run that starts."""
-UNRELATED = (*(key for key in MAY_DIFFER if key not in START_KEYS), "distill.*", "teacher.*")
+UNRELATED = (*(key for key in MAY_DIFFER if key not in START_KEYS), "distill.*", "teacher.*", "classes.*")
 """Keys that may differ between a run and its baseline."""
 LEFT_OUT = (
-    *("hydra", "distill", "teacher", "init", "ckpt_path", "resume", "name", "role", "sweep"),
+    *("hydra", "distill", "teacher", "classes", "init", "ckpt_path", "resume", "name", "role", "sweep"),
     *("baseline", "baseline_epochs"),
 )
 """Keys of a distillation's overrides that do not belong to its baseline."""

@@ -11,7 +11,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,9 @@ from distill.cli.config.overrides import TRAINER_KEYS, node_overrides, parse_ove
 from distill.cli.config.target_policy import COMMAND_LINE_KEYS
 from distill.cli.runs import child_runs
 from distill.cli.runs.resume import LOADING_KEYS
+from distill.cli.tables import print_line
 from distill.files import read_json
+from distill.labels import bridge_classes, describe_bridge
 from distill.quoting import quote_value
 from distill.run_folder import STUDENT, RunFolder
 from distill.types import DetectorSpec, DistillError
@@ -67,6 +69,8 @@ class TeacherOptions:
     run: Sequence[str]
     """More overrides of the teacher's run."""
     min_ap: float | None
+    class_map: Mapping[str, str | None] | str | None
+    """``classes.map``: how the teacher's classes lead to the data's; None: by exact name."""
     optimization: Mapping[str, Any]
     """``fold``, ``channels_last`` and ``dtype`` of `Teacher`."""
     cache: Path
@@ -138,7 +142,25 @@ def find_teacher(options: TeacherOptions, data: DetectionData) -> Teacher:
                 Path(source).expanduser().absolute()
             )  # recorded, and read later from other working directories
         detector = load_teacher(options, source, data.classes)
+    for line in bridge_teacher(options, detector, data.classes):
+        print_line("classes.map", line)
     return as_teacher(options, detector, source, _known_values(source, options.metrics, data))
+
+
+def bridge_teacher(options: TeacherOptions | None, detector: Detector, classes: Sequence[str]) -> list[str]:
+    """Let a teacher's classes lead to those of the data, as ``classes.map`` says. Nothing happens without it.
+
+    Returns:
+        Lines that say what teaches each class of the data.
+
+    Raises:
+        DistillError: the map has an unknown name, or leads to no class of the data.
+    """
+    if options is None or options.class_map is None:
+        return []
+    bridge = bridge_classes(detector.spec.classes, classes, options.class_map)
+    detector.spec = replace(detector.spec, bridge=bridge)
+    return describe_bridge(bridge, classes)
 
 
 def as_teacher(
@@ -173,7 +195,8 @@ def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[
         raise DistillError(f"{source} does not describe its model: choose its teacher=…, not none")
     # Frozen norms compute as in evaluation mode.
     backbone = {**options.model.get("backbone", {}), "norm": "frozen"}
-    return options.build(classes=list(classes), weights=source, backbone=backbone, head="keep")
+    names = list(classes) if options.class_map is None else None  # a map needs all classes of the weights
+    return options.build(classes=names, weights=source, backbone=backbone, head="keep")
 
 
 def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:

@@ -38,7 +38,7 @@ class TeacherCheck(L.Callback):
             return
         if self.evaluate and not teacher.values:
             data = data_module(trainer)
-            unknown = unknown_classes(teacher.spec.classes, data.classes)
+            unknown = unknown_classes(teacher.spec.data_classes, data.classes)
             try:
                 metrics = evaluate(teacher.detector, data, "val", pl_module.metrics, pl_module.device, "teacher, val")
             except DistillError as error:
