@@ -139,23 +139,35 @@ def test_antialias_and_padding_are_exported(antialias: bool, tmp_path: Path) -> 
 def test_dense_file_in_batches(family: str, top: int | None, tmp_path: Path) -> None:
     """The decoded file has the best candidates of all levels; for these images they include all detections."""
     detector = detector_of(family)
-    path = export(detector, tmp_path, Canvas(160, 160), batch="dynamic", top=top)
+    path = export(detector, tmp_path, Canvas(96, 160), batch="dynamic", top=top)
     exported = ExportedDetector(path, 1)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (3, 3, 160, 160), dtype=torch.uint8, generator=generator)
-    sizes = torch.tensor([[160, 160], [96, 128], [64, 160]], dtype=torch.int32)
+    images = torch.randint(0, 256, (3, 3, 96, 160), dtype=torch.uint8, generator=generator)
+    sizes = torch.tensor([[96, 160], [96, 128], [64, 160]], dtype=torch.int32)
     together = exported.run(images, sizes)
     for index in range(3):
         alone = exported.run(images[index : index + 1], sizes[index : index + 1])
         for name in set(together) - {"anchors", "labels"}:
             torch.testing.assert_close(together[name][index], alone[name][0], rtol=1e-4, atol=1e-3)
     blank = images.clone()
-    blank[1, :, 96:] = 0  # outside of the image
+    blank[1, :, :, 128:] = 0  # outside of the image
     torch.testing.assert_close(exported.run(blank, sizes), together)
     view = detector.view(_batch(images, sizes), training=False, frozen=True)
+    if top is not None and exported.facts["detects"]:
+        assert_best_detections(detector, exported)
     if top is None:
         deltas = torch.cat([_flat(x, 4) for x in view.deltas.values()], dim=1)
         torch.testing.assert_close(together["deltas"], deltas, rtol=1e-4, atol=1e-4)
+
+
+def assert_best_detections(detector: Detector, exported: ExportedDetector) -> None:
+    """The best detections of the detector are among those of a dense file, whose canvas the image fills."""
+    image = picture((96, 160))
+    (ours,), (found,) = detector([image]), exported([image])
+    best = Detections(ours.boxes[:20], ours.scores[:20], ours.labels[:20])
+    parity = compare_detections([best], [Detections(found.boxes, found.scores, found.labels)])
+    assert parity.detections == 20
+    assert parity.missing <= 1, parity  # equal scores
 
 
 def _flat(x: torch.Tensor, columns: int) -> torch.Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from distill.detectors.base import Detector
+from distill.detectors.faster_rcnn import FasterRCNN
+from distill.detectors.student_files import save_student
 from distill.export.parity import compare_detections
 from distill.export.torchvision_code import detect_with_torchvision, torchvision_code, torchvision_state
 from distill.imaging.resizing import ResizeOptions
@@ -36,7 +40,7 @@ def plain_detector(family: str, **options: Any) -> Detector:
 @pytest.mark.parametrize(
     "case", [case if case in DAILY else pytest.param(case, marks=pytest.mark.exhaustive) for case in CONVERTED]
 )
-def test_torchvision_finds_what_the_detector_finds(case: str, tmp_path: Any) -> None:
+def test_torchvision_finds_what_the_detector_finds(case: str, tmp_path: Path) -> None:
     family, options = CONVERTED[case]
     detector = plain_detector(family, **options)
     torch.save(torchvision_state(detector), tmp_path / "weights.pt")
@@ -54,6 +58,27 @@ def test_torchvision_finds_what_the_detector_finds(case: str, tmp_path: Any) -> 
     assert parity.agreement > 0.97, parity
     assert parity.pixels < 0.05, parity
     assert parity.mask_pixels < 1e-3, parity
+
+
+def test_three_lines_of_the_documentation_load_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(code.splitlines()) == 3
+    torch.manual_seed(0)
+    student = FasterRCNN(["cat", "dog", "owl"])
+    save_student(student, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for net in (student.net.eval(), names["net"].eval()):
+        net.transform.min_size, net.roi_heads.score_thresh = (64,), 0.0
+        with torch.no_grad():
+            found.append(net([image])[0])
+    assert len(found[0]["boxes"])
+    for name in ("scores", "boxes"):
+        torch.testing.assert_close(found[1][name], found[0][name])
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,27 @@ def test_card_has_results_recipe_and_weights(run: Path, cli: Cli, monkeypatch: p
     assert all(torch.equal(ours[name], loaded[name]) for name in ours)
 
 
+def test_a_student_continues_on_data_with_other_classes(run: Path, cli: Cli) -> None:
+    """From a folder of safetensors. The rows of known classes are kept: after 0 steps of a learning rate of 0."""
+    pytest.importorskip("safetensors")
+    from distill.detectors.registry import load_detector
+    from distill.detectors.student_files import save_safetensors
+
+    before = load_detector(run)
+    save_safetensors(before, "weights")
+    words = ["model.weights=weights", "model.head=match", "schedule.optimizer.lr=0", "data.source.classes=[ring,star]"]
+    assert cli(["train", "distill=none", *TINY, *words, "hydra.run.dir=more", "schedule.optimizer.weight_decay=0"]) == 0
+    after = load_detector("more")
+    assert set(after.classes) == {"ring", "star"}
+    layer = "roi_heads.box_predictor.cls_score"
+    for name in after.classes:
+        rows = [detector.classes.index(name) + 1 for detector in (before, after)]
+        kept = [
+            detector.net.get_submodule(layer).weight[row] for detector, row in zip((before, after), rows, strict=True)
+        ]
+        assert torch.equal(*kept)
+
+
 def test_card_of_an_unfinished_run_is_refused(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     assert cli(["card", "run"]) == 1
