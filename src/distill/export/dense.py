@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distill.detectors.base import Detector
 from distill.export.exported import ExportedDetector, select_detections
-from distill.export.graphs import decode
 from distill.imaging.resizing import copy_padded, resize_image
-from distill.types import Batch, Detections, Target
-
-CANDIDATES = 1000
-"""Candidates of an image that are decoded from raw outputs."""
+from distill.types import Batch, Detections, Size, Target
 
 
 class DenseProgram:
@@ -33,13 +30,28 @@ class DenseProgram:
         """Detections in an image (3, H, W) uint8, in its pixels."""
         original = (image.shape[-2], image.shape[-1])
         outputs, size = self.exported.candidates(image)
-        if "boxes" not in outputs:
-            sizes = torch.tensor([size], dtype=torch.int32)
-            outputs = dict(
-                zip(("boxes", "scores", "labels"), decode(self.detector, outputs, sizes, CANDIDATES), strict=True)
-            )
-        if self.exported.facts["detects"]:
+        if "boxes" in outputs and self.exported.facts["detects"]:
             return self.exported.finish(outputs, size, original)
+        view = self._view(image, size)
+        if "boxes" in outputs:
+            vars(view)["proposals"] = [self._proposals(outputs, size)]
+        elif self.exported.facts["detects"]:
+            self._replace_dense_outputs(view, outputs)
+        else:
+            vars(view)["_flat"] = outputs["logits"].reshape(-1, 1), outputs["deltas"].reshape(-1, 4)
+        found: Detections = view.detections[0]
+        return found
+
+    def _view(self, image: Tensor, size: Size) -> Any:
+        """The student's View of an image on the file's canvas."""
+        canvas = torch.zeros(1, 3, *self.exported.facts["canvas"], dtype=torch.uint8)
+        copy_padded([resize_image(image, size, self.detector.resize.antialias)], canvas)
+        target = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        batch = Batch(canvas, (size,), ((image.shape[-2], image.shape[-1]),), (target,), (0,))
+        return self.detector.view(batch, training=False, frozen=True)
+
+    def _proposals(self, outputs: dict[str, Tensor], size: Size) -> Tensor:
+        """Proposals (P, 4) from the best candidates: NMS over all levels together, unlike that of the student."""
         options = self.detector.options
         rule = {
             "score_threshold": 0.0,
@@ -47,18 +59,17 @@ class DenseProgram:
             "detections_per_image": options["rpn_post_nms_top_n_test"],
         }
         boxes, scores = outputs["boxes"][0], outputs["scores"][0]
-        proposals = select_detections(boxes, scores, torch.zeros(len(boxes), dtype=torch.int64), rule, size, size)
-        return self._second_stage(image, size, proposals.boxes)
+        return select_detections(boxes, scores, torch.zeros(len(boxes), dtype=torch.int64), rule, size, size).boxes
 
-    def _second_stage(self, image: Tensor, size: tuple[int, int], proposals: Tensor) -> Detections:
-        """Detections of the student's box head and mask head for these proposals."""
-        canvas = torch.zeros(1, 3, *self.exported.facts["canvas"], dtype=torch.uint8)
-        copy_padded([resize_image(image, size, self.detector.resize.antialias)], canvas)
-        target = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        original = (image.shape[-2], image.shape[-1])
-        view: Any = self.detector.view(
-            Batch(canvas, (size,), (original,), (target,), (0,)), training=False, frozen=True
-        )
-        vars(view)["proposals"] = [proposals]
-        found: Detections = view.detections[0]
-        return found
+    @staticmethod
+    def _replace_dense_outputs(view: Any, outputs: dict[str, Tensor]) -> None:
+        """Give the View of a one-stage detector the file's outputs instead of those of its head."""
+        counts = [len(level) for level in view.anchors.values()]
+        # The file has no output for label 0, which a View drops.
+        named = {
+            "cls_logits": F.pad(outputs["logits"], (1, 0), value=-torch.inf),
+            "bbox_regression": outputs["deltas"],
+            **({"bbox_ctrness": outputs["centerness"]} if "centerness" in outputs else {}),
+        }
+        levels = {name: list(values.split(counts, dim=1)) for name, values in named.items()}
+        view._flat = lambda: levels

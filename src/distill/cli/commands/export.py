@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         print_proof(proof)
         if proof.loss(METRIC) > allowed:
             raise DistillError(
-                f"export: the file loses {proof.loss(METRIC):.1f} AP on {proof.images} images of {proof.split}, more "
+                f"export: the file loses {proof.loss(METRIC):.2f} AP on {proof.images} images of {proof.split}, more "
                 f"than --max-loss {allowed:g}. Nothing was written"
             )
     print(f"written: {out}")
