@@ -71,5 +71,5 @@ class DenseProgram:
             "bbox_regression": outputs["deltas"],
             **({"bbox_ctrness": outputs["centerness"]} if "centerness" in outputs else {}),
         }
-        levels = {name: list(values.split(counts, dim=1)) for name, values in named.items()}
+        levels = {name: list(torch.split(values, counts, dim=1)) for name, values in named.items()}
         view._flat = lambda: levels
