@@ -26,6 +26,7 @@ USAGE = """usage: distill <command> [options]
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
   doctor [overrides of train]           check data, teacher and loss terms before a run, and estimate its time
   import FILE [--out DIR]               convert a detector of Detectron2 or MMDetection, for teacher.weights
+  methods [NAME...]                     list the distillation methods with their terms, detectors and papers
   replay FILE                           repeat the step that stopped a run
 
 RUN is the folder of a run; a run prints it. An override is KEY=VALUE (seed=1) or GROUP=OPTION (distill=defeat).
@@ -46,6 +47,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
         evaluate,
         export,
         import_detector,
+        methods,
         predict,
         replay,
         report,
@@ -67,6 +69,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
         "classifier": classifier.main,
         "doctor": doctor.main,
         "import": import_detector.main,
+        "methods": methods.main,
         "replay": replay.main,
     }
 
