@@ -109,9 +109,19 @@ def test_centerness_is_that_of_fcos() -> None:
     assert centerness(torch.tensor([[1.0, 2.0, 4.0, 2.0], [3.0, 3.0, 3.0, 3.0]])).tolist() == pytest.approx([0.5, 1])
 
 
-@pytest.mark.parametrize(("family", "depth"), [("retinanet", 3), ("retinanet", 0), ("fcos", 2)])
-def test_the_rest_of_a_head_on_its_own_features_gives_its_own_outputs(family: str, depth: int) -> None:
-    detector, data = random_detector(family), padded_batch()
+@pytest.mark.parametrize(
+    ("family", "depth", "options"),
+    [
+        ("retinanet", 3, {}),
+        ("retinanet", 0, {}),
+        ("fcos", 2, {}),
+        ("fcos", 1, {"level_scales": True, "distances": "exp", "head_norm": "none"}),
+    ],
+)
+def test_the_rest_of_a_head_on_its_own_features_gives_its_own_outputs(
+    family: str, depth: int, options: dict[str, Any]
+) -> None:
+    detector, data = random_detector(family, **options), padded_batch()
     view = detector.view(data, frozen=True)
     for branch, outputs in (("classes", view.class_logits), ("boxes", view.deltas)):
         features = view.tower_features(branch, depth)

@@ -74,7 +74,7 @@ def _node(option: str) -> DictConfig:
     """The node of an option's loss. Only its file and those that it inherits are read: composing takes far longer."""
     files = [folder / "distill" / f"{option}.yaml" for folder in compose.all_folders()]
     own = cast(DictConfig, OmegaConf.load(next(file for file in files if file.is_file())))
-    whole = OmegaConf.create({"seed": 0, "node": {}})
+    whole: Any = OmegaConf.create({"seed": 0, "node": {}})
     for line in own.pop("defaults", []):
         parent, _, place = str(line).partition("@")
         inherited = _node(parent)
