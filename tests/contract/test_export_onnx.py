@@ -32,7 +32,7 @@ OTHER_OPTIONS = {
     "foreign regions": {"box_roi_aligned": True, "box_level_rule": "mmdetection", "delta_clamp": "both"},
     "adaptive sampling": {"box_sampling_ratio": 0},
     "linear p7": {"p7_relu": False, "p6_from": "c5"},
-    "group norm": {"head_norm": "group"},
+    "group norm": {"head_norm": "group", "neck_channels": 64},
 }
 
 
@@ -78,6 +78,19 @@ def test_full_file_finds_what_the_detector_finds(family: str, tmp_path: Path) ->
     assert facts["pixels"]["mean"] == [0.485, 0.456, 0.406]
     assert facts["category_ids"] == {"1": 7}
     assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["retinanet", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in FAMILIES if name != "retinanet")],
+)
+def test_an_image_without_detections(family: str, tmp_path: Path) -> None:
+    detector = detector_of(family)
+    for module in (detector.net, getattr(detector.net, "roi_heads", detector.net)):
+        module.score_thresh = 2.0
+    found = ExportedDetector(export(detector, tmp_path)).detect(picture((97, 203)))
+    assert (found.boxes.shape, found.scores.shape, found.labels.shape) == ((0, 4), (0,), (0,))
+    assert found.masks is None or found.masks.shape == (0, 97, 203)
 
 
 def options_of(family: str) -> dict[str, dict[str, Any]]:

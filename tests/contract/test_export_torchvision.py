@@ -23,7 +23,7 @@ CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "bgr": ("faster_rcnn", {"pixels": {"channel_order": "bgr", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}}),
     "another epsilon": ("faster_rcnn", {"norm_eps": 1e-2}),
     "epsilon 0": ("retinanet", {"norm_eps": 0.0}),
-    "version 2": ("retinanet", {"head_norm": "group", "p6_from": "c5"}),
+    "version 2": ("retinanet", {"head_norm": "group", "p6_from": "c5", "neck_channels": 64}),
 }
 DAILY = (*FAMILIES, "bgr", "another epsilon")
 

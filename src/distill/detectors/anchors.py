@@ -137,7 +137,7 @@ class TwoSidedBoxCoder(BoxCoder):  # type: ignore[misc]
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Decode deltas (N, 4*K) at anchors (N, 4) to boxes (N, 4*K)."""
-        codes = rel_codes.view(len(rel_codes), -1, 4)
+        codes = rel_codes.view(rel_codes.shape[0], rel_codes.shape[1] // 4, 4)
         floor = torch.tensor(self.weights[2:], dtype=codes.dtype, device=codes.device) * -self.bbox_xform_clip
         codes = torch.cat([codes[..., :2], codes[..., 2:].maximum(floor)], dim=-1)
         decoded: Tensor = super().decode_single(codes.flatten(1), boxes)

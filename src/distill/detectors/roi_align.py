@@ -109,7 +109,7 @@ class RegionPool(MultiScaleRoIAlign):  # type: ignore[misc]
             pooled: Tensor = super().forward(x, boxes, image_shapes)
             return pooled
         regions, levels = self._regions(boxes)
-        pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *self.output_size)
+        pooled = maps[0].new_zeros(regions.shape[0], maps[0].shape[1], *self.output_size)
         for level, (features, scale) in enumerate(zip(maps, self.scales, strict=True)):
             rows = torch.where(levels == level)[0]
             pooled[rows] = roi_align(
@@ -126,7 +126,7 @@ class RegionPool(MultiScaleRoIAlign):  # type: ignore[misc]
     def _regions(self, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Regions (R, 5) as (image index, x1, y1, x2, y2), and the level of each region (R,)."""
         images = torch.cat(
-            [image_boxes.new_full((len(image_boxes), 1), index) for index, image_boxes in enumerate(boxes)]
+            [image_boxes.new_full((image_boxes.shape[0], 1), index) for index, image_boxes in enumerate(boxes)]
         )
         return torch.cat([images, torch.cat(list(boxes))], dim=1), self.map_levels(list(boxes))
 

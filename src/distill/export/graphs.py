@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks, maskrcnn_inference
+from torchvision.ops import boxes as box_ops
 
 from distill.detectors.base import Detector
+from distill.detectors.view import temporarily
 from distill.export.resize_graph import resize_pixels, resized_sides
 from distill.types import Batch, Detections, DistillError, Target
 
@@ -102,6 +104,17 @@ def paste_masks(cells: Tensor, boxes: Tensor, height: Any, width: Any) -> Tensor
     return cast(Tensor, rows @ padded[:, 0] @ columns.transpose(1, 2) > 0.5)
 
 
+def clip_boxes(boxes: Tensor, size: tuple[Any, Any]) -> Tensor:
+    """Clip boxes (..., 4) to an image of (height, width) as torchvision's `clip_boxes_to_image` does.
+
+    torchvision's function ends with a reshape, which fails in onnxruntime if there are no boxes.
+    """
+    height, width = (torch.as_tensor(side).to(boxes.dtype) for side in size)
+    x1, y1, x2, y2 = boxes.clamp(min=0).unbind(-1)
+    corners = [torch.minimum(x1, width), torch.minimum(y1, height), torch.minimum(x2, width), torch.minimum(y2, height)]
+    return torch.stack(corners, dim=-1)
+
+
 class FullGraph(nn.Module):
     """A detector from an image file's pixels to its detections.
 
@@ -131,7 +144,8 @@ class FullGraph(nn.Module):
         pixels = image.permute(2, 0, 1)[None].to(torch.float32)
         pixels = resize_pixels(pixels, height, width, self.detector.resize.antialias).to(torch.uint8)
         view = self.view_class(self.detector, _batch(pixels, (height, width), original.unbind()), False, True, None)
-        found: tuple[Tensor, ...] = view.detections[0]
+        with temporarily(box_ops, clip_boxes_to_image=clip_boxes):
+            found: tuple[Tensor, ...] = view.detections[0]
         return found if self.has_masks else found[:3]
 
 
