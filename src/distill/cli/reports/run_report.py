@@ -166,6 +166,7 @@ def finish_run(
         if trainer.is_global_zero and recorder.recording is not None:
             save_recording(plan.folder.detections_on(split), recorder.recording)
         values |= {f"{split}/{name}": value for name, value in results.items()}
+        _measure_teacher(module, data, split, device)
     terms = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
@@ -206,6 +207,18 @@ def finish_run(
                 print_next_steps(plan)
         _log_results(trainer, module, data, values, plan.folder)
     return summary
+
+
+def _measure_teacher(module: Distiller, data: DetectionData, split: str, device: torch.device) -> None:
+    """Measure a teacher on a split where it was not measured: it learned from other data, or is no run of distill.
+
+    A teacher that was not measured on the validation split (``teacher.evaluate=false``) is not measured here, either.
+    """
+    teacher = module.teacher
+    if teacher is None or not teacher.values or any(name.startswith(f"{split}/") for name in teacher.values):
+        return
+    results = evaluate(teacher.detector, data, split, module.metrics, device, f"teacher, {split}")
+    teacher.values |= {f"{split}/{name}": value for name, value in results.items()}
 
 
 def _measure_rows(
