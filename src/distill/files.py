@@ -129,7 +129,7 @@ def _load_foreign(path: Path) -> Any:
         first = None if is_zip else restricted_pickle.read_pickle(path)
         return restricted_pickle.read_torch(path) if is_zip or isinstance(first, int) else first
     except DistillError as error:
-        raise DistillError(f"{path}: {error}") from error
+        raise DistillError(f"{path}: not a file of tensors and arrays alone: {error}") from error
     except Exception as error:  # damaged bytes raise exceptions of any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DistillError(

@@ -127,7 +127,7 @@ def _unpickler() -> type[pickle.Unpickler]:
                 if name in HARMLESS.get(module, ()):
                     return type("Placeholder", (Placeholder,), {})
                 raise DistillError(
-                    f"this file asks to run {module}.{name}, and only tensors and arrays are read: it was not run. "
+                    f"it asks to run {module}.{name}, which was not run. "
                     "Do not trust the file; get the weights from another source"
                 )
             return type("Placeholder", (Placeholder,), {})

@@ -273,6 +273,14 @@ def _read_shapes(found: ForeignDetector, state: State, where: str) -> tuple[int,
         if objectness != anchors:
             raise unsupported(where, "RPN", f"{objectness} logits for {anchors} anchors: a softmax, expected a sigmoid")
         return count, anchors
+    inputs, top = (
+        foreign.rows_of(state, f"neck.{name}.weight", where).shape[1]
+        for name in ("fpn_convs.3.conv", "lateral_convs.2.conv")
+    )
+    if inputs != top:
+        found.set("shapes", p6_from="p5")
+    elif top != found.options["neck_channels"]:
+        found.set("shapes", p6_from="c5")
     grouped = "bbox_head.cls_convs.0.gn.weight" in state
     biased = "bbox_head.cls_convs.0.conv.bias" in state
     if found.family == "retinanet":

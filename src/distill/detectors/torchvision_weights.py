@@ -13,15 +13,39 @@ from distill.detectors.class_layers import count_outputs
 from distill.detectors.state_dicts import State
 from distill.types import DistillError
 
+OTHER_PARTS = {
+    **dict.fromkeys(
+        ("FasterRCNN_ResNet50_FPN_V2_Weights", "MaskRCNN_ResNet50_FPN_V2_Weights"),
+        "norms in the neck and convolutions in the box head",
+    ),
+    **dict.fromkeys(
+        ("FasterRCNN_MobileNet_V3_Large_FPN_Weights", "FasterRCNN_MobileNet_V3_Large_320_FPN_Weights"),
+        "a pyramid of three levels",
+    ),
+    **dict.fromkeys(("SSD300_VGG16_Weights", "SSDLite320_MobileNet_V3_Large_Weights"), "the heads of an SSD"),
+    "KeypointRCNN_ResNet50_FPN_Weights": "a head for keypoints",
+}
+"""Enum of torchvision's detectors that no family of distill can express -> the part that is missing here."""
+
 
 def find_entry(source: str, enum: Any) -> Any:
-    """torchvision's entry with the name `source`, or None if torchvision has no such entry."""
+    """torchvision's entry with the name `source`, or None if torchvision has no such entry.
+
+    Raises:
+        DistillError: no family of distill has the entry's detector.
+    """
     if source in enum.__members__:
         return enum[source]
     try:
-        return torchvision.models.get_weight(source)
+        entry = torchvision.models.get_weight(source)
     except (ValueError, KeyError):
         return None
+    if part := OTHER_PARTS.get(type(entry).__name__):
+        raise DistillError(
+            f"{source}: this detector has {part}, which distill's detectors do not have. Choose COCO_V1 of the "
+            "ResNet-50 detectors of version 1, of FCOS, or of RetinaNet_ResNet50_FPN_V2_Weights"
+        )
+    return entry
 
 
 def categories(entry: Any) -> tuple[str, ...]:

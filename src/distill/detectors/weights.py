@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,13 +196,16 @@ def read_source(source: str, detector: Detector) -> Source:
 
 def _check_meaning(detector: Detector, source: Source) -> None:
     options = dict(leaves(detector.options))
-    differing = [
-        f"{name}={source.options[name]} (here {options[name]})"
-        for name in MEANING
-        if name in source.options and name in options and source.options[name] != options[name]
+    names = [
+        name for name in MEANING if name in source.options and name in options and source.options[name] != options[name]
     ]
-    if differing:
-        raise DistillError(f"{source.name}: these weights were made for {'; '.join(differing)}. Set the model to match")
+    if names:
+        differing = "; ".join(f"{name}={source.options[name]} (here {options[name]})" for name in names)
+        words = " ".join(f"'model.{name}={json.dumps(source.options[name])}'" for name in names)
+        raise DistillError(
+            f"{source.name}: these weights were made for {differing}. Set the model to match: {words} (of a teacher: "
+            "teacher.model.…)"
+        )
 
 
 def _apply_norm_eps(detector: Detector, source: Source) -> list[str]:

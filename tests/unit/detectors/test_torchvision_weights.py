@@ -14,7 +14,9 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.retinanet import RetinaNet
+from distill.detectors.torchvision_weights import find_entry
 from distill.types import Batch, DistillError, Target
 from helpers.detectors import FAMILIES, small_options
 
@@ -165,3 +167,16 @@ def test_a_misfit_lists_no_counters_of_batch_norms(tmp_path: Path) -> None:
         small_retinanet(["a", "b", "c"], tmp_path / "own.pth")
     assert "num_batches_tracked" not in str(refusal.value)
     assert f"2 of another shape: {layer}.bias" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1", "norms in the neck"),
+        ("FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1", "three levels"),
+        ("SSD300_VGG16_Weights.COCO_V1", "SSD"),
+    ],
+)
+def test_detectors_that_no_family_has_are_refused_before_the_download(name: str, part: str) -> None:
+    with pytest.raises(DistillError, match=part):
+        find_entry(name, FasterRCNN.enum)
