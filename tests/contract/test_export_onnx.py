@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from distill.detectors.base import Detector
 from distill.detectors.norms import NORMS
 from distill.export.exported import ExportedDetector
-from distill.export.graphs import Canvas
+from distill.export.graphs import Canvas, FullGraph
 from distill.export.parity import compare_detections
 from distill.export.routes import ROUTES, ExportOptions, open_program
 from distill.imaging.resizing import ResizeOptions
-from distill.types import Detections
+from distill.types import Detections, DistillError
 from helpers.detectors import FAMILIES, random_detector
 
 pytest.importorskip("onnx")
@@ -116,6 +116,12 @@ def placed(options: dict[str, Any]) -> dict[str, Any]:
 def test_foreign_options_are_exported(family: str, name: str, tmp_path: Path) -> None:
     detector = detector_of(family, **placed(options_of(family)[name]))
     assert_equal_detections(detector, export(detector, tmp_path))
+
+
+def test_a_rule_that_cannot_be_traced_is_refused() -> None:
+    detector = detector_of("fcos", detection_rule="detectron2")
+    with pytest.raises(DistillError, match="detection_rule=detectron2 cannot be exported"):
+        FullGraph(detector)
 
 
 @pytest.mark.exhaustive

@@ -88,6 +88,7 @@ def test_three_lines_of_the_documentation_load_a_student(tmp_path: Path, monkeyp
         ("faster_rcnn", {"box_roi_aligned": True}, "box_roi_aligned=True"),
         ("faster_rcnn", {"offset": 0.5}, "anchors.offset=0.5"),
         ("retinanet", {"p7_relu": False}, "p7_relu=False"),
+        ("fcos", {"detection_rule": "mmdetection"}, "detection_rule=mmdetection"),
     ],
 )
 def test_settings_that_torchvision_lacks_are_named(family: str, options: dict[str, Any], named: str) -> None:

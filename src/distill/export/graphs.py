@@ -123,10 +123,18 @@ class FullGraph(nn.Module):
 
     Args:
         detector: in evaluation mode, on the CPU.
+
+    Raises:
+        DistillError: the detector has a part that cannot be traced.
     """
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
+        if (rule := detector.options.get("detection_rule", "torchvision")) != "torchvision":
+            raise DistillError(
+                f"export: detection_rule={rule} cannot be exported, only the rule torchvision. Use --parts dense, or "
+                "--to safetensors"
+            )
         self.detector = detector
         self.has_masks = "mask_logits" in detector.spec.outputs
         self.view_class = traced_view(detector, detector.resize.pad_to)

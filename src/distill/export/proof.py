@@ -85,6 +85,12 @@ class Proof:
         return asdict(self)
 
 
+def spread(count: int, limit: int) -> list[int]:
+    """Up to `limit` of the numbers below `count`, evenly spread, with the first and the last one."""
+    chosen = min(limit, count)
+    return [round(place * (count - 1) / max(1, chosen - 1)) for place in range(chosen)]
+
+
 class ValidationImages:
     """Original images of a split with their ids, evenly spread over the split.
 
@@ -104,7 +110,7 @@ class ValidationImages:
         limit = count if limit is None else limit
         if not count or limit < 1:
             raise DistillError(f"--images {limit}: expected at least one image of {split}, which has {count}")
-        self.indices = sorted({round(i * (count - 1) / max(1, limit - 1)) for i in range(min(limit, count))})
+        self.indices = spread(count, limit)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -17,6 +17,8 @@ EPS = 1e-5
 """Epsilon of torchvision's batch norms."""
 CONVERTED = ("pixels.channel_order",)
 """Settings that torchvision does not have, and that the weights can express."""
+OTHER_DEFAULTS = {"detection_rule": "torchvision", "level_scales": False}
+"""Further options that only weights of other projects change -> torchvision's value."""
 TWO_STAGE = ("rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test", "rpn_nms_thresh")
 THRESHOLDS = ("score_thresh", "nms_thresh", "detections_per_img")
 
@@ -36,6 +38,9 @@ def inexpressible_settings(detector: Detector) -> list[str]:
     found += ["backbone.stride_in_1x1=true"] if backbone["stride_in_1x1"] else []
     found += ["data.antialias=true"] if detector.resize.antialias else []
     found += [f"data.pad_to={detector.resize.pad_to}"] if detector.resize.pad_to != 32 else []
+    found += [f"{name}={options[name]}" for name, value in OTHER_DEFAULTS.items() if options.get(name, value) != value]
+    if detector.family == "fcos" and options.get("head_norm", "group") != "group":
+        found.append(f"head_norm={options['head_norm']}")
     if options.get("p6_from") == "c5" and detector.spec.body[32] == options["neck_channels"]:
         found.append("p6_from=c5 with as many channels in C5 as in the neck")
     if detector.family not in BUILDERS:
