@@ -208,6 +208,7 @@ def test_a_folder_that_cannot_be_written_is_refused(run: Path, cli: Cli, capsys:
     assert "cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_exported_weights_load_into_plain_torchvision(tmp_path: Path) -> None:
     """The three lines of `load.py`, for a student whose options torchvision has, in a program without distill."""
     from distill.detectors.faster_rcnn import FasterRCNN
