@@ -125,6 +125,18 @@ def test_context_blocks_start_as_the_identity_and_both_are_trained() -> None:
     assert all(blocks["4"].expand.bias.grad.any() for blocks in loss.contexts.values())
 
 
+def test_the_teachers_blocks_are_saved_with_the_loss() -> None:
+    """The Distiller saves the losses' weights beside the student's, and a resume loads them."""
+    trained, fresh = stirred(FGD(spec(), spec())), FGD(spec(), spec(), seed=1)
+    fresh.load_state_dict(trained.state_dict())
+    views = (
+        random_view(batch(OBJECTS), spec(), 1, dtype=torch.float32),
+        random_view(batch(OBJECTS), spec(), 2, dtype=torch.float32),
+    )
+    assert torch.equal(fresh(*views)["neck.relation"], trained(*views)["neck.relation"])
+    assert any("contexts.teacher" in name for name in trained.state_dict())
+
+
 def test_every_box_is_on_every_level_and_counts_as_one() -> None:
     boxes = [torch.tensor([[1.0, 1.0, 30.0, 20.0]]), torch.zeros(0, 4)]
     for cells in ((16, 16), (4, 4)):
