@@ -85,6 +85,8 @@ MAY_DIFFER = (
     *("init", "model.weights", "model.backbone.weights"),
 )
 """Keys that may differ when a run resumes: they do not change the training, or are compared in another way."""
+NEW_KEYS = ("data.", "model.", "classes.")
+"""Parts of the configuration whose keys, where they are new in a version, have defaults that change nothing."""
 IDENTITY_KEYS = ("made_by", "teacher", "guests", "DetectionData")
 """Entries of a checkpoint that are compared with the run before a resume."""
 
@@ -287,8 +289,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], given: Sequen
     Args:
         before: the configuration of the run that wrote the checkpoint.
         now: the configuration of this run.
-        given: keys of this run's overrides. A key of ``data`` that is new in this version, and is not given, has a
-            default that changes nothing, or the comparison of images and boxes reports the change. None compares all
+        given: keys of this run's overrides. A key of `NEW_KEYS` that is new in this version, and is not given, has
+            a default that changes nothing, or the comparison of images and boxes reports the change. None compares all
             keys.
     """
     there, here = dict(leaves(before)), dict(leaves(now))
@@ -301,7 +303,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], given: Sequen
 
 
 def _is_new_key(key: str, given: Sequence[str] | None) -> bool:
-    return given is not None and key.startswith("data.") and not any(f"{key}.".startswith(f"{x}.") for x in given)
+    return given is not None and key.startswith(NEW_KEYS) and not any(f"{key}.".startswith(f"{x}.") for x in given)
 
 
 def _differ(there: Mapping[str, Any], here: Mapping[str, Any], key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
@@ -57,6 +58,11 @@ def test_a_key_that_is_newer_than_the_run_may_have_its_default() -> None:
     assert resume.differences(before, now, given=["data.new"]) == ["data.new.part: not there, 1 here"]
     assert resume.differences(now, before, given=[]) == ["data.new.part: 1 there, not here"]
     assert resume.differences(before, composed("data.flip=0.0"), given=[]) == ["data.flip: 0.5 there, 0.0 here"]
+    older = copy.deepcopy(composed())  # the composed configuration is shared
+    del older["classes"], older["model"]["detection_rule"]
+    assert resume.differences(older, composed(), given=[]) == []
+    given = ["classes.map"]
+    assert resume.differences(older, composed("classes.map=auto"), given) == ["classes.map: not there, auto here"]
 
 
 FREE = [
