@@ -25,6 +25,7 @@ from distill.cli.runs.teacher_cache import planned_spec
 from distill.detectors.options import to_plain
 from distill.type_checks import leaves
 from distill.types import DistillError
+from helpers.detectors import FAMILIES
 from helpers.grids import exhaustive, mostly_exhaustive
 from helpers.methods import METHODS
 
@@ -278,26 +279,26 @@ def test_every_value_of_a_swept_group_is_checked() -> None:
         override_checks.validate_overrides(["distill=none,defet"])
 
 
-BOX_LOSSES = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
-LOSS_NAMES = {
-    "frcnn_r10_mini": BOX_LOSSES,
-    "mask_rcnn_r10_mini": BOX_LOSSES | {"loss_mask"},
-    "retinanet_r10_quarter": {"classification", "bbox_regression"},
-    "fcos_r10_quarter": {"classification", "bbox_regression", "bbox_ctrness"},
+STUDENTS = {
+    next(name for name in compose.config_groups()["model"] if name.startswith(f"{family.options}_")): family.detector
+    for family in FAMILIES.values()
 }
-
-
-STUDENTS = list(LOSS_NAMES)
+"""An option of each family -> its class. `test_distiller` compares the names of a class with its losses."""
 PAIRS = list(itertools.permutations(STUDENTS, 2))
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"), mostly_exhaustive(PAIRS, zip(STUDENTS, [*STUDENTS[1:], STUDENTS[0]], strict=True))
+    ("student", "teacher"),
+    mostly_exhaustive(PAIRS, zip(STUDENTS, [*list(STUDENTS)[1:], *list(STUDENTS)[:1]], strict=True)),
 )
 def test_supervised_names_the_losses_of_the_student_and_not_of_the_teacher(student: str, teacher: str) -> None:
+    own, others = (
+        set(compose.compose_config([f"supervised={STUDENTS[name].__name__}"]).supervised) for name in (student, teacher)
+    )
     cfg = compose.compose_config([f"model={student}", f"teacher={teacher}"])
-    assert cfg.supervised == dict.fromkeys(LOSS_NAMES[student], 1.0)
-    name, other = min(LOSS_NAMES[student]), LOSS_NAMES[teacher] - LOSS_NAMES[student]
+    assert own
+    assert cfg.supervised == dict.fromkeys(own, 1.0)
+    name, other = min(own), others - own
     assert compose.compose_config([f"model={student}", f"supervised.{name}=0"]).supervised[name] == 0
     for foreign in other:
         with pytest.raises(DistillError, match=f"there is no key 'supervised.{foreign}', which weights a loss of"):
@@ -307,6 +308,25 @@ def test_supervised_names_the_losses_of_the_student_and_not_of_the_teacher(stude
 def test_a_detector_of_a_users_own_has_no_loss_names(new_conf: Path) -> None:
     (new_conf / "model" / "mine.yaml").write_text("_target_: torch.nn.Identity\n")
     assert compose.compose_config(["model=mine", "teacher=none", "distill=none"]).supervised == {}
+
+
+def test_the_first_line_of_a_family_s_file_names_its_losses(new_conf: Path) -> None:
+    models = new_conf / "model"
+    (models / "mine.yaml").write_text("# @losses first,second\n_target_: torch.nn.Identity\n")
+    (models / "mine_large.yaml").write_text("defaults: [mine]\n")
+    (models / "heir.yaml").write_text("defaults: [mine]\n_target_: torch.nn.Sequential\n")
+    (models / "other.yaml").write_text("defaults: [mine]\n_target_: distill.FCOS\n")
+    names = {
+        name: list(compose.compose_config([f"model={name}", "distill=none"]).supervised)
+        for name in ("mine", "mine_large", "heir", "other")
+    }
+    own = ["first", "second"]
+    fcos = ["classification", "bbox_regression", "bbox_ctrness"]
+    assert names == {"mine": own, "mine_large": own, "heir": own, "other": fcos}
+    for wrong in ("# @losses first\ndefaults: [mine]\n", "# @losses first, second\n_target_: torch.nn.Identity\n"):
+        (models / "wrong.yaml").write_text(wrong)
+        with pytest.raises(DistillError, match=r"wrong\.yaml: expected '# @losses NAME,NAME'"):
+            compose.config_groups()
 
 
 SWEEP = "distill=none,defeat,dsig"
@@ -417,7 +437,7 @@ def test_a_model_without_a_line_in_the_table_has_no_default_teacher_and_can_be_o
     assert list(cfg.metrics) == ["coco"]
     assert compose.compose_config(["teacher=mine"]).teacher.model.backbone.depth == 18
     assert {"mine", "of/mine"} <= set(compose.config_groups()["teacher"])
-    with pytest.raises(DistillError, match=r"cannot do without a teacher: .* a line in conf/teachers\.yaml"):
+    with pytest.raises(DistillError, match=r"cannot do without a teacher.* no default teacher.*: choose teacher=MODEL"):
         plan_run(override_checks.compose_without_run(["model=mine", "distill=mimic"]))
     (new_conf / "teachers.yaml").write_text("default: none\nmine: {teacher: fcos_r18, run: [seed=7]}\n")
     cfg = compose.compose_config(["model=mine"])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hatchling.build import build_wheel
 
 import distill
@@ -183,8 +184,14 @@ class OwnFCOS(FCOS):
     family = "own_fcos"
     view_class = OwnView
 '''
-MODEL = "defaults: [fcos_r10_quarter]\n_target_: my_detector.OwnFCOS\nneck_channels: 64\n"
-FAMILY = ["model=own_fcos", "distill=none", *(word for word in TINY if not word.startswith("model."))]
+LOSSES = "# @losses classification,bbox_regression,bbox_ctrness\n"
+MODEL = f"{LOSSES}defaults: [fcos_r10_quarter]\n_target_: my_detector.OwnFCOS\nneck_channels: 64\n"
+FAMILY = [
+    "model=own_fcos",
+    "distill=none",
+    "supervised.bbox_ctrness=3.0",
+    *(word for word in TINY if not word.startswith("model.")),
+]
 
 
 @pytest.fixture
@@ -192,7 +199,6 @@ def family(tmp_path: Path) -> None:
     """A family in a module in the current folder, and its option in a folder beside it."""
     write(tmp_path / "my_detector.py", DETECTOR)
     write(tmp_path / "mine" / "model" / "own_fcos.yaml", MODEL)
-    write(tmp_path / "mine" / "supervised" / "OwnFCOS.yaml", "defaults: [FCOS]\n")
 
 
 @pytest.mark.usefixtures("family")
@@ -200,10 +206,13 @@ def test_an_own_family_is_trained_evaluated_predicted_and_loaded(
     cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trust = ["--config-dir", "mine", "trust=[my_detector]"]
+    assert cli(["train", "model=own_fcos", "distill=mimic_neck", *trust]) == 1
+    assert "this student has no default teacher" in capsys.readouterr().err
     assert cli(["train", *FAMILY, "hydra.run.dir=run", *trust]) == 0
     run = tmp_path / "run"
     assert json.loads((run / "student.json").read_text())["model"]["family"] == "my_detector.OwnFCOS"
     assert "student/bbox_ctrness" in str(summary(run)["terms"])
+    assert yaml.safe_load((run / "config.yaml").read_text())["supervised"]["bbox_ctrness"] == 3.0
     drawn("val", 1)[1][0][1].save(tmp_path / "a.png")
     assert cli(["evaluate", "run", "trust=[my_detector]"]) == 0
     assert cli(["predict", "run", "a.png", "trust=[my_detector]"]) == 0

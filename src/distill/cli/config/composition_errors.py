@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli.config import compose
 from distill.cli.config.foreign_keys import suggest_words, suggestion
+from distill.cli.config.presets import loss_names, option_files
 from distill.cli.config.suggestions import nearest
 from distill.type_checks import leaves
 
@@ -78,9 +79,8 @@ def unknown_key(word: str, keys: Sequence[str] | None = None) -> str:
 def _families_with(path: str) -> list[str]:
     """The detector families that define the loss ``supervised.NAME``; none for any other key."""
     group, _, name = path.partition(".")
-    folders = compose.all_folders() if group == "supervised" else []
-    files = [file for folder in folders for file in sorted((folder / group).glob("*.yaml"))]
-    return [file.stem for file in files if name in OmegaConf.load(file)]
+    losses = loss_names(option_files(compose.all_folders(), "model")) if group == "supervised" else {}
+    return sorted(family for family, names in losses.items() if name in names)
 
 
 def _leaf_keys(overrides: Sequence[str]) -> list[str]:

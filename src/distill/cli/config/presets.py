@@ -2,13 +2,19 @@
 
 ``conf/teachers.yaml`` holds the default teacher of each student, ``conf/metrics.yaml`` the default metrics of each data
 set. Each line becomes an option of Hydra: ``teacher=of/STUDENT``, ``metrics=of/DATA``. Each model becomes a teacher as
-well: ``teacher=MODEL``. ``supervised=of/MODEL`` has the loss names of the model's family, ``distill=of/MODEL`` the
-method that ``conf/methods.yaml`` names for this family. ``schedule=of/DATA`` is ``schedule=auto``. Models and data sets
-in folders of the user have these options, too. A file of the same name takes precedence.
+well: ``teacher=MODEL``. ``distill=of/MODEL`` is the method that ``conf/methods.yaml`` names for the model's family.
+``schedule=of/DATA`` is ``schedule=auto``. Models and data sets in folders of the user have these options, too. A file
+of the same name takes precedence.
+
+The file of a detector family, such as ``conf/model/fcos.yaml``, names the family's own losses in its first line,
+``# @losses NAME,NAME``. It is a comment, because all keys of the file are arguments of the constructor. The line
+becomes the option ``supervised=CLASS``, with a weight of 1 for each loss. ``supervised=of/MODEL`` is the option of the
+model's class, or of the nearest class that the model inherits from.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,6 +32,7 @@ FILE_GROUPS = ("model", "teacher", "supervised", "data", "metrics", "distill")
 """Groups whose files decide which options are derived."""
 DEFAULT_METHOD = "distill/of/"
 """Prefix of the options that stand for a student's default method."""
+_LOSSES = re.compile(r"# @losses (\w+(?:,\w+)*)\n")
 
 _registered: dict[str, dict[str, Any]] = {}
 
@@ -68,16 +75,18 @@ def preset_options(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
         DistillError: a line names a student, a teacher, a data set or a metric that has no file; or a file of a model
             is invalid.
     """
-    conf, files = folders[0], {group: _files(folders, group) for group in FILE_GROUPS}
-    models, families = files["model"], files["supervised"]
+    conf, files = folders[0], {group: option_files(folders, group) for group in FILE_GROUPS}
+    models = files["model"]
     methods = _mapping(conf / "methods.yaml")
     _require_names(conf / "methods.yaml", "the table", list(methods.values()), files["distill"])
-    nodes: dict[str, dict[str, Any]] = {}
+    losses = loss_names(models)
+    nodes: dict[str, dict[str, Any]] = {f"supervised/{name}": dict.fromkeys(losses[name], 1.0) for name in losses}
+    families = {*losses, *files["supervised"]}
     for model in models:
         nodes[f"teacher/{model}"] = {"defaults": ["base", {"/model@model": model}]}
-        family = _target(model, models)
-        nodes[f"supervised/of/{model}"] = {"defaults": [f"/supervised/{family}@_here_"] if family in families else []}
-        method = methods.get(str(family), methods["default"])
+        family = _family(model, models, families)
+        nodes[f"supervised/of/{model}"] = {"defaults": [f"/supervised/{family}@_here_"] if family else []}
+        method = methods.get(family, methods["default"])
         nodes[f"{DEFAULT_METHOD}{model}"] = {"defaults": [f"/distill/{method}@_global_.distill.losses.{method}"]}
     for model, teacher, options in _rows(conf / "teachers.yaml", models, "teacher"):
         _require_names(conf / "teachers.yaml", model, [teacher], {*models, *files["teacher"]})
@@ -91,30 +100,62 @@ def preset_options(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return {option: node for option, node in nodes.items() if option not in known}
 
 
-def _target(model: str, models: Mapping[str, Path], heirs: Sequence[str] = ()) -> str | None:
-    """Class name of the detector that a model option builds, also where the option inherits its ``_target_``.
+def loss_names(models: Mapping[str, Path]) -> dict[str, list[str]]:
+    """Class name of each detector family -> the names of its own losses.
+
+    Args:
+        models: name -> file of the options of the group ``model``.
+
+    Raises:
+        DistillError: a file is invalid.
+    """
+    names = {}
+    for file in models.values():
+        content, losses = _read_model(file)
+        if losses:
+            names[_class_name(content)] = losses
+    return names
+
+
+def _family(model: str, models: Mapping[str, Path], families: Iterable[str], heirs: Sequence[str] = ()) -> str:
+    """Class name of a model's family: of its own class, or of the nearest inherited one; empty where none is known.
 
     Args:
         model: name of the option.
         models: name -> file of all options.
+        families: class names of the known families.
         heirs: options that inherit from this one.
 
     Raises:
         DistillError: a file is invalid.
     """
     if model not in models:
-        return None
+        return ""
     if model in heirs:
         raise DistillError(f"{models[model]}: inherits from itself")
-    content = _mapping(models[model])
+    content, _ = _read_model(models[model])
+    if (class_name := _class_name(content)) in families:
+        return class_name
     bases = content.get("defaults", [])
-    inherited = [
-        _target(name, models, (*heirs, model))
-        for name in (bases if isinstance(bases, list) else [])
-        if isinstance(name, str)
-    ]
-    targets = [*inherited, str(content["_target_"]).rpartition(".")[2] if "_target_" in content else None]
-    return next((target for target in reversed(targets) if target), None)
+    names = [name for name in reversed(bases) if isinstance(name, str)] if isinstance(bases, list) else []
+    return next(filter(None, (_family(name, models, families, (*heirs, model)) for name in names)), "")
+
+
+def _class_name(model: Mapping[str, Any]) -> str:
+    return str(model.get("_target_", "")).rpartition(".")[2]
+
+
+def _read_model(file: Path) -> tuple[Mapping[str, Any], list[str]]:
+    """The mapping in the file of a model, and the losses that its first line names.
+
+    Raises:
+        DistillError: the file cannot be read, holds no mapping, or names losses without a class.
+    """
+    content, text = _mapping(file), _read(file, file.stat().st_mtime_ns)
+    names = _LOSSES.match(text)
+    if text.startswith("# @losses") and not (names and _class_name(content)):
+        raise DistillError(f"{file}: expected '# @losses NAME,NAME' in the file of a class, which has a _target_")
+    return content, names[1].split(",") if names else []
 
 
 def _mapping(file: Path) -> Mapping[str, Any]:
@@ -135,7 +176,13 @@ def _mapping(file: Path) -> Mapping[str, Any]:
 @cache
 def _parse(file: Path, modified: int) -> Any:
     """The content of a YAML file, which is parsed again only after it was modified."""
-    return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return yaml.load(_read(file, modified), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+@cache
+def _read(file: Path, modified: int) -> str:
+    """The text of a file, which is read again only after it was modified."""
+    return file.read_text(encoding="utf-8")
 
 
 def _rows(file: Path, names: Iterable[str], key: str) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -158,7 +205,7 @@ def _require_names(file: Path, row: str, names: Any, known: Iterable[str]) -> No
             raise DistillError(f"{file}: {row}: there is no option '{name}'{nearest(str(name), known)}")
 
 
-def _files(folders: Sequence[Path], group: str) -> dict[str, Path]:
+def option_files(folders: Sequence[Path], group: str) -> dict[str, Path]:
     """Name -> file of the options of a group, by name. The first folder that has a file of this name counts."""
     files = [file for folder in reversed(folders) for file in (folder / group).glob("*.yaml") if file.stem != "base"]
     return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
