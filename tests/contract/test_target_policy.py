@@ -8,7 +8,8 @@ import hydra.utils
 import pytest
 from omegaconf import OmegaConf
 
-from distill.cli.config import compose, instantiate, override_checks, target_policy
+from distill.cli.config import compose, config_folders, instantiate, override_checks, target_policy
+from distill.run_folder import RunFolder
 from distill.types import DistillError
 from helpers.runs import TINY, Cli
 
@@ -81,6 +82,22 @@ def test_an_option_of_hydras_own_groups_from_outside_is_refused(conf: Path) -> N
     (conf / "hydra" / "env" / "evil.yaml").write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
     with pytest.raises(DistillError, match=r"hydra\.job\.env_set.PYTHONPATH"):
         override_checks.validate_overrides([outside(conf, "defaults: [{override /hydra/env: evil}]")])
+
+
+@pytest.mark.parametrize("name", ["metrics/of/shapes", "supervised/FasterRCNN"])
+def test_a_run_s_copy_of_options_cannot_become_a_part_of_the_default_configuration(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default configuration decides what Hydra may do. It reads derived options, too, which have no file."""
+    monkeypatch.setattr(config_folders, "_given", ())
+    file = tmp_path / "conf" / f"{name}.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package hydra.job\nenv_set: {PYTHONPATH: /evil}\n")
+    (tmp_path / "conf" / "distill").mkdir()
+    (tmp_path / "conf" / "distill" / "mine.yaml").write_text("{}")
+    words = config_folders.with_copy_of_run(["distill=none"], RunFolder(tmp_path))
+    with pytest.raises(DistillError, match=rf"{name}\.yaml: distill has an option of this name"):
+        override_checks.validate_overrides(words)
 
 
 @pytest.mark.parametrize("line", ["hydra.callbacks.x", "+hydra.callbacks.x", "hydra.sweeper", "hydra.launcher"])

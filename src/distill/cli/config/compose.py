@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -51,10 +51,23 @@ def refuse_hidden_options() -> None:
         DistillError: names the file.
     """
     conf = config_folder()
+    _refuse_options(lambda option: (conf / f"{option}.yaml").is_file())
+
+
+def _refuse_replaced_options() -> None:
+    """Refuse an option in the user's folders, or in a run's copy of them, that would replace a derived option.
+
+    A derived option, such as ``metrics=of/shapes``, has no file. The user's file would be a part of configurations that
+    name no option of the user, and could tell Hydra what to do.
+    """
+    _refuse_options(preset_options([config_folder()]).__contains__)
+
+
+def _refuse_options(is_refused: Callable[[str], bool]) -> None:
     for folder in config_folders.given_folders():
         for file in sorted(folder.rglob("*.yaml")):
-            if (conf / file.relative_to(folder)).is_file():
-                raise DistillError(f"{file}: distill has an option of this name, and reads its own. Rename the file")
+            if is_refused(file.relative_to(folder).with_suffix("").as_posix()):
+                raise DistillError(f"{file}: distill has an option of this name. Rename the file")
 
 
 def own_files(overrides: Sequence[str]) -> dict[str, Path]:
@@ -63,16 +76,17 @@ def own_files(overrides: Sequence[str]) -> dict[str, Path]:
         loader = GlobalHydra.instance().config_loader()
         options = loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN).defaults
     names = [f"{option.config_path}.yaml" for option in options]
-    found: dict[str, Path] = {}
+    files_by_name: dict[str, Path] = {}
     for name in names:
         places = [folder / name for folder in all_folders() if (folder / name).is_file()]
         if places and places[0] != config_folder() / name and ".." not in Path(name).parts:
-            found[name] = places[0]
-    return found
+            files_by_name[name] = places[0]
+    return files_by_name
 
 
 def register_options() -> None:
     """Make distill's resolvers, and the options that are not files of ``conf``, known to Hydra."""
+    _refuse_replaced_options()
     register_resolvers()
     register_presets(all_folders())
     config_folders.register()
@@ -148,17 +162,18 @@ def compose_with_hydra(overrides: Sequence[str]) -> DictConfig:
         cfg = compose(CONFIG_NAME, list(overrides), return_hydra_config=True)
     nodes: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
     require_nodes(nodes)
-    words = [str(override.input_line) for override in parse_overrides(overrides) if override.is_hydra_override()]
-    acted_on = tuple(word for word in words if not word.startswith(("hydra.run.", "hydra.sweep.")))
-    default = _default_hydra(config_folder(), acted_on)
-    # Any file may name the folders of runs, so these words are not composed: hundreds of folders share one default.
-    default = default | {"overrides": default["overrides"] | {"hydra": words}}
-    target_policy.validate_config(nodes, overrides, default)
+    words: dict[bool, list[str]] = {True: [], False: []}
+    for override in parse_overrides(overrides):
+        words[override.is_hydra_override()].append(str(override.input_line))
+    # Any file may name the folders of runs, so these words are not composed: hundreds of folders share one node.
+    acted_on = tuple(word for word in words[True] if not word.startswith(("hydra.run.", "hydra.sweep.")))
+    hydra = {**_hydra_node(config_folder(), acted_on), "overrides": {"hydra": words[True], "task": words[False]}}
+    target_policy.validate_config(nodes, overrides, hydra, _hydra_node(config_folder(), ()))
     return cfg
 
 
 @cache
-def _default_hydra(conf: Path, words: tuple[str, ...]) -> dict[str, Any]:
+def _hydra_node(conf: Path, words: tuple[str, ...]) -> dict[str, Any]:
     """The ``hydra`` node of conf/config.yaml and these overrides only."""
     with initialized_hydra():
         cfg = compose(CONFIG_NAME, list(words), return_hydra_config=True)

@@ -6,11 +6,12 @@ Configuration files are shared and copied, so a file must not be able to run cod
   plugin (see `distill.plugins`), or a name that ``trust=[package]`` allows.
 - ``trust`` counts on the command line only. A file that sets it is refused.
 - Hydra acts on its own node (callbacks, launcher, logging, environment) before a run begins. Files may set only the
-  `FILE_KEYS` of that node, and the keys of a sweep.
+  `FREE_KEYS` of that node.
 
-`validate_config` checks spelling and origin of names, without an import, before Hydra or a run acts on a configuration.
+`validate_config` checks how names are spelled, without an import, before Hydra or a run acts on a configuration.
 `load_class` checks what a name refers to when an object is built: ``torch.os.system`` is spelled like a part of torch.
-Hydra's own block list stays active inside `hydra.utils.instantiate`.
+Hydra's own policy is a list of forbidden names, which lets unknown ones pass. It stays active inside
+`hydra.utils.instantiate`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from hydra.utils import get_object
 
 from distill import plugins
+from distill.type_checks import leaves
 from distill.types import DistillError
 
 ALLOWED = (
@@ -38,14 +40,10 @@ ALLOWED = (
 """Packages whose classes a configuration may name. None of these classes downloads, unpickles or starts anything."""
 ALLOWED_IN_HYDRA = ("hydra_plugins", "optuna.samplers", "optuna.pruners")
 """Packages whose classes the ``hydra`` node may name: plugins, which Hydra always imports, and parts of Optuna."""
-HYDRA_DEFAULTS = (
-    "distill.cli.runs.sweep.SweepTable",
-    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
-)
-"""Classes that the ``hydra`` node names by default."""
-FILE_KEYS = ("run", "sweep", "mode", "verbose")
-"""Keys of the ``hydra`` node that a file may set, besides ``sweeper.params``."""
+FILE_KEYS = ("hydra.run", "hydra.sweep", "hydra.mode", "hydra.verbose", "hydra.sweeper.params")
+"""Keys of the ``hydra`` node that a file may set."""
+FREE_KEYS = tuple(f"{key}." for key in (*FILE_KEYS, "hydra.runtime", "hydra.job.override_dirname"))
+"""Prefixes of these keys, and of those that Hydra fills from the other groups and keys."""
 TRUST = re.compile(r"\[\s*(NAME(\s*,\s*NAME)*)?\s*\]|NAME".replace("NAME", r"[^\W\d]\w*(\.\w+)*"))
 """Value of ``trust``: ``[NAME, …]`` or ``NAME``."""
 
@@ -59,66 +57,54 @@ def set_trusted(command_line: Sequence[str]) -> None:
     Raises:
         DistillError: a value is not the name of a package, a module or a constructor.
     """
-    names: list[str] = []
-    for word in command_line:
-        key, _, value = word.lstrip("+").partition("=")
-        if key == "trust":
-            if not TRUST.fullmatch(value):
-                raise DistillError(f"'{word}': expected names of packages or constructors, as in trust=[my_package]")
-            names += re.findall(r"[\w.]+", value)
-    plugins.set_trusted(names)
+    words = [word for word in command_line if word.lstrip("+").startswith("trust=")]
+    values = [word.partition("=")[2] for word in words]
+    for word, value in zip(words, values, strict=True):
+        if not TRUST.fullmatch(value):
+            raise DistillError(f"'{word}': expected names of packages or constructors, as in trust=[my_package]")
+    plugins.set_trusted(re.findall(r"[\w.]+", " ".join(values)))
 
 
-def validate_config(config: dict[str, Any], overrides: Sequence[str], default_hydra: Mapping[str, Any]) -> None:
+def validate_config(
+    config: Mapping[str, Any], overrides: Sequence[str], hydra: Mapping[str, Any], own: Mapping[str, Any]
+) -> None:
     """Refuse a composed configuration whose files break the rules.
 
     Args:
         config: all nodes including ``hydra``, not resolved.
         overrides: the words that composed the configuration.
-        default_hydra: the ``hydra`` node composed of the same words on Hydra alone, without any other group or key.
+        hydra: the ``hydra`` node of the same words on Hydra alone, without any other group or key.
+        own: the ``hydra`` node of no words: its classes are Hydra's and distill's own.
 
     Raises:
         DistillError: names the key, and the override that allows the setting on the command line.
     """
-    tasks = {key: node for key, node in config.items() if key != "hydra"}
-    trust, known = tasks.get("trust"), (None, *plugins.trusted_by_command_line())
-    if foreign := [name for name in (trust if isinstance(trust, list) else [trust]) if name not in known]:
-        raise DistillError(
-            f"a configuration file sets trust={foreign}: trust counts on the command line only. If you know this code "
-            f"and want it to run, add trust=[{','.join(map(str, foreign))}] to the command line"
-        )
-    if tasks.get("config_dirs") and not any(word.startswith("config_dirs=") for word in overrides):
-        raise DistillError("a configuration file sets config_dirs: only the command line may name folders of options")
-    for where, name in _target_names(tasks):
+    for key in ("trust", "config_dirs"):
+        if config.get(key) and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
+            raise DistillError(
+                f"a configuration file sets {key}={config[key]}: {key} counts on the command line only. If you know "
+                f"this code and want it to run, add {key}=… to the command line"
+            )
+    for where, name in _target_names({key: node for key, node in config.items() if key != "hydra"}):
         _validate_name(name, where)
-    hydra, sweeper = config["hydra"], config["hydra"]["sweeper"]
-    sweep_keys = sweeper.get("params") if isinstance(sweeper, dict) else None
-    given = [word for word in overrides if word not in default_hydra["overrides"]["hydra"]]
-    allowed = {**default_hydra, **{key: hydra[key] for key in (*FILE_KEYS, "runtime")}}
-    allowed["sweeper"] = {**default_hydra["sweeper"], "params": sweep_keys}
-    allowed["overrides"] = {**default_hydra["overrides"], "task": given}
-    allowed["job"] = {**default_hydra["job"], "override_dirname": hydra["job"]["override_dirname"]}
-    if changed := next(_differing_keys(hydra, allowed, "hydra"), None):
-        raise DistillError(
-            f"a configuration file sets {changed}, and Hydra acts on this key before anything is checked. Files may "
-            f"set {', '.join(f'hydra.{key}' for key in FILE_KEYS)} and hydra.sweeper.params. If you want "
-            f"the setting, say {changed}=… on the command line"
-        )
-    if sweep_keys != default_hydra["sweeper"].get("params"):
-        for where, key, value in walk({"params": sweep_keys}, "hydra.sweeper"):  # they become overrides of the jobs
+    expected = dict(leaves({"hydra": hydra}))
+    for key, value in leaves({"hydra": config["hydra"]}):
+        if not f"{key}.".startswith(FREE_KEYS) and (key not in expected or value != expected[key]):
+            raise DistillError(
+                f"a configuration file sets {key}, and Hydra acts on this key before anything is checked. Files may "
+                f"set {', '.join(FILE_KEYS)}. If you want the setting, say {key}=… on the command line"
+            )
+    params = config["hydra"]["sweeper"].get("params")
+    if params != hydra["sweeper"].get("params"):
+        for where, key, value in walk(params if isinstance(params, dict) else {"params": params}):
             if str(key).lstrip("+~").startswith(COMMAND_LINE_KEYS) or "${" in str(value):
-                raise DistillError(f"a configuration file sets {where}; only the command line may sweep over this key")
-    for where, name in _target_names(hydra, "hydra"):
-        if name not in HYDRA_DEFAULTS:
+                raise DistillError(
+                    f"a configuration file sets hydra.sweeper.params.{where}; only the command line may sweep over this"
+                )
+    trusted = {name for _, name in _target_names(own)}
+    for where, name in _target_names(config["hydra"], "hydra"):
+        if name not in trusted:
             load_class(name, where, ALLOWED_IN_HYDRA)
-
-
-def _differing_keys(node: Any, other: Any, where: str) -> Iterator[str]:
-    if isinstance(node, dict) and isinstance(other, dict):
-        for key, value in node.items():
-            yield from _differing_keys(value, other.get(key), f"{where}.{key}")
-    elif node != other:
-        yield where
 
 
 def walk(node: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -163,9 +149,8 @@ def load_class(name: Any, where: str, allowed: Sequence[str] = ALLOWED) -> Any:
     except Exception as error:  # the import of a user's module may raise anything
         raise DistillError(f"{where}: {name} cannot be imported: {error}") from error
     origin = f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', None)}"
-    if callable(target) and (name in plugins.trusted_by_command_line() or plugins.is_trusted(origin)):
-        return target
-    if origin in allowed or (inspect.isclass(target) and plugins.is_within(origin, allowed)):
+    is_trusted = callable(target) and (name in plugins.trusted_by_command_line() or plugins.is_trusted(origin))
+    if is_trusted or origin in allowed or (inspect.isclass(target) and plugins.is_within(origin, allowed)):
         return target
     raise _refusal(name, where, f"this is {origin if callable(target) else type(target).__name__}")
 
