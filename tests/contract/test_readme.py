@@ -255,7 +255,8 @@ def test_helpers_of_the_guide_to_methods_exist() -> None:
 def test_modules_of_the_architecture_exist() -> None:
     package = ROOT / "src" / "distill"
     rows = re.findall(r"^\| `([\w/]+/)` \| ([^|]+)", PAGES["docs/architecture.md"], re.MULTILINE)
-    assert {folder.split("/")[0] for folder, _ in rows} == {path.parent.name for path in package.glob("*/__init__.py")}
+    packages = [*package.glob("*/__init__.py"), *package.glob("cli/*/__init__.py")]
+    assert {folder.strip("/") for folder, _ in rows} == {str(path.parent.relative_to(package)) for path in packages}
     for folder, modules in rows:
         for name in INLINE.findall(modules):
             assert (package / folder / name).is_dir() or (package / folder / f"{name}.py").is_file(), f"{folder}{name}"
