@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distill.cli.config import override_checks
-from distill.cli.runs import child_runs, teacher_cache
+from distill.cli.runs import shared_run, teacher_cache
 from distill.cli.runs.preflight import plan_teacher
 from distill.cli.runs.recorded_run import load_teacher_of
 from distill.cli.runs.teacher_cache import TeacherOptions
@@ -100,15 +100,19 @@ def test_evaluate_uses_the_given_teacher_where_the_old_one_still_exists(tmp_path
 
 
 def test_a_cached_teacher_whose_weights_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunFolder(tmp_path)
+    planned = options("teacher.train=never", f"paths.teachers={tmp_path}")
+    shared = teacher_cache.teacher_run(planned)
+    run = RunFolder(shared.folder)
+    shared.folder.mkdir()
     run.summary.write_text("{}")
     run.description.write_text("{}")
+    unread: Any = None
     with pytest.raises(DistillError, match=r"no trained teacher at .*student\.pt.*teacher\.weights="):
-        teacher_cache.cached_run(tmp_path, [], "never")
+        teacher_cache.find_teacher(planned, unread)
     trained: list[Path] = []
-    monkeypatch.setattr(child_runs, "_run", lambda folder, *_: trained.append(folder))
-    assert teacher_cache.cached_run(tmp_path, [], "auto") == tmp_path
-    assert trained == [tmp_path]
+    monkeypatch.setattr(shared_run, "_train", lambda run, _: trained.append(run.folder))
+    shared.train()
+    assert trained == [shared.folder]
     run.student.write_bytes(b"")
-    teacher_cache.cached_run(tmp_path, [], "never")
+    shared.train()
     assert len(trained) == 1

@@ -19,7 +19,7 @@ import torch
 
 from distill.cli.main import main
 from distill.cli.reports import run_report
-from distill.cli.runs import teacher_cache
+from distill.cli.runs.shared_run import SharedRun
 from distill.data.datamodule import DetectionData
 from distill.data.images import ImageDataset
 from distill.data.loader import SIGTERM_GRACE
@@ -174,7 +174,7 @@ def struck(owner: Any, name: str, number: signal.Signals, patch: pytest.MonkeyPa
 
 BEFORE: dict[str, tuple[Any, str]] = {
     "the data checks": (DetectionData, "setup"),
-    "waiting for a teacher": (teacher_cache, "cached_run"),
+    "waiting for a teacher": (SharedRun, "train"),
     "the opening words": (run_report, "print_opening"),
     "the teacher's evaluation": (TeacherCheck, "on_train_start"),
 }

@@ -1,113 +1,42 @@
 """Comparison of finished runs: configurations over seeds, and their differences to the student alone.
 
-Runs that differ by their seed only are one configuration. A configuration is compared with its reference: the student
-alone (``distill=none``) with the same student, data and schedule. Differences are paired by seed.
+A configuration is compared with its reference: the student alone (``distill=none``) with the same student, data and
+schedule. Differences are paired by seed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from distill.analysis import statistics
+from distill.analysis.configurations import (
+    Configuration,
+    FinishedRun,
+    differing_settings,
+    find_references,
+    group_runs,
+    keep_comparable,
+    mean_of,
+    measured,
+    name_configurations,
+)
 from distill.analysis.image_bootstrap import bootstrap_ap, difference_interval
 from distill.analysis.statistics import Interval
 from distill.evaluation.metric import FloatArray
 from distill.evaluation.recording import load_recording
-from distill.type_checks import leaves
 from distill.types import DistillError
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP")
-"""Metrics of a comparison, in the order of its columns. The first one that was measured is the main metric."""
-LENGTH_KEYS = (
-    *("schedule.epochs", "schedule.steps", "schedule.milestones", "schedule.evaluate_every"),
-    *("trainer.max_steps", "trainer.max_epochs", "trainer.check_val_every_n_epoch"),
-    "data.augment.stop_epoch",
+BETTER_TEACHER = (
+    "Train the teacher longer (teacher.schedule.epochs=…) or on more data (teacher.data=…), or choose a larger one "
+    "(teacher=…)"
 )
-"""Keys of the length of a training, and those that change with it."""
-SEED_KEYS = ("seed", "data.seed", "distill.losses.*.seed")
-"""Keys that hold the seed of the run, unless an override of the run sets them."""
-DISTILLATION_KEYS = ("distill.*", "teacher.*", "init", "trust*")
-"""Keys in which a distilled student may differ from the student alone."""
+"""Advice for a teacher that is not better than the student alone."""
 SAME_AP = 1e-6
 """Largest difference between AP of the recorded detections and AP in the summary."""
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """What a comparison reads of a finished run."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    words: Sequence[str]
-    """The overrides of the run."""
-    losses: Sequence[str]
-    values: Mapping[str, float]
-    """Results of the student by name, such as ``test/AP``, from 0 to 1."""
-    classes: Sequence[str] = ()
-    teacher: Mapping[str, Any] | None = None
-    """Source and values of the teacher."""
-    baseline: Path | None = None
-    """Folder of the student alone that the run names, for ``baseline=train`` and ``baseline=RUN``."""
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    """Split -> hash of its images, boxes, classes and sizes."""
-    detections: Mapping[str, Path] = field(default_factory=dict)
-    """Split -> file of the student's detections."""
-    seconds: float | None = None
-    """Duration of the training with its evaluations."""
-    seconds_per_step: float | None = None
-    """Mean duration of an optimizer step, without evaluations."""
-
-    @property
-    def seed(self) -> int:
-        """The seed of the run."""
-        return int(self.config["seed"])
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether the student was trained alone."""
-        return not self.losses and self.teacher is None
-
-    def truth_digest(self, split: str) -> str | None:
-        """Hash of the ground truth in the file of detections; None without a readable file."""
-        with suppress(KeyError, DistillError):
-            return load_recording(self.detections[split]).truth_digest()
-        return None
-
-
-@dataclass
-class Configuration:
-    """Runs that differ by their seed only."""
-
-    settings: Mapping[str, str]
-    """Dotted key -> value as JSON, without keys that do not change the result."""
-    runs: dict[int, FinishedRun] = field(default_factory=dict)
-    """By seed."""
-    name: str = ""
-
-    @property
-    def first(self) -> FinishedRun:
-        """The run with the first seed."""
-        return next(iter(self.runs.values()))
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether this is a student alone."""
-        return self.first.is_alone
-
-    def student_settings(self) -> dict[str, str]:
-        """The settings without those of the distillation."""
-        return {key: value for key, value in self.settings.items() if not _matches(key, DISTILLATION_KEYS)}
-
-    def mean_seconds(self) -> float | None:
-        """Mean duration of the runs."""
-        return mean_of([run.seconds for run in self.runs.values()])
 
 
 @dataclass(frozen=True)
@@ -199,9 +128,9 @@ def compare(
     metrics = [name for name in measured(split) if name in kept[0].values]
     bootstrap = ImageBootstrap(split, metrics[0]) if images else None
     rows = teacher_rows(configurations, metrics)
-    for one, reference in zip(configurations, references, strict=True):
-        difference = difference_to(one, reference, metrics[0], bootstrap) if reference else None
-        rows.append(configuration_row(one, metrics, difference))
+    for configuration, reference in zip(configurations, references, strict=True):
+        difference = difference_to(configuration, reference, metrics[0], bootstrap) if reference else None
+        rows.append(configuration_row(configuration, metrics, difference))
     return Comparison(
         split=split,
         metric=metrics[0],
@@ -210,195 +139,36 @@ def compare(
         left_out=out,
         notes=[*regime_notes(configurations, references, metrics[0]), *(bootstrap.notes if bootstrap else ())],
         settings=differing_settings(configurations),
-        runs=[_run_entry(one, run) for one in configurations for run in one.runs.values()],
+        runs=[
+            _run_entry(configuration, run) for configuration in configurations for run in configuration.runs.values()
+        ],
     )
 
 
-# -- which runs
-
-
-def measured(split: str) -> list[str]:
-    """Names of the metrics of a comparison on a split."""
-    return [f"{split}/{name}" for name in METRICS]
-
-
-def keep_comparable(runs: Sequence[FinishedRun], split: str) -> tuple[list[FinishedRun], list[tuple[Path, str]]]:
-    """The runs on the data, classes and metrics of the first one; and the others with the reason."""
-    kept: list[FinishedRun] = []
-    refused = []
-    for run in runs:
-        reason = _why_not_comparable(run, kept[0] if kept else None, split)
-        if reason:
-            refused.append((run.folder, reason))
-        else:
-            kept.append(run)
-    return kept, refused
-
-
-def _why_not_comparable(run: FinishedRun, first: FinishedRun | None, split: str) -> str:
-    main = next((name for name in measured(split) if name in run.values), None)
-    if main is None:
-        return f"it has no result on the split {split}: python -m distill evaluate measures one"
-    if first is None:
-        return ""
-    if list(run.classes) != list(first.classes):
-        return f"its classes are {', '.join(run.classes)}; those of {first.folder} are {', '.join(first.classes)}"
-    if main not in first.values:
-        return f"it was measured by {main}, which {first.folder} lacks"
-    digests = run.truth_digest(split), first.truth_digest(split)
-    if None in digests:  # an older run: the summary's hash covers the size of the images, too
-        digests = run.fingerprints.get(split), first.fingerprints.get(split)
-    if None in digests:
-        return f"its files do not say on which images of {split} it was measured, or those of {first.folder} do not"
-    if digests[0] != digests[1]:
-        return f"its images or boxes of {split} are not those of {first.folder}: another data set"
-    return ""
-
-
-def group_runs(runs: Sequence[FinishedRun], free: Sequence[str]) -> tuple[list[Configuration], list[tuple[Path, str]]]:
-    """Group runs by their configuration without the seed. A second run of the same seed is left out.
-
-    Args:
-        runs: the runs.
-        free: patterns of keys that do not change a result.
-    """
-    found: dict[str, Configuration] = {}
-    repeated = []
-    for run in runs:
-        settings = decisive_settings(run, free)
-        one = found.setdefault(json.dumps(settings, sort_keys=True), Configuration(settings))
-        if run.seed in one.runs:
-            repeated.append((run.folder, f"same configuration and seed as {one.runs[run.seed].folder}"))
-        else:
-            one.runs[run.seed] = run
-    for one in found.values():
-        one.runs = dict(sorted(one.runs.items()))
-    return list(found.values()), repeated
-
-
-def decisive_settings(run: FinishedRun, free: Sequence[str]) -> dict[str, str]:
-    """Dotted key -> value as JSON, for the keys that may change the result, without the seed."""
-    given = {word.partition("=")[0].lstrip("+") for word in run.words} - {"seed"}
-    settings = {}
-    for key, value in leaves(run.config):
-        is_seed = _matches(key, SEED_KEYS) and value == run.seed and key not in given
-        if is_seed or _matches(key, free) or (run.is_alone and key.startswith("teacher.")):
-            continue
-        settings[key] = json.dumps(value, sort_keys=True, default=str)
-    return settings
-
-
-def _matches(key: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def name_configurations(
-    configurations: Sequence[Configuration], labels: Mapping[frozenset[str], str], free: Sequence[str] = ()
-) -> None:
-    """Name each configuration by its label, or by its method and the overrides that not all of them have.
-
-    Args:
-        configurations: the configurations; their names are set.
-        labels: names by overrides.
-        free: patterns of keys that do not change a result.
-    """
-    words = [_decisive_words(one, free) for one in configurations]
-    shared = set(words[0]).intersection(*words[1:])
-    for one, own in zip(configurations, words, strict=True):
-        fitting = [label for key, label in labels.items() if key <= set(one.first.words)]
-        one.name = fitting[-1] if fitting else _short_name(one, [word for word in own if word not in shared])
-    taken: dict[str, int] = {}
-    for one in configurations:
-        taken[one.name] = taken.get(one.name, 0) + 1
-        one.name += f" ({taken[one.name]})" if taken[one.name] > 1 else ""
-
-
-def _short_name(one: Configuration, words: Sequence[str]) -> str:
-    """The method, and the other overrides with the ends of their keys: ``defeat neck.foreground=4 lr=0.01``."""
-    method = "+".join(one.first.losses) or "none"
-    others = []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key == "distill":
-            method = value
-            continue
-        prefix, _, end = key.partition("distill.losses.")
-        parts = (end or prefix).split(".")
-        others.append(f"{'.'.join(parts[1:]) if end else parts[-1]}={value}")
-    return " ".join([method, *others])
-
-
-def _decisive_words(one: Configuration, free: Sequence[str]) -> list[str]:
-    """The overrides of a configuration that may change its result."""
-    words = []
-    for word in one.first.words:
-        key = word.partition("=")[0].lstrip("+~")
-        ignored = (*free, "seed", "hydra", "hydra.*", "trust*")
-        if not (_matches(key, ignored) or f"{key}.*" in ignored):
-            words.append(word)
-    return words
-
-
-def differing_settings(configurations: Sequence[Configuration]) -> dict[str, dict[str, str]]:
-    """Key -> configuration -> value, for the keys whose values differ. A configuration without the key has no entry."""
-    keys = dict.fromkeys(key for one in configurations for key in one.settings)
-    table = {key: {one.name: one.settings[key] for one in configurations if key in one.settings} for key in keys}
-    count = len(configurations)
-    return {key: row for key, row in table.items() if len(row) < count or len(set(row.values())) > 1}
-
-
-# -- what is compared with what
-
-
-def find_references(configurations: Sequence[Configuration], equal: str) -> list[Configuration | None]:
-    """The reference of each configuration; None for a student alone, and where there is none.
-
-    It is the student alone with the same settings of the student, else the baseline that its runs name. If no
-    configuration has such a reference, it is the first configuration.
-    """
-    alone = [one for one in configurations if one.is_alone]
-    found = [None if one.is_alone else _reference(one, alone, equal) for one in configurations]
-    if not any(found):
-        return [None, *([configurations[0]] * (len(configurations) - 1))]
-    return found
-
-
-def _reference(one: Configuration, alone: Sequence[Configuration], equal: str) -> Configuration | None:
-    free = LENGTH_KEYS if equal == "time" else ()
-
-    def settings(other: Configuration) -> dict[str, str]:
-        return {key: value for key, value in other.student_settings().items() if key not in free}
-
-    fitting = [other for other in alone if settings(other) == settings(one)]
-    seconds = one.mean_seconds()
-    if equal == "time" and seconds is not None:
-        timed = [
-            (abs(time - seconds), number) for number, other in enumerate(fitting) if (time := other.mean_seconds())
-        ]
-        return fitting[min(timed)[1]] if timed else None
-    own = [other for other in alone if any(run.folder == one.first.baseline for run in other.runs.values())]
-    return next(iter([*fitting, *own]), None)
+# -- differences
 
 
 def difference_to(
-    one: Configuration, reference: Configuration, metric: str, bootstrap: ImageBootstrap | None = None
+    configuration: Configuration, reference: Configuration, metric: str, bootstrap: ImageBootstrap | None = None
 ) -> Difference | None:
     """The difference of a configuration to its reference, paired by seed; None without a common seed."""
-    seeds = [seed for seed in one.runs if seed in reference.runs]
+    seeds = [seed for seed in configuration.runs if seed in reference.runs]
     if not seeds:
         return None
-    values, reference_values = ([other.runs[seed].values[metric] for seed in seeds] for other in (one, reference))
+    values, reference_values = (
+        [other.runs[seed].values[metric] for seed in seeds] for other in (configuration, reference)
+    )
     differences = [value - base for value, base in zip(values, reference_values, strict=True)]
     interval = statistics.mean_interval(differences)
     verdict = statistics.verdict(interval)
-    teacher = (one.first.teacher or {}).get("values", {}).get(metric, -1.0)
-    time, reference_time = one.mean_seconds(), reference.mean_seconds()
+    teacher = (configuration.first.teacher or {}).get("values", {}).get(metric, -1.0)
+    time, reference_time = configuration.mean_seconds(), reference.mean_seconds()
     return Difference(
         reference=reference.name,
         seeds=seeds,
         mean=fmean(differences),
         by_seed=interval,
-        by_image=bootstrap.interval(one.runs[seeds[0]], reference.runs[seeds[0]]) if bootstrap else None,
+        by_image=bootstrap.interval(configuration.runs[seeds[0]], reference.runs[seeds[0]]) if bootstrap else None,
         gap_closed=statistics.share_of_gap(fmean(reference_values), fmean(values), teacher),
         extra_time=time / reference_time - 1 if time and reference_time else None,
         verdict=verdict,
@@ -431,7 +201,7 @@ class ImageBootstrap:
         """The interval of the difference of two runs; None if it cannot be computed."""
         if not self.metric.endswith("/AP"):
             return None
-        values = [self._values(each) for each in (run, reference)]
+        values = [self._values(member) for member in (run, reference)]
         return None if values[0] is None or values[1] is None else difference_interval(values[0], values[1])
 
     def _values(self, run: FinishedRun) -> FloatArray | None:
@@ -462,8 +232,8 @@ def teacher_rows(configurations: Sequence[Configuration], metrics: Sequence[str]
     """A row for each teacher."""
     teachers = {
         str(run.teacher["source"]): run.teacher
-        for one in configurations
-        for run in one.runs.values()
+        for configuration in configurations
+        for run in configuration.runs.values()
         if run.teacher and run.teacher.get("source")
     }
     rows = []
@@ -475,27 +245,21 @@ def teacher_rows(configurations: Sequence[Configuration], metrics: Sequence[str]
     return rows
 
 
-def configuration_row(one: Configuration, metrics: Sequence[str], difference: Difference | None) -> Row:
+def configuration_row(configuration: Configuration, metrics: Sequence[str], difference: Difference | None) -> Row:
     """The row of a configuration."""
-    runs = list(one.runs.values())
-    found = {name: [run.values[name] for run in runs if run.values.get(name, -1.0) >= 0] for name in metrics}
-    main = found[metrics[0]]
+    runs = list(configuration.runs.values())
+    by_name = {name: [run.values[name] for run in runs if run.values.get(name, -1.0) >= 0] for name in metrics}
+    main = by_name[metrics[0]]
     return Row(
-        configuration=one.name,
-        role="student alone" if one.is_alone else "distilled",
-        seeds=list(one.runs),
-        values={name: fmean(values) for name, values in found.items() if values},
+        configuration=configuration.name,
+        role="student alone" if configuration.is_alone else "distilled",
+        seeds=list(configuration.runs),
+        values={name: fmean(values) for name, values in by_name.items() if values},
         deviation=stdev(main) if len(main) > 1 else None,
-        seconds=one.mean_seconds(),
+        seconds=configuration.mean_seconds(),
         seconds_per_step=mean_of([run.seconds_per_step for run in runs]),
         difference=difference,
     )
-
-
-def mean_of(values: Sequence[float | None]) -> float | None:
-    """The mean, or None if a value is missing."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if known and len(known) == len(values) else None
 
 
 def regime_notes(
@@ -503,13 +267,13 @@ def regime_notes(
 ) -> list[str]:
     """Sentences that say whether the teacher knows more than the student alone, one for each pair of both."""
     notes = {}
-    for one, reference in zip(configurations, references, strict=True):
-        if reference is None or not reference.is_alone or one.first.teacher is None:
+    for configuration, reference in zip(configurations, references, strict=True):
+        if reference is None or not reference.is_alone or configuration.first.teacher is None:
             continue
-        teacher = (one.first.teacher.get("values") or {}).get(metric)
+        teacher = (configuration.first.teacher.get("values") or {}).get(metric)
         alone = fmean([run.values[metric] for run in reference.runs.values()])
         if teacher is not None:
-            notes[f"{one.first.teacher.get('source')} {reference.name}"] = describe_regime(
+            notes[f"{configuration.first.teacher.get('source')} {reference.name}"] = describe_regime(
                 teacher, alone, reference.name
             )
     return list(notes.values())
@@ -527,17 +291,16 @@ def describe_regime(teacher: float, alone: float, name: str) -> str:
         return f"{values}: a gap of {100 * (teacher - alone):.1f} that distillation may close"
     return (
         f"{values}: a teacher that is not better than the student alone has nothing to teach. A gain of a method has "
-        "another cause here, such as its longer training time. Train the teacher longer (teacher.schedule.epochs=…) or "
-        "on more data (teacher.data=…), or choose a larger one (teacher=…)"
+        f"another cause here, such as its longer training time. {BETTER_TEACHER}"
     )
 
 
 # -- output
 
 
-def _run_entry(one: Configuration, run: FinishedRun) -> dict[str, Any]:
+def _run_entry(configuration: Configuration, run: FinishedRun) -> dict[str, Any]:
     return {
-        "configuration": one.name,
+        "configuration": configuration.name,
         "folder": str(run.folder),
         "seed": run.seed,
         "seconds": run.seconds,
@@ -573,18 +336,18 @@ def _flat(row: Row, metric: str) -> dict[str, Any]:
         "seconds": row.seconds,
         "seconds_per_step": row.seconds_per_step,
     }
-    if (found := row.difference) is not None:
+    if (difference := row.difference) is not None:
         flat |= {
-            "reference": found.reference,
-            "difference": found.mean,
-            "paired_seeds": " ".join(map(str, found.seeds)),
-            "seeds_low": found.by_seed.low if found.by_seed else None,
-            "seeds_high": found.by_seed.high if found.by_seed else None,
-            "images_low": found.by_image.low if found.by_image else None,
-            "images_high": found.by_image.high if found.by_image else None,
-            "gap_closed": found.gap_closed,
-            "extra_time": found.extra_time,
-            "verdict": found.verdict,
-            "further_seeds": found.further_seeds,
+            "reference": difference.reference,
+            "difference": difference.mean,
+            "paired_seeds": " ".join(map(str, difference.seeds)),
+            "seeds_low": difference.by_seed.low if difference.by_seed else None,
+            "seeds_high": difference.by_seed.high if difference.by_seed else None,
+            "images_low": difference.by_image.low if difference.by_image else None,
+            "images_high": difference.by_image.high if difference.by_image else None,
+            "gap_closed": difference.gap_closed,
+            "extra_time": difference.extra_time,
+            "verdict": difference.verdict,
+            "further_seeds": difference.further_seeds,
         }
     return flat

@@ -156,12 +156,16 @@ def difference_figure(differences: Mapping[str, Difference], metric: str) -> Fig
     figure = Figure(figsize=(7.6, 1.4 + 0.3 * len(names) + 0.2 * lines), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(0, color="gray", linewidth=1)
-    for place, one in enumerate(differences.values()):
-        if one.by_seed is not None:
+    for place, difference in enumerate(differences.values()):
+        if difference.by_seed is not None:
             axes.plot(
-                [100 * one.by_seed.low, 100 * one.by_seed.high], [place, place], color="C0", linewidth=3, alpha=0.5
+                [100 * difference.by_seed.low, 100 * difference.by_seed.high],
+                [place, place],
+                color="C0",
+                linewidth=3,
+                alpha=0.5,
             )
-        axes.plot([100 * one.mean], [place], "o", color="C0")
+        axes.plot([100 * difference.mean], [place], "o", color="C0")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel(f"difference in {metric}, percentage points")

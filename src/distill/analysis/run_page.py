@@ -105,31 +105,31 @@ def result_tables(summary: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def tables_of(title: str, found: Mapping[str, Any]) -> list[Table]:
+def tables_of(title: str, report: Mapping[str, Any]) -> list[Table]:
     """The tables of a section, from the summary of the analysis."""
-    if title == "Errors" and found.get("errors"):
-        kinds = list(next(iter(found["errors"].values()))["ap50_gain"])
+    if title == "Errors" and report.get("errors"):
+        kinds = list(next(iter(report["errors"].values()))["ap50_gain"])
         rows = [
-            [name, percent(one["ap50"]), *(percent(one["ap50_gain"][kind]) for kind in kinds)]
-            for name, one in found["errors"].items()
+            [name, percent(model["ap50"]), *(percent(model["ap50_gain"][kind]) for kind in kinds)]
+            for name, model in report["errors"].items()
         ]
         return [
-            Table(("", "AP50", *kinds), rows, f"{found['split']}: AP50, and the AP50 that errors of each kind cost")
+            Table(("", "AP50", *kinds), rows, f"{report['split']}: AP50, and the AP50 that errors of each kind cost")
         ]
-    if title == "Scores" and found.get("thresholds"):
+    if title == "Scores" and report.get("thresholds"):
         values = ("threshold", "precision", "recall", "f1")
         rows = [
             [label, str(row["objects"]), *(MISSING if row[key] is None else f"{row[key]:.3f}" for key in values)]
-            for label, row in found["thresholds"].get("student", {}).items()
+            for label, row in report["thresholds"].get("student", {}).items()
         ]
         return [
             Table(("class", "objects", *values), rows, "student: the threshold with the best F1 (values from 0 to 1)")
         ]
-    if title == "Student and teacher" and found.get("agreement"):
+    if title == "Student and teacher" and report.get("agreement"):
         columns = ("boxes", "found", "right_found", "mistakes", "copied", "missed", "missed_too")
         rows = [
-            [name, *(str(one[key]) if isinstance(one[key], int) else percent(one[key]) for key in columns)]
-            for name, one in found["agreement"].items()
+            [name, *(str(model[key]) if isinstance(model[key], int) else percent(model[key]) for key in columns)]
+            for name, model in report["agreement"].items()
         ]
         names = (
             "teacher's boxes",
@@ -152,9 +152,9 @@ def _pictures(folder: Path, caption: str) -> list[Picture]:
     return [Picture(file, f"{file.stem}: {caption}") for file in sorted(folder.glob("*.png"))[:MOST_PICTURES]]
 
 
-def to_do_text(found: Mapping[str, Any]) -> list[str]:
+def to_do_text(report: Mapping[str, Any]) -> list[str]:
     """The sentence above the pictures of the to-do list, from the summary of the analysis."""
-    count = found.get("to_do_images", 0)
+    count = report.get("to_do_images", 0)
     if not count:
         return []
     return [
@@ -162,8 +162,8 @@ def to_do_text(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _skipped(found: Mapping[str, Any]) -> list[str]:
-    return [f"Left out, {name}: {reason}" for name, reason in (found.get("skipped") or {}).items()]
+def _skipped(report: Mapping[str, Any]) -> list[str]:
+    return [f"Left out, {name}: {reason}" for name, reason in (report.get("skipped") or {}).items()]
 
 
 def _facts(run: RunFolder, summary: Mapping[str, Any]) -> Table:

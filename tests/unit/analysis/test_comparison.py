@@ -12,13 +12,13 @@ import pytest
 from distill.analysis.comparison import (
     Comparison,
     Difference,
-    FinishedRun,
     Row,
     compare,
     describe_regime,
     to_json,
     to_rows,
 )
+from distill.analysis.configurations import FinishedRun
 from distill.analysis.image_bootstrap import bootstrap_ap
 from distill.evaluation.metric import DetectionArrays
 from distill.evaluation.recording import save_recording

@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
     if min(args.images, args.pictures) < 0:
         raise DistillError("analyze: --images and --pictures start at 0")
-    from distill.cli.runs.finished_runs import read_finished
+    from distill.cli.runs.results import read_finished
 
     device = None if args.device is None else find_device(args.device)
     run = find_run(args.run)
@@ -91,7 +91,9 @@ def main(argv: Sequence[str]) -> int:
     for note in class_notes(student.spec.classes, data.classes):
         models.notes.append(note)
     sources = models.sources.items()
-    known = {name: found for name, source in sources if (found := recorded_detections(source, data, args.split))}
+    known = {
+        name: recording for name, source in sources if (recording := recorded_detections(source, data, args.split))
+    }
     folder = run.path / FOLDER
     result, necks = analyze_models(
         models.detectors, data, args.split, folder, groups, args.images, args.pictures, device or plan.device, known
@@ -133,12 +135,12 @@ def print_results(result: Comparison, models: Models, skipped: Mapping[str, str]
     )
     if len(student.shares) > MOST_CLASSES:
         print_line("", f"{len(student.shares) - MOST_CLASSES} more classes are in thresholds.csv")
-    for name, one in result.agreements.items():
-        text = f"{name} finds {percent(one.found)} % of the teacher's {one.boxes} boxes"
-        if not one.boxes:
+    for name, agreement in result.agreements.items():
+        text = f"{name} finds {percent(agreement.found)} % of the teacher's {agreement.boxes} boxes"
+        if not agreement.boxes:
             text = f"{name}: the teacher has no boxes above its thresholds"
-        elif one.mistakes:
-            text += f", and copies {percent(one.copied)} % of its {one.mistakes} mistakes"
+        elif agreement.mistakes:
+            text += f", and copies {percent(agreement.copied)} % of its {agreement.mistakes} mistakes"
         print_line("agreement", text)
     for name, model in result.models.items():
         errors = percent(model.calibration.d_ece), percent(model.calibration.la_ece)

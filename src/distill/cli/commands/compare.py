@@ -31,7 +31,7 @@ from distill.cli.tables import print_line
 from distill.types import DistillError
 
 if TYPE_CHECKING:
-    from distill.analysis.comparison import Configuration
+    from distill.analysis.configurations import Configuration
 
 OWN_KEYS = ("equal", "seeds", "sweep")
 """Keys of this command that are no keys of the configuration."""
@@ -69,11 +69,11 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(argv))
     folders = [Path(word) for word in args.words if is_folder(word)]
     words = [word for word in args.words if Path(word) not in folders]
-    own, words = take_own_keys(words)
+    values, words = take_own_keys(words)
     if folders:
-        _compare_runs(folders, own, words, args)
+        _compare_runs(folders, values, words, args)
     else:
-        _compare_by_training(own, words, args)
+        _compare_by_training(values, words, args)
     return 0
 
 
@@ -88,39 +88,41 @@ def take_own_keys(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     Raises:
         DistillError: an own key is given twice, or has an invalid value.
     """
-    own: dict[str, str] = {}
+    values: dict[str, str] = {}
     others: list[str] = []
     for word in words:
         key, _, value = word.partition("=")
         if key not in OWN_KEYS:
             others.append(word)
-        elif key in own:
-            raise DistillError(f"{key} is given twice, as {own[key]} and as {value}: remove one of them")
+        elif key in values:
+            raise DistillError(f"{key} is given twice, as {values[key]} and as {value}: remove one of them")
         else:
-            own[key] = value
-    if own.get("equal", EQUAL[0]) not in EQUAL:
-        raise DistillError(f"equal={own['equal']}: expected one of {', '.join(EQUAL)}")
-    if "seeds" in own and not (own["seeds"].isdecimal() and int(own["seeds"]) > 0):
+            values[key] = value
+    if values.get("equal", EQUAL[0]) not in EQUAL:
+        raise DistillError(f"equal={values['equal']}: expected one of {', '.join(EQUAL)}")
+    if "seeds" in values and not (values["seeds"].isdecimal() and int(values["seeds"]) > 0):
         raise DistillError(
-            f"seeds={own['seeds']}: expected a number of seeds from 1, such as seeds=3; seed=4,7 names them"
+            f"seeds={values['seeds']}: expected a number of seeds from 1, such as seeds=3; seed=4,7 names them"
         )
-    return own, others
+    return values, others
 
 
 # -- finished runs
 
 
 def _compare_runs(
-    folders: Sequence[Path], own: Mapping[str, str], words: Sequence[str], args: argparse.Namespace
+    folders: Sequence[Path], values: Mapping[str, str], words: Sequence[str], args: argparse.Namespace
 ) -> None:
-    if others := [*(f"{key}={value}" for key, value in own.items() if key != "equal"), *words]:
+    if others := [*(f"{key}={value}" for key, value in values.items() if key != "equal"), *words]:
         raise DistillError(
             f"{others[0]}: finished runs are compared as they are. Leave out the overrides, or the run folders"
         )
     from distill.cli.reports import comparison_report as report
     from distill.cli.runs.finished_runs import expand_folders
 
-    comparison = report.compare_folders(expand_folders(folders), own.get("equal", EQUAL[0]), images=not args.no_images)
+    comparison = report.compare_folders(
+        expand_folders(folders), values.get("equal", EQUAL[0]), images=not args.no_images
+    )
     report.write_comparison(comparison, args.csv, args.json)
     report.print_comparison(comparison)
     if args.html:
@@ -130,10 +132,10 @@ def _compare_runs(
 # -- runs that are trained first
 
 
-def _compare_by_training(own: Mapping[str, str], words: Sequence[str], args: argparse.Namespace) -> None:
+def _compare_by_training(values: Mapping[str, str], words: Sequence[str], args: argparse.Namespace) -> None:
     compose.register_options()
-    plan = plan_comparison(own, words)
-    equal = own.get("equal", EQUAL[0])
+    plan = plan_comparison(values, words)
+    equal = values.get("equal", EQUAL[0])
     folder = sweep.choose_folder([word for word in plan.parts[0] if word in words], plan.first)
     failure: DistillError | None = None
     try:
@@ -158,18 +160,18 @@ def _run(folder: Path, parts: Sequence[Sequence[str]], first: DictConfig) -> Dis
     return None
 
 
-def plan_comparison(own: Mapping[str, str], words: Sequence[str]) -> Plan:
+def plan_comparison(values: Mapping[str, str], words: Sequence[str]) -> Plan:
     """The sweeps of a comparison. Every configuration is composed, so that mistakes are reported before a run starts.
 
     Raises:
         DistillError: an invalid override, or two that contradict each other.
     """
     keys = [override.key_or_group for override in parse_overrides(words)]
-    if "seed" in keys and "seeds" in own:
+    if "seed" in keys and "seeds" in values:
         raise DistillError("seed and seeds are both given: seeds=3 stands for seed=0,1,2. Remove one of them")
-    seeds = [] if "seed" in keys else [f"seed={','.join(map(str, range(int(own.get('seeds', SEEDS)))))}"]
-    if "sweep" in own:
-        return _plan_prepared(own["sweep"], words, seeds)
+    seeds = [] if "seed" in keys else [f"seed={','.join(map(str, range(int(values.get('seeds', SEEDS)))))}"]
+    if "sweep" in values:
+        return _plan_prepared(values["sweep"], words, seeds)
     words = [*with_plain_student(words), *seeds]
     first, checked = override_checks.validate_overrides(words)
     return Plan([checked], {}, first)
@@ -196,13 +198,13 @@ def with_plain_student(words: Sequence[str]) -> list[str]:
 
 def _without_sweeps(words: Sequence[str]) -> list[str]:
     """The words of a first job."""
-    found = []
+    first_words = []
     for override in parse_overrides(words):
         if override.is_discrete_sweep():
-            found.append(f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}")
+            first_words.append(f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}")
         elif not override.is_sweep_override():
-            found.append(str(override.input_line))
-    return found
+            first_words.append(str(override.input_line))
+    return first_words
 
 
 def _plan_prepared(name: str, words: Sequence[str], seeds: Sequence[str]) -> Plan:
@@ -210,20 +212,20 @@ def _plan_prepared(name: str, words: Sequence[str], seeds: Sequence[str]) -> Pla
     unused = set(words)
     given = {override.key_or_group for override in parse_overrides(words)}
     parts, labels, first = [], {}, None
-    for label, own in rows.items():
-        for override in parse_overrides(own):
+    for label, row in rows.items():
+        for override in parse_overrides(row):
             if override.key_or_group in given:
                 raise DistillError(
                     f"{override.key_or_group} is given, but sweep={name} sets it ({label}: {override.input_line}). "
                     "Remove your override"
                 )
-        applicable = set(override_checks.applicable_overrides([*words, *_options(own)]))
-        part = [*(word for word in words if word in applicable), *own, *seeds]
+        applicable = set(override_checks.applicable_overrides([*words, *_options(row)]))
+        part = [*(word for word in words if word in applicable), *row, *seeds]
         unused -= applicable
         cfg, _ = override_checks.validate_overrides(_without_sweeps(part))
         first = cfg if first is None else first
         parts.append(part)
-        labels[frozenset(own)] = label
+        labels[frozenset(row)] = label
     if unused:
         raise DistillError(f"{sorted(unused)[0]}: no configuration of sweep={name} has this loss. Remove the override")
     assert first is not None  # a sweep has at least one configuration
@@ -248,7 +250,7 @@ def longer_baselines(jobs: Sequence[Path], words: Sequence[str]) -> list[list[st
         jobs: folders of the finished jobs.
         words: overrides with the axis of seeds.
     """
-    from distill.analysis.comparison import find_references, group_runs
+    from distill.analysis.configurations import find_references, group_runs
     from distill.cli.reports.comparison_report import free_keys
     from distill.cli.runs.finished_runs import read_runs
 
@@ -256,18 +258,18 @@ def longer_baselines(jobs: Sequence[Path], words: Sequence[str]) -> list[list[st
     kept_words = [word for word in words if word.lstrip("+").startswith(("seed=", *COMMAND_LINE_KEYS))]
     configurations, _ = group_runs(read_runs(jobs)[0], free_keys())
     parts = []
-    for one, reference in zip(configurations, find_references(configurations, "epochs"), strict=True):
+    for configuration, reference in zip(configurations, find_references(configurations, "epochs"), strict=True):
         if reference is None or not reference.is_alone:
             continue
-        factor = time_factor(one, reference)
+        factor = time_factor(configuration, reference)
         if factor is not None and is_longer(reference.first.config, factor):
             parts.append([*longer_words(reference, factor), *kept_words])
     return [part for number, part in enumerate(parts) if part not in parts[:number]]
 
 
-def time_factor(one: Configuration, reference: Configuration) -> float | None:
+def time_factor(configuration: Configuration, reference: Configuration) -> float | None:
     """Duration of a configuration's run divided by that of its reference, both of the first seed that both have."""
-    for seed, run in one.runs.items():
+    for seed, run in configuration.runs.items():
         other = reference.runs.get(seed)
         if other is not None and run.seconds and other.seconds:
             return run.seconds / other.seconds

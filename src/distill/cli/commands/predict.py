@@ -44,8 +44,8 @@ def main(argv: Sequence[str]) -> int:
         "scored against this file",
     )
     add_device_option(parser)
-    own = ("trust=", "config_dirs=")  # read already, for all commands
-    args = parser.parse_args([word for word in argv if not word.lstrip("+").startswith(own)])
+    shared_keys = ("trust=", "config_dirs=")  # read already, for all commands
+    args = parser.parse_args([word for word in argv if not word.lstrip("+").startswith(shared_keys)])
     if not 0 <= args.score <= 1:
         raise DistillError(f"--score {args.score:g}: expected a score from 0 to 1")
     device = find_device(args.device)

@@ -116,7 +116,7 @@ def _train(cfg: DictConfig, run: Path) -> float:
         teacher_notice.announce_teacher(plan, trainer, data)
         baseline.announce_baseline(alone)
         module = assembly.assemble(plan, data)
-        compared = alone.run() if alone else None
+        compared = alone.result() if alone else None
         run_report.print_opening(plan, module)
         with translated_errors(trainer), run_report.open_loggers(plan, trainer):
             trainer.fit(module, data, ckpt_path=plan.checkpoint, weights_only=True)

@@ -57,12 +57,12 @@ def parse_sweep(text: str, file: Path) -> dict[str, list[str]]:
     rows = content.get("configurations") if isinstance(content, dict) else None
     if not isinstance(rows, dict) or not rows:
         raise DistillError(f"{file}: expected a mapping 'configurations' of names to lists of overrides")
-    found: dict[str, list[str]] = {}
+    configurations: dict[str, list[str]] = {}
     for name, words in rows.items():
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise DistillError(f"{file}: {name}: expected a list of overrides, such as [distill=none], got {words}")
-        found |= _expand(str(name), words)
-    return found
+        configurations |= _expand(str(name), words)
+    return configurations
 
 
 def _expand(name: str, words: Sequence[str]) -> dict[str, list[str]]:
@@ -73,8 +73,8 @@ def _expand(name: str, words: Sequence[str]) -> dict[str, list[str]]:
         else [f"{sweep_key(override)}={override.get_value_element_as_str()}"]  # as Hydra writes it in a sweep
         for override in parse_overrides(words)
     ]
-    found = {}
+    configurations = {}
     for chosen in product(*axes):
         varied = [word for word, axis in zip(chosen, axes, strict=True) if len(axis) > 1]
-        found[", ".join([name, *(word.rpartition("losses.")[2] for word in varied)])] = list(chosen)
-    return found
+        configurations[", ".join([name, *(word.rpartition("losses.")[2] for word in varied)])] = list(chosen)
+    return configurations

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.cli.config.overrides import parse_overrides
 from distill.cli.runs.recorded_run import load_student, load_teacher_of
+from distill.cli.runs.results import fingerprints
 from distill.cli.runs.teacher_cache import bridge_teacher
 from distill.evaluation.recording import DetectionRecorder, Recording, load_recording
 from distill.files import read_json
@@ -37,14 +38,6 @@ class Models:
         self.detectors[name], self.sources[name] = detector, str(source)
 
 
-def same_split(summary: Mapping[str, Any], split: str, fingerprint: str) -> bool | None:
-    """Whether a run was measured on a split with this fingerprint; None if its summary does not say."""
-    measured = summary.get("measured")
-    data = measured.get("data") if isinstance(measured, dict) else None
-    known = data.get(split) if isinstance(data, dict) else None
-    return None if known is None else known == fingerprint
-
-
 def recorded_detections(source: str, data: DetectionData, split: str) -> Recording | None:
     """The detections that a finished run recorded of its student on a split; None if it was measured on other data.
 
@@ -59,7 +52,7 @@ def recorded_detections(source: str, data: DetectionData, split: str) -> Recordi
     if not (file.is_file() and run.finished):
         return None
     with suppress(DistillError):  # a damaged file: the detections are computed
-        if same_split(read_json(run.summary), split, data.fingerprint(split)):
+        if fingerprints(read_json(run.summary)).get(split) == data.fingerprint(split):
             recording = load_recording(file)
             truth = DetectionRecorder(data.ground_truth(split), data.classes).truth
             now = Recording(tuple(data.classes), truth, recording.detections)
@@ -108,7 +101,7 @@ def add_other(
             f"--against {against.path}: its classes are {', '.join(detector.spec.classes)}, those of {run.path} are "
             f"{', '.join(student.spec.classes)}. Name a run of the same classes"
         )
-    if fingerprint is not None and same_split(summary, split, fingerprint) is False:
+    if fingerprint is not None and fingerprints(summary).get(split, fingerprint) != fingerprint:
         raise DistillError(
             f"--against {against.path}: it was measured on another {split} split, or at another image size, than "
             f"{run.path}. Name a run of the same data, or data=… to analyze both on one data set"

@@ -47,7 +47,7 @@ def measure_plan(plan: RunPlan, options: Mapping[str, Callable[[], RunPlan]], ar
     make_step = partial(Step, batch=batch, autocast=partial(autocast_context, precision, device))
     alone = make_step(assemble(replace(plan, losses={}, inherit=False), data, student))
     teacher = bench_teacher(plan, data, batch) if options else None
-    own = timing.measure_student(alone, clock, args.repeats, args.warmup)
+    student_cost = timing.measure_student(alone, clock, args.repeats, args.warmup)
     costs: dict[str, OptionCost] = {}
     skipped: dict[str, str] = {}
     for name, make_plan in track(options.items(), "options"):
@@ -76,7 +76,7 @@ def measure_plan(plan: RunPlan, options: Mapping[str, Callable[[], RunPlan]], ar
     loader = timing.measure_loader(data, args.batches)
     sample = evaluate_sample(student, data, plan.metrics, device, args.images)
     evaluation = {"images": float(sample["images"])} | {part: 1000 * sample[part] for part in ("detect", "metric")}
-    report = Report(setting, own, costs, skipped, loader, evaluation)
+    report = Report(setting, student_cost, costs, skipped, loader, evaluation)
     report.verdict = verdict(report, len(batch))
     return report
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from distill.analysis import comparison as analysis
 from distill.analysis.comparison import Comparison, Difference, Row
+from distill.analysis.configurations import measured
 from distill.analysis.statistics import MOST_SEEDS, Interval, student_quantile
 from distill.cli.runs.finished_runs import read_runs
 from distill.cli.runs.related_runs import UNRELATED
@@ -50,7 +51,7 @@ def is_worth_showing(comparison: Comparison) -> bool:
     roles = {row.configuration: row.role for row in comparison.rows}
     differences = [row.difference for row in comparison.rows if row.difference]
     return any(len(row.seeds) > 1 for row in comparison.rows) or any(
-        roles.get(found.reference) == "student alone" for found in differences
+        roles.get(difference.reference) == "student alone" for difference in differences
     )
 
 
@@ -64,8 +65,10 @@ def print_comparison(comparison: Comparison, settings: bool = True) -> None:
     values, changes = value_table(comparison), difference_table(comparison)
     print_table(values.title, values.columns, values.rows, compact=True)
     print_table(changes.title, changes.columns, changes.rows, left=2, compact=True)
-    for row, found in differences(comparison):
-        print_line(found.verdict, f"{row.configuration}: {describe(found, comparison)}", COLORS[found.verdict])
+    for row, difference in differences(comparison):
+        print_line(
+            difference.verdict, f"{row.configuration}: {describe(difference, comparison)}", COLORS[difference.verdict]
+        )
     for note in comparison.notes:
         print_line("note", note)
     if settings and comparison.settings:
@@ -84,7 +87,7 @@ class Cells(NamedTuple):
 
 def value_table(comparison: Comparison) -> Cells:
     """Metrics and times of the teacher and of each configuration."""
-    names = [name for name in analysis.measured(comparison.split) if any(name in row.values for row in comparison.rows)]
+    names = [name for name in measured(comparison.split) if any(name in row.values for row in comparison.rows)]
     return Cells(
         f"{comparison.split}, percent; means over seeds, {_short(comparison.metric)} with the standard deviation",
         ("configuration", "seeds", *map(_short, names), "s/step", "time"),
@@ -103,7 +106,7 @@ def difference_table(comparison: Comparison) -> Cells:
         f"difference in {_short(comparison.metric)}, percentage points; 95 % intervals over seeds (Student's t) and "
         "over the images of one seed (bootstrap)",
         ("configuration", "to", "seeds", "difference", "over seeds", "over images", "gap closed", "extra time"),
-        [_difference_cells(row, found) for row, found in differences(comparison)],
+        [_difference_cells(row, difference) for row, difference in differences(comparison)],
     )
 
 
@@ -126,16 +129,16 @@ def _value_cells(row: Row, names: Sequence[str], main: str) -> list[str | None]:
     ]
 
 
-def _difference_cells(row: Row, found: Difference) -> list[str | None]:
+def _difference_cells(row: Row, difference: Difference) -> list[str | None]:
     return [
         row.configuration,
-        found.reference,
-        str(len(found.seeds)),
-        points(found.mean),
-        _range(found.by_seed),
-        _range(found.by_image),
-        None if found.gap_closed is None else f"{100 * found.gap_closed:.0f} %",
-        None if found.extra_time is None else f"{100 * found.extra_time:+.0f} %",
+        difference.reference,
+        str(len(difference.seeds)),
+        points(difference.mean),
+        _range(difference.by_seed),
+        _range(difference.by_image),
+        None if difference.gap_closed is None else f"{100 * difference.gap_closed:.0f} %",
+        None if difference.extra_time is None else f"{100 * difference.extra_time:+.0f} %",
     ]
 
 
@@ -149,23 +152,23 @@ def _range(interval: Interval | None) -> str | None:
     return None if interval is None else f"{points(interval.low)} to {points(interval.high)}"
 
 
-def describe(found: Difference, comparison: Comparison) -> str:
+def describe(difference: Difference, comparison: Comparison) -> str:
     """A difference in a sentence: its interval, how few seeds that is, what the extra time was, and what to do next."""
-    text = f"{points(found.mean)} {_short(comparison.metric)} over {found.reference}"
-    count = len(found.seeds)
-    if found.by_seed is None:
-        text += f", of one seed ({found.seeds[0]}), so there is no interval over seeds: run more seeds (seeds=3)"
+    text = f"{points(difference.mean)} {_short(comparison.metric)} over {difference.reference}"
+    count = len(difference.seeds)
+    if difference.by_seed is None:
+        text += f", of one seed ({difference.seeds[0]}), so there is no interval over seeds: run more seeds (seeds=3)"
     else:
         text += (
-            f", 95 % interval {_range(found.by_seed)} over {count} seeds (t = {student_quantile(count - 1):.2f})"
-            f"{'' if found.by_seed.excludes_zero else ', which contains 0'}"
+            f", 95 % interval {_range(difference.by_seed)} over {count} seeds (t = {student_quantile(count - 1):.2f})"
+            f"{'' if difference.by_seed.excludes_zero else ', which contains 0'}"
         )
-        if found.verdict == "no difference shown":
-            text += f"; {_further(found.further_seeds)}"
-    if found.by_image is not None:
-        text += f"; over the images of seed {found.seeds[0]}: {_range(found.by_image)}"
-    if found.extra_time is not None and abs(found.extra_time) >= 0.01:
-        amount = f"{100 * abs(found.extra_time):.0f} % {'more' if found.extra_time > 0 else 'less'} time"
+        if difference.verdict == "no difference shown":
+            text += f"; {_further(difference.further_seeds)}"
+    if difference.by_image is not None:
+        text += f"; over the images of seed {difference.seeds[0]}: {_range(difference.by_image)}"
+    if difference.extra_time is not None and abs(difference.extra_time) >= 0.01:
+        amount = f"{100 * abs(difference.extra_time):.0f} % {'more' if difference.extra_time > 0 else 'less'} time"
         advice = " at equal epochs (equal=time compares at equal time)" if comparison.equal == "epochs" else ""
         text += f"; it took {amount}{advice}"
     return text
@@ -218,11 +221,13 @@ def write_page(comparison: Comparison, file: Path) -> Path:
     from distill.analysis.html_page import Plot, Section, Table, render_page
     from distill.analysis.setting_curves import setting_curves
 
-    found = differences(comparison)
+    compared = differences(comparison)
     plots = []
-    if found:
+    if compared:
         picture = file.with_suffix(".png")
-        figure = difference_figure({row.configuration: one for row, one in found}, _short(comparison.metric))
+        figure = difference_figure(
+            {row.configuration: difference for row, difference in compared}, _short(comparison.metric)
+        )
         atomic_write(picture, lambda handle: figure.savefig(handle, format="png"))
         plots.append(Plot(picture, "Differences of the table below: mean, and 95 % interval over the seeds."))
     if curves := setting_curves(comparison):
@@ -234,13 +239,16 @@ def write_page(comparison: Comparison, file: Path) -> Path:
         Table(table.columns, [[cell or MISSING for cell in row] for row in table.rows], table.title)
         for table in (value_table(comparison), difference_table(comparison))
     )
-    sentences = [f"{one.verdict}: {row.configuration}: {describe(one, comparison)}." for row, one in found]
+    sentences = [
+        f"{difference.verdict}: {row.configuration}: {describe(difference, comparison)}."
+        for row, difference in compared
+    ]
     names = [row.configuration for row in comparison.rows if row.role != "teacher"]
     keys = [[key, *(cells.get(name, MISSING) for name in names)] for key, cells in comparison.settings.items()]
     sections = [
         Section("Verdict", [*sentences, *comparison.notes], plots=plots),
         Section("Results", tables=[values]),
-        Section("Differences", tables=[changes] if found else []),
+        Section("Differences", tables=[changes] if compared else []),
         Section("Settings that differ", tables=[Table(("key", *names), keys)] if keys else []),
         Section("Left out", [f"{folder}: {reason}" for folder, reason in comparison.left_out]),
     ]

@@ -22,14 +22,13 @@ from distill.cli.runs.assembly import assemble, build_student, build_trainer, si
 from distill.cli.runs.baseline import Baseline, plan_baseline
 from distill.cli.runs.preflight import RunPlan
 from distill.cli.runs.related_runs import find_related_runs, fingerprint_recipe
+from distill.cli.runs.results import read_summary
 from distill.cli.runs.teacher_cache import (
     UNTRAINED,
     as_teacher,
-    cache_entry,
     find_teacher,
-    read_summary,
     run_config,
-    train_command,
+    teacher_run,
     untrained,
 )
 from distill.cli.tables import gib
@@ -39,7 +38,6 @@ from distill.diagnostics import doctor
 from distill.diagnostics.sampled_evaluation import evaluate_sample
 from distill.evaluation.metric import SHARED
 from distill.precision import autocast_context
-from distill.run_folder import RunFolder
 from distill.teacher import Teacher
 from distill.training.callbacks.term_check import TermCheck
 from distill.training.distiller import Distiller
@@ -100,10 +98,10 @@ def _examine_baseline(
     baseline = plan_baseline(plan, data, splits, trainer.world_size)
     if baseline is None:
         return None
-    state = "ready" if baseline.command is None else "not trained yet"
-    section: Report = {"state": state, "folder": str(baseline.folder), "epochs": baseline.epochs}
+    state = "ready" if baseline.run.finished else "not trained yet"
+    section: Report = {"state": state, "folder": str(baseline.run.folder), "epochs": baseline.epochs}
     report["baseline"] = section
-    if baseline.command is None:
+    if baseline.run.finished:
         return baseline
     with isolate_rng():
         module = Distiller(build_student(plan, data), schedule=plan.schedule).to(trainer.strategy.root_device)
@@ -111,7 +109,7 @@ def _examine_baseline(
         every = {"check_val_every_n_epoch": baseline.schedule["evaluate_every"]}
         limits = SimpleNamespace(**{**plan.trainer.settings, **length, **every})
         section["estimate"] = estimate_run(limits, module, data, trainer)
-    section["command"] = shlex.join(baseline.command)
+    section["command"] = shlex.join(baseline.run.command)
     report["notes"].append("the student alone is not trained yet: the run trains it first, to compare with")
     return baseline
 
@@ -123,20 +121,20 @@ def _examine_teacher(plan: RunPlan, data: DetectionData, trainer: L.Trainer, rep
         report["teacher"] = {"state": "not needed"}
         return None
     if options.weights is None:
-        folder, overrides = cache_entry(options)
-        if not RunFolder(folder).finished:
-            detector, config = untrained(options, data.classes), run_config(overrides)
+        run = teacher_run(options)
+        if not run.finished:
+            detector, config = untrained(options, data.classes), run_config(run.overrides)
             module = Distiller(detector, schedule=instantiate.build_node(config.schedule)).to(
                 trainer.strategy.root_device
             )
             report["teacher"] = {
                 "state": "not trained yet",
-                "folder": str(folder),
-                "command": shlex.join(train_command(folder, overrides)),
+                "folder": str(run.folder),
+                "command": shlex.join(run.command),
                 "estimate": estimate_run(config.trainer, module, data, trainer),
             }
             if options.train == "never":
-                report["faults"].append(f"there is no trained teacher at {folder} and teacher.train=never")
+                report["faults"].append(f"there is no trained teacher at {run.folder} and teacher.train=never")
             else:
                 report["notes"].append(
                     "no teacher is cached: the run trains one first; the terms here are those of an untrained teacher"
@@ -192,8 +190,8 @@ def examine_gap(
     if baseline is None:
         related = find_related_runs(plan, fingerprint_recipe(plan, data, trainer.world_size))
         values = next((run.summary["student"] for run in related if run.is_baseline), None)
-    elif baseline.command is None:
-        values = baseline.run().summary["student"]
+    elif baseline.run.finished:
+        values = baseline.result().summary["student"]
     else:
         return  # it is noted already that the student alone is not trained yet
     section = report["teacher"]

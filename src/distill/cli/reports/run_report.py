@@ -19,12 +19,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
+from distill.analysis.comparison import BETTER_TEACHER
 from distill.cli.config.compose import own_files
 from distill.cli.config.config_folders import own_folders
 from distill.cli.runs.preflight import RunPlan
 from distill.cli.runs.related_runs import RelatedRun, baseline_command, find_related_runs, fingerprint_recipe
+from distill.cli.runs.results import measured_by, read_summary
 from distill.cli.runs.resume import write_slurm_job
-from distill.cli.runs.teacher_cache import measured_by, read_summary, teacher_overrides
+from distill.cli.runs.teacher_cache import teacher_overrides
 from distill.cli.tables import print_line, print_table
 from distill.data.advice import training_advice
 from distill.data.datamodule import DetectionData
@@ -251,8 +253,8 @@ def _load_best(trainer: L.Trainer, module: Distiller) -> str | None:
     if not path:
         return None
     state = load_tensors(Path(path))["state_dict"]
-    own = {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
-    module.student.load_state_dict(own, strict=True)
+    weights = {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
+    module.student.load_state_dict(weights, strict=True)
     return str(path)
 
 
@@ -379,15 +381,15 @@ def _print_training(summary: Mapping[str, Any], alone: Mapping[str, Any]) -> Non
 def print_next_steps(plan: RunPlan) -> None:
     """Print the commands that follow a run on drawn images."""
     method = [word for word in plan.overrides if word.startswith("distill=")][-1:]  # may be a list of options
-    own = shlex.join(["python", "-m", "distill", "train", "data=DIR", *method, "baseline=train"])
+    command = shlex.join(["python", "-m", "distill", "train", "data=DIR", *method, "baseline=train"])
     predict = shlex.join(["python", "-m", "distill", "predict", str(plan.folder.path)])
     print_line("next", f"this student's detections on images:\n{predict} IMAGES")
     print_line(
         "",
         "the same table for your own data, a folder in COCO's, VOC's or YOLO's format, with a teacher that learns from "
-        f"more images:\n{own} teacher.data=LARGER_DIR",
+        f"more images:\n{command} teacher.data=LARGER_DIR",
     )
-    print_line("", f"with a teacher that learns from the same images:\n{own}")
+    print_line("", f"with a teacher that learns from the same images:\n{command}")
 
 
 def _warn_of_weak_teacher(teacher: float | None, student: float) -> None:
@@ -396,8 +398,7 @@ def _warn_of_weak_teacher(teacher: float | None, student: float) -> None:
         print_line(
             "warning",
             f"the teacher ({percent(teacher)}) is not better than its student ({percent(student)}), so it can hardly "
-            "help. Train it longer (teacher.schedule.epochs=…) or on more data (teacher.data=…), choose a larger one "
-            "(teacher=…), or compare with distill=none",
+            f"help. {BETTER_TEACHER}",
             "yellow",
         )
 

@@ -13,12 +13,11 @@ from distill.cli.config import instantiate
 from distill.cli.config.overrides import parse_overrides
 from distill.cli.reports.run_estimate import estimate_seconds
 from distill.cli.runs.preflight import RunPlan
-from distill.cli.runs.teacher_cache import cache_entry, run_config, untrained
+from distill.cli.runs.teacher_cache import run_config, teacher_run, untrained
 from distill.cli.tables import print_line
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.diagnostics.cost import device_name
-from distill.run_folder import RunFolder
 from distill.training.distiller import Distiller
 from distill.units import duration, time_of_day
 
@@ -38,8 +37,8 @@ def announce_teacher(plan: RunPlan, trainer: L.Trainer, data: DetectionData) -> 
     options = plan.teacher
     if not plan.needs_teacher or options is None or options.weights is not None or options.train == "never":
         return
-    folder, overrides = cache_entry(options)
-    if RunFolder(folder).finished:
+    run = teacher_run(options)
+    if run.finished:
         return
     other_data = bool(options.own.get("data"))  # which only the teacher's run reads
     with isolate_rng():
@@ -50,7 +49,7 @@ def announce_teacher(plan: RunPlan, trainer: L.Trainer, data: DetectionData) -> 
             return
         device: torch.device = trainer.strategy.root_device
         print_line("teacher", f"none is cached: {size} is trained first, on {device_name(device)}")
-        config = run_config(overrides)
+        config = run_config(run.overrides)
         module = Distiller(detector, schedule=instantiate.build_node(config.schedule)).to(device)
         images = data.batch_size if device.type == "cuda" else min(IMAGES, data.batch_size)
         seconds = estimate_seconds(config.trainer, module, data, trainer, images)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +11,16 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from distill.cli.config.instantiate import to_containers
 from distill.cli.config.overrides import node_overrides, read_config
-from distill.cli.runs import child_runs
 from distill.cli.runs.preflight import RunPlan, named_baseline
 from distill.cli.runs.related_runs import RelatedRun, baseline_overrides, find_related_runs, fingerprint
-from distill.cli.runs.teacher_cache import compose_run, measured_by, read_summary
+from distill.cli.runs.results import is_measured_on, measured_by, read_summary
+from distill.cli.runs.shared_run import SharedRun, compose_run, digest
 from distill.cli.tables import print_line
 from distill.data.datamodule import DetectionData
 from distill.run_folder import RunFolder
 from distill.types import DistillError
 
+BASELINE = "baseline"
 FOLDER = "baselines"
 """Folder of the baselines, below ``paths.outputs``."""
 
@@ -29,9 +28,7 @@ FOLDER = "baselines"
 class Baseline(NamedTuple):
     """A run of the student alone, finished or planned."""
 
-    folder: Path
-    command: Sequence[str] | None
-    """The command that trains the run; None if it is finished."""
+    run: SharedRun
     schedule: Mapping[str, Any]
     """The resolved node ``schedule`` of the run."""
 
@@ -40,15 +37,14 @@ class Baseline(NamedTuple):
         """Length of the run."""
         return int(self.schedule["epochs"])
 
-    def run(self) -> RelatedRun:
+    def result(self) -> RelatedRun:
         """The finished run. It is trained or resumed first if it is not finished.
 
         Raises:
             DistillError: the run failed.
         """
-        if self.command is not None:
-            child_runs.run_once(self.folder, self.command, "baseline")
-        return RelatedRun(self.folder, read_summary(str(self.folder)))
+        self.run.train()
+        return RelatedRun(self.run.folder, read_summary(str(self.run.folder)))
 
 
 def plan_baseline(plan: RunPlan, data: DetectionData, splits: Sequence[str], processes: int) -> Baseline | None:
@@ -68,15 +64,14 @@ def plan_baseline(plan: RunPlan, data: DetectionData, splits: Sequence[str], pro
     if plan.names_baseline:
         run = named_baseline(plan)
         _validate_run(run, plan, data, splits)
-        return Baseline(run.path, None, read_config(run)["schedule"])
+        return Baseline(SharedRun(BASELINE, run.path), read_config(run)["schedule"])
     lines = [*baseline_overrides(plan.overrides), "distill=none"]
     lines += longer_overrides(plan.config, plan.baseline_epochs, lines)
-    config = to_containers(compose_run(lines, "baseline"))
+    config = to_containers(compose_run(lines, BASELINE))
     recipe = fingerprint(config, data, processes)
     for related in find_related_runs(plan, recipe):
-        summary = read_summary(str(related.folder))
-        if related.is_baseline and _is_measured_on(summary, plan, data, splits):
-            return Baseline(related.folder, None, config["schedule"])
+        if related.is_baseline and _is_comparable(related.summary, plan, data, splits):
+            return Baseline(SharedRun(BASELINE, related.folder), config["schedule"])
     if plan.config["trainer"]["num_nodes"] > 1:
         raise DistillError(
             "baseline=train with trainer.num_nodes above 1: a baseline is trained on one machine. Train it by itself, "
@@ -85,10 +80,9 @@ def plan_baseline(plan: RunPlan, data: DetectionData, splits: Sequence[str], pro
     choices = HydraConfig.get().runtime.choices
     folder = Path(plan.config["paths"]["outputs"]).absolute() / FOLDER
     # A finished run with this recipe that was measured on other splits or images keeps its folder.
-    measured = json.dumps([recipe, measured_by(plan.config["metrics"], data, splits)], sort_keys=True)
-    folder /= f"{choices['model']}-{choices['data']}-{hashlib.sha256(measured.encode()).hexdigest()[:10]}"
-    lines += ["role=baseline", "pictures=0", "cost=0"]
-    return Baseline(folder, child_runs.train_command(folder, lines), config["schedule"])
+    measured = digest([recipe, measured_by(plan.config["metrics"], data, splits)])
+    folder /= f"{choices['model']}-{choices['data']}-{measured[:10]}"
+    return Baseline(SharedRun(BASELINE, folder, [*lines, "pictures=0", "cost=0"]), config["schedule"])
 
 
 def longer_training(config: Mapping[str, Any], factor: float) -> dict[str, Any]:
@@ -124,12 +118,12 @@ def longer_overrides(config: Mapping[str, Any], factor: float, words: Sequence[s
         factor: see `longer_training`.
         words: overrides of the student alone, with the seed of `config`.
     """
-    composed, wanted = compose_run(words, "baseline"), longer_training(config, factor)
-    found = [word for node in ("data", "schedule") for word in node_overrides(node, wanted[node], composed)]
+    composed, wanted = compose_run(words, BASELINE), longer_training(config, factor)
+    overrides = [word for node in ("data", "schedule") for word in node_overrides(node, wanted[node], composed)]
     steps, of_schedule = config["trainer"]["max_steps"], config["schedule"]["steps"]
     if steps is not None and steps > 0 and steps != of_schedule and factor != 1:
-        found.append(f"trainer.max_steps={max(1, round(factor * steps))}")
-    return found
+        overrides.append(f"trainer.max_steps={max(1, round(factor * steps))}")
+    return overrides
 
 
 def _validate_run(run: RunFolder, plan: RunPlan, data: DetectionData, splits: Sequence[str]) -> None:
@@ -138,18 +132,15 @@ def _validate_run(run: RunFolder, plan: RunPlan, data: DetectionData, splits: Se
         raise DistillError(f"{named}: expected a run of the student alone (distill=none), got a distilled student")
     if read_config(run).get("model") != plan.config["model"]:
         raise DistillError(f"{named}: the model of that run differs from this student: choose a run of the same model")
-    if not _is_measured_on(summary, plan, data, splits):
+    if not _is_comparable(summary, plan, data, splits):
         raise DistillError(
             f"{named}: that run was measured on other images or with other metrics, so its AP cannot be compared. "
             "Choose a run with the same data and metrics, or baseline=train"
         )
 
 
-def _is_measured_on(summary: Mapping[str, Any], plan: RunPlan, data: DetectionData, splits: Sequence[str]) -> bool:
-    """Whether the results of a summary come from the images and metrics of this run."""
-    wanted = json.loads(json.dumps(measured_by(plan.config["metrics"], data, splits)))
-    measured = summary["measured"]
-    return bool(measured["metrics"] == wanted["metrics"] and wanted["data"].items() <= measured["data"].items())
+def _is_comparable(summary: Mapping[str, Any], plan: RunPlan, data: DetectionData, splits: Sequence[str]) -> bool:
+    return all(is_measured_on(summary, plan.config["metrics"], data, split) for split in splits)
 
 
 @rank_zero_only
@@ -157,8 +148,8 @@ def announce_baseline(baseline: Baseline | None) -> None:
     """Print which run is the baseline, or that it is trained first."""
     if baseline is None:
         return
-    if baseline.command is None:
-        print_line("baseline", f"the student alone, {baseline.epochs} epochs: {baseline.folder}")
+    if baseline.run.finished:
+        print_line("baseline", f"the student alone, {baseline.epochs} epochs: {baseline.run.folder}")
     else:
         print_line(
             "baseline", f"none is cached: the student alone is trained before this run, {baseline.epochs} epochs"

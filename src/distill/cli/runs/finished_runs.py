@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from packaging.version import InvalidVersion, Version
-
-from distill import __version__
-from distill.analysis.comparison import FinishedRun
+from distill.analysis.configurations import FinishedRun
 from distill.cli.config.overrides import read_config, read_overrides
+from distill.cli.runs.results import fingerprints, read_finished
 from distill.cli.runs.sweep_folder import job_folders
 from distill.files import read_json
-from distill.run_folder import STUDENT, SUMMARY, RunFolder
+from distill.run_folder import RunFolder
 from distill.training.callbacks.history import read_rows
 from distill.types import DistillError
 
@@ -23,9 +20,11 @@ SPLITS = ("val", "test")
 
 
 def expand_folders(paths: Sequence[Path]) -> list[Path]:
-    """The run folders of these paths. The folder of a sweep stands for its jobs."""
+    """The run folders of these paths. The folder of a sweep stands for its jobs. Lock files are left out."""
     folders: list[Path] = []
     for path in paths:
+        if path.suffix == ".lock" and path.is_file():
+            continue
         run = RunFolder(path)
         is_run = run.config.is_file() or run.overrides.is_file() or run.summary.is_file()
         folders += [path] if is_run or not (jobs := job_folders(path)) else jobs
@@ -81,55 +80,16 @@ def read_run(folder: Path) -> FinishedRun:
         classes=[str(name) for name in classes],
         teacher=_teacher(summary.get("teacher")),
         baseline=_baseline_folder(summary.get("baseline")),
-        fingerprints=_fingerprints(summary.get("measured")),
+        fingerprints=fingerprints(summary),
         detections={split: file for split in SPLITS if (file := run.detections_on(split)).is_file()},
         seconds=seconds,
         seconds_per_step=per_step,
     )
 
 
-def read_finished(run: RunFolder) -> dict[str, Any]:
-    """The summary of a finished run.
-
-    Raises:
-        DistillError: the run failed or has not finished, its student is gone, its summary is damaged, or a newer
-            version of distill, whose numbers may have another meaning, wrote it.
-    """
-    if not run.summary.is_file():
-        if run.error.is_file():
-            reason = run.error.read_text(encoding="utf-8", errors="replace").strip()
-            raise DistillError(f"{run.path}: failed: {reason}")
-        command = shlex.join(["python", "-m", "distill", "resume", str(run.path)])
-        advice = f"{command} continues it" if run.resumable else "start it again"
-        raise DistillError(f"{run.path}: unfinished, it has no {SUMMARY}: {advice}")
-    if not run.finished:
-        raise DistillError(
-            f"{run.path}: expected the run's student, but there is no {STUDENT}, or no description of it"
-        )
-    summary = read_json(run.summary)
-    if not isinstance(summary.get("student"), dict):
-        raise DistillError(
-            f"{run.summary}: expected the run's results under 'student'. Evaluate or train the run again"
-        )
-    versions = summary.get("versions")
-    written = versions.get("distill") if isinstance(versions, dict) else None
-    with suppress(InvalidVersion):
-        if written is not None and Version(str(written)) > Version(__version__):
-            raise DistillError(
-                f"{run.summary}: written by distill {written}, newer than the installed {__version__}. Install that "
-                "version"
-            )
-    return summary
-
-
 def _baseline_folder(baseline: Any) -> Path | None:
     source = baseline.get("source") if isinstance(baseline, dict) else None
     return Path(source) if isinstance(source, str) else None
-
-
-def _fingerprints(measured: Any) -> dict[str, str]:
-    data = measured.get("data") if isinstance(measured, dict) else None
-    return {str(split): str(value) for split, value in data.items()} if isinstance(data, dict) else {}
 
 
 def _is_numbers(values: Any) -> TypeGuard[dict[str, float]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 from distill.cli.config.overrides import parse_overrides
 from distill.cli.runs.preflight import RunPlan
 from distill.cli.runs.resume import MAY_DIFFER
+from distill.cli.runs.shared_run import digest
 from distill.data.datamodule import DetectionData
 from distill.files import read_json
 from distill.run_folder import RunFolder
@@ -51,12 +50,12 @@ def fingerprint(config: Mapping[str, Any], data: DetectionData, processes: int) 
     """The hash of `fingerprint_recipe`, for the resolved configuration of any run."""
     settings = {key: value for key, value in leaves(config) if not any(fnmatchcase(key, free) for free in UNRELATED)}
     content = {"settings": settings, "data": data.state_dict(), "processes": processes}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return digest(content)
 
 
 def find_related_runs(plan: RunPlan, recipe: str) -> list[RelatedRun]:
     """Finished runs with this recipe in the output folder, in its sweeps, and beside this run; the newest one first."""
-    found = []
+    runs = []
     for folder in _run_folders(plan):
         run = RunFolder(folder)
         if run.finished and recipe in run.summary.read_text(encoding="utf-8", errors="replace"):
@@ -65,14 +64,14 @@ def find_related_runs(plan: RunPlan, recipe: str) -> list[RelatedRun]:
             except DistillError:  # a damaged summary is no run to compare with
                 continue
             if summary.get("recipe") == recipe and isinstance(summary.get("losses"), list):
-                found.append((run.summary.stat().st_mtime, RelatedRun(folder, summary)))
-    return [related for _, related in sorted(found, key=lambda pair: pair[0], reverse=True)]
+                runs.append((run.summary.stat().st_mtime, RelatedRun(folder, summary)))
+    return [related for _, related in sorted(runs, key=lambda pair: pair[0], reverse=True)]
 
 
 def _run_folders(plan: RunPlan) -> Iterator[Path]:
-    outputs, own = Path(plan.config["paths"]["outputs"]).absolute(), plan.folder.path.absolute()
-    folders = {*outputs.glob("*/*"), *outputs.glob("sweeps/*/*"), *own.parent.glob("*")}
-    return (folder for folder in sorted(folders) if folder != own)
+    outputs, this_run = Path(plan.config["paths"]["outputs"]).absolute(), plan.folder.path.absolute()
+    folders = {*outputs.glob("*/*"), *outputs.glob("sweeps/*/*"), *this_run.parent.glob("*")}
+    return (folder for folder in sorted(folders) if folder != this_run)
 
 
 def baseline_command(plan: RunPlan) -> str:

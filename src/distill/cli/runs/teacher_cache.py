@@ -5,33 +5,26 @@ A cached teacher is a finished run of ``distill=none``.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli.config.auto_values import auto_keys, facts_of, resolve
-from distill.cli.config.compose import compose_config
-from distill.cli.config.composition_errors import explain_failure
 from distill.cli.config.instantiate import to_containers, without_weights
 from distill.cli.config.overrides import TRAINER_KEYS, node_overrides, parse_overrides
 from distill.cli.config.target_policy import COMMAND_LINE_KEYS
-from distill.cli.runs import child_runs
+from distill.cli.runs.results import fingerprints, is_measured_on, read_summary
 from distill.cli.runs.resume import LOADING_KEYS
+from distill.cli.runs.shared_run import SharedRun, compose_run, digest
 from distill.cli.tables import print_line
-from distill.files import read_json
 from distill.labels import bridge_classes, describe_bridge
 from distill.quoting import quote_value
-from distill.run_folder import STUDENT, RunFolder
+from distill.run_folder import STUDENT
 from distill.types import DetectorSpec, DistillError
 
 if TYPE_CHECKING:
@@ -133,7 +126,14 @@ def find_teacher(options: TeacherOptions, data: DetectionData) -> Teacher:
                 "set teacher.model.backbone.weights too, or start=imagenet for both",
                 stacklevel=2,
             )
-        source = str(cached_run(*cache_entry(options), options.train))
+        run = teacher_run(options)
+        if options.train == "never" and not run.finished:
+            raise DistillError(
+                f"there is no trained teacher at {run.folder} (a finished run with its {STUDENT}) and "
+                "teacher.train=never. Name one with teacher.weights=…, or make it with:\n  " + shlex.join(run.command)
+            )
+        run.train()
+        source = str(run.folder)
         detector = load_detector(source)
     else:
         source = options.weights
@@ -199,33 +199,10 @@ def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[
     return options.build(classes=names, weights=source, backbone=backbone, head="keep")
 
 
-def cached_run(folder: Path, overrides: Sequence[str], train: str) -> Path:
-    """The folder of the finished teacher run; rank 0 trains the teacher if it is missing.
-
-    Raises:
-        DistillError: the teacher is missing and `train` is ``never``, or its run failed.
-    """
-    if RunFolder(folder).finished:
-        return folder
-    command = train_command(folder, overrides)
-    if train == "never":
-        raise DistillError(
-            f"there is no trained teacher at {folder} (a finished run with its {STUDENT}) and teacher.train=never. "
-            f"Name one with teacher.weights=…, or make it with:\n  {shlex.join(command)}"
-        )
-    child_runs.run_once(folder, command, "teacher")
-    return folder
-
-
-def train_command(folder: Path, overrides: Sequence[str]) -> list[str]:
-    """The words of the command that trains a teacher into its folder in the cache."""
-    return child_runs.train_command(folder, [*overrides, "role=teacher"])
-
-
-def cache_entry(options: TeacherOptions) -> tuple[Path, list[str]]:
-    """The folder in which this run's teacher is cached, or will be, and the overrides of the run that trains it."""
+def teacher_run(options: TeacherOptions) -> SharedRun:
+    """The run in which this teacher is cached, or will be."""
     overrides = teacher_overrides(options)
-    return options.cache / f"{options.option}-{_cache_key(overrides)}", overrides
+    return SharedRun("teacher", options.cache / f"{options.option}-{_cache_key(overrides)}", overrides)
 
 
 def teacher_overrides(options: TeacherOptions) -> list[str]:
@@ -252,24 +229,12 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
         *("trainer.num_nodes=1", f"seed={options.seed}"),
     ]
     own = [word for words in options.own.values() for word in words]
-    return [*lines, *own, *node_overrides("model", options.model, compose_run([*lines, *own])), *options.run]
-
-
-def compose_run(overrides: Sequence[str], model: str = "teacher") -> DictConfig:
-    """Compose the configuration of the run that trains a teacher or a baseline.
-
-    Raises:
-        DistillError: an override of this run is invalid.
-    """
-    try:
-        return compose_config([*overrides, "hydra.run.dir=."])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise DistillError(f"the {model}'s run: {explain_failure(error, list(overrides))}") from error
+    return [*lines, *own, *node_overrides("model", options.model, compose_run([*lines, *own], "teacher")), *options.run]
 
 
 def run_config(overrides: Sequence[str]) -> DictConfig:
     """The configuration of the teacher's run. Values that are ``auto`` are resolved, for which its data is read."""
-    config = compose_run(overrides)
+    config = compose_run(overrides, "teacher")
     return resolve(config, facts_of(config, overrides), overrides)[0] if auto_keys(config) else config
 
 
@@ -283,39 +248,11 @@ def _cache_key(overrides: Sequence[str]) -> str:
     callbacks: Any = OmegaConf.to_container(config.callbacks)
     content["callbacks"] = {name: node for name, node in callbacks.items() if name not in IGNORED_CALLBACKS}
     content["trainer"] = {name: config.trainer.get(name) for name in TRAINER_KEYS}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
-
-
-def measured_by(metrics: Mapping[str, Any], data: DetectionData, splits: Sequence[str]) -> dict[str, Any]:
-    """Metrics and fingerprints of the splits behind a run's results. Kept in the run's summary."""
-    return {"metrics": dict(metrics), "data": {split: data.fingerprint(split) for split in splits}}
-
-
-def read_summary(source: str) -> dict[str, Any]:
-    """The summary of the run that a teacher comes from, a folder or its exported student; empty if there is none.
-
-    Raises:
-        DistillError: the file does not hold a run's results.
-    """
-    path = Path(source)
-    file = RunFolder(path.parent if path.stem == Path(STUDENT).stem else path).summary
-    if not file.is_file():
-        return {}
-    summary = read_json(file)
-    measured = summary["measured"] = summary.get("measured") or {"metrics": None, "data": {}}
-    data = measured.get("data") if isinstance(measured, dict) else None
-    if not isinstance(data, dict) or not isinstance(summary.get("student"), dict):
-        raise DistillError(f"{file}: expected what the run measured under 'student' and 'measured'")
-    return summary
+    return digest(content)[:10]
 
 
 def _known_values(source: str, metrics: Mapping[str, Any], data: DetectionData) -> dict[str, float]:
     """Results that a finished run measured for its student on the same images with the same metrics."""
     summary = read_summary(source)
-    if not summary or summary["measured"].get("metrics") != json.loads(json.dumps(metrics)):
-        return {}
-    same = []
-    for split, fingerprint in summary["measured"]["data"].items():
-        with suppress(DistillError):  # the split cannot be read here
-            same += [split] * (data.has_split(split) and data.fingerprint(split) == fingerprint)
-    return {name: value for name, value in summary["student"].items() if name.split("/")[0] in same}
+    same = [split for split in fingerprints(summary) if is_measured_on(summary, metrics, data, split)]
+    return {name: value for name, value in summary.get("student", {}).items() if name.split("/")[0] in same}

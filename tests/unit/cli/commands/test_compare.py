@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from distill.analysis.comparison import Configuration
+from distill.analysis.configurations import Configuration
 from distill.cli.commands import compare
 from distill.cli.config import compose, prepared_sweeps
 from distill.cli.config.instantiate import to_containers

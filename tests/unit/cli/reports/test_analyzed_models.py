@@ -9,7 +9,7 @@ import pytest
 
 from distill.cli.config.override_checks import compose_without_run
 from distill.cli.reports import analyzed_models
-from distill.cli.reports.analyzed_models import Models, find_baseline, recorded_detections, same_split
+from distill.cli.reports.analyzed_models import Models, find_baseline, recorded_detections
 from distill.cli.runs.preflight import plan_run
 from distill.evaluation.metric import DetectionArrays
 from distill.evaluation.recording import DetectionRecorder, Recording, save_recording
@@ -53,11 +53,3 @@ def test_recorded_detections_are_used_for_the_same_data_only(tmp_path: Path) -> 
     assert recorded_detections(str(folder), larger, "val") is None
     file.write_bytes(b"damaged")
     assert recorded_detections(str(folder), data, "val") is None
-
-
-def test_whether_a_split_is_the_same() -> None:
-    summary = {"measured": {"data": {"val": "a"}}}
-    assert same_split(summary, "val", "a") is True
-    assert same_split(summary, "val", "b") is False
-    assert same_split(summary, "test", "a") is None
-    assert same_split({}, "val", "a") is None

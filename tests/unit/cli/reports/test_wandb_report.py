@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from distill.analysis.comparison import Comparison, FinishedRun, compare
+from distill.analysis.comparison import Comparison, compare
+from distill.analysis.configurations import FinishedRun
 from distill.cli.reports.wandb_report import Site, build_pages, parse_site
 from distill.types import DistillError
 

@@ -16,7 +16,8 @@ from distill.cli.runs import baseline
 from distill.cli.runs.baseline import longer_overrides, longer_training, plan_baseline
 from distill.cli.runs.preflight import RunPlan, plan_run
 from distill.cli.runs.related_runs import fingerprint_recipe
-from distill.cli.runs.teacher_cache import measured_by
+from distill.cli.runs.results import measured_by
+from distill.cli.runs.shared_run import SharedRun
 from distill.run_folder import RunFolder
 from distill.types import DistillError
 from helpers.runs import TINY_DATA
@@ -51,27 +52,26 @@ def test_a_finished_run_of_the_same_student_is_not_trained_again(tmp_path: Path)
     plan, data = planned(tmp_path, "baseline=train")
     first = plan_baseline(plan, data, SPLITS, 1)
     assert first is not None
-    assert first.command is not None
-    assert first.folder.parent == tmp_path / "baselines"
+    assert not first.run.finished
+    assert first.run.folder.parent == tmp_path / "baselines"
     write_run(tmp_path / "none" / "otherwise measured", plan, data, measured={"metrics": {}, "data": {}})
     again = plan_baseline(plan, data, SPLITS, 1)
     assert again is not None
-    assert again.command is not None
+    assert not again.run.finished
     write_run(tmp_path / "none" / "mine", plan, data)
     found = plan_baseline(plan, data, SPLITS, 1)
     assert found is not None
-    assert (found.folder, found.command) == (tmp_path / "none" / "mine", None)
+    assert (found.run.folder, found.run.finished) == (tmp_path / "none" / "mine", True)
 
 
 def test_a_baseline_without_results_on_a_split_is_trained_in_a_folder_of_its_own(tmp_path: Path) -> None:
     plan, data = planned(tmp_path, "baseline=train", "data.source.test=2")
     first = plan_baseline(plan, data, ["val"], 1)
     assert first is not None
-    write_run(first.folder, plan, data)
+    write_run(first.run.folder, plan, data)
     second = plan_baseline(plan, data, ["val", "test"], 1)
     assert second is not None
-    assert second.command is not None
-    assert not RunFolder(second.folder).finished
+    assert not second.run.finished
 
 
 def test_a_finished_run_of_the_longer_training_is_found(tmp_path: Path) -> None:
@@ -79,20 +79,20 @@ def test_a_finished_run_of_the_longer_training_is_found(tmp_path: Path) -> None:
     write_run(tmp_path / "none" / "short", *planned(tmp_path, "distill=none", "schedule.evaluate_every=2"))
     first = plan_baseline(*wanted, SPLITS, 1)
     assert first is not None
-    assert first.command is not None
+    assert not first.run.finished
     longer = ("schedule.epochs=18", "schedule.evaluate_every=6")
     write_run(tmp_path / "none" / "long", *planned(tmp_path, "distill=none", *longer))
     found = plan_baseline(*wanted, SPLITS, 1)
     assert found is not None
-    assert (found.folder.name, found.command) == ("long", None)
+    assert (found.run.folder.name, found.run.finished) == ("long", True)
 
 
 def test_the_command_of_a_longer_baseline(tmp_path: Path) -> None:
     words = ["schedule.epochs=4", "distill=ssim", "baseline=train", "baseline_epochs=2.5", "seed=3", "init=inherit"]
     found = plan_baseline(*planned(tmp_path, *words), SPLITS, 1)
     assert found is not None
-    assert found.command is not None
-    lines = found.command[4:]
+    assert not found.run.finished
+    lines = found.run.command[4:]
     assert [line for line in lines if line.startswith(("distill", "baseline", "init", "seed"))] == [
         "seed=3",
         "distill=none",
@@ -146,8 +146,8 @@ def test_a_run_that_is_named(tmp_path: Path) -> None:
     write_run(tmp_path / "none" / "mine", plan, data)
     found = plan_baseline(plan, data, SPLITS, 1)
     assert found is not None
-    assert (found.folder, found.command, found.epochs) == (tmp_path / "none" / "mine", None, 6)
-    assert found.run().summary["student"] == {"val/AP": 0.1}
+    assert (found.run.folder, found.run.finished, found.epochs) == (tmp_path / "none" / "mine", True, 6)
+    assert found.result().summary["student"] == {"val/AP": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,10 @@ def test_a_resume_keeps_the_baseline(tmp_path: Path) -> None:
 
 def test_the_announcement_says_what_comes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     baseline.announce_baseline(None)
-    baseline.announce_baseline(baseline.Baseline(tmp_path, None, {"epochs": 7}))
-    baseline.announce_baseline(baseline.Baseline(tmp_path, ["python"], {"epochs": 9}))
+    write_run(tmp_path / "mine", *planned(tmp_path))
+    for name, epochs in (("mine", 7), ("missing", 9)):
+        baseline.announce_baseline(baseline.Baseline(SharedRun("baseline", tmp_path / name), {"epochs": epochs}))
     lines = capsys.readouterr().out.splitlines()
-    assert f"7 epochs: {tmp_path}" in lines[0]
+    assert f"7 epochs: {tmp_path / 'mine'}" in lines[0]
     assert "is trained before this run, 9 epochs" in lines[1]
     assert len(lines) == 2

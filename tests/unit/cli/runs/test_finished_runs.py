@@ -11,7 +11,8 @@ import pytest
 
 from distill import __version__
 from distill.cli.reports.comparison_report import compare_folders
-from distill.cli.runs.finished_runs import expand_folders, read_finished, read_run, read_runs, training_times
+from distill.cli.runs.finished_runs import expand_folders, read_run, read_runs, training_times
+from distill.cli.runs.results import read_finished
 from distill.run_folder import RunFolder
 from distill.types import DistillError
 from helpers.finished_runs import write_run
@@ -111,7 +112,9 @@ def test_the_folder_of_a_sweep_stands_for_its_jobs(tmp_path: Path) -> None:
     jobs = [write_run(tmp_path / "sweep" / str(number), 0.1) for number in (0, 1, 10, 2)]
     alone = write_run(tmp_path / "alone", 0.1)
     expected = [alone, jobs[0], jobs[1], jobs[3], jobs[2], tmp_path / "gone"]
-    assert expand_folders([alone, tmp_path / "sweep", jobs[0], tmp_path / "gone"]) == expected
+    lock = tmp_path / "alone.lock"  # the shell's * names it, too
+    lock.touch()
+    assert expand_folders([alone, lock, tmp_path / "sweep", jobs[0], tmp_path / "gone"]) == expected
 
 
 def write_files(folder: Path, summary: Any, *files: str) -> RunFolder:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from distill.cli.runs import child_runs, teacher_cache
+from distill.cli.runs import shared_run
 from distill.run_folder import RunFolder
 from helpers.two_processes import fork_server
 
@@ -19,7 +19,8 @@ from helpers.two_processes import fork_server
 def ask(pipe: Connection, folder: Path, seconds: float, number: int, start: Path | None) -> None:
     """What a process does that needs the teacher, whose training takes so many seconds, or is what `start` does."""
 
-    def train(folder: Path, command: Any, model: Any, lock: Any) -> None:
+    def train(run: shared_run.SharedRun, lock: Any) -> None:
+        folder = run.folder
         with open(folder.parent / "trained", "a") as log:
             log.write(f"{number}\n")
         folder.mkdir(exist_ok=True)
@@ -30,13 +31,13 @@ def ask(pipe: Connection, folder: Path, seconds: float, number: int, start: Path
         (folder / "summary.json").write_text("{}")
 
     if start is None:
-        child_runs._run = train
+        shared_run._train = train
     else:
         sys.executable = str(start)  # with which a teacher's run is started
     pipe.send("ready")
     pipe.recv()
-    found = teacher_cache.cached_run(folder, [], "auto")
-    pipe.send("used" if RunFolder(found).finished else "used before it was finished")
+    shared_run.SharedRun("teacher", folder).train()
+    pipe.send("used" if RunFolder(folder).finished else "used before it was finished")
 
 
 class Run(NamedTuple):
