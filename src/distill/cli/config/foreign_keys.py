@@ -94,15 +94,15 @@ def suggest_words(word: str, groups: Mapping[str, Sequence[str]], keys: Sequence
     if "." in key:
         group = key.partition(".")[0]
         near = [path for path in paths if path.endswith(f".{key}") or path.startswith(f"{group}.")]
-        found = _with_value(near, value) or _synonym(name, value) or _with_value(paths, value)
-        return found or _with_value(difflib.get_close_matches(key, ordered, n=3, cutoff=0.5), value)
-    if found := _synonym(name, value) or _with_value(paths, value):
-        return found
+        suggested = _with_value(near, value) or _synonym(name, value) or _with_value(paths, value)
+        return suggested or _with_value(difflib.get_close_matches(key, ordered, n=3, cutoff=0.5), value)
+    if suggested := _synonym(name, value) or _with_value(paths, value):
+        return suggested
     full = {path.rpartition(".")[2]: path for path in reversed(ordered)} | {group: group for group in groups}
-    suggested: list[str] = []
+    words: list[str] = []
     for close in difflib.get_close_matches(key, {*full, *SYNONYMS}, n=3, cutoff=0.65):
-        suggested += _with_value([full[close]], value) if close in full else _synonym(close, value)
-    return sorted(dict.fromkeys(suggested), key=lambda word: "." in word.partition("=")[0])
+        words += _with_value([full[close]], value) if close in full else _synonym(close, value)
+    return sorted(dict.fromkeys(words), key=lambda word: "." in word.partition("=")[0])
 
 
 def suggestion(words: Iterable[str], otherwise: str = "") -> str:

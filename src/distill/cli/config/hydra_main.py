@@ -77,9 +77,9 @@ def _unknown_flag(words: Sequence[str], flag: str) -> str:
         return f"there is no flag {name}; did you mean distill resume {value or 'RUN'}?"
     key = name.lstrip("-").replace("-", "_")
     groups = compose.config_groups()
-    found = [f"{key}={value}"] if key in groups else suggest_words(f"{key}={value}", groups, [])
+    suggested = [f"{key}={value}"] if key in groups else suggest_words(f"{key}={value}", groups, [])
     others = "distill train --help shows the options"
-    return f"there is no flag {flag}; settings have the form KEY=VALUE{suggestion(found, f'; {others}')}"
+    return f"there is no flag {flag}; settings have the form KEY=VALUE{suggestion(suggested, f'; {others}')}"
 
 
 def run_hydra(overrides: Sequence[str], task: Callable[[DictConfig], Any], mode: RunMode = RunMode.RUN) -> None:
@@ -130,7 +130,7 @@ def answer_flags(words: Sequence[str]) -> None:
 
 
 def wrapped_help(text: str) -> str:
-    """Hydra's help with wrapped lists of options. Groups that the configuration chooses itself are left out."""
+    """Hydra's help with wrapped lists of options, without what nobody chooses: derived groups, and options ``base``."""
     width = min(120, shutil.get_terminal_size().columns)
     lines: list[str] = []
     for line in text.splitlines(keepends=True):
@@ -138,8 +138,9 @@ def wrapped_help(text: str) -> str:
         if group is None:
             lines.append(line)
         elif "/" not in group[1] and group[1] != compose.SWEEPS:
+            choices = re.sub(r"(?<= )base(, |$)", "", line)  # other options inherit from it
             lines.append(
-                textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+                textwrap.fill(choices, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
                 + "\n"
             )
     return "".join(lines)

@@ -36,9 +36,10 @@ def test_a_flag_that_would_have_no_effect_is_refused(words: list[str], message: 
 def test_help_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     names = [f"frcnn_r{number}" for number in range(20)]
-    text = f"Groups:\n\nmodel: {', '.join(names)}\nteacher/of: {', '.join(names)}\n\nOther verbs: one\n"
+    text = f"Groups:\n\nmodel: base, {', '.join(names)}\nteacher/of: {', '.join(names)}\n\nOther verbs: one\n"
     wrapped = hydra_main.wrapped_help(text)
     assert max(map(len, wrapped.splitlines())) <= 40
     assert [wrapped.count(f"{name},") + wrapped.count(f"{name}\n") for name in names] == [1] * 20
     assert "teacher/of" not in wrapped
+    assert "base" not in wrapped
     assert wrapped.endswith("\n\nOther verbs: one\n")
