@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -13,6 +14,7 @@ import pytest
 
 from distill.cli.runs import shared_run
 from distill.run_folder import RunFolder
+from distill.types import DistillError
 from helpers.two_processes import fork_server
 
 
@@ -127,3 +129,33 @@ def test_a_teacher_whose_run_was_killed_is_trained_to_its_end_and_not_twice_at_o
     second.go()
     assert second.end() == "used"
     assert (folder.parent / "trained").read_text().split() == ["started"]
+
+
+FAILING = ["python", "-c", "raise SystemExit(3)"]
+
+
+def test_ranks_that_wait_hear_that_the_run_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_run.SharedRun, "command", FAILING)
+    run = shared_run.SharedRun("teacher", tmp_path / "run")
+    with pytest.raises(DistillError, match="the teacher's run failed with exit code 3"):
+        run.train()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(DistillError, match=r"rank 1: rank 0 could not train the teacher: .*exit code 3"):
+        run.train()
+
+
+def test_a_failure_of_an_earlier_launch_does_not_stop_the_ranks_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    run.error.write_text("of yesterday")
+    os.utime(run.error, (shared_run.STARTED - 60, shared_run.STARTED - 60))
+
+    def finish(seconds: float) -> None:  # rank 0 trains the run in the meantime
+        for file in (run.summary, run.description, run.student):
+            file.touch()
+
+    monkeypatch.setattr("time.sleep", finish)
+    monkeypatch.setenv("RANK", "1")
+    shared_run.SharedRun("teacher", tmp_path).train()
+    assert run.finished
