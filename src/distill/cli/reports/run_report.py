@@ -1,15 +1,13 @@
-"""Reports of a training run: lines on the terminal, loggers, and the files of the run folder."""
+"""Reports of a training run: its opening lines, loggers, and the files of the run folder."""
 
 from __future__ import annotations
 
 import json
 import platform
-import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,24 +17,23 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from distill.analysis.comparison import BETTER_TEACHER
 from distill.cli.config.compose import own_files
 from distill.cli.config.config_folders import own_folders
+from distill.cli.reports.closing_tables import print_comparison, print_next_steps, print_results, student_name
 from distill.cli.runs.preflight import RunPlan
 from distill.cli.runs.related_runs import RelatedRun, baseline_command, find_related_runs, fingerprint_recipe
-from distill.cli.runs.results import measured_by, read_summary
+from distill.cli.runs.results import measured_by
 from distill.cli.runs.resume import write_slurm_job
 from distill.cli.runs.teacher_cache import teacher_overrides
-from distill.cli.tables import print_line, print_table
+from distill.cli.tables import print_line
 from distill.data.advice import training_advice
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.detectors.base import Detector
 from distill.detectors.registry import load_detector
 from distill.detectors.student_files import save_student
-from distill.diagnostics.cost import COST_COLUMNS, ModelRow, cost_of, measure_row, summarize
+from distill.diagnostics.cost import ModelRow, measure_row, summarize
 from distill.evaluation.evaluate import evaluate
-from distill.evaluation.metric import SHARED
 from distill.evaluation.pictures import panel, save_panel
 from distill.evaluation.recording import DetectionRecorder, save_recording
 from distill.files import load_tensors, write_text
@@ -46,10 +43,6 @@ from distill.training.callbacks.prediction_images import compare_columns, predic
 from distill.training.distiller import Distiller
 from distill.training.wandb_run import WandbRun
 from distill.types import DistillError
-from distill.units import duration, percent
-
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP", "mask_AP")
-"""Metrics in the closing table."""
 
 
 @rank_zero_only
@@ -199,7 +192,7 @@ def finish_run(
             alone = load_detector(baseline.folder) if baseline else None
             _save_pictures(module, data, plan.pictures, plan.folder.pictures, device, alone)
         write_text(plan.folder.summary, json.dumps(summary, indent=1))
-        _print_results(summary, plan.folder, plan.config["role"])
+        print_results(summary, plan.folder, plan.config["role"])
         if plan.config["role"] == "student":
             related = find_related_runs(plan, recipe)
             if baseline:
@@ -228,7 +221,7 @@ def _measure_rows(
 ) -> dict[str, ModelRow]:
     """Results and costs of the student and of the teacher, if there is one."""
     images: int = plan.config["cost"]
-    name = _student_name({"losses": list(plan.losses)}, plan.config["role"])
+    name = student_name({"losses": list(plan.losses)}, plan.config["role"])
     rows = {"student": measure_row(name, values, module.student, data, device, images)}
     if module.teacher is not None:
         known = module.teacher.values
@@ -285,133 +278,6 @@ def _parameters(module: Distiller) -> dict[str, int]:
     if module.teacher is not None:
         counts["teacher"] = module.teacher.detector.parameters_count
     return counts
-
-
-def _print_results(summary: Mapping[str, Any], run: RunFolder, role: str = "student") -> None:
-    """Print the metrics of teacher and student on all splits, and the paths of the results."""
-    columns = [name for name in COLUMNS if f"val/{name}" in summary["student"]]
-    teacher = (summary["teacher"] or {}).get("values") or {}
-    results = {"teacher": teacher, _student_name(summary, role): summary["student"]}
-    rows = [
-        [f"{model}{classes}", split, *(percent(values.get(f"{split}/{prefix}{name}", -1.0)) for name in columns)]
-        for model, values in results.items()
-        for split in ("val", "test")
-        for prefix, classes in (("", ""), (SHARED, ", shared classes"))
-        if f"{split}/{prefix}AP" in values or f"{split}/{prefix}mAP" in values
-    ]
-    print_table("validation and test, percent", ("", "split", *columns), rows, left=2)
-    paths = (run.student, run.pictures, run.curves, run.summary)
-    for label, path in zip((role, "pictures", "curves", "summary"), paths, strict=True):
-        if path.exists():
-            print_line(label, path)
-
-
-def _student_name(summary: Mapping[str, Any], role: str = "student") -> str:
-    """Name of a run's student in a table."""
-    if role != "student":
-        return role
-    losses = summary.get("losses")
-    return "student alone" if losses == [] else f"distilled ({', '.join(losses)})" if losses else "student"
-
-
-def print_comparison(
-    summary: Mapping[str, Any], rows: Mapping[str, ModelRow], related: Sequence[RelatedRun], command: str
-) -> None:
-    """Print the table of the student alone, distilled students and the teacher, and what the distillation gained.
-
-    Args:
-        summary: summary of this run.
-        rows: rows of this run's ``student`` and ``teacher``, if it has one.
-        related: finished runs that differ in the distillation only, the newest one first.
-        command: trains the same student alone.
-    """
-    split = "test" if any(name.startswith("test/") for name in summary["student"]) else "val"
-    metric = next(name for name in ("AP", "mAP") if f"{split}/{name}" in summary["student"])
-    related = [run for run in related if f"{split}/{metric}" in run.summary["student"]]
-    student, teacher = rows["student"], rows.get("teacher")
-    alone: ModelRow | None
-    others = [replace(student, name=_student_name(run.summary), results=run.summary["student"]) for run in related]
-    baselines = [row for row, run in zip(others, related, strict=True) if run.is_baseline]
-    distilled = [row for row, run in zip(others, related, strict=True) if run.summary["losses"]]
-    distilled = list({row.name: row for row in reversed(distilled)}.values())  # the newest one of each method
-    if summary["losses"]:
-        alone, distilled = next(iter(baselines), None), [student]
-    else:
-        alone = student
-        taught = [run.summary for run in related if run.summary["losses"] and run.summary["teacher"]]
-        if teacher is None and taught:
-            costs = cost_of((taught[0].get("cost") or {}).get("teacher"))
-            teacher = ModelRow("teacher", taught[0]["teacher"]["values"], costs)
-    table = [row for row in (alone, *distilled, teacher) if row] or [student]
-    names = [name for name in (metric, "AP50") if f"{split}/{name}" in summary["student"]]
-    title = f"{split}, percent"
-    if student.cost:
-        title += f"; one image at a time on {student.cost.device}"
-    columns = ("", *names, *COST_COLUMNS)
-    print_table(title, columns, [row.cells([f"{split}/{name}" for name in names]) for row in table], compact=True)
-    if alone is None and summary["losses"]:
-        print_line(
-            "gain",
-            "not known: no run of the same student alone was found. baseline=train trains it before the distilled "
-            f"student. This command makes one now:\n{command}",
-        )
-    if summary["losses"] and teacher:
-        _warn_of_weak_teacher(teacher.results.get(f"{split}/{metric}"), student.results[f"{split}/{metric}"])
-    if alone and summary["losses"]:
-        _print_training(summary, next(run.summary for run in related if run.is_baseline))
-    if alone:
-        taught_by = teacher.results.get(f"{split}/{metric}") if teacher else None
-        for row in distilled:
-            gain = describe_gain(alone.results[f"{split}/{metric}"], row.results[f"{split}/{metric}"], taught_by)
-            print_line("gain", f"{row.name}: {gain}")
-
-
-def _print_training(summary: Mapping[str, Any], alone: Mapping[str, Any]) -> None:
-    """Print how long the student was trained alone and with distillation, and on how many images its teacher."""
-    with_losses, without = summary.get("training"), alone.get("training")
-    if with_losses and without:
-        texts = [f"{duration(length['seconds'])} (epochs: {length['epochs']:.0f})" for length in (without, with_losses)]
-        print_line("time", f"the student was trained for {texts[0]} alone, for {texts[1]} with distillation")
-    source = (summary["teacher"] or {}).get("source")
-    images = read_summary(source).get("images") if source else None
-    if images and summary.get("images") not in (None, images):
-        print_line("images", f"the student learned from {summary['images']}, the teacher from {images}")
-
-
-def print_next_steps(plan: RunPlan) -> None:
-    """Print the commands that follow a run on drawn images."""
-    method = [word for word in plan.overrides if word.startswith("distill=")][-1:]  # may be a list of options
-    command = shlex.join(["python", "-m", "distill", "train", "data=DIR", *method, "baseline=train"])
-    predict = shlex.join(["python", "-m", "distill", "predict", str(plan.folder.path)])
-    print_line("next", f"this student's detections on images:\n{predict} IMAGES")
-    print_line(
-        "",
-        "the same table for your own data, a folder in COCO's, VOC's or YOLO's format, with a teacher that learns from "
-        f"more images:\n{command} teacher.data=LARGER_DIR",
-    )
-    print_line("", f"with a teacher that learns from the same images:\n{command}")
-
-
-def _warn_of_weak_teacher(teacher: float | None, student: float) -> None:
-    """Warn of a teacher that is not better than the student that it taught."""
-    if teacher is not None and teacher <= student:
-        print_line(
-            "warning",
-            f"the teacher ({percent(teacher)}) is not better than its student ({percent(student)}), so it can hardly "
-            f"help. {BETTER_TEACHER}",
-            "yellow",
-        )
-
-
-def describe_gain(alone: float, distilled: float, teacher: float | None) -> str:
-    """The gain over the student alone in percentage points, and the share of the gap to the teacher that it closes."""
-    gain = f"{round(100 * (distilled - alone), 1) + 0.0:+.1f} AP over the student alone"
-    if teacher is None or teacher < 0:
-        return gain
-    gap = teacher - alone
-    if gap <= 0:
-        return f"{gain}; the teacher ({percent(teacher)}) is not better than the student alone ({percent(alone)})"
-    return f"{gain}: {100 * (distilled - alone) / gap:.0f} % of the gap of {100 * gap:.1f} to the teacher"
 
 
 def _versions() -> dict[str, str]:

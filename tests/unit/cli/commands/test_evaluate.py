@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from distill.cli.commands.doctor import _print_teacher
+from distill.cli.reports.closing_tables import print_results
 from distill.cli.reports.doctor_report import _compare_ap
-from distill.cli.reports.run_report import _print_results
 from distill.cli.runs.recorded_run import class_notes, recompose
 from distill.run_folder import RunFolder
 
@@ -39,7 +39,7 @@ def test_the_closing_table_has_a_row_for_the_classes_that_the_teacher_knows(
         "teacher": {"values": {"val/AP": 0.42, "val/shared_AP": 0.63}},
         "parameters": {"student": 1_000_000, "teacher": 2_000_000},
     }
-    _print_results(summary, RunFolder(tmp_path))
+    print_results(summary, RunFolder(tmp_path))
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert [[cell.strip() for cell in row[:3]] for row in rows] == [
         ["teacher", "val", "42.0"],

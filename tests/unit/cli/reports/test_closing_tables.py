@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distill.cli.reports.run_report import describe_gain, print_comparison
+from distill.cli.reports.closing_tables import describe_gain, print_comparison
 from distill.cli.runs.related_runs import RelatedRun
 from distill.diagnostics.cost import Cost, ModelRow
 
