@@ -60,7 +60,8 @@ def _refuse_replaced_options() -> None:
     A derived option, such as ``metrics=of/shapes``, has no file. The user's file would be a part of configurations that
     name no option of the user, and could tell Hydra what to do.
     """
-    _refuse_options(preset_options([config_folder()]).__contains__)
+    if config_folders.given_folders():
+        _refuse_options(preset_options([config_folder()]).__contains__)
 
 
 def _refuse_options(is_refused: Callable[[str], bool]) -> None:
