@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,18 @@ if TYPE_CHECKING:
 DEMO = ("experiment=demo", "ckpt_path=unfinished")
 """The words of a run without any word."""
 LOCK_TIMEOUT = 10.0
-"""Seconds to wait for the loader processes of a killed run, which hold its lock until they end."""
+"""Seconds to wait for the lock of a run whose process is about to end."""
+_held: list[int] = []
+"""File descriptors of the locks that this process holds."""
+
+
+def _close_inherited_locks() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+# Loader processes outlive a killed run by some seconds. They must not hold its lock, because a resume would wait.
+os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -136,6 +148,7 @@ def locked(run: RunFolder) -> Iterator[None]:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            _held.extend(fd for fd in (lock._context.lock_file_fd,) if fd is not None)
         except Timeout:
             raise DistillError(
                 f"{run.path} is in use by another process, which trains this run: wait until it has ended, or choose "
@@ -146,6 +159,7 @@ def locked(run: RunFolder) -> Iterator[None]:
     try:
         yield
     finally:
+        _held.clear()
         lock.release()
 
 
