@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.detectors.faster_rcnn import FasterRCNN
 from distill.types import Batch, DistillError, Target
 from helpers.detectors import BOX_FAMILIES, FAMILIES, FEW, SIZES, count_calls, gradients, padded_batch, random_detector
 from helpers.grids import exhaustive
@@ -87,21 +86,18 @@ def test_detections_equal_torchvision_bit_for_bit(family: str) -> None:
 
 @pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_a_foreign_default_model_loads_the_state_dict_and_agrees(family: str) -> None:
-    from torchvision.models import detection, resnet
+    from torchvision.models import resnet
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-    body = resnet.resnet18(weights=None, norm_layer=torch.nn.BatchNorm2d)
-    if family == "faster_rcnn":
-        reference = detection.FasterRCNN(_resnet_fpn_extractor(body, 5), 4, rpn_post_nms_top_n_test=50)
-        detector: Any = FasterRCNN(
-            ["a", "b", "c"], backbone={"depth": 18}, rpn_post_nms_top_n_test=50, box_roi_align="torchvision"
-        )
+    row, body = FAMILIES[family], resnet.resnet18(weights=None, norm_layer=torch.nn.BatchNorm2d)
+    if row.two_stage:
+        few, backbone = {"rpn_post_nms_top_n_test": 50}, _resnet_fpn_extractor(body, 5)
     else:
-        backbone = _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
-        kind = detection.RetinaNet if family == "retinanet" else detection.FCOS
-        reference = kind(backbone, 4, score_thresh=0.005)
-        detector = FAMILIES[family].detector(["a", "b", "c"], backbone={"depth": 18}, score_thresh=0.005)
+        few, extra = {"score_thresh": 0.005}, LastLevelP6P7(256, 256)
+        backbone = _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=extra)
+    reference = row.original(backbone, 4, **few)
+    detector: Any = row.detector(["a", "b", "c"], backbone={"depth": 18}, **few, **row.equals_torchvision)
     reference.load_state_dict(detector.net.state_dict(), strict=True)
     reference.transform.resize = lambda image, target: (image, target)
     data = padded_batch()
@@ -126,28 +122,23 @@ BODIES: dict[str, tuple[tuple[str, ...], list[int]]] = {
 def foreign_detector(family: str, backbone: str) -> Any:
     """torchvision's network and pyramid, put together by torchvision alone."""
     from torchvision import models
-    from torchvision.models import detection
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-    network = models.get_model(backbone, weights=None)
+    row, network = FAMILIES[family], models.get_model(backbone, weights=None)
     names, channels = BODIES[backbone]
-    first = 0 if family == "faster_rcnn" else 1
-    neck = 64 if family == "fcos" else 32
-    extra = LastLevelMaxPool() if family == "faster_rcnn" else LastLevelP6P7(neck, neck)
+    first, neck = (0 if row.two_stage else 1), row.neck_channels or 32
+    extra = LastLevelMaxPool() if row.two_stage else LastLevelP6P7(neck, neck)
     layers = {name: str(index) for index, name in enumerate(names[first:])}
     body = BackboneWithFPN(getattr(network, "features", network), layers, channels[first:], neck, extra)
-    if family == "retinanet":
-        return detection.RetinaNet(body, 4)
-    if family == "fcos":
-        return detection.FCOS(body, 4)
-    return detection.FasterRCNN(body, 4, **FEW, rpn_post_nms_top_n_test=30)
+    return row.original(body, 4, **({**FEW, "rpn_post_nms_top_n_test": 30} if row.two_stage else {}))
 
 
 @pytest.mark.parametrize("family", BOX_FAMILIES)
 @pytest.mark.parametrize("backbone", list(BODIES))
 def test_every_backbone_equals_torchvisions_bit_for_bit(family: str, backbone: str) -> None:
-    options = {"head_channels": 1024, **FAMILIES[family].equals_torchvision} if family == "faster_rcnn" else {}
+    row = FAMILIES[family]
+    options = {**({"head_channels": 1024} if row.two_stage else {}), **row.equals_torchvision}
     detector = random_detector(family, backbone=backbone, depth=None, width=1.0, norm="batch", **options)
     reference, data = foreign_detector(family, backbone), padded_batch(((64, 64), (50, 60)))
     reference.load_state_dict(detector.net.state_dict(), strict=True)
@@ -235,7 +226,7 @@ def test_only_what_is_read_is_run_and_only_once(
     counts, view = count_calls(detector, monkeypatch), detector.view(padded_batch())
     for name in stage.split() * 2:
         getattr(view, name)
-    once = ("body", "fpn", "pool") if family != "faster_rcnn" else tuple(counts)
+    once = tuple(counts) if FAMILIES[family].two_stage else ("body", "fpn", "pool")
     expected = {name: (1 if name in once else 5) if name in runs.split() else 0 for name in counts}
     assert counts == expected
 
@@ -319,11 +310,10 @@ foreign = [torch.tensor([[4.0, 4.0, 60.0, 60.0], [0.0, 0.0, 30.0, 64.0]])] * len
 @pytest.mark.parametrize("family", BOX_FAMILIES)
 def test_reading_order_changes_nothing(family: str, seed: int | None) -> None:
     detector, data = random_detector(family), padded_batch()
+    outputs = detector.spec.outputs
     stages = ("rois", "losses", "predictions", "foreign boxes")
-    if family == "fcos":
-        stages = ("class_logits", "deltas", "centerness", "predictions")
-    elif family == "retinanet":
-        stages = ("class_logits", "deltas", "predictions", "foreign boxes")
+    if "rois" not in outputs:  # four stages, because five have 120 orders
+        stages = ("class_logits", "deltas", "centerness" if "centerness" in outputs else "foreign boxes", "predictions")
     reference: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
     for order in [(), *itertools.permutations(stages)]:
         torch.manual_seed(3)

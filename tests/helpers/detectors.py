@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torchvision.models import detection
 
 from distill.detectors.base import Detector
 from distill.detectors.description import RENAMED_OPTIONS
@@ -25,6 +26,8 @@ class Family(NamedTuple):
     detector: type[Detector]
     options: str
     """How the names of its model options begin."""
+    original: Any
+    """The library's own class, with which it is compared."""
     two_stage: bool = False
     needs_masks: bool = False
     """Its own losses need masks in the targets."""
@@ -42,19 +45,21 @@ FAMILIES = {
     "faster_rcnn": Family(
         FasterRCNN,
         "frcnn",
+        detection.FasterRCNN,
         two_stage=True,
         equals_torchvision={"box_roi_align": "torchvision"},
         other_results={"anchor_ratios": (0.5, 1)},
     ),
-    "retinanet": Family(RetinaNet, "retinanet", other_results={"anchor_ratios": (0.5, 1)}),
+    "retinanet": Family(RetinaNet, "retinanet", detection.RetinaNet, other_results={"anchor_ratios": (0.5, 1)}),
     "fcos": Family(
         FCOS,
         "fcos",
+        detection.FCOS,
         neck_channels=64,  # the heads' group norm has 32 groups
         box_layers=("head.regression_head.bbox_reg", "head.regression_head.bbox_ctrness"),
         other_results={"center_sampling_radius": 2},
     ),
-    "mask_rcnn": Family(MaskRCNN, "mask_rcnn", two_stage=True, needs_masks=True),
+    "mask_rcnn": Family(MaskRCNN, "mask_rcnn", detection.MaskRCNN, two_stage=True, needs_masks=True),
 }
 BOX_FAMILIES = {name: family for name, family in FAMILIES.items() if not family.needs_masks}
 SIZES = ((96, 64), (70, 100), (128, 90))
