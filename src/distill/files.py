@@ -125,6 +125,10 @@ def _load_foreign(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
+        if is_zip and restricted_pickle.is_torchscript(path):
+            raise DistillError(
+                "it is a TorchScript program, which was not run; give the checkpoint of the training, with a state dict"
+            )
         # torch's older format is a sequence of pickles, and the first one is a number.
         first = None if is_zip else restricted_pickle.read_pickle(path)
         return restricted_pickle.read_torch(path) if is_zip or isinstance(first, int) else first

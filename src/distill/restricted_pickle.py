@@ -96,6 +96,18 @@ def read_torch(path: Path) -> Any:
     return as_tensors(torch.load(path, map_location="cpu", pickle_module=module, weights_only=False))
 
 
+def is_torchscript(path: Path) -> bool:
+    """Whether a zip file is a TorchScript program. `torch.load` would run the program's code.
+
+    Raises:
+        RuntimeError: the file is damaged.
+    """
+    import torch
+
+    # torch.load's own reader and test, because two readers of one zip file may find different records.
+    return "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+
+
 def as_tensors(content: Any) -> Any:
     """Return the content with tensors in place of arrays. Containers are copied."""
     import numpy as np
@@ -176,6 +188,11 @@ def _plain() -> dict[tuple[str, str], Callable[..., Any]]:
     def text(value: Any = "", *arguments: Any) -> Any:
         return value if isinstance(value, str) else ""
 
+    def from_buffer(data: Any, kind: Any, shape: Any, order: Any = "C") -> Any:
+        if not isinstance(kind, np.dtype) or kind.kind not in "biuf" or not isinstance(data, bytes | bytearray):
+            return Placeholder()
+        return np.frombuffer(data, kind).reshape(shape, order=order)
+
     numpy_core = ("numpy.core.multiarray", "numpy._core.multiarray")
     return {
         ("collections", "OrderedDict"): OrderedDict,
@@ -189,19 +206,15 @@ def _plain() -> dict[tuple[str, str], Callable[..., Any]]:
         ("numpy", "dtype"): dtype,
         **{(module, "_reconstruct"): reconstruct for module in numpy_core},
         **{(module, "scalar"): scalar for module in numpy_core},
+        # Protocol 5, the default of Python 3.14, writes arrays by this function.
+        **{(module, "_frombuffer"): from_buffer for module in ("numpy.core.numeric", "numpy._core.numeric")},
         ("torch._utils", "_rebuild_tensor_v2"): tensor,
         ("torch._utils", "_rebuild_tensor"): old_tensor,
         ("torch._utils", "_rebuild_parameter"): parameter,
         ("torch", "Size"): size,
-        **{("torch", name): getattr(torch, name) for name in _STORAGES if hasattr(torch, name)},
-        ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
         ("torch", "device"): lambda *arguments: torch.device("cpu"),
         **{("torch", name): getattr(torch, name) for name in _DTYPES},
     }
 
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
-_STORAGES = tuple(
-    f"{kind}Storage"
-    for kind in ("Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long", "Bool", "Untyped")
-)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,47 @@ def test_a_hostile_pickle_runs_nothing(form: str, tmp_path: Path) -> None:
     assert not proof.exists()
 
 
+class _Program(torch.nn.Module):
+    """A TorchScript program whose code runs when it is loaded."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.target = target
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.target, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.target = state[0]
+        self.training = state[1]
+        torch.save(torch.zeros(1), self.target)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_a_torchscript_file_does_not_run(tmp_path: Path) -> None:
+    file, proof = tmp_path / "model.pth", tmp_path / "ran"
+    torch.jit.save(torch.jit.script(_Program(str(proof))), file)  # type: ignore[no-untyped-call]
+    with pytest.raises(DistillError, match="TorchScript"):
+        load_tensors(file, foreign=True)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(("module", "name"), [("torch", "FloatStorage"), ("torch.storage", "UntypedStorage")])
+def test_a_file_changes_no_class_of_torch(module: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.pkl"
+    state = b"N}X\x06\x00\x00\x00markedK\x01s\x86b"  # the pair (None, {"marked": 1}), and the instruction to set it
+    file.write_bytes(f"\x80\x02c{module}\n{name}\n".encode("latin1") + state + b".")
+    with suppress(DistillError):
+        load_tensors(file, foreign=True)
+    assert not hasattr(torch.FloatStorage, "marked")
+    assert not hasattr(torch.UntypedStorage, "marked")
+
+
 def test_objects_of_unknown_classes_become_placeholders(tmp_path: Path) -> None:
     file = tmp_path / "runner.pth"
     unknown = type("HistoryBuffer", (), {"__module__": __name__})
@@ -359,7 +401,7 @@ def test_objects_of_unknown_classes_become_placeholders(tmp_path: Path) -> None:
 def test_arrays_become_tensors(tmp_path: Path) -> None:
     file = tmp_path / "zoo.pkl"
     array = torch.arange(6.0).view(2, 3).numpy()
-    for protocol in (2, 4):
+    for protocol in (2, 4, 5):
         file.write_bytes(pickle.dumps({"model": {"a": array, "b": array.T.astype(">f4")}, "n": 3}, protocol))
         content = load_tensors(file, foreign=True)
         assert torch.equal(content["model"]["a"], torch.arange(6.0).view(2, 3))
