@@ -201,10 +201,15 @@ def convert(state: State, where: str, config: Mapping[str, Any] | None, classes:
     if not two_stage:
         found.set("shapes", head_norm=norm)
     foreign.class_names(classes, count, found)
-    foreign.convert_rows(found.state, found.family, count, anchors)
+    foreign.convert_rows(found.state, count, anchors, where)
     _read_input(found, shape, config)
     if config is not None:
         _read_options(found, config, where)
+        if "_BASE_" in config:
+            found.warnings.append(
+                f"The configuration names another file (_BASE_: {config['_BASE_']}), which was not read: what is "
+                "missing is taken from the model zoo. Give the complete config.yaml that Detectron2's trainer writes"
+            )
     else:
         found.warnings.append(
             "Without a configuration, anchors, thresholds and RoIAlign are those of the model zoo. Give the YAML file "
@@ -261,11 +266,13 @@ def _two_stage(found: ForeignDetector, state: State, where: str) -> tuple[int, i
 
 
 def _one_stage(found: ForeignDetector, state: State, where: str) -> tuple[int, int]:
-    anchors = len(foreign.rows_of(state, "head.bbox_pred.weight", where)) // 4
-    count = len(foreign.rows_of(state, "head.cls_score.weight", where)) // anchors
-    inputs = foreign.rows_of(state, "backbone.top_block.p6.weight", where).shape[1]
-    found.set("shapes", p6_from="p5" if inputs == found.options["neck_channels"] else "c5")
-    return count, anchors
+    boxes, scores = (foreign.rows_of(state, f"head.{name}.weight", where) for name in ("bbox_pred", "cls_score"))
+    inputs, top = (
+        foreign.rows_of(state, f"backbone.{name}.weight", where).shape[1] for name in ("top_block.p6", "fpn_lateral5")
+    )
+    from_c5 = inputs == top and (found.family == "retinanet" or inputs != found.options["neck_channels"])
+    found.set("shapes", p6_from="c5" if from_c5 else "p5")
+    return foreign.dense_counts(boxes, scores, where)
 
 
 def _read_input(found: ForeignDetector, shape: Mapping[str, Any], config: Mapping[str, Any] | None) -> None:
@@ -310,14 +317,26 @@ def _five_lists(levels: Any) -> list[list[float]]:
     return [_floats(level) for level in (levels if len(levels) > 1 else [*levels] * 5)]
 
 
+def _side(value: Any) -> int:
+    if int(value) < 1:
+        raise ValueError("expected pixels, above 0; 0 would leave the size of images alone")
+    return int(value)
+
+
+def _limit(value: Any) -> int:
+    """A number of detections. Detectron2's -1 means all of them."""
+    return foreign.ALL if int(value) < 0 else int(value)
+
+
 Reader = tuple[str, Callable[[Any], Any]]
 SHARED: dict[str, Reader] = {
     "MODEL.ANCHOR_GENERATOR.SIZES": ("anchors__sizes", _five_lists),
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": ("anchors__ratios", _one_list),
     "MODEL.ANCHOR_GENERATOR.OFFSET": ("anchors__offset", float),
-    "TEST.DETECTIONS_PER_IMAGE": ("detections_per_img", int),
-    "INPUT.MIN_SIZE_TEST": ("min_size", int),
-    "INPUT.MAX_SIZE_TEST": ("max_size", int),
+    "MODEL.BACKBONE.FREEZE_AT": ("backbone__trainable_stages", lambda stages: 5 - int(stages)),
+    "TEST.DETECTIONS_PER_IMAGE": ("detections_per_img", _limit),
+    "INPUT.MIN_SIZE_TEST": ("min_size", _side),
+    "INPUT.MAX_SIZE_TEST": ("max_size", _side),
 }
 READERS: dict[str, dict[str, Reader]] = {
     "two_stage": {
@@ -355,13 +374,18 @@ EXPECTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "MODEL.FPN.NORM": ("",),
         "MODEL.FPN.FUSE_TYPE": ("sum",),
         "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
+        "MODEL.RESNETS.RES5_DILATION": (1,),
     },
     "two_stage": {
         "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
         "MODEL.ROI_BOX_HEAD.NUM_CONV": (0,),
+        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": (7,),
+        "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False,),
+        "MODEL.ROI_HEADS.IN_FEATURES": (["p2", "p3", "p4", "p5"],),
+        "MODEL.RPN.IN_FEATURES": (["p2", "p3", "p4", "p5", "p6"],),
         "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
     },
-    "retinanet": {},
+    "retinanet": {"MODEL.RETINANET.IN_FEATURES": (["p3", "p4", "p5", "p6", "p7"],)},
     "fcos": {},
 }
 """Kind of detector -> path in the configuration -> values that distill can express."""
@@ -374,6 +398,8 @@ def _read_options(found: ForeignDetector, config: Mapping[str, Any], where: str)
         if value is not None and value not in values:
             raise unsupported(where, "configuration", f"{path} is {value!r}, expected {' or '.join(map(repr, values))}")
     if found.family == "mask_rcnn":
+        if (side := _get(config, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION")) not in (None, 14):
+            raise unsupported(where, "configuration", f"MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION is {side!r}, expected 14")
         for name in ("POOLER_TYPE", "POOLER_SAMPLING_RATIO"):
             pair = [_get(config, f"MODEL.ROI_{head}_HEAD.{name}") for head in ("BOX", "MASK")]
             if None not in pair and pair[0] != pair[1]:

@@ -17,6 +17,9 @@ State = Mapping[str, Tensor]
 NEVER = -100.0
 """Bias of the class logit that torchvision's dense heads have for label 0: its probability is 0, in training too."""
 
+ALL = 1_000_000
+"""A limit on detections that no image reaches."""
+
 BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
@@ -189,14 +192,17 @@ def first_label_added(rows: Tensor, anchors: int, value: float = 0.0) -> Tensor:
     return torch.cat([torch.full_like(split[:, :1], value), split], dim=1).flatten(0, 1)
 
 
-def convert_rows(state: dict[str, Tensor], family: str, classes: int, anchors: int) -> None:
+def convert_rows(state: dict[str, Tensor], classes: int, anchors: int, where: str) -> None:
     """Bring the rows that belong to classes into torchvision's order, in place: background first, label 0 first.
 
     Args:
         state: torchvision's names, with the rows of the other project: background last, or no background.
-        family: name of the family.
         classes: number of classes, without background.
         anchors: anchors per cell of a dense head.
+        where: the file, for the message.
+
+    Raises:
+        DistillError: a tensor has rows for another number of classes.
     """
     for kind, value in (("weight", 0.0), ("bias", NEVER)):
         for name, change in (
@@ -208,8 +214,12 @@ def convert_rows(state: dict[str, Tensor], family: str, classes: int, anchors: i
                 lambda rows, value=value: first_label_added(rows, anchors, value),
             ),
         ):
-            if name in state:
+            if name not in state:
+                continue
+            try:
                 state[name] = change(state[name])
+            except (RuntimeError, TypeError) as error:
+                raise unsupported(where, "layer", f"{name} of shape {tuple(state[name].shape)}") from error
 
 
 def class_names(names: Any, count: int, found: ForeignDetector) -> None:
@@ -241,17 +251,35 @@ def coco_names() -> tuple[str, ...]:
 
 
 def rows_of(state: State, name: str, where: str) -> Tensor:
-    """A tensor that the file must have.
+    """The weight of a layer, which the file must have.
 
     Raises:
-        DistillError: the file has no such tensor.
+        DistillError: the file has no such tensor, or the tensor is no weight of a layer.
     """
     if name not in state:
         raise DistillError(
             f"{where}: {name} is missing, so that the file is only a part of a detector; download or copy it again, or "
             "name the file of the whole detector"
         )
+    if state[name].dim() < (2 if name.endswith("weight") else 1):
+        raise unsupported(where, "layer", f"{name} of shape {tuple(state[name].shape)}")
     return state[name]
+
+
+def dense_counts(boxes: Tensor, scores: Tensor, where: str) -> tuple[int, int]:
+    """Number of classes, and of anchors per cell, of a dense head with the given weights of its last layers.
+
+    Raises:
+        DistillError: the weights do not fit each other.
+    """
+    anchors = len(boxes) // 4
+    if not anchors or len(boxes) % 4 or not len(scores) or len(scores) % anchors:
+        raise DistillError(
+            f"{where}: {len(boxes)} box outputs and {len(scores)} class outputs per cell do not fit each other: "
+            "expected 4 box outputs for each anchor, and equally many class outputs for each anchor. The file is "
+            "damaged, or belongs to another detector"
+        )
+    return len(scores) // anchors, anchors
 
 
 def check_unused(names: list[str], ignored: str, parts: Sequence[str], where: str) -> None:

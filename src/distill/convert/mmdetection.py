@@ -115,6 +115,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Name of a recipe of the model zoo -> its input. Pixels are from 0 to 255, in the channel order."""
 
+FCOS_KINDS = {
+    "relu": "center-normbbox-centeronreg-giou: centerness of the box tower, distances by ReLU, NMS at 0.6",
+    "exp": "plain one: centerness of the class tower, distances by an exponential, NMS at 0.5",
+}
+"""Option `distances` -> the kind of FCOS in the model zoo."""
+
 OCTAVE = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 COMMON: dict[str, Any] = {
     "backbone__norm": "batch_fixed_stats",
@@ -153,6 +159,10 @@ RULES: dict[str, dict[str, Any]] = {
 """What MMDetection's code computes, and the values of its model zoo where a configuration may say otherwise."""
 
 
+RESIZES = ("Resize", "MultiScaleFlipAug")
+"""Steps of a pipeline that name a size."""
+
+
 def matches(state: State) -> bool:
     """Whether tensors have MMDetection's names."""
     return any(name.startswith(("neck.lateral_convs.", "rpn_head.", "roi_head.", "bbox_head.")) for name in state)
@@ -175,7 +185,7 @@ def convert(
     """
     state = _current_names(state)
     version = _version(meta)
-    if version == "1" or ("bbox_head.fc_cls.weight" in state):
+    if version in ("0", "1") or "bbox_head.fc_cls.weight" in state:
         raise unsupported(
             where,
             "MMDetection 1.x",
@@ -198,6 +208,7 @@ def convert(
         found.warnings.append(
             "The file names no version. It is taken to be of 3.x; 2.x keeps boxes without area in NMS"
         )
+    config = _current_config(config, where)
     count, anchors = _read_shapes(found, state, where)
     named = classes or _class_names(meta)
     foreign.class_names(named, count, found)
@@ -207,10 +218,16 @@ def convert(
             "The file holds no configuration that can be read: anchors, thresholds and RoIAlign are those of the model "
             "zoo. Give the configuration of the training with --config where it differs"
         )
+        if found.family == "fcos":
+            found.warnings.append(
+                f"The towers' convolutions have {'a' if found.options['distances'] == 'relu' else 'no'} bias, so the "
+                f"FCOS is taken to be the model zoo's {FCOS_KINDS[found.options['distances']]}"
+            )
     else:
         _read_model(found, config["model"], where)
+        _read_resize(found, config)
     _shift_means(found, where)
-    foreign.convert_rows(found.state, found.family, count, anchors)
+    foreign.convert_rows(found.state, count, anchors, where)
     foreign.check_anchors(found, anchors, where)
     found.warnings.append(
         "MMDetection rounds the sides of a resized image, distill rounds them down: they differ by up to one pixel"
@@ -227,6 +244,32 @@ def _current_names(state: State) -> dict[str, torch.Tensor]:
             name = re.sub(pattern, replacement, name)
         result[name] = value
     return result
+
+
+def _current_config(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any] | None:
+    """The configuration with thresholds below ``model``, where versions since 2.7 have them.
+
+    Raises:
+        DistillError: the configuration is a part: it names files that it completes.
+    """
+    if config is None:
+        return None
+    if "_base_" in config:
+        raise DistillError(
+            f"{where}: the configuration names other files (_base_ = {config['_base_']!r}), which hold the rest of it. "
+            "Give the complete one: MMDetection writes it to the folder of the training, and its "
+            "tools/misc/print_config.py prints it"
+        )
+    model = config.get("model")
+    if not isinstance(model, Mapping):
+        return config
+    phases = {name: config[name] for name in ("train_cfg", "test_cfg") if _is_thresholds(config.get(name))}
+    return {**config, "model": {**phases, **model}}
+
+
+def _is_thresholds(node: Any) -> bool:
+    """Whether a node has thresholds. 3.x has loops under the same names."""
+    return isinstance(node, Mapping) and "type" not in node and "by_epoch" not in node
 
 
 def _version(meta: Mapping[str, Any]) -> str | None:
@@ -285,8 +328,8 @@ def _read_shapes(found: ForeignDetector, state: State, where: str) -> tuple[int,
     biased = "bbox_head.cls_convs.0.conv.bias" in state
     if found.family == "retinanet":
         found.set("shapes", head_norm=("group_bias" if biased else "group") if grouped else "none")
-        anchors = len(foreign.rows_of(state, "bbox_head.retina_reg.weight", where)) // 4
-        return len(foreign.rows_of(state, "bbox_head.retina_cls.weight", where)) // anchors, anchors
+        boxes, scores = (foreign.rows_of(state, f"bbox_head.retina_{name}.weight", where) for name in ("reg", "cls"))
+        return foreign.dense_counts(boxes, scores, where)
     found.set("shapes", head_norm="group" if grouped else "none")
     for name in [name for name in found.state if re.search(r"_head\.conv\.\d+\.weight$", name)]:
         if found.state[name].dim() == 4:  # torchvision's convolutions always have a bias
@@ -345,13 +388,14 @@ def _input(config: Mapping[str, Any]) -> dict[str, Any]:
     model = config.get("model")
     model = model if isinstance(model, Mapping) else {}
     values: dict[str, Any] = {}
-    for node in (model.get("data_preprocessor"), config.get("preprocess_cfg"), config.get("img_norm_cfg"), config):
+    preprocessor = model.get("data_preprocessor") or config.get("data_preprocessor")
+    for node in (preprocessor, config.get("preprocess_cfg"), config.get("img_norm_cfg"), config):
         norm = node if isinstance(node, Mapping) and "mean" in node else _normalize(node)
         if norm is None:
             continue
         values["pixels__mean"] = tuple(norm["mean"])
         values["pixels__std"] = tuple(norm.get("std") or (1.0, 1.0, 1.0))
-        to_rgb = norm.get("bgr_to_rgb", norm.get("to_rgb", norm is not model.get("data_preprocessor")))
+        to_rgb = norm.get("bgr_to_rgb", norm.get("to_rgb", norm is not preprocessor))
         values["pixels__channel_order"] = "rgb" if to_rgb else "bgr"
         break
     backbone = model.get("backbone")
@@ -391,7 +435,8 @@ class _Part:
     def expect(self, key: str, *allowed: Any, default: Any = None) -> None:
         """Refuse a value that distill cannot express."""
         value = self.get(key, allowed[0] if default is None else default)
-        if value not in allowed:
+        name = value.rpartition(".")[2] if key == "type" and isinstance(value, str) else value  # mmdet.ResNet
+        if name not in allowed:
             expected = " or ".join(map(repr, allowed))
             raise unsupported(self.where, "configuration", f"{self.path}.{key} is {value!r}, expected {expected}")
 
@@ -407,18 +452,26 @@ def _read_model(found: ForeignDetector, node: Any, where: str) -> None:
     model = _Part(node, "model", where)
     model("backbone").expect("type", "ResNet", "ResNeXt")
     model("backbone").expect("num_stages", 4)
-    model("backbone")("norm_cfg").expect("type", "BN", "SyncBN", "naiveSyncBN", "MMSyncBN")
+    model("backbone").expect("strides", [1, 2, 2, 2])
+    model("backbone").expect("dilations", [1, 1, 1, 1])
+    norm = model("backbone")("norm_cfg")
+    norm.expect("type", "BN", "SyncBN", "naiveSyncBN", "MMSyncBN", "BatchNorm2d")
+    if "eps" in norm.node:
+        found.set("configuration", backbone__norm_eps=float(norm.get("eps")))
     frozen = model("backbone").get("frozen_stages", -1)
     found.set("configuration", backbone__trainable_stages=5 if frozen < 0 else max(0, 4 - frozen))
     neck = model("neck")
     neck.expect("type", "FPN")
     neck.expect("num_outs", 5)
     neck("upsample_cfg").expect("mode", "nearest")
+    neck.expect("act_cfg", None)
     if found.family in ("faster_rcnn", "mask_rcnn"):
         neck.expect("add_extra_convs", False)
         _read_two_stage(found, model)
         return
     source = neck.get("add_extra_convs", False)
+    if source is True and neck.get("extra_convs_on_inputs", True) is False:  # before version 2.7
+        source = "on_output"
     sources = {"on_input": "c5", True: "c5", "on_lateral": "lateral", "on_output": "p5"}
     if neck.node and source not in sources:
         raise unsupported(where, "configuration", f"model.neck.add_extra_convs is {source!r}, expected {list(sources)}")
@@ -432,9 +485,15 @@ def _read_model(found: ForeignDetector, node: Any, where: str) -> None:
     if isinstance(norm, Mapping):
         _Part(norm, "model.bbox_head.norm_cfg", where).expect("num_groups", 32)
         _Part(norm, "model.bbox_head.norm_cfg", where).expect("type", "GN")
+    sigmoid = head("loss_cls").get("use_sigmoid", head("loss_cls").get("type") != "CrossEntropyLoss")
+    if not sigmoid:
+        raise unsupported(where, "configuration", "model.bbox_head.loss_cls: a softmax, expected a sigmoid")
     _read_thresholds(found, test)
     if "nms_pre" in test.node:
-        found.set("configuration", topk_candidates=int(test.get("nms_pre")))
+        found.set("configuration", topk_candidates=_limit(test.get("nms_pre")))
+    test.expect("min_bbox_size", 0, -1)
+    if test.get("min_bbox_size", 0) < 0:
+        found.set("configuration", detection_rule="mmdetection2")  # keeps boxes without area, as 2.x does
     if found.family == "retinanet":
         _read_anchors(found, head("anchor_generator"), (8, 16, 32, 64, 128))
         _read_coder(found, head("bbox_coder"), "anchor_delta_weights")
@@ -460,8 +519,16 @@ def _read_two_stage(found: ForeignDetector, model: _Part) -> None:
     layer = box("roi_layer")
     layer.expect("type", "RoIAlign")
     layer.expect("pool_mode", "avg")
-    box.expect("finest_scale", 56)
-    box.expect("type", "SingleRoIExtractor")
+    for extractor, side in ((box, 7), (roi("mask_roi_extractor"), 14)):
+        extractor.expect("type", "SingleRoIExtractor")
+        extractor.expect("finest_scale", 56)
+        extractor.expect("featmap_strides", [4, 8, 16, 32])
+        extractor("roi_layer").expect("output_size", side, [side, side])
+    box_head = roi("bbox_head")
+    box_head("cls_predictor_cfg").expect("type", "Linear")
+    box_head("reg_predictor_cfg").expect("type", "Linear")
+    if box_head("loss_cls").get("type") == "SeesawLoss":
+        raise unsupported(where, "configuration", "model.roi_head.bbox_head.loss_cls.type is 'SeesawLoss'")
     sampling, aligned = _roi_layer(layer)
     found.set("configuration", box_sampling_ratio=sampling, box_roi_aligned=aligned)
     if found.family == "mask_rcnn" and roi("mask_roi_extractor").node:
@@ -471,22 +538,24 @@ def _read_two_stage(found: ForeignDetector, model: _Part) -> None:
                 where, "configuration", f"RoIAlign of boxes {(sampling, aligned)} and masks {other} differ"
             )
     tests, trains = model("test_cfg"), model("train_cfg")
-    proposals, training = tests("rpn"), trains("rpn_proposal")
+    proposals = tests("rpn") if tests("rpn").node else rpn("test_cfg")
+    final = tests("rcnn") if tests("rcnn").node else roi("test_cfg")
+    training = trains("rpn_proposal")
     for part, phase in ((proposals, "test"), (training, "train")):
         part.expect("nms_across_levels", False)
         if "nms_pre" in part.node:
-            found.set("configuration", **{f"rpn_pre_nms_top_n_{phase}": int(part.get("nms_pre"))})
+            found.set("configuration", **{f"rpn_pre_nms_top_n_{phase}": _limit(part.get("nms_pre"))})
         limit = part.get("max_per_img", part.get("max_num", part.get("nms_post")))
         if limit is not None:
-            found.set("configuration", **{f"rpn_post_nms_top_n_{phase}": int(limit)})
+            found.set("configuration", **{f"rpn_post_nms_top_n_{phase}": _limit(limit)})
     threshold = proposals("nms").get("iou_threshold", proposals.get("nms_thr"))
     proposals("nms").expect("type", "nms")
     if threshold is not None:
         found.set("configuration", rpn_nms_thresh=float(threshold))
     found.set("configuration", proposal_min_size=max(0.0, float(proposals.get("min_bbox_size", 0))))
-    _read_thresholds(found, tests("rcnn"))
+    _read_thresholds(found, final)
     if found.family == "mask_rcnn":
-        tests("rcnn").expect("mask_thr_binary", 0.5)
+        final.expect("mask_thr_binary", 0.5)
 
 
 def _roi_layer(layer: _Part) -> tuple[int, bool]:
@@ -497,6 +566,7 @@ def _roi_layer(layer: _Part) -> tuple[int, bool]:
 def _read_thresholds(found: ForeignDetector, test: _Part) -> None:
     nms = test("nms")
     nms.expect("type", "nms")
+    nms.expect("class_agnostic", False)
     threshold = nms.get("iou_threshold", nms.get("iou_thr"))
     values = {
         "score_thresh": test.get("score_thr"),
@@ -505,7 +575,34 @@ def _read_thresholds(found: ForeignDetector, test: _Part) -> None:
     }
     for name, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            found.set("configuration", **{name: int(value) if name == "detections_per_img" else float(value)})
+            found.set("configuration", **{name: _limit(value) if name == "detections_per_img" else float(value)})
+
+
+def _limit(value: Any) -> int:
+    """A number of boxes. MMDetection's -1 means all of them."""
+    return int(value) if int(value) > 0 else foreign.ALL
+
+
+def _read_resize(found: ForeignDetector, config: Mapping[str, Any]) -> None:
+    """Side lengths of the resize in tests, and the multiple to which images are padded."""
+    data = config.get("data")
+    places = [config.get("test_pipeline"), data.get("test") if isinstance(data, Mapping) else None]
+    steps = [step for step in _nodes([*places, config.get("test_dataloader")]) if isinstance(step.get("type"), str)]
+    scales = [step.get("scale", step.get("img_scale")) for step in steps if step["type"] in RESIZES]
+    scale = next((scale for scale in scales if scale is not None), None)
+    if isinstance(scale, list) and len(scale) == 2 and all(isinstance(side, int) and side > 0 for side in scale):
+        found.set("configuration", min_size=min(scale), max_size=max(scale))
+    elif scale is not None:
+        found.warnings.append(f"The resize in tests is {scale!r}, which cannot be expressed: 800 and 1333 are assumed")
+    if any(step["type"] in RESIZES and step.get("keep_ratio") is False for step in steps):
+        found.warnings.append("The training's resize changes the ratio of the sides, distill's keeps it")
+    model = config["model"]
+    preprocessor = model.get("data_preprocessor") or config.get("data_preprocessor")
+    divisor = preprocessor.get("pad_size_divisor") if isinstance(preprocessor, Mapping) else None
+    padded = [step.get("size_divisor") for step in steps if step["type"] == "Pad"]
+    multiple = next((value for value in (divisor, *padded) if isinstance(value, int) and value > 0), 32)
+    if multiple != 32:
+        found.resize["pad_to"] = multiple
 
 
 def _read_anchors(found: ForeignDetector, generator: _Part, strides: Sequence[int]) -> None:

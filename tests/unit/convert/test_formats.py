@@ -16,6 +16,7 @@ from distill.convert.caffe2_names import renamed, to_detectron2
 from distill.convert.foreign import ForeignDetector, background_added, background_first, rename
 from distill.convert.formats import read_foreign
 from distill.convert.python_config import parse_config
+from distill.detectors.base import Detector
 from distill.detectors.registry import restore_detector
 from distill.files import load_tensors
 from distill.types import DistillError
@@ -43,6 +44,11 @@ def read(project: str, state: dict[str, Tensor], where: str = "model.pth", **opt
     found = read_foreign({key: state}, where, **options)
     assert found is not None
     return found
+
+
+def build(project: str, state: dict[str, Tensor]) -> Detector:
+    found = read(project, state)
+    return restore_detector(found.description, found.state, "model.pth")
 
 
 def test_the_projects_states_have_their_number_of_entries() -> None:
@@ -266,11 +272,110 @@ def test_a_part_that_no_family_has_is_named(project: str, name: str, part: str) 
         ("type='RetinaNet', neck=dict(type='PAFPN')", "neck.type is 'PAFPN'"),
         ("test_cfg=dict(nms=dict(type='soft_nms'))", "soft_nms"),
         ("bbox_head=dict(bbox_coder=dict(type='TBLRBBoxCoder'))", "TBLRBBoxCoder"),
+        ("backbone=dict(dilations=(1, 1, 1, 2))", r"dilations is \[1, 1, 1, 2\]"),
+        ("neck=dict(act_cfg=dict(type='ReLU'))", "neck.act_cfg"),
+        ("neck=dict(add_extra_convs='on_input'), bbox_head=dict(loss_cls=dict(use_sigmoid=False))", "softmax"),
+        ("neck=dict(add_extra_convs='on_input'), test_cfg=dict(nms=dict(class_agnostic=True))", "class_agnostic"),
+        ("neck=dict(add_extra_convs='on_input'), test_cfg=dict(min_bbox_size=4)", "min_bbox_size is 4"),
     ],
 )
 def test_a_configuration_that_no_family_can_express_is_refused(change: str, message: str) -> None:
     with pytest.raises(DistillError, match=message):
         read("MMDetection", mmdetection_state("retinanet"), config=f"model = dict({change})")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("mask_roi_extractor=dict(roi_layer=dict(output_size=28))", "mask_roi_extractor.roi_layer.output_size is 28"),
+        ("bbox_roi_extractor=dict(featmap_strides=[8, 16, 32])", "featmap_strides"),
+        ("bbox_head=dict(cls_predictor_cfg=dict(type='NormedLinear'))", "NormedLinear"),
+        ("bbox_head=dict(loss_cls=dict(type='SeesawLoss'))", "Seesaw"),
+    ],
+)
+def test_heads_of_regions_that_no_family_can_express_are_refused(change: str, message: str) -> None:
+    with pytest.raises(DistillError, match=message):
+        read("MMDetection", mmdetection_state("mask_rcnn"), config=f"model = dict(roi_head=dict({change}))")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("ROI_MASK_HEAD: {POOLER_RESOLUTION: 28}", "POOLER_RESOLUTION is 28"),
+        ("ROI_BOX_HEAD: {USE_SIGMOID_CE: true}", "USE_SIGMOID_CE"),
+        ("ROI_HEADS: {IN_FEATURES: [p2, p3, p4]}", "IN_FEATURES"),
+        ("RESNETS: {RES5_DILATION: 2}", "RES5_DILATION"),
+    ],
+)
+def test_a_configuration_of_detectron2_that_no_family_can_express_is_refused(change: str, message: str) -> None:
+    with pytest.raises(DistillError, match=message):
+        read("Detectron2", detectron2_state("mask_rcnn"), config=f"MODEL: {{{change}}}")
+
+
+def test_a_configuration_that_needs_other_files_is_refused_or_warned_of() -> None:
+    """The model zoo's own files of MMDetection: style and statistics would silently be those of another recipe."""
+    config = "_base_ = './faster_rcnn_r50_caffe_fpn_1x_coco.py'\nmodel = dict(backbone=dict(depth=101))"
+    with pytest.raises(DistillError, match=r"_base_ = .*print_config"):
+        read("MMDetection", mmdetection_state("faster_rcnn"), config=config)
+    found = read("Detectron2", detectron2_state("faster_rcnn"), config="_BASE_: Base.yaml\nMODEL: {MASK_ON: false}")
+    assert any("_BASE_: Base.yaml" in line for line in found.warnings)
+
+
+def test_the_resize_and_the_limits_of_mmdetections_tests_are_read() -> None:
+    config = """
+model = dict(type='mmdet.FasterRCNN', backbone=dict(type='mmdet.ResNet', norm_cfg=dict(type='BN', eps=1e-3)))
+test_cfg = dict(rpn=dict(nms_pre=-1, max_num=50), rcnn=dict(score_thr=0.2, max_per_img=-1))
+data_preprocessor = dict(type='DetDataPreprocessor', mean=[1., 2., 3.], std=[4., 5., 6.], pad_size_divisor=64)
+test_pipeline = [dict(type='Resize', scale=(1000, 600), keep_ratio=True)]
+"""
+    found = read("MMDetection", mmdetection_state("faster_rcnn"), config=config)
+    expected = {
+        "min_size": 600,
+        "max_size": 1000,
+        "backbone.norm_eps": 1e-3,
+        "rpn_pre_nms_top_n_test": 1_000_000,
+        "rpn_post_nms_top_n_test": 50,
+        "score_thresh": 0.2,
+        "detections_per_img": 1_000_000,
+        "pixels.channel_order": "bgr",
+        "pixels.mean": [1 / 255, 2 / 255, 3 / 255],
+    }
+    assert {name: found.options[name] for name in expected} == expected
+    assert found.resize == {"pad_to": 64}
+    old = "dict(type='MultiScaleFlipAug', img_scale=(500, 400), transforms=[dict(type='Resize', keep_ratio=True)])"
+    found = read("MMDetection", mmdetection_state("faster_rcnn"), config=f"model = dict()\ndata = dict(test={old})")
+    assert (found.options["min_size"], found.options["max_size"]) == (400, 500)
+
+
+def test_old_names_of_p6s_source_and_kept_boxes_are_read() -> None:
+    neck = "neck=dict(add_extra_convs=True, extra_convs_on_inputs=False, relu_before_extra_convs=True)"
+    state = mmdetection_state("fcos")
+    found = read("MMDetection", state, config=f"model = dict({neck}, test_cfg=dict(min_bbox_size=-1))")
+    assert (found.options["p6_from"], found.options["p7_relu"]) == ("p5", True)
+    assert found.options["detection_rule"] == "mmdetection2"
+    restore_detector(found.description, found.state, "model.pth")
+    assert any("plain one" in line for line in read("MMDetection", state).warnings)
+
+
+def test_p6_reads_c5_where_c5_is_as_wide_as_the_pyramid() -> None:
+    found = read("Detectron2", detectron2_state("retinanet", channels=512, zeros=True))
+    assert found.options["p6_from"] == "c5"
+
+
+@pytest.mark.parametrize("name", ["head.cls_score.weight", "head.bbox_pred.weight", "backbone.fpn_output5.weight"])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_broken_weights_are_refused(name: str, rows: int) -> None:
+    state = detectron2_state("retinanet", zeros=True)
+    state[name] = state[name][:rows] if rows else torch.tensor(1.0)
+    with pytest.raises(DistillError, match=r"^model\.pth"):
+        build("Detectron2", state)
+
+
+@pytest.mark.parametrize("version", ["0.6.0", "1.2.0"])
+def test_versions_with_other_boxes_are_refused(version: str) -> None:
+    content = {"meta": {"mmdet_version": version}, "state_dict": mmdetection_state("retinanet", zeros=True)}
+    with pytest.raises(DistillError, match="one pixel wider"):
+        read_foreign(content, "model.pth")
 
 
 def test_half_a_file_is_refused_with_the_missing_tensors() -> None:
