@@ -200,7 +200,7 @@ def convert(state: State, where: str, config: Mapping[str, Any] | None, classes:
     count, anchors = (_two_stage if two_stage else _one_stage)(found, state, where)
     if not two_stage:
         found.set("shapes", head_norm=norm)
-    foreign.class_names(classes, count, found)
+    foreign.class_names(classes, count, found, where)
     foreign.convert_rows(found.state, count, anchors, where)
     _read_input(found, shape, config)
     if config is not None:

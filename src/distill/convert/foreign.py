@@ -222,15 +222,19 @@ def convert_rows(state: dict[str, Tensor], classes: int, anchors: int, where: st
                 raise unsupported(where, "layer", f"{name} of shape {tuple(state[name].shape)}") from error
 
 
-def class_names(names: Any, count: int, found: ForeignDetector) -> None:
-    """Set the option `classes`: the given names, COCO's for 80 classes, or numbers."""
+def class_names(names: Any, count: int, found: ForeignDetector, where: str) -> None:
+    """Set the option `classes`: the given names, COCO's for 80 classes, or numbers.
+
+    Raises:
+        DistillError: there are more or fewer names than classes.
+    """
     if isinstance(names, str):  # old files of one class
         names = [names]
     if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
         if len(names) != count:
             raise DistillError(
-                f"class names: the weights are for {count} classes, but {len(names)} names were given: "
-                f"{list(names)[:8]}"
+                f"{where}: the weights are for {count} classes, but {len(names)} names were given: "
+                f"{list(names)[:8]}; give one name for each class, in label order, with distill import --classes"
             )
         found.set("names in the file or the command", classes=list(names))
     elif count == len(coco_names()):

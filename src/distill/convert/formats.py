@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from distill.convert import detectron2, mmdetection
 from distill.convert.foreign import ForeignDetector
 from distill.convert.python_config import parse_config
+from distill.types import DistillError
 
 KNOWN = "Detectron2 (.pkl, .pth) and MMDetection 2.x and 3.x (.pth)"
 """The formats, for messages."""
@@ -37,8 +39,19 @@ def read_foreign(
         return detectron2.convert(state, where, parsed, classes)
     meta = content.get("meta") if isinstance(content, Mapping) else None
     meta = meta if isinstance(meta, Mapping) else {}
-    text = config if config is not None else meta.get("cfg") or meta.get("config")
-    return mmdetection.convert(state, where, meta, parse_config(text) if isinstance(text, str) else None, classes)
+    text = meta.get("cfg") or meta.get("config")
+    own = parse_config(text) if isinstance(text, str) else None
+    foreign_config = config is not None and re.search(r"^MODEL:", config, re.MULTILINE)
+    given = None if config is None or foreign_config else parse_config(config)
+    if given == {}:
+        raise DistillError(
+            f"configuration of {where}: not a configuration of MMDetection (Python, such as model = dict(type=…)); "
+            "give the file that MMDetection writes to the folder of the training"
+        )
+    found = mmdetection.convert(state, where, meta, own if given is None else given, classes)
+    if foreign_config:
+        found.warnings.append("The configuration is one of Detectron2, and was not used")
+    return found
 
 
 def foreign_state(content: Any) -> dict[str, Tensor] | None:

@@ -211,7 +211,7 @@ def convert(
     config = _current_config(config, where)
     count, anchors = _read_shapes(found, state, where)
     named = classes or _class_names(meta)
-    foreign.class_names(named, count, found)
+    foreign.class_names(named, count, found, where)
     _read_input(found, shape, config, where)
     if config is None or "model" not in config:
         found.warnings.append(
@@ -336,13 +336,15 @@ def _read_shapes(found: ForeignDetector, state: State, where: str) -> tuple[int,
             bias = torch.zeros(len(found.state[name]), dtype=found.state[name].dtype)
             found.state.setdefault(f"{name.removesuffix('weight')}bias", bias)
     scales = [state.get(f"bbox_head.scales.{level}.scale") for level in range(5)]
-    known = [scale.reshape(()) for scale in scales if scale is not None]
+    known = [scale.reshape(()) for scale in scales if scale is not None and scale.numel() == 1]
     if len(known) == 5:
         found.state["head.regression_head.scales"] = torch.stack(known)
         found.renamed |= {f"bbox_head.scales.{level}.scale": "head.regression_head.scales" for level in range(5)}
         found.unused = [name for name in found.unused if name not in found.renamed]
     else:
-        foreign.rows_of(state, f"bbox_head.scales.{len(known)}.scale", where)
+        raise unsupported(
+            where, "head", f"{len(known)} scales bbox_head.scales, expected one number for each of 5 levels"
+        )
     source, improved = "assumed", biased
     found.set(
         source,
@@ -356,7 +358,7 @@ def _read_shapes(found: ForeignDetector, state: State, where: str) -> tuple[int,
 def _read_input(found: ForeignDetector, shape: Mapping[str, Any], config: Mapping[str, Any] | None, where: str) -> None:
     """Channel order, statistics and stride: of the configuration, or of a recipe of the model zoo."""
     given = _input(config or {})
-    recipe = _recipe(found, shape, where)
+    recipe = _recipe(found, shape, given.get("backbone__stride_in_1x1"), where)
     missing = {name: value for name, value in RECIPES[recipe].items() if name not in given}
     if "pixels__mean" in given:
         missing = {name: value for name, value in missing.items() if not name.startswith("pixels__")}
@@ -373,15 +375,16 @@ def _read_input(found: ForeignDetector, shape: Mapping[str, Any], config: Mappin
         found.options[name] = [float(value) / 255 for value in found.options[name]]
 
 
-def _recipe(found: ForeignDetector, shape: Mapping[str, Any], where: str) -> str:
+def _recipe(found: ForeignDetector, shape: Mapping[str, Any], stride_in_1x1: bool | None, where: str) -> str:
     if (shape.get("groups"), shape.get("group_width")) == (32, 8):
         return "32x8d"
     if shape.get("groups", 1) > 1 or shape["depth"] in (18, 34):
         return "pytorch"
     name = re.split(r"[/\\]", where)[-1].lower()
-    if found.family == "fcos" and "pytorch" not in name:
-        return "caffe" if found.options["distances"] == "relu" else "caffe, plain FCOS"
-    return "caffe" if "caffe" in name else "pytorch"
+    guessed = "pytorch" not in name if found.family == "fcos" else "caffe" in name
+    if not (guessed if stride_in_1x1 is None else stride_in_1x1):
+        return "pytorch"
+    return "caffe, plain FCOS" if found.family == "fcos" and found.options["distances"] == "exp" else "caffe"
 
 
 def _input(config: Mapping[str, Any]) -> dict[str, Any]:

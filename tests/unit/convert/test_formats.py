@@ -321,6 +321,30 @@ def test_a_configuration_that_needs_other_files_is_refused_or_warned_of() -> Non
     assert any("_BASE_: Base.yaml" in line for line in found.warnings)
 
 
+def test_a_configuration_of_another_project_does_not_replace_the_files_own() -> None:
+    """Detectron2's config.yaml may lie in the folder of the file."""
+    content = {"meta": {"cfg": MM_RETINANET}, "state_dict": mmdetection_state("retinanet", zeros=True)}
+    found = read_foreign(content, "model.pth", config="MODEL:\n  MASK_ON: false\n")
+    assert found is not None
+    assert found.options["pixels.mean"] == [1 / 255, 2 / 255, 3 / 255]
+    assert any("one of Detectron2" in line for line in found.warnings)
+    with pytest.raises(DistillError, match="not a configuration of MMDetection"):
+        read_foreign(content, "model.pth", config="mean: 3")
+
+
+def test_the_stride_of_a_configuration_without_statistics_decides_the_recipe() -> None:
+    config = "model = dict(backbone=dict(style='{}'))"
+    for style, family, first in (("caffe", "faster_rcnn", 103.53), ("pytorch", "fcos", 123.675)):
+        neck = "" if family == "faster_rcnn" else ", neck=dict(add_extra_convs='on_output')"
+        text = config.format(style).replace("))", f"){neck})")
+        found = read("MMDetection", mmdetection_state(family, depth=50, channels=32, zeros=True), config=text)
+        assert found.options["pixels.mean"][0] == pytest.approx(first / 255)
+    state = mmdetection_state("fcos", zeros=True)
+    state["bbox_head.scales.2.scale"] = torch.ones(2)
+    with pytest.raises(DistillError, match="4 scales"):
+        read("MMDetection", state)
+
+
 def test_the_resize_and_the_limits_of_mmdetections_tests_are_read() -> None:
     config = """
 model = dict(type='mmdet.FasterRCNN', backbone=dict(type='mmdet.ResNet', norm_cfg=dict(type='BN', eps=1e-3)))
