@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from distill.detectors.base import Detector
 from distill.detectors.norms import NORMS
 from distill.export.exported import ExportedDetector
-from distill.export.graphs import Canvas, FullGraph
+from distill.export.graphs import Canvas, DenseGraph, FullGraph
 from distill.export.parity import compare_detections
 from distill.export.routes import ROUTES, ExportOptions, open_program
 from distill.imaging.resizing import ResizeOptions
@@ -119,6 +119,8 @@ def test_foreign_options_are_exported(family: str, name: str, tmp_path: Path) ->
 
 
 def test_a_rule_that_cannot_be_traced_is_refused() -> None:
+    with pytest.raises(DistillError, match=r"--top 5: .*detection_rule=mmdetection"):
+        DenseGraph(detector_of("fcos", detection_rule="mmdetection"), Canvas(64, 64), top=5)
     detector = detector_of("fcos", detection_rule="detectron2")
     with pytest.raises(DistillError, match="detection_rule=detectron2 cannot be exported"):
         FullGraph(detector)

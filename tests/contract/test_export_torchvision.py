@@ -88,6 +88,8 @@ def test_three_lines_of_the_documentation_load_a_student(tmp_path: Path, monkeyp
         ("faster_rcnn", {"box_roi_aligned": True}, "box_roi_aligned=True"),
         ("faster_rcnn", {"offset": 0.5}, "anchors.offset=0.5"),
         ("retinanet", {"p7_relu": False}, "p7_relu=False"),
+        ("retinanet", {"p6_from": "lateral"}, "p6_from=lateral"),
+        ("retinanet", {"head_norm": "group_bias", "neck_channels": 64}, "head_norm=group_bias"),
         ("fcos", {"detection_rule": "mmdetection"}, "detection_rule=mmdetection"),
     ],
 )

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from distill.diagnostics.cost import Cost, cost_of
+from distill.export.proof import MAIN
 from distill.files import read_json
 from distill.run_folder import RunFolder
 from distill.types import DistillError
 from distill.units import MISSING
 
-METRICS = ("AP", "mAP")
 COLUMNS = ("", "AP", "M parameters", "GFLOPs", "MB", "ms", "AP per ms")
 ORIGINS = {
     "IMAGENET1K": "torchvision's weights (torchvision: BSD-3-Clause), trained on ImageNet; see ImageNet's terms of use",
@@ -175,7 +175,7 @@ def weights_used(config: Mapping[str, Any], summary: Mapping[str, Any], license_
 
 
 def _ap(values: Mapping[str, float], split: str) -> float | None:
-    found = next((values[f"{split}/{name}"] for name in METRICS if f"{split}/{name}" in values), -1.0)
+    found = next((values[f"{split}/{name}"] for name in MAIN if f"{split}/{name}" in values), -1.0)
     return found if found >= 0 else None
 
 

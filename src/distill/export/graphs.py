@@ -190,6 +190,12 @@ class DenseGraph(nn.Module):
                 f"--canvas {canvas.height}x{canvas.width}: expected multiples of {detector.resize.pad_to} pixels "
                 "(data.pad_to)"
             )
+        rule = detector.options.get("detection_rule", "torchvision")
+        if top is not None and "centerness" in detector.spec.outputs and rule.startswith("mmdetection"):
+            raise DistillError(
+                f"--top {top}: the scores of detection_rule={rule} need a threshold on the class alone, which the best "
+                "candidates do not have; leave out --top, and decode the raw outputs"
+            )
         self.detector, self.canvas, self.top = detector, canvas, top
         self.view_class = traced_view(detector, 1)
 

@@ -28,6 +28,9 @@ WARMUP = 2
 PATIENCE = 20.0
 """Seconds after which no further image is timed."""
 
+MAIN = ("AP", "mAP")
+"""Names of the metric that decides, of COCO and of Pascal VOC. The first one that was measured counts."""
+
 Detect = Callable[[Tensor], Detections]
 """From an image (3, H, W) uint8 to its detections, in its pixels."""
 
@@ -76,9 +79,25 @@ class Proof:
     student: ProgramRow
     exported: ProgramRow
 
-    def loss(self, metric: str) -> float:
+    @property
+    def metric(self) -> str:
+        """The metric that decides, a name in `MAIN`.
+
+        Raises:
+            DistillError: none of them was measured.
+        """
+        metric = next((name for name in MAIN if name in self.student.results), None)
+        if metric is None:
+            raise DistillError(
+                f"export: expected a metric {' or '.join(MAIN)} (metrics=coco or voc), but the run measures "
+                f"{', '.join(self.student.results)}"
+            )
+        return metric
+
+    @property
+    def loss(self) -> float:
         """The student's metric minus the file's, in percentage points."""
-        return 100 * (self.student.results[metric] - self.exported.results[metric])
+        return 100 * (self.student.results[self.metric] - self.exported.results[self.metric])
 
     def to_plain(self) -> dict[str, Any]:
         """The proof in plain containers."""

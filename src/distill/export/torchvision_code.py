@@ -41,6 +41,8 @@ def inexpressible_settings(detector: Detector) -> list[str]:
     found += [f"{name}={options[name]}" for name, value in OTHER_DEFAULTS.items() if options.get(name, value) != value]
     if detector.family == "fcos" and options.get("head_norm", "group") != "group":
         found.append(f"head_norm={options['head_norm']}")
+    found += ["p6_from=lateral"] if options.get("p6_from") == "lateral" else []
+    found += ["head_norm=group_bias"] if options.get("head_norm") == "group_bias" else []
     if options.get("p6_from") == "c5" and detector.spec.body[32] == options["neck_channels"]:
         found.append("p6_from=c5 with as many channels in C5 as in the neck")
     if detector.family not in BUILDERS:

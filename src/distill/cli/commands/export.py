@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 MAX_LOSS = 0.5
 """AP in percentage points that an export may lose."""
 MAX_LOSS_INT8 = 2.0
-METRIC = "AP"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,10 +80,10 @@ def main(argv: Sequence[str]) -> int:
         proof = prove(detector, opened, name, written.files, images, list(plan.metrics), size, args.timed)
         write_text(folder / "proof.json", json.dumps(proof.to_plain(), indent=1))
         print_proof(proof)
-        if proof.loss(METRIC) > allowed:
+        if proof.loss > allowed:
             raise DistillError(
-                f"export: the file loses {proof.loss(METRIC):.2f} AP on {proof.images} images of {proof.split}, more "
-                f"than --max-loss {allowed:g}. Nothing was written"
+                f"export: the file loses {proof.loss:.2f} {proof.metric} on {proof.images} images of {proof.split}, "
+                f"more than --max-loss {allowed:g}. Nothing was written"
             )
     print(f"written: {out}")
     return 0
@@ -94,7 +93,7 @@ def print_proof(proof: Proof) -> None:
     """Print the table of a proof, and how the detections agree."""
     from distill.cli.tables import print_line, print_table
 
-    metrics = [name for name in (METRIC, "AP50", "mask_AP", "mAP") if name in proof.student.results]
+    metrics = [name for name in ("AP", "AP50", "mask_AP", "mAP") if name in proof.student.results]
     times = [f"ms {kind}, {spread.threads} thr." for spread in proof.student.latency for kind in ("median", "p95")]
     print_table(
         f"{proof.split}, {proof.images} images; {proof.device}",
