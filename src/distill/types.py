@@ -170,8 +170,13 @@ class DetectorSpec:
 
     @property
     def data_classes(self) -> tuple[str, ...]:
-        """The class names in label order, those of `bridge` under the data's names."""
-        return tuple((self.bridge or {}).get(name, name) for name in self.classes)
+        """The class names in label order, those of `bridge` under the data's names.
+
+        A class outside of a bridge gets a name that no class of the data has, although the data may have its own name.
+        """
+        if self.bridge is None:
+            return self.classes
+        return tuple(self.bridge.get(name, f"{name} (unmapped)") for name in self.classes)
 
 
 MAPS = ("body", "neck", "objectness", "class_logits", "deltas", "centerness")

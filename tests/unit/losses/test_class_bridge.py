@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill.labels import bridge_classes, describe_bridge
+from distill.labels import bridge_classes, describe_bridge, shared_labels, unknown_classes
 from distill.losses.heads import ClassMap, kl_divergence
 from distill.types import DetectorSpec, DistillError
 
@@ -39,6 +39,13 @@ def test_names_match_by_spelling_by_the_table_and_by_pairs() -> None:
         "x: a + b",
         "y: unknown to the teacher; terms on features only",
     ]
+
+
+def test_a_class_that_was_left_out_counts_as_unknown_in_the_teachers_ap() -> None:
+    bridge = bridge_classes(TEACHER, STUDENT, {"cat": None, "car": "vehicle"})
+    known = spec(TEACHER, bridge).data_classes
+    assert shared_labels(known, STUDENT) == [0, 0, 1, 0, 0]
+    assert unknown_classes(known, STUDENT) == ["owl", "cat"]
 
 
 @pytest.mark.parametrize(
