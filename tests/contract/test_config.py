@@ -483,7 +483,7 @@ def test_help_and_completion_know_the_options_of_the_tables(capsys: pytest.Captu
         main(["train", "--help"])
     text = capsys.readouterr().out.replace(",\n  ", ", ")  # the lists are wrapped
     shown = {line.partition(": ")[0]: line.partition(": ")[2].split(", ") for line in text.splitlines()}
-    assert {"base", "none", "frcnn_r50", "retinanet_x101"} <= set(shown["teacher"])
+    assert {"none", "frcnn_r50", "retinanet_x101"} <= set(shown["teacher"])
     assert not [group for group in shown if "/" in group]  # such groups are chosen by the configuration itself
     words = [sys.executable, "-m", "distill", "train", "-sc", "query=bash"]
     for typed, completed in (("teacher=retinanet_r15", "teacher=retinanet_r152"), ("metrics/of=", "metrics/of=bccd")):

@@ -47,7 +47,7 @@ def test_files_of_an_analysis(runs: Path, cli: Cli, capsys: pytest.CaptureFixtur
     assert str(runs / "run" / "analysis") in output
     content, run = analysis(runs / "run"), runs / "run"
     page = (run / "report.html").read_text(encoding="utf-8")
-    for part in ("distilled (defeat)", "AP50 that errors of each kind cost", "the threshold with the best F1"):
+    for part in ("distilled (dsig)", "AP50 that errors of each kind cost", "the threshold with the best F1"):
         assert part in page
     assert page.count("data:image/png") > 8
     assert len(page) < 5_000_000

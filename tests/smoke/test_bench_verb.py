@@ -38,7 +38,7 @@ def test_the_report_is_complete_and_its_ratios_fit(
     cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "bench.json"
-    assert cli([*LINES, "--json", str(file)]) == 0
+    assert cli([*LINES, "distill=defeat", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     report = json.loads(file.read_text())
     assert set(report) == {"setting", "student", "options", "skipped", "loader", "evaluation", "verdict"}

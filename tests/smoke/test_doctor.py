@@ -40,13 +40,13 @@ def visit(cli: Cli, *lines: str, file: Path = Path("doctor.json")) -> dict[str, 
 @pytest.fixture(scope="module")
 def ready(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("doctor") / "report.json"
-    return visit(main, f"teacher.weights={tiny_teacher}", *TINY, file=file)
+    return visit(main, "distill=defeat", f"teacher.weights={tiny_teacher}", *TINY, file=file)
 
 
 def test_a_fine_run_is_ready_and_nothing_is_left_behind(
     cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli(["doctor", f"teacher.weights={tiny_teacher}", "teacher.min_ap=null", *TINY]) == 0
+    assert cli(["doctor", "distill=defeat", f"teacher.weights={tiny_teacher}", "teacher.min_ap=null", *TINY]) == 0
     said = capsys.readouterr().out
     for words in ("data;", "boxes:", "classes", "maps,", "adapters", "terms at step 0", "teacher", "time", "memory"):
         assert words in said, words
@@ -76,7 +76,10 @@ def test_data_is_counted_as_an_independent_count_has_it(ready: dict[str, Any]) -
 
 
 def test_terms_are_those_of_the_run_s_first_step(cli: Cli, ready: dict[str, Any], tiny_teacher: Path) -> None:
-    assert cli(["train", f"teacher.weights={tiny_teacher}", *TINY, "pictures=0", "hydra.run.dir=run"]) == 0
+    assert (
+        cli(["train", "distill=defeat", f"teacher.weights={tiny_teacher}", *TINY, "pictures=0", "hydra.run.dir=run"])
+        == 0
+    )
     rows = list(csv.DictReader(Path("run/steps.csv").read_text().splitlines()))
     first = next(row for row in rows if row.get("loss/total"))
     assert ready["terms"].keys() == {name.removeprefix("term/") for name in first if name.startswith("term/")}

@@ -72,7 +72,7 @@ def test_header_says_command_and_expected_number(experiment: str) -> None:
         assert "Measured values" in header
         assert "docs/results.md" in header
         return
-    assert re.search(r"arXiv \d{4}\.\d{5}|(CVPR|ICCV|ECCV|NeurIPS) \d{4}", header)
+    assert re.search(r"arXiv \d{4}\.\d{5}|(CVPR|ICCV|ECCV|ICLR|NeurIPS) \d{4}", header)
     expected = header.partition(" Expected ")[2]
     assert re.search(r"\d\d\.\d", expected)
     assert re.search(r"tables? \d|README of the release|abstract|second-hand", expected)

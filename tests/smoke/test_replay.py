@@ -25,7 +25,13 @@ def test_the_guard_s_keys_are_its_parameters_at_their_defaults() -> None:
 def test_the_command_that_a_stopped_run_names_does_its_step_again(
     cli: Cli, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [f"teacher.weights={tiny_teacher}", *TINY, "schedule.warmup_steps=0", "schedule.optimizer.lr=1e25"]
+    lines = [
+        "distill=defeat",
+        f"teacher.weights={tiny_teacher}",
+        *TINY,
+        "schedule.warmup_steps=0",
+        "schedule.optimizer.lr=1e25",
+    ]
     assert cli(["train", *lines, "guard.limit=0", "hydra.run.dir='a run'"]) == 1
     said = capsys.readouterr().err
     assert "step 1: the loss is not finite in" in said

@@ -90,7 +90,7 @@ def test_help(installed: Installed) -> None:
 def test_prints_its_configuration(installed: Installed) -> None:
     text = installed.python("-m", "distill", "train", "--cfg", "job", "model=frcnn_r50")
     assert "_target_: distill.FasterRCNN" in text
-    assert "_target_: distill.DeFeat" in text
+    assert "_target_: distill.DSIG" in text
     assert not any(installed.elsewhere.iterdir()), "printing leaves no run folder behind"
 
 

@@ -447,5 +447,7 @@ def parse_config(text: str, where: str) -> dict[str, Any]:
             f"{where}: not YAML ({str(error).splitlines()[0]}); give Detectron2's config.yaml"
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("MODEL"), dict):
-        raise DistillError(f"{where}: expected Detectron2's configuration, with the key MODEL; give its config.yaml")
+        raise DistillError(
+            f"{where}: expected Detectron2's configuration, with the key MODEL; give Detectron2's config.yaml"
+        )
     return config

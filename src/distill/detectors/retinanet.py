@@ -29,7 +29,7 @@ ANCHORS = AnchorOptions(sizes=((32, 40, 50), (64, 80, 101), (128, 161, 203), (25
 class RetinaNetView(PyramidView):
     """The View of a RetinaNet. The class branch and the box branch run separately, each only if its output is read."""
 
-    outputs = PyramidView.outputs | {"class_logits", "tower_features"}
+    outputs = PyramidView.outputs | {"class_logits", "tower_features", "finish_tower"}
 
     @property
     def generator(self) -> Any:

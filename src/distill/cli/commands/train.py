@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,8 @@ _held: list[int] = []
 
 def _close_inherited_locks() -> None:
     while _held:
-        os.close(_held.pop())
+        with suppress(OSError):  # the library of the lock closes it, too
+            os.close(_held.pop())
 
 
 # Loader processes outlive a killed run by some seconds. They must not hold its lock, because a resume would wait.
