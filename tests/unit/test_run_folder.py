@@ -13,8 +13,8 @@ from distill.run_folder import RunFolder, previous_checkpoint
 
 SOURCE = Path(distill.__file__).parent
 FILES = (
-    r"overrides\.yaml|(?<!conf/)(?<!Detectron2's )config\.yaml|summary\.json|student\.(pt|json)|(last|last-1|best)\.ckpt|metrics\.csv"
-    r"|steps\.csv|curves\.png|error\.txt"
+    r"overrides\.yaml|(?<!conf/)(?<!Detectron2's )config\.yaml|summary\.json|student\.(pt|json)"
+    r"|(last|last-1|best)\.ckpt|metrics\.csv|steps\.csv|curves\.png|error\.txt"
 )
 FOLDERS = {"checkpoints", "pictures", "non_finite", "slurm_job"}
 
