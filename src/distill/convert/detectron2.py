@@ -202,7 +202,8 @@ def convert(state: State, where: str, config: Mapping[str, Any] | None, classes:
         found.set("shapes", head_norm=norm)
     foreign.class_names(classes, count, found, where)
     foreign.convert_rows(found.state, count, anchors, where)
-    _read_input(found, shape, config)
+    with foreign.reading_configuration(where):
+        _read_input(found, shape, config)
     if config is not None:
         _read_options(found, config, where)
         if "_BASE_" in config:
@@ -314,6 +315,8 @@ def _one_list(levels: Any) -> list[float]:
 
 
 def _five_lists(levels: Any) -> list[list[float]]:
+    if not levels:
+        raise ValueError("expected sizes")
     return [_floats(level) for level in (levels if len(levels) > 1 else [*levels] * 5)]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,22 @@ def unsupported(where: str, part: str, found: str) -> DistillError:
         f"{where}: {part}: {found}. distill's detectors cannot express this part; choose weights of a Faster R-CNN, "
         "Mask R-CNN, RetinaNet or FCOS with a ResNet or ResNeXt and a plain FPN"
     )
+
+
+@contextmanager
+def reading_configuration(where: str) -> Iterator[None]:
+    """Name the file if a value of its configuration has another type than expected.
+
+    Raises:
+        DistillError: in place of the errors that such values raise.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise DistillError(
+            f"{where}: its configuration has a value that cannot be read ({error}); give the configuration of the "
+            "training with distill import --config"
+        ) from error
 
 
 def check_parts(names: Iterable[str], parts: Sequence[tuple[str, str]], where: str) -> None:

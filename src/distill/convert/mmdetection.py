@@ -212,20 +212,13 @@ def convert(
     count, anchors = _read_shapes(found, state, where)
     named = classes or _class_names(meta)
     foreign.class_names(named, count, found, where)
-    _read_input(found, shape, config, where)
+    with foreign.reading_configuration(where):
+        _read_input(found, shape, config, where)
+        if config is not None and "model" in config:
+            _read_model(found, config["model"], where)
+            _read_resize(found, config)
     if config is None or "model" not in config:
-        found.warnings.append(
-            "The file holds no configuration that can be read: anchors, thresholds and RoIAlign are those of the model "
-            "zoo. Give the configuration of the training with --config where it differs"
-        )
-        if found.family == "fcos":
-            found.warnings.append(
-                f"The towers' convolutions have {'a' if found.options['distances'] == 'relu' else 'no'} bias, so the "
-                f"FCOS is taken to be the model zoo's {FCOS_KINDS[found.options['distances']]}"
-            )
-    else:
-        _read_model(found, config["model"], where)
-        _read_resize(found, config)
+        _warn_of_zoo(found)
     _shift_means(found, where)
     foreign.convert_rows(found.state, count, anchors, where)
     foreign.check_anchors(found, anchors, where)
@@ -233,6 +226,19 @@ def convert(
         "MMDetection rounds the sides of a resized image, distill rounds them down: they differ by up to one pixel"
     )
     return found
+
+
+def _warn_of_zoo(found: ForeignDetector) -> None:
+    """Warn of what a file without a configuration does not tell."""
+    found.warnings.append(
+        "The file holds no configuration that can be read: anchors, thresholds and RoIAlign are those of the model "
+        "zoo. Give the configuration of the training with --config where it differs"
+    )
+    if found.family == "fcos":
+        found.warnings.append(
+            f"The towers' convolutions have {'a' if found.options['distances'] == 'relu' else 'no'} bias, so the "
+            f"FCOS is taken to be the model zoo's {FCOS_KINDS[found.options['distances']]}"
+        )
 
 
 def _current_names(state: State) -> dict[str, torch.Tensor]:
@@ -393,7 +399,7 @@ def _input(config: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     preprocessor = model.get("data_preprocessor") or config.get("data_preprocessor")
     for node in (preprocessor, config.get("preprocess_cfg"), config.get("img_norm_cfg"), config):
-        norm = node if isinstance(node, Mapping) and "mean" in node else _normalize(node)
+        norm = node if isinstance(node, Mapping) and node.get("mean") is not None else _normalize(node)
         if norm is None:
             continue
         values["pixels__mean"] = tuple(norm["mean"])
@@ -409,7 +415,7 @@ def _input(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _normalize(node: Any) -> Mapping[str, Any] | None:
     """The first step ``Normalize`` of a pipeline anywhere below a node, which 2.x has instead of a preprocessor."""
-    return next((part for part in _nodes(node) if part.get("type") == "Normalize" and "mean" in part), None)
+    return next((part for part in _nodes(node) if part.get("type") == "Normalize" and part.get("mean")), None)
 
 
 def _nodes(node: Any) -> Iterator[Mapping[str, Any]]:

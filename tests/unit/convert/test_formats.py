@@ -332,6 +332,22 @@ def test_a_configuration_of_another_project_does_not_replace_the_files_own() -> 
         read_foreign(content, "model.pth", config="mean: 3")
 
 
+@pytest.mark.parametrize(
+    ("project", "config"),
+    [
+        ("MMDetection", "model = dict(data_preprocessor=dict(mean=['x']))"),
+        ("MMDetection", "model = dict(backbone=dict(frozen_stages=None))"),
+        ("MMDetection", "model = dict(rpn_head=dict(bbox_coder=dict(target_stds=[0, 1, 1, 1])))"),
+        ("Detectron2", "MODEL: {PIXEL_STD: 3}"),
+        ("Detectron2", "MODEL: {ANCHOR_GENERATOR: {SIZES: []}}"),
+        ("Detectron2", "MODEL: {}\nINPUT: {MIN_SIZE_TEST: 0}"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(project: str, config: str) -> None:
+    with pytest.raises(DistillError, match=r"^model\.pth: .*configuration.*cannot be read"):
+        read(project, STATES[project]("faster_rcnn", zeros=True), config=config)
+
+
 def test_the_stride_of_a_configuration_without_statistics_decides_the_recipe() -> None:
     config = "model = dict(backbone=dict(style='{}'))"
     for style, family, first in (("caffe", "faster_rcnn", 103.53), ("pytorch", "fcos", 123.675)):
