@@ -242,8 +242,8 @@ class View(Protocol):
     @property
     def neck(self) -> Pyramid: ...
 
-    def with_neck(self, maps: Pyramid) -> View:
-        """Return a View of the same detector and batch with other maps as its neck.
+    def with_neck(self, maps: Pyramid, targets: Sequence[Target] | None = None) -> View:
+        """Return a View of the same detector and images with other maps as its neck, and other targets if given.
 
         Gradients reach the maps, also where this View is frozen.
         """

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
@@ -20,7 +21,17 @@ from torchvision.ops import clip_boxes_to_image
 
 from distill.detectors.detection_rules import finish
 from distill.precision import upcast
-from distill.types import ALTERNATIVES, AnchorTargets, Batch, Detections, DetectorSpec, DistillError, Pyramid, require
+from distill.types import (
+    ALTERNATIVES,
+    AnchorTargets,
+    Batch,
+    Detections,
+    DetectorSpec,
+    DistillError,
+    Pyramid,
+    Target,
+    require,
+)
 
 
 class ViewedDetector(Protocol):
@@ -233,13 +244,14 @@ class PyramidView(LazyView):
         maps = fpn({str(index): x for index, x in enumerate(stages)})
         return dict(zip(self.spec.neck, maps.values(), strict=True))
 
-    def with_neck(self, maps: Pyramid) -> PyramidView:
-        """Return a View of the same detector and batch with other maps as its neck.
+    def with_neck(self, maps: Pyramid, targets: Sequence[Target] | None = None) -> PyramidView:
+        """Return a View of the same detector and images with other maps as its neck, and other targets if given.
 
         Its stages record gradients to the maps, also where this View is frozen.
         """
+        batch = self.batch if targets is None else replace(self.batch, targets=tuple(targets))
         with torch.enable_grad():
-            view = type(self)(self.detector, self.batch, self.training, False, self.seed)
+            view = type(self)(self.detector, batch, self.training, False, self.seed)
         view._autocast = self._autocast
         vars(view)["neck"] = dict(maps)
         return view

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from distill.losses import base
 from distill.losses.base import DistillLoss, SumAndCount
+from distill.losses.heads import ClassMap
 from distill.losses.imitation import NeckPairs
 from distill.precision import upcast
-from distill.types import DetectorSpec, DistillError, Pyramid, View
+from distill.types import DetectorSpec, DistillError, Pyramid, Target, View
 
 NECK = {"all": 1.0, "levels": None}
 TOKENS = {"task": 1.0, "diversity": 1.0, "count": 6, "epochs": 1, "warmup": 1}
@@ -81,16 +83,19 @@ class MasKD(DistillLoss):
         tokens.diversity = sum_l 1/B sum_n dice of the masks
 
     The tokens (`MaskTokens`, for each level) are trained with the teacher frozen in the first ``tokens.epochs`` epochs,
-    by the terms ``tokens.*``, which do not reach the student. After ``tokens.warmup`` epochs m_t is multiplied by the
-    mask of the same token on the student's map. Masks pass no gradient to ``neck.all``.
+    by the terms ``tokens.*``, which do not reach the student; then they stay as they are, also under weight decay.
+    After ``tokens.warmup`` epochs m_t is multiplied by the mask of the same token on the student's map. Masks pass no
+    gradient to ``neck.all``. The teacher's own losses get the ground truth under the teacher's labels, without the
+    boxes of classes that it does not know.
 
     Source: Huang, Zhang, You, Wang, Qian, Cao, Xu, "Masked Distillation with Receptive Tokens", ICLR 2023, arXiv
     2205.14589, and its released code.
 
     Where we differ: the original trains the tokens for 2000 steps in a run of its own, and applies the student's masks
-    after 1000 steps; here both happen in the epochs of the student's run. The weights of ``tokens.*`` are ours. The
-    published settings also imitate the teacher's box head (smooth L1, weight 1), which is left out: add
-    ``distill=[maskd,response]`` or another method for the head.
+    after 1000 steps; here both happen in the epochs of the student's run. The weights of ``tokens.*`` are ours, and so
+    are the layers of p: the original has a 3x3 convolution before the mean, and no ReLU. The published settings also
+    imitate the teacher's box head (smooth L1, weight 1), which is left out: add ``distill=[maskd,response]`` or another
+    method for the head.
 
     Shapes: maps (B, C, H, W). B is counted over all processes. Published weights of ``neck.all``: 1 (Faster R-CNN), 7
     (RetinaNet, learning rate 0.02, gradients clipped at a norm of 35), 10 (FCOS). The teacher's heads run once more
@@ -103,7 +108,14 @@ class MasKD(DistillLoss):
             epochs without the student's masks.
         adapter: ``kernel``, ``start`` and ``relu`` of :func:`distill.losses.adapters.adapter`.
         ramp, normalizer, seed: see :class:`DistillLoss`.
+
+    Raises:
+        DistillError: with ``tokens.task``, no class or several classes of the teacher stand for one of the student's.
     """
+
+    classes: ClassMap
+    is_trained: Tensor
+    """Whether `trained` holds the tokens after their training."""
 
     def __init__(
         self,
@@ -134,6 +146,23 @@ class MasKD(DistillLoss):
                 self.tokens[str(level)] = MaskTokens(teacher.neck[level], tokens["count"], own_seed)
             # Parameters without a gradient would make several processes wait for one another.
             self.tokens.requires_grad_(bool(self.terms("tokens")))
+        # The optimizer decays all its parameters, so the masks come from copies after the training.
+        self.trained: Any = copy.deepcopy(self.tokens).requires_grad_(False)
+        self.register_buffer("is_trained", torch.tensor(False))
+        if "tokens.task" in self.weights:
+            self.classes = ClassMap("tokens.task", student, teacher, partial=True)
+            if self.classes.is_merged:
+                raise DistillError(
+                    "tokens.task: several classes of the teacher stand for one of the data's (classes.map), so the "
+                    "labels for the teacher's own losses are not known. Set tokens.task=0, or choose another method"
+                )
+
+    def on_epoch_start(self, epoch: int, data: Any, student: Any, teacher: Any) -> None:
+        """Keep the tokens at the end of their training."""
+        super().on_epoch_start(epoch, data, student, teacher)
+        if epoch >= self.token_epochs and not self.is_trained:
+            self.trained.load_state_dict(self.tokens.state_dict())
+            self.is_trained.fill_(True)
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
@@ -144,27 +173,37 @@ class MasKD(DistillLoss):
         pairs = self.neck(student, teacher)
         training = self.epoch < self.token_epochs
         for level, (student_map, teacher_map) in zip(self.neck.levels, pairs, strict=True):
-            tokens = self.tokens[str(level)]
+            tokens = (self.tokens if training else self.trained)[str(level)]
             with torch.autocast(teacher_map.device.type, enabled=False):
                 masks, probabilities = tokens.masks(teacher_map), tokens.probabilities(teacher_map)
                 if "neck.all" in shares:
                     total = self._imitate(tokens, student_map, teacher_map, masks, probabilities)
                     shares["neck.all"].append(base.sum_and_size(total, len(student_map)))
                 if "tokens.diversity" in shares:
-                    # The tokens stay attached when they are not trained any more.
-                    total = dice(masks).sum() * float(training) + 0 * student_map.sum()
-                    shares["tokens.diversity"].append(base.sum_and_size(total, len(student_map)))
+                    shares["tokens.diversity"].append(base.sum_and_size(dice(masks).sum(), len(student_map)))
                 mixed = torch.einsum("bt,bthw->bhw", probabilities, masks)[:, None]
                 changed[level] = (teacher_map * mixed).to(teacher.neck[level].dtype)
         terms = self.average({term: base.summed(levels) for term, levels in shares.items() if levels})
-        if "tokens.task" in shares:
-            if training:
-                values = [upcast(value) for value in teacher.with_neck(changed).losses.values()]
-                terms["tokens.task"] = torch.stack(values).sum() + 0 * pairs[0][0].sum()
-            else:
-                kept = sum(upcast(x).sum() for x in changed.values()) + pairs[0][0].sum()
-                terms["tokens.task"] = torch.as_tensor(0 * kept)
+        if "tokens.task" in shares and training:
+            losses = teacher.with_neck(changed, self._known(teacher.batch.targets)).losses.values()
+            terms["tokens.task"] = torch.stack([upcast(value) for value in losses]).sum()
+        # All parameters keep a gradient in every step, of 0 where no term trains them.
+        idle = 0 * sum(x.sum() for x in (*self.tokens.parameters(), *(pair[0] for pair in pairs)))
+        for term in self.weights:
+            if term.startswith("tokens"):
+                terms[term] = terms[term] + idle if training else torch.as_tensor(idle)
         return {term: terms[term] for term in self.weights}
+
+    def _known(self, targets: Sequence[Target]) -> list[Target]:
+        """The targets under the teacher's labels, without the boxes of classes that it does not know."""
+        known = []
+        for target in targets:
+            parts = [target.boxes, self.classes.labels(target.labels), target.masks]
+            if self.classes.is_partial:
+                rows = self.classes.known[target.labels]
+                parts = [None if part is None else part[rows] for part in parts]
+            known.append(Target(*parts))  # type: ignore[arg-type]
+        return known
 
     def _imitate(self, tokens: MaskTokens, student: Tensor, teacher: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
         """Sum over images of the error of one level."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,12 +97,43 @@ def test_tokens_learn_from_the_teachers_own_losses_and_then_stay(family: str) ->
         assert values.keys() == loss.weights.keys()
         assert all(value.isfinite() and value.requires_grad for value in values.values())
         (values["tokens.task"] + values["tokens.diversity"]).backward()
-        assert all(parameter.grad is not None for parameter in loss.parameters())
+        assert all(parameter.grad is not None for parameter in loss.parameters() if parameter.requires_grad)
         learns = [name for name, parameter in loss.tokens.named_parameters() if parameter.grad.any()]
         assert bool(learns) == (epoch == 0)
         assert not any(gradients(teacher))
         assert not any(gradients(student))
     assert values["tokens.task"] == 0
+
+
+def test_the_teachers_losses_get_its_own_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher has the student's classes in another order, and knows no owl."""
+    student, teacher = random_detector("retinanet"), random_detector("retinanet", seed=1).eval().requires_grad_(False)
+    teacher.spec = replace(teacher.spec, classes=("bat", "dog", "cat"), bridge={"dog": "dog", "cat": "cat"})
+    own, seen = teacher.net.compute_loss, []
+    monkeypatch.setattr(teacher.net, "compute_loss", lambda targets, *rest: seen.append(targets) or own(targets, *rest))
+    data = padded_batch()
+    MasKD(student.spec, teacher.spec)(student.view(data, seed=0), teacher.view(data, frozen=True, seed=0))
+    assert [target["labels"].tolist() for target in seen[0]] == [[3, 2], [], [3, 2]]
+    torch.testing.assert_close(seen[0][0]["boxes"], data.targets[0].boxes[:2])
+    merged = replace(teacher.spec, bridge={"bat": "cat", "cat": "cat", "dog": "dog"})
+    with pytest.raises(DistillError, match="several classes of the teacher stand for one"):
+        MasKD(student.spec, merged)
+
+
+def test_weight_decay_leaves_the_masks_of_trained_tokens() -> None:
+    loss = MasKD(spec(), spec(), adapter={"kernel": None}).double()
+    student, teacher = views()
+    loss.on_epoch_start(1, None, None, None)
+    before = loss(student, teacher)
+    sum(before.values()).backward()
+    assert all(parameter.grad is not None for parameter in loss.tokens.parameters())
+    torch.optim.SGD(loss.tokens.parameters(), lr=1.0, weight_decay=0.5).step()
+    loss.on_epoch_start(2, None, None, None)
+    assert torch.equal(loss(student, teacher)["neck.all"], before["neck.all"])
+    resumed = MasKD(spec(), spec(), adapter={"kernel": None}, seed=1).double()
+    resumed.load_state_dict(loss.state_dict())
+    resumed.on_epoch_start(2, None, None, None)
+    assert torch.equal(resumed(student, teacher)["neck.all"], before["neck.all"])
 
 
 def test_half_precision_and_draws() -> None:
