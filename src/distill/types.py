@@ -161,8 +161,8 @@ class DetectorSpec:
     norm: str
     """Kind of the backbone's normalisation layers, ``frozen``, ``batch_fixed_stats``, ``batch`` or ``sync``."""
     anchor_options: Mapping[str, Any] = field(default_factory=dict)
-    """Options that decide the anchors at every image size (``sizes``, ``ratios``, ``step``, ...). Detectors with equal
-    `anchors` and `anchor_options` have the same anchors."""
+    """Options that decide which boxes deltas stand for at every image size (``anchors.sizes``, ``point_offset``, ...).
+    In detectors of one family with equal `anchors` and `anchor_options`, equal deltas are equal boxes."""
     bridge: Mapping[str, str] | None = None
     """Of a teacher with another class list: its class name -> the data's class name, see `labels.bridge_classes`.
 

@@ -18,6 +18,8 @@ from distill.types import DetectorSpec
 
 BODY_STRIDES = (4, 8, 16, 32)
 """Strides of C2 to C5."""
+POINT_AND_DELTA_OPTIONS = ("point_offset", "point_step", "anchor_delta_weights")
+"""Options outside of ``anchors`` that decide which box the deltas of an anchor or point stand for."""
 
 
 class PyramidDetector(Detector):
@@ -62,7 +64,10 @@ class PyramidDetector(Detector):
             mean=tuple(pixels.mean),
             std=tuple(pixels.std),
             norm=backbone.norm,
-            anchor_options=options.get("anchors", {}),
+            anchor_options={
+                **{f"anchors.{name}": value for name, value in options.get("anchors", {}).items()},
+                **{name: options[name] for name in POINT_AND_DELTA_OPTIONS if name in options},
+            },
         )
         super().__init__(net, spec, options, freeze(net.backbone.body, backbone.trainable_stages))
         initialise(self, backbone.weights, given["weights"], given["head"])

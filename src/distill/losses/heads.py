@@ -299,9 +299,9 @@ def require_equal_anchors(name: str, student: DetectorSpec, teacher: DetectorSpe
         student, teacher: specs of both detectors.
 
     Raises:
-        DistillError: the anchors differ at some image size.
+        DistillError: the anchors differ at some image size, or the units of the deltas differ.
     """
-    remedy = f"Give both models the same options of anchors, or set the weights of {name} to 0"
+    remedy = f"Give both models the same options of anchors and deltas, or set the weights of {name} to 0"
     if student.anchors != teacher.anchors:
         raise DistillError(
             f"{name}: expected as many anchors per cell at the same strides, got (stride: anchors) {student.anchors} "
@@ -312,7 +312,7 @@ def require_equal_anchors(name: str, student: DetectorSpec, teacher: DetectorSpe
         values = [spec.anchor_options.get(option) for spec in (student, teacher)]
         if values[0] != values[1]:
             raise DistillError(
-                f"{name}: expected equal anchors, but anchors.{option} is {values[0]} for the student and {values[1]} "
+                f"{name}: expected equal anchors, but {option} is {values[0]} for the student and {values[1]} "
                 f"for the teacher. {remedy}"
             )
 

@@ -355,7 +355,7 @@ def test_hints_serve_every_pair_that_shares_strides() -> None:
 
 
 def test_anchors_of_other_sizes_are_refused() -> None:
-    larger = replace(spec(), anchor_options={"sizes": [[64]] * 5})
+    larger = replace(spec(), anchor_options={"anchors.sizes": [[64]] * 5})
     with pytest.raises(DistillError, match=r"rpn: expected equal anchors, but anchors\.sizes is None .* \[\[64\]"):
         Chen(spec(), larger, **only(rpn={}))
     Chen(spec(), larger, **only(rcn={}))
