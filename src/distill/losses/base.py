@@ -112,8 +112,10 @@ class DistillLoss(nn.Module):
         """One seed per image, from the loss's seed, the epoch and the image's id, independent of batch and process."""
         return [derive_seed(self.seed, self.epoch, image) for image in ids]
 
-    def average(self, shares: Mapping[str, Sequence[SumAndCount]], least: float = 1.0) -> dict[str, Tensor]:
-        """Term -> mean over its shares (e.g. levels) of sum / max(least, count).
+    def average(
+        self, shares: Mapping[str, Sequence[SumAndCount]], least: float = 1.0, empty: float | None = None
+    ) -> dict[str, Tensor]:
+        """Term -> mean over its shares (e.g. levels) of sum / max(least, count), or sum / empty for a count of 0.
 
         With ``normalizer="global"`` the counts are summed over all processes, with one all-reduce for all terms, and
         the value is multiplied by the number of processes: DDP's mean gradient is then the gradient of one process with
@@ -125,7 +127,9 @@ class DistillLoss(nn.Module):
         summed, processes = torch.stack(counts), 1
         if self.normalizer == "global":
             summed, processes = distributed.sum_over_ranks(summed)
-        factors = iter((processes / summed.clamp(min=least)).unbind())
+        divisors = summed.clamp(min=least)
+        divisors = divisors if empty is None else torch.where(summed > 0, divisors, empty)
+        factors = iter((processes / divisors).unbind())
         return {
             term: torch.stack([total * next(factors) for total, _ in pairs]).mean() for term, pairs in shares.items()
         }
@@ -184,8 +188,8 @@ def shared_levels(
     Args:
         name: of the place, for the message.
         student, teacher: channels by stride.
-        levels: the requested strides; a number for so many of the finest shared ones, or all if there are fewer; None
-            for all shared ones.
+        levels: the requested strides; a number below 8 for so many of the finest shared ones, or all if there are
+            fewer; None for all shared ones.
 
     Raises:
         DistillError: a model lacks this place, no stride is shared, or a requested one is not.
@@ -196,6 +200,11 @@ def shared_levels(
                 f"{name}: the {role} has no feature pyramid. Set the weights of {name} to 0, or {ALTERNATIVES['neck']}"
             )
     shared = sorted(set(student) & set(teacher))
+    if isinstance(levels, int) and levels >= 8:
+        raise DistillError(
+            f"{name}.levels: expected a number of levels, 1 to 7, or a list of strides, got {levels}. If this is a "
+            f"stride, write {name}.levels=[{levels}]"
+        )
     if isinstance(levels, int) and levels > 0 and shared:
         return shared[:levels]
     if isinstance(levels, int):

@@ -19,6 +19,8 @@ from distill.types import DetectorSpec, DistillError, Pyramid, View
 
 HEADS = {"classes": 1.0, "boxes": 1.0}
 ADAPTER = {"kernel": "auto", "start": "default", "relu": False}
+LEAST = 1e-6
+"""Smallest N that is not 0, as in the released code: the centerness of a single point may be far below 1."""
 
 
 def aligned(student: Tensor, teacher: Tensor, everywhere: bool = False) -> Tensor:
@@ -68,9 +70,9 @@ class CrossKD(DistillLoss):
     2024, arXiv 2306.11369; equation and settings as in its released code.
 
     Statistics and N are those of one process, as published, or with ``normalizer="global"`` those of all processes.
-    Where we differ: N is at least 1. Heads of unequal channels get a 1x1 adapter for each tower; the original refuses
-    them. FCOS is torchvision's: points are the corners of cells, and the boxes come from a ReLU instead of an
-    exponential.
+    Where we differ: N is 1 in a batch without positive anchors or points. Heads of unequal channels get a 1x1 adapter
+    for each tower; the original refuses them. FCOS is torchvision's: points are the corners of cells, and the boxes
+    come from a ReLU instead of an exponential.
 
     Shapes: tower features (B, C, H, W). Published: RetinaNet i = 3, weights 1 and 1 with GIoU; FCOS i = 2, weights 0.4
     and 0.75 with -log IoU. The centerness is not distilled. Three convolutions of each of the student's towers run a
@@ -149,7 +151,7 @@ class CrossKD(DistillLoss):
             with torch.autocast(boxes.device.type, enabled=False):
                 error = self.box_error(boxes.flatten(0, 1), teacher_boxes.flatten(0, 1)).view(counted.shape)
             shares["heads.boxes"] = [((counted * scores.amax(2).sigmoid() * error).sum(), count)]
-        return self.average(shares)
+        return self.average(shares, least=LEAST, empty=1.0)
 
     def _cross(self, branch: str, student: View, teacher: View) -> Pyramid:
         """Outputs of the teacher's head, on the student's features."""

@@ -76,11 +76,12 @@ class FBKD(DistillLoss):
 
     Source: Zhang, Ma, "Improve Object Detection with Feature-based Knowledge Distillation: Towards Accurate and
     Efficient Detectors", ICLR 2021; form and weights as in MMRazor. The channel attention of the paper is left out, as
-    there: it is computed and not used.
+    there: it is computed and not used. The linear layer, the convolutions, NL_s and the attention take the student's
+    map before its adapter, as there.
 
     The batch is that of one process, as published, so the terms grow with the root of the batch size per GPU; with
-    ``normalizer="global"`` it is that of all processes. Where we differ: the non-local blocks have no batch norm; the
-    linear layer, the convolutions and NL_s take the student's map before its adapter.
+    ``normalizer="global"`` it is that of all processes. Where we differ: the non-local blocks have no batch norm,
+    half of the channels inside on all levels, and a pooling by 8, 4, 4 and 2.
 
     Shapes: maps (B, C, H, W). Published: 7e-5, 4e-3, 4e-3 and 7e-5 on the four finest levels of Faster R-CNN, tau =
     0.5.

@@ -119,11 +119,7 @@ class PKD(DistillLoss):
             return {}
         maps = []
         for level, other in self.pairs:
-            student_map, teacher_map = self.adapters[str(level)](student.neck[level]), teacher.neck[other]
-            if self.by_stride:
-                remedy = "Leave this stride out with neck.levels"
-                base.require_equal_shapes(f"neck, stride {level}", student_map, teacher_map, remedy)
-            maps.append((student_map, teacher_map))
+            maps.append((self.adapters[str(level)](student.neck[level]), teacher.neck[other]))
         shares = correlation_errors(maps, self.resize, self.normalizer == "global")
         return self.average({"neck.all": base.summed(shares)})
 
@@ -132,8 +128,8 @@ def _by_position(student: DetectorSpec, teacher: DetectorSpec, levels: Any) -> l
     """Strides of student and teacher, paired from the finest on."""
     for role, spec in (("student", student), ("teacher", teacher)):
         base.shared_levels(f"neck ({role})", spec.neck, spec.neck, None)  # refuses a detector without a pyramid
-    if not (levels is None or (isinstance(levels, int) and levels > 0)):
+    if not (levels is None or (isinstance(levels, int) and 0 < levels < 8)):
         raise DistillError(
-            f"neck.levels: with neck.match=position, expected a number of levels, 1 or more, or null, got {levels}"
+            f"neck.levels: with neck.match=position, expected a number of levels, 1 to 7, or null, got {levels}"
         )
     return list(zip(sorted(student.neck), sorted(teacher.neck), strict=False))[:levels]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torchvision.ops import generalized_box_iou
 
 from distill.detectors.towers import split_tower
 from distill.losses.base import DistillLoss
+from distill.losses.bckd import BCKD
 from distill.losses.crosskd import CrossKD, aligned, centerness
-from distill.types import Batch, DetectorSpec, DistillError
+from distill.types import Batch, DetectorSpec, DistillError, Target
 from helpers.detectors import padded_batch, random_detector
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import OBJECTS, OracleOfTwins
@@ -149,6 +151,37 @@ def test_the_gradient_of_a_step_reaches_the_students_tower_and_not_the_teacher()
         assert all(p.grad is not None and p.grad.any() for layer in used[:1] for p in layer.parameters())
         assert all(p.grad is None for layer in unused for p in layer.parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_fcos_divides_by_its_centerness_also_below_1_and_by_1_without_objects() -> None:
+    """Only the divisor depends on the boxes. The point (8, 8) is 1 and 7.5 pixels from the sides of the first box."""
+    student, teacher = random_detector("fcos"), random_detector("fcos", seed=1).eval().requires_grad_(False)
+    loss, data = CrossKD(student.spec, teacher.spec, depth=2, box_error="log_iou"), padded_batch(((64, 64),))
+    sums = []
+    for boxes, divisor in (([[7, 7, 15.5, 15.5]], 1 / 7.5), ([], 1), ([[4, 4, 12, 12], [28, 28, 36, 36]], 2)):
+        target = Target(
+            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.ones(len(boxes), dtype=torch.int64)
+        )
+        images = replace(data, targets=(target,))
+        values = loss(student.view(images), teacher.view(images, frozen=True))
+        sums.append([values[term].item() * divisor for term in ("heads.classes", "heads.boxes")])
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+    assert sums[2] == pytest.approx(sums[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "value"),
+    [
+        ("fcos", "point_offset", 0.5),
+        ("fcos", "point_step", "nominal"),
+        ("retinanet", "anchor_delta_weights", (10, 10, 5, 5)),
+    ],
+)
+def test_equal_deltas_of_other_boxes_are_not_compared(family: str, option: str, value: Any) -> None:
+    student, teacher = random_detector(family), random_detector(family, **{option: value})
+    for loss in (CrossKD, BCKD):
+        with pytest.raises(DistillError, match=f"expected equal anchors, but {option} is"):
+            loss(student.spec, teacher.spec)
 
 
 def test_refusals() -> None:

@@ -42,6 +42,13 @@ class TestPKD(OracleOfTwins):
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
         return {"neck.all": sum(slow_error(x, teacher.neck[at]) for at, x in student.neck.items())}
 
+    def test_a_wrong_shape_is_refused(self) -> None:
+        """Maps of unequal size are resized, see below."""
+        student, teacher = self.views(OBJECTS)
+        narrow = student.mapped(lambda x: x[..., :-1] if x.shape[-1] > 1 else x)
+        (value,) = self.loss(student.spec, teacher.spec)(narrow, teacher).values()
+        assert value.isfinite()
+
 
 def test_is_one_minus_pearson() -> None:
     torch.manual_seed(0)
@@ -83,6 +90,8 @@ def test_unequal_sizes_are_resized_to_the_teacher() -> None:
     x = x[..., low, :] * (1 - part)[:, None] + x[..., high, :] * part[:, None]
     x = x[..., low] * (1 - part) + x[..., high] * part
     assert found == pytest.approx(slow_error(torch.tensor(x), teacher.neck[4]), rel=1e-9)
+    of_one_stride = FakeView(student.batch, spec(), neck={4: student.neck[8]})
+    assert PKD(spec(), spec(), neck={"levels": [4]})(of_one_stride, teacher)["neck.all"].item() == pytest.approx(found)
     small, large = equally_large(student.neck[8], teacher.neck[4], "teacher")
     assert small.shape == large.shape == student.neck[8].shape
 
@@ -102,5 +111,7 @@ def test_unequal_channels_get_an_adapter_and_options_are_checked() -> None:
     assert {tuple(parameter.shape) for name, parameter in loss.named_parameters() if "weight" in name} == {(8, 6, 1, 1)}
     with pytest.raises(DistillError, match="match of stride or position"):
         PKD(spec(), spec(), neck={"match": "size"})
+    with pytest.raises(DistillError, match=r"If this is a stride, write neck\.levels=\[16\]"):
+        PKD(spec(), spec(), neck={"levels": 16})
     with pytest.raises(DistillError, match="a number of levels"):
         PKD(spec(), spec(), neck={"match": "position", "levels": [4]})
