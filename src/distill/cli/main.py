@@ -15,22 +15,23 @@ USAGE = """usage: distill <command> [options]
   train [overrides]                     train a detector, alone or by distillation (also: python train.py)
   resume RUN [overrides]                continue a stopped run from its last checkpoint
   evaluate RUN [overrides]              measure the AP of a run's student, on any split or data set
-  export RUN --to FORMAT [overrides]    write a run's student as a file of another program, and measure its AP
-  card RUN [--license TEXT]             table of AP and costs, and a model card beside the student's weights
-  compare [overrides] [seeds=3]         train without and with distillation over several seeds, and compare
+  export RUN --to FORMAT [overrides]    write a run's student as a file for another program, and measure its AP
+  card RUN [--license TEXT]             print AP and costs, and write a model card with the student's weights
+  compare [overrides] [seeds=3]         train with and without distillation for several seeds, and compare
   compare RUN RUN...                    compare finished runs
   predict RUN IMAGES... [--score 0.5]   draw detections on images, and write them in COCO's format
   analyze RUN [--against RUN]           report the errors of a run's student, its teacher and a baseline, by kind
-  report DIR [--wandb ENTITY/PROJECT]   write the comparison of a sweep as a page, and as a report on W&B's site
+  report DIR [--wandb ENTITY/PROJECT]   write the comparison of a sweep as an HTML page and a W&B report
   bench [overrides]                     measure the cost of distillation on this machine, part by part
   classifier FILE.pt [overrides]        train the image classifier that distill=dicod needs
   doctor [overrides of train]           check data, teacher and loss terms before a run, and estimate its time
-  import FILE [--out DIR]               convert a detector of Detectron2 or MMDetection, for teacher.weights
+  import FILE [--out DIR]               convert a detector of Detectron2 or MMDetection to a folder like that of a run
   methods [NAME...]                     list the distillation methods with their terms, detectors and papers
   replay FILE                           repeat the step that stopped a run
 
-RUN is the folder of a run; a run prints it. An override is KEY=VALUE (seed=1) or GROUP=OPTION (distill=defeat).
-With every command, --config-dir DIR adds a folder of your own options, and trust=[PACKAGE] allows your own code.
+RUN is the folder of a run; every run prints its folder. An override is KEY=VALUE (seed=1) or GROUP=OPTION
+(distill=defeat). With every command, --config-dir DIR adds a folder of your own options, and trust=[PACKAGE] allows
+imports from your own package.
 distill <command> --help shows the options of a command. distill --version shows the versions of distill and its
 libraries.
 eval "$(distill -sc install=bash)" completes commands, groups and keys in this shell; also for zsh and fish."""

@@ -1,4 +1,4 @@
-"""The command card: what a run's models cost and find, as a table and as a model card beside the weights."""
+"""Print AP and costs of a run's models as a table, and write a model card with the student's weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ def main(argv: Sequence[str]) -> int:
     """``distill card RUN [--license TEXT] [--out DIR] [--push-to-hub USER/NAME]``."""
     parser = argparse.ArgumentParser(prog="distill card", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument("--license", default="not stated", help="license of the student's weights")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of card and weights; default: RUN/export/card")
+    parser.add_argument(
+        "--license", default="not stated", help="license of the student's weights, which the card states"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the card and the weights; default: RUN/export/card"
+    )
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="also upload the folder to the Hugging Face Hub")
     args = parser.parse_args(list(argv))
 

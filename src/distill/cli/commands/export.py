@@ -1,4 +1,4 @@
-"""The command export: a run's student as a file of another program, with a proof of what the file finds."""
+"""Write a run's student as a file for another program, and compare the file's detections and AP with the student's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from distill.export.proof import Proof
 
 MAX_LOSS = 0.5
-"""AP in percentage points that an export may lose."""
+"""Default of --max-loss: largest accepted loss of AP, in percentage points."""
 MAX_LOSS_INT8 = 2.0
 
 
@@ -29,27 +29,60 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--to", required=True, metavar="FORMAT", help="onnx, openvino, torchscript, safetensors, torchvision"
     )
-    parser.add_argument("--parts", default="full", help="full: from pixels to detections; dense: batches, without NMS")
-    parser.add_argument("--batch", default=None, choices=("1", "dynamic"), help="images per call of a dense file")
-    parser.add_argument("--top", type=int, metavar="K", help="dense: decode the K best candidates of an image")
-    parser.add_argument("--canvas", type=_canvas, metavar="HxW", help="dense: size of the images in pixels")
+    parser.add_argument(
+        "--parts",
+        default="full",
+        help="full (default): from pixels to detections; dense: batches of a fixed image size, without resize and NMS",
+    )
+    parser.add_argument(
+        "--batch", default=None, choices=("1", "dynamic"), help="images per call of a dense file; default: dynamic"
+    )
+    parser.add_argument(
+        "--top",
+        type=int,
+        metavar="K",
+        help="dense: output the K best decoded candidates of each image; default: raw outputs",
+    )
+    parser.add_argument(
+        "--canvas",
+        type=_canvas,
+        metavar="HxW",
+        help="dense: height and width of the input images in pixels; default: the smallest "
+        "size that holds all validation images",
+    )
     parser.add_argument("--opset", type=int, default=18, help="ONNX's operator set; default: 18")
-    parser.add_argument("--int8", action="store_true", help="quantize an ONNX file, calibrated on training images")
-    parser.add_argument("--calibration", type=int, default=64, metavar="N", help="images that calibrate; default: 64")
+    parser.add_argument(
+        "--int8", action="store_true", help="quantize a full ONNX file; calibration uses training images"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        default=64,
+        metavar="N",
+        help="number of training images for the calibration of --int8; default: 64",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the files; default: RUN/export/FORMAT")
     parser.add_argument(
-        "--split", default="val", choices=("train", "val", "test"), help="split of the proof; default: val"
+        "--split", default="val", choices=("train", "val", "test"), help="split on which AP is compared; default: val"
     )
-    parser.add_argument("--images", type=int, default=200, metavar="N", help="images of the proof; default: 200")
-    parser.add_argument("--timed", type=int, default=24, metavar="N", help="images for the latency; 0: not measured")
+    parser.add_argument(
+        "--images", type=int, default=200, metavar="N", help="number of images on which AP is compared; default: 200"
+    )
+    parser.add_argument(
+        "--timed",
+        type=int,
+        default=24,
+        metavar="N",
+        help="number of images for the latency; default: 24; 0: no measurement",
+    )
     parser.add_argument(
         "--max-loss",
         type=float,
         metavar="AP",
-        help=f"AP that may be lost, in percentage points; default: {MAX_LOSS}, with --int8 {MAX_LOSS_INT8}",
+        help=f"largest accepted loss of AP, in percentage points; default: {MAX_LOSS}, with --int8 {MAX_LOSS_INT8}",
     )
-    parser.add_argument("--license", default="not stated", help="license of the weights, for the metadata")
-    parser.add_argument("overrides", nargs="*", help="as for train: data.source.root=…")
+    parser.add_argument("--license", default="not stated", help="license of the weights, which the metadata states")
+    parser.add_argument("overrides", nargs="*", help="overrides, as for train: data.source.root=…")
     args = parser.parse_intermixed_args(list(argv))
     run = find_run(args.source)
     cfg = recompose(run, args.overrides)
@@ -83,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
         if proof.loss > allowed:
             raise DistillError(
                 f"export: the file loses {proof.loss:.2f} {proof.metric} on {proof.images} images of {proof.split}, "
-                f"more than --max-loss {allowed:g}. Nothing was written"
+                f"more than --max-loss {allowed:g}. Nothing was written. To accept this loss, set --max-loss"
             )
     print(f"written: {out}")
     return 0

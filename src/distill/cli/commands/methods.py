@@ -1,4 +1,4 @@
-"""The command methods: lists the distillation methods with their options, detectors, terms and papers."""
+"""List the distillation methods with their options, detectors, terms and papers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from distill.cli.tables import print_table
 
 COMBINE = """
-Several methods add up: distill=[pkd,dist]. Methods that compare different things (features, relations, outputs) fit.
-Of those that compare the same thing, take one, and one option of a method. distill bench 'distill=[pkd,dist]' measures
-their cost on this machine."""
+Several methods can be combined: 'distill=[pkd,dist]'. Combine methods that compare different things (features,
+relations, outputs). Of methods that compare the same thing, choose one, and choose only one option of a method. This
+command measures their cost on this machine: distill bench 'distill=[pkd,dist]'"""
 
 
 def main(argv: Sequence[str]) -> int:
     """``distill methods [NAME ...]``."""
     parser = argparse.ArgumentParser(prog="distill methods", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="options or methods; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="name of a method or of an option of distill=; default: all"
+    )
     names = sorted({name.lower() for name in parser.parse_args(list(argv)).names})
     from distill.cli.reports.method_table import method_rows
 

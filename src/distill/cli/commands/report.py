@@ -1,4 +1,4 @@
-"""The command report: writes the comparison of finished runs as a page, and on request as a report on W&B's site."""
+"""Write the comparison of finished runs as an HTML page and, with --wandb, as a report on the W&B site."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from distill.types import DistillError
 
 
 def main(argv: Sequence[str]) -> int:
-    """``distill report DIR [RUN ...] [--html FILE] [--wandb ENTITY/PROJECT]``."""
+    """``distill report DIR [DIR ...] [--html FILE] [--wandb ENTITY/PROJECT] [--no-images]``."""
     parser = argparse.ArgumentParser(
         prog="distill report",
-        usage="distill report DIR [RUN ...] [--html FILE] [--wandb ENTITY/PROJECT]",
+        usage="distill report DIR [DIR ...] [--html FILE] [--wandb ENTITY/PROJECT] [--no-images]",
         description=__doc__,
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="the folder of a sweep, or of a run")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="the folder of a sweep or of a run")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="the page; default: comparison.html in the first of the folders"
+        "--html", type=Path, metavar="FILE", help="file of the page; default: comparison.html in the first folder"
     )
     parser.add_argument(
         "--wandb",
         metavar="ENTITY/PROJECT",
-        help="also make a report and a workspace in this project of W&B. The runs must be there: logger=wandb",
+        help="also make a report and a workspace in this W&B project, which must hold the runs (logger=wandb)",
     )
-    parser.add_argument("--no-images", action="store_true", help="leave out the intervals over images")
+    parser.add_argument("--no-images", action="store_true", help="leave out the confidence intervals over images")
     args = parser.parse_args(list(argv))
     if missing := [folder for folder in args.folders if not folder.is_dir()]:
         raise DistillError(f"{missing[0]}: there is no such folder. Expected the folder of a sweep or of a run")
