@@ -561,7 +561,8 @@ def _read_two_stage(found: ForeignDetector, model: _Part) -> None:
     proposals("nms").expect("type", "nms")
     if threshold is not None:
         found.set("configuration", rpn_nms_thresh=float(threshold))
-    found.set("configuration", proposal_min_size=max(0.0, float(proposals.get("min_bbox_size", 0))))
+    if "min_bbox_size" in proposals.node:
+        found.set("configuration", proposal_min_size=max(0.0, float(proposals.get("min_bbox_size"))))
     _read_thresholds(found, final)
     if found.family == "mask_rcnn":
         final.expect("mask_thr_binary", 0.5)

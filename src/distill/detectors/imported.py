@@ -69,13 +69,11 @@ def import_detector(
 
 
 def _report(found: ForeignDetector, file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else ""
     return {
         "project": found.project,
         "family": found.family,
         "source": str(file),
-        "sha256": digest,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "used": found.renamed,
         "unused": found.unused,
         "missing": [],  # a file that lacks a tensor is refused
