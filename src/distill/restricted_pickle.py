@@ -185,6 +185,10 @@ def _plain() -> dict[tuple[str, str], Callable[..., Any]]:
     def size(values: Any) -> Any:
         return torch.Size(values)
 
+    def storage(data: Any) -> Any:
+        """The values of a tensor in a plain pickle: a file of `torch.save` in the file."""
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
     def text(value: Any = "", *arguments: Any) -> Any:
         return value if isinstance(value, str) else ""
 
@@ -211,6 +215,7 @@ def _plain() -> dict[tuple[str, str], Callable[..., Any]]:
         ("torch._utils", "_rebuild_tensor_v2"): tensor,
         ("torch._utils", "_rebuild_tensor"): old_tensor,
         ("torch._utils", "_rebuild_parameter"): parameter,
+        ("torch.storage", "_load_from_bytes"): storage,
         ("torch", "Size"): size,
         ("torch", "device"): lambda *arguments: torch.device("cpu"),
         **{("torch", name): getattr(torch, name) for name in _DTYPES},

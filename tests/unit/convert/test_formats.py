@@ -551,6 +551,8 @@ def test_arrays_become_tensors(tmp_path: Path) -> None:
         content = load_tensors(file, foreign=True)
         assert torch.equal(content["model"]["a"], torch.arange(6.0).view(2, 3))
         assert torch.equal(content["model"]["b"], torch.arange(6.0).view(2, 3).T)
+    file.write_bytes(pickle.dumps({"model": {"a": torch.arange(6.0).view(2, 3).T}}))
+    assert torch.equal(load_tensors(file, foreign=True)["model"]["a"], torch.arange(6.0).view(2, 3).T)
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(DistillError, match="written completely"):
         load_tensors(file, foreign=True)
