@@ -192,14 +192,14 @@ def test_ctrl_c_leaves_the_previous_export(
     from distill.export import routes
 
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "previous").write_text("kept")
+    (tmp_path / "out" / "proof.json").write_text("kept")
 
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(routes, "export_onnx", stop)
     assert cli(["export", str(run), "--to", "onnx", "--out", "out"]) == 130
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "previous"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "proof.json"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(run: Path, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     split, rows = card_rows(run)
     print_table(f"{split}, percent", COLUMNS, [row.cells() for row in rows], compact=True)
     out = args.out or card_folder(run)
-    with complete_folder(out) as folder:
+    with complete_folder(out, "student.safetensors") as folder:
         detector = load_detector(run.path)
         save_safetensors(detector, folder, {**read_extra(run.path), "license": args.license})
         text = write_card(run, read_config(run), read_overrides(run.path), args.license, detector.classes)

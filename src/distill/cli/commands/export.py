@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     name = options.to + ("-dense" if options.parts == "dense" else "-int8" if options.int8 else "")
     allowed = args.max_loss if args.max_loss is not None else MAX_LOSS_INT8 if options.int8 else MAX_LOSS
     out = args.out or run.path / "export" / name
-    with complete_folder(out) as folder:
+    with complete_folder(out, "proof.json") as folder:
         plan = plan_run(cfg)
         images = ValidationImages(plan.data, args.split, args.images)
         written = write_export(detector, options, plan.data, read_extra(args.source), folder)
