@@ -1,4 +1,4 @@
-"""A dense file completed by its detector, so that its AP can be measured."""
+"""A dense file together with the student, which computes the rest of the detections, to measure the file's AP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packages that only some formats need. They are extras of distill."""
+"""Import of optional packages, which only some formats need and which extras of distill install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all."""
+"""Write a folder completely, or leave the previous folder unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill.types import DistillError
 def complete_folder(path: Path, mark: str) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which becomes `path` at the end. A previous export is replaced.
 
-    If the body raises, also at ctrl-C, the temporary folder is removed and the previous one stays.
+    If the body raises, at ctrl-C too, the temporary folder is removed and the previous `path` is kept.
 
     Args:
         path: the folder. Only an empty folder or a previous export may exist there.

@@ -1,7 +1,7 @@
 """The computation of a detector from pixels to detections as one traceable module, and its dense part alone.
 
-A graph is a View whose sizes are tensors. So the exported operations are those of evaluation, in every family. torch's
-tracer records them with symbolic sizes: one file works for images of all sizes.
+A graph runs a View whose sizes are tensors, so a file computes the operations of the evaluation, in every family.
+torch's tracer records these operations with symbolic sizes, so one file works for images of all sizes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ NO_TARGET = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 
 
 class TracedView:
-    """What a traced View computes in another way than a View: everything that depends on the size of an image.
+    """Mixin that replaces the parts of a View that depend on the size of an image by traceable operations.
 
-    It stands before a family's View among the base classes. ``batch.images`` is not padded.
+    In the list of base classes, the mixin precedes the family's View. ``batch.images`` is not padded.
     """
 
     pad_to: ClassVar[int] = 1
@@ -38,7 +38,7 @@ class TracedView:
 
     @functools.cached_property
     def images(self) -> Tensor:
-        """Normalised images (B, 3, H, W) with zero padding."""
+        """Normalized images (B, 3, H, W) with zero padding."""
         view: Any = self
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (view.spec.mean, view.spec.std))
         pixels = view.batch.images
@@ -83,8 +83,9 @@ class TracedMaskView(TracedView):
 def paste_masks(cells: Tensor, boxes: Tensor, height: Any, width: Any) -> Tensor:
     """Resize mask probabilities (N, 1, M, M) into their boxes (N, 4); return masks (N, height, width) bool.
 
-    The result is that of torchvision's `paste_masks_in_image` above 0.5. Here it is two matrix products: bilinear
-    interpolation is linear along each axis. No loop over the masks is exported, and N may be 0.
+    The result is that of torchvision's `paste_masks_in_image` above 0.5. This function uses two matrix products,
+    because bilinear interpolation is linear along each axis. The exported graph has no loop over the masks, and N may
+    be 0.
     """
     padded, scale = expand_masks(cells, 1)
     corners = expand_boxes(boxes, scale).to(torch.int64)

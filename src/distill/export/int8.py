@@ -46,7 +46,7 @@ def quantize(source: Path, path: Path, images: Iterable[Tensor], facts: dict[str
 
     reader = type("Reader", (quantization.CalibrationDataReader,), {"get_next": next_input})()
     logger, level = logging.getLogger(), logging.getLogger().level
-    logger.setLevel(logging.ERROR)  # it recommends a preparation that the exporter has done
+    logger.setLevel(logging.ERROR)  # onnxruntime recommends a preparation that the exporter has already done
     try:
         quantization.quantize_static(
             str(source),

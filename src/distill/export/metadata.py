@@ -1,4 +1,4 @@
-"""What an exported file says about itself, so that it can be used without distill."""
+"""Metadata of an exported file: all facts that a program without distill needs to use the file."""
 
 from __future__ import annotations
 

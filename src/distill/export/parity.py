@@ -21,9 +21,9 @@ class Parity:
     detections: int
     """Detections of the student."""
     surplus: int
-    """Detections of the file that are no detection of the student."""
+    """Detections of the file without an equal detection of the student."""
     missing: int
-    """Detections of the student that the file does not have."""
+    """Detections of the student without an equal detection of the file."""
     pixels: float
     """Largest difference of a coordinate among the pairs, in pixels of the original image."""
     score: float

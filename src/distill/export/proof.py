@@ -26,10 +26,10 @@ PARITY_IMAGES = 16
 """Images whose detections are compared one by one."""
 WARMUP = 2
 PATIENCE = 20.0
-"""Seconds after which no further image is timed."""
+"""Seconds after which the measurement of latency ends, also with fewer images."""
 
 MAIN = ("AP", "mAP")
-"""Names of the metric that decides, of COCO and of Pascal VOC. The first one that was measured counts."""
+"""Main metric of COCO and of Pascal VOC. The first one that was measured decides whether an export loses too much."""
 
 Detect = Callable[[Tensor], Detections]
 """From an image (3, H, W) uint8 to its detections, in its pixels."""
@@ -153,10 +153,10 @@ def evaluate_program(
     Args:
         classes: a detector or an exported one, for its class names.
         detect: the program.
-        images: the images. Others of the split do not count.
+        images: the evaluated images. The ground truth of other images in the split is ignored.
         metrics: factories of the metrics.
         bar: caption of a progress bar; None for no bar.
-        kept: gets the first detections, up to `PARITY_IMAGES` images.
+        kept: list to which the detections of the first `PARITY_IMAGES` images are added.
     """
     data, device = images.data, torch.device("cpu")
     truth = data.ground_truth(images.split)

@@ -1,4 +1,4 @@
-"""The routes of an export: what each format writes, and how its file is opened again."""
+"""The formats of an export: how the files of a format are written, and how they are opened again."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ExportOptions:
         if self.top is not None and self.top < 1:
             raise DistillError(f"--top {self.top}: expected at least 1 candidate")
         if self.int8 and (self.to, self.parts) != ("onnx", "full"):
-            raise DistillError("--int8 quantizes --to onnx --parts full only")
+            raise DistillError("--int8 works only with --to onnx --parts full; leave out --int8, or choose these")
         check_opset(self.opset)
         for module, extra in ROUTES[self.to].needs.items():
             import_extra(module, extra, f"--to {self.to}")
@@ -100,7 +100,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Route:
-    """A format."""
+    """How a format is written and opened."""
 
     write: Callable[[Detector, ExportOptions, Canvas | None, Mapping[str, Any], Path], Written]
     """Writes the files of a detector into a folder."""
@@ -110,7 +110,7 @@ class Route:
     needs: Mapping[str, str] = field(default_factory=dict)
     """Module -> the extra that installs it."""
     folded: bool = True
-    """Whether batch norms are folded into convolutions before."""
+    """Whether batch norms are folded into convolutions before the export."""
 
 
 def write_export(
@@ -121,7 +121,7 @@ def write_export(
     Args:
         detector: the detector; it does not change.
         options: checked options.
-        data: its validation images decide the canvas of a dense graph.
+        data: its validation images determine the canvas of a dense graph.
         extra: the further facts of the student's description, such as category ids.
         folder: an existing folder.
 
@@ -255,7 +255,7 @@ ROUTES: dict[str, Route] = {
 def open_program(to: str, path: Path, detector: Detector) -> Callable[[int], Detect]:
     """A function that opens an exported file with a number of threads; the result detects objects in an image.
 
-    What a dense file leaves out is computed by the detector: the decoding of raw outputs, and all that follows the
+    For a dense file, the detector computes the missing parts: the decoding of raw outputs, and the stages after the
     proposals of a two-stage detector.
 
     Args:

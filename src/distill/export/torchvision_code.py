@@ -16,7 +16,7 @@ from distill.types import Detections, DistillError
 EPS = 1e-5
 """Epsilon of torchvision's batch norms."""
 CONVERTED = ("pixels.channel_order",)
-"""Settings that torchvision does not have, and that the weights can express."""
+"""Settings that torchvision does not have, but that converted weights can express."""
 OTHER_DEFAULTS = {"detection_rule": "torchvision", "level_scales": False}
 """Further options that only weights of other projects change -> torchvision's value."""
 TWO_STAGE = ("rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test", "rpn_nms_thresh")

@@ -1,4 +1,4 @@
-"""ADL: imitate dense class scores, with a weight that grows with the divergence and with the teacher's doubt."""
+"""ADL: imitate dense class scores, with a weight that grows with the divergence and the teacher's entropy."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ def adaptive_divergence(student: Tensor, teacher: Tensor, beta: float, gamma: fl
 
 
 class ADL(DistillLoss):
-    """Imitate the class scores of dense heads; easy anchors, where the teacher is sure and the student agrees, count
-    little.
+    """Imitate the class scores of dense heads, with small weights where the teacher is sure and the student agrees.
 
     ::
 
@@ -45,17 +44,19 @@ class ADL(DistillLoss):
 
     Source: Tang, Feng, Shao, Kuang, Zhang, Lu, "Learning Efficient Detector with Semi-supervised Adaptive
     Distillation", 2019, arXiv 1901.00366. The abstract says that the loss grows with the teacher's uncertainty and with
-    the gap between both models; the equation and beta = 1.5, gamma = 1, theta = 1.8 are recalled, not checked against
-    the paper. With ``divide_by="positives"`` N is the number of positive anchors, that of the focal loss.
+    the gap between both models; the equation and beta = 1.5, gamma = 1, theta = 1.8 were written from memory and are
+    not checked against the paper. With ``divide_by="positives"`` N is the number of positive anchors, as in the focal
+    loss.
 
-    Shapes: logits (B, A*K, H, W). N is summed over all processes. The paper's weight is not known; 1 is a choice.
+    Shapes: logits (B, A*K, H, W). N is summed over all processes. The paper's weight is not known; the weight 1 is our
+    choice.
 
     Args:
         student, teacher: specs of two one-stage detectors with equal anchors.
         logits: weight of its term.
-        beta, gamma: of the weight.
+        beta, gamma: constants of the weight of each logit, see the equation.
         divide_by: ``scores`` (N) or ``positives``.
-        theta: of N.
+        theta: exponent of the scores in N.
         ramp, normalizer, seed: see :class:`DistillLoss`. The loss draws nothing at random.
     """
 

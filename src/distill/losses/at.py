@@ -1,4 +1,4 @@
-"""Attention transfer: imitate where the teacher's maps are large, whatever their channels."""
+"""Attention transfer: imitate the cells where the teacher's maps are large, in the mean over channels."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class AT(DistillLoss):
 
     Source: Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv 1612.03928, equation 2 with
     the mean over batch and cells of the released code, whose weight is 1000. (The paper's equation has beta / 2 and the
-    norm of the difference; its text sets beta to 1000 over the number of cells and the batch size.) Published for
-    classifiers: no weight is published for detectors.
+    norm of the difference; its text sets beta to 1000 over the number of cells and the batch size.) The weight
+    was published for classifiers; none is published for detectors.
 
     Shapes: maps (B, C, H, W), of any channels. B is counted over all processes.
 

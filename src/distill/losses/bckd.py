@@ -1,4 +1,4 @@
-"""BCKD: imitate class scores as binary classifications, and boxes by their overlap, where both models disagree."""
+"""BCKD: imitate class scores and box overlap, with larger weights where student and teacher disagree."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class BCKD(DistillLoss):
     flow through the weights.
 
     Source: Yang, Zhou, Li, Yuan, Li, Li, "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object
-    Detection", ICCV 2023, arXiv 2308.14286. The form follows its abstract; the weights 1 and 4, the divisor and the
-    detached w are recalled, not checked.
+    Detection", ICCV 2023, arXiv 2308.14286. The equation follows the abstract. The weights 1 and 4, the divisor and
+    the detached w were written from memory and are not checked against the paper.
 
     Where we differ: N is counted over all processes. The logits of a teacher with more classes are reduced to the
     student's.

@@ -24,7 +24,7 @@ LEAST = 1e-6
 
 
 def aligned(student: Tensor, teacher: Tensor, everywhere: bool = False) -> Tensor:
-    """The student's map with the mean and the deviation of each channel of the teacher's; (B, C, H, W) twice."""
+    """The student's map, with mean and standard deviation of each channel as in the teacher's; (B, C, H, W) twice."""
     (own,), (target,) = channel_moments([student], everywhere), channel_moments([teacher], everywhere)
     return standardized(student, own) * target[1] + target[0]
 
@@ -51,8 +51,8 @@ def centerness(distances: Tensor) -> Tensor:
 class CrossKD(DistillLoss):
     """The teacher's head continues from features of the student's head; its outputs imitate those of the teacher.
 
-    The student's own outputs serve the ground truth alone, so that teacher and ground truth do not contradict each
-    other in one layer.
+    The last layers of the student's head learn from the ground truth only, so that teacher and ground truth give no
+    contradicting gradients to one layer.
 
     ::
 

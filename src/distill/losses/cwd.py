@@ -1,4 +1,4 @@
-"""CWD: imitate where each channel of the teacher is active, not how strongly."""
+"""CWD: imitate where each channel of the teacher's maps is active, but not how strong the activation is."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class CWD(DistillLoss):
         p(F)           = softmax over H W of F / tau, for each image and channel
 
     Source: Shu, Liu, Gao, Yan, Shen, "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv
-    2011.13256, as in MMRazor. The detection code of its authors' colleagues (mmdetection-distiller) has the
-    cross-entropy instead of the divergence: another value, the same gradient.
+    2011.13256, as in MMRazor. The code for detectors in mmdetection-distiller has the cross-entropy instead of
+    the divergence: its value differs, its gradient is the same.
 
     Where we differ: the logits of a teacher with more classes are reduced to the student's. B is counted per process,
-    as published; with ``normalizer="global"`` over all processes, which only matters where their batches differ in
-    size.
+    as published. With ``normalizer="global"`` B is counted over all processes; the results differ only if the batch
+    sizes of the processes differ.
 
     Shapes: maps (B, C, H, W). Published for tau = 1: weight 5 on the four finest levels (RetinaNet, ResNeXt-101 teaches
     ResNet-50; 40.5 AP), 10 on all levels (MMRazor, Faster R-CNN and RetinaNet), 5 on the class logits (GFL, 41.9 AP).

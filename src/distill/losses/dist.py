@@ -1,4 +1,4 @@
-"""DIST: imitate how the teacher ranks the classes of a region, and the regions of a class, by correlation."""
+"""DIST: imitate the teacher's class probabilities by correlation, over the classes of a region and over the regions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill.types import DetectorSpec, DistillError, View
 
 CLASSES = {"inter": 1.0, "intra": 1.0}
 EPSILON = 1e-8
-"""Added to the product of two lengths, as the released code does."""
+"""Added to the product of two vector norms, as in the released code."""
 
 
 def correlations(student: Tensor, teacher: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def column_correlations(student: Tensor, teacher: Tensor, everywhere: bool = Fal
 
     Args:
         student, teacher: one row for each region or anchor cell.
-        everywhere: over the rows of all processes. Every process must then call this function.
+        everywhere: whether the columns span the rows of all processes. If so, every process must call this function.
     """
     add = distributed.sum_with_gradient if everywhere else torch.clone
     rows = add(student.new_full((1,), float(len(student)))).clamp(min=1)
@@ -44,7 +44,7 @@ def column_correlations(student: Tensor, teacher: Tensor, everywhere: bool = Fal
 
 
 def _lengths(squares: Tensor) -> Tensor:
-    """The root; at 0, where the root has an infinite slope, it passes no gradient."""
+    """Square root without a gradient at 0, where the slope of the root is infinite."""
     return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 
 
@@ -64,7 +64,7 @@ class DIST(DistillLoss):
     2205.10536, and its released code: beta = gamma = 1, tau = 1. With ``distill=[dist,hint]`` it is the paper's
     "DIST + mimic".
 
-    The correlations of columns are those of one process's batch, as published; with ``normalizer="global"`` those of
+    The correlations of columns are computed over one process's batch, as published; with ``normalizer="global"`` over
     the regions of all processes. Where we differ: the logits of a teacher with more classes are reduced to the
     student's before the softmax; without regions the terms are 0.
 

@@ -22,14 +22,14 @@ from distill.types import DetectorSpec, DistillError, View
 NECK = {"attended": 7e-5, "channels": 4e-3, "cells": 4e-3, "relation": 7e-5, "levels": 4}
 ADAPTER = {"kernel": 1, "start": "default", "relu": False}
 POOLED = (8, 4, 4, 2)
-"""Side of the cells that a non-local block pools, from the finest level on; no pooling on other levels."""
+"""Side of the max-pooling in the non-local block of each level, finest level first; further levels have no pooling."""
 
 
 class NonLocal(nn.Module):
     """Relate every cell to all cells: F + W_o (theta(F) (phi(F)^T g(F)) / cells), without a softmax.
 
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018, with dot products. theta, phi and g are 1x1
-    convolutions to half of the channels. W_o is a 1x1 convolution that starts at 0, so that the block starts as the
+    convolutions to half of the channels. W_o is a 1x1 convolution with initial weights 0, so the untrained block is the
     identity.
 
     Args:
@@ -54,7 +54,7 @@ class NonLocal(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         side = min(self.pool, *x.shape[2:])
         phi, g = (F.max_pool2d(layer(x), side).flatten(2) for layer in (self.phi, self.g))
-        # The products are associative: (phi^T g) has half of the channels squared, theta phi^T the cells squared.
+        # The products are associative: (phi^T g) has half of the channels squared, theta phi^T has the cells squared.
         mixing = phi @ g.transpose(1, 2) / phi.shape[2]  # (B, hidden of phi, hidden of g)
         related = torch.einsum("bihw,bij->bjhw", self.theta(x), mixing)
         added: Tensor = self.out(related)
@@ -75,13 +75,13 @@ class FBKD(DistillLoss):
     The norms are roots of sums of squares over the whole batch. All layers are trained, also NL_t on the teacher's map.
 
     Source: Zhang, Ma, "Improve Object Detection with Feature-based Knowledge Distillation: Towards Accurate and
-    Efficient Detectors", ICLR 2021; form and weights as in MMRazor. The channel attention of the paper is left out, as
-    there: it is computed and not used. The linear layer, the convolutions, NL_s and the attention take the student's
-    map before its adapter, as there.
+    Efficient Detectors", ICLR 2021; form and weights as in MMRazor. The channel attention of the paper is left out:
+    MMRazor computes the attention, but does not use it. The linear layer, the convolutions, NL_s and the attention take
+    the student's map before its adapter, as in MMRazor.
 
-    The batch is that of one process, as published, so the terms grow with the root of the batch size per GPU; with
-    ``normalizer="global"`` it is that of all processes. Where we differ: the non-local blocks have no batch norm,
-    half of the channels inside on all levels, and a pooling by 8, 4, 4 and 2.
+    The batch is the batch of one process, as published, so the terms grow with the square root of the batch size per
+    GPU. With ``normalizer="global"`` the norms are computed over the batches of all processes. Where we differ: the
+    non-local blocks have no batch norm, half of the channels inside on all levels, and a pooling by 8, 4, 4 and 2.
 
     Shapes: maps (B, C, H, W). Published: 7e-5, 4e-3, 4e-3 and 7e-5 on the four finest levels of Faster R-CNN, tau =
     0.5.

@@ -44,8 +44,8 @@ class FGD(DistillLoss):
         neck.attention  = sum_l 1/B (sum |A^C(T) - A^C(S)| + sum |A^S(T) - A^S(S)|)
         neck.relation   = sum_l 1/B sum (R_t(T) - R_s(S))^2
         A^S = H W softmax_hw(mean_c |F| / tau),    A^C = C softmax_c(mean_hw |F| / tau)
-        M   = the largest 1 / (cells of a box) over the boxes that cover a cell, every box on every level
-        B   = 1 / (cells without a box) on those cells, of each image
+        M   = the largest 1 / (number of cells of a box) over the boxes that cover a cell; every level has all boxes
+        B   = 1 / (number of cells without a box, per image) on the cells without a box
 
     R_t and R_s are context blocks of GCNet (`distill.losses.context`), one pair for each level; both are trained. A box
     covers the cells from floor(x1 W / w) to ceil(x2 W / w), inclusive, and its number of cells is not clipped.
@@ -53,9 +53,9 @@ class FGD(DistillLoss):
     Source: Yang, Li, Jiang, Gong, Yuan, Zhao, Yuan, "Focal and Global Knowledge Distillation for Detectors", CVPR 2022,
     arXiv 2111.11837, and its released code.
 
-    Where we differ: w and h are the size of the padded image, because W and H are those of the padded map. The released
-    code has the size before padding, which stretches the boxes of padded images: ``boxes=image``. B is counted over all
-    processes.
+    Where we differ: w and h are the size of the padded image, because W and H are the size of the padded map. The
+    released code uses the size before padding (here ``boxes=image``), which stretches the boxes of padded images. B is
+    counted over all processes.
 
     Shapes: maps (B, C, H, W). Published weights (foreground, background, attention, relation): two-stage 5e-5, 2.5e-5,
     5e-5, 5e-7 on the four finest levels; RetinaNet 1e-3, 5e-4, 5e-4 (code) or 1e-3 (paper), 5e-6 on all levels; FCOS

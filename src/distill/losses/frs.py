@@ -20,7 +20,7 @@ LOGITS = {"classes": 0.02}
 ADAPTER = {"kernel": 3, "start": "default", "relu": False}
 RAMP = {**base.RAMP, "warmup": 0.07}
 LEAST = 1e-6
-"""Smallest sum of a mask: the scores of a coarse level of an empty image add up to less than 1."""
+"""Smallest divisor. It is below 1, because the scores of a coarse level of an empty image can add up to less than 1."""
 
 
 def richness(scores: Tensor) -> Tensor:
@@ -48,12 +48,12 @@ class FRS(DistillLoss):
     Source: Du, Zhang, Kuang, Ye, Cheng, Wang, "Distilling Object Detectors with Feature Richness", NeurIPS 2021, arXiv
     2111.00674, and its released code.
 
-    Where we differ: sum m is taken over all processes (``normalizer="process"`` for the original); the mask of a
-    teacher with more classes is that of all of them, its scores are those of the student's classes.
+    Where we differ: sum m is taken over all processes (``normalizer="process"`` for the original); if the
+    teacher has more classes, its mask uses all of them, and its scores are reduced to the student's classes.
 
     Shapes: maps (B, C, H, W), logits (B, A*K, H, W). Published weights (features, classes): Faster R-CNN 0.002, 0.1;
     RetinaNet 0.005, 0.02; FCOS 0.01, 0.05; they rise linearly from 0 in the first 500 steps (0.07 epochs of COCO at 16
-    images). The classes are a cross-entropy, so the term is not 0 where both models agree.
+    images). ``logits.classes`` is a cross-entropy, so this term is not 0 where both models agree.
 
     Args:
         student, teacher: specs of both detectors, both one-stage or both two-stage, with equal anchors for ``logits``.

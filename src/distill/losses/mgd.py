@@ -1,4 +1,4 @@
-"""MGD: restore the teacher's maps from the student's maps with some of their cells hidden."""
+"""MGD: hide random cells of the student's maps, and restore the teacher's maps from the cells that remain."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ADAPTER = {"kernel": "auto", "start": "default", "relu": False}
 
 
 def generator(channels: int, seed: int) -> nn.Sequential:
-    """3x3 convolution, ReLU, 3x3 convolution, of equally many channels, with torch's default start values."""
+    """3x3 convolution, ReLU, 3x3 convolution, of the same width, with torch's default initial weights."""
     first, second = (convolution(channels, channels, 3, start="default", seed=seed + i) for i in range(2))
     return nn.Sequential(first, nn.ReLU(), second)
 
 
 def kept(draws: Tensor, ratio: float) -> Tensor:
-    """1 where a cell is kept, 0 where it is hidden, from uniform draws in [0, 1): hidden above 1 - ratio."""
+    """Mask from uniform draws in [0, 1): 1 for a kept cell, 0 for a hidden one, whose draw is above 1 - ratio."""
     return (draws <= 1 - ratio).float()
 
 
@@ -43,8 +43,8 @@ class MGD(DistillLoss):
     Source: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation", ECCV 2022, arXiv 2205.01529, and its
     released code.
 
-    Where we differ: masks are drawn from the epoch, the image's id and the stride, so that they depend neither on the
-    batch nor on the process; B is counted over all processes.
+    Where we differ: masks are drawn from the epoch, the image's id and the stride, so they do not depend on the batch
+    or the process; B is counted over all processes.
 
     Shapes: maps (B, C, H, W). Published: two-stage 5e-7 with lambda 0.45 on the four finest levels; one-stage 2e-5 with
     lambda 0.65 on all levels; gradients clipped at a norm of 35; neck and head inherited where the architectures are
@@ -55,7 +55,7 @@ class MGD(DistillLoss):
         neck: weight of its term; ``levels``: strides, or a number of the finest shared levels, None for all.
         hidden: ``ratio``: lambda; ``what``: ``cells``, or ``channels``.
         adapter: ``kernel``, ``start`` and ``relu`` of :func:`distill.losses.adapters.adapter`.
-        ramp, normalizer, seed: see :class:`DistillLoss`. The masks draw from the seed.
+        ramp, normalizer, seed: see :class:`DistillLoss`. The masks depend on the seed, too.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""PKD: imitate the teacher's maps up to the mean and the scale of each channel, which is their Pearson correlation."""
+"""PKD: imitate the teacher's maps by Pearson correlation, which ignores the mean and the scale of each channel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESIZED = ("student", "teacher")
 
 
 def equally_large(student: Tensor, teacher: Tensor, resize: str = "student") -> tuple[Tensor, Tensor]:
-    """Both maps (B, C, H, W), one of them resized bilinearly (corners unaligned) to the size of the other."""
+    """Return both maps (B, C, H, W), one of them resized bilinearly (corners unaligned) to the size of the other."""
     if map_size(student) == map_size(teacher):
         return student, teacher
     if resize == "student":
@@ -39,7 +39,7 @@ def correlation_errors(
     Args:
         pairs: the student's and the teacher's map of each level.
         resize: which map is resized where the sizes of a pair differ, ``student`` or ``teacher``.
-        everywhere: whether statistics are those of all processes.
+        everywhere: whether statistics are computed over the batches of all processes.
     """
     maps = [equally_large(upcast(student), upcast(teacher.detach()), resize) for student, teacher in pairs]
     students, teachers = [student for student, _ in maps], [teacher for _, teacher in maps]
@@ -64,12 +64,12 @@ class PKD(DistillLoss):
     Correlation Coefficient", NeurIPS 2022, arXiv 2207.02039, and its released code (in MMRazor).
 
     Statistics are those of one process, as published, so they depend on the batch size per GPU; with
-    ``normalizer="global"`` they are those of the batches of all processes. Where we differ: necks of unequal channels
-    get 1x1 adapters (the original refuses them); a channel that is constant in the batch is standardized to 0.
+    ``normalizer="global"`` they are computed over the batches of all processes. Where we differ: necks of unequal
+    channels get 1x1 adapters (the original refuses them); a channel that is constant in the batch is standardized to 0.
 
     Shapes: maps (B, C, H, W). Published: the four finest levels; weight 6 for Faster R-CNN (ResNet-101 teaches
     ResNet-50) and for a RetinaNet taught by a Mask R-CNN (``match="position"``), 10 for a RetinaNet taught by a
-    RetinaNet or FCOS on ResNeXt-101. No boxes and no inherited weights.
+    RetinaNet or FCOS on ResNeXt-101. The loss reads no boxes; the student's weights are not inherited.
 
     Args:
         student, teacher: specs of both detectors.

@@ -28,8 +28,8 @@ class Response(DistillLoss):
     classes c, with the divergence of two Bernoulli distributions; N_pos is the number of positive anchors.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531. Its use for
-    detectors has no single source: tau = 1 and weight 1 are choices, N_pos is that of the focal loss. Counts are summed
-    over all processes. Where the teacher knows more classes, its logits are reduced to the student's.
+    detectors has no single source: tau = 1 and weight 1 are our choices; N_pos is the divisor of the focal loss. R and
+    N_pos are counted over all processes. Where the teacher knows more classes, its logits are reduced to the student's.
 
     Shapes: logits (R, K+1) or (B, A*K, H, W).
 
