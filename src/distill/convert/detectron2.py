@@ -1,7 +1,8 @@
 """Detectron2: Faster R-CNN, Mask R-CNN, RetinaNet and FCOS with a ResNet or ResNeXt and FPN.
 
-A file of Detectron2 holds tensors alone. What their shapes do not tell comes from the configuration (the YAML file that
-the trainer writes beside its checkpoints), or else from the table `ZOO`, with a warning.
+A checkpoint of Detectron2 holds tensors only. Settings that shapes do not show come from the configuration, the YAML
+file that the trainer writes to the checkpoint's folder. Without this file, they come from the tables `ZOO` and `RULES`,
+and a warning lists the assumptions.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ TOWERS: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
 """(Family, norm in the heads) -> table of the towers. A tower is a sequence of convolutions, norms and ReLUs."""
 
 IGNORED = r"(^|\.)(pixel_mean|pixel_std|num_batches_tracked)$|anchor_generator\.cell_anchors"
-"""Names that hold nothing a detector needs: older files, and counters."""
+"""Names of tensors that a detector does not need: constants in older files, and counters."""
 PARTS: tuple[tuple[str, str], ...] = (
     (r"conv2_offset|\.conv_offset", "backbone: deformable convolutions"),
     (r"^roi_heads\.(box_predictor|box_head)\.\d+\.", "box head: a cascade"),
@@ -162,7 +163,7 @@ RULES: dict[str, dict[str, Any]] = {
         "detections_per_img": 100,
     },
 }
-"""What Detectron2's code computes, and the values of its model zoo where a configuration may say otherwise."""
+"""Kind of detector -> fixed behavior of Detectron2's code, and model zoo values that a configuration may override."""
 
 
 def matches(state: State) -> bool:
@@ -208,13 +209,13 @@ def convert(state: State, where: str, config: Mapping[str, Any] | None, classes:
         _read_options(found, config, where)
         if "_BASE_" in config:
             found.warnings.append(
-                f"The configuration names another file (_BASE_: {config['_BASE_']}), which was not read: what is "
-                "missing is taken from the model zoo. Give Detectron2's config.yaml as its trainer writes it"
+                f"The configuration names another file (_BASE_: {config['_BASE_']}), which was not read. Missing "
+                "values are taken from the model zoo. Give the complete config.yaml that Detectron2's trainer writes"
             )
     else:
         found.warnings.append(
-            "Without a configuration, anchors, thresholds and RoIAlign are those of the model zoo. Give the YAML file "
-            "of the training with --config where it differs"
+            "Without a configuration, anchors, thresholds and RoIAlign are assumed to be those of the model zoo. If "
+            "the training used others, give its YAML file with --config"
         )
     foreign.check_anchors(found, anchors, where)
     found.resize = {"antialias": True}
@@ -225,7 +226,7 @@ def convert(state: State, where: str, config: Mapping[str, Any] | None, classes:
 
 
 def _with_statistics(state: State) -> dict[str, Tensor]:
-    """Old files lack the running statistics of frozen norms: mean 0 and variance 1."""
+    """Add the running statistics of frozen norms, mean 0 and variance 1, which old files lack."""
     result = dict(state)
     for name in state:
         if name.startswith("backbone.bottom_up.") and name.endswith("norm.weight"):
@@ -246,7 +247,7 @@ def _family(state: State, where: str) -> str:
             return family
     raise DistillError(
         f"{where}: names of {PROJECT}, but neither a box head (roi_heads.box_predictor.cls_score) nor a dense head "
-        "(head.cls_score): this is a part of a detector; name the file of the whole detector"
+        "(head.cls_score): the file holds only a part of a detector; name the file of the whole detector"
     )
 
 
@@ -283,9 +284,9 @@ def _read_input(found: ForeignDetector, shape: Mapping[str, Any], config: Mappin
     if values:
         stride = "1x1" if ZOO[kind]["backbone__stride_in_1x1"] else "3x3"
         found.assume(
-            f"No tensor tells the input. It is taken to be that of the model zoo's {kind}: BGR, mean "
+            f"The tensors do not show the input format. It is assumed to be that of the model zoo's {kind}: BGR, mean "
             f"{list(ZOO[kind]['pixels__mean'])}, std {list(ZOO[kind]['pixels__std'])}, stride in the {stride} "
-            "convolution. Weights that were trained from torchvision's need --config",
+            "convolution. If the training started from torchvision's weights, give its configuration with --config",
             **values,
         )
     if config is not None:
@@ -438,7 +439,7 @@ _Loader.add_multi_constructor("tag:yaml.org,2002:python/", _skipped)
 
 
 def parse_config(text: str, where: str) -> dict[str, Any]:
-    """Read a configuration file of Detectron2. An expression, which it may hold, counts as missing: it never runs.
+    """Read a configuration file of Detectron2. Its Python expressions are never run and count as missing.
 
     Raises:
         DistillError: the text is not such a file.

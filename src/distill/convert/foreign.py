@@ -1,4 +1,4 @@
-"""A detector that another project's file describes, and the tools with which the tables of the formats are read."""
+"""The detector in another project's file, and functions that both formats share: renaming, shapes, rows, checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEVER = -100.0
 """Bias of the class logit that torchvision's dense heads have for label 0: its probability is 0, in training too."""
 
 ALL = 1_000_000
-"""A limit on detections that no image reaches."""
+"""A number of detections that no image reaches: no limit."""
 
 BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
@@ -33,18 +33,18 @@ BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
 
 @dataclass
 class ForeignDetector:
-    """What a file of another project holds, in the terms of distill."""
+    """The detector in a file of another project, with distill's options and torchvision's tensor names."""
 
     project: str
     """Name of the project, for messages."""
     family: str
     """Name of the family, see `DetectorSpec.family`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Dotted path of a constructor's option -> value. Options that are missing have their default."""
+    """Dotted path of a constructor's option -> value. Missing options have their default values."""
     state: dict[str, Tensor] = field(default_factory=dict)
     """torchvision's state dict."""
     unused: list[str] = field(default_factory=list)
-    """Names in the file that the detector does not need."""
+    """Names of tensors in the file that the detector does not need."""
     facts: dict[str, str] = field(default_factory=dict)
     """Dotted path of an option -> where its value comes from."""
     warnings: list[str] = field(default_factory=list)
@@ -57,14 +57,14 @@ class ForeignDetector:
     """Name of a tensor in the file -> its name in `state`."""
 
     def set(self, source: str, **options: Any) -> None:
-        """Set options, and where their values come from. A double underscore in a name stands for a dot."""
+        """Set options and record their origin. A double underscore in a name stands for a dot."""
         for name, value in options.items():
             path = name.replace("__", ".")
             self.options[path] = value
             self.facts[path] = source
 
     def assume(self, sentence: str, **options: Any) -> None:
-        """Set options that the file does not tell, and add a warning."""
+        """Set options that the file does not contain, and add a warning."""
         self.set("assumed", **options)
         self.warnings.append(sentence)
 
@@ -91,10 +91,10 @@ def unsupported(where: str, part: str, found: str) -> DistillError:
 
 @contextmanager
 def reading_configuration(where: str) -> Iterator[None]:
-    """Name the file if a value of its configuration has another type than expected.
+    """Raise an error that names the file if a value of its configuration has an unexpected type.
 
     Raises:
-        DistillError: in place of the errors that such values raise.
+        DistillError: instead of the TypeError or other error that such a value causes.
     """
     try:
         yield
@@ -171,7 +171,7 @@ def body_shape(state: State, blocks: Callable[[int], str], where: str) -> dict[s
         where: the file, for messages.
 
     Raises:
-        DistillError: the network is no ResNet or ResNeXt of a known depth.
+        DistillError: the network is not a ResNet or ResNeXt of a known depth.
     """
     counts = []
     for stage in range(1, 5):
@@ -275,12 +275,12 @@ def rows_of(state: State, name: str, where: str) -> Tensor:
     """The weight of a layer, which the file must have.
 
     Raises:
-        DistillError: the file has no such tensor, or the tensor is no weight of a layer.
+        DistillError: the file has no such tensor, or the tensor is not a weight of a layer.
     """
     if name not in state:
         raise DistillError(
-            f"{where}: {name} is missing, so that the file is only a part of a detector; download or copy it again, or "
-            "name the file of the whole detector"
+            f"{where}: {name} is missing: the file holds only a part of a detector; download or copy the file again, "
+            "or name the file of the whole detector"
         )
     if state[name].dim() < (2 if name.endswith("weight") else 1):
         raise unsupported(where, "layer", f"{name} of shape {tuple(state[name].shape)}")
@@ -304,7 +304,7 @@ def dense_counts(boxes: Tensor, scores: Tensor, where: str) -> tuple[int, int]:
 
 
 def check_unused(names: list[str], ignored: str, parts: Sequence[str], where: str) -> None:
-    """Refuse a file with tensors of a detector that no line of the tables knows. They would change its results.
+    """Refuse a file with unknown tensors of a detector, because they would change its results.
 
     Raises:
         DistillError: lists the tensors.
@@ -316,7 +316,7 @@ def check_unused(names: list[str], ignored: str, parts: Sequence[str], where: st
 
 
 def check_pooled(inputs: int, channels: int, where: str) -> None:
-    """Refuse a box head that reads pooled features of another side than 7.
+    """Refuse a box head whose pooled features are not 7x7.
 
     Raises:
         DistillError: names the box head.
@@ -326,16 +326,16 @@ def check_pooled(inputs: int, channels: int, where: str) -> None:
 
 
 def note_shared_boxes(found: ForeignDetector, rows: Tensor, classes: int) -> None:
-    """Note that all classes share their boxes, which the detector expresses by equal rows."""
+    """Warn that all classes share one box, which is stored as equal rows for all classes."""
     if len(rows) == 4 and classes > 1:
         found.warnings.append(
-            "All classes share their box deltas (class-agnostic). They are stored once for each class: results are "
-            "equal, but a further training would let them drift apart"
+            "All classes share their box deltas (class-agnostic). A copy is stored for each class: the results "
+            "are equal, but further training can make the copies different"
         )
 
 
 def check_anchors(found: ForeignDetector, per_cell: int, where: str) -> None:
-    """Refuse anchors that are not as many as the weights have.
+    """Refuse sizes and ratios that do not give the number of anchors in the weights.
 
     Raises:
         DistillError: gives both numbers.

@@ -1,4 +1,4 @@
-"""The formats of other projects' files, and the choice of one by the names of the tensors."""
+"""Recognize the format of another project's file by the names of its tensors, and convert the file."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def read_foreign(
     Args:
         content: what `files.load_tensors` returned.
         where: the file, for messages and for the recipe in its name.
-        config: the text of the configuration: Detectron2's YAML or MMDetection's Python. None: what the file holds.
-        classes: class names in label order. None: what the file holds.
+        config: the text of the configuration: Detectron2's YAML or MMDetection's Python. None: the
+            configuration in the file.
+        classes: class names in label order. None: the names in the file.
 
     Raises:
         DistillError: the file has a known format, but holds a part of a detector, or one that distill cannot express.
@@ -50,7 +51,9 @@ def read_foreign(
         )
     found = mmdetection.convert(state, where, meta, own if given is None else given, classes)
     if foreign_config:
-        found.warnings.append("The configuration is one of Detectron2, and was not used")
+        found.warnings.append(
+            "The configuration is one of Detectron2, but the file is one of MMDetection; the configuration was not used"
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """MMDetection 2.x and 3.x: Faster R-CNN, Mask R-CNN, RetinaNet and FCOS with a ResNet or ResNeXt and FPN.
 
-Most files hold the text of their configuration, which tells what shapes do not. A file without it is read by the table
-`RECIPES` of the model zoo's inputs, with a warning.
+Most files hold the text of their configuration, which has the settings that shapes do not show. For a file without a
+configuration, the input format comes from the table `RECIPES` of the model zoo, with a warning.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ OLD_NAMES: tuple[tuple[str, str], ...] = (
     (r"^bbox_head\.fcos_(cls|reg|centerness)\.", r"bbox_head.conv_\1."),
     (r"^(bbox_head\.(?:cls|reg)_convs\.\d+)\.(weight|bias)$", r"\1.conv.\2"),
 )
-"""Names of versions before 2.0 -> names of today, where nothing else has changed."""
+"""Tensor names of versions before 2.0 -> current names, for tensors whose values have not changed."""
 
 IGNORED = r"num_batches_tracked$|^bbox_head\.scales\.\d+\.scale$"
 """Names that no line of a table needs: counters, and scales, which become one tensor."""
@@ -156,7 +156,7 @@ RULES: dict[str, dict[str, Any]] = {
     },
     "fcos": {"point_offset": 0.5, "point_step": "nominal", "level_scales": True, "p6_from": "p5", "p7_relu": True},
 }
-"""What MMDetection's code computes, and the values of its model zoo where a configuration may say otherwise."""
+"""Kind of detector -> fixed behavior of MMDetection's code, and model zoo values that a configuration may override."""
 
 
 RESIZES = ("Resize", "MultiScaleFlipAug")
@@ -206,7 +206,7 @@ def convert(
     found.set("version" if version else "assumed", detection_rule=rule)
     if version is None and not two_stage:
         found.warnings.append(
-            "The file names no version. It is taken to be of 3.x; 2.x keeps boxes without area in NMS"
+            "The file names no version. Version 3.x is assumed; version 2.x keeps boxes without area in NMS"
         )
     config = _current_config(config, where)
     count, anchors = _read_shapes(found, state, where)
@@ -229,10 +229,10 @@ def convert(
 
 
 def _warn_of_zoo(found: ForeignDetector) -> None:
-    """Warn of what a file without a configuration does not tell."""
+    """Warn about settings that are assumed, because the file has no configuration."""
     found.warnings.append(
-        "The file holds no configuration that can be read: anchors, thresholds and RoIAlign are those of the model "
-        "zoo. Give the configuration of the training with --config where it differs"
+        "The file holds no readable configuration: anchors, thresholds and RoIAlign are assumed to be those of the "
+        "model zoo. If the training used others, give its configuration with --config"
     )
     if found.family == "fcos":
         found.warnings.append(
@@ -256,14 +256,14 @@ def _current_config(config: Mapping[str, Any] | None, where: str) -> Mapping[str
     """The configuration with thresholds below ``model``, where versions since 2.7 have them.
 
     Raises:
-        DistillError: the configuration is a part: it names files that it completes.
+        DistillError: the configuration is incomplete: it includes other files.
     """
     if config is None:
         return None
     if "_base_" in config:
         raise DistillError(
-            f"{where}: the configuration names other files (_base_ = {config['_base_']!r}), which hold the rest of it. "
-            "Give the complete one: MMDetection writes it to the folder of the training, and its "
+            f"{where}: the configuration names other files (_base_ = {config['_base_']!r}), which hold the rest. "
+            "Give the complete configuration: MMDetection writes it to the folder of the training, and its "
             "tools/misc/print_config.py prints it"
         )
     model = config.get("model")
@@ -304,8 +304,8 @@ def _family(state: State, where: str) -> str:
             return family
     raise DistillError(
         f"{where}: names of {PROJECT}, but no head of a Faster R-CNN, Mask R-CNN, RetinaNet or FCOS "
-        "(roi_head.bbox_head.fc_cls, bbox_head.retina_cls, bbox_head.conv_centerness): this is another family, or a "
-        "part of a detector"
+        "(roi_head.bbox_head.fc_cls, bbox_head.retina_cls, bbox_head.conv_centerness): the file holds another family, "
+        "or only a part of a detector"
     )
 
 
@@ -371,7 +371,7 @@ def _read_input(found: ForeignDetector, shape: Mapping[str, Any], config: Mappin
         given = {"pixels__channel_order": "bgr", "pixels__std": (1.0, 1.0, 1.0), **given}
     if missing:
         found.assume(
-            f"No tensor tells the input. It is taken to be that of the model zoo's recipe '{recipe}': "
+            f"The tensors do not show the input format. It is assumed to be that of the model zoo's recipe '{recipe}': "
             + ", ".join(f"{name.replace('__', '.')}={value}" for name, value in missing.items())
             + ". Give the configuration with --config, or a file name of the model zoo",
             **missing,
@@ -603,7 +603,9 @@ def _read_resize(found: ForeignDetector, config: Mapping[str, Any]) -> None:
     if isinstance(scale, list) and len(scale) == 2 and all(isinstance(side, int) and side > 0 for side in scale):
         found.set("configuration", min_size=min(scale), max_size=max(scale))
     elif scale is not None:
-        found.warnings.append(f"The resize in tests is {scale!r}, which cannot be expressed: 800 and 1333 are assumed")
+        found.warnings.append(
+            f"The resize in tests is {scale!r}, which distill cannot express: 800 and 1333 are assumed"
+        )
     if any(step["type"] in RESIZES and step.get("keep_ratio") is False for step in steps):
         found.warnings.append("The training's resize changes the ratio of the sides, distill's keeps it")
     model = config["model"]

@@ -24,8 +24,8 @@ class _Unknown(Exception):
 def parse_config(text: str) -> dict[str, Any]:
     """Return the top-level names of a configuration and their values.
 
-    Literals, calls of ``dict``, arithmetic of numbers and names that were assigned before are understood. An assignment
-    with anything else is left out. A text that is not Python gives an empty dictionary.
+    The parser supports literals, calls of ``dict``, arithmetic with numbers, and names that were assigned before. All
+    other assignments are left out. A text that is not Python gives an empty dictionary.
     """
     try:
         tree = ast.parse(text)

@@ -82,7 +82,9 @@ class ExportOptions:
         if self.top is not None and self.top < 1:
             raise DistillError(f"--top {self.top}: expected at least 1 candidate")
         if self.int8 and (self.to, self.parts) != ("onnx", "full"):
-            raise DistillError("--int8 works only with --to onnx --parts full; leave out --int8, or choose these")
+            raise DistillError(
+                "--int8 quantizes files of --to onnx --parts full only; leave out --int8, or export such a file"
+            )
         check_opset(self.opset)
         for module, extra in ROUTES[self.to].needs.items():
             import_extra(module, extra, f"--to {self.to}")

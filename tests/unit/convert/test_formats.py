@@ -217,7 +217,7 @@ def test_mmdetection_without_configuration_has_a_recipe_of_the_zoo(
     assert found.options["pixels.mean"][0] == pytest.approx(mean / 255)
     assert found.options["pixels.std"][0] == pytest.approx(std / 255)
     assert found.options["backbone.stride_in_1x1"] is stride
-    assert any("No tensor tells the input" in line for line in found.warnings)
+    assert any("The tensors do not show the input format" in line for line in found.warnings)
 
 
 @pytest.mark.parametrize("improved", [False, True])
