@@ -111,12 +111,14 @@ def build_trainer(plan: RunPlan) -> L.Trainer:
             enable_progress_bar=bars and "progress" in options.callbacks,
         )
     except MisconfigurationException as error:
-        raise DistillError(f"trainer: {error}. Choose another one: trainer=auto takes what there is") from error
+        raise DistillError(
+            f"trainer: {error}. Choose another one: trainer=auto uses the hardware of this machine"
+        ) from error
     strategy = options.settings["strategy"]
     if trainer.world_size > 1 and isinstance(strategy, str) and (strategy == "auto" or strategy.startswith("ddp")):
         raise DistillError(
             f"trainer.strategy={strategy} with {trainer.world_size} processes: Lightning's own settings would copy "
-            "rank 0's batch norm statistics to all before each step, and wait half an hour for a process that is gone. "
+            "rank 0's batch norm statistics to all before each step, and wait half an hour for an ended process. "
             f"Add trainer=ddp (trainer=ddp_cpu without GPUs), and trainer.devices={trainer.num_devices} where that is "
             "not all of them"
         )

@@ -172,8 +172,8 @@ def _plan(cfg: DictConfig, run: Path | None, checkpoint: Path | None) -> RunPlan
     if plan.needs_teacher and plan.teacher is None:
         user = f"distillation losses {list(plan.losses)}" if plan.losses else "init=inherit"
         raise DistillError(
-            f"{user} cannot do without a teacher, and this student has no default teacher, which would be a line in "
-            "conf/teachers.yaml: choose teacher=MODEL"
+            f"{user} cannot do without a teacher, and conf/teachers.yaml "
+            "has no default teacher for this student: choose teacher=MODEL"
         )
     if run is not None and plan.names_baseline:
         named_baseline(plan)

@@ -1,4 +1,4 @@
-"""A run that exists: finds it, composes its configuration again, and loads its student and its teacher."""
+"""Find a run, compose its configuration again, and load its student and its teacher."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SIZE_KEYS = ("data.min_size", "data.max_size", "data.eval_min_size", "data.eval_max_size")
 RESIZE_KEYS = ("data.antialias", "data.pad_to")
 TRAINING_GROUPS = ("trainer", "callbacks", "logger")
-"""Groups whose overrides concern a training. An evaluation and a replay do without them, but for `MACHINE_KEYS`."""
+"""Groups whose overrides concern a training. Evaluation and replay ignore them, except `MACHINE_KEYS`."""
 MACHINE_KEYS = ("trainer", "trainer.accelerator", "trainer.precision")
 
 

@@ -42,7 +42,7 @@ class RelatedRun(NamedTuple):
 
 
 def fingerprint_recipe(plan: RunPlan, data: DetectionData, processes: int) -> str:
-    """Hash of all that decides a student's training but the distillation: configuration, data, and processes."""
+    """Hash of what determines a student's training except the distillation: configuration, data, processes."""
     return fingerprint(plan.config, data, processes)
 
 
@@ -75,7 +75,7 @@ def _run_folders(plan: RunPlan) -> Iterator[Path]:
 
 
 def baseline_command(plan: RunPlan) -> str:
-    """The command that trains the same student alone, to be pasted into a shell."""
+    """The shell command that trains the same student alone."""
     return shlex.join(["python", "-m", "distill", "train", *baseline_overrides(plan.overrides), "distill=none"])
 
 

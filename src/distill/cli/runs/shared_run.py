@@ -1,4 +1,4 @@
-"""Runs that several runs share, the teacher and the student alone: where they are, and how they are trained once."""
+"""Runs that several runs share, such as a teacher or the student alone. Each is trained once, in its own folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from distill.run_folder import RunFolder
 from distill.types import DistillError
 
 STARTED = time.time()
-"""About when this process began."""
+"""Approximate start of this process, in seconds since the epoch."""
 
 
 class SharedRun(NamedTuple):
@@ -41,7 +41,7 @@ class SharedRun(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether the run has left its student and its results."""
+        """Whether the folder has the student and the results of the finished run."""
         return RunFolder(self.folder).finished
 
     @property
@@ -109,7 +109,7 @@ def _wait(run: SharedRun, patience: float = 24 * 3600) -> None:
 
 
 def digest(content: Any) -> str:
-    """Hash of what decides the result of a run. Runs with equal content share a folder, or a recipe."""
+    """Hash of the values that determine the result of a run. Runs with equal values share a folder or a recipe."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -47,7 +47,7 @@ from distill.units import duration
 JOBS_VARIABLE, START_VARIABLE, DONE_VARIABLE = "DISTILL_SWEEP_JOBS", "DISTILL_SWEEP_START", "DISTILL_SWEEP_DONE"
 """Environment variables for the processes of launchers: number of jobs, start, jobs finished before the start."""
 FIXED_VARIABLE = "DISTILL_SWEEP_FIXED"
-"""Environment variable: the overrides that all jobs share, one a line."""
+"""Environment variable: the overrides that all jobs share, one per line."""
 BEFORE_VARIABLE = "DISTILL_SWEEP_BEFORE"
 """Environment variable: the number of jobs in earlier parts of the sweep."""
 

@@ -1,4 +1,4 @@
-"""The folder of a sweep: the folders of its jobs, their states, and ``sweep.csv`` with one row per job."""
+"""The folder of a sweep: the folders and states of its jobs, and ``sweep.csv`` with one row per job."""
 
 from __future__ import annotations
 

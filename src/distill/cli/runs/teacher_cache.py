@@ -63,7 +63,7 @@ class TeacherOptions:
     """More overrides of the teacher's run."""
     min_ap: float | None
     class_map: Mapping[str, str | None] | str | None
-    """``classes.map``: how the teacher's classes lead to the data's; None: by exact name."""
+    """``classes.map``: mapping from the teacher's classes to the data's classes; None: by exact name."""
     optimization: Mapping[str, Any]
     """``fold``, ``channels_last`` and ``dtype`` of `Teacher`."""
     cache: Path
@@ -148,7 +148,7 @@ def find_teacher(options: TeacherOptions, data: DetectionData) -> Teacher:
 
 
 def bridge_teacher(options: TeacherOptions | None, detector: Detector, classes: Sequence[str]) -> list[str]:
-    """Let a teacher's classes lead to those of the data, as ``classes.map`` says. Nothing happens without it.
+    """Map a teacher's classes to the classes of the data by ``classes.map``. Without this option, nothing changes.
 
     Returns:
         Lines that say what teaches each class of the data.
