@@ -26,4 +26,5 @@ def test_every_method_gives_the_terms_of_the_plain_teacher(name: str, options: t
         steps = [Step(module, pair.batch) for module in modules]
         views = [(step.student_view(), step.teacher_view()) for step in steps]
         expected, actual = (float(step.distilled(*view).detach()) for step, view in zip(steps, views, strict=True))
-        assert actual == pytest.approx(expected, rel=5e-5), option  # proposals move by a rounding, too
+        # Proposals move by a rounding, too. A divergence near 0 is a difference of rounded logarithms.
+        assert actual == pytest.approx(expected, rel=5e-5, abs=1e-7), option
