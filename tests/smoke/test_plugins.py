@@ -207,7 +207,7 @@ def test_an_own_family_is_trained_evaluated_predicted_and_loaded(
 ) -> None:
     trust = ["--config-dir", "mine", "trust=[my_detector]"]
     assert cli(["train", "model=own_fcos", "distill=mimic_neck", *trust]) == 1
-    assert "this student has no default teacher" in capsys.readouterr().err
+    assert "has no default teacher for this student" in capsys.readouterr().err
     assert cli(["train", *FAMILY, "hydra.run.dir=run", *trust]) == 0
     run = tmp_path / "run"
     assert json.loads((run / "student.json").read_text())["model"]["family"] == "my_detector.OwnFCOS"

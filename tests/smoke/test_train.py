@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,10 @@ def test_loggers_get_the_values_of_the_csv_files(
 
     (file,) = run.rglob("*.wandb")
     records = read_wandb(file)
+    deadline = time.monotonic() + 60  # W&B's own process writes the end of the file
+    while not records.files.keys() >= {"student.pt", "student.json"} and time.monotonic() < deadline:
+        time.sleep(0.5)
+        records = read_wandb(file)
     assert records.run.run_group.startswith("data.source.train=")
     assert "seed" not in records.run.run_group
     assert {"frcnn_r10_mini", "shapes", "dsig"} <= set(records.run.tags)

@@ -210,7 +210,7 @@ def convert(state: State, where: str, config: Mapping[str, Any] | None, classes:
         if "_BASE_" in config:
             found.warnings.append(
                 f"The configuration names another file (_BASE_: {config['_BASE_']}), which was not read. Missing "
-                "values are taken from the model zoo. Give the complete config.yaml that Detectron2's trainer writes"
+                "values are taken from the model zoo. Give Detectron2's config.yaml as its trainer writes it"
             )
     else:
         found.warnings.append(

@@ -139,16 +139,16 @@ def _is_complete(facts: DataFacts, known: PaperSettings) -> bool:
     return facts.images >= known.images and sorted(facts.classes) == sorted(known.classes)
 
 
-def fill_schedule(node: DictConfig, images: int, batch: int, pretrained: bool) -> dict[str, float]:
+def fill_schedule(node: DictConfig, images: int, batch: int, trained: bool) -> dict[str, float]:
     """Replace the values ``auto`` of a node ``schedule`` in place. Returns the chosen values by key.
 
     Args:
         node: the node; keys that are not ``auto`` stay.
         images: number of training images.
         batch: images per step of one process.
-        pretrained: whether the student starts from trained weights.
+        trained: whether all layers of the student start from trained weights.
     """
-    choice = choose_schedule(images, batch, pretrained, None if node.epochs == AUTO else node.epochs)
+    choice = choose_schedule(images, batch, trained, None if node.epochs == AUTO else node.epochs)
     values = {"epochs": choice.epochs, "evaluate_every": choice.evaluate_every, "optimizer.lr": choice.rate}
     chosen = {key: value for key, value in values.items() if OmegaConf.select(node, key) == AUTO}
     for key, value in chosen.items():
@@ -157,9 +157,11 @@ def fill_schedule(node: DictConfig, images: int, batch: int, pretrained: bool) -
 
 
 def _resolve_schedule(cfg: DictConfig, facts: DataFacts) -> str:
-    pretrained = bool(cfg.model.get("weights") or OmegaConf.select(cfg, "model.backbone.weights"))
-    values = fill_schedule(cfg.schedule, facts.images, cfg.data.batch_size, pretrained)
-    start = "trained weights" if pretrained else "random weights"
+    trained = bool(cfg.model.get("weights"))
+    start = "trained weights" if trained else "random weights"
+    if not trained and OmegaConf.select(cfg, "model.backbone.weights"):
+        start = "a pretrained backbone"
+    values = fill_schedule(cfg.schedule, facts.images, cfg.data.batch_size, trained)
     chosen = " ".join(f"schedule.{key}={value:g}" for key, value in values.items())
     return f"{chosen}: {facts.images} images in batches of {cfg.data.batch_size}, start from {start}"
 

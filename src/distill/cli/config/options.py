@@ -37,13 +37,13 @@ def model(name: str, classes: Sequence[str], **options: Any) -> Detector:
     return detector
 
 
-def schedule(name: str, data: DetectionData | None = None, pretrained: bool = False, **options: Any) -> Schedule:
+def schedule(name: str, data: DetectionData | None = None, trained: bool = False, **options: Any) -> Schedule:
     """Build the schedule of an option of the group ``schedule``.
 
     Args:
         name: name of the option, such as ``sgd_1x``; see ``conf/schedule``.
         data: the data; only ``auto`` needs it, and reads the training images.
-        pretrained: whether the student starts from trained weights; only ``auto`` reads it.
+        trained: whether all layers of the student start from trained weights; only ``auto`` reads it.
         options: arguments of `Schedule` that replace those of the option.
 
     Raises:
@@ -56,7 +56,7 @@ def schedule(name: str, data: DetectionData | None = None, pretrained: bool = Fa
     if any(value == AUTO for _, value in leaves(instantiate.to_containers(node))):
         if data is None:
             raise DistillError(f"schedule {name}: needs the data: distill.schedule('{name}', data)")
-        fill_schedule(node, len(data.training_records("train")), data.batch_size, pretrained)
+        fill_schedule(node, len(data.training_records("train")), data.batch_size, trained)
     built: Schedule = instantiate.build_node(node)
     return built
 

@@ -29,12 +29,10 @@ def test_a_schedule_by_its_name() -> None:
 
 def test_a_schedule_that_depends_on_the_data() -> None:
     data = distill.DetectionData(Shapes(train=40, val=2, test=0, size=64), batch_size=4, workers=0)
-    scratch, pretrained = distill.schedule("auto", data), distill.schedule("auto", data, pretrained=True, epochs=5)
-    assert scratch.epochs * 10 >= 1000
-    assert pretrained.epochs == 5
-    rates = [
-        each.optimizer([pytest.importorskip("torch").nn.Parameter()]).defaults["lr"] for each in (scratch, pretrained)
-    ]
+    fresh, trained = distill.schedule("auto", data), distill.schedule("auto", data, trained=True, epochs=5)
+    assert fresh.epochs * 10 >= 1000
+    assert trained.epochs == 5
+    rates = [each.optimizer([pytest.importorskip("torch").nn.Parameter()]).defaults["lr"] for each in (fresh, trained)]
     assert rates[0] > rates[1]
 
 
