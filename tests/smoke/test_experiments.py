@@ -50,7 +50,7 @@ def test_recipe_trains_and_its_baseline_is_clean(
 ) -> None:
     root = data_sets["bccd" if experiment == "bccd" else experiment.split("_")[1]]
     lines = tiny(experiment, root)
-    assert cli(["train", *lines, "distill=none", "hydra.run.dir=teacher"]) == 0
+    assert cli(["train", *lines, "distill=none", "init=scratch", "hydra.run.dir=teacher"]) == 0
     baseline = summary(tmp_path / "teacher")
     assert baseline["teacher"] is None
     assert not [name for name in baseline["terms"] if "student/" not in name and name != "loss/total"]

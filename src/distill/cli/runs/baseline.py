@@ -66,6 +66,8 @@ def plan_baseline(plan: RunPlan, data: DetectionData, splits: Sequence[str], pro
         _validate_run(run, plan, data, splits)
         return Baseline(SharedRun(BASELINE, run.path), read_config(run)["schedule"])
     lines = [*baseline_overrides(plan.overrides), "distill=none"]
+    if compose_run(lines, BASELINE).init != "scratch":  # an experiment says so
+        lines.append("init=scratch")
     lines += longer_overrides(plan.config, plan.baseline_epochs, lines)
     config = to_containers(compose_run(lines, BASELINE))
     recipe = fingerprint(config, data, processes)

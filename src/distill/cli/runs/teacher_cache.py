@@ -228,6 +228,8 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
         *(*kept, f"model={options.option}", "distill=none", "teacher=none"),
         *("trainer.num_nodes=1", f"seed={options.seed}"),
     ]
+    if compose_run(lines, "teacher").init != "scratch":  # an experiment says so
+        lines.append("init=scratch")
     own = [word for words in options.own.values() for word in words]
     return [*lines, *own, *node_overrides("model", options.model, compose_run([*lines, *own], "teacher")), *options.run]
 

@@ -123,3 +123,9 @@ def test_training_without_a_word_is_the_demo(monkeypatch: pytest.MonkeyPatch) ->
     assert started == [["experiment=demo", "ckpt_path=unfinished"]]
     cfg = compose_without_run(started[0])
     assert (cfg.data.source.train, list(cfg.distill.losses), cfg.baseline) == (100, ["dsig"], "train")
+
+
+def test_the_teacher_of_a_recipe_that_inherits_starts_from_scratch() -> None:
+    """The student's neck and head start from the teacher's; its teacher has none to inherit from."""
+    assert compose_without_run(["experiment=fgd_coco_retinanet_x101_r50"]).init == "inherit"
+    assert teacher_run("experiment=fgd_coco_retinanet_x101_r50").init == "scratch"
