@@ -132,6 +132,28 @@ class AnchorTargets(NamedTuple):
     """(B, N) bool: anchors that the detector's own classification loss uses."""
 
 
+class QueryLayer(NamedTuple):
+    """Outputs of one decoder layer of a set-prediction detector, for the Q queries of each image."""
+
+    logits: Tensor
+    """(B, Q, K) class logits, one sigmoid per class."""
+    boxes: Tensor
+    """(B, Q, 4) float32 (center x, center y, width, height), as shares of the padded image's width and height."""
+    hidden: Tensor
+    """(B, Q, D) hidden states."""
+    corners: Tensor | None = None
+    """(B, Q, 4, bins) logits of the distribution of each side's offset. None without distributions (RT-DETR)."""
+
+
+class QueryPoints(NamedTuple):
+    """The cells of the encoder's maps from which a set-prediction detector starts its Q queries."""
+
+    cells: Tensor
+    """(B, Q) int64: indices into the cells of all levels, finest level first, row by row."""
+    boxes: Tensor
+    """(B, Q, 4) float32: the start boxes, in the form of `QueryLayer.boxes`, detached."""
+
+
 @dataclass(frozen=True)
 class DetectorSpec:
     """Facts about a detector that are known before any forward pass.
@@ -140,7 +162,7 @@ class DetectorSpec:
     """
 
     family: str
-    """``faster_rcnn``, ``mask_rcnn``, ``retinanet`` or ``fcos``."""
+    """``faster_rcnn``, ``mask_rcnn``, ``retinanet``, ``fcos``, or the name of another family."""
     outputs: frozenset[str]
     """Names of the View outputs that this family has, see `MAPS` and `ALTERNATIVES`.
 
@@ -185,11 +207,13 @@ MAPS = ("body", "neck", "objectness", "class_logits", "deltas", "centerness")
 _PYRAMID = "choose a detector with a feature pyramid (model=frcnn_r50, model=retinanet_r50)"
 _TWO_STAGE = "choose a two-stage detector (model=frcnn_r50)"
 _ANCHOR_FREE = "choose an anchor-free detector (model=fcos_r50)"
+_QUERIES = "choose a detector with queries (model=rtdetr_r18)"
 ALTERNATIVES = {
     **dict.fromkeys(("neck", "anchors", "deltas", "anchor_targets", "anchor_boxes", "roi_features"), _PYRAMID),
     **dict.fromkeys(("objectness", "proposals", "rois", "roi_logits", "roi_boxes"), _TWO_STAGE),
     **dict.fromkeys(("points", "centerness"), _ANCHOR_FREE),
     **dict.fromkeys(("tower_features", "finish_tower"), "choose a one-stage detector (model=retinanet_r50)"),
+    **dict.fromkeys(("queries", "query_targets", "query_points", "decode"), _QUERIES),
     "class_logits": "choose a one-stage detector (model=retinanet_r50)",
     "mask_logits": "choose a detector with a mask head (model=mask_rcnn_r50)",
 }
@@ -323,8 +347,26 @@ class View(Protocol):
         """Mask R-CNN: return the mask logits (R, K+1, 28, 28) of all images' regions. Cached for each box list."""
 
     @property
+    def queries(self) -> list[QueryLayer]:
+        """Set-prediction detectors: outputs of all decoder layers, first layer first, without denoising."""
+
+    @property
+    def query_targets(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """Set-prediction detectors: for each layer of `queries` and each image, the matched queries and their targets.
+
+        Both are (N,) int64 indices: into the layer's Q queries and into the image's ground-truth boxes.
+        """
+
+    @property
+    def query_points(self) -> QueryPoints:
+        """Set-prediction detectors: the cells and boxes from which the decoder starts."""
+
+    def decode(self, points: QueryPoints) -> list[QueryLayer]:
+        """Set-prediction detectors: run the decoder from any points. Gradients reach the decoder and the encoder."""
+
+    @property
     def losses(self) -> dict[str, Tensor]:
-        """The detector's own supervised losses: torchvision's name -> scalar."""
+        """The detector's own supervised losses: name -> scalar."""
 
     def predictions(
         self, score: float | None = None, nms: float | None = None, top: int | None = None
