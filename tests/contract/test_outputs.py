@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distill.detectors.base import Detector
 from distill.detectors.registry import FAMILIES
 from distill.detectors.view import LazyView, network
+from distill.diagnostics.doctor import shapes
 from distill.losses.chen import Chen
 from distill.losses.defeat import DeFeat
 from distill.losses.dsig import DSIG
@@ -19,6 +20,7 @@ from distill.losses.mimic import Mimic
 from distill.losses.ssim import SSIM
 from distill.losses.tadf import TADF
 from distill.teacher import Teacher
+from distill.training.callbacks.term_check import GRADIENT_FACTOR, measure_terms
 from distill.training.nonfinite import non_finite_levels
 from distill.types import ALTERNATIVES, MAPS, Batch, DetectorSpec, DistillError, MissingOutputError, Target, require
 from helpers.fake_view import spec as pyramid_spec
@@ -127,6 +129,16 @@ def test_a_detector_without_neck_anchors_and_regions_computes_and_teaches() -> N
         DistillError, match=r"view\.rois: the detector is a detr, which has no rois\. Choose a two-stage"
     ):
         _ = view.rois
+
+
+def test_the_doctor_shows_the_body_of_a_detector_without_a_neck() -> None:
+    view = QueryDetector().view(batch())
+    assert shapes(view, None) == [{"stride": s, "student body": [8, 64 // s, 96 // s]} for s in (4, 8, 16, 32)]
+    names, rows = measure_terms(
+        view, {"student/a": view.body[4].sum(), "x/b": view.body[32].sum()}, {"student/a": 1.0, "x/b": 1.0}
+    )
+    assert names == ["x/b"]
+    assert rows[0, 2] == GRADIENT_FACTOR  # the derivative of the sum is 1 at each cell
 
 
 def test_not_finite_maps_are_found_without_a_neck() -> None:

@@ -45,3 +45,6 @@ def test_a_table_of_the_paper_is_one_command(
         assert float(row["images_low"]) <= float(row["images_high"])
         assert row["verdict"] == "not decided"
         assert float(row["seconds_per_step"]) > 0
+        # The group has all words that change the training, as on W&B, and no seed.
+        assert f"teacher.weights={tiny_teacher}" in row["group"]
+        assert "seed=" not in row["group"]

@@ -76,6 +76,8 @@ class Row:
     """Mean duration of a run's training with its evaluations."""
     seconds_per_step: float | None
     difference: Difference | None = None
+    group: str = ""
+    """Full name of the configuration, the W&B group of its runs. `configuration` is short: it names what differs."""
 
 
 @dataclass
@@ -259,6 +261,7 @@ def configuration_row(configuration: Configuration, metrics: Sequence[str], diff
         seconds=configuration.mean_seconds(),
         seconds_per_step=mean_of([run.seconds_per_step for run in runs]),
         difference=difference,
+        group=configuration.first.group,
     )
 
 
@@ -329,6 +332,7 @@ def to_rows(comparison: Comparison) -> list[dict[str, Any]]:
 def _flat(row: Row, metric: str) -> dict[str, Any]:
     flat: dict[str, Any] = {
         "configuration": row.configuration,
+        "group": row.group,
         "role": row.role,
         "seeds": " ".join(map(str, row.seeds)),
         **dict(row.values),

@@ -53,6 +53,8 @@ class FinishedRun:
     """Duration of the training with its evaluations."""
     seconds_per_step: float | None = None
     """Mean duration of an optimizer step, without evaluations."""
+    group: str = ""
+    """Name of the configuration without the seed, which is the run's group on W&B."""
 
     @property
     def seed(self) -> int:

@@ -19,6 +19,7 @@ from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.detectors.folding import fold
 from distill.diagnostics.bench.clock import Clock, Spread
+from distill.training.gradients import head_maps
 from distill.types import Batch, DistillError
 from distill.units import MISSING, percent
 
@@ -147,8 +148,7 @@ def folded_copy(detector: Detector, batch: Batch, device: torch.device) -> Detec
     folded = copy.deepcopy(detector).to(device).eval()
 
     def maps() -> Mapping[int, torch.Tensor]:
-        view = folded.view(batch, training=False, frozen=True)
-        return view.neck if "neck" in view.spec.outputs else view.body
+        return head_maps(folded.view(batch, training=False, frozen=True))
 
     with torch.autocast(device.type, enabled=False):
         fold(folded.net, maps)

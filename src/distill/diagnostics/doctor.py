@@ -24,7 +24,7 @@ from distill.imaging.resizing import padded_size, resized_size
 from distill.precision import autocast_context
 from distill.training.callbacks.term_check import largest_gradient
 from distill.training.distiller import Distiller, StepResult
-from distill.training.gradients import neck_gradient_norms, shares
+from distill.training.gradients import neck_gradient_norms, shares, trained_maps
 from distill.training.schedule import Schedule
 from distill.types import Batch, DetectorSpec, Pyramid, View
 
@@ -111,17 +111,19 @@ def shapes(student: View, teacher: View | DetectorSpec | None) -> list[dict[str,
 
     A teacher that is given by its spec has shapes (C,).
     """
-    columns: dict[str, Mapping[int, list[int]]] = {
-        "student body": _sizes(student.body),
-        "student neck": _sizes(student.neck),
-    }
+    columns: dict[str, Mapping[int, list[int]]] = _map_sizes("student", student)
     if isinstance(teacher, DetectorSpec):
         columns["teacher body"] = {stride: [channels] for stride, channels in teacher.body.items()}
         columns["teacher neck"] = {stride: [channels] for stride, channels in teacher.neck.items()}
     elif teacher is not None:
-        columns |= {"teacher body": _sizes(teacher.body), "teacher neck": _sizes(teacher.neck)}
+        columns |= _map_sizes("teacher", teacher)
     strides = sorted({stride for column in columns.values() for stride in column})
     return [{"stride": s} | {name: column.get(s) for name, column in columns.items()} for s in strides]
+
+
+def _map_sizes(role: str, view: View) -> dict[str, Mapping[int, list[int]]]:
+    neck = {f"{role} neck": _sizes(view.neck)} if "neck" in view.spec.outputs else {}
+    return {f"{role} body": _sizes(view.body), **neck}
 
 
 def _sizes(maps: Pyramid) -> dict[int, list[int]]:
@@ -144,7 +146,7 @@ def measure_terms(step: StepResult) -> dict[str, dict[str, float | bool]]:
     student's neck or body.
     """
     student, weights = step.student, step.weights
-    maps = [x for x in (*student.body.values(), *student.neck.values()) if x.requires_grad]
+    maps = trained_maps(student)
     parts = shares(neck_gradient_norms(student, step.terms, weights))
     return {
         name: {

@@ -7,14 +7,25 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from distill.types import View
+from distill.types import Pyramid, View
+
+
+def head_maps(view: View) -> Pyramid:
+    """The maps that the heads read: the neck, or the body of a detector without a neck."""
+    return view.neck if "neck" in view.spec.outputs else view.body
+
+
+def trained_maps(view: View) -> list[Tensor]:
+    """All maps of the body and the neck that have a gradient."""
+    neck = view.neck.values() if "neck" in view.spec.outputs else ()
+    return [x for x in (*view.body.values(), *neck) if x.requires_grad]
 
 
 def neck_gradient_norms(student: View, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
     """Norm of each weighted term's gradient at the neck: ``weight * sqrt(sum of (d term / d x)^2)``.
 
-    The sum runs over all elements x of all maps of the neck. The graph is kept, and the gradients of the weights do not
-    change. Each term costs a backward pass from the term to the neck.
+    The sum runs over all elements x of all maps of the neck (of the body, if there is no neck). The graph is kept, and
+    the gradients of the weights do not change. Each term costs a backward pass from the term to the neck.
 
     Args:
         student: the student's View of the batch.
@@ -24,7 +35,7 @@ def neck_gradient_norms(student: View, terms: Mapping[str, Tensor], weights: Map
     Returns:
         Scalars (float64, float32 on MPS) on the student's device. 0 for a term that does not reach the neck.
     """
-    maps = [x for x in student.neck.values() if x.requires_grad]
+    maps = [x for x in head_maps(student).values() if x.requires_grad]
     return {name: abs(weights[name]) * _gradient_norm(term, maps) for name, term in terms.items()}
 
 

@@ -51,6 +51,7 @@ def run(
         fingerprints={"test": "same"},
         seconds=seconds,
         seconds_per_step=None if seconds is None else seconds / 100,
+        group=f"data=x distill={name}",
         **more,
     )
 
@@ -238,4 +239,5 @@ def test_files_have_the_names_of_the_metrics_and_plain_numbers() -> None:
     teacher, alone, ours = to_rows(answer)
     assert alone["test/AP"] == pytest.approx(0.2)
     assert (teacher["role"], ours["seeds"], ours["reference"]) == ("teacher", "0 1 2", "none")
+    assert [row["group"] for row in (teacher, alone, ours)] == ["", "data=x distill=none", "data=x distill=defeat"]
     assert ours["seeds_low"] < ours["difference"] < ours["seeds_high"]

@@ -19,9 +19,12 @@ from distill.types import DistillError
 from helpers.training import distiller, fit
 
 
-def test_norms_are_those_of_the_derivatives() -> None:
+@pytest.mark.parametrize("maps", ["neck", "body"])
+def test_norms_are_those_of_the_derivatives(maps: str) -> None:
+    """At the neck, and at the body of a detector without a neck."""
     coarse, fine = torch.ones(1, 2, 2, 2, requires_grad=True), torch.full((1, 2, 4, 4), 3.0, requires_grad=True)
-    student: Any = SimpleNamespace(neck={8: fine, 16: coarse})
+    spec = SimpleNamespace(outputs={"body", maps})
+    student: Any = SimpleNamespace(**{maps: {8: fine, 16: coarse}}, spec=spec)
     terms = {
         "square": fine.square().sum(),  # derivative 6 at 32 places
         "both": fine.sum() + 2 * coarse.sum(),  # 1 at 32 places, 2 at 8

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from distill.analysis.configurations import FinishedRun
-from distill.cli.config.overrides import read_config, read_overrides
+from distill.cli.config.overrides import configuration_name, read_config, read_overrides
 from distill.cli.runs.results import fingerprints, read_finished
 from distill.cli.runs.sweep_folder import job_folders
 from distill.files import read_json
@@ -71,10 +71,11 @@ def read_run(folder: Path) -> FinishedRun:
     if not isinstance(config.get("seed"), int):
         raise DistillError(f"{run.config}: expected a 'seed', got {config.get('seed')}")
     seconds, per_step = training_times(run)
+    words = read_overrides(folder) if run.overrides.is_file() else []
     return FinishedRun(
         folder=folder,
         config=config,
-        words=read_overrides(folder) if run.overrides.is_file() else [],
+        words=words,
         losses=[str(name) for name in losses],
         values={name: float(value) for name, value in values.items()},
         classes=[str(name) for name in classes],
@@ -84,6 +85,7 @@ def read_run(folder: Path) -> FinishedRun:
         detections={split: file for split in SPLITS if (file := run.detections_on(split)).is_file()},
         seconds=seconds,
         seconds_per_step=per_step,
+        group=configuration_name(words),
     )
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from distill.training.distiller import Distiller
+from distill.training.gradients import trained_maps
 from distill.types import DistillError, View
 
 GRADIENT_FACTOR = 2.0**16
@@ -112,7 +113,7 @@ class TermCheck(L.Callback):
 
 def measure_terms(student: View, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> tuple[list[str], Tensor]:
     """Names of the distillation terms with a weight at this step, and one row of `Measure` per term, on the device."""
-    maps = [x for x in (*student.body.values(), *student.neck.values()) if x.requires_grad]
+    maps = trained_maps(student)
     own = [weights[name] * terms[name].detach() for name in terms if name.startswith("student/")]
     detection = torch.stack(own).sum()
     names = [name for name in terms if not name.startswith("student/") and weights[name]]
