@@ -354,7 +354,7 @@ class View(Protocol):
     def query_targets(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Set-prediction detectors: for each layer of `queries` and each image, the matched queries and their targets.
 
-        Both are (N,) int64 indices: into the layer's Q queries and into the image's ground-truth boxes.
+        Both are (N,) int64 indices on the CPU: into the layer's Q queries and into the image's ground-truth boxes.
         """
 
     @property

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.boxes import paired_iou
 from distill.losses import base, heads
 from distill.losses.base import DistillLoss, SumAndCount
-from distill.losses.boxes import paired_iou
 from distill.losses.heads import ClassMap
 from distill.precision import upcast
 from distill.types import DetectorSpec, View

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.boxes import paired_giou, paired_iou
 from distill.losses import base, heads
 from distill.losses.adapters import adapter as convolution
 from distill.losses.base import DistillLoss, SumAndCount
-from distill.losses.boxes import paired_giou, paired_iou
 from distill.losses.heads import ClassMap
 from distill.losses.standardization import channel_moments, standardized
 from distill.precision import upcast

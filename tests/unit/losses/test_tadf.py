@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from distill.boxes import paired_iou
 from distill.losses import tadf
 from distill.losses.base import DistillLoss
-from distill.losses.boxes import paired_iou
 from distill.losses.tadf import TADF
 from distill.types import DetectorSpec, DistillError, Regions
 from helpers.fake_view import FakeView, batch, equal_views, random_view, spec

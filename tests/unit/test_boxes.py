@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou, generalized_box_iou
 
-from distill.losses.boxes import paired_giou, paired_iou
+from distill.boxes import paired_giou, paired_iou
 from helpers.fake_view import corners
 
 
