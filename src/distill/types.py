@@ -62,7 +62,7 @@ def _unpickled(boxes: Any, labels: Any, masks: Tensor | None) -> Target:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of images, resized and padded but **not** normalised. Workers create a batch once, for both models.
+    """A batch of images, resized and padded but **not** normalized. Workers create a batch once, for both models.
 
     `Batch` is a dataclass with ``to`` and ``pin_memory``: torch would turn the tuples in a NamedTuple into lists.
     """
@@ -177,11 +177,11 @@ class DetectorSpec:
     anchors: dict[int, int]
     """Stride -> anchors per cell (A). Empty if the detector has no anchors."""
     mean: tuple[float, ...]
-    """Channel means that normalise images in [0, 1], in the channel order of the detector."""
+    """Channel means that normalize images in [0, 1], in the channel order of the detector."""
     std: tuple[float, ...]
-    """Channel standard deviations that normalise images in [0, 1], in the channel order of the detector."""
+    """Channel standard deviations that normalize images in [0, 1], in the channel order of the detector."""
     norm: str
-    """Kind of the backbone's normalisation layers, ``frozen``, ``batch_fixed_stats``, ``batch`` or ``sync``."""
+    """Kind of the backbone's normalization layers, ``frozen``, ``batch_fixed_stats``, ``batch`` or ``sync``."""
     anchor_options: Mapping[str, Any] = field(default_factory=dict)
     """Options that decide which boxes deltas stand for at every image size (``anchors.sizes``, ``point_offset``, ...).
     In detectors of one family with equal `anchors` and `anchor_options`, equal deltas are equal boxes."""

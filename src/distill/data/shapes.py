@@ -132,11 +132,11 @@ class SceneItem:
         """Mask (h, w) of the pixels that the shape covers by half or more."""
         return self.alpha >= 128
 
-    def paint(self, canvas: NDArray[np.float32], colour: NDArray[np.float32]) -> None:
+    def paint(self, canvas: NDArray[np.float32], color: NDArray[np.float32]) -> None:
         """Paint the shape over a canvas (H, W, 3), in place."""
         x1, y1, x2, y2 = self.box
         patch, weight = canvas[y1:y2, x1:x2], self.alpha[..., None].astype(np.float32) / 255
-        patch += weight * (colour - patch)
+        patch += weight * (color - patch)
 
 
 def render_shape(kind: str, radius: float, angle: float) -> NDArray[np.uint8]:
@@ -222,11 +222,11 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int], classes: list[st
 def _contrasting_color(rng: np.random.Generator, under: NDArray[np.float32]) -> NDArray[np.float32]:
     """Choose a color that contrasts with the background color under the shape. The contrast is uniform."""
     channel, contrast = rng.integers(3), rng.uniform(MIN_CONTRAST, 180)
-    colour = np.clip(under + rng.uniform(-contrast, contrast, 3), 0, 255)
+    color = np.clip(under + rng.uniform(-contrast, contrast, 3), 0, 255)
     # The shift goes away from the nearer end of 0-255, so a contrast of up to half the range always fits.
     sign = 1 if under[channel] < 128 else -1
-    colour[channel] = under[channel] + sign * min(contrast, 127)
-    return colour.astype(np.float32)
+    color[channel] = under[channel] + sign * min(contrast, 127)
+    return color.astype(np.float32)
 
 
 class Shapes:

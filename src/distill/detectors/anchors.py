@@ -106,7 +106,7 @@ def anchor_generator(
         offset: the center of a cell's anchors, in steps from the upper left corner of the cell; 0.5 is the middle.
         rounded: whether anchor corners, relative to the center, are rounded to whole pixels.
         order: the outer loop over the anchors of a cell: ``ratio`` (torchvision), or ``size`` (Detectron2).
-        step: the distance between neighbouring cells: ``fitted``, the image's side // the map's side, or ``nominal``,
+        step: the distance between neighboring cells: ``fitted``, the image's side // the map's side, or ``nominal``,
             the stride of the level. The two differ if the padded side is not a multiple of the stride.
 
     Raises:
@@ -215,9 +215,9 @@ class BGRTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
     """torchvision's transform for RGB images, with BGR output."""
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Return an RGB image (3, H, W) in [0, 1] as normalised BGR."""
-        normalised: Tensor = super().normalize(image.flip(0))
-        return normalised
+        """Return an RGB image (3, H, W) in [0, 1] as normalized BGR."""
+        normalized: Tensor = super().normalize(image.flip(0))
+        return normalized
 
 
 def order_channels(net: Any, channel_order: str) -> None:

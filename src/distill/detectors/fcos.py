@@ -161,8 +161,8 @@ class FCOS(DenseDetector):
         p7_relu: see `RetinaNet`.
         point_offset: the position of a cell's point, in steps from the cell's corner: 0 is the corner (torchvision),
             0.5 the middle (paper, Detectron2, MMDetection).
-        point_step: the distance between neighbouring points, see `anchors.anchor_generator`.
-        head_norm: normalisation in the towers: ``group`` (32 groups) or ``none``.
+        point_step: the distance between neighboring points, see `anchors.anchor_generator`.
+        head_norm: normalization in the towers: ``group`` (32 groups) or ``none``.
         centerness_from: the tower that the centerness layer reads: ``box``, or ``class`` (paper).
         distances: the function from outputs to distances: ``relu``, in strides, or ``exp``, in pixels (paper).
         level_scales: whether the outputs of the box layer have a trained factor for each level (paper).

@@ -53,7 +53,7 @@ class AnchorOptions:
         offset: the center of an anchor in its cell: 0 is the upper left corner, 0.5 the middle.
         rounded: whether corners, relative to the center, are rounded to whole pixels.
         order: the outer loop over the anchors of a cell: ``ratio`` or ``size``.
-        step: the distance between neighbouring cells: ``fitted`` to the padded image, or ``nominal``, the stride.
+        step: the distance between neighboring cells: ``fitted`` to the padded image, or ``nominal``, the stride.
     """
 
     sizes: Sequence[Sequence[float]] = ((32,), (64,), (128,), (256,), (512,))

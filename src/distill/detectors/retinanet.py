@@ -198,7 +198,7 @@ class RetinaNet(DenseDetector):
         p7_relu: whether a ReLU stands between P6 and the convolution that computes P7 (stride 128). MMDetection has
             none.
         anchor_delta_weights: factors on the deltas, see `anchors.set_box_coders`.
-        head_norm: normalisation in the heads: ``none`` or ``group`` (32 groups). ``group_bias`` also gives the
+        head_norm: normalization in the heads: ``none`` or ``group`` (32 groups). ``group_bias`` also gives the
             convolutions before the norms a bias (Detectron2).
         box_loss: ``l1``, ``smooth_l1``, ``giou``, ``diou`` or ``ciou``.
 

@@ -160,7 +160,7 @@ class Grid(NamedTuple):
     def _axis(self, low: Tensor, high: Tensor, bins: int, size: int) -> tuple[Tensor, Tensor]:
         """Cell indices and weights of each bin along an axis of `size` cells, each (r, bins, 2 * points).
 
-        Each sample point has two neighbouring cells. The order of operations is torchvision's, so that rounding selects
+        Each sample point has two neighboring cells. The order of operations is torchvision's, so that rounding selects
         the same cells.
         """
         side = high - low if self.aligned else (high - low).clamp(min=1)

@@ -99,7 +99,7 @@ class LazyView:
 
     def __init__(self, detector: ViewedDetector, batch: Batch, training: bool, frozen: bool, seed: int | None) -> None:
         if batch.images.dtype != torch.uint8:
-            raise DistillError(f"batch.images: expected uint8 RGB, not normalised, got {batch.images.dtype}")
+            raise DistillError(f"batch.images: expected uint8 RGB, not normalized, got {batch.images.dtype}")
         self.detector, self.net, self.spec, self.batch = detector, detector.net, detector.spec, batch
         self.training, self.seed, self.device = training, seed, batch.images.device
         self._grad = torch.is_grad_enabled() and not frozen
@@ -166,7 +166,7 @@ class LazyView:
 
     @geometry
     def images(self) -> Tensor:
-        """Images (B, 3, H, W), normalised for this detector, with zero padding, in the dtype of the weights."""
+        """Images (B, 3, H, W), normalized for this detector, with zero padding, in the dtype of the weights."""
         mean, std = self.detector.pixels(self.device)
         pixels = (
             self.batch.images.flip(1)

@@ -31,7 +31,7 @@ class _Mark(NamedTuple):
 
     box: _Box
     text: str
-    colour: Color
+    color: Color
     mask: Tensor | None
 
 
@@ -53,7 +53,7 @@ def panel(
     if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8 or not columns:
         raise DistillError(
             f"Expected a uint8 image (3, H, W) and at least one column to draw, got {image.dtype} "
-            f"{tuple(image.shape)} and {len(columns)} columns. Draw Batch.images before normalisation."
+            f"{tuple(image.shape)} and {len(columns)} columns. Draw Batch.images before normalization."
         )
     height, width = image.shape[1:]
     scale = min(max(1.0, _SIDE_RANGE[0] / max(height, width)), _SIDE_RANGE[1] / max(height, width))
@@ -127,18 +127,18 @@ def _draw_marks(plain: Image.Image, marks: Sequence[_Mark]) -> Image.Image:
     for mark in marks:
         if mark.mask is not None:
             veil = Image.fromarray(mark.mask.to(torch.uint8).numpy() * _MASK_OPACITY).resize(picture.size)
-            picture.paste(mark.colour, mask=veil)
+            picture.paste(mark.color, mask=veil)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
     for mark in marks:
-        pen.rectangle(mark.box, outline=mark.colour, width=2)
+        pen.rectangle(mark.box, outline=mark.color, width=2)
     taken: list[_Box] = []
     for mark in reversed(marks):
         left, top, right, bottom = pen.textbbox((0, 0), mark.text, font=font)
         place = _find_label_place(mark.box, (right - left + 5, bottom - top + 5), picture.size, taken)
         if place is not None:
             taken.append(place)
-            pen.rectangle(place, fill=mark.colour)
-            pen.text((place[0] + 3 - left, place[1] + 3 - top), mark.text, fill=_text_color(mark.colour), font=font)
+            pen.rectangle(place, fill=mark.color)
+            pen.text((place[0] + 3 - left, place[1] + 3 - top), mark.text, fill=_text_color(mark.color), font=font)
     return picture
 
 

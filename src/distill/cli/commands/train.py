@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -18,10 +16,10 @@ from omegaconf import DictConfig
 from distill.cli.config import compose, override_checks
 from distill.cli.config.hydra_main import answer_flags, parse_words, run_hydra
 from distill.cli.reports import sweep_report
-from distill.cli.runs import child_runs, resume, sweep
+from distill.cli.runs import resume, sweep
+from distill.cli.runs.run_lock import locked
 from distill.cli.signals import Terminated
 from distill.cli.startup import uncollected_imports
-from distill.run_folder import RunFolder
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -29,20 +27,6 @@ if TYPE_CHECKING:
 
 DEMO = ("experiment=demo", "ckpt_path=unfinished")
 """The words of a run without any word."""
-LOCK_TIMEOUT = 10.0
-"""Seconds to wait for the lock of a run whose process is about to end."""
-_held: list[int] = []
-"""File descriptors of the locks that this process holds."""
-
-
-def _close_inherited_locks() -> None:
-    while _held:
-        with suppress(OSError):  # the library of the lock closes it, too
-            os.close(_held.pop())
-
-
-# Loader processes outlive a killed run by some seconds. They must not hold its lock, because a resume would wait.
-os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -135,33 +119,6 @@ def _train(cfg: DictConfig, run: Path) -> float:
             trainer.fit(module, data, ckpt_path=plan.checkpoint, weights_only=True)
             summary = run_report.finish_run(plan, trainer, module, data, splits, started, compared)
     return float(summary["student"][plan.metric])
-
-
-@contextmanager
-def locked(run: RunFolder) -> Iterator[None]:
-    """Hold the lock of a run's folder while the run is trained. Ranks above 0 write no checkpoints, and need no lock.
-
-    Raises:
-        DistillError: another process trains the run.
-    """
-    lock = FileLock(run.lock, timeout=LOCK_TIMEOUT)
-    if child_runs.rank() == 0:
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-            _held.extend(fd for fd in (lock._context.lock_file_fd,) if fd is not None)
-        except Timeout:
-            raise DistillError(
-                f"{run.path} is in use by another process, which trains this run: wait until it has ended, or choose "
-                "another folder with hydra.run.dir=DIR"
-            ) from None
-        except (OSError, NotImplementedError):  # a file system without locks
-            pass
-    try:
-        yield
-    finally:
-        _held.clear()
-        lock.release()
 
 
 @contextmanager

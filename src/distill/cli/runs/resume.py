@@ -10,13 +10,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from distill import plugins
 from distill.cli.config import compose, instantiate
 from distill.cli.config.overrides import parse_overrides, read_config, read_overrides
+from distill.cli.runs.run_lock import is_locked
 from distill.cli.signals import RESTART_ADVICE
 from distill.cli.tables import print_line
 from distill.files import write_text
@@ -153,19 +153,10 @@ def _find_unfinished_run(lines: list[str]) -> list[str]:
         return resuming if named.resumable and not named.finished else lines
     for run in sorted((run for run in home.glob("*") if RunFolder(run).resumable), key=_saved_at, reverse=True):
         same = _run_identity(_recorded_words(run)) == _run_identity(lines)
-        if same and not RunFolder(run).finished and not _is_locked(run) and _is_same_configuration(run, lines):
+        if same and not RunFolder(run).finished and not is_locked(run) and _is_same_configuration(run, lines):
             print_line("resume", f"the stopped run {run}")
             return [*resuming, f"hydra.run.dir={quote_value(str(run))}"]
     return lines
-
-
-def _is_locked(run: Path) -> bool:
-    """Whether a process trains a run."""
-    try:
-        with FileLock(RunFolder(run).lock, blocking=False):
-            return False
-    except Timeout:
-        return True
 
 
 def _is_same_configuration(run: Path, lines: Sequence[str]) -> bool:

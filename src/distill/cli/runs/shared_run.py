@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.cli.config.compose import compose_config
 from distill.cli.config.composition_errors import explain_failure
 from distill.cli.runs.child_runs import STOPPED, child_environment, rank, wait_for_process
+from distill.cli.runs.run_lock import descriptors
 from distill.cli.signals import Terminated
 from distill.files import write_text
 from distill.quoting import quote_value
@@ -84,8 +85,9 @@ def _train(run: SharedRun, lock: BaseFileLock) -> None:
     print(f"distill: {state}:\n  {shlex.join(command)}", flush=True)
     # A separate process, so that neither its random state nor its memory affects this run.
     # The process inherits the lock: if this run is killed, the child's run continues, and no other one may start.
-    held = [fd for fd in (lock._context.lock_file_fd,) if fd is not None]
-    with subprocess.Popen([sys.executable, *command[1:]], env=child_environment(), pass_fds=held) as process:
+    with subprocess.Popen(
+        [sys.executable, *command[1:]], env=child_environment(), pass_fds=descriptors(lock)
+    ) as process:
         code = wait_for_process(process)
     if code in STOPPED:
         raise Terminated

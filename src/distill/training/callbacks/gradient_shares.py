@@ -16,8 +16,9 @@ class GradientShares(L.Callback):
     """Measures, at an interval, which share of the gradient at the student's neck each weighted term has.
 
     The shares are logged as ``gradient/<loss>/<term>`` with the values of the step, so also in ``steps.csv``. A
-    measurement costs one backward pass per term from the term to the neck, on the first batch of the step. It changes
-    no weights and no random draws. Runs without distillation losses are not measured.
+    measurement costs one backward pass per term from the term to the neck, on the first batch of the step, see
+    ``docs/performance.md``. It changes no weights and no random draws. Runs without distillation losses are not
+    measured.
 
     Args:
         every: steps between two measurements, rounded up to steps that are logged (``trainer.log_every_n_steps``).
