@@ -59,16 +59,16 @@ def objects(image: int, count: int | None = None) -> SetTarget:
 
 
 TARGETS = [objects(image) for image in range(3)]
-FIXED = [
+FIXED = [  # two groups
     (torch.tensor([0, 2, 4, 5]), torch.tensor([0, 1, 0, 1])),
     (torch.zeros(0).long(), torch.zeros(0).long()),
-    (torch.tensor([0, 1, 3]), torch.tensor([0, 1, 2])),
+    (torch.tensor([0, 1, 2, 4, 5, 6]), torch.tensor([0, 1, 2, 0, 1, 2])),
 ]
 
 
 def groups() -> tuple[QueryGroup, QueryLayer, Denoising]:
     queries = QueryGroup([layer(1), layer(2), layer(3)], layer(4))
-    return queries, layer(5), Denoising([layer(seed, queries=6) for seed in (6, 7, 8)], FIXED, layer(9, queries=6))
+    return queries, layer(5), Denoising([layer(seed, queries=8) for seed in (6, 7, 8)], FIXED, layer(9, queries=8))
 
 
 # -- slow loops
@@ -209,10 +209,10 @@ def slow_losses(mal: bool, union: bool) -> dict[str, dict[str, float]]:
     parts = {f"denoising_{i}": x for i, x in enumerate(denoising.layers)} | {"denoising_first": denoising.first}
     for name, x in parts.items():
         l1, giou = slow_boxes(x, fixed)
-        values[name] = {"classification": slow_classes(x, fixed, mal) / 7, "l1": l1 / 7, "giou": giou / 7}
+        values[name] = {"classification": slow_classes(x, fixed, mal) / 10, "l1": l1 / 10, "giou": giou / 10}
         if name != "denoising_first":
             ddf = slow_ddf(x, denoising.layers[-1], fixed)
-            values[name] |= {"fgl": slow_fgl(x, denoising.first, fixed) / 7, "ddf": ddf}
+            values[name] |= {"fgl": slow_fgl(x, denoising.first, fixed) / 10, "ddf": ddf}
     return values
 
 
@@ -402,7 +402,7 @@ def library_inputs(first: bool) -> dict[str, Any]:
     rows = [*lead, *zip(queries.layers, denoising.layers, strict=True)]
     logits = torch.stack([torch.cat([noisy.logits, x.logits], dim=1) for x, noisy in rows], dim=1).float()
     boxes = torch.stack([torch.cat([noisy.boxes, x.boxes], dim=1) for x, noisy in rows], dim=1).float()
-    meta = {"dn_num_split": [6, 5], "dn_num_group": 1, "dn_positive_idx": [q for q, _ in FIXED]}
+    meta = {"dn_num_split": [8, 5], "dn_num_group": 2, "dn_positive_idx": [q for q, _ in FIXED]}
     return {
         "logits": logits[:, -1],
         "pred_boxes": boxes[:, -1],
@@ -415,3 +415,76 @@ def library_inputs(first: bool) -> dict[str, Any]:
         "enc_topk_bboxes": encoder.boxes.float(),
         "denoising_meta_values": meta,
     }
+
+
+def unweighted(values: dict[str, Tensor], suffix: str) -> dict[str, float]:
+    """transformers' terms of one part under our names; it numbers the encoder after the intermediate layers."""
+    names = {"classification": "vfl", "l1": "bbox", "giou": "giou", "fgl": "fgl", "ddf": "ddf"}
+    found = {name: values.get(f"loss_{key}{suffix}") for name, key in names.items()}
+    return {name: value.item() / WEIGHTS[name] for name, value in found.items() if value is not None}
+
+
+def ours(first: bool) -> SetLosses:
+    """The criterion on the tensors of `library_inputs`."""
+    queries, encoder, denoising = groups()
+    part = {"first": queries.first} if first else {}
+    noisy = {"first": denoising.first} if first else {}
+    criterion = SetCriterion(bins=BINS if first else None)
+    return criterion(
+        QueryGroup(queries.layers, **part), TARGETS, encoder, Denoising(denoising.layers, denoising.matches, **noisy)
+    )
+
+
+def test_rt_detr_equals_transformers() -> None:
+    """Main, auxiliary and denoising terms on one process, where its local count is the count."""
+    values = library("loss_rt_detr").RTDetrForObjectDetectionLoss(**library_inputs(first=False))[1]
+    suffixes = {"layer_2": "", "layer_0": "_aux_0", "layer_1": "_aux_1", "encoder": "_aux_2"}
+    suffixes |= {f"denoising_{index}": f"_dn_{index}" for index in range(3)}
+    losses = ours(first=False)
+    assert losses.parts.keys() == suffixes.keys()
+    for name, part in losses.parts.items():
+        expected = unweighted(values, suffixes[name])
+        assert {term: value.item() for term, value in part.items()} == pytest.approx(expected, rel=1e-5), name
+
+
+def corner_gradients(terms: list[Tensor], tensors: list[Tensor]) -> list[float]:
+    total = sum(terms, torch.zeros(()))
+    return [float(x.abs().sum()) for x in torch.autograd.grad(total, tensors, materialize_grads=True)]
+
+
+def test_d_fine_differs_from_transformers_5_24() -> None:
+    """Its L + 1 logits (before the first layer, layers) are zipped with the L corner tensors: each layer's corners meet
+    the logits and boxes of the layer before, the last but one layer gets no loss, and the last one's corners no FGL."""
+    module = library("loss_d_fine")
+    inputs = library_inputs(first=True)
+    queries, _, denoising = groups()
+    rows = zip(queries.layers, denoising.layers, strict=True)
+    corners = [torch.cat([noisy.corners, x.corners], dim=1).float().flatten(2) for x, noisy in rows]
+    leaves = [x.detach().requires_grad_() for x in corners]
+    start = torch.cat([denoising.first.boxes, queries.first.boxes], dim=1).float().detach()
+    logits = [x.detach().requires_grad_() for x in inputs["outputs_class"].unbind(1)]
+    inputs |= {"outputs_class": torch.stack(logits, dim=1), "logits": logits[-1]}
+    inputs |= {"predicted_corners": torch.stack(leaves, dim=1)}
+    inputs |= {"initial_reference_points": torch.stack([start] * 3, dim=1)}
+    values = module.DFineForObjectDetectionLoss(**inputs)[1]
+    plain = {name: value for name, value in values.items() if "_dn_" not in name}
+
+    # Of 4 logits (first, layers 0 to 2) layer 1 gets no loss of the ordinary queries.
+    by_logits = corner_gradients([value for name, value in plain.items() if "vfl" in name], logits)
+    assert by_logits[2] == 0
+    assert min(by_logits[0], by_logits[1], by_logits[3]) > 1
+    # Layer 2's corners get no FGL.
+    by_corners = corner_gradients([value for name, value in plain.items() if "fgl" in name], leaves)
+    assert by_corners[2] == 0
+    assert min(by_corners[:2]) > 0.1
+
+    # With the pairs put right, one layer's FGL and DDF are ours.
+    criterion, losses = module.DFineLoss(library_config()), ours(first=True)
+    for index in (0, 1, 2):
+        x, last = queries.layers[index], queries.layers[-1]
+        outputs = {"pred_boxes": x.boxes.float(), "pred_corners": x.corners.float().flatten(2)}
+        outputs |= {"ref_points": queries.first.boxes.float(), "teacher_logits": last.logits.float()}
+        outputs |= {"teacher_corners": last.corners.float().flatten(2)}
+        local = criterion.loss_local(outputs, inputs["labels"], losses.matches[index], 5)
+        for term in ("fgl", "ddf"):
+            assert losses.parts[f"layer_{index}"][term].item() == pytest.approx(local[f"loss_{term}"].item(), rel=1e-5)
