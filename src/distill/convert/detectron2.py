@@ -187,42 +187,42 @@ def convert(state: State, where: str, config: Mapping[str, Any] | None, classes:
         state = to_detectron2(state)
     state = _with_statistics(state)
     foreign.check_parts(state, PARTS, where)
-    found = ForeignDetector(PROJECT, _family(state, where))
-    two_stage, norm = found.family in ("faster_rcnn", "mask_rcnn"), _tower_norm(state, found.family)
-    table = (*BODY, *(TWO_STAGE if two_stage else (*ONE_STAGE, *TOWERS[found.family, norm])))
-    found.renamed, unused = foreign.rename(state, table)
+    detector = ForeignDetector(PROJECT, _family(state, where))
+    two_stage, norm = detector.family in ("faster_rcnn", "mask_rcnn"), _tower_norm(state, detector.family)
+    table = (*BODY, *(TWO_STAGE if two_stage else (*ONE_STAGE, *TOWERS[detector.family, norm])))
+    detector.renamed, unused = foreign.rename(state, table)
     foreign.check_unused(unused, IGNORED, ("backbone.", "proposal_generator.", "roi_heads.", "head."), where)
-    found.unused = unused
-    found.state = {new: state[name] for name, new in found.renamed.items()}
+    detector.unused = unused
+    detector.state = {new: state[name] for name, new in detector.renamed.items()}
     shape = foreign.body_shape(state, lambda stage: f"backbone.bottom_up.res{stage + 1}.", where)
-    found.set("shapes", **{f"backbone__{name}": value for name, value in shape.items()})
-    found.set("shapes", neck_channels=len(foreign.rows_of(state, "backbone.fpn_output5.weight", where)))
-    found.set(f"{PROJECT}'s code", **COMMON, **RULES["two_stage" if two_stage else found.family])
-    count, anchors = (_two_stage if two_stage else _one_stage)(found, state, where)
+    detector.set("shapes", **{f"backbone__{name}": value for name, value in shape.items()})
+    detector.set("shapes", neck_channels=len(foreign.rows_of(state, "backbone.fpn_output5.weight", where)))
+    detector.set(f"{PROJECT}'s code", **COMMON, **RULES["two_stage" if two_stage else detector.family])
+    count, anchors = (_two_stage if two_stage else _one_stage)(detector, state, where)
     if not two_stage:
-        found.set("shapes", head_norm=norm)
-    foreign.class_names(classes, count, found, where)
-    foreign.convert_rows(found.state, count, anchors, where)
+        detector.set("shapes", head_norm=norm)
+    foreign.class_names(classes, count, detector, where)
+    foreign.convert_rows(detector.state, count, anchors, where)
     with foreign.reading_configuration(where):
-        _read_input(found, shape, config)
+        _read_input(detector, shape, config)
     if config is not None:
-        _read_options(found, config, where)
+        _read_options(detector, config, where)
         if "_BASE_" in config:
-            found.warnings.append(
+            detector.warnings.append(
                 f"The configuration names another file (_BASE_: {config['_BASE_']}), which was not read. Missing "
                 "values are taken from the model zoo. Give Detectron2's config.yaml as its trainer writes it"
             )
     else:
-        found.warnings.append(
+        detector.warnings.append(
             "Without a configuration, anchors, thresholds and RoIAlign are assumed to be those of the model zoo. If "
             "the training used others, give its YAML file with --config"
         )
-    foreign.check_anchors(found, anchors, where)
-    found.resize = {"antialias": True}
-    found.warnings.append(
+    foreign.check_anchors(detector, anchors, where)
+    detector.resize = {"antialias": True}
+    detector.warnings.append(
         "Detectron2 rounds the sides of a resized image, distill rounds them down: they differ by up to one pixel"
     )
-    return found
+    return detector
 
 
 def _with_statistics(state: State) -> dict[str, Tensor]:
@@ -258,41 +258,43 @@ def _tower_norm(state: State, family: str) -> str:
     return "group" if family == "fcos" else "group_bias"
 
 
-def _two_stage(found: ForeignDetector, state: State, where: str) -> tuple[int, int]:
+def _two_stage(detector: ForeignDetector, state: State, where: str) -> tuple[int, int]:
     first = foreign.rows_of(state, "roi_heads.box_head.fc1.weight", where)
-    foreign.check_pooled(first.shape[1], found.options["neck_channels"], where)
-    found.set("shapes", head_channels=len(first))
+    foreign.check_pooled(first.shape[1], detector.options["neck_channels"], where)
+    detector.set("shapes", head_channels=len(first))
     count = len(foreign.rows_of(state, "roi_heads.box_predictor.cls_score.weight", where)) - 1
-    foreign.note_shared_boxes(found, foreign.rows_of(state, "roi_heads.box_predictor.bbox_pred.weight", where), count)
+    foreign.note_shared_boxes(
+        detector, foreign.rows_of(state, "roi_heads.box_predictor.bbox_pred.weight", where), count
+    )
     return count, len(foreign.rows_of(state, "proposal_generator.rpn_head.objectness_logits.weight", where))
 
 
-def _one_stage(found: ForeignDetector, state: State, where: str) -> tuple[int, int]:
+def _one_stage(detector: ForeignDetector, state: State, where: str) -> tuple[int, int]:
     boxes, scores = (foreign.rows_of(state, f"head.{name}.weight", where) for name in ("bbox_pred", "cls_score"))
     inputs, top = (
         foreign.rows_of(state, f"backbone.{name}.weight", where).shape[1] for name in ("top_block.p6", "fpn_lateral5")
     )
-    from_c5 = inputs == top and (found.family == "retinanet" or inputs != found.options["neck_channels"])
-    found.set("shapes", p6_from="c5" if from_c5 else "p5")
+    from_c5 = inputs == top and (detector.family == "retinanet" or inputs != detector.options["neck_channels"])
+    detector.set("shapes", p6_from="c5" if from_c5 else "p5")
     return foreign.dense_counts(boxes, scores, where)
 
 
-def _read_input(found: ForeignDetector, shape: Mapping[str, Any], config: Mapping[str, Any] | None) -> None:
+def _read_input(detector: ForeignDetector, shape: Mapping[str, Any], config: Mapping[str, Any] | None) -> None:
     """Channel order, statistics and stride: of the configuration, or of the model zoo."""
     kind = "resnext" if shape.get("groups", 1) > 1 else "resnet"
     values = {name: value for name, value in ZOO[kind].items() if config is None or name not in _input(config)}
     if values:
         stride = "1x1" if ZOO[kind]["backbone__stride_in_1x1"] else "3x3"
-        found.assume(
+        detector.assume(
             f"The tensors do not show the input format. It is assumed to be that of the model zoo's {kind}: BGR, mean "
             f"{list(ZOO[kind]['pixels__mean'])}, std {list(ZOO[kind]['pixels__std'])}, stride in the {stride} "
             "convolution. If the training started from torchvision's weights, give its configuration with --config",
             **values,
         )
     if config is not None:
-        found.set("configuration", **_input(config))
+        detector.set("configuration", **_input(config))
     for name in ("pixels.mean", "pixels.std"):
-        found.options[name] = [float(value) / 255 for value in found.options[name]]
+        detector.options[name] = [float(value) / 255 for value in detector.options[name]]
 
 
 def _input(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -395,13 +397,13 @@ EXPECTED: dict[str, dict[str, tuple[Any, ...]]] = {
 """Kind of detector -> path in the configuration -> values that distill can express."""
 
 
-def _read_options(found: ForeignDetector, config: Mapping[str, Any], where: str) -> None:
-    kind = "two_stage" if found.family in ("faster_rcnn", "mask_rcnn") else found.family
+def _read_options(detector: ForeignDetector, config: Mapping[str, Any], where: str) -> None:
+    kind = "two_stage" if detector.family in ("faster_rcnn", "mask_rcnn") else detector.family
     for path, values in {**EXPECTED[""], **EXPECTED[kind]}.items():
         value = _get(config, path)
         if value is not None and value not in values:
             raise unsupported(where, "configuration", f"{path} is {value!r}, expected {' or '.join(map(repr, values))}")
-    if found.family == "mask_rcnn":
+    if detector.family == "mask_rcnn":
         if (side := _get(config, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION")) not in (None, 14):
             raise unsupported(where, "configuration", f"MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION is {side!r}, expected 14")
         for name in ("POOLER_TYPE", "POOLER_SAMPLING_RATIO"):
@@ -413,7 +415,7 @@ def _read_options(found: ForeignDetector, config: Mapping[str, Any], where: str)
         if value is None:
             continue
         try:
-            found.set(f"configuration, {path}", **{name: read(value)})
+            detector.set(f"configuration, {path}", **{name: read(value)})
         except (TypeError, ValueError, KeyError, IndexError) as error:
             raise DistillError(
                 f"{where}: configuration: {path} is {value!r}, which cannot be read ({error})"
