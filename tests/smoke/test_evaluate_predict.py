@@ -65,6 +65,8 @@ def test_evaluate_on_another_data_set_and_per_class(run: Path, cli: Cli, tmp_pat
 
 def test_evaluate_refuses_what_is_no_run(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["evaluate", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere does not exist: expected the folder of a run" in capsys.readouterr().err
+    assert cli(["evaluate", str(tmp_path)]) == 1
     assert "is not a run" in capsys.readouterr().err
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from distill.cli.commands import train
 from distill.cli.config.config_folders import with_copy_of_run
 from distill.cli.config.overrides import parse_overrides, recorded_overrides
+from distill.cli.runs.recorded_run import find_run
 from distill.quoting import quote_value
-from distill.run_folder import OVERRIDES, RunFolder
 from distill.types import DistillError
 
 RESUME_KEYS = ("ckpt_path", "resume")
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_intermixed_args(list(argv))
     words = resume_words(args.run, args.overrides)
-    return train.main(with_copy_of_run(words, _run_of(args.run)))
+    return train.main(with_copy_of_run(words, find_run(args.run)))
 
 
 def resume_words(source: Path, overrides: Sequence[str]) -> list[str]:
@@ -40,7 +40,12 @@ def resume_words(source: Path, overrides: Sequence[str]) -> list[str]:
     Raises:
         DistillError: the source is no run, the run is finished or has no checkpoint, or an override is a sweep.
     """
-    run = _run_of(source)
+    if (source / "sweep.csv").is_file() or (source / "sweep.lock").is_file():
+        raise DistillError(
+            f"{source} is the folder of a sweep: type the words of the sweep again, with hydra.sweep.dir="
+            f"{shlex.quote(str(source))}; finished jobs are not run again"
+        )
+    run = find_run(source)
     given = parse_overrides(overrides)
     if sweeps := [override.input_line for override in given if override.is_sweep_override()]:
         raise DistillError(f"{sweeps[0]}: resume continues one run: give the key one value")
@@ -59,25 +64,6 @@ def resume_words(source: Path, overrides: Sequence[str]) -> list[str]:
         )
     checkpoint = [f"ckpt_path={quote_value(str(source.absolute()))}"] if source.is_file() else ["ckpt_path=last"]
     return [*words, *overrides, *checkpoint, f"hydra.run.dir={quote_value(str(run.path))}"]
-
-
-def _run_of(source: Path) -> RunFolder:
-    for folder in (source, *source.absolute().parents) if source.is_file() else (source,):
-        if RunFolder(folder).overrides.is_file():
-            return RunFolder(folder.absolute())
-    jobs = sorted(file.parent for file in source.glob(f"*/{OVERRIDES}")) if source.is_dir() else []
-    if (source / "sweep.csv").is_file() or (source / "sweep.lock").is_file():
-        raise DistillError(
-            f"{source} is the folder of a sweep: type the words of the sweep again, with hydra.sweep.dir="
-            f"{shlex.quote(str(source))}; finished jobs are not run again"
-        )
-    if jobs:
-        raise DistillError(f"{source} holds {len(jobs)} runs; name one of them, for example {jobs[-1]}")
-    raise DistillError(
-        f"{source} is not the folder of a run: expected {OVERRIDES} in it, as train writes it"
-        if source.exists()
-        else f"{source} does not exist: expected the folder of a run"
-    )
 
 
 def _train_command(words: Sequence[str], run: Path) -> str:

@@ -28,10 +28,18 @@ MACHINE_KEYS = ("trainer", "trainer.accelerator", "trainer.precision")
 
 
 def find_run(source: Path) -> RunFolder:
-    """The run that a folder or a checkpoint belongs to."""
+    """The run that a folder or a file inside it belongs to.
+
+    Raises:
+        DistillError: the path does not exist, or belongs to no run. The message names runs below it.
+    """
+    if not source.exists():
+        raise DistillError(f"{source} does not exist: expected the folder of a run, or a file inside one")
     for folder in (source, *source.absolute().parents):
         if RunFolder(folder).overrides.is_file():
             return RunFolder(folder.absolute())
+    if runs := sorted(file.parent for file in source.glob(f"*/{OVERRIDES}")):
+        raise DistillError(f"{source} holds {len(runs)} runs; name one of them, for example {runs[-1]}")
     raise DistillError(
         f"{source} is not a run, nor a file inside one: expected a folder with {OVERRIDES}, as train leaves it"
     )
