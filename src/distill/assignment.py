@@ -13,6 +13,8 @@ from distill.types import DistillError
 Matches = list[tuple[Tensor, Tensor]]
 """For each image the matched rows (N,) and their columns (N,), int64 on the CPU."""
 L1_COST, GIOU_COST = 5.0, 2.0
+HIGHEST = 1e12
+"""Cost of a pair whose cost is not finite. It leaves float64 room for the differences of the other costs."""
 
 
 def box_costs(rows: Tensor, columns: Tensor, l1: float = L1_COST, giou: float = GIOU_COST) -> Tensor:
@@ -58,7 +60,3 @@ def assign(costs: Sequence[Tensor], counts: Sequence[int]) -> list[Matches]:
         pairs = [linear_sum_assignment(image[:, :count]) for image, count in images]
         results.append([(torch.from_numpy(rows), torch.from_numpy(columns)) for rows, columns in pairs])
     return results
-
-
-HIGHEST = 1e12
-"""Cost of a pair whose cost is not finite. It leaves float64 room for the differences of the other costs."""

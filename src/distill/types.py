@@ -185,6 +185,9 @@ class DetectorSpec:
     anchor_options: Mapping[str, Any] = field(default_factory=dict)
     """Options that decide which boxes deltas stand for at every image size (``anchors.sizes``, ``point_offset``, ...).
     In detectors of one family with equal `anchors` and `anchor_options`, equal deltas are equal boxes."""
+    corner_bins: Mapping[str, float] = field(default_factory=dict)
+    """The bins of the corner distributions in `QueryLayer.corners`: arguments of `set_criterion.CornerBins` (``count``,
+    ``limit``, ``scale``). Empty without distributions."""
     bridge: Mapping[str, str] | None = None
     """Of a teacher with another class list: its class name -> the data's class name, see `labels.bridge_classes`.
 

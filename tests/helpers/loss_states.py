@@ -12,7 +12,7 @@ from distill.frozen import FrozenModel
 from distill.losses.base import DistillLoss
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.pad import Variance
-from distill.types import Batch, DetectorSpec
+from distill.types import Batch, DetectorSpec, View
 from helpers.fake_view import FakeView
 
 ALL_TERMS: dict[str, Mapping[str, Any]] = {"relation": {"weight": 5.0}, "prototypes": {"count": 3}}
@@ -20,6 +20,18 @@ CLASSIFIER_CLASSES = ("hen", "owl", "cat", "dog", "cow")
 """The classifier's classes: more than the student's, in another order."""
 CROP_SIDE = 12
 """Side of the classifier's crops in pixels."""
+
+
+class SeveralLosses(DistillLoss):
+    """Terms of several losses, as ``name/term``."""
+
+    def __init__(self, **losses: DistillLoss) -> None:
+        super().__init__({})
+        self.losses = torch.nn.ModuleDict(losses)
+
+    def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
+        values = {name: loss(student, teacher) for name, loss in self.losses.items()}
+        return {f"{name}/{term}": value for name, terms in values.items() for term, value in terms.items()}
 
 
 def with_prototypes(loss: GlobalKnowledge, student: DetectorSpec, teacher: DetectorSpec) -> GlobalKnowledge:

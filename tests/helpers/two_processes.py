@@ -18,6 +18,7 @@ import torch.multiprocessing
 
 from distill.losses.base import DistillLoss
 from distill.types import AnchorTargets, Regions
+from helpers.fake_queries import QueryView
 from helpers.fake_view import PYRAMIDS, FakeView
 
 Make = Callable[[str], DistillLoss]
@@ -70,6 +71,8 @@ def run_in_two_processes(work: Callable[..., object], *arguments: Any) -> None:
 
 def part_of(view: FakeView, rows: slice, regions: int = 6) -> FakeView:
     """The view of some of the images."""
+    if isinstance(view, QueryView):
+        return view.part(rows).mapped(lambda x: x.clone().requires_grad_())
     cut = slice(rows.start * regions, rows.stop * regions)
     stages: dict[str, Any] = dict(view.stages)
     for name in PYRAMIDS & stages.keys():

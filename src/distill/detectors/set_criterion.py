@@ -18,11 +18,8 @@ from distill import boxes as geometry
 from distill import distributed
 from distill.assignment import Matches, assign, box_costs
 from distill.precision import upcast
+from distill.query_losses import balanced_mean, corner_divergence, varifocal_loss
 from distill.types import Batch, DistillError, QueryLayer
-
-TEMPERATURE = 5.0
-"""Of DDF, in D-FINE's released code."""
-SIDES = 4
 
 
 class SetTarget(NamedTuple):
@@ -149,31 +146,8 @@ def focal_costs(logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> T
     return alpha * (1 - p) ** gamma * -F.logsigmoid(z) - (1 - alpha) * p**gamma * -F.logsigmoid(-z)
 
 
-def varifocal_loss(logits: Tensor, quality: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
-    """VFL: the target of a matched query's class is its box's IoU q with the object.
-
-    ::
-
-        VFL(p, q) = -q (q log p + (1 - q) log(1 - p))    matched class
-        VFL(p)    = -alpha p^gamma log(1 - p)            all others
-
-    Source: Zhang et al., "VarifocalNet", 2021, arXiv 2008.13367, equation 2, as RT-DETR (2304.08069) uses it: alpha =
-    0.75, gamma = 2. No gradient flows through q and the factor p^gamma.
-
-    Args:
-        logits: (B, Q, K).
-        quality: (B, Q, K), q at matched classes, else 0.
-        positive: (B, Q, K) bool, true at matched classes.
-
-    Returns:
-        the sum over all entries.
-    """
-    weight = torch.where(positive, quality, alpha * logits.detach().sigmoid() ** gamma)
-    return F.binary_cross_entropy_with_logits(logits, quality, weight, reduction="sum")
-
-
 def matchability_loss(logits: Tensor, quality: Tensor, positive: Tensor, gamma: float) -> Tensor:
-    """MAL: as `varifocal_loss`, with the target q^gamma, and without the factors that make poor matches cheap.
+    """MAL: as VFL, with the target q^gamma, and without the factors that make poor matches cheap.
 
     ::
 
@@ -183,7 +157,7 @@ def matchability_loss(logits: Tensor, quality: Tensor, positive: Tensor, gamma: 
     Source: Huang et al., "DEIM: DETR with Improved Matching for Fast Convergence", 2024, arXiv 2412.04234; gamma = 1.5.
     Written from memory. No gradient flows through q and the factor p^gamma.
 
-    Args, returns: as `varifocal_loss`.
+    Args, returns: as `query_losses.varifocal_loss`.
     """
     weight = torch.where(positive, torch.ones_like(quality), logits.detach().sigmoid() ** gamma)
     return F.binary_cross_entropy_with_logits(logits, quality**gamma, weight, reduction="sum")
@@ -211,27 +185,6 @@ def fine_grained_loss(corners: Tensor, left: Tensor, share: Tensor, quality: Ten
     logs = corners.log_softmax(-1)
     near, far = (logs.gather(2, (left + step)[..., None])[..., 0] for step in (0, 1))
     return -(quality[:, None] * ((1 - share) * near + share * far)).sum()
-
-
-def corner_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``T^2 KL(softmax(t / T) || softmax(s / T))``, averaged over the sides; (..., 4, bins) of both -> (...)."""
-    target = (teacher / temperature).log_softmax(-1)
-    given = (student / temperature).log_softmax(-1)
-    return temperature**2 * (target.exp() * (target - given)).sum(-1).mean(-1)
-
-
-def balanced_mean(values: Tensor, positive: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
-    """``(sqrt(n_pos) mean_pos + sqrt(n_neg) mean_neg) / (sqrt(n_pos) + sqrt(n_neg))``, of this process's values.
-
-    Args:
-        values: (...).
-        positive: (...) bool.
-        counts: n_pos and n_neg over all processes, as scalars.
-    """
-    roots = [count.sqrt() for count in counts]
-    sums = (values * positive).sum(), (values * ~positive).sum()
-    means = [root * total / count.clamp(min=1) for root, total, count in zip(roots, sums, counts, strict=True)]
-    return sum(means, values.new_zeros(())) / (roots[0] + roots[1]).clamp(min=1)
 
 
 def union_matches(matches: Sequence[Matches]) -> Matches:
@@ -284,13 +237,15 @@ class SetCriterion:
     Every part (each decoder layer, the encoder's selected queries, D-FINE's first boxes) is matched to the objects on
     its own, at the least total cost ``2 focal + 5 L1 - 2 GIoU``. Denoising queries have fixed objects. The losses are
 
-    * ``classification``: :func:`varifocal_loss` or :func:`matchability_loss` over all queries,
+    * ``classification``: VFL or MAL over all queries, :func:`distill.query_losses.varifocal_loss` or
+      :func:`matchability_loss`,
     * ``l1``: ``sum |b - g|`` over matched pairs, ``giou``: ``sum 1 - GIoU(b, g)``,
     * ``fgl``: :func:`fine_grained_loss` of each decoder layer,
-    * ``ddf``: each decoder layer but the last imitates the corner distributions of the last (D-FINE, equation of
-      L_DDF): :func:`corner_divergence` at T = 5, weighted by the IoU of the layer's box with the object on matched
-      queries and by the last layer's highest score elsewhere, combined by :func:`balanced_mean`. No gradient reaches
-      the last layer. As in the released code the layers' values are added; the paper divides by their number.
+    * ``ddf``: each decoder layer but the last imitates the corner distributions of the last one (D-FINE, equation of
+      L_DDF): :func:`distill.query_losses.corner_divergence` at T = 5, weighted by the IoU of the layer's box with the
+      object on matched queries and by the last layer's highest score elsewhere, combined by
+      :func:`distill.query_losses.balanced_mean`. No gradient reaches the last layer. As in the released code the
+      layers' values are added; the paper divides by their number.
 
     They are divided by the number of objects (with a union: of united pairs, for ``l1``, ``giou`` and ``fgl``; of
     denoising pairs, for the denoising queries), counted over all processes with one all-reduce, and multiplied by the
@@ -482,7 +437,7 @@ class SetCriterion:
         positive = torch.zeros_like(weight, dtype=torch.bool).index_put(
             (pairs.queries,), torch.ones_like(quality).bool()
         )
-        values = weight * corner_divergence(corners, upcast(last.corners).detach().flatten(0, 1), TEMPERATURE)
+        values = weight * corner_divergence(corners, upcast(last.corners).detach().flatten(0, 1))
         return {"fgl": fgl, "ddf": balanced_mean(values, positive, counts) * processes}
 
 

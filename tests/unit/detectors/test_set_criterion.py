@@ -27,6 +27,7 @@ from distill.detectors.set_criterion import (
 )
 from distill.types import DistillError, QueryLayer
 from helpers.fake_view import batch
+from helpers.slow_queries import sigmoid, slow_kl, slow_l1, slow_overlap, softmax
 from helpers.two_processes import run_in_two_processes
 
 pytest.importorskip("scipy", reason="the matching needs scipy")
@@ -74,29 +75,10 @@ def groups() -> tuple[QueryGroup, QueryLayer, Denoising]:
 # -- slow loops
 
 
-def slow_overlap(a: list[float], b: list[float]) -> tuple[float, float]:
-    """IoU and generalized IoU."""
-    (ax, ay, aw, ah), (bx, by, bw, bh) = a, b
-    sides = [(ax - aw / 2, ax + aw / 2, bx - bw / 2, bx + bw / 2), (ay - ah / 2, ay + ah / 2, by - bh / 2, by + bh / 2)]
-    inner = math.prod(max(0.0, min(s[1], s[3]) - max(s[0], s[2])) for s in sides)
-    hull = math.prod(max(s[1], s[3]) - min(s[0], s[2]) for s in sides)
-    union = aw * ah + bw * bh - inner
-    return inner / union, inner / union - (hull - union) / hull
-
-
-def sigmoid(z: float) -> float:
-    return 1 / (1 + math.exp(-z))
-
-
-def softmax(row: list[float]) -> list[float]:
-    powers = [math.exp(z) for z in row]
-    return [power / sum(powers) for power in powers]
-
-
 def slow_cost(logits: list[float], box: list[float], label: int, truth: list[float]) -> float:
     p = sigmoid(logits[label])
     focal = 0.25 * (1 - p) ** 2 * -math.log(p) - 0.75 * p**2 * -math.log(1 - p)
-    return 2 * focal + 5 * sum(abs(x - y) for x, y in zip(box, truth, strict=True)) - 2 * slow_overlap(box, truth)[1]
+    return 2 * focal + 5 * slow_l1(box, truth) - 2 * slow_overlap(box, truth)[1]
 
 
 def slow_match(layer: QueryLayer, targets: list[SetTarget]) -> list[list[tuple[int, int]]]:
@@ -136,7 +118,7 @@ def slow_boxes(layer: QueryLayer, matches: list[list[tuple[int, int]]]) -> tuple
     for image, pairs in enumerate(matches):
         for query, index in pairs:
             box, truth = layer.boxes[image, query].tolist(), TARGETS[image].boxes[index].tolist()
-            l1 += sum(abs(x - y) for x, y in zip(box, truth, strict=True))
+            l1 += slow_l1(box, truth)
             giou += 1 - slow_overlap(box, truth)[1]
     return l1, giou
 
@@ -175,10 +157,8 @@ def slow_ddf(layer: QueryLayer, last: QueryLayer, matches: list[list[tuple[int, 
                     truth = TARGETS[image].boxes[index].tolist()
                     weight = slow_overlap(layer.boxes[image, query].tolist(), truth)[0]
             for side in range(4):
-                t = softmax([z / 5 for z in last.corners[image, query, side].tolist()])
-                s = softmax([z / 5 for z in layer.corners[image, query, side].tolist()])
-                kl = sum(a * (math.log(a) - math.log(b)) for a, b in zip(t, s, strict=True))
-                values[query in dict(pairs)].append(weight * 25 * kl)
+                rows = (x.corners[image, query, side].tolist() for x in (layer, last))
+                values[query in dict(pairs)].append(weight * slow_kl(*rows, 5))
     roots = {kind: math.sqrt(len(rows)) for kind, rows in values.items()}
     return sum(roots[kind] * sum(rows) / len(rows) for kind, rows in values.items() if rows) / sum(roots.values())
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from distill.losses.at import AT
 from distill.losses.base import DistillLoss
 from distill.losses.cwd import CWD
@@ -24,23 +21,10 @@ from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD
 from distill.losses.pkd import PKD
 from distill.losses.ssim import SSIM
-from distill.types import View
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS
-from helpers.loss_states import ALL_TERMS, randomize_variances, with_prototypes, with_two_classes
+from helpers.loss_states import ALL_TERMS, SeveralLosses, randomize_variances, with_prototypes, with_two_classes
 from helpers.two_processes import assert_two_equal_one
-
-
-class SeveralLosses(DistillLoss):
-    """Terms of several losses, as ``name/term``."""
-
-    def __init__(self, **losses: DistillLoss) -> None:
-        super().__init__({})
-        self.losses = torch.nn.ModuleDict(losses)
-
-    def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
-        values = {name: loss(student, teacher) for name, loss in self.losses.items()}
-        return {f"{name}/{term}": value for name, terms in values.items() for term, value in terms.items()}
 
 
 def make(normalizer: str) -> DistillLoss:
