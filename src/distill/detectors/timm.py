@@ -64,11 +64,12 @@ class TimmBody(nn.Module):
         self.train()
 
 
-def timm_network(name: str, **options: Any) -> Any:
+def timm_network(name: str, key: str = "backbone.name", **options: Any) -> Any:
     """Build timm's network with a given name.
 
     Args:
         name: a name in `timm.list_models()`.
+        key: the configuration key of the name, for messages.
         options: arguments of `timm.create_model`.
 
     Raises:
@@ -77,17 +78,15 @@ def timm_network(name: str, **options: Any) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise DistillError(f"backbone.name: {TIMM}{name} needs timm: install 'distill[timm]'") from error
+        raise DistillError(f"{key}: {TIMM}{name} needs timm: install 'distill[timm]'") from error
     if ":" in name or "/" in name:  # timm reads such a name as the address of a model on the Hub or in a folder
-        raise DistillError(
-            f"backbone.name: {TIMM}{name} is an address; expected one of timm's own names, timm.list_models()"
-        )
+        raise DistillError(f"{key}: {TIMM}{name} is an address; expected one of timm's own names, timm.list_models()")
     try:
         return timm.create_model(name, **options)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
         asked = ", ".join(f"{option}={value}" for option, value in options.items())
-        remedy = "timm.list_models() has the names; weights may come from a file, by backbone.weights"
-        raise DistillError(f"backbone.name: timm cannot make {name} with {asked} ({error}); {remedy}") from error
+        remedy = "timm.list_models() has the names; weights may come from a file"
+        raise DistillError(f"{key}: timm cannot make {name} with {asked} ({error}); {remedy}") from error
 
 
 def _below(net: nn.Module, name: str) -> str:
