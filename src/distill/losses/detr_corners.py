@@ -108,7 +108,8 @@ class DETRCorners(DistillLoss):
         if self.pairs == "points":
             for _, own, index, other in layers:
                 every = torch.ones(other.logits.shape[:2], dtype=torch.bool, device=other.logits.device)
-                rows = every.nonzero(as_tuple=True)
+                image, query = every.nonzero(as_tuple=True)
+                rows = image, query
                 yield self._compare(own, other, rows, rows, teacher.query_targets[index], student.batch)
             return
         pairs = [(queries.own(own), queries.taught(other, self.classes)) for _, own, _, other in layers]

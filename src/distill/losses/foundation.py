@@ -152,7 +152,7 @@ class Foundation(DistillLoss):
         for name in ("norms", "last_norms"):
             self.register_buffer(name, torch.zeros(2, dtype=torch.float64))
         self._factor: float | None = None
-        self.register_load_state_dict_post_hook(_forget_factor)
+        self.register_load_state_dict_post_hook(_forget_factor)  # type: ignore[no-untyped-call]
 
     def identity(self) -> dict[str, Any]:
         """Source and sha256 of the model's weights."""
@@ -198,8 +198,8 @@ class Foundation(DistillLoss):
             return neck
         self._collect()
         alias = neck.view_as(neck)  # a node of its own, which only this loss reads
-        alias.register_hook(lambda gradient: self._store(0, gradient))
-        neck.register_hook(lambda gradient: self._store(1, gradient))
+        alias.register_hook(lambda gradient: self._store(0, gradient))  # type: ignore[no-untyped-call]
+        neck.register_hook(lambda gradient: self._store(1, gradient))  # type: ignore[no-untyped-call]
         return alias
 
     def _store(self, place: int, gradient: Tensor) -> None:

@@ -75,4 +75,4 @@ class FoundationModel(FrozenModel):
         tokens: Tensor = self.net.forward_features(images)[:, self.net.num_prefix_tokens :]
         if tokens.shape[1] != math.prod(cells):
             raise DistillError(f"{KEY}: expected {math.prod(cells)} patch tokens, got {tokens.shape[1]}")
-        return tokens.transpose(1, 2).unflatten(2, cells)
+        return tokens.transpose(1, 2).reshape(len(tokens), -1, *cells)
