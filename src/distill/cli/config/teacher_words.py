@@ -54,7 +54,9 @@ def run_overrides(teacher: Mapping[str, Any], words: Sequence[str]) -> dict[str,
 
     A chosen option comes first. It replaces all overrides of this group that the student's run has. Words of the
     command line follow as they were typed. Keys that tables and experiments set yield to the command line: to an option
-    or a key below ``teacher``, and to the same key of the student.
+    or a key below ``teacher``, to the same key of the student, and to an option of the student's schedule. They do not
+    yield to an option of the student's data, which may itself be the reason for them (``data=shapes_100``: the teacher
+    has more images).
 
     Args:
         teacher: the node ``teacher`` of the student's configuration.
@@ -69,7 +71,8 @@ def run_overrides(teacher: Mapping[str, Any], words: Sequence[str]) -> dict[str,
         overrides[group] = [f"{group}={option}"] if option else []
         for key, value in leaves(node):
             full = f"{group}.{key}"
-            is_given = any(f"{path}.".startswith(f"{name}.") for path in (full, f"teacher.{full}") for name in given)
+            paths = (full, f"teacher.{full}")
+            is_given = any(f"{path}.".startswith(f"{name}.") for path in paths for name in given if name != "data")
             if not is_given and f"teacher.{group}.{OPTION}" not in given:
                 overrides[group].append(f"{full}={write_value(value)}")
         for override in parsed:

@@ -44,6 +44,15 @@ def test_the_command_line_wins_over_the_rule_of_a_data_set() -> None:
     assert teacher_run("data=shapes", "schedule.epochs=3").schedule.epochs == 3
 
 
+def test_the_teacher_of_a_data_option_has_the_data_of_its_table() -> None:
+    """The word that chooses the option does not cancel the option's rule, but a word for the same key does."""
+    for words in (["data=shapes_100"], ["data=shapes_100", "teacher.schedule.epochs=5"], ["experiment=demo"]):
+        data = teacher_run(*words).data
+        assert (data.source.train, data.batch_size) == (1600, 8)
+    assert teacher_run("data=shapes_100", "data.source.train=16").data.source.train == 16
+    assert teacher_run("data=shapes_100", "teacher.data.source.train=32").data.source.train == 32
+
+
 def test_another_option_replaces_all_keys_of_the_group() -> None:
     run = teacher_run(*SHAPES, "schedule.clip=3.0", "teacher.schedule=sgd_2x", "teacher.schedule.gamma=0.2")
     assert (run.schedule.epochs, run.schedule.clip, run.schedule.gamma) == (24, None, 0.2)
