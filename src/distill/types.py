@@ -8,7 +8,7 @@ Arguments and results always give the student first and the teacher second.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -60,6 +60,35 @@ def _unpickled(boxes: Any, labels: Any, masks: Tensor | None) -> Target:
     return Target(torch.from_numpy(boxes), torch.from_numpy(labels), masks)
 
 
+class MissingTargets(tuple[Target, ...]):
+    """The targets of images whose boxes nobody knows. Reading one raises an error: an empty target would say that the
+    image has no objects."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[Target]:
+        raise _missing_targets()
+
+    def __getitem__(self, index: Any) -> Any:
+        raise _missing_targets()
+
+    def __len__(self) -> int:
+        raise _missing_targets()
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MissingTargets, ()
+
+
+def _missing_targets() -> DistillError:
+    return DistillError(
+        "a loss reads the ground truth of images of data.unlabeled, whose boxes are not known. Give these images the "
+        "teacher's boxes with data.unlabeled.boxes=teacher, or choose terms without ground truth"
+    )
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch of images, resized and padded but **not** normalized. Workers create a batch once, for both models.
@@ -77,18 +106,35 @@ class Batch:
     original_sizes: tuple[Size, ...]
     """(height, width) of each image as stored on disk."""
     targets: tuple[Target, ...]
+    """One target per image, or `MissingTargets`."""
     ids: tuple[int, ...]
     """Image ids of the data set, 64-bit integers."""
+    unlabeled: Batch | None = field(default=None, kw_only=True)
+    """Images of ``data.unlabeled`` for the same training step. Only distillation losses see them. Their targets are
+    those of the teacher's boxes, or `MissingTargets`."""
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
         """Move the tensors. With `non_blocking=None` the copy is asynchronous if the images are in pinned memory."""
         fast = self.images.is_pinned() if non_blocking is None else non_blocking
-        moved = tuple(target.to(device, fast) for target in self.targets)
-        return Batch(self.images.to(device, non_blocking=fast), self.sizes, self.original_sizes, moved, self.ids)
+        return self._moved(
+            self.images.to(device, non_blocking=fast),
+            lambda target: target.to(device, fast),
+            lambda batch: batch.to(device, non_blocking),
+        )
 
     def pin_memory(self) -> Batch:
-        pinned = tuple(target.pin_memory() for target in self.targets)
-        return Batch(self.images.pin_memory(), self.sizes, self.original_sizes, pinned, self.ids)
+        return self._moved(self.images.pin_memory(), Target.pin_memory, Batch.pin_memory)
+
+    def _moved(self, images: Tensor, move: Callable[[Target], Target], move_batch: Callable[[Batch], Batch]) -> Batch:
+        """An ordinary `Batch` of moved tensors."""
+        targets = self.targets if self.targets_missing else tuple(move(target) for target in self.targets)
+        unlabeled = None if self.unlabeled is None else move_batch(self.unlabeled)
+        return Batch(images, self.sizes, self.original_sizes, targets, self.ids, unlabeled=unlabeled)
+
+    @property
+    def targets_missing(self) -> bool:
+        """Whether the boxes of the images are not known."""
+        return isinstance(self.targets, MissingTargets)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.multiprocessing import ProcessExitedException
 
+from distill.losses.at import AT
 from distill.losses.defeat import DeFeat
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.mimic import Mimic
@@ -73,7 +74,8 @@ class Journal(L.Callback):
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = (scaler.get_scale(), scaler.state_dict()["_growth_tracker"]) if scaler else ()
-        self.lines.append((trainer.current_epoch, index, batch.ids, rate, repr(float(outputs["loss"])), *scale))
+        ids = (*batch.ids, *(batch.unlabeled.ids if batch.unlabeled else ()))
+        self.lines.append((trainer.current_epoch, index, ids, rate, repr(float(outputs["loss"])), *scale))
 
     def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
         self.lines.append("evaluation")
@@ -92,6 +94,7 @@ def poisoned(student: View, teacher: View) -> Tensor:
 
 
 LOSSES: dict[str, Any] = {
+    "at": AT,
     "poisoned": partial(FormulaLoss, formula=poisoned),
     "defeat": partial(DeFeat, **EVERYTHING, mask={"kind": "random"}, ramp={"shape": "peak"}),
     "global_knowledge": partial(GlobalKnowledge, prototypes={"count": 2, "min_side": 6.0}),
@@ -115,6 +118,7 @@ class Ended:
         images: int = 12,
         norm: str | None = None,
         plugins: tuple[Any, ...] = (),
+        unlabeled: int = 0,
         **options: Any,
     ) -> None:
         schedule = sgd(epochs=2, shape="one_cycle", accumulate=accumulate)
@@ -146,7 +150,9 @@ class Ended:
         torch.manual_seed(0)
         self.stopped: bool | str = False
         try:
-            trainer.fit(self.module, shapes_data(train=images, workers=workers), ckpt_path=ckpt, weights_only=True)
+            others = {"unlabeled": unlabeled} if unlabeled else {}
+            data = shapes_data(train=images, workers=workers, **others)
+            trainer.fit(self.module, data, ckpt_path=ckpt, weights_only=True)
         except SystemExit as way_out:  # SIGTERM's; a bare one is Lightning's way out of an interrupt
             self.stopped = type(way_out) is not SystemExit or "interrupt"
         self.journal, self.files = journal.lines, files.files
@@ -165,6 +171,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "part of an epoch": {"limit_train_batches": 2},
     "steps": {"max_epochs": 3, "max_steps": 7},
     "workers": {"workers": 2},
+    "images without labels": {"loss": "at", "unlabeled": 5},
     "loss scaler": {"loss": "defeat", "plugins": (partial(half_precision, 2.0**15, interval=2),)},
 }
 

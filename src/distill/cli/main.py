@@ -20,6 +20,7 @@ USAGE = """usage: distill <command> [options]
   compare [overrides] [seeds=3]         train with and without distillation for several seeds, and compare
   compare RUN RUN...                    compare finished runs
   predict RUN IMAGES... [--score 0.5]   draw detections on images, and write them in COCO's format
+  label RUN FOLDER --out FILE.json      write a detector's boxes for images without labels, in COCO's format
   analyze RUN [--against RUN]           report the errors of a run's student, its teacher and a baseline, by kind
   report DIR [--wandb ENTITY/PROJECT]   write the comparison of a sweep as an HTML page and a W&B report
   bench [overrides]                     measure the cost of distillation on this machine, part by part
@@ -48,6 +49,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
         evaluate,
         export,
         import_detector,
+        label,
         methods,
         predict,
         replay,
@@ -70,6 +72,7 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
         "classifier": classifier.main,
         "doctor": doctor.main,
         "import": import_detector.main,
+        "label": label.main,
         "methods": methods.main,
         "replay": replay.main,
     }

@@ -89,7 +89,8 @@ class WorkerBatch(Batch):
     def __reduce__(self) -> tuple[Any, ...]:
         count, channels, height, width = self.images.shape
         shape = (count, height, width, channels)
-        return _rebuild_batch, (self.buffer, shape, self.sizes, self.original_sizes, self.targets, self.ids)
+        parts = (self.sizes, self.original_sizes, self.targets, self.ids, self.unlabeled)
+        return _rebuild_batch, (self.buffer, shape, *parts)
 
 
 def _rebuild_batch(
@@ -99,5 +100,6 @@ def _rebuild_batch(
     original_sizes: tuple[Size, ...],
     targets: tuple[Target, ...],
     ids: tuple[int, ...],
+    unlabeled: Batch | None,
 ) -> Batch:
-    return Batch(wrap_images(buffer, shape), sizes, original_sizes, targets, ids)
+    return Batch(wrap_images(buffer, shape), sizes, original_sizes, targets, ids, unlabeled=unlabeled)

@@ -88,6 +88,7 @@ def check_records(
     files: bool = True,
     masks: bool = False,
     max_pixels: int = MAX_PIXELS,
+    need_boxes: bool = True,
 ) -> tuple[Records, SplitReport]:
     """Check and repair the records of a split. Records that are columns are changed in place.
 
@@ -98,6 +99,7 @@ def check_records(
         files: whether a record's `file` is a path; False for a source that draws its images.
         masks: whether every annotation needs a segmentation. Segmentations become compressed run-length codes.
         max_pixels: largest number of pixels of an image.
+        need_boxes: whether a split without a usable box is refused.
 
     Returns:
         The usable records, and the counts of the split.
@@ -121,7 +123,7 @@ def check_records(
     good = columns.select(~columns.unusable)
     if problems and on_error == "raise":
         raise DistillError(_list_problems(split, problems) + "\nMend them, or leave them out with data.on_error=skip")
-    if not len(good.labels):
+    if not len(good.labels if need_boxes else good):
         what = "box" if len(good) else "image"
         raise DistillError(
             f"{split}: of {len(records)} images no usable {what} is left: there is nothing to learn from or to "

@@ -35,12 +35,13 @@ READ_SIZE = 2**20
 Columns = Mapping[str, NDArray[Any]]
 
 
-def cache_file(kind: str, identity: str) -> Path | None:
+def cache_file(kind: str, identity: str, suffix: str = ".npy") -> Path | None:
     """Return the file for the columns of this kind and identity, or None if the cache is off.
 
     Args:
         kind: first part of the file's name.
         identity: text that differs for sources that must not replace each other's columns.
+        suffix: extension of the file.
     """
     folder = os.environ.get("DISTILL_CACHE")
     if folder == "":
@@ -50,7 +51,7 @@ def cache_file(kind: str, identity: str) -> Path | None:
     except RuntimeError:  # no home folder
         return None
     digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
-    return place / f"{kind}-{digest[:24]}.npy"
+    return place / f"{kind}-{digest[:24]}{suffix}"
 
 
 def load_columns(path: Path | None, key: Mapping[str, Any]) -> dict[str, NDArray[Any]] | None:
@@ -98,13 +99,18 @@ def save_columns(path: Path | None, key: Mapping[str, Any], columns: Columns) ->
 
 
 @contextmanager
-def exclusive(path: Path | None) -> Iterator[None]:
-    """Let one process at a time compute the columns of a file, where the folder can be written."""
+def exclusive(path: Path | None, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
+    """Let one process at a time compute the content of a file, where the folder can be written.
+
+    Args:
+        path: the file; None: nothing is locked.
+        timeout: seconds to wait for another process; -1: for as long as it takes.
+    """
     lock = None
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_suffix(".lock"), timeout=LOCK_TIMEOUT)
+            lock = FileLock(path.with_suffix(".lock"), timeout=timeout)
             lock.acquire()
         except (OSError, Timeout, NotImplementedError):
             lock = None

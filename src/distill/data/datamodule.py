@@ -6,13 +6,16 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distill.data.augment import NO_AUGMENTATION, Augmentation
@@ -24,8 +27,20 @@ from distill.data.images import ImageDataset, training_rows
 from distill.data.loader import BatchDataset, DetectionLoader
 from distill.data.own_transforms import OwnTransform
 from distill.data.records import Record, Records, coco_ground_truth, pack_records
-from distill.data.sampler import BatchSampler
+from distill.data.sampler import BatchSampler, JointBatchSampler
 from distill.data.transforms import Sample, Transform, collate
+from distill.data.unlabeled import (
+    NO_UNLABELED,
+    TEACHER,
+    FindBoxes,
+    FoundBoxes,
+    JointImages,
+    Unlabeled,
+    add_boxes,
+    leave_out_labeled,
+    read_boxes,
+    read_unlabeled,
+)
 from distill.imaging.decoding import MAX_PIXELS, read_image
 from distill.imaging.resizing import padded_size, resized_size
 from distill.type_checks import parse_options
@@ -39,7 +54,8 @@ class Source(Protocol):
     """A data set in some format.
 
     A source without image files also has a method `load_image(file) -> Tensor`. A source whose records have a
-    segmentation for every annotation has the attribute `masks = True`. A source that reads image files itself has the
+    segmentation for every annotation has the attribute `masks = True`. A source that can draw images without labels has
+    a method `draw_unlabeled(count) -> list[Record]`. A source that reads image files itself has the
     attribute `max_pixels`, which is set to `data.max_pixels`. A source with category ids of its own has the
     attribute `category_ids`, a mapping of label to id.
     """
@@ -105,6 +121,8 @@ class DetectionData(L.LightningDataModule):
         val_group_similar: whether images that look alike, such as frames of one video, stay on one side of this choice.
         on_error: `raise` for invalid data that cannot be repaired safely, or `skip` to leave it out and count it.
         on_overlap: `warn` or `raise` if an image is in more than one split.
+        unlabeled: images without labels, on which only the distillation losses train: an `unlabeled.Unlabeled`, its
+            options, or its `images`.
         max_pixels: largest number of pixels of an image file. The header of a larger file is enough to report a fault.
         prefetch: number of batches that a worker prepares ahead.
         persistent_workers: whether workers stay alive between epochs.
@@ -145,6 +163,7 @@ class DetectionData(L.LightningDataModule):
         val_group_similar: bool = True,
         on_error: str = "raise",
         on_overlap: str = "warn",
+        unlabeled: Unlabeled | Mapping[str, Any] | str | int = NO_UNLABELED,
         max_pixels: int = MAX_PIXELS,
         prefetch: int = 2,
         persistent_workers: bool = True,
@@ -182,6 +201,8 @@ class DetectionData(L.LightningDataModule):
         self.keep_empty, self.use_difficult, self.masks, self.cache = keep_empty, use_difficult, masks, cache
         self.fraction, self.limit, self.limit_eval = fraction, limit, limit_eval
         self.on_error, self.on_overlap, self.max_pixels = on_error, on_overlap, max_pixels
+        named = {"images": unlabeled} if isinstance(unlabeled, str | int) else unlabeled
+        self.unlabeled = parse_options("data.unlabeled", named, NO_UNLABELED)
         augmentation = parse_options("data.augment", augment, NO_AUGMENTATION)
         self.train_transform = Transform(sizes, max_size, flip, photometric, antialias, seed, augmentation, transforms)
         self.eval_transform = Transform((eval_min_size or sizes[-1],), eval_max_size or max_size, antialias=antialias)
@@ -196,6 +217,10 @@ class DetectionData(L.LightningDataModule):
         self._truth: dict[Split, dict[str, Any]] = {}
         self._identity: dict[str, Any] | None = None
         self._held_out: HeldOut | None = None
+        self._unlabeled_records: Records | None = None
+        self._has_teacher_boxes = False
+        self._evaluated: dict[Split, Records] = {}
+        """All images of val and test, also those beyond `limit_eval`, if there are images without labels."""
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the splits of a stage.
@@ -206,6 +231,8 @@ class DetectionData(L.LightningDataModule):
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", self.splits)
         for split in wanted:
             self.records(split)
+        if "train" in wanted and self.has_unlabeled:
+            self.unlabeled_records()
 
     def has_split(self, split: Split) -> bool:
         """Whether there is this split, in the source or split off train."""
@@ -262,6 +289,8 @@ class DetectionData(L.LightningDataModule):
         if self._identity is None:
             splits = {split: digest_records(self.records(split), self.masks) for split in ("train", "val")}
             self._identity = {"classes": list(self.classes), **splits}
+            if self.has_unlabeled:
+                self._identity["unlabeled"] = digest_records(self.unlabeled_records(), masks=False)
         return self._identity
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -289,10 +318,25 @@ class DetectionData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return a loader of this process's share of the training images, shuffled and augmented."""
+        images, sampler = self.labeled_batches()
+        position = None if self.trainer is None else self._position
+        if not self.has_unlabeled:
+            return self._loader(images, sampler, position)
+        others = self._unlabeled_images()
+        joint = JointBatchSampler(sampler, self._shapes(others), self.unlabeled.per_batch(self.batch_size))
+        has_boxes = self.unlabeled.boxes is not None and not self.needs_boxes
+        return self._loader(JointImages(images, others, has_boxes), joint, position)
+
+    def labeled_batches(self) -> tuple[ImageDataset, BatchSampler]:
+        """Return the labeled training images, and the sampler of this process's batches of them."""
         images = self.dataset("train", training=True)
-        upright: list[Hashable] = [self.aspect_groups and height > width for height, width in images.sizes.tolist()]
-        sampler = BatchSampler(upright, self.batch_size, True, self.seed, *self._place(), self.drop_last)
-        return self._loader(images, sampler, None if self.trainer is None else self._position)
+        return images, BatchSampler(
+            self._shapes(images), self.batch_size, True, self.seed, *self._place(), self.drop_last
+        )
+
+    def _shapes(self, images: ImageDataset) -> list[Hashable]:
+        """For each image, whether it is upright; without `aspect_groups`, the same value for all."""
+        return [self.aspect_groups and height > width for height, width in images.sizes.tolist()]
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Return a loader of the validation split. Every image occurs once over all processes."""
@@ -337,16 +381,18 @@ class DetectionData(L.LightningDataModule):
         """
         if (split, training) not in self._images:
             records = self.training_records(split) if training else self.records(split)
-            load = getattr(self.source, "load_image", partial(read_image, max_pixels=self.max_pixels))
+            load = self._load_image
             transform = self.train_transform if training else self.eval_transform
-            images = ImageDataset(records, load, transform, self.use_difficult, self.masks)
-            if self.cache == "ram":
-                taken = images.cache_in_memory(self.workers)
-                self.summary.append(
-                    f"{split}: {len(images)} resized images in memory, {taken / 2**20:.0f} MiB per process"
-                )
-            self._images[split, training] = images
+            self._images[split, training] = self._cached(
+                split, ImageDataset(records, load, transform, self.use_difficult, self.masks)
+            )
         return self._images[split, training]
+
+    def _cached(self, name: str, images: ImageDataset) -> ImageDataset:
+        if self.cache == "ram":
+            taken = images.cache_in_memory(self.workers)
+            self.summary.append(f"{name}: {len(images)} resized images in memory, {taken / 2**20:.0f} MiB per process")
+        return images
 
     def training_records(self, split: Split) -> Records:
         """Return the records of a split that a training uses: those with training targets, all with `keep_empty`.
@@ -368,10 +414,119 @@ class DetectionData(L.LightningDataModule):
             )
         return used
 
+    @property
+    def _read_file(self) -> Callable[[str], Tensor]:
+        return partial(read_image, max_pixels=self.max_pixels)
+
+    @property
+    def _load_image(self) -> Callable[[str], Tensor]:
+        load: Callable[[str], Tensor] = getattr(self.source, "load_image", self._read_file)
+        return load
+
+    # -- images without labels
+
+    @property
+    def has_unlabeled(self) -> bool:
+        """Whether training batches have images without labels."""
+        return self.unlabeled.images is not None
+
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether the images without labels still have to get the boxes of the teacher."""
+        return self.unlabeled.boxes == TEACHER and not self._has_teacher_boxes
+
+    @property
+    def _draws_unlabeled(self) -> bool:
+        return isinstance(self.unlabeled.images, int)
+
+    @property
+    def load_unlabeled(self) -> Callable[[str], Tensor]:
+        """Loads an image without labels (3, H, W), uint8, by the `file` of its record."""
+        return self._load_image if self._draws_unlabeled else self._read_file
+
+    def leave_out_unlabeled(self) -> None:
+        """Train on labeled images alone, in a run without distillation losses."""
+        self.unlabeled = NO_UNLABELED
+        self.summary.append("unlabeled: left out; without distillation losses, nothing is learned from these images")
+
+    def unlabeled_records(self) -> Records:
+        """Return the checked images without labels. Images that train, val or test have are left out.
+
+        Raises:
+            DistillError: there are no such images, or an image is invalid.
+        """
+        if self._unlabeled_records is None:
+            self._unlabeled_records = self._read_unlabeled()
+        return self._unlabeled_records
+
+    def _read_unlabeled(self) -> Records:
+        name = self.unlabeled.images
+        assert name is not None
+        drawn = self._draws_unlabeled
+        records = read_unlabeled(name, self.source)
+        left_out: dict[str, int] = {}
+        if not drawn and not self._drawn:
+            records, left_out = leave_out_labeled(records, self._labeled_splits())
+            if not len(records):
+                raise DistillError(
+                    f"data.unlabeled={name}: all its images are labeled images of {', '.join(left_out)}. Name a folder "
+                    "with other images; data.limit=N takes labels from all training images but N"
+                )
+        records, report = check_records(
+            records, "unlabeled", self.on_error, not drawn, max_pixels=self.max_pixels, need_boxes=False
+        )
+        shared = "".join(f"; {count} images of {split} are left out" for split, count in left_out.items())
+        turned = f", {report.turned} turned by EXIF" if report.turned else ""
+        skipped = "".join(f", {count} {what}" for what, count in report.skipped.items())
+        self.summary.append(f"unlabeled: {len(records)} images{turned}{skipped}{shared}")
+        if self.unlabeled.boxes not in (None, TEACHER):
+            records = self._with_boxes(records, read_boxes(Path(str(self.unlabeled.boxes)).expanduser()))
+        return records
+
+    def _labeled_splits(self) -> dict[Split, Records]:
+        """The images that are labeled training images, and all images on which a detector is evaluated."""
+        splits = {"train": self.records("train")}
+        for split in self.splits[1:]:
+            with suppress(DistillError):  # a run goes on without a test split that cannot be read
+                self.records(split)
+                splits[split] = self._evaluated[split]
+        return splits
+
+    def label_unlabeled(self, find_boxes: FindBoxes, bridge: Mapping[str, str] | None = None) -> str:
+        """Give the images without labels the boxes of a teacher, and return a line about them.
+
+        Args:
+            find_boxes: finds the boxes.
+            bridge: class name of the boxes -> class name of the data; None: by exact name.
+
+        Raises:
+            DistillError: the teacher knows no class of the data.
+        """
+        records = self.unlabeled_records()
+        _ = self.state_dict()  # the identity of the images without boxes, which depend on the teacher
+        self._unlabeled_records = self._with_boxes(records, find_boxes(records), bridge)
+        self._has_teacher_boxes = True
+        return self.summary[-1].removeprefix("unlabeled: ")
+
+    def _with_boxes(self, records: Records, found: FoundBoxes, bridge: Mapping[str, str] | None = None) -> Records:
+        labeled, line = add_boxes(records, found, self.unlabeled.score, self.classes, bridge)
+        self.summary.append(f"unlabeled: {line}")
+        return labeled
+
+    def _unlabeled_images(self) -> ImageDataset:
+        key = ("unlabeled", True)
+        if key not in self._images:
+            images = ImageDataset(self.unlabeled_records(), self.load_unlabeled, self.train_transform)
+            self._images[key] = self._cached("unlabeled", images)
+        return self._images[key]
+
+    # -- records
+
     def adopt_records(self, other: DetectionData) -> None:
         """Take over the source and what was read of it from data with other sizes, to read nothing twice."""
         self.source, self._classes, self._held_out = other.source, other._classes, other._held_out
         self.checked, self.summary, self._records = other.checked, other.summary, other._records
+        self._evaluated, self._unlabeled_records = other._evaluated, other._unlabeled_records
 
     def records(self, split: Split) -> Records:
         """Return the checked records of a split, limited by `fraction`, `limit` and `limit_eval`."""
@@ -429,6 +584,8 @@ class DetectionData(L.LightningDataModule):
                 "measured. Check 'iscrowd' in the annotations",
                 stacklevel=2,
             )
+        if split != "train" and self.has_unlabeled:
+            self._evaluated[split] = records
         fraction, limit = (self.fraction, self.limit) if split == "train" else (1.0, self.limit_eval)
         part = records.select(select_subset(len(records), fraction, limit))
         used = "" if len(part) == len(records) else f"; {len(part)} of the images are used"
@@ -445,7 +602,10 @@ class DetectionData(L.LightningDataModule):
         return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.completed
 
     def _loader(
-        self, images: ImageDataset, sampler: BatchSampler, position: Callable[[], tuple[int, int]] | None = None
+        self,
+        images: ImageDataset | JointImages,
+        sampler: BatchSampler,
+        position: Callable[[], tuple[int, int]] | None = None,
     ) -> DetectionLoader:
         return DetectionLoader(
             images,

@@ -50,4 +50,9 @@ def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
             differences.append(f"{split}: {there} there, {here} here")
         elif before[split] != now[split]:
             differences.append(f"{split}: {there} as there, but other ids, sizes, boxes, labels or files")
+    unlabeled = [data.get("unlabeled") for data in (before, now)]
+    if unlabeled[0] != unlabeled[1]:
+        there, here = (f"{part['images']} images with {part['boxes']} boxes" if part else "none" for part in unlabeled)
+        of = f"{there} as there, but other images" if there == here else f"{there} there, {here} here"
+        differences.append(f"data.unlabeled: {of}")
     return differences

@@ -58,7 +58,7 @@ class DetectionLoader(DataLoader[Sample]):
     """
 
     def __init__(
-        self, dataset: ImageDataset, position: Callable[[], tuple[int, int]] | None = None, **options: Any
+        self, dataset: Dataset[Sample], position: Callable[[], tuple[int, int]] | None = None, **options: Any
     ) -> None:
         super().__init__(dataset, **{"worker_init_fn": _outlive_stop_signals, **options})
         self.position = position

@@ -120,5 +120,44 @@ class BatchSampler(Sampler[list[SampleKey]]):
         return list(members.values())
 
 
+class JointBatchSampler(BatchSampler):
+    """Yields the batches of labeled images, each with the keys of images without labels after its own.
+
+    The labeled batches are those of `BatchSampler`, in number and content. The other images are an endless stream of
+    whole batches: pass 0 over all of them in random order, then pass 1, and so on. A step takes the next batch of this
+    stream. Which batch this is depends on the epoch and the step alone, so a resumed run continues the stream.
+
+    Args:
+        labeled: the sampler of the labeled images.
+        groups: one hashable value per image without labels, as in `BatchSampler`.
+        batch_size: images without labels per process and step.
+
+    Raises:
+        DistillError: there are fewer images without labels than processes.
+    """
+
+    def __init__(self, labeled: BatchSampler, groups: Sequence[Hashable], batch_size: int) -> None:
+        place = (labeled.rank, labeled.world)
+        super().__init__(labeled.groups, labeled.batch_size, True, labeled.seed, *place, labeled.drop_last)
+        if len(groups) < labeled.world:
+            raise DistillError(
+                f"data.unlabeled: expected at least one image per process, got {len(groups)} images for "
+                f"{labeled.world} processes. Use fewer devices, or a folder with more images"
+            )
+        # Another seed: with as many images of both kinds, both orders would be equal.
+        self.stream = BatchSampler(groups, batch_size, True, labeled.seed + 1, *place, drop_last=True)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        """Yield this process's batches of the current epoch. Indices from ``len(self.groups)`` on are unlabeled."""
+        epoch, first, steps, per_pass = self.epoch, self.start, len(self), len(self.stream)
+        known, batches = -1, list[list[SampleKey]]()
+        for step, keys in enumerate(super().__iter__(), start=first):
+            number, place = divmod(epoch * steps + step, per_pass)
+            if number != known:
+                self.stream.set_epoch(number, 0)
+                known, batches = number, list(self.stream)
+            yield [*keys, *((epoch, len(self.groups) + index) for _, index in batches[place])]
+
+
 def _chunk(indices: Sequence[int], size: int) -> list[list[int]]:
     return [list(indices[start : start + size]) for start in range(0, len(indices), size)]

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from distill.data import rle
-from distill.data.records import Record
+from distill.data.records import Record, make_record
 from distill.types import DistillError
 
 MIN_VISIBLE = 0.5
@@ -34,6 +34,8 @@ MAX_TURN = 0.35
 NOISE_RANGE = (2.0, 10.0)
 """Range of the standard deviation of an image's pixel noise, in gray levels."""
 SPLITS = ("train", "val", "test")
+UNLABELED = "unlabeled"
+"""Name that stands for the split in the files of images without labels."""
 _SUPERSAMPLING = 4  # shapes are drawn this much larger, then averaged, which smooths the edges
 _MAX_TRIES = 20
 
@@ -259,6 +261,7 @@ class Shapes:
         self.counts = dict(zip(SPLITS, (train, val, test), strict=True))
         self.size, self.seed = size, seed
         self._drawn: dict[str, tuple[list[Record], Tensor]] = {}
+        self._unlabeled = torch.empty(0)
         if not self.classes or not set(self.classes) <= set(CLASSES) or len(set(self.classes)) < len(self.classes):
             raise DistillError(f"data.source.classes: expected different names of {list(CLASSES)}, got {classes}.")
         if size < 64 or min(self.counts.values()) < 0:
@@ -280,21 +283,35 @@ class Shapes:
         if split not in self.splits:
             raise DistillError(f"data=shapes has no {split} images. Set data.source.{split} to how many to draw.")
         if split not in self._drawn:
-            self._drawn[split] = self._draw(split)
+            self._drawn[split] = self._draw(split, range(self.counts[split]))
         return self.classes, self._drawn[split][0]
 
     def load_image(self, file: str) -> Tensor:
         """Return the image (3, H, W), uint8, of a record's `file`, such as `shapes/train/12`. Read its split first."""
         _, split, index = file.split("/")
+        if split == UNLABELED:
+            return self._unlabeled[int(index) - self.counts["train"]]
         return self._drawn[split][1][int(index)]
 
-    def _draw(self, split: str) -> tuple[list[Record], Tensor]:
+    def draw_unlabeled(self, count: int) -> list[Record]:
+        """Return records without boxes of further images: those that a larger `train` would add to the training images.
+
+        The images are kept in memory as uint8.
+
+        Args:
+            count: number of images.
+        """
+        first = self.counts["train"]
+        records, self._unlabeled = self._draw("train", range(first, first + count))
+        return [make_record(each.id, f"shapes/{UNLABELED}/{each.id}", each.size) for each in records]
+
+    def _draw(self, split: str, indices: range) -> tuple[list[Record], Tensor]:
         side = (self.size, self.size)
-        images = torch.empty(self.counts[split], 3, *side, dtype=torch.uint8)
+        images = torch.empty(len(indices), 3, *side, dtype=torch.uint8)
         records = []
-        for index in range(len(images)):
+        for place, index in enumerate(indices):
             rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(SPLITS.index(split), index)))
-            images[index], items = draw_scene(rng, side, list(self.classes))
+            images[place], items = draw_scene(rng, side, list(self.classes))
             records.append(self._record(f"shapes/{split}/{index}", index, items))
         return records, images
 

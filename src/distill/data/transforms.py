@@ -24,7 +24,7 @@ from distill.data.own_transforms import OwnTransform, apply_transforms, validate
 from distill.data.random_streams import Purpose, Streams
 from distill.data.rle import resize_masks
 from distill.imaging.resizing import copy_padded, padded_size, resize_boxes, resize_image, resized_size
-from distill.types import Batch, DistillError, Size, Target
+from distill.types import Batch, DistillError, MissingTargets, Size, Target
 
 MIN_SIDE = 1e-2
 """Least side of a training target in resized pixels: the encoded size of a thinner box would be noise."""
@@ -34,9 +34,12 @@ class Sample(NamedTuple):
     """One image after resize and augmentation, not yet padded, with its target in the same pixels."""
 
     image: Tensor
-    target: Target
+    target: Target | None
+    """None: nobody knows the boxes of the image."""
     original_size: Size
     id: int
+    labeled: bool = True
+    """Whether the detector's own losses see the image."""
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:
@@ -175,18 +178,30 @@ def _drop_thin_boxes(target: Target) -> Target:
 
 BUFFER_POOL = BufferPool()
 """The batch memory of this process."""
+UNLABELED_POOL = BufferPool()
+"""The memory of its unlabeled batches. In one pool, batches of two sizes would replace each other's buffers."""
 
 
 def collate(samples: Sequence[Sample], pad_to: int = 32) -> Batch:
-    """Pad the images with zeros to the right and below, and stack them to a Batch in channels-last layout."""
+    """Pad the images with zeros to the right and below, and stack them to a Batch in channels-last layout.
+
+    Samples that are not labeled make the batch `Batch.unlabeled`.
+    """
+    labeled = [sample for sample in samples if sample.labeled]
+    unlabeled = [sample for sample in samples if not sample.labeled]
+    return _stack(labeled, pad_to, BUFFER_POOL, _stack(unlabeled, pad_to, UNLABELED_POOL) if unlabeled else None)
+
+
+def _stack(samples: Sequence[Sample], pad_to: int, pool: BufferPool, unlabeled: Batch | None = None) -> Batch:
     sizes = tuple((sample.image.shape[-2], sample.image.shape[-1]) for sample in samples)
     shape = (len(samples), *padded_size(sizes, pad_to), 3)
     in_worker = get_worker_info() is not None
-    buffer = BUFFER_POOL.acquire(math.prod(shape), shared=in_worker)
+    buffer = pool.acquire(math.prod(shape), shared=in_worker)
     images = buffer[: math.prod(shape)].view(shape).permute(0, 3, 1, 2) if in_worker else wrap_images(buffer, shape)
     copy_padded((sample.image for sample in samples), images)
     original_sizes, ids = tuple(sample.original_size for sample in samples), tuple(sample.id for sample in samples)
-    targets = tuple(sample.target for sample in samples)
+    known = tuple(sample.target for sample in samples if sample.target is not None)
+    targets = known if len(known) == len(samples) else MissingTargets()
     if in_worker:
-        return WorkerBatch(images, sizes, original_sizes, targets, ids, buffer)
-    return Batch(images, sizes, original_sizes, targets, ids)
+        return WorkerBatch(images, sizes, original_sizes, targets, ids, buffer, unlabeled=unlabeled)
+    return Batch(images, sizes, original_sizes, targets, ids, unlabeled=unlabeled)

@@ -20,7 +20,7 @@ from distill.detectors.description import FORMAT, checkpoint_model, to_current_f
 from distill.detectors.foreign_files import find_config, warn_of_assumptions
 from distill.detectors.state_dicts import extract_state
 from distill.files import atomic_write, load_tensors, read_json, write_text
-from distill.run_folder import STUDENT, RunFolder
+from distill.run_folder import DESCRIPTION, STUDENT, RunFolder
 from distill.types import DistillError
 
 SAFETENSORS = ".safetensors"
@@ -104,6 +104,22 @@ def read_extra(path: str | Path) -> dict[str, Any]:
     """
     extra: dict[str, Any] = read_description(weights_file(Path(path)).with_suffix(".json")).get("extra", {})
     return extra
+
+
+def trained_category_ids(extra: Mapping[str, Any], source: Path) -> dict[int, int]:
+    """Label -> category id of the training data; empty if the facts of a detector do not tell.
+
+    Args:
+        extra: the further facts, see `read_extra`.
+        source: the file, for the message.
+
+    Raises:
+        DistillError: the entry has another form.
+    """
+    try:
+        return {int(label): int(number) for label, number in extra.get("category_ids", {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DistillError(f"{source}: expected 'category_ids' in its {DESCRIPTION}: {error}") from error
 
 
 class DetectorFile(NamedTuple):

@@ -73,10 +73,9 @@ def padding_share(data: DetectionData) -> float:
 
     All images are resized to the last of the configured sizes.
     """
-    loader: Any = data.train_dataloader()
-    images, transform = loader.dataset, data.train_transform
+    (images, batches), transform = data.labeled_batches(), data.train_transform
     used = total = 0
-    for keys in loader.batch_sampler:
+    for keys in batches:
         sizes = [resized_size(images.size(index), transform.min_sizes[-1], transform.max_size) for _, index in keys]
         height, width = padded_size(sizes, data.pad_to)
         total += height * width * len(sizes)

@@ -12,7 +12,7 @@ from distill.files import load_tensors
 from distill.precision import autocast_context
 from distill.run_folder import RunFolder
 from distill.training.nonfinite import FILE_KIND, poison_gradient
-from distill.types import Batch, DistillError, Target
+from distill.types import Batch, DistillError, MissingTargets, Target
 
 
 def read_step(file: Path) -> dict[str, Any]:
@@ -66,5 +66,7 @@ def replay(module: Any, step: Mapping[str, Any], device: torch.device | str = "c
 
 
 def _batch(record: Mapping[str, Any]) -> Batch:
-    targets = tuple(Target(**target) for target in record["targets"])
-    return Batch(record["images"], record["sizes"], record["original_sizes"], targets, record["ids"])
+    missing, unlabeled = record["targets"] is None, record.get("unlabeled")
+    targets = MissingTargets() if missing else tuple(Target(**target) for target in record["targets"])
+    parts = (record["images"], record["sizes"], record["original_sizes"], targets, record["ids"])
+    return Batch(*parts, unlabeled=None if unlabeled is None else _batch(unlabeled))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -84,6 +85,25 @@ class FileHeader(NamedTuple):
     bits: int
     is_complete: bool
     """Whether the end of the file was found, and with PNG all checksums are right. False: decoding decides."""
+
+
+def find_image_files(folder: Path, without: Path | None = None) -> tuple[list[Path], Counter[str]]:
+    """The image files below a folder, sorted by path, and the number of other files by extension.
+
+    Hidden files and folders are left out, and all files below the folder `without`.
+    """
+    files: list[Path] = []
+    ignored: Counter[str] = Counter()
+    for file in sorted(folder.rglob("*")):
+        if any(part.startswith(".") for part in file.relative_to(folder).parts) or not file.is_file():
+            continue
+        if without is not None and file.resolve().is_relative_to(without.resolve()):
+            continue
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            files.append(file)
+        else:
+            ignored[file.suffix.lower()] += 1
+    return files, ignored
 
 
 def inspect_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> ImageInfo:

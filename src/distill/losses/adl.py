@@ -86,6 +86,11 @@ class ADL(DistillLoss):
         if self.weights:
             self.classes = heads.dense_class_map("logits", student, teacher)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return [] if self.by_scores else list(self.weights)
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The term of `weights`, a scalar."""
         if not self.weights:

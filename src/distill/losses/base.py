@@ -90,6 +90,15 @@ class DistillLoss(nn.Module):
         """Unweighted scalar terms by name. All are attached to the student, none to the teacher."""
         raise NotImplementedError
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """The terms with a weight that read ground truth, or targets made of it: ``rois``, ``anchor_targets``.
+
+        They cannot train on images of ``data.unlabeled`` without boxes. A loss that lists too few is stopped in the
+        first step.
+        """
+        return []
+
     def identity(self) -> dict[str, Any] | None:
         """Source and sha256 of a frozen model that the loss holds, None without one.
 
@@ -133,6 +142,28 @@ class DistillLoss(nn.Module):
         return {
             term: torch.stack([total * next(factors) for total, _ in pairs]).mean() for term, pairs in shares.items()
         }
+
+
+def require_no_truth(losses: Mapping[str, DistillLoss]) -> None:
+    """Refuse losses that read ground truth, for training images whose boxes are not known.
+
+    Raises:
+        DistillError: a term reads ground truth. The message names the other terms.
+    """
+    named = [(name, loss, term) for name, loss in losses.items() for term in loss.weights]
+    reading = [f"{name}/{term}" for name, loss, term in named if term in loss.truth_terms]
+    if not reading:
+        return
+    others = [f"{name}/{term}" for name, _, term in named if f"{name}/{term}" not in reading]
+    zeros = " ".join(f"distill.losses.{name.replace('/', '.', 1)}=0" for name in reading)
+    remedy = f"set their weights to 0 ({zeros}); {', '.join(others)} can stay" if others else TRUTHLESS
+    raise DistillError(
+        f"data.unlabeled: {', '.join(reading)} read the ground truth, which images without labels lack: without boxes "
+        f"all would count as background. Use the teacher's boxes (data.unlabeled.boxes=teacher), or {remedy}"
+    )
+
+
+TRUTHLESS = "choose a method that reads no ground truth: distill=pkd, mgd, cwd, ssim, hint, at, frs or fbkd"
 
 
 def sum_and_count(values: Tensor, member: Tensor) -> SumAndCount:

@@ -136,6 +136,11 @@ class Chen(DistillLoss):
             base.require_outputs("rcn", student, teacher, "rois", "roi_logits")
             self.classes = ClassMap("rcn", student, teacher, partial=True)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return [term for term in self.weights if not term.startswith("hint") or self.mask.reads_boxes]
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. Stages that no term needs are not read."""
         shares: dict[str, list[SumAndCount]] = {}

@@ -128,6 +128,11 @@ class CrossKD(DistillLoss):
             )
         self.classes = heads.dense_class_map("heads", student, teacher)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return list(self.weights)
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
         if not self.weights:

@@ -132,6 +132,11 @@ class DeFeat(DistillLoss):
         if not all(0 < value < math.inf for value in self.temperatures.values()):
             raise DistillError(f"proposals: expected temperatures above 0, got {self.temperatures}")
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return [term for term in self.weights if term.startswith("proposals") or self.mask.reads_boxes]
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. Stages that no term needs are not read."""
         shares: dict[str, list[SumAndCount]] = {}

@@ -163,6 +163,11 @@ class DICOD(DistillLoss):
         """Source and sha256 of the classifier's weights."""
         return self.classifier.identity()
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return list(self.weights)
+
     def forward(self, student: View, teacher: View | None = None) -> dict[str, Tensor]:
         """The terms of `weights`, scalars; the teacher is not read."""
         with torch.autocast(student.batch.images.device.type, enabled=False):

@@ -100,6 +100,11 @@ class DIST(DistillLoss):
         else:
             self.classes = heads.dense_class_map("classes", student, teacher)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return list(self.weights) if self.two_stage else []
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
         if not self.weights:

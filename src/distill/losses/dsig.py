@@ -230,6 +230,13 @@ class DSIG(DistillLoss):
         if settings:
             self.classes = ClassMap("logits and edges", student, teacher, partial=True)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        graph = ("nodes", "edges") if self.two_stage else ()
+        masked = ("neck",) if self.mask.reads_boxes else ()
+        return [term for term in self.weights if term.partition(".")[0] in (*graph, *masked, "logits")]
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. Stages that no term needs are not read."""
         shares: dict[str, list[SumAndCount]] = {}

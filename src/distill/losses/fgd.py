@@ -103,6 +103,11 @@ class FGD(DistillLoss):
                     {str(level): GlobalContext(teacher.neck[level], seed=own) for level, own in seeds.items()}
                 )
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return [term for term in ("neck.foreground", "neck.background") if term in self.weights]
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
         if self.neck is None:

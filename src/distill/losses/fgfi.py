@@ -72,6 +72,11 @@ class FGFI(DistillLoss):
                 "neck", student.neck, teacher.neck, neck["levels"], adapter, normalization=normalization, seed=seed
             )
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return list(self.weights) if self.mask.reads_boxes else []
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """``neck.foreground``, a scalar."""
         if self.maps is None:

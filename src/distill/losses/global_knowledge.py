@@ -136,6 +136,11 @@ class GlobalKnowledge(DistillLoss):
             self.register_buffer(f"{name}_prototypes", torch.zeros(shape))
         self.candidates = CandidateFeatures(self.levels)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return list(self.weights)
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
         if not self.weights:

@@ -164,6 +164,11 @@ class MasKD(DistillLoss):
             self.trained.load_state_dict(self.tokens.state_dict())
             self.is_trained.fill_(True)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return [term for term in ("tokens.task",) if term in self.weights]
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
         if self.neck is None:

@@ -55,7 +55,14 @@ class Mask:
 
     def __call__(self, view: View, sizes: Mapping[int, Size], seeds: Sequence[int] = ()) -> Masks:
         """Masks for maps of `sizes` (stride -> (H, W), finest first). `seeds`, one per image, are for ``random``."""
+        if not self.reads_boxes:
+            return none(len(view.batch), sizes, view.batch.images.device)
         return self.around_boxes([target.boxes for target in view.batch.targets], None, view, sizes, seeds)
+
+    @property
+    def reads_boxes(self) -> bool:
+        """Whether the mask depends on boxes."""
+        return self.kind != "none"
 
     def around_boxes(
         self,

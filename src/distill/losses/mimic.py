@@ -95,6 +95,12 @@ class Mimic(DistillLoss):
             remedy = "Set regions.kind=predictions, take the whole neck (distill=mimic_neck)"
             require(spec, "rois", f"regions.kind={self.kind}", self.source, remedy)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        regions = ["regions.all"] if self.regions is not None and self.kind == "rois" else []
+        return regions + (["neck.all"] if self.maps is not None and self.mask.reads_boxes else [])
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. Stages that no term needs are not read."""
         shares: dict[str, list[SumAndCount]] = {}

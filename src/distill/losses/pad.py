@@ -103,6 +103,12 @@ class PAD(DistillLoss):
         for imitation in imitations:
             _add_variance(type(wrapped).__name__, imitation)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """Those of the wrapped loss."""
+        terms: list[str] = self.of.truth_terms
+        return terms
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of the wrapped loss."""
         # Set here and not in `on_epoch_start`, which a run that resumes inside an epoch does not call.

@@ -65,6 +65,11 @@ class Response(DistillLoss):
         else:
             self.classes = heads.dense_class_map("logits", student, teacher)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return list(self.weights)
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The term of `weights`, a scalar."""
         if not self.weights:

@@ -101,6 +101,11 @@ class SSIM(DistillLoss):
                 seed=seed,
             )
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return list(self.weights) if self.mask.reads_boxes else []
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
         if self.maps is None:

@@ -114,6 +114,11 @@ class TADF(DistillLoss):
             base.require_outputs("head", student, teacher, "rois", "roi_logits")
             self.classes = ClassMap("head", student, teacher, partial=True)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return [term for term in self.weights if term.startswith("head") or self.mask.reads_boxes]
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars. Stages that no term needs are not read."""
         shares: dict[str, list[SumAndCount]] = {}

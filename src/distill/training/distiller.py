@@ -21,8 +21,9 @@ from distill.detectors.base import Detector
 from distill.detectors.description import FORMAT
 from distill.detectors.registry import load_detector
 from distill.evaluation.evaluate import Evaluation, MetricFactory
+from distill.evaluation.labeling import label_by_teacher
 from distill.frozen import frozen_models
-from distill.losses.base import DistillLoss
+from distill.losses.base import DistillLoss, require_no_truth
 from distill.precision import resolve_precision
 from distill.teacher import DEFAULT_PREFETCH, Teacher
 from distill.training.lightning_compat import (
@@ -35,6 +36,9 @@ from distill.training.lightning_compat import (
 from distill.training.nonfinite import NonFiniteGuard, StepRecord, poison_gradient, unscales_in_step
 from distill.training.schedule import Schedule
 from distill.types import Batch, Detections, DistillError, View
+
+UNLABELED_SEED = 2**58
+"""Added to a step's seed for the draws in images without labels. A step's seed is smaller."""
 
 
 class Terms(NamedTuple):
@@ -151,7 +155,21 @@ class Distiller(L.LightningModule):
                 accumulate_grad_batches=self.schedule.accumulate,
                 check_val_every_n_epoch=self.schedule.evaluate_every,
             )
+            self._check_unlabeled(self.trainer.datamodule)  # type: ignore[attr-defined]
             self._warn_of_small_teacher()
+
+    def _check_unlabeled(self, data: DetectionData) -> None:
+        if not data.has_unlabeled:
+            return
+        if not self.losses:
+            raise DistillError(
+                "data.unlabeled: without distillation losses, nothing is learned from images without labels. Add "
+                "losses, or leave data.unlabeled out"
+            )
+        if data.unlabeled.boxes is None:
+            require_no_truth(self.losses)
+        if self.teacher is not None:
+            label_by_teacher(data, self.teacher)
 
     def _warn_of_small_teacher(self) -> None:
         if self.teacher is None:
@@ -220,10 +238,26 @@ class Distiller(L.LightningModule):
         teacher = self.teacher_view(batch, seed, self._prefetch)
         student = self.student.view(batch, training=True, seed=seed)
         supervised, distilled = self.supervised_terms(student), self.distillation_terms(student, teacher, progress)
+        if batch.unlabeled is not None and distilled.values:
+            distilled = self._with_unlabeled(distilled, batch, seed, progress)
         self._prefetch = teacher.stages if teacher else ()
         terms, weights = supervised.values | distilled.values, supervised.weights | distilled.weights
         losses = {name: weights[name] * value for name, value in terms.items()}
         return StepResult(terms, weights, losses, total(losses), student, teacher)
+
+    def _with_unlabeled(self, labeled: Terms, batch: Batch, seed: int, progress: float) -> Terms:
+        """The distillation terms as means over the images with and without labels.
+
+        A term keeps its scale beside the student's own losses, so its weight keeps its meaning.
+        """
+        assert batch.unlabeled is not None
+        own_seed = seed + UNLABELED_SEED
+        teacher = self.teacher_view(batch.unlabeled, own_seed, self._prefetch)
+        student = self.student.view(batch.unlabeled, training=True, seed=own_seed)
+        other = self.distillation_terms(student, teacher, progress)
+        part = len(batch.unlabeled) / (len(batch) + len(batch.unlabeled))
+        means = {name: (1 - part) * value + part * other.values[name] for name, value in labeled.values.items()}
+        return Terms(means, labeled.weights)
 
     def teacher_view(self, batch: Batch, seed: int, prefetch: Sequence[str] = ()) -> View | None:
         """The teacher's View in the step with this seed; None without a teacher or without distillation losses."""

@@ -219,7 +219,8 @@ def _describe(module: Any, records: Sequence[StepRecord], terms: Sequence[str]) 
     message names the parameters of the gradient.
     """
     # All batches on all processes: otherwise synchronized batch norms would wait forever.
-    places = [place for record in records for place in _non_finite_levels(module, record.batch)]
+    batches = [batch for record in records for batch in (record.batch, record.batch.unlabeled) if batch is not None]
+    places = [place for batch in batches for place in _non_finite_levels(module, batch)]
     if terms:
         levels = "; ".join(places) or "all maps are finite, so the box head or the term's own formula produced it"
         return f"the loss is not finite in {', '.join(terms)}", f". Levels: {levels}"
@@ -269,15 +270,24 @@ def _finite(gradients: Sequence[Tensor]) -> bool:
 
 def _to_containers(record: StepRecord) -> dict[str, Any]:
     """Convert a record to tensors and plain containers."""
-    batch = record.batch.to("cpu")
     return {
-        "images": batch.images,
-        "sizes": batch.sizes,
-        "original_sizes": batch.original_sizes,
-        "targets": [{"boxes": t.boxes, "labels": t.labels, "masks": t.masks} for t in batch.targets],
-        "ids": batch.ids,
+        **_batch_containers(record.batch.to("cpu")),
         "draw": record.draw,
         "progress": record.progress,
         "terms": {name: float(value) for name, value in record.terms.items()},
         "weights": record.weights,
+    }
+
+
+def _batch_containers(batch: Batch) -> dict[str, Any]:
+    targets = None
+    if not batch.targets_missing:
+        targets = [{"boxes": t.boxes, "labels": t.labels, "masks": t.masks} for t in batch.targets]
+    return {
+        "images": batch.images,
+        "sizes": batch.sizes,
+        "original_sizes": batch.original_sizes,
+        "targets": targets,
+        "ids": batch.ids,
+        "unlabeled": None if batch.unlabeled is None else _batch_containers(batch.unlabeled),
     }

@@ -45,7 +45,7 @@ def main(argv: Sequence[str], commands: Iterable[str]) -> int:
     command, space, rest = rest.lstrip().partition(" ")
     if not space:
         print(" ".join(name for name in commands if name.startswith(command)))
-    elif command in commands and command not in ("predict", "import"):
+    elif command in commands and command not in ("predict", "import", "label"):
         answer_line(argv, program, command, rest)
     return 0
 

@@ -15,7 +15,7 @@ from distill.cli.devices import add_device_option, find_device
 from distill.cli.startup import uncollected_imports
 from distill.cli.tables import print_table
 from distill.export.suffixes import is_exported
-from distill.run_folder import DESCRIPTION, STUDENT
+from distill.run_folder import STUDENT
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def find_images(paths: Sequence[Path], out: Path) -> tuple[list[Path], Counter[s
     Raises:
         DistillError: a path does not exist, no image is found, or `out` holds the images.
     """
-    from distill.imaging.decoding import IMAGE_SUFFIXES
+    from distill.imaging.decoding import IMAGE_SUFFIXES, find_image_files
 
     files: list[Path] = []
     ignored: Counter[str] = Counter()
@@ -156,14 +156,9 @@ def find_images(paths: Sequence[Path], out: Path) -> tuple[list[Path], Counter[s
                 f"--out {out} holds the images of {path}, so a second run would read the written pictures as images. "
                 "Choose another folder for --out"
             )
-        for file in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if hidden or not file.is_file() or file.resolve().is_relative_to(out.resolve()):
-                continue
-            if file.suffix.lower() in IMAGE_SUFFIXES:
-                files.append(file)
-            else:
-                ignored[file.suffix.lower()] += 1
+        below, others = find_image_files(path, without=out)
+        files += below
+        ignored += others
     if not files:
         raise DistillError(f"no image ({', '.join(IMAGE_SUFFIXES)}) below {', '.join(map(str, paths))}")
     return files, ignored
@@ -203,7 +198,7 @@ def predict(
         from distill.data import rle
         from distill.detectors.base import Detector
         from distill.detectors.registry import load_detector
-        from distill.detectors.student_files import read_extra
+        from distill.detectors.student_files import read_extra, trained_category_ids
         from distill.evaluation.pictures import panel, save_panel
         from distill.export.exported import ExportedDetector
         from distill.files import write_text
@@ -217,7 +212,7 @@ def predict(
         extra: Mapping[str, Any] = detector.facts
     else:
         detector, extra = load_detector(run).to(device), read_extra(run)
-    trained_ids = _trained_category_ids(extra, run)
+    trained_ids = trained_category_ids(extra, run)
     category_ids = {label: trained_ids.get(label, label) for label in range(1, len(detector.classes) + 1)}
     if reference is not None:
         category_ids = {
@@ -275,11 +270,3 @@ def predict(
         [(row["name"], row["id"], found[row["id"]], sure[row["id"]]) for row in categories],
     )
     return len(results), failures
-
-
-def _trained_category_ids(extra: Mapping[str, Any], run: Path) -> dict[int, int]:
-    """Label -> category id of the training data, from the description of the exported student."""
-    try:
-        return {int(label): int(number) for label, number in extra.get("category_ids", {}).items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise DistillError(f"{run}: expected 'category_ids' in its {DESCRIPTION}: {error}") from error

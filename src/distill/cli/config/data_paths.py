@@ -14,6 +14,8 @@ from distill.quoting import quote_value
 def expand_data_paths(words: Sequence[str]) -> list[str]:
     """Replace ``data=PATH`` by the overrides that read the data set of this path, and say what was recognized.
 
+    ``data.unlabeled=FOLDER`` becomes ``data.unlabeled.images=FOLDER``.
+
     Other words stay as they are. A ``data.source`` setting among the words is kept.
 
     Raises:
@@ -22,6 +24,9 @@ def expand_data_paths(words: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     for word in words:
         key, _, value = word.partition("=")
+        if key == "data.unlabeled" and value[:1] != "{":
+            expanded.append(f"data.unlabeled.images={value}")
+            continue
         path = Path(_unquote(value)).expanduser()
         if key != "data" or not value or value in config_groups()["data"] or not _is_path(_unquote(value), path):
             expanded.append(word)

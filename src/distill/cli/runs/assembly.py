@@ -12,16 +12,19 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from distill.cli.config import instantiate
 from distill.cli.runs.preflight import LossOptions, RunPlan, check_masks
 from distill.cli.runs.resume import IDENTITY_KEYS
 from distill.cli.runs.teacher_cache import find_teacher, planned_spec
+from distill.cli.tables import print_line
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.detectors.inherit import inherit
-from distill.losses.base import DistillLoss
+from distill.evaluation.labeling import label_by_teacher
+from distill.losses.base import DistillLoss, require_no_truth
 from distill.teacher import Teacher
 from distill.training.callbacks.checkpoints import RestoreSignalHandlers
 from distill.training.callbacks.consistency import ConsistencyCheck
@@ -68,15 +71,26 @@ def assemble(
         elif teacher is None:
             assert plan.teacher is not None  # checked in the preflight
             if plan.teacher.weights is None:  # refuse an impossible pair before the teacher is trained
-                build_losses(plan.losses, student.spec, planned_spec(plan.teacher, data.classes))
+                planned = build_losses(plan.losses, student.spec, planned_spec(plan.teacher, data.classes))
+                check_unlabeled(data, planned)
             teacher = find_teacher(plan.teacher, data)
         losses = build_losses(plan.losses, student.spec, teacher.spec if teacher else None)
+        check_unlabeled(data, losses)
+        if teacher is not None:
+            for line in label_by_teacher(data, teacher):
+                rank_zero_only(print_line)("unlabeled", line)
         if plan.inherit and teacher:
             student.report += inherit(student, teacher.detector)
     module = Distiller(student, teacher, losses, plan.schedule, plan.supervised, plan.metrics, plan.seed, plan.guard)
     if plan.channels_last:
         use_channels_last(module)  # adapters too: mixed layouts would be converted in every step
     return module
+
+
+def check_unlabeled(data: DetectionData, losses: Mapping[str, DistillLoss]) -> None:
+    """Refuse losses that read ground truth, for images without labels and without the teacher's boxes."""
+    if data.has_unlabeled and data.unlabeled.boxes is None:
+        require_no_truth(losses)
 
 
 def build_losses(

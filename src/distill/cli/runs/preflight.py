@@ -169,6 +169,8 @@ def _plan(cfg: DictConfig, run: Path | None, checkpoint: Path | None) -> RunPlan
         baseline=cfg.baseline,
         baseline_epochs=cfg.baseline_epochs,
     )
+    if not plan.losses and plan.data.has_unlabeled:
+        plan.data.leave_out_unlabeled()
     if plan.needs_teacher and plan.teacher is None:
         user = f"distillation losses {list(plan.losses)}" if plan.losses else "init=inherit"
         raise DistillError(

@@ -20,7 +20,10 @@ from distill.types import DistillError
 
 START_KEYS = ("model.weights", "model.backbone.weights")
 """Keys that may differ when a run resumes, but decide the result of a run that starts."""
-UNRELATED = (*(key for key in MAY_DIFFER if key not in START_KEYS), "distill.*", "teacher.*", "classes.*")
+UNRELATED = (
+    *(key for key in MAY_DIFFER if key not in START_KEYS),
+    *("distill.*", "teacher.*", "classes.*", "data.unlabeled.*"),
+)
 """Keys that may differ between a run and its baseline."""
 LEFT_OUT = (
     *("hydra", "distill", "teacher", "classes", "init", "ckpt_path", "resume", "name", "role", "sweep"),
@@ -49,7 +52,8 @@ def fingerprint_recipe(plan: RunPlan, data: DetectionData, processes: int) -> st
 def fingerprint(config: Mapping[str, Any], data: DetectionData, processes: int) -> str:
     """The hash of `fingerprint_recipe`, for the resolved configuration of any run."""
     settings = {key: value for key, value in leaves(config) if not any(fnmatchcase(key, free) for free in UNRELATED)}
-    content = {"settings": settings, "data": data.state_dict(), "processes": processes}
+    labeled = {name: facts for name, facts in data.state_dict().items() if name != "unlabeled"}
+    content = {"settings": settings, "data": labeled, "processes": processes}
     return digest(content)
 
 

@@ -77,7 +77,7 @@ MAY_DIFFER = (
     "callbacks.best.dirpath",
     *(f"data.{key}" for key in LOADING_KEYS),
     # Compared by the checkpoint itself: images and boxes, the teacher's weights. Start weights no longer matter.
-    *("data.source*", "data.on_*", "distill.losses.*.classifier.weights"),
+    *("data.source*", "data.unlabeled.images", "data.on_*", "distill.losses.*.classifier.weights"),
     *(
         f"teacher.{key}"
         for key in ("weights", "train", "seed", "schedule*", "data*", "run*", "min_ap", "evaluate", "model*")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 KEPT_GROUPS = ("data", "schedule", "trainer", "experiment", "paths", "trust", "config_dirs")
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")  # no num_nodes: one machine trains it
 # Keys that do not change the teacher's weights. Runs that differ in these keys only share one teacher.
-IGNORED_DATA = (*LOADING_KEYS, "on_overlap")
+IGNORED_DATA = (*LOADING_KEYS, "on_overlap", "unlabeled")
 IGNORED_MODEL = ("box_roi_align",)  # changes only the order of additions
 # These check, log and print only.
 IGNORED_CALLBACKS = ("teacher", "schedule", "terms", "gradients", "rate", "panels", "history", "lines", "progress")
