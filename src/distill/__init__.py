@@ -42,6 +42,7 @@ _MODULES = {
     "FRS": "losses.frs",
     "FasterRCNN": "detectors.faster_rcnn",
     "GlobalKnowledge": "losses.global_knowledge",
+    "GradientBalance": "training.balance",
     "GradientShares": "training.callbacks.gradient_shares",
     "Hint": "losses.hint",
     "History": "training.callbacks.history",

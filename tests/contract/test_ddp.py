@@ -23,6 +23,7 @@ from distill.data.shapes import Shapes
 from distill.evaluation.coco import CocoMetric
 from distill.losses.defeat import DeFeat
 from distill.teacher import Teacher
+from distill.training.balance import GradientBalance
 from distill.training.distiller import Distiller
 from distill.training.schedule import Schedule
 from distill.types import Batch, Target
@@ -183,7 +184,14 @@ def fit(module: Distiller, source: DetectionData, processes: int, **options: Any
         "given": Counting.given,
         "values": {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith("val/")},
         "weights": {name: value.clone() for name, value in module.state_dict().items()},
+        "balance": module.balance and module.balance.state_dict(),
     }
+
+
+def fit_balanced(processes: int) -> dict[str, Any]:
+    module = distiller("retinanet", norm="frozen", lr=1e-4)
+    module.balance = GradientBalance(steps=1)
+    return fit(module, data(2, train=8), processes)
 
 
 RUNS: dict[str, Any] = {  # each a function of the number of processes
@@ -193,6 +201,7 @@ RUNS: dict[str, Any] = {  # each a function of the number of processes
     "unmoved": lambda n: fit(distiller("retinanet", norm="frozen", lr=0.0), data(4 // n), n),
     "live": lambda n: fit(distiller("faster_rcnn", norm="batch"), data(2, train=8), n),
     "logged": lambda n: fit(distiller("retinanet", norm="frozen", lr=1e-4), data(2, train=16), n, log_every_n_steps=2),
+    "balanced": fit_balanced,
     "bare": lambda n: fit(distiller("faster_rcnn", norm="batch"), data(2, train=8, bare=(1,)), n),
     "bare one-stage": lambda n: fit(distiller("retinanet", norm="batch"), data(2, train=8, bare=(1,)), n),
     "bare anchor-free": lambda n: fit(distiller("fcos", norm="batch"), data(2, train=8, bare=(1,)), n),
@@ -287,3 +296,10 @@ def test_one_process_logs_its_own_values() -> None:
     alone = RUNS["logged"](1)
     assert alone["reduced"] == [0] * alone["steps"]
     assert alone["logged"][1] == pytest.approx(alone["shares"][1], rel=1e-6)
+
+
+def test_measured_weights_are_those_of_all_processes(both: dict[str, list[Any]]) -> None:
+    first, second = both["balanced"]
+    assert first["balance"] == second["balance"]
+    assert first["balance"]["norms"]["defeat"] > 0
+    assert_same(first["weights"], second["weights"])

@@ -56,6 +56,8 @@ def replay(module: Any, step: Mapping[str, Any], device: torch.device | str = "c
     module.to(device).train()
     module.zero_grad()
     module.set_epoch(step["epoch"])
+    if module.balance and step.get("balance"):
+        module.balance.load_state_dict(step["balance"])
     terms = []
     for record in step["batches"]:
         with autocast_context(step["precision"], torch.device(device)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from distill.frozen import frozen_models
 from distill.losses.base import DistillLoss, require_no_truth
 from distill.precision import resolve_precision
 from distill.teacher import DEFAULT_PREFETCH, Teacher
+from distill.training.balance import GradientBalance
 from distill.training.lightning_compat import (
     apply_schedule,
     end_after_this_step,
@@ -85,8 +86,8 @@ class Distiller(L.LightningModule):
     """Trains a student with its own losses and the named distillation losses.
 
     The loss of a step is ``sum(weight * term)`` over the student's supervised terms plus
-    ``sum(weight * ramp(progress) * term)`` over the distillation terms. Each term is logged twice: ``term/...``
-    unweighted, ``loss/...`` weighted. With several processes the mean is logged.
+    ``sum(weight * factor * ramp(progress) * term)`` over the distillation terms, with the factor of `balance`, if any.
+    Each term is logged twice: ``term/...`` unweighted, ``loss/...`` weighted. With several processes the mean is logged.
 
     Args:
         student: the detector that is trained and saved.
@@ -97,9 +98,10 @@ class Distiller(L.LightningModule):
         metrics: constructors of the evaluation metrics. Their values are logged as ``val/<name>``.
         seed: determines, together with epoch, step and rank, all random draws of a step.
         guard: skips steps that are not finite; None: a guard with default options.
+        balance: scales the weights of each distillation loss by measured gradients; None: the weights stay as they are.
 
     Raises:
-        DistillError: a loss needs a teacher, and there is none.
+        DistillError: a loss needs a teacher, and there is none; shares of `balance` do not fit the losses.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Distiller(L.LightningModule):
         metrics: Sequence[MetricFactory] = (),
         seed: int = 0,
         guard: NonFiniteGuard | None = None,
+        balance: GradientBalance | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -128,6 +131,9 @@ class Distiller(L.LightningModule):
         self._reset_stop = False
         """Whether the next evaluation resets the trainer's `should_stop`, see `end_after_this_step`."""
         self.guard = guard or NonFiniteGuard()
+        self.balance = balance if self.losses else None
+        if self.balance:
+            self.balance.require_methods(list(self.losses))
         self.observers: list[Callable[[View, dict[str, Tensor], dict[str, float]], None]] = []
         """Functions that every step calls with the student's View, the terms with their graph, and their weights."""
         self.step_measurements: dict[str, Tensor] = {}
@@ -195,7 +201,8 @@ class Distiller(L.LightningModule):
         """Sum of all weighted terms, a scalar."""
         seed = self.step_seed(index)
         self.guard.save_norm_statistics(self.student)
-        step = self.compute_step(batch, seed, self.progress)
+        measures = self.balance is not None and not self.balance.is_fixed
+        step = self.compute_step(batch, seed, self.progress, self.loss_scale if measures else None)
         for observe in self.observers:
             observe(step.student, step.terms, step.weights)
         detached = {name: value.detach() for name, value in step.terms.items()}
@@ -227,13 +234,21 @@ class Distiller(L.LightningModule):
     def _is_last_step(self) -> bool:
         return bool(self.trainer.should_stop or self.global_step >= int(self.trainer.estimated_stepping_batches))
 
-    def compute_step(self, batch: Batch, seed: int, progress: float) -> StepResult:
+    @property
+    def loss_scale(self) -> float:
+        """The loss scale of fp16, 1 for other precisions. Waits for the GPU."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def compute_step(self, batch: Batch, seed: int, progress: float, loss_scale: float | None = None) -> StepResult:
         """Compute the Views, terms and loss of a training step. Training, doctor, bench and replay call this method.
 
         Args:
             batch: on the device of the student.
             seed: seed of all random draws in the step.
             progress: finished part of the training, from 0 to 1, by which ramps scale the weights.
+            loss_scale: `balance`, if any, measures this batch with this loss scale (1 without fp16) before it weights
+                the terms. None: it weights them by the batches that it has measured so far.
         """
         teacher = self.teacher_view(batch, seed, self._prefetch)
         student = self.student.view(batch, training=True, seed=seed)
@@ -241,6 +256,9 @@ class Distiller(L.LightningModule):
         if batch.unlabeled is not None and distilled.values:
             distilled = self._with_unlabeled(distilled, batch, seed, progress)
         self._prefetch = teacher.stages if teacher else ()
+        if self.balance and loss_scale is not None:
+            self.balance.measure(student, weighted(*supervised), self._full_losses(distilled.values), loss_scale)
+            distilled = Terms(distilled.values, self._distillation_weights(distilled.values, progress))
         terms, weights = supervised.values | distilled.values, supervised.weights | distilled.weights
         losses = {name: weights[name] * value for name, value in terms.items()}
         return StepResult(terms, weights, losses, total(losses), student, teacher)
@@ -272,12 +290,31 @@ class Distiller(L.LightningModule):
 
     def distillation_terms(self, student: View, teacher: View | None, progress: float) -> Terms:
         """The terms of all distillation losses."""
-        terms = Terms({}, {})
-        for name, loss in self.losses.items():
-            for term, value in loss(student, teacher).items():
-                terms.values[f"{name}/{term}"] = value
-                terms.weights[f"{name}/{term}"] = loss.weights[term] * loss.factor(term, progress, self.schedule.epochs)
-        return terms
+        values = {
+            f"{name}/{term}": value
+            for name, loss in self.losses.items()
+            for term, value in loss(student, teacher).items()
+        }
+        return Terms(values, self._distillation_weights(values, progress))
+
+    def _distillation_weights(self, terms: Iterable[str], progress: float) -> dict[str, float]:
+        """Term -> weight times ramp, times the factor of `balance`."""
+        weights = {}
+        for name in terms:
+            method, _, term = name.partition("/")
+            loss = self.losses[method]
+            weights[name] = loss.weights[term] * loss.factor(term, progress, self.schedule.epochs)
+            if self.balance:
+                weights[name] *= self.balance.factor(method)
+        return weights
+
+    def _full_losses(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Method -> sum of its terms times their weights, without ramp and balance. Methods without terms are left out."""
+        losses: dict[str, dict[str, Tensor]] = {}
+        for name, value in terms.items():
+            method, _, term = name.partition("/")
+            losses.setdefault(method, {})[name] = self.losses[method].weights[term] * value
+        return {method: total(values) for method, values in losses.items()}
 
     def _supervised_weight(self, name: str) -> float:
         """Weight of a supervised term: the configured weight times the factors that the distillation losses set."""
@@ -314,11 +351,16 @@ class Distiller(L.LightningModule):
             losses = {f"loss/{name}": batch.weights[name] * mean for name, mean in terms.items()}
             self._step_values = {f"term/{name}": mean for name, mean in terms.items()} | losses
             self._step_values |= {"loss/total": loss, **dict(zip(measured, measurements, strict=True))}
+            if self.balance:
+                factors = self.balance.factors(list(self.losses))
+                self._step_values |= {f"balance/{name}": torch.tensor(factor) for name, factor in factors.items()}
         return self._step_values
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip a step that is not finite, before any weight changes."""
         self.guard.skip_bad_step(self, optimizer)
+        if self.balance and not self.balance.is_fixed:  # here, because checkpoints are written before the batch's end
+            self.balance.end_step(list(self.losses))
 
     # -- evaluation
 
@@ -453,12 +495,16 @@ class Distiller(L.LightningModule):
         checkpoint["teacher"] = self.teacher.identity() if self.teacher else None
         checkpoint["guests"] = {name: loss.identity() for name, loss in self.losses.items()}
         checkpoint["guard"] = self.guard.state_dict()
+        if self.balance:
+            checkpoint["balance"] = self.balance.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with another student, another teacher, or another frozen model of a loss."""
         self.set_epoch(checkpoint.get("epoch", 0))  # Lightning does not repeat the hook of an epoch that has begun
         if "guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["guard"])
+        if self.balance and "balance" in checkpoint:
+            self.balance.load_state_dict(checkpoint["balance"])
         if "student" not in checkpoint:
             return
         saved, here = checkpoint["student"], self.student.describe()

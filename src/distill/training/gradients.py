@@ -21,7 +21,9 @@ def trained_maps(view: View) -> list[Tensor]:
     return [x for x in (*view.body.values(), *neck) if x.requires_grad]
 
 
-def neck_gradient_norms(student: View, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+def neck_gradient_norms(
+    student: View, terms: Mapping[str, Tensor], weights: Mapping[str, float], scale: float = 1.0
+) -> dict[str, Tensor]:
     """Norm of each weighted term's gradient at the neck: ``weight * sqrt(sum of (d term / d x)^2)``.
 
     The sum runs over all elements x of all maps of the neck (of the body, if there is no neck). The graph is kept, and
@@ -31,12 +33,14 @@ def neck_gradient_norms(student: View, terms: Mapping[str, Tensor], weights: Map
         student: the student's View of the batch.
         terms: unweighted scalars, attached to the graph.
         weights: factor of each term in the loss.
+        scale: loss scale of fp16, by which a term is multiplied before its backward pass, and its gradient divided
+            after it. Without it, small gradients are 0 in fp16.
 
     Returns:
         Scalars (float64, float32 on MPS) on the student's device. 0 for a term that does not reach the neck.
     """
     maps = [x for x in head_maps(student).values() if x.requires_grad]
-    return {name: abs(weights[name]) * _gradient_norm(term, maps) for name, term in terms.items()}
+    return {name: abs(weights[name]) / scale * _gradient_norm(scale * term, maps) for name, term in terms.items()}
 
 
 def _gradient_norm(term: Tensor, maps: list[Tensor]) -> Tensor:

@@ -190,6 +190,7 @@ class NonFiniteGuard:
             "rank": module.global_rank,
             "seed": module.seed,
             "precision": str(module.trainer.precision),
+            "balance": module.balance.state_dict() if module.balance else None,
             "student": module.student.describe(),
             "teacher": module.teacher.identity() if module.teacher else None,
             "state_dict": {name: value.detach().cpu() for name, value in module.state_dict().items()},

@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {
     "pictures": _integer_from(0),
     "channels_last": BOOLEAN,
     "deterministic": _one_of(True, False, "warn"),
+    "distill.balance": _one_of("none", "gradient"),
     "supervised.*": _number("a weight from 0", lambda value: 0 <= value < math.inf),
     "teacher.weights": (
         "a run folder, a file, a name of torchvision's, or null",

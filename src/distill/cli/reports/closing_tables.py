@@ -34,6 +34,9 @@ def print_results(summary: Mapping[str, Any], run: RunFolder, role: str = "stude
         if f"{split}/{prefix}AP" in values or f"{split}/{prefix}mAP" in values
     ]
     print_table("validation and test, percent", ("", "split", *columns), rows, left=2)
+    if balance := summary.get("balance"):
+        factors = ", ".join(f"{method} {factor:.3g}" for method, factor in balance["factors"].items())
+        print_line("balance", f"factors on the weights, measured in {balance['steps']} steps: {factors}")
     paths = (run.student, run.pictures, run.curves, run.summary)
     for label, path in zip((role, "pictures", "curves", "summary"), paths, strict=True):
         if path.exists():

@@ -237,7 +237,7 @@ def _examine_step(report: Report, module: Distiller, data: DetectionData, traine
     module.start_epoch(0, data)
     batch = next(iter(data.train_dataloader())).to(device)
     with autocast_context(precision, device):
-        step = module.compute_step(batch, module.step_seed(0), 0.0)
+        step = module.compute_step(batch, module.step_seed(0), 0.0, loss_scale=1.0)
         with torch.no_grad():
             planned = teacher.spec if teacher and teacher.source == UNTRAINED else None
             report["shapes"] = doctor.shapes(step.student, planned or step.teacher)

@@ -174,6 +174,7 @@ def finish_run(
         "measured": measured_by(plan.config["metrics"], data, splits),
         "teacher": module.teacher.identity() if module.teacher else None,
         "losses": list(plan.losses),
+        "balance": module.balance and module.balance.summary(list(plan.losses)),
         "recipe": recipe,
         "parameters": _parameters(module),
         "cost": {model: summarize(row.cost) for model, row in rows.items()},

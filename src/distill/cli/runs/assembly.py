@@ -81,7 +81,8 @@ def assemble(
                 rank_zero_only(print_line)("unlabeled", line)
         if plan.inherit and teacher:
             student.report += inherit(student, teacher.detector)
-    module = Distiller(student, teacher, losses, plan.schedule, plan.supervised, plan.metrics, plan.seed, plan.guard)
+    training = (plan.schedule, plan.supervised, plan.metrics, plan.seed, plan.guard, plan.balance)
+    module = Distiller(student, teacher, losses, *training)
     if plan.channels_last:
         use_channels_last(module)  # adapters too: mixed layouts would be converted in every step
     return module

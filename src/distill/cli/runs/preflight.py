@@ -29,6 +29,7 @@ from distill.evaluation.evaluate import MetricFactory
 from distill.losses.base import DistillLoss
 from distill.precision import resolve_precision
 from distill.run_folder import RunFolder
+from distill.training.balance import GradientBalance
 from distill.training.nonfinite import NonFiniteGuard
 from distill.training.schedule import Schedule
 from distill.types import DistillError
@@ -86,6 +87,7 @@ class RunPlan:
     metrics: Sequence[MetricFactory]
     schedule: Schedule
     guard: NonFiniteGuard
+    balance: GradientBalance | None
     trainer: TrainerOptions
     baseline: str | None
     """``train``, or a finished run of the student alone."""
@@ -165,6 +167,7 @@ def _plan(cfg: DictConfig, run: Path | None, checkpoint: Path | None) -> RunPlan
         metrics=[instantiate.build_node(node) for node in instantiate.named_nodes(cfg.metrics).values()],
         schedule=instantiate.build_node(cfg.schedule),
         guard=instantiate.build_node(cfg.guard),
+        balance=plan_balance(cfg),
         trainer=_plan_trainer(cfg),
         baseline=cfg.baseline,
         baseline_epochs=cfg.baseline_epochs,
@@ -235,6 +238,20 @@ def plan_losses(cfg: DictConfig) -> dict[str, LossOptions]:
             raise DistillError(f"distill.losses.{name}: expected a DistillLoss, got {node.get('_target_')}")
         losses[name] = LossOptions(kind, partial(instantiate.build_node, node))
     return losses
+
+
+def plan_balance(cfg: DictConfig) -> GradientBalance | None:
+    """The measured weights of the distillation losses; None with ``distill.balance=none``, or without losses.
+
+    Raises:
+        DistillError: invalid shares or steps, or shares of other losses.
+    """
+    options, losses = instantiate.to_containers(cfg.distill), list(instantiate.named_nodes(cfg.distill.losses))
+    if options["balance"] == "none" or not losses:
+        return None
+    balance = GradientBalance(options["balance_share"], options["balance_steps"])
+    balance.require_methods(losses)
+    return balance
 
 
 def _plan_trainer(cfg: DictConfig) -> TrainerOptions:

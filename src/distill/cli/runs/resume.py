@@ -85,7 +85,7 @@ MAY_DIFFER = (
     *("init", "model.weights", "model.backbone.weights"),
 )
 """Keys that may differ when a run resumes: they do not change the training, or are compared in another way."""
-NEW_KEYS = ("data.", "model.", "classes.")
+NEW_KEYS = ("data.", "model.", "classes.", "distill.balance")
 """Parts of the configuration whose keys, where they are new in a version, have defaults that change nothing."""
 IDENTITY_KEYS = ("made_by", "teacher", "guests", "DetectionData")
 """Entries of a checkpoint that are compared with the run before a resume."""

@@ -45,7 +45,7 @@ class GradientShares(L.Callback):
             step = trainer.global_step + 1
             if module.losses and step % interval == 0 and step != self._measured_step:
                 self._measured_step = step
-                measured = shares(neck_gradient_norms(student, terms, weights))
+                measured = shares(neck_gradient_norms(student, terms, weights, module.loss_scale))
                 module.step_measurements = {f"gradient/{name}": share for name, share in measured.items()}
 
         self._observe = observe
