@@ -46,6 +46,7 @@ _MODULES = {
     "GradientShares": "training.callbacks.gradient_shares",
     "Hint": "losses.hint",
     "History": "training.callbacks.history",
+    "LD": "losses.ld",
     "LastCheckpoint": "training.callbacks.checkpoints",
     "MGD": "losses.mgd",
     "MasKD": "losses.maskd",

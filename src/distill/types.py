@@ -234,6 +234,8 @@ class DetectorSpec:
     corner_bins: Mapping[str, float] = field(default_factory=dict)
     """The bins of the corner distributions in `QueryLayer.corners`: arguments of `set_criterion.CornerBins` (``count``,
     ``limit``, ``scale``). Empty without distributions."""
+    side_bins: int | None = None
+    """Distances in the distribution of each side (`side_logits`). None without distributions."""
     bridge: Mapping[str, str] | None = None
     """Of a teacher with another class list: its class name -> the data's class name, see `labels.bridge_classes`.
 
@@ -250,7 +252,7 @@ class DetectorSpec:
         return tuple(self.bridge.get(name, f"{name} (unmapped)") for name in self.classes)
 
 
-MAPS = ("body", "neck", "objectness", "class_logits", "deltas", "centerness")
+MAPS = ("body", "neck", "objectness", "class_logits", "side_logits", "deltas", "centerness")
 """Outputs with one map per stride, in the order in which a detector computes them."""
 
 _PYRAMID = "choose a detector with a feature pyramid (model=frcnn_r50, model=retinanet_r50)"
@@ -264,6 +266,10 @@ ALTERNATIVES = {
     **dict.fromkeys(("tower_features", "finish_tower"), "choose a one-stage detector (model=retinanet_r50)"),
     **dict.fromkeys(("queries", "query_targets", "query_points", "decode"), _QUERIES),
     "class_logits": "choose a one-stage detector (model=retinanet_r50)",
+    "side_logits": (
+        "give a one-stage student and teacher distribution heads (box_head=distribution, and for RetinaNet "
+        "box_loss=giou; below model and below teacher.model)"
+    ),
     "mask_logits": "choose a detector with a mask head (model=mask_rcnn_r50)",
 }
 """Output that only some families have -> advice on a detector that has the output."""
@@ -345,6 +351,13 @@ class View(Protocol):
         """Dense box deltas (B, A*4, H, W).
 
         Deltas of an anchor-free detector are distances to the left, top, right and bottom side, in strides, at least 0.
+        """
+
+    @property
+    def side_logits(self) -> Pyramid:
+        """Detectors with ``box_head=distribution``: logits (B, A*4*bins, H, W) of the distances of each side.
+
+        Channel (4 a + side) * bins + k belongs to anchor a and the distance of k units. `deltas` are the expectations.
         """
 
     def tower_features(self, branch: str, depth: int) -> Pyramid:

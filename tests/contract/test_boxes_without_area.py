@@ -28,8 +28,10 @@ def batch_with_thin_boxes() -> Batch:
 
 
 @functools.cache
-def detectors(family: str = "faster_rcnn") -> tuple[Any, Any]:
-    return random_detector(family), random_detector(family, seed=1).eval()
+def detectors(name: str = "defeat") -> tuple[Any, Any]:
+    """The student and teacher of a method."""
+    family, options = METHODS[name].family, METHODS[name].detectors
+    return random_detector(family, **options), random_detector(family, seed=1, **options).eval()
 
 
 def views(student: Any, teacher: Any) -> tuple[View, View]:
@@ -40,7 +42,7 @@ def views(student: Any, teacher: Any) -> tuple[View, View]:
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - {"dicod", "maskd"}))
 def test_every_loss_and_its_gradient_are_numbers(name: str) -> None:
     """DICOD's pair is not two detectors, and MasKD has the detector's own losses, which are not finite here."""
-    student, teacher = detectors(METHODS[name].family)
+    student, teacher = detectors(name)
     loss = small_loss(name)(student=student.spec, teacher=teacher.spec)
     values = loss(*views(student, teacher))
     assert {term for term, value in values.items() if not value.isfinite()} == set()

@@ -14,7 +14,7 @@ from distill.detectors.retinanet import RetinaNetView
 from distill.types import AnchorTargets, Batch, Detections, DetectorSpec, Regions, Target
 
 STRIDES = (4, 8, 16, 32, 64)
-PYRAMIDS = {"body", "neck", "class_logits", "objectness", "deltas", "tower_classes", "tower_boxes"}
+PYRAMIDS = {"body", "neck", "class_logits", "objectness", "deltas", "side_logits", "tower_classes", "tower_boxes"}
 
 
 def spec(

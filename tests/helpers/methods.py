@@ -23,6 +23,7 @@ from distill.losses.fgfi import FGFI
 from distill.losses.frs import FRS
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.hint import Hint
+from distill.losses.ld import LD
 from distill.losses.maskd import MasKD
 from distill.losses.mgd import MGD
 from distill.losses.mimic import Mimic
@@ -46,10 +47,13 @@ class Method(NamedTuple):
     """It changes the student's own losses even where its own terms have no weight."""
     family: str = "faster_rcnn"
     """The family of a student and teacher that it fits."""
+    detectors: Mapping[str, Any] = {}
+    """Options of both detectors that it needs."""
     trained_alone: bool = True
     """Whether daily tests train its option in a run of its own, or in one run with those of other methods."""
 
 
+DISTRIBUTIONS = {"box_head": "distribution", "box_loss": "giou"}
 METHODS = {
     "adl": Method(ADL, "adl", family="retinanet", trained_alone=False),
     "at": Method(AT, "at", trained_alone=False),
@@ -69,6 +73,7 @@ METHODS = {
     ),
     "frs": Method(FRS, "frs_two_stage", trained_alone=False),
     "hint": Method(Hint, "hint", trained_alone=False),
+    "ld": Method(LD, "ld", family="retinanet", trained_alone=False, detectors=DISTRIBUTIONS),
     "maskd": Method(MasKD, "maskd", trained_alone=False),
     "mgd": Method(MGD, "mgd", trained_alone=False),
     "mimic": Method(Mimic, "mimic", {"neck": {"all": 1.0}}),

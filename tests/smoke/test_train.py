@@ -34,10 +34,17 @@ from helpers.runs import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli,
 from helpers.wandb_files import read_wandb
 
 WIDE = "model.neck_channels=64"  # group norm
-OPTIONS = [option for option in compose.config_groups()["distill"] if option != "none"]
-ONE_STAGE = [option for option in OPTIONS if "retinanet" in option or option in NOT_HERE["two-stage"] - {"dicod"}]
+DISTRIBUTION_HEADS = ("ld", "ld_fcos")
+OPTIONS = [option for option in compose.config_groups()["distill"] if option not in ("none", *DISTRIBUTION_HEADS)]
+ONE_STAGE = [
+    option
+    for option in OPTIONS
+    if "retinanet" in option or option in NOT_HERE["two-stage"] - {"dicod", *DISTRIBUTION_HEADS}
+]
 TOGETHER = {
-    family: sorted(row.option for row in METHODS.values() if not row.trained_alone and row.family == family)
+    family: sorted(
+        row.option for row in METHODS.values() if not (row.trained_alone or row.detectors) and row.family == family
+    )
     for family in ("faster_rcnn", "retinanet")
 }
 """Options of a family that daily tests train in one run."""
@@ -123,6 +130,35 @@ def test_dicod_without_a_classifier_says_how_to_make_one(cli: Cli, capsys: pytes
     said = capsys.readouterr().err
     assert "classifier.weights" in said
     assert "distill classifier FILE.pt" in said
+
+
+HEADS = [f"{role}.box_head=distribution" for role in ("model", "teacher.model")]
+
+
+@pytest.mark.parametrize(
+    ("option", "model", "own"),
+    [
+        exhaustive(("ld", "retinanet_r10_quarter", ["model.box_loss=giou", "teacher.model.box_loss=giou"])),
+        exhaustive(("ld_fcos", "fcos_r10_quarter", [WIDE, "teacher.model.neck_channels=64"])),
+    ],
+)
+def test_localization_distillation_trains(option: str, model: str, own: list[str], cli: Cli, tmp_path: Path) -> None:
+    small = [*TINY_DATA, *TINY_MODEL, *TINY_RUN, "test=false", "hydra.run.dir=run", "teacher.min_ap=null"]
+    assert cli(["train", f"distill={option}", f"model={model}", f"teacher={model}", *HEADS, *small, *own]) == 0
+    terms = summary(tmp_path / "run")["terms"]
+    assert all(
+        terms[f"term/{name}"] > 0 for name in ("ld/sides.main", "ld/logits.classes", "student/bbox_distribution")
+    )
+
+
+def test_localization_distillation_names_the_head_that_it_needs(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["distill=ld", "model=retinanet_r10_quarter", "teacher=retinanet_r18", *TINY_DATA, *TINY_MODEL, *TINY_RUN]
+    assert cli(["train", *lines, "hydra.run.dir=run"]) == 1
+    assert "which has no side_logits" in (said := capsys.readouterr().err)
+    assert "box_head=distribution" in said
+    assert not list(tmp_path.glob("outputs/teachers/*/summary.json"))
 
 
 def test_methods_add_up(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:

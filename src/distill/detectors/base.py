@@ -40,8 +40,8 @@ class Detector(nn.Module):
 
     The rows of the background come first. In a dense head the rows repeat for each anchor.
     """
-    view_class: ClassVar[type[LazyView]]
-    """The View of the family."""
+    view_class: type[LazyView]
+    """The View of the family, or of the detector's options."""
 
     net: Any
 

@@ -12,9 +12,10 @@ from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos
 
 from distill.detectors.anchors import anchor_generator, choose
 from distill.detectors.detection_rules import RuledFCOS, check_rule
+from distill.detectors.distribution import DistributionLayer, check_box_head, expected_distances
 from distill.detectors.options import BACKBONE, PIXELS, BackboneOptions, PixelOptions
 from distill.detectors.pyramid import DenseDetector
-from distill.detectors.retinanet import RetinaNetView, flatten
+from distill.detectors.retinanet import DistributionView, RetinaNetView, flatten
 from distill.detectors.view import geometry, network
 from distill.precision import upcast
 from distill.types import DistillError, Pyramid
@@ -107,7 +108,29 @@ class FCOSView(RetinaNetView):
         """The losses ``classification``, ``bbox_regression`` and ``bbox_ctrness``."""
         outputs = {name: torch.cat(levels, dim=1) for name, levels in self._flat().items()}
         counts = [level.shape[0] for level in self.anchors.values()]
-        return dict(self.net.compute_loss(self.targets, outputs, self._image_anchors, counts))
+        losses = self.net.compute_loss(self.targets, outputs, self._image_anchors, counts)
+        return {**losses, **self._further_losses()}
+
+
+class FCOSDistributionView(FCOSView, DistributionView):
+    """The View of an FCOS whose box head predicts a distribution for each side, in strides."""
+
+    outputs = FCOSView.outputs | DistributionView.outputs
+
+    @network
+    def side_logits(self) -> Pyramid:
+        """Stride -> (B, 4*bins, H, W): logits of the distances of each side, see `DistributionLayer`."""
+        layer = self.net.head.regression_head.bbox_reg
+        return {stride: upcast(layer.logits(x)) for stride, x in self._box_features.items()}
+
+    @geometry
+    def deltas(self) -> Pyramid:
+        """Stride -> expected distances (B, 4, H, W) to the left, top, right and bottom side, in strides."""
+        bins = self.detector.options["box_bins"]
+        return {stride: expected_distances(x, bins) for stride, x in self.side_logits.items()}
+
+    def _further_losses(self) -> dict[str, Tensor]:
+        return {"bbox_distribution": self._distribution_loss(by_image=False)}
 
 
 class FCOSHead(fcos.FCOSHead):  # type: ignore[misc]
@@ -166,6 +189,9 @@ class FCOS(DenseDetector):
         centerness_from: the tower that the centerness layer reads: ``box``, or ``class`` (paper).
         distances: the function from outputs to distances: ``relu``, in strides, or ``exp``, in pixels (paper).
         level_scales: whether the outputs of the box layer have a trained factor for each level (paper).
+        box_head: ``regression``, or ``distribution``, see `RetinaNet`; the unit of its distances is a stride. It has
+            neither ``distances=exp`` nor `level_scales`.
+        box_bins, distribution_weight: see `RetinaNet`.
         detection_rule: see `FasterRCNN`.
         center_sampling_radius: the largest distance of a positive cell from the center of its box, in strides.
 
@@ -201,6 +227,9 @@ class FCOS(DenseDetector):
         centerness_from: str = "box",
         distances: str = "relu",
         level_scales: bool = False,
+        box_head: str = "regression",
+        box_bins: int = 17,
+        distribution_weight: float = 0.25,
         center_sampling_radius: float = 1.5,
         topk_candidates: int = 1000,
         score_thresh: float = 0.2,
@@ -222,6 +251,11 @@ class FCOS(DenseDetector):
         choose("centerness_from", centerness_from, ("box", "class"))
         choose("distances", distances, ("relu", "exp"))
         check_rule(detection_rule)
+        if check_box_head(box_head, box_bins, distribution_weight) and (distances != "relu" or level_scales):
+            raise DistillError(
+                "box_head=distribution: expected distances=relu and level_scales=false, because a distribution has no "
+                f"use for them, got distances={distances} and level_scales={str(level_scales).lower()}"
+            )
         # With one channel per group, a map of one cell gives each group a single value: it has no statistics.
         if head_norm == "group" and (neck_channels % 32 or neck_channels < 64):
             raise DistillError(f"neck_channels: FCOS's group norm expects 64, 96, 128 or so on, got {neck_channels}")
@@ -246,4 +280,8 @@ class FCOS(DenseDetector):
         )
         if ruled:
             net.rule = options["detection_rule"]
+        if options["box_head"] == "distribution":
+            self.view_class = FCOSDistributionView
+            layer = DistributionLayer(options["neck_channels"], 1, options["box_bins"])
+            net.head.regression_head.bbox_reg = layer
         return net

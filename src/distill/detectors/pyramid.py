@@ -67,7 +67,9 @@ class PyramidDetector(Detector):
             anchor_options={
                 **{f"anchors.{name}": value for name, value in options.get("anchors", {}).items()},
                 **{name: options[name] for name in POINT_AND_DELTA_OPTIONS if name in options},
+                **({"box_head": "distribution"} if "side_logits" in self.view_class.outputs else {}),
             },
+            side_bins=options["box_bins"] if "side_logits" in self.view_class.outputs else None,
         )
         super().__init__(net, spec, options, freeze(net.backbone.body, backbone.trainable_stages))
         initialise(self, backbone.weights, given["weights"], given["head"])

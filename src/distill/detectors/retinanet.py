@@ -15,6 +15,14 @@ from torchvision.ops import box_iou
 
 from distill.detectors.anchors import anchor_generator, choose, set_box_coders
 from distill.detectors.detection_rules import RuledRetinaNet, check_rule
+from distill.detectors.distribution import (
+    OVERLAP_LOSSES,
+    DistanceCoder,
+    DistributionLayer,
+    check_box_head,
+    distribution_focal,
+    expected_distances,
+)
 from distill.detectors.options import BACKBONE, PIXELS, AnchorOptions, BackboneOptions, PixelOptions
 from distill.detectors.pyramid import DenseDetector
 from distill.detectors.towers import run_layers, split_tower
@@ -145,7 +153,11 @@ class RetinaNetView(PyramidView):
     def losses(self) -> dict[str, Tensor]:
         """The losses ``classification`` and ``bbox_regression``."""
         outputs = {name: torch.cat(levels, dim=1) for name, levels in self._flat().items()}
-        return dict(self.net.compute_loss(self.targets, outputs, self._image_anchors))
+        return {**self.net.compute_loss(self.targets, outputs, self._image_anchors), **self._further_losses()}
+
+    def _further_losses(self) -> dict[str, Tensor]:
+        """Losses that torchvision does not have."""
+        return {}
 
     def predictions(
         self, score: float | None = None, nms: float | None = None, top: int | None = None
@@ -160,6 +172,43 @@ class RetinaNetView(PyramidView):
                 outputs["cls_logits"] = list(map(_without_first, outputs["cls_logits"]))
             images = self.net.postprocess_detections(outputs, anchors, self.sizes)
         return [_without_background(Detections(image["boxes"], image["scores"], image["labels"])) for image in images]
+
+
+class DistributionView(RetinaNetView):
+    """The View of a RetinaNet whose box head predicts a distribution for each side."""
+
+    outputs = RetinaNetView.outputs | {"side_logits"}
+
+    @network
+    def side_logits(self) -> Pyramid:
+        """Stride -> (B, A*4*bins, H, W): logits of the distances of each side, see `DistributionLayer`."""
+        branch = self.net.head.regression_head
+        return {stride: upcast(branch.bbox_reg.logits(branch.conv(x))) for stride, x in self.neck.items()}
+
+    @geometry
+    def deltas(self) -> Pyramid:
+        """Stride -> expected distances (B, A*4, H, W) to the left, top, right and bottom side, in units."""
+        bins = self.detector.options["box_bins"]
+        return {stride: expected_distances(x, bins) for stride, x in self.side_logits.items()}
+
+    def _further_losses(self) -> dict[str, Tensor]:
+        return {"bbox_distribution": self._distribution_loss(by_image=True)}
+
+    def _distribution_loss(self, by_image: bool) -> Tensor:
+        """Weight times the mean distribution focal loss of the sides of positive anchors.
+
+        Args:
+            by_image: whether the mean is that of each image's own mean, as in RetinaNet's box loss, or that of all
+                positive anchors of the batch, as in FCOS.
+        """
+        bins, targets = self.detector.options["box_bins"], self.anchor_targets
+        logits = torch.cat([flatten(x, 4 * bins) for x in self.side_logits.values()], dim=1)
+        image, rows = (targets.labels > 0).nonzero(as_tuple=True)
+        positive = logits[image, rows].view(-1, 4, bins)
+        error = distribution_focal(positive, targets.deltas[image, rows]).mean(1)
+        counts = (targets.labels > 0).sum(1).clamp(min=1)
+        share = error / (counts[image] * len(self.batch)) if by_image else error / max(1, len(error))
+        return cast(float, self.detector.options["distribution_weight"]) * share.sum()
 
 
 def flatten(x: Tensor, columns: int) -> Tensor:
@@ -201,6 +250,12 @@ class RetinaNet(DenseDetector):
         head_norm: normalization in the heads: ``none`` or ``group`` (32 groups). ``group_bias`` also gives the
             convolutions before the norms a bias (Detectron2).
         box_loss: ``l1``, ``smooth_l1``, ``giou``, ``diou`` or ``ciou``.
+        box_head: ``regression`` (four deltas per anchor), or ``distribution``: a distribution over the distances to
+            each side, whose expectation gives the box (Li et al., "Generalized Focal Loss", NeurIPS 2020). Its losses
+            have a further one, ``bbox_distribution``. The unit of the distances, an eighth of the anchor's side, is
+            our choice. `delta_clamp` and `anchor_delta_weights` have no effect, and `box_loss` is giou, diou or ciou.
+        box_bins: number of distances of a distribution: 0, 1, ..., box_bins - 1 units.
+        distribution_weight: weight of the distribution focal loss in ``bbox_distribution``.
 
     Raises:
         DistillError: an option has an invalid value, or the weights do not fit.
@@ -227,6 +282,9 @@ class RetinaNet(DenseDetector):
         bg_iou_thresh: float = 0.4,
         head_norm: str = "none",
         box_loss: str = "l1",
+        box_head: str = "regression",
+        box_bins: int = 17,
+        distribution_weight: float = 0.25,
         topk_candidates: int = 1000,
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
@@ -238,6 +296,11 @@ class RetinaNet(DenseDetector):
         weights: str | None = None,
         head: str = "keep",
     ) -> None:
+        if check_box_head(box_head, box_bins, distribution_weight) and box_loss not in OVERLAP_LOSSES:
+            raise DistillError(
+                f"box_loss: with box_head=distribution, expected {', '.join(OVERLAP_LOSSES)}, got {box_loss!r}. Add "
+                "box_loss=giou (model.box_loss, teacher.model.box_loss)"
+            )
         super().__init__(locals())
 
     def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
@@ -254,6 +317,13 @@ class RetinaNet(DenseDetector):
         )
         coders, weights = (net, net.head.regression_head), options["anchor_delta_weights"]
         set_box_coders(coders, options["delta_clamp"], weights, "anchor_delta_weights")
+        if options["box_head"] == "distribution":
+            self.view_class = DistributionView
+            net.head.regression_head.bbox_reg = DistributionLayer(
+                options["neck_channels"], per_cell, options["box_bins"]
+            )
+            for part in coders:
+                part.box_coder = DistanceCoder()
         if ruled:
             net.rule = options["detection_rule"]
         return net

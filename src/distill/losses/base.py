@@ -186,6 +186,17 @@ def is_number(value: Any, low: float = 0, high: float = math.inf) -> bool:
     return isinstance(value, (int, float)) and low <= value < high
 
 
+def check_temperature(name: str, value: Any) -> float:
+    """A temperature of a softmax, as a float.
+
+    Raises:
+        DistillError: it is not a number above 0.
+    """
+    if not is_number(value) or value == 0:
+        raise DistillError(f"{name}: expected a number above 0, got {value}")
+    return float(value)
+
+
 def derive_seed(*words: int | str) -> int:
     """A seed from a sequence of numbers and words, the same on every machine."""
     text = "/".join(map(str, words))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from distill.losses import base, heads
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.heads import ClassMap, kl_divergence
 from distill.losses.imitation import NeckPairs
-from distill.types import DetectorSpec, DistillError, View
+from distill.types import DetectorSpec, View
 
 NECK = {"all": 5.0, "levels": 4}
 LOGITS = {"classes": 0.0}
@@ -74,9 +73,7 @@ class CWD(DistillLoss):
     ) -> None:
         neck, logits = base.merge_options("neck", neck, NECK), base.merge_options("logits", logits, LOGITS)
         super().__init__({"neck.all": neck["all"], "logits.classes": logits["classes"]}, ramp, normalizer, seed)
-        if not 0 < temperature < math.inf:
-            raise DistillError(f"temperature: expected a number above 0, got {temperature}")
-        self.temperature = float(temperature)
+        self.temperature = base.check_temperature("temperature", temperature)
         adapter = base.merge_options("adapter", adapter, ADAPTER)
         self.neck: NeckPairs | None = None
         if self.terms("neck"):

@@ -139,8 +139,6 @@ class DICOD(DistillLoss):
         seed: int = 0,
     ) -> None:
         super().__init__(base.merge_options("weights", weights, WEIGHTS), ramp, normalizer, seed)
-        if not 0 < temperature < math.inf:
-            raise DistillError(f"temperature: expected a number above 0, got {temperature}")
         if sigmoid not in SIGMOID:
             raise DistillError(f"sigmoid: expected {' or '.join(SIGMOID)}, got '{sigmoid}'")
         if sigmoid == "kl-ce" and "rois" not in student.outputs and len(student.classes) == 1:
@@ -155,7 +153,8 @@ class DICOD(DistillLoss):
         )
         columns = match_classes(student.classes, classifier.classes, remedy) if "classes" in self.weights else [0]
         self.register_buffer("columns", torch.tensor(columns[1:]) - 1, persistent=False)
-        self.classifier, self.temperature, self.size = classifier, float(temperature), size
+        self.classifier, self.size = classifier, size
+        self.temperature = base.check_temperature("temperature", temperature)
         sigmoids = {"kl-ce": sigmoid_divergence, "kl-bce": binary_divergence}
         self.divergence = softmax_divergence if "rois" in student.outputs else sigmoids[sigmoid]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from distill.losses import base, heads
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.heads import ClassMap
 from distill.precision import upcast
-from distill.types import DetectorSpec, DistillError, View
+from distill.types import DetectorSpec, View
 
 CLASSES = {"inter": 1.0, "intra": 1.0}
 EPSILON = 1e-8
@@ -89,16 +88,10 @@ class DIST(DistillLoss):
     ) -> None:
         classes = base.merge_options("classes", classes, CLASSES)
         super().__init__({f"classes.{term}": weight for term, weight in classes.items()}, ramp, normalizer, seed)
-        if not 0 < temperature < math.inf:
-            raise DistillError(f"temperature: expected a number above 0, got {temperature}")
-        self.temperature, self.two_stage = float(temperature), "rois" in student.outputs
-        if not self.weights:
-            return
-        if self.two_stage:
-            base.require_outputs("classes", student, teacher, "rois", "roi_logits")
-            self.classes = ClassMap("classes", student, teacher)
-        else:
-            self.classes = heads.dense_class_map("classes", student, teacher)
+        self.temperature = base.check_temperature("temperature", temperature)
+        self.two_stage = "rois" in student.outputs
+        if self.weights:
+            self.classes = heads.head_class_map("classes", student, teacher)
 
     @property
     def truth_terms(self) -> list[str]:

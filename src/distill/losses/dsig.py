@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from distill.losses import adapters, base, heads
-from distill.losses.base import DistillLoss, SumAndCount, is_number
+from distill.losses.base import DistillLoss, SumAndCount, check_temperature, is_number
 from distill.losses.heads import ClassMap
 from distill.losses.imitation import MapImitation, RegionErrors
 from distill.losses.kernels.graph import graph_errors
@@ -184,8 +184,7 @@ class DSIG(DistillLoss):
         for name, value in (("nodes.alpha", self.alpha), ("edges.mining", self.mining)):
             if value is not None and not is_number(value):
                 raise DistillError(f"{name}: expected a number, 0 or more, or null, got {value}")
-        if not self.temperature or not is_number(self.temperature):
-            raise DistillError(f"logits.temperature: expected a number above 0, got {self.temperature}")
+        check_temperature("logits.temperature", self.temperature)
         score, nms, top = (self.predictions[name] for name in PREDICTIONS)
         if not (is_number(score, high=1) and is_number(nms, high=1) and isinstance(top, int) and top > 0):
             raise DistillError(

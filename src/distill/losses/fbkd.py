@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from distill.losses.attention import spatial_attention
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.imitation import NeckPairs
 from distill.precision import upcast
-from distill.types import DetectorSpec, DistillError, View
+from distill.types import DetectorSpec, View
 
 NECK = {"attended": 7e-5, "channels": 4e-3, "cells": 4e-3, "relation": 7e-5, "levels": 4}
 ADAPTER = {"kernel": 1, "start": "default", "relu": False}
@@ -107,9 +106,7 @@ class FBKD(DistillLoss):
     ) -> None:
         neck = base.merge_options("neck", neck, NECK)
         super().__init__({f"neck.{term}": neck[term] for term in NECK if term != "levels"}, ramp, normalizer, seed)
-        if not 0 < temperature < math.inf:
-            raise DistillError(f"temperature: expected a number above 0, got {temperature}")
-        self.temperature = float(temperature)
+        self.temperature = base.check_temperature("temperature", temperature)
         adapter = base.merge_options("adapter", adapter, ADAPTER)
         self.levels: list[int] = []
         self.neck: NeckPairs | None = None

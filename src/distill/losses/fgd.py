@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,11 +84,9 @@ class FGD(DistillLoss):
     ) -> None:
         neck = base.merge_options("neck", neck, NECK)
         super().__init__({f"neck.{term}": neck[term] for term in NECK if term != "levels"}, ramp, normalizer, seed)
-        if not 0 < temperature < math.inf:
-            raise DistillError(f"temperature: expected a number above 0, got {temperature}")
         if boxes not in BOX_SCALES:
             raise DistillError(f"boxes: expected {' or '.join(BOX_SCALES)}, got '{boxes}'")
-        self.temperature, self.of_padded = float(temperature), boxes == "padded"
+        self.temperature, self.of_padded = base.check_temperature("temperature", temperature), boxes == "padded"
         adapter = base.merge_options("adapter", adapter, ADAPTER)
         self.neck: NeckPairs | None = None
         self.contexts: Any = nn.ModuleDict()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.losses import base, heads, masks
-from distill.losses.base import DistillLoss, SumAndCount, is_number
+from distill.losses.base import DistillLoss, SumAndCount, check_temperature, is_number
 from distill.losses.candidates import CandidateFeatures, pool_all_levels, select_candidates
 from distill.losses.heads import ClassMap
 from distill.losses.imitation import MapImitation
@@ -218,8 +217,7 @@ class GlobalKnowledge(DistillLoss):
 
 def _validate_numbers(temperature: float, prototypes: Mapping[str, Any]) -> None:
     """Refuse values that would fail in the middle of a run."""
-    if not 0 < temperature < math.inf:
-        raise DistillError(f"labels.temperature: expected a number above 0, got {temperature}")
+    check_temperature("labels.temperature", temperature)
     integers = all(isinstance(prototypes[name], int) and prototypes[name] >= 1 for name in ("count", "images"))
     numbers = all(is_number(prototypes[name]) for name in ("alpha", "bandwidth", "quantile", "min_side"))
     if not (integers and numbers and prototypes["bandwidth"] > 0 and prototypes["quantile"] <= 1):

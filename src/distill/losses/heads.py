@@ -291,6 +291,18 @@ def dense_class_map(name: str, student: DetectorSpec, teacher: DetectorSpec) -> 
     return ClassMap(name, student, teacher)
 
 
+def head_class_map(name: str, student: DetectorSpec, teacher: DetectorSpec) -> ClassMap:
+    """The class map of a pair of two-stage detectors, or of one-stage detectors with equal anchors.
+
+    Raises:
+        DistillError: only one detector is two-stage, the anchors differ, or the teacher lacks a class.
+    """
+    if "rois" not in student.outputs:
+        return dense_class_map(name, student, teacher)
+    require_outputs(name, student, teacher, "rois", "roi_logits")
+    return ClassMap(name, student, teacher)
+
+
 def require_equal_anchors(name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
     """Refuse a pair with unequal anchors, because equal deltas then mean different boxes.
 

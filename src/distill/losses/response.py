@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from distill.losses import base, heads
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.heads import ClassMap
-from distill.types import DetectorSpec, DistillError, View
+from distill.types import DetectorSpec, View
 
 LOGITS = {"classes": 1.0}
 
@@ -54,16 +53,10 @@ class Response(DistillLoss):
     ) -> None:
         logits = base.merge_options("logits", logits, LOGITS)
         super().__init__({"logits.classes": logits["classes"]}, ramp, normalizer, seed)
-        if not 0 < temperature < math.inf:
-            raise DistillError(f"temperature: expected a number above 0, got {temperature}")
-        self.temperature, self.two_stage = float(temperature), "rois" in student.outputs
-        if not self.weights:
-            return
-        if self.two_stage:
-            base.require_outputs("logits", student, teacher, "rois", "roi_logits")
-            self.classes = ClassMap("logits", student, teacher)
-        else:
-            self.classes = heads.dense_class_map("logits", student, teacher)
+        self.temperature = base.check_temperature("temperature", temperature)
+        self.two_stage = "rois" in student.outputs
+        if self.weights:
+            self.classes = heads.head_class_map("logits", student, teacher)
 
     @property
     def truth_terms(self) -> list[str]:

@@ -17,7 +17,7 @@ from distill.types import DistillError, View
 DETECTION = "detection"
 """Name of the student's own losses among the measured norms."""
 LARGEST_FACTOR = 1000.0
-"""Highest fixed factor of a method. A term that is nearly zero in the measured steps would get an arbitrarily large one."""
+"""Highest fixed factor of a method. A term that is nearly 0 in the measured steps would get an arbitrary one."""
 
 
 class GradientBalance:

@@ -87,7 +87,8 @@ class Distiller(L.LightningModule):
 
     The loss of a step is ``sum(weight * term)`` over the student's supervised terms plus
     ``sum(weight * factor * ramp(progress) * term)`` over the distillation terms, with the factor of `balance`, if any.
-    Each term is logged twice: ``term/...`` unweighted, ``loss/...`` weighted. With several processes the mean is logged.
+    Each term is logged twice: ``term/...`` unweighted, ``loss/...`` weighted. With several processes the mean is
+    logged.
 
     Args:
         student: the detector that is trained and saved.
@@ -309,7 +310,7 @@ class Distiller(L.LightningModule):
         return weights
 
     def _full_losses(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Method -> sum of its terms times their weights, without ramp and balance. Methods without terms are left out."""
+        """Method -> sum of its terms times their weights, without ramp and balance, for methods with terms."""
         losses: dict[str, dict[str, Tensor]] = {}
         for name, value in terms.items():
             method, _, term = name.partition("/")

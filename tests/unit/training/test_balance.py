@@ -136,7 +136,8 @@ def test_a_run_starts_and_goes_on_with_the_share_and_logs_it(tmp_path: Path) -> 
     assert rows[0]["gradient/a/term"] == pytest.approx(rows[0]["gradient/b/term"], rel=1e-4)
     assert rows[0]["gradient/a/term"] <= 0.5 * detection + 1e-6  # the norm of a sum is at most the sum of the norms
     factors = [(row["balance/a"], row["balance/b"]) for row in rows]
-    assert factors[0] != factors[1] and factors[1] == factors[2] == factors[3]
+    assert factors[0] != factors[1]
+    assert factors[1] == factors[2] == factors[3]
     assert all(a == pytest.approx(1e4 * b, rel=1e-4) for a, b in factors)
     for row, (a, _) in zip(rows, factors, strict=True):
         assert row["loss/a/term"] == pytest.approx(a * row["term/a/term"], rel=1e-5)

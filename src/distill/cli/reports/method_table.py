@@ -20,6 +20,8 @@ PAIRS = {
     "mixed": ("retinanet", "faster_rcnn"),
 }
 """Name -> the families of student and teacher for which an option is built."""
+DISTRIBUTIONS = "distribution heads"
+"""Name of a pair of one-stage detectors with ``box_head=distribution``, for options that fit no other pair."""
 KINDS = {
     **dict.fromkeys(("neck", "backbone", "regions", "nodes", "hint"), "features"),
     **dict.fromkeys(("edges", "relation"), "relations"),
@@ -83,8 +85,10 @@ def _node(option: str) -> DictConfig:
 
 
 def _row(option: str, loss: Any, node: DictConfig, specs: Mapping[str, DetectorSpec]) -> MethodRow:
-    fitting, terms = [], dict[str, float]()
-    for pair, (student, teacher) in PAIRS.items():
+    fitting, terms = list[str](), dict[str, float]()
+    for pair, (student, teacher) in {**PAIRS, DISTRIBUTIONS: (DISTRIBUTIONS, DISTRIBUTIONS)}.items():
+        if pair == DISTRIBUTIONS and fitting:
+            break
         try:
             built = _build(node, loss, specs[student], specs[teacher])
         except DistillError:
@@ -131,4 +135,7 @@ def _specs() -> dict[str, DetectorSpec]:
         build: Any = FAMILIES[family]
         with torch.device("meta"):
             specs[family] = build(["a", "b"], **small).spec
+    with torch.device("meta"):
+        heads = {"box_head": "distribution", "box_loss": "giou"}
+        specs[DISTRIBUTIONS] = FAMILIES["retinanet"](["a", "b"], **small, **heads).spec  # type: ignore[arg-type]
     return specs

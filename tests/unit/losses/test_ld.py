@@ -1,0 +1,189 @@
+"""LD: its terms and the valuable region by loops, and refusals that name the head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.detectors.retinanet import DistributionView
+from distill.losses.base import DistillLoss
+from distill.losses.ld import LD, AnchorGrid, valuable
+from distill.types import Batch, DetectorSpec, DistillError
+from helpers.detectors import padded_batch, random_detector
+from helpers.fake_view import PYRAMIDS, FakeView, spec
+from helpers.loss_grid import LossGrid
+
+BINS = 5
+DENSE = spec(two_stage=False, strides=(8, 16, 32), anchors=2)
+SPEC = replace(DENSE, outputs=DistributionView.outputs, side_bins=BINS)
+HEADS = {"box_head": "distribution", "box_loss": "giou"}
+
+
+def slow_kl(student: list[float], teacher: list[float], tau: float) -> float:
+    """tau^2 mean q (log q - log p)."""
+
+    def softmax(logits: list[float]) -> list[float]:
+        exps = [math.exp(x / tau - max(logits) / tau) for x in logits]
+        return [e / sum(exps) for e in exps]
+
+    p, q = softmax(student), softmax(teacher)
+    return tau**2 * sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q, strict=True)) / len(p)
+
+
+def slow_iou(a: list[float], b: list[float]) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    overlap = max(0.0, width) * max(0.0, height)
+    return overlap / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap)
+
+
+def center(box: list[float]) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def slow_diou(a: list[float], b: list[float]) -> float:
+    hull = (min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3]))
+    diagonal = (hull[2] - hull[0]) ** 2 + (hull[3] - hull[1]) ** 2
+    return slow_iou(a, b) - math.dist(center(a), center(b)) ** 2 / diagonal
+
+
+def slow_valuable(truth: list[list[float]], levels: list[list[list[float]]]) -> list[bool]:
+    anchors = [anchor for level in levels for anchor in level]
+    found = [False] * len(anchors)
+    for box in truth:
+        candidates = []
+        for level in levels:
+            nearest = sorted(level, key=lambda anchor: math.dist(center(anchor), center(box)))[:9]
+            candidates += [slow_iou(box, anchor) for anchor in nearest]
+        mean = sum(candidates) / len(candidates)
+        limit = mean + math.sqrt(sum((x - mean) ** 2 for x in candidates) / (len(candidates) - 1))
+        for index, anchor in enumerate(anchors):
+            found[index] = found[index] or limit / 4 <= slow_diou(box, anchor) < limit
+    return found
+
+
+def test_the_valuable_region_is_that_of_the_loop() -> None:
+    """Anchors at random places, so that no two are equally near."""
+    torch.manual_seed(0)
+    levels = []
+    for count, side in ((40, 20.0), (12, 40.0), (5, 80.0)):
+        corner = torch.rand(count, 2) * 80
+        levels.append(torch.cat([corner, corner + side * (0.7 + 0.6 * torch.rand(count, 2))], 1))
+    truth = torch.tensor([[10.0, 12.0, 44.0, 40.0], [50.0, 30.0, 90.0, 99.0]])
+    found = valuable(truth, AnchorGrid(torch.cat(levels), [len(level) for level in levels]))
+    expected = slow_valuable(truth.tolist(), [level.tolist() for level in levels])
+    assert found.tolist() == expected
+    assert 0 < sum(expected) < len(expected)
+
+
+class TestLD(LossGrid):
+    student = SPEC
+    teacher = SPEC
+    twice = 2.0  # sums without a divisor
+    relative = 1e-6
+    divisor = "none"
+
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
+        return LD(
+            student, teacher, sides={"main": 5.0, "valuable": 0.15}, logits={"classes": 0.0}, divisor=self.divisor
+        )
+
+    def pair(self, images: Batch, **options: Any) -> tuple[FakeView, FakeView]:
+        views = super().pair(images, **options)
+        for seed, view in enumerate(views):
+            generators = [torch.Generator().manual_seed(100 * seed + image) for image in images.ids]
+            dtype = view.neck[8].dtype
+            view.stages["side_logits"] = {
+                at: torch.stack([torch.randn(2 * 4 * BINS, *x.shape[2:], generator=g, dtype=dtype) for g in generators])
+                for at, x in view.deltas.items()
+            }
+            generator = torch.Generator().manual_seed(5)
+            for at, boxes in view.anchors.items():  # no two anchors of a level are equally near to a box
+                view.stages["anchors"][at] = boxes + torch.rand(boxes.shape, generator=generator)
+        return views
+
+    def sides(self, view: FakeView) -> list[Tensor]:
+        """Of each image, (N, 4, bins) in the order of the anchors."""
+        levels = [
+            x.view(len(x), 2, 4, BINS, *x.shape[2:]).permute(0, 4, 5, 1, 2, 3).flatten(1, 3)
+            for x in view.side_logits.values()
+        ]
+        return list(torch.cat(levels, 1))
+
+    def scores(self, view: FakeView) -> list[Tensor]:
+        """Of each image, (N, K)."""
+        levels = [
+            x.view(len(x), 2, 4, *x.shape[2:]).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in view.class_logits.values()
+        ]
+        return list(torch.cat(levels, 1))
+
+    def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
+        labels, sums = student.stages["anchor_targets"].labels, {"sides.main": 0.0, "sides.valuable": 0.0}
+        levels = [boxes.tolist() for boxes in student.stages["anchors"].values()]
+        pairs = zip(self.sides(student), self.sides(teacher), strict=True)
+        for image, (own, other) in enumerate(pairs):
+            near = slow_valuable(student.batch.targets[image].boxes.tolist(), levels)
+            scores = self.scores(student)[image].tolist()
+            for anchor in range(len(own)):
+                sides = zip(own[anchor].tolist(), other[anchor].tolist(), strict=True)
+                error = sum(slow_kl(s, t, 10.0) for s, t in sides)
+                if labels[image, anchor] > 0:
+                    sums["sides.main"] += error / 4 / (1 + math.exp(-max(scores[anchor])))
+                if near[anchor]:
+                    sums["sides.valuable"] += error / 16
+        count = max(1, int((labels > 0).sum())) if self.divisor == "positives" else 1
+        return {name: value / count for name, value in sums.items()}
+
+
+class TestDividedLD(TestLD):
+    divisor = "positives"
+    twice = 1.0
+
+
+class TestClasses(TestLD):
+    twice = 1.0
+
+    def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
+        return LD(student, teacher, sides={"main": 0.0, "valuable": 0.0})
+
+    def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
+        labels, total = student.stages["anchor_targets"].labels, 0.0
+        for image, (own, other) in enumerate(zip(self.scores(student), self.scores(teacher), strict=True)):
+            for anchor in (labels[image] > 0).nonzero()[:, 0].tolist():
+                total += slow_kl(own[anchor].tolist(), other[anchor].tolist(), 8.0)
+        return {"logits.classes": total / max(1, int((labels > 0).sum()))}
+
+
+def test_real_heads_teach_each_other() -> None:
+    """All terms have a gradient at the student's distributions; the weights of the scores have none."""
+    student, teacher = (random_detector("retinanet", seed=seed, **HEADS) for seed in (0, 1))
+    for detector in (student, teacher):
+        torch.nn.init.normal_(detector.net.head.regression_head.bbox_reg.weight)
+    teacher.eval().requires_grad_(False)
+    data = padded_batch()
+    values = LD(student.spec, teacher.spec)(student.view(data), teacher.view(data, frozen=True))
+    assert all(value.isfinite() and value > 0 for value in values.values())
+    (values["sides.main"] + values["sides.valuable"]).backward()
+    head = student.net.head
+    assert head.regression_head.bbox_reg.weight.grad.any()
+    assert head.classification_head.cls_logits.weight.grad is None
+
+
+def test_refusals() -> None:
+    with pytest.raises(DistillError, match=r"which has no side_logits\. Set the weights of sides to 0, or give .*"):
+        LD(DENSE, DENSE)
+    with pytest.raises(DistillError, match="got box_bins=5 of the student and 9 of the teacher"):
+        LD(SPEC, replace(SPEC, side_bins=9))
+    with pytest.raises(DistillError, match="class_temperature: expected a number above 0"):
+        LD(SPEC, SPEC, class_temperature=0)
+    with pytest.raises(DistillError, match="expected divisor to be none or positives"):
+        LD(SPEC, SPEC, divisor="all")
+    assert LD(DENSE, DENSE, sides={"main": 0, "valuable": 0}).weights == {"logits.classes": 10.0}
+
+
+def test_fake_views_have_the_stage() -> None:
+    assert "side_logits" in PYRAMIDS
