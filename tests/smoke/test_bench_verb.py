@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,9 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def test_the_report_is_complete_and_its_ratios_fit(
     cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "bench.json"
-    assert cli([*LINES, "distill=defeat", "--json", str(file)]) == 0
+    file, table = tmp_path / "bench.json", tmp_path / "costs.csv"
+    table.write_text("distill,pair,ratio,low,high\npkd,FasterRCNN,1.2,1.1,1.3\n")
+    assert cli([*LINES, "distill=defeat", "--json", str(file), "--csv", str(table)]) == 0
     printed = capsys.readouterr().out
     report = json.loads(file.read_text())
     assert set(report) == {"setting", "student", "options", "skipped", "loader", "evaluation", "verdict"}
@@ -51,6 +53,9 @@ def test_the_report_is_complete_and_its_ratios_fit(
     for path, value in leaves(report):
         if isinstance(value, (int, float)) and not path.endswith("workers"):
             assert value > 0 or "loss_overhead" in path or "student_recompute" in path, path
+    rows = list(csv.DictReader(table.open()))
+    assert [row["distill"] for row in rows] == ["pkd", "defeat"]
+    assert float(rows[1]["ratio"]) == pytest.approx(option["ratio"]["median"], abs=1e-3)
     own = option["student"]["median"]
     assert option["ratio"]["median"] == pytest.approx(option["step"]["median"] / own)
     parts = own + sum(option[part]["median"] for part in ("teacher", "adapters", "student_recompute"))

@@ -146,8 +146,8 @@ class LD(DistillLoss):
             if student.side_bins != teacher.side_bins:
                 raise DistillError(
                     f"sides: expected distributions over as many distances, got box_bins={student.side_bins} of the "
-                    f"student and {teacher.side_bins} of the teacher. Give both the same box_bins, or set the weights of "
-                    "sides to 0"
+                    f"student and {teacher.side_bins} of the teacher. Give both the same box_bins, or set the weights "
+                    "of sides to 0"
                 )
         if "logits.classes" in self.weights:
             self.classes = heads.dense_class_map("logits", student, teacher)

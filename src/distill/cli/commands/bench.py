@@ -28,10 +28,11 @@ COLUMNS = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """``distill bench [--all] [--json FILE] [--repeats 10] [--clock cpu] [overrides]``."""
+    """``distill bench [--all] [--json FILE] [--csv FILE] [--repeats 10] [--clock cpu] [overrides]``."""
     parser = argparse.ArgumentParser(prog="distill bench", description=__doc__, epilog=COLUMNS)
     parser.add_argument("--all", action="store_true", help="every distill option that fits, not only the chosen one")
     parser.add_argument("--json", type=Path, help="also write the report to this file")
+    parser.add_argument("--csv", type=Path, help="also add the relative durations of the steps to this file")
     parser.add_argument("--repeats", type=int, default=10, help="measured rounds")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before the measured ones")
     parser.add_argument("--batches", type=int, default=20, help="batches that the data loader is measured on")
@@ -62,7 +63,31 @@ def main(argv: Sequence[str]) -> int:
     print_report(report)
     if args.json:
         write_text(args.json, json.dumps(report.plain(), indent=1))
+    if args.csv:
+        add_ratios(args.csv, report, f"{cfg.model._target_.rpartition('.')[2]}")
     return 0
+
+
+def add_ratios(file: Path, report: Report, pair: str) -> None:
+    """Add the duration of each option's step, relative to that of the student alone, to a CSV file.
+
+    An option that the file has already keeps its row, so that several pairs can be measured for one file.
+
+    Args:
+        file: the file, which need not exist.
+        report: the measurements.
+        pair: name of the pair of detectors.
+    """
+    from distill.files import write_text
+
+    text = file.read_text(encoding="utf-8") if file.is_file() else "distill,pair,ratio,low,high\n"
+    known = {line.partition(",")[0] for line in text.splitlines()}
+    rows = [
+        f"{name},{pair},{cost.ratio.median:.3f},{cost.ratio.low:.3f},{cost.ratio.high:.3f}\n"
+        for name, cost in report.options.items()
+        if name not in known
+    ]
+    write_text(file, text + "".join(rows))
 
 
 def print_report(report: Report) -> None:

@@ -62,6 +62,7 @@ RULES: dict[str, Rule] = {
     "channels_last": BOOLEAN,
     "deterministic": _one_of(True, False, "warn"),
     "distill.balance": _one_of("none", "gradient"),
+    "distill.same_place": _one_of("warn", "allow"),
     "supervised.*": _number("a weight from 0", lambda value: 0 <= value < math.inf),
     "teacher.weights": (
         "a run folder, a file, a name of torchvision's, or null",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.cli.config import compose, instantiate
 from distill.cli.config.suggestions import nearest
+from distill.losses.places import KINDS, places
 from distill.types import DetectorSpec, DistillError
 
 PAIRS = {
@@ -22,14 +24,10 @@ PAIRS = {
 """Name -> the families of student and teacher for which an option is built."""
 DISTRIBUTIONS = "distribution heads"
 """Name of a pair of one-stage detectors with ``box_head=distribution``, for options that fit no other pair."""
-KINDS = {
-    **dict.fromkeys(("neck", "backbone", "regions", "nodes", "hint"), "features"),
-    **dict.fromkeys(("edges", "relation"), "relations"),
-    **dict.fromkeys(("pixels", "features"), "boxes"),
-    "tokens": "masks",
-}
-"""First part of a term's name -> what the term compares. Other terms compare outputs of the heads."""
-OUTPUTS = "outputs"
+COMPOSED = "_global_.distill.losses."
+"""Prefix of the place of each loss in the defaults of an option that composes several losses."""
+COSTS = "costs.csv"
+"""File of the measured costs: ``docs/results/costs.csv`` of the checkout, in ``conf`` of an installed package."""
 
 
 class MethodRow(NamedTuple):
@@ -46,12 +44,20 @@ class MethodRow(NamedTuple):
     """Names in `PAIRS` of the pairs that the option fits, without changed settings."""
     terms: dict[str, float]
     """Term -> weight."""
-    kinds: list[str]
-    """What the terms compare, each once."""
+    places: list[str]
+    """The places that the terms compare, see `losses.places`."""
+    cost: float | None
+    """Duration of a training step, relative to that of the student alone; None where it was not measured."""
+
+    @property
+    def kinds(self) -> list[str]:
+        """What the terms compare, each once."""
+        return list(dict.fromkeys(KINDS[place] for place in self.places))
 
 
 def method_rows(names: Collection[str] = ()) -> Iterator[MethodRow]:
-    """One row for each option of the group, by name. Options without a single loss are left out.
+    """One row for each option of the group, by name. ``none`` is left out. An option that composes several losses has
+    the terms of all, and the pairs that all of them fit.
 
     Args:
         names: options, or names of methods, of which rows are wanted; empty for all.
@@ -60,16 +66,76 @@ def method_rows(names: Collection[str] = ()) -> Iterator[MethodRow]:
         DistillError: there is no such option and no such method.
     """
     specs, nodes = _specs(), {option: _node(option) for option in compose.config_groups()["distill"]}
-    methods = {option: instantiate.load_target(node) for option, node in nodes.items() if "_target_" in node}
-    known = {
-        name: {option, loss.__name__.lower()} for name, (option, loss) in zip(methods, methods.items(), strict=True)
+    methods = {
+        option: [instantiate.load_target(part) for part in _parts(node).values()]
+        for option, node in nodes.items()
+        if _parts(node)
     }
+    known = {option: {option, *(loss.__name__.lower() for loss in losses)} for option, losses in methods.items()}
     for name in names:
         if not any(name in synonyms for synonyms in known.values()):
             raise DistillError(f"there is no method '{name}'{nearest(name, set().union(*known.values()))}")
-    for option, loss in methods.items():
+    costs = measured_costs()
+    for option, losses in methods.items():
         if not names or known[option] & set(names):
-            yield _row(option, loss, nodes[option], specs)
+            parts = zip(losses, _parts(nodes[option]).items(), strict=True)
+            rows = [_row(name or option, loss, part, specs, costs.get(option)) for loss, (name, part) in parts]
+            yield rows[0] if len(rows) == 1 else _composed(option, rows)
+
+
+def _parts(node: DictConfig) -> dict[str, DictConfig]:
+    """Name -> node of each loss of an option; the name of a single loss is empty."""
+    if "_target_" in node:
+        return {"": node}
+    return {str(key).removeprefix(COMPOSED): part for key, part in node.items() if str(key).startswith(COMPOSED)}
+
+
+def _composed(option: str, rows: Sequence[MethodRow]) -> MethodRow:
+    """The row of an option that composes the losses of several rows."""
+    return MethodRow(
+        option,
+        " + ".join(row.name for row in rows),
+        "; ".join(row.idea for row in rows),
+        "; ".join(row.paper for row in rows),
+        [pair for pair in rows[0].pairs if all(pair in row.pairs for row in rows)],
+        {f"{row.option}/{term}": weight for row in rows for term, weight in row.terms.items()},
+        list(dict.fromkeys(place for row in rows for place in row.places)),
+        rows[0].cost,
+    )
+
+
+def options_by_place(rows: Iterable[MethodRow]) -> dict[str, list[str]]:
+    """Place -> the options that compare it. Options of different places may be combined."""
+    by_place: dict[str, list[str]] = {}
+    for row in rows:
+        for place in row.places:
+            by_place.setdefault(place, []).append(row.option)
+    return by_place
+
+
+def partners(row: MethodRow, rows: Iterable[MethodRow]) -> list[str]:
+    """The options that compare no place of this option, for at least one pair of detectors that both fit."""
+    return [
+        other.option
+        for other in rows
+        if not set(row.places) & set(other.places) and _fitting(row) & _fitting(other) and row.name != other.name
+    ]
+
+
+def _fitting(row: MethodRow) -> set[str]:
+    """The pairs that an option fits, some only with distribution heads."""
+    return {*row.pairs, *(("one-stage", "FCOS") if DISTRIBUTIONS in row.pairs else ())}
+
+
+def measured_costs() -> dict[str, float]:
+    """Option -> duration of its step, relative to the student alone, from the file that ``bench --csv`` wrote."""
+    folder = compose.config_folder()
+    files = [file for file in (folder / COSTS, folder.parent / "docs" / "results" / COSTS) if file.is_file()]
+    if not files:
+        return {}
+    with files[0].open(encoding="utf-8", newline="") as file:
+        lines = [line for line in file if not line.startswith("#")]
+    return {row["distill"]: float(row["ratio"]) for row in csv.DictReader(lines)}
 
 
 def _node(option: str) -> DictConfig:
@@ -78,13 +144,15 @@ def _node(option: str) -> DictConfig:
     own = cast(DictConfig, OmegaConf.load(next(file for file in files if file.is_file())))
     whole: Any = OmegaConf.create({"seed": 0, "node": {}})
     for line in own.pop("defaults", []):
+        if line == "_self_":
+            continue
         parent, _, place = str(line).partition("@")
         inherited = _node(parent)
         whole = OmegaConf.merge(whole, {"node": inherited if place in ("", "_here_") else {place: inherited}})
     return cast(DictConfig, OmegaConf.merge(whole, {"node": own}).node)
 
 
-def _row(option: str, loss: Any, node: DictConfig, specs: Mapping[str, DetectorSpec]) -> MethodRow:
+def _row(option: str, loss: Any, node: DictConfig, specs: Mapping[str, DetectorSpec], cost: float | None) -> MethodRow:
     fitting, terms = list[str](), dict[str, float]()
     for pair, (student, teacher) in {**PAIRS, DISTRIBUTIONS: (DISTRIBUTIONS, DISTRIBUTIONS)}.items():
         if pair == DISTRIBUTIONS and fitting:
@@ -96,8 +164,8 @@ def _row(option: str, loss: Any, node: DictConfig, specs: Mapping[str, DetectorS
         fitting.append(pair)
         terms = terms or dict(built.weights)
     documentation = " ".join((loss.__doc__ or "").split())
-    kinds = dict.fromkeys(KINDS.get(term.partition(".")[0], OUTPUTS) for term in terms)
-    return MethodRow(option, loss.__name__, _idea(documentation), _paper(documentation), fitting, terms, list(kinds))
+    words = _idea(documentation), _paper(documentation)
+    return MethodRow(option, loss.__name__, *words, fitting, terms, places(terms), cost)
 
 
 def _build(node: DictConfig, loss: Any, student: DetectorSpec, teacher: DetectorSpec) -> Any:

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from distill.cli.config import instantiate
@@ -25,6 +25,7 @@ from distill.detectors.base import Detector
 from distill.detectors.inherit import inherit
 from distill.evaluation.labeling import label_by_teacher
 from distill.losses.base import DistillLoss, require_no_truth
+from distill.losses.places import shared_places
 from distill.teacher import Teacher
 from distill.training.callbacks.checkpoints import RestoreSignalHandlers
 from distill.training.callbacks.consistency import ConsistencyCheck
@@ -79,6 +80,8 @@ def assemble(
         if teacher is not None:
             for line in label_by_teacher(data, teacher):
                 rank_zero_only(print_line)("unlabeled", line)
+        if plan.warns_of_places:
+            _warn_of_shared_places(losses)
         if plan.inherit and teacher:
             student.report += inherit(student, teacher.detector)
     training = (plan.schedule, plan.supervised, plan.metrics, plan.seed, plan.guard, plan.balance)
@@ -99,6 +102,15 @@ def build_losses(
 ) -> dict[str, DistillLoss]:
     """The distillation losses of a pair, by name."""
     return {name: loss.build(student=student, teacher=teacher) for name, loss in losses.items()}
+
+
+def _warn_of_shared_places(losses: Mapping[str, DistillLoss]) -> None:
+    for place, methods in shared_places({name: loss.weights for name, loss in losses.items()}).items():
+        rank_zero_warn(
+            f"distill: {' and '.join(methods)} compare the same place ({place}), so their terms may do the same twice "
+            "or work against one another. Choose one of them (distill methods lists the places), or set "
+            "distill.same_place=allow"
+        )
 
 
 def build_trainer(plan: RunPlan) -> L.Trainer:

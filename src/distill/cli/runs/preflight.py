@@ -88,6 +88,8 @@ class RunPlan:
     schedule: Schedule
     guard: NonFiniteGuard
     balance: GradientBalance | None
+    warns_of_places: bool
+    """Whether two losses that compare the same place cause a warning."""
     trainer: TrainerOptions
     baseline: str | None
     """``train``, or a finished run of the student alone."""
@@ -168,6 +170,7 @@ def _plan(cfg: DictConfig, run: Path | None, checkpoint: Path | None) -> RunPlan
         schedule=instantiate.build_node(cfg.schedule),
         guard=instantiate.build_node(cfg.guard),
         balance=plan_balance(cfg),
+        warns_of_places=cfg.distill.same_place == "warn",
         trainer=_plan_trainer(cfg),
         baseline=cfg.baseline,
         baseline_epochs=cfg.baseline_epochs,

@@ -66,6 +66,7 @@ MAY_DIFFER = (
         "logger.*",
         "guard.*",
         "callbacks.terms*",
+        "distill.same_place",
         "trust*",
         "config_dirs*",
     ),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from distill.cli.config import compose
 from distill.cli.main import main
-from distill.cli.reports.method_table import MethodRow, method_rows
+from distill.cli.reports import method_table
+from distill.cli.reports.method_table import MethodRow, measured_costs, method_rows, options_by_place, partners
 from distill.types import DistillError
 
 
@@ -29,6 +32,40 @@ def test_rows_say_what_an_option_compares_and_whom_it_fits(rows: dict[str, Metho
     assert rows["pkd_retinanet"].terms == {"neck.all": 10.0}
     assert rows["pkd_retinanet"].paper == "Cao 2022, arXiv 2207.02039"
     assert rows["dicod"].terms == {"classes": 0.4, "pixels": 0.15, "features": 0.15}
+
+
+def test_options_of_different_places_may_be_combined(rows: dict[str, MethodRow]) -> None:
+    by_place = options_by_place(rows.values())
+    assert {"pkd", "defeat_full", "frs"} <= set(by_place["neck"])
+    assert {"dist", "defeat_full", "frs"} <= set(by_place["outputs"])
+    assert by_place["relations"] == [option for option in rows if option.startswith("dsig")]
+    found = partners(rows["pkd"], rows.values())
+    assert {"dist", "crosskd", "dsig_r50_r101"} <= set(found)
+    assert not {"cwd", "pkd_retinanet", "frs", "dsig"} & set(found)  # on the neck, too
+    assert "crosskd" not in partners(rows["chen_hints"], [rows["mimic"]])
+    assert partners(rows["mimic"], [rows["crosskd"]]) == []  # no pair of detectors fits both
+    assert partners(rows["ld"], [rows["pkd"], rows["dist"], rows["mimic"]]) == ["pkd"]
+
+
+def test_an_option_may_compose_several_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    option = tmp_path / "distill" / "both.yaml"
+    option.parent.mkdir()
+    lines = "".join(f"  - {name}@_global_.distill.losses.{name}\n" for name in ("pkd", "dist"))
+    option.write_text(f"# @package distill\ndefaults:\n{lines}  - _self_\nbalance: gradient\n")
+    monkeypatch.setattr(compose, "all_folders", lambda: [compose.config_folder(), tmp_path])
+    monkeypatch.setattr(compose, "config_groups", lambda: {"distill": ["both", "none", "pkd"]})
+    (row,) = method_rows(["both"])
+    assert (row.name, row.places, row.pairs) == ("PKD + DIST", ["neck", "outputs"], ["two-stage", "one-stage", "FCOS"])
+    assert row.terms == {"pkd/neck.all": 6.0, "dist/classes.inter": 1.0, "dist/classes.intra": 1.0}
+
+
+def test_costs_are_read_from_the_file_of_the_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compose, "config_folder", lambda: tmp_path)
+    assert measured_costs() == {}
+    (tmp_path / method_table.COSTS).write_text(
+        "# one thread\ndistill,pair,ratio,low,high\npkd,FasterRCNN,1.25,1.2,1.3\n"
+    )
+    assert measured_costs() == {"pkd": 1.25}
 
 
 def test_the_command_takes_methods_and_options(capsys: pytest.CaptureFixture[str]) -> None:

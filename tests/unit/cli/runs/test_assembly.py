@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -53,6 +54,37 @@ def test_objects_that_are_given_are_used() -> None:
     alone = assemble(replace(run, losses={}), run.data, student, known)
     assert alone.teacher is None
     assert not alone.losses
+
+
+def test_two_methods_at_one_place_cause_a_warning_unless_asked_for() -> None:
+    for words, expected in (
+        (["distill=[defeat,ssim]"], ["defeat and ssim compare the same place (neck)"]),
+        (["distill=[defeat,ssim]", "distill.same_place=allow"], []),
+        (["distill=[defeat,dist]"], []),
+        (["distill=[defeat,ssim]", "distill.losses.ssim.neck.foreground=0"], []),
+    ):
+        run = plan(*words)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assemble(run, run.data, teacher=untrained_teacher(run))
+        messages = [str(warning.message) for warning in caught if "same place" in str(warning.message)]
+        assert [message.partition("distill: ")[2].partition(",")[0] for message in messages] == expected
+
+
+def test_a_balance_is_that_of_the_configuration() -> None:
+    assert plan("distill=defeat").balance is None
+    assert plan("distill=none", "distill.balance=gradient").balance is None
+    balance = plan("distill=defeat", "distill.balance=gradient", "distill.balance_share={defeat: 0.2}").balance
+    assert balance is not None
+    assert (balance.share, balance.steps) == ({"defeat": 0.2}, 50)
+    for word, message in (
+        ("distill.balance=much", "distill.balance=much: expected one of none, gradient"),
+        ("distill.balance_steps=0", "balance_steps: expected a whole number from 1"),
+        ("distill.balance_share={pkd: 1}", "expected a share for each of defeat"),
+    ):
+        first = [] if "balance=" in word else ["distill.balance=gradient"]
+        with pytest.raises(DistillError, match=message):
+            plan("distill=defeat", *first, word)
 
 
 def test_the_assembly_draws_no_random_number_of_its_own() -> None:
