@@ -39,7 +39,11 @@ from helpers.two_processes import start_two_processes
 
 WHOLE = {"kind": "none"}
 SETTINGS: dict[str, tuple[Callable[..., DistillLoss], str]] = {
-    **{name: (small_loss(name), method.family) for name, method in METHODS.items() if name != "dicod"},
+    **{
+        name: (small_loss(name), method.family)
+        for name, method in METHODS.items()
+        if name != "dicod" and not method.detectors
+    },
     **{f"{name} of RetinaNet": (small_loss(name), "retinanet") for name in ("dist", "response")},
     "defeat everywhere": (partial(DeFeat, mask=WHOLE, neck={"background": 0}), "faster_rcnn"),
     "ssim, masked": (partial(SSIM, mask={"kind": "ground_truth"}), "faster_rcnn"),

@@ -152,6 +152,11 @@ class LD(DistillLoss):
         if "logits.classes" in self.weights:
             self.classes = heads.dense_class_map("logits", student, teacher)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return list(self.weights)
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
         if not self.weights:

@@ -40,7 +40,8 @@ class GradientBalance:
 
     A fixed factor is at most 1000. A method whose gradient at the neck is 0, because an adapter starts at zero or
     because the batches have nothing for it, has a factor of 1 until its gradient is not 0. A batch whose norms are not
-    finite is not counted. A student without a feature pyramid is measured at its body.
+    finite is not counted. Images without labels are not measured. A student without a feature pyramid is measured at
+    its body.
 
     The rule is ours. GradNorm (Chen et al., ICML 2018, arXiv 1711.02257) balances gradients in every step by a loss of
     its own.

@@ -254,12 +254,12 @@ class Distiller(L.LightningModule):
         teacher = self.teacher_view(batch, seed, self._prefetch)
         student = self.student.view(batch, training=True, seed=seed)
         supervised, distilled = self.supervised_terms(student), self.distillation_terms(student, teacher, progress)
+        if self.balance and loss_scale is not None:  # on the images with labels, as the detection loss
+            self.balance.measure(student, weighted(*supervised), self._full_losses(distilled.values), loss_scale)
+            distilled = Terms(distilled.values, self._distillation_weights(distilled.values, progress))
         if batch.unlabeled is not None and distilled.values:
             distilled = self._with_unlabeled(distilled, batch, seed, progress)
         self._prefetch = teacher.stages if teacher else ()
-        if self.balance and loss_scale is not None:
-            self.balance.measure(student, weighted(*supervised), self._full_losses(distilled.values), loss_scale)
-            distilled = Terms(distilled.values, self._distillation_weights(distilled.values, progress))
         terms, weights = supervised.values | distilled.values, supervised.weights | distilled.weights
         losses = {name: weights[name] * value for name, value in terms.items()}
         return StepResult(terms, weights, losses, total(losses), student, teacher)

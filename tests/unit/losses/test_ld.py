@@ -185,5 +185,10 @@ def test_refusals() -> None:
     assert LD(DENSE, DENSE, sides={"main": 0, "valuable": 0}).weights == {"logits.classes": 10.0}
 
 
+def test_all_terms_read_ground_truth() -> None:
+    loss = LD(SPEC, SPEC)
+    assert loss.truth_terms == list(loss.weights) == ["sides.main", "sides.valuable", "logits.classes"]
+
+
 def test_fake_views_have_the_stage() -> None:
     assert "side_logits" in PYRAMIDS
