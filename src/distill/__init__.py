@@ -41,6 +41,8 @@ _MODULES = {
     "FGFI": "losses.fgfi",
     "FRS": "losses.frs",
     "FasterRCNN": "detectors.faster_rcnn",
+    "Foundation": "losses.foundation",
+    "FoundationModel": "training.foundation",
     "GlobalKnowledge": "losses.global_knowledge",
     "GradientBalance": "training.balance",
     "GradientShares": "training.callbacks.gradient_shares",

@@ -102,12 +102,12 @@ IDLE: dict[str, dict[str, Callable[..., DistillLoss]]] = {
     **{
         f"ramp at zero: {name}": {name: small_loss(name, ramp=OFF)}
         for name, method in METHODS.items()
-        if name != "dicod" and not method.replaces_hard_labels and method.trained_alone  # dicod takes a classifier
+        if not method.needs_model and not method.replaces_hard_labels and method.trained_alone
     },
     "ramp at zero: the other methods": {
         name: small_loss(name, ramp=OFF, **QUIET.get(name, {}))
         for name, method in METHODS.items()
-        if not method.trained_alone and method.family == "faster_rcnn"
+        if not method.trained_alone and not method.needs_model and method.family == "faster_rcnn"
     },
     "zero effect": {"meddler": partial(FormulaLoss, formula=meddle), "defeat": partial(DeFeat, **NOTHING)},
 }

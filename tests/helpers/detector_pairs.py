@@ -21,15 +21,15 @@ PAIRS = {
 }
 NOT_HERE = {
     "two-stage": {
-        *("adl", "bckd", "crosskd", "crosskd_fcos", "cwd_logits", "dicod"),
+        *("adl", "bckd", "crosskd", "crosskd_fcos", "cwd_logits", "dicod", "foundation"),
         *("dsig_retinanet", "dsig_retinanet_small", "ld", "ld_fcos"),
     },
     "one-stage": {
-        *("chen", "defeat_full", "dicod", "global_knowledge", "mimic", "tadf"),
+        *("chen", "defeat_full", "dicod", "foundation", "global_knowledge", "mimic", "tadf"),
         *("dsig", "dsig_r50_r101", "dsig_r101_r152", "ld", "ld_fcos"),
     },
 }
-"""Options that do not fit the pair: of a classifier, of the other kind of detector, of distribution heads."""
+"""Options that do not fit the pair: of a model of its own, of the other kind of detector, of distribution heads."""
 
 ONE_OF_EACH_METHOD = {
     "two-stage": (

@@ -20,6 +20,7 @@ from distill.losses.dsig import DSIG
 from distill.losses.fbkd import FBKD
 from distill.losses.fgd import FGD
 from distill.losses.fgfi import FGFI
+from distill.losses.foundation import Foundation
 from distill.losses.frs import FRS
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.hint import Hint
@@ -49,6 +50,8 @@ class Method(NamedTuple):
     """The family of a student and teacher that it fits."""
     detectors: Mapping[str, Any] = {}
     """Options of both detectors that it needs."""
+    needs_model: bool = False
+    """It takes a frozen model of its own, such as an image classifier."""
     trained_alone: bool = True
     """Whether daily tests train its option in a run of its own, or in one run with those of other methods."""
 
@@ -62,12 +65,13 @@ METHODS = {
     "crosskd": Method(CrossKD, "crosskd", family="retinanet", trained_alone=False),
     "cwd": Method(CWD, "cwd", trained_alone=False),
     "defeat": Method(DeFeat, "defeat_full", EVERYTHING),
-    "dicod": Method(DICOD, "dicod"),
+    "dicod": Method(DICOD, "dicod", needs_model=True),
     "dist": Method(DIST, "dist", trained_alone=False),
     "dsig": Method(DSIG, "dsig", {"adapter": {"kernel": 1}}),
     "fbkd": Method(FBKD, "fbkd", trained_alone=False),
     "fgd": Method(FGD, "fgd", trained_alone=False),
     "fgfi": Method(FGFI, "fgfi"),
+    "foundation": Method(Foundation, "foundation", needs_model=True, trained_alone=False),
     "global_knowledge": Method(
         GlobalKnowledge, "global_knowledge", {"prototypes": {"count": 2, "images": 4, "min_side": 4.0}}
     ),

@@ -39,11 +39,13 @@ OPTIONS = [option for option in compose.config_groups()["distill"] if option not
 ONE_STAGE = [
     option
     for option in OPTIONS
-    if "retinanet" in option or option in NOT_HERE["two-stage"] - {"dicod", *DISTRIBUTION_HEADS}
+    if "retinanet" in option or option in NOT_HERE["two-stage"] - {"dicod", "foundation", *DISTRIBUTION_HEADS}
 ]
 TOGETHER = {
     family: sorted(
-        row.option for row in METHODS.values() if not (row.trained_alone or row.detectors) and row.family == family
+        row.option
+        for row in METHODS.values()
+        if not (row.trained_alone or row.detectors or row.needs_model) and row.family == family
     )
     for family in ("faster_rcnn", "retinanet")
 }
@@ -51,9 +53,10 @@ TOGETHER = {
 DISTILL = [*(option for option in OPTIONS if option not in ONE_STAGE), f"[{','.join(TOGETHER['faster_rcnn'])}]"]
 DAILY = [*(method.option for method in METHODS.values() if method.trained_alone), DISTILL[-1]]
 DENSE = [f"[{','.join(['dsig_retinanet', *TOGETHER['retinanet']])}]", *ONE_STAGE]
-MADE = {"dicod": "made_classifier"}
+MADE = {"dicod": "made_classifier", "foundation": "random_vision_transformer"}
 """Options that need something made first -> the fixture that makes it and gives the overrides that name it."""
-WITHOUT_TEACHER = ["dicod"]
+WITHOUT_TEACHER = {"dicod": ["classes", "pixels", "features"], "foundation": ["neck.cosine"]}
+"""Option -> the terms of its loss."""
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,14 @@ def made_classifier(classifier_file: tuple[Path, str]) -> list[str]:
     return overrides
 
 
+@pytest.fixture
+def random_vision_transformer() -> list[str]:
+    """The overrides of a tiny model."""
+    pytest.importorskip("timm", reason="the vision transformers are timm's")
+    model = "distill.losses.foundation.model"
+    return [f"{model}.name=test_vit.r160_in1k", f"{model}.weights=random"]
+
+
 @pytest.mark.parametrize("option", mostly_exhaustive(DISTILL, DAILY))
 def test_every_distill_option_trains(
     option: str, cli: Cli, tiny_teacher: Path, tmp_path: Path, request: pytest.FixtureRequest
@@ -110,7 +121,7 @@ def test_a_loss_that_no_detector_teaches_needs_no_teacher(
         assert cli(["train", f"distill={option}", *teacher, *TINY, *made, f"hydra.run.dir={run}"]) == 0
         report = summary(tmp_path / run)
         assert report["teacher"] is None
-        assert all(report["terms"][f"term/{option}/{term}"] > 0 for term in ("classes", "pixels", "features"))
+        assert all(report["terms"][f"term/{option}/{term}"] > 0 for term in WITHOUT_TEACHER[option])
 
 
 @pytest.mark.parametrize("model", [exhaustive(["model=retinanet_r10_quarter"]), ["model=fcos_r10_quarter", WIDE]])

@@ -28,6 +28,8 @@ COMPOSED = "_global_.distill.losses."
 """Prefix of the place of each loss in the defaults of an option that composes several losses."""
 COSTS = "costs.csv"
 """File of the measured costs: ``docs/results/costs.csv`` of the checkout, in ``conf`` of an installed package."""
+HELD_MODELS = ("classifier", "model")
+"""Keys of a loss's frozen model."""
 
 
 class MethodRow(NamedTuple):
@@ -169,11 +171,13 @@ def _row(option: str, loss: Any, node: DictConfig, specs: Mapping[str, DetectorS
 
 
 def _build(node: DictConfig, loss: Any, student: DetectorSpec, teacher: DetectorSpec) -> Any:
-    """The loss of a node, without the weights of an image classifier, which a user has to train first."""
-    if "classifier" not in node:
+    """The loss of a node. Models that losses hold, such as an image classifier, are not built: they need weights."""
+    held = [key for key in HELD_MODELS if key in node]
+    if not held:
         return instantiate.build_node(node, student=student, teacher=teacher)
     options = {key: value for key, value in instantiate.to_containers(node).items() if key != "_target_"}
-    return loss(student, teacher, **{**options, "classifier": SimpleNamespace(classes=student.classes)})
+    model = SimpleNamespace(classes=student.classes, channels=8)
+    return loss(student, teacher, **{**options, **dict.fromkeys(held, model)})
 
 
 def _idea(documentation: str) -> str:
