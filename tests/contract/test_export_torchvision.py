@@ -23,6 +23,11 @@ CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "bgr": ("faster_rcnn", {"pixels": {"channel_order": "bgr", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}}),
     "another epsilon": ("faster_rcnn", {"norm_eps": 1e-2}),
     "epsilon 0": ("retinanet", {"norm_eps": 0.0}),
+    "version 2 of Faster R-CNN": (
+        "faster_rcnn",
+        {"neck_norm": "batch", "rpn_convs": 2, "box_convs": 2, "head_norm": "batch"},
+    ),
+    "version 2 of Mask R-CNN": ("mask_rcnn", {"neck_norm": "batch", "head_norm": "batch"}),
     "version 2": ("retinanet", {"head_norm": "group", "p6_from": "c5", "neck_channels": 64}),
 }
 DAILY = (*FAMILIES, "bgr", "another epsilon")

@@ -292,14 +292,27 @@ class Body(IntermediateLayerGetter):  # type: ignore[misc]
 class Backbone(BackboneWithFPN):  # type: ignore[misc]
     """torchvision's `BackboneWithFPN`, built over an existing body."""
 
-    def __init__(self, body: nn.Module, channels: Sequence[int], neck_channels: int, extra: nn.Module) -> None:
+    def __init__(
+        self,
+        body: nn.Module,
+        channels: Sequence[int],
+        neck_channels: int,
+        extra: nn.Module,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         self.body = body
-        self.fpn = FeaturePyramidNetwork(list(channels), neck_channels, extra_blocks=extra)
+        self.fpn = FeaturePyramidNetwork(list(channels), neck_channels, extra_blocks=extra, norm_layer=norm_layer)
         self.out_channels = neck_channels
 
 
-def with_fpn(network: Any, first: int, neck_channels: int, extra: nn.Module) -> Backbone:
+def with_fpn(
+    network: Any,
+    first: int,
+    neck_channels: int,
+    extra: nn.Module,
+    norm_layer: Callable[..., nn.Module] | None = None,
+) -> Backbone:
     """Return torchvision's backbone with a feature pyramid.
 
     Args:
@@ -307,12 +320,13 @@ def with_fpn(network: Any, first: int, neck_channels: int, extra: nn.Module) -> 
         first: the first stage that the pyramid uses (1 = C2). The last stage is C5.
         neck_channels: channels of every pyramid level.
         extra: the module that computes the levels above P5.
+        norm_layer: constructor of the norm after each convolution of the pyramid; None: no norms.
     """
     if isinstance(network, TimmBody):
         network.first, body = first, network
     else:
         body = Body(network, first)
-    return Backbone(body, network.channels[first - 1 :], neck_channels, extra)
+    return Backbone(body, network.channels[first - 1 :], neck_channels, extra, norm_layer)
 
 
 def _leaves(module: nn.Module) -> list[str]:

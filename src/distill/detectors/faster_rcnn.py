@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, faster_rcnn
 from torchvision.models.detection.roi_heads import fastrcnn_loss
-from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from distill.detectors.anchors import anchor_generator, set_box_coders
+from distill.detectors.anchors import anchor_generator, choose, set_box_coders
 from distill.detectors.backbones import with_fpn
 from distill.detectors.detection_rules import with_rule
 from distill.detectors.options import ANCHORS, BACKBONE, PIXELS, AnchorOptions, BackboneOptions, PixelOptions
@@ -21,7 +21,10 @@ from distill.detectors.pyramid import PyramidDetector
 from distill.detectors.roi_align import region_pool
 from distill.detectors.view import PyramidView, geometry, network, temporarily
 from distill.precision import upcast
-from distill.types import AnchorTargets, Detections, Pyramid, Regions
+from distill.types import AnchorTargets, Detections, DistillError, Pyramid, Regions
+
+NORMS: dict[str, Callable[..., nn.Module] | None] = {"none": None, "batch": nn.BatchNorm2d}
+"""Norm of the pyramid and the heads -> its constructor."""
 
 
 class FasterRCNNView(PyramidView):
@@ -176,6 +179,9 @@ class FasterRCNN(PyramidDetector):
     `detections_per_img` are torchvision's arguments with the prefix `box_`. `backbone`, `anchors` and `pixels` also
     accept a mapping with some of the options.
 
+    The defaults are torchvision's version 1. ``neck_norm="batch", rpn_convs=2, box_convs=4, head_norm="batch"`` is
+    version 2.
+
     Args:
         classes: class names in label order, without background. None means the classes of `weights`.
         backbone: the network below the neck, see `options.BackboneOptions`.
@@ -185,7 +191,12 @@ class FasterRCNN(PyramidDetector):
         anchor_delta_weights: factors on the deltas of the RPN, see `anchors.set_box_coders`.
         box_delta_weights: factors on the deltas of the box head. torchvision's name is `bbox_reg_weights`.
         proposal_min_size: the smallest width and height of a proposal in pixels. 0 keeps every proposal with an area.
-        head_channels: width of the two layers of the box head.
+        head_channels: width of the linear layers of the box head.
+        neck_norm: norm after each convolution of the pyramid, ``none`` or ``batch``.
+        rpn_convs: number of 3x3 convolutions in the RPN's head.
+        box_convs: number of 3x3 convolutions in the box head, before one linear layer; 0: two linear layers and no
+            convolution.
+        head_norm: norm after each convolution of the box head and the mask head, ``none`` or ``batch``.
         box_sampling_ratio: RoIAlign's sample points per side of a bin. 0 adapts the number to the size of the region.
         box_roi_aligned: whether RoIAlign assumes pixel centers at half coordinates.
         box_level_rule: the formula that assigns a region to a pyramid level, see `roi_align.LEVEL_RULES`.
@@ -242,6 +253,10 @@ class FasterRCNN(PyramidDetector):
         box_batch_size_per_image: int = 512,
         box_positive_fraction: float = 0.25,
         head_channels: int = 1024,
+        neck_norm: str = "none",
+        rpn_convs: int = 1,
+        box_convs: int = 0,
+        head_norm: str = "none",
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_img: int = 100,
@@ -252,17 +267,33 @@ class FasterRCNN(PyramidDetector):
         weights: str | None = None,
         head: str = "keep",
     ) -> None:
+        choose("neck_norm", neck_norm, tuple(NORMS))
+        choose("head_norm", head_norm, tuple(NORMS))
+        if rpn_convs < 1 or box_convs < 0:
+            raise DistillError(
+                f"expected rpn_convs of 1 or more and box_convs of 0 or more, got {rpn_convs} and {box_convs}"
+            )
         super().__init__(locals())
 
     def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
         """Build torchvision's Faster R-CNN."""
         channels, head_channels = options["neck_channels"], options["head_channels"]
         pool = {name: options[f"box_{name}"] for name in ("sampling_ratio", "roi_aligned", "level_rule", "roi_align")}
+        neck_norm, head_norm = NORMS[options["neck_norm"]], NORMS[options["head_norm"]]
+        generator = anchor_generator(strides=self.strides, **options["anchors"])
+        backbone = with_fpn(body, 1, channels, LastLevelMaxPool(), neck_norm)
+        per_cell = generator.num_anchors_per_location()[0]
+        if options["box_convs"]:
+            convolutions = [channels] * options["box_convs"]
+            box_head = faster_rcnn.FastRCNNConvFCHead((channels, 7, 7), convolutions, [head_channels], head_norm)
+        else:
+            box_head = faster_rcnn.TwoMLPHead(channels * 7 * 7, head_channels)
         net = faster_rcnn.FasterRCNN(
-            with_fpn(body, 1, channels, LastLevelMaxPool()),
-            rpn_anchor_generator=anchor_generator(strides=self.strides, **options["anchors"]),
+            backbone,
+            rpn_anchor_generator=generator,
+            rpn_head=None if options["rpn_convs"] == 1 else RPNHead(channels, per_cell, options["rpn_convs"]),
             box_roi_pool=region_pool(self.strides[:4], 7, *pool.values()),
-            box_head=faster_rcnn.TwoMLPHead(channels * 7 * 7, head_channels),
+            box_head=box_head,
             box_predictor=faster_rcnn.FastRCNNPredictor(head_channels, classes + 1),
             box_score_thresh=options["score_thresh"],
             box_nms_thresh=options["nms_thresh"],
@@ -274,15 +305,16 @@ class FasterRCNN(PyramidDetector):
         net.roi_heads = with_rule(net.roi_heads, options["detection_rule"])
         for part, name in ((net.rpn, "anchor_delta_weights"), (net.roi_heads, "box_delta_weights")):
             set_box_coders((part,), options["delta_clamp"], options[name], name)
-        self.extend(net.roi_heads, channels, classes)
+        self.extend(net.roi_heads, channels, classes, head_norm)
         return net
 
     @staticmethod
-    def extend(heads: Any, channels: int, classes: int) -> None:
+    def extend(heads: Any, channels: int, classes: int, norm_layer: Callable[..., nn.Module] | None) -> None:
         """Add the layers of a subclass to torchvision's `roi_heads`. A Faster R-CNN adds none.
 
         Args:
             heads: torchvision's `roi_heads`.
             channels: channels of the neck.
             classes: number of classes, without background.
+            norm_layer: constructor of the norm after each convolution; None: no norms.
         """

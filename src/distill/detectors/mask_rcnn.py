@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference, maskrcnn_loss, paste_masks_in_image
@@ -116,10 +116,10 @@ class MaskRCNN(FasterRCNN):
     view_class = MaskRCNNView
 
     @staticmethod
-    def extend(heads: Any, channels: int, classes: int) -> None:
+    def extend(heads: Any, channels: int, classes: int, norm_layer: Callable[..., nn.Module] | None) -> None:
         """Add the mask head and its RoIAlign to `heads`, before any weights are loaded."""
         pool = copy.deepcopy(heads.box_roi_pool)
         pool.output_size = (POOLED, POOLED)
         heads.mask_roi_pool = pool
-        heads.mask_head = MaskRCNNHeads(channels, [channels] * LAYERS, 1)
+        heads.mask_head = MaskRCNNHeads(channels, [channels] * LAYERS, 1, norm_layer)
         heads.mask_predictor = MaskRCNNPredictor(channels, channels, classes + 1)

@@ -15,17 +15,30 @@ from distill.types import DistillError
 
 OTHER_PARTS = {
     **dict.fromkeys(
-        ("FasterRCNN_ResNet50_FPN_V2_Weights", "MaskRCNN_ResNet50_FPN_V2_Weights"),
-        "norms in the neck and convolutions in the box head",
-    ),
-    **dict.fromkeys(
         ("FasterRCNN_MobileNet_V3_Large_FPN_Weights", "FasterRCNN_MobileNet_V3_Large_320_FPN_Weights"),
-        "a pyramid of three levels",
+        "a pyramid of three levels, the finest at stride 32, with 15 anchors per cell",
     ),
     **dict.fromkeys(("SSD300_VGG16_Weights", "SSDLite320_MobileNet_V3_Large_Weights"), "the heads of an SSD"),
     "KeypointRCNN_ResNet50_FPN_Weights": "a head for keypoints",
 }
 """Enum of torchvision's detectors that no family of distill can express -> the part that is missing here."""
+
+_RCNN_2 = {"neck_norm": "batch", "rpn_convs": 2, "box_convs": 4, "head_norm": "batch"}
+VERSION_2 = {
+    "FasterRCNN_ResNet50_FPN_V2_Weights": _RCNN_2,
+    "MaskRCNN_ResNet50_FPN_V2_Weights": _RCNN_2,
+    "RetinaNet_ResNet50_FPN_V2_Weights": {"p6_from": "c5", "head_norm": "group"},
+}
+"""Enum of a detector of version 2 -> its options that differ from version 1."""
+_VERSION_1 = {"neck_norm": "none", "rpn_convs": 1, "box_convs": 0, "head_norm": "none", "p6_from": "p5"}
+
+
+def entry_options(entry: Any) -> dict[str, Any]:
+    """The options of a detector's head and neck that torchvision's weights need."""
+    kind = type(entry).__name__
+    if kind.startswith("FCOS"):
+        return {}
+    return {**_VERSION_1, **VERSION_2.get(kind, {})}
 
 
 def find_entry(source: str, enum: Any) -> Any:
@@ -42,8 +55,8 @@ def find_entry(source: str, enum: Any) -> Any:
         return None
     if part := OTHER_PARTS.get(type(entry).__name__):
         raise DistillError(
-            f"{source}: this detector has {part}, which distill's detectors do not have. Choose COCO_V1 of the "
-            "ResNet-50 detectors of version 1, of FCOS, or of RetinaNet_ResNet50_FPN_V2_Weights"
+            f"{source}: this detector has {part}, which distill's detectors do not have. Choose COCO_V1 of a "
+            "ResNet-50 detector: Faster R-CNN, Mask R-CNN or RetinaNet of version 1 or 2, or FCOS"
         )
     return entry
 

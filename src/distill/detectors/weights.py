@@ -18,7 +18,14 @@ from distill.detectors.norms import set_eps
 from distill.detectors.state_dicts import State, fit, read_state
 from distill.detectors.student_files import existing_file, read_detector, weights_file
 from distill.detectors.timm import TIMM, timm_network
-from distill.detectors.torchvision_weights import categories, coco_eps, download, find_entry, is_coco_state
+from distill.detectors.torchvision_weights import (
+    categories,
+    coco_eps,
+    download,
+    entry_options,
+    find_entry,
+    is_coco_state,
+)
 from distill.type_checks import leaves
 from distill.types import DistillError
 
@@ -28,6 +35,7 @@ HEADS = ("keep", "match", "new")
 MEANING = (
     *("pixels.mean", "pixels.std", "backbone.stride_in_1x1", "anchors.sizes", "anchors.ratios"),
     *("box_sampling_ratio", "p6_from", "backbone.groups", "backbone.group_width"),
+    *("neck_norm", "rpn_convs", "box_convs", "head_norm"),
     *anchors.DEFAULTS,
 )
 """Dotted paths of options that change the results of weights, although the weights load with any value."""
@@ -182,7 +190,8 @@ def read_source(source: str, detector: Detector) -> Source:
     """Read the weights of a whole detector from torchvision or a file, with the facts that are known about them."""
     if entry := find_entry(source, detector.enum):
         eps = detector.coco_eps if entry is detector.enum.COCO_V1 else 1e-5
-        options = {**anchors.DEFAULTS, "backbone.norm": "frozen", "backbone.norm_eps": eps}
+        known = {"backbone.norm": "frozen", "backbone.norm_eps": eps, **entry_options(entry)}
+        options = {**anchors.DEFAULTS, **known}
         return Source(str(entry), download(entry, "weights"), categories(entry), options)
     file = str(weights_file(Path(source)))
     model, state = read_detector(Path(file))

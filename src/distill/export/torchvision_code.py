@@ -72,7 +72,7 @@ def torchvision_code(detector: Detector, file: str) -> str:
         (1, f"LastLevelP6P7({body[-1] if options['p6_from'] == 'c5' else neck}, {neck})") if dense else (0, None)
     )
     layers = {f"layer{index + 1}": str(index - first) for index in range(first, 4)}
-    further = f", extra_blocks={top}" if top else ""
+    further = (f", extra_blocks={top}" if top else "") + _norm(options.get("neck_norm"))
     lines = [
         f"backbone = BackboneWithFPN({_body(options['backbone'])}, {layers}, {body[first:]}, {neck}{further})",
         BUILDERS[detector.family](detector),
@@ -90,9 +90,10 @@ from torchvision.models import resnet  # noqa: F401
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet  # noqa: F401
 from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: F401
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead  # noqa: F401
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead  # noqa: F401
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor  # noqa: F401
 from torchvision.models.detection.retinanet import RetinaNetHead  # noqa: F401
+from torchvision.models.detection.rpn import RPNHead  # noqa: F401
 from torchvision.ops import MultiScaleRoIAlign  # noqa: F401
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7  # noqa: F401
 
@@ -157,25 +158,44 @@ def _anchors(detector: Detector) -> str:
 def _two_stage(detector: Detector, kind: str = "FasterRCNN", further: tuple[str, ...] = ()) -> str:
     options, outputs = detector.options, len(detector.classes) + 1
     width, sampling = options["head_channels"], options["box_sampling_ratio"]
-    channels = options["neck_channels"]
     arguments = [
         *_shared(detector),
         *(f"{name}={options[name]}" for name in TWO_STAGE),
         *(f"box_{name}={options[name]}" for name in THRESHOLDS),
         f"rpn_anchor_generator={_anchors(detector)}",
         f"box_roi_pool=MultiScaleRoIAlign(list('0123'), 7, {sampling})",
-        f"box_head=TwoMLPHead({channels * 49}, {width})",
+        *_rpn_head(options, next(iter(detector.spec.anchors.values()))),
+        f"box_head={_box_head(options)}",
         f"box_predictor=FastRCNNPredictor({width}, {outputs})",
         *further,
     ]
     return f"net = {kind}(backbone, {', '.join(arguments)})"
 
 
+def _norm(option: str | None) -> str:
+    """The argument of torchvision's classes for a norm."""
+    return ", norm_layer=torch.nn.BatchNorm2d" if option == "batch" else ""
+
+
+def _rpn_head(options: Mapping[str, Any], per_cell: int) -> list[str]:
+    depth = options["rpn_convs"]
+    return [] if depth == 1 else [f"rpn_head=RPNHead({options['neck_channels']}, {per_cell}, {depth})"]
+
+
+def _box_head(options: Mapping[str, Any]) -> str:
+    channels, width, convolutions = options["neck_channels"], options["head_channels"], options["box_convs"]
+    if not convolutions:
+        return f"TwoMLPHead({channels * 49}, {width})"
+    return (
+        f"FastRCNNConvFCHead(({channels}, 7, 7), [{channels}] * {convolutions}, [{width}]{_norm(options['head_norm'])})"
+    )
+
+
 def _mask_rcnn(detector: Detector) -> str:
     channels, sampling = detector.options["neck_channels"], detector.options["box_sampling_ratio"]
     further = (
         f"mask_roi_pool=MultiScaleRoIAlign(list('0123'), 14, {sampling})",
-        f"mask_head=MaskRCNNHeads({channels}, [{channels}] * 4, 1)",
+        f"mask_head=MaskRCNNHeads({channels}, [{channels}] * 4, 1{_norm(detector.options['head_norm'])})",
         f"mask_predictor=MaskRCNNPredictor({channels}, {channels}, {len(detector.classes) + 1})",
     )
     return _two_stage(detector, "MaskRCNN", further)

@@ -11,14 +11,20 @@ from torch import nn
 from torchvision.models import detection, resnet
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from distill.cli.config.compose import compose_config
+from distill.cli.config.instantiate import build_node
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.retinanet import RetinaNet
 from distill.detectors.torchvision_weights import find_entry
 from distill.types import Batch, DistillError, Target
 from helpers.detectors import FAMILIES, small_options
+from helpers.grids import exhaustive
 
 COCO_IDS = {"cat": 17, "dog": 18, "person": 1}
 PUBLISHED_EPS = {"faster_rcnn": 0.0, "mask_rcnn": 0.0, "retinanet": 0.0, "fcos": 1e-5}
@@ -99,6 +105,84 @@ def test_a_file_with_91_outputs_gives_torchvisions_detections_of_the_datas_class
         assert torch.equal(actual.masks, expected["masks"][:, 0] > 0.5)
 
 
+VERSION_2 = {"neck_norm": "batch", "rpn_convs": 2, "box_convs": 4, "head_norm": "batch"}
+
+
+def version_2(family: str) -> Any:
+    """torchvision's detector of version 2 on a ResNet-18, with 91 outputs, as its builder makes it."""
+    torch.manual_seed(0)
+    backbone = _resnet_fpn_extractor(resnet.resnet18(weights=None), 5, norm_layer=nn.BatchNorm2d)
+    parts: dict[str, Any] = {
+        "rpn_head": RPNHead(256, 3, conv_depth=2),
+        "box_head": FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], norm_layer=nn.BatchNorm2d),
+    }
+    if family == "mask_rcnn":
+        parts["mask_head"] = MaskRCNNHeads(256, [256] * 4, 1, norm_layer=nn.BatchNorm2d)
+    kind = detection.MaskRCNN if family == "mask_rcnn" else detection.FasterRCNN
+    return drawn_norms(kind(backbone, 91, **parts, **FEW))
+
+
+def drawn_norms(model: Any) -> Any:
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_var.uniform_(0.5, 2.0)
+            norm.running_mean.normal_(std=0.1)
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias.normal_(std=0.5)
+    model.transform.resize = lambda image, target: (image, target)
+    return model.eval()
+
+
+def assert_same_detections(model: Any, detector: Any) -> None:
+    batch = one_image()
+    with torch.no_grad():
+        (expected,) = keep_rows(model, [0, COCO_IDS["dog"], COCO_IDS["person"]])([batch.images[0] / 255])
+        (actual,) = detector.eval().view(batch, training=False).detections
+    assert len(actual.boxes) > 5
+    for found, name in zip(actual, ("boxes", "scores", "labels"), strict=False):
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-4)
+    if actual.masks is not None:
+        assert ((actual.masks != (expected["masks"][:, 0] > 0.5)).sum() <= 2).all()
+
+
+@pytest.mark.parametrize("family", [exhaustive("faster_rcnn"), "mask_rcnn"])
+def test_version_2_gives_torchvisions_detections(family: str, tmp_path: Path) -> None:
+    model = version_2(family)
+    torch.save(model.state_dict(), tmp_path / "coco.pth")
+    assert_same_detections(model, with_weights(family, ["dog", "person"], tmp_path / "coco.pth", **VERSION_2))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("option", "builder", "name"),
+    [
+        ("frcnn_r50_v2", detection.fasterrcnn_resnet50_fpn_v2, "FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"),
+        ("mask_rcnn_r50_v2", detection.maskrcnn_resnet50_fpn_v2, "MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1"),
+        ("retinanet_r50_v2", detection.retinanet_resnet50_fpn_v2, "RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1"),
+    ],
+)
+def test_the_options_of_version_2_take_its_weights(
+    option: str, builder: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = builder(weights=None, weights_backbone=None, num_classes=91).state_dict()
+    monkeypatch.setattr("distill.detectors.weights.download", lambda entry, _: state)
+    cfg = compose_config([f"model={option}"])
+    backbone = {"depth": 50, "norm": "frozen"}
+    detector: Any = build_node(cfg.model, classes=["dog", "person"], weights=name, backbone=backbone)
+    own = detector.net.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in own.items() if value.shape == state[key].shape)
+    different = {key.rpartition(".")[0] for key, value in own.items() if value.shape != state[key].shape}
+    assert different == set(detector.class_layers)
+
+
+def test_weights_of_version_2_name_the_options_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.detectors.weights.download", lambda *_: {})
+    with pytest.raises(DistillError) as refusal:
+        FasterRCNN(["dog"], {"depth": 10, "width": 0.25}, weights="FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1")
+    for words in ("neck_norm=batch (here none)", "'model.rpn_convs=2'", "'model.box_convs=4'", "model.head_norm"):
+        assert words in str(refusal.value)
+
+
 def coco_state(family: str, norm: str) -> dict[str, torch.Tensor]:
     options = small_options(family, {"head_channels": 32}, neck_channels=FAMILIES[family].neck_channels or 32)
     backbone = {**options.pop("backbone"), "norm": norm}
@@ -172,7 +256,6 @@ def test_a_misfit_lists_no_counters_of_batch_norms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1", "norms in the neck"),
         ("FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1", "three levels"),
         ("SSD300_VGG16_Weights.COCO_V1", "SSD"),
     ],
