@@ -23,14 +23,14 @@ OTHER_PARTS = {
 }
 """Enum of torchvision's detectors that no family of distill can express -> the part that is missing here."""
 
-_RCNN_2 = {"neck_norm": "batch", "rpn_convs": 2, "box_convs": 4, "head_norm": "batch"}
-VERSION_2 = {
+_RCNN_2: dict[str, Any] = {"neck_norm": "batch", "rpn_convs": 2, "box_convs": 4, "head_norm": "batch"}
+VERSION_2: dict[str, dict[str, Any]] = {
     "FasterRCNN_ResNet50_FPN_V2_Weights": _RCNN_2,
     "MaskRCNN_ResNet50_FPN_V2_Weights": _RCNN_2,
     "RetinaNet_ResNet50_FPN_V2_Weights": {"p6_from": "c5", "head_norm": "group"},
 }
 """Enum of a detector of version 2 -> its options that differ from version 1."""
-_VERSION_1 = {"neck_norm": "none", "rpn_convs": 1, "box_convs": 0, "head_norm": "none", "p6_from": "p5"}
+_VERSION_1: dict[str, Any] = {"neck_norm": "none", "rpn_convs": 1, "box_convs": 0, "head_norm": "none", "p6_from": "p5"}
 
 
 def entry_options(entry: Any) -> dict[str, Any]:

@@ -143,11 +143,12 @@ class CrossKD(DistillLoss):
         scores = heads.flatten_anchors(
             {stride: upcast(x) for stride, x in teacher.class_logits.items()}, len(teacher.spec.classes)
         )
-        scores = self.classes.dense_logits(scores).detach()
+        scores = self.classes.covered(self.classes.dense_logits(scores)).detach()
         shares: dict[str, list[SumAndCount]] = {}
         if "heads.classes" in self.weights:
             logits = heads.flatten_anchors(self._cross("classes", student, teacher), len(teacher.spec.classes))
-            error = heads.quality_focal(self.classes.dense_logits(logits), scores).sum(2)
+            own = self.classes.covered(self.classes.dense_logits(logits))
+            error = heads.quality_focal(own, scores).sum(2)
             shares["heads.classes"] = [((counted * error).sum(), count)]
         if "heads.boxes" in self.weights:
             deltas = heads.flatten_anchors(self._cross("boxes", student, teacher), 4)

@@ -120,7 +120,9 @@ class DIST(DistillLoss):
         if self.two_stage:
             outputs = heads.region_outputs("classes", student, teacher, student.rois, self.classes)
             pair = outputs.student_logits, outputs.teacher_logits.detach()
-            first, second = (F.softmax(upcast(logits) / self.temperature, dim=1) for logits in pair)
+            first, second = (
+                self.classes.covered(F.softmax(upcast(logits) / self.temperature, dim=1)) for logits in pair
+            )
             return [(first, second)]
         maps = heads.class_maps("classes", student, teacher, self.classes)
         return [(self._cells(x), self._cells(y)) for x, y in maps]

@@ -89,7 +89,7 @@ class FRS(DistillLoss):
         if self.terms("logits"):
             base.require_outputs("logits", student, teacher, self.stage)
             heads.require_equal_anchors("logits", student, teacher)
-            self.classes = ClassMap("logits", student, teacher) if self.stage == "class_logits" else None
+            self.classes = ClassMap("logits", student, teacher, partial=True) if self.stage == "class_logits" else None
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
@@ -105,5 +105,7 @@ class FRS(DistillLoss):
                 if self.classes is not None:
                     target = self.classes.map_logits(target, len(teacher.spec.classes))
                 base.require_equal_shapes(f"logits, {self.stage} at stride {level}", x, target, heads.REMEDY)
+                if self.classes is not None:
+                    x, target = self.classes.covered_maps(x), self.classes.covered_maps(target)
                 shares["logits.classes"].append(masked(score_error(x, target), richness(scores[level]), 1))
         return self.average({term: base.summed(levels) for term, levels in shares.items()}, least=LEAST)

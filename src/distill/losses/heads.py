@@ -55,12 +55,14 @@ class ClassMap(nn.Module):
 
     Without a bridge, classes match by exact name. With the bridge of the teacher's spec, several classes of the teacher
     may stand for one of the student: their probabilities are summed. A class of the student that the teacher does not
-    know takes no part: `compared` removes its column, and the rows that are labelled with it, from both sides.
+    know takes no part: `compared` removes its column, and the rows that are labelled with it, from both sides of a
+    softmax. Where each class has a sigmoid of its own, `covered` and `covered_maps` remove its column.
 
     Args:
         name: of the terms, for the message.
         student, teacher: specs of both detectors. The teacher may know more classes.
-        partial: whether the terms call `compared`, and so can leave out classes that the teacher does not know.
+        partial: whether the terms can leave out classes that the teacher does not know, because they call `compared`,
+            `covered` or `covered_maps`.
 
     Raises:
         DistillError: the teacher does not know a class of the student and has no bridge, its bridge leads to no class
@@ -74,6 +76,8 @@ class ClassMap(nn.Module):
     """(K+1, M) all labels of the teacher that stand for each label of the student, filled up with -1."""
     known: Tensor
     """(K+1,) bool: whether the teacher knows the student's label. The background is known."""
+    covered_columns: Tensor
+    """(K',) the columns, of K+1, that the teacher knows."""
 
     def __init__(self, name: str, student: DetectorSpec, teacher: DetectorSpec, partial: bool = False) -> None:
         super().__init__()
@@ -102,6 +106,10 @@ class ClassMap(nn.Module):
         members = torch.tensor([[*own, *[-1] * (widest - len(own))] for own in labels])
         self.register_buffer("members", members, persistent=False)
         self.register_buffer("known", torch.tensor([bool(own) for own in labels]), persistent=False)
+        covered = [column for column, own in enumerate(labels) if own]
+        self.register_buffer("covered_columns", torch.tensor(covered), persistent=False)
+        self.count = len(covered) - 1
+        """Number of the student's classes that the teacher knows."""
         self.is_partial, self.is_merged = not all(labels), widest > 1
 
     @staticmethod
@@ -167,6 +175,23 @@ class ClassMap(nn.Module):
             fill[0] = -IMPOSSIBLE  # a row of an unknown class is background on both sides
         taught = columns & rows[..., None]
         return torch.where(taught, upcast(student), fill), torch.where(taught, upcast(teacher), fill)
+
+    def covered(self, values: Tensor) -> Tensor:
+        """The columns that the teacher knows, with or without background: (..., K+1) or (..., K) -> (..., K')."""
+        if not self.is_partial:
+            return values
+        has_background = values.shape[-1] == len(self.known)
+        columns = self.covered_columns if has_background else self.covered_columns[1:] - 1
+        return values.index_select(-1, columns)
+
+    def covered_maps(self, logits: Tensor) -> Tensor:
+        """The maps of the classes that the teacher knows: dense logits (B, A*K, H, W) -> (B, A*K', H, W)."""
+        if not self.is_partial:
+            return logits
+        batch, channels, height, width = logits.shape
+        classes = len(self.known) - 1
+        by_anchor = logits.reshape(batch, channels // classes, classes, height, width)
+        return by_anchor.index_select(2, self.covered_columns[1:] - 1).flatten(1, 2)
 
     def labels(self, student: Tensor, teacher: Tensor | None = None) -> Tensor:
         """The student's labels -> the teacher's labels, of the same shape.
@@ -258,6 +283,8 @@ def anchor_outputs(place: str, stage: str, student: View, teacher: View, width: 
 def class_maps(name: str, student: View, teacher: View, classes: ClassMap) -> list[tuple[Tensor, Tensor]]:
     """The dense class logits (B, A*K, H, W) of both models by level, in the student's classes, in float32 at least.
 
+    Classes that the teacher does not know are left out: K is the number of the others.
+
     Raises:
         DistillError: the logits differ in shape.
     """
@@ -265,17 +292,19 @@ def class_maps(name: str, student: View, teacher: View, classes: ClassMap) -> li
     for stride, x in student.class_logits.items():
         target = classes.map_logits(teacher.class_logits[stride], len(teacher.spec.classes))
         require_equal_shapes(f"{name}, class_logits at stride {stride}", x, target, REMEDY)
-        pairs.append((upcast(x), upcast(target.detach())))
+        pairs.append((upcast(classes.covered_maps(x)), upcast(classes.covered_maps(target.detach()))))
     return pairs
 
 
 def anchor_classes(name: str, student: View, teacher: View, classes: ClassMap) -> tuple[Tensor, Tensor]:
     """The dense class logits (B, N, K) of both models, in the student's classes, in float32 at least.
 
+    Classes that the teacher does not know are left out: K is the number of the others.
+
     Raises:
         DistillError: the logits differ in shape.
     """
-    maps, width = class_maps(name, student, teacher, classes), len(student.spec.classes)
+    maps, width = class_maps(name, student, teacher, classes), classes.count
     by_model = [dict(enumerate(x)) for x in zip(*maps, strict=True)]
     return flatten_anchors(by_model[0], width), flatten_anchors(by_model[1], width)
 
@@ -284,23 +313,23 @@ def dense_class_map(name: str, student: DetectorSpec, teacher: DetectorSpec) -> 
     """The class map of a pair of one-stage detectors.
 
     Raises:
-        DistillError: a detector is not one-stage, their anchors differ, or the teacher lacks a class.
+        DistillError: a detector is not one-stage, their anchors differ, or the teacher lacks a class and has no bridge.
     """
     require_outputs(name, student, teacher, "class_logits")
     require_equal_anchors(name, student, teacher)
-    return ClassMap(name, student, teacher)
+    return ClassMap(name, student, teacher, partial=True)
 
 
 def head_class_map(name: str, student: DetectorSpec, teacher: DetectorSpec) -> ClassMap:
     """The class map of a pair of two-stage detectors, or of one-stage detectors with equal anchors.
 
     Raises:
-        DistillError: only one detector is two-stage, the anchors differ, or the teacher lacks a class.
+        DistillError: only one is two-stage, the anchors differ, or the teacher lacks a class and has no bridge.
     """
     if "rois" not in student.outputs:
         return dense_class_map(name, student, teacher)
     require_outputs(name, student, teacher, "rois", "roi_logits")
-    return ClassMap(name, student, teacher)
+    return ClassMap(name, student, teacher, partial=True)
 
 
 def require_equal_anchors(name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:

@@ -173,7 +173,8 @@ class LD(DistillLoss):
                 shares["sides.valuable"] = [self._share((self._valuable(student) * error).sum() / 16, count)]
         if "logits.classes" in self.weights:
             logits, targets = heads.anchor_classes("logits", student, teacher, self.classes)
-            shares["logits.classes"] = [((positive * softened(logits, targets, self.class_temperature)).sum(), count)]
+            taught = positive & self.classes.known[student.anchor_targets.labels.clamp(min=0)]
+            shares["logits.classes"] = [((taught * softened(logits, targets, self.class_temperature)).sum(), count)]
         return self.average(shares)
 
     def _side_errors(self, student: View, teacher: View) -> Tensor:

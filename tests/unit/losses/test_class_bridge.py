@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from distill.labels import bridge_classes, describe_bridge, shared_labels, unknown_classes
+from distill.losses.adl import ADL
+from distill.losses.base import DistillLoss
+from distill.losses.bckd import BCKD
+from distill.losses.crosskd import CrossKD
+from distill.losses.cwd import CWD
+from distill.losses.dist import DIST
+from distill.losses.frs import FRS
 from distill.losses.heads import ClassMap, kl_divergence
+from distill.losses.response import Response
 from distill.types import DetectorSpec, DistillError
+from helpers.fake_view import FakeView, batch, random_view
+from helpers.fake_view import spec as fake_spec
 
 TEACHER, STUDENT = ("cat", "car", "truck", "N/A"), ("vehicle", "owl", "cat")
 
@@ -104,6 +116,79 @@ def test_the_teachers_best_class_gives_the_box() -> None:
 def test_without_a_bridge_every_class_must_be_known() -> None:
     with pytest.raises(DistillError, match=r"classes\.map=auto"):
         ClassMap("logits", spec(STUDENT), spec(TEACHER))
+
+
+def dense_spec(classes: tuple[str, ...], bridge: dict[str, str] | None = None) -> DetectorSpec:
+    own = fake_spec(classes=classes, two_stage=False, strides=(8, 16, 32, 64, 128))
+    return replace(own, bridge=bridge)
+
+
+def cut_view(view: FakeView, own: DetectorSpec, columns: list[int]) -> FakeView:
+    """The same view of a detector that has the classes of these columns alone."""
+    count = len(view.spec.classes)
+    rows = [anchor * count + column for anchor in range(3) for column in columns]
+    logits = {at: x[:, rows] for at, x in view.stages["class_logits"].items()}
+    cut = {"class_logits": logits}
+    if "head_classes" in view.stages:
+        cut["head_classes"] = view.stages["head_classes"][rows]
+    return FakeView(view.batch, own, **{**view.stages, **cut})
+
+
+DENSE_LOSSES: dict[str, Callable[..., DistillLoss]] = {
+    "adl": ADL,
+    "bckd": partial(BCKD, logits={"classes": 1.0, "boxes": 1.0}),
+    "crosskd": partial(CrossKD, depth=0, adapter={"kernel": None}),
+    "cwd": partial(CWD, neck={"all": 0}, logits={"classes": 1.0}),
+    "dist": DIST,
+    "frs": partial(FRS, neck={"features": 0}, logits={"classes": 1.0}),
+    "response": Response,
+}
+
+
+@pytest.mark.parametrize("name", DENSE_LOSSES)
+def test_dense_terms_compare_the_known_classes_alone(name: str) -> None:
+    """A student with an unknown class learns, of the others, what a student without this class learns."""
+    bridge = {"cat": "cat", "car": "vehicle"}
+    teacher_spec = dense_spec(("cat", "car"), bridge)
+    student_spec, smaller = dense_spec(STUDENT), dense_spec(("vehicle", "cat"))
+    images = batch([[[3.0, 5.0, 40.0, 30.0]], [[10.0, 8.0, 30.0, 60.0]]])
+    student, teacher = random_view(images, student_spec, 1), random_view(images, teacher_spec, 2)
+    for view, seed in ((student, 3), (teacher, 4)):
+        generator = torch.Generator().manual_seed(seed)
+        for branch, outputs in (("classes", 3 * len(view.spec.classes)), ("boxes", 12)):
+            view.stages[f"head_{branch}"] = torch.randn(outputs, 6, generator=generator, dtype=torch.float64)
+            view.stages[f"tower_{branch}"] = view.stages["neck"]
+    logits = student.stages["class_logits"]
+    for x in logits.values():
+        x.requires_grad_()
+    build = DENSE_LOSSES[name]
+    values = build(student_spec, teacher_spec).double()(student, teacher)
+    expected = build(smaller, teacher_spec).double()(cut_view(student, smaller, [0, 2]), teacher)
+    assert values
+    for term, value in values.items():
+        assert value.item() == pytest.approx(expected[term].item(), rel=1e-9), term
+    if name == "crosskd":
+        return  # the teacher's head makes the logits
+    sum(values.values()).backward()  # type: ignore[union-attr]
+    gradients = [x.grad.unflatten(1, (3, 3)) for x in logits.values() if x.grad is not None]
+    assert gradients
+    assert all(gradient[:, :, 1].abs().max() == 0 for gradient in gradients)
+    assert any(gradient[:, :, 0].abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("build", [DIST, Response])
+def test_terms_on_regions_give_an_unknown_class_no_gradient(build: Callable[..., DistillLoss]) -> None:
+    teacher_spec = replace(fake_spec(classes=("cat", "car")), bridge={"cat": "cat", "car": "vehicle"})
+    student_spec = fake_spec(classes=STUDENT)
+    images = batch([[[3.0, 5.0, 40.0, 30.0]]])
+    student, teacher = random_view(images, student_spec, 1), random_view(images, teacher_spec, 2)
+    logits = student.stages["roi_logits"][0].requires_grad_()
+    values = build(student_spec, teacher_spec)(student, teacher)
+    assert all(0 < value.item() < 100 for value in values.values())
+    sum(values.values()).backward()  # type: ignore[union-attr]
+    assert logits.grad is not None
+    assert logits.grad[:, 2].abs().max() == 0
+    assert logits.grad[:, 1].abs().max() > 0
 
 
 def test_terms_that_need_all_classes_refuse_an_unknown_one() -> None:
