@@ -33,6 +33,8 @@ OTHER_OPTIONS = {
     "adaptive sampling": {"box_sampling_ratio": 0},
     "linear p7": {"p7_relu": False, "p6_from": "c5"},
     "group norm": {"head_norm": "group", "neck_channels": 64},
+    "distributions": {"box_head": "distribution", "box_loss": "giou"},
+    "distributions of FCOS": {"box_head": "distribution", "distances": "relu"},
 }
 
 
