@@ -106,12 +106,14 @@ class Teacher(FrozenModel):
         optimized = copy.deepcopy(self.detector, {id(tensor): tensor for tensor in tensors})
         if self.fold:
             fold(optimized.net, partial(_probe_neck, optimized, tensors[0].device))
-        for module in optimized.modules():
+        for name, module in optimized.net.named_modules():
+            is_precise = any(f"{name}.".startswith(f"{part}.") for part in optimized.float32_parts)
+            own_dtype = None if is_precise else dtype
             for registry in (module._parameters, module._buffers):
                 registry.update(
                     {
-                        name: self._convert_tensor(value, device, dtype)
-                        for name, value in registry.items()
+                        key: self._convert_tensor(value, device, own_dtype)
+                        for key, value in registry.items()
                         if value is not None
                     }
                 )

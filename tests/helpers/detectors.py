@@ -13,10 +13,12 @@ from torchvision.models import detection
 
 from distill.detectors.base import Detector
 from distill.detectors.description import RENAMED_OPTIONS
+from distill.detectors.dfine import DFine
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.retinanet import RetinaNet
+from distill.detectors.rtdetr import RTDETR
 from distill.types import Batch, Target
 
 
@@ -61,6 +63,15 @@ FAMILIES = {
     ),
     "mask_rcnn": Family(MaskRCNN, "mask_rcnn", detection.MaskRCNN, two_stage=True, needs_masks=True),
 }
+QUERY_FAMILIES: dict[str, type[Detector]] = {"rtdetr": RTDETR, "dfine": DFine}
+"""The set-prediction detectors of transformers. They have no anchors, no NMS and no network of torchvision."""
+SMALL_QUERIES = {
+    "backbone": {"name": "resnet_d", "depth": 10, "width": 0.25},
+    **{"neck_channels": 32, "encoder_ffn": 64, "encoder_heads": 4, "encoder_expansion": 0.5},
+    **{"decoder_channels": 32, "decoder_layers": 3, "decoder_ffn": 64, "decoder_heads": 4, "decoder_points": 2},
+    **{"queries": 20, "denoising": 10, "min_size": 128, "max_size": 128},
+}
+"""Options of a small set-prediction detector."""
 BOX_FAMILIES = {name: family for name, family in FAMILIES.items() if not family.needs_masks}
 SIZES = ((96, 64), (70, 100), (128, 90))
 FEW = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_train": 50}
@@ -103,6 +114,25 @@ def random_detector(family: str, seed: int = 0, **options: Any) -> Any:
     for module in layers:
         torch.nn.init.normal_(module.weight, std=0.05)
     return detector
+
+
+def query_detector(family: str, seed: int = 0, **options: Any) -> Any:
+    """A small set-prediction detector with random weights."""
+    torch.manual_seed(seed)
+    return QUERY_FAMILIES[family](["cat", "dog", "owl"], **{**SMALL_QUERIES, **options})
+
+
+def square_batch(sizes: tuple[tuple[int, int], ...] = ((96, 128),) * 3, seed: int = 1) -> Batch:
+    """Images of one size, without padding; the second one has no boxes."""
+    generator, targets = torch.Generator().manual_seed(seed), []
+    height, width = sizes[0]
+    images = torch.randint(0, 256, (len(sizes), 3, height, width), generator=generator, dtype=torch.uint8)
+    for index in range(len(sizes)):
+        corner = torch.rand(3, 2, generator=generator) * torch.tensor([width, height]) * 0.5
+        side = 8 + torch.rand(3, 2, generator=generator) * torch.tensor([width, height]) * 0.4
+        keep = 0 if index == 1 else 3
+        targets.append(Target(torch.cat([corner, corner + side], dim=1)[:keep], torch.tensor([1, 2, 3])[:keep]))
+    return Batch(images, tuple(sizes), tuple(sizes), tuple(targets), tuple(range(len(sizes))))
 
 
 def padded_batch(sizes: tuple[tuple[int, int], ...] = SIZES, seed: int = 1) -> Batch:

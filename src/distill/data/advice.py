@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from distill.data.datamodule import DetectionData
-from distill.imaging.resizing import resized_size
 
 FEW_IMAGES = 10
 """A class in fewer training images is hardly learned."""
@@ -24,7 +23,7 @@ def training_advice(data: DetectionData, size_is_chosen: bool = False) -> list[s
     """
     records = data.training_records("train")
     own = np.median(records.sizes, axis=0)
-    resized = resized_size((round(own[0]), round(own[1])), *data.input_size)
+    resized = data.eval_transform.fit((round(own[0]), round(own[1])))
     factor = resized[0] / own[0]
     advice = []
     if factor > ENLARGED and not size_is_chosen:

@@ -42,7 +42,7 @@ from distill.data.unlabeled import (
     read_unlabeled,
 )
 from distill.imaging.decoding import MAX_PIXELS, read_image
-from distill.imaging.resizing import padded_size, resized_size
+from distill.imaging.resizing import padded_size
 from distill.type_checks import parse_options
 from distill.types import Batch, DistillError, Size
 
@@ -98,6 +98,8 @@ class DetectionData(L.LightningDataModule):
         min_size: shorter side after the resize in pixels, or a list of sizes; training draws one size per image.
         max_size: upper limit of the longer side after the resize in pixels.
         eval_min_size, eval_max_size: the same for evaluation; None: the last of `min_size`, and `max_size`.
+        resize: `ratio` keeps the ratio of an image's sides. `square` gives both sides the length `min_size`, for
+            detectors that see padding as image (RT-DETR, D-FINE).
         antialias: whether the resize filters images before it shrinks them; torchvision's detectors do not.
         pad_to: batches are padded to a multiple of this number of pixels.
         flip: probability of a horizontal flip in training.
@@ -143,6 +145,7 @@ class DetectionData(L.LightningDataModule):
         max_size: int = 1333,
         eval_min_size: int | None = None,
         eval_max_size: int | None = None,
+        resize: str = "ratio",
         antialias: bool = False,
         pad_to: int = 32,
         flip: float = 0.5,
@@ -204,8 +207,12 @@ class DetectionData(L.LightningDataModule):
         named = {"images": unlabeled} if isinstance(unlabeled, str | int) else unlabeled
         self.unlabeled = parse_options("data.unlabeled", named, NO_UNLABELED)
         augmentation = parse_options("data.augment", augment, NO_AUGMENTATION)
-        self.train_transform = Transform(sizes, max_size, flip, photometric, antialias, seed, augmentation, transforms)
-        self.eval_transform = Transform((eval_min_size or sizes[-1],), eval_max_size or max_size, antialias=antialias)
+        self.train_transform = Transform(
+            sizes, max_size, flip, photometric, antialias, seed, augmentation, transforms, resize
+        )
+        self.eval_transform = Transform(
+            (eval_min_size or sizes[-1],), eval_max_size or max_size, antialias=antialias, shape=resize
+        )
         self._drawn = hasattr(source, "load_image")
         if hasattr(source, "max_pixels"):
             source.max_pixels = max_pixels
@@ -269,9 +276,15 @@ class DetectionData(L.LightningDataModule):
         return self.eval_transform.min_sizes[-1], self.eval_transform.max_size
 
     @property
-    def resize(self) -> dict[str, Any]:
+    def resize_options(self) -> dict[str, Any]:
         """The other settings of the resize for evaluation, which a deployed student needs too."""
-        return {"antialias": self.eval_transform.antialias, "pad_to": self.pad_to}
+        shape = self.eval_transform.shape
+        # An older version knew only the ratio. The fingerprints of its runs stay valid.
+        return {
+            "antialias": self.eval_transform.antialias,
+            "pad_to": self.pad_to,
+            **({} if shape == "ratio" else {"shape": shape}),
+        }
 
     def fingerprint(self, split: Split) -> str:
         """Return the SHA-256 hash of a split as evaluation sees it.
@@ -281,7 +294,8 @@ class DetectionData(L.LightningDataModule):
         contrast, is not valid for other image files with the same annotations.
         """
         records = self.records(split)
-        facts = [records.files.texts(), digest_records(records, self.masks), self.classes, self.input_size, self.resize]
+        seen = self.classes, self.input_size, self.resize_options
+        facts = [records.files.texts(), digest_records(records, self.masks), *seen]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -364,8 +378,8 @@ class DetectionData(L.LightningDataModule):
 
     def padded_sizes(self, split: Split) -> list[Size]:
         """Return the (height, width) of each image of a split after evaluation's resize and padding."""
-        images, (min_size, max_size) = self.dataset(split, training=False), self.input_size
-        sizes = [resized_size(images.size(index), min_size, max_size) for index in range(len(images))]
+        images = self.dataset(split, training=False)
+        sizes = [self.eval_transform.fit(images.size(index)) for index in range(len(images))]
         return [padded_size([size], self.pad_to) for size in sizes]
 
     def load_batch(self, split: Split, indices: Sequence[int]) -> Batch:

@@ -16,7 +16,6 @@ from distill.data.augment import LoadedImage
 from distill.data.records import Record, Records, pack_records
 from distill.data.sampler import SampleKey
 from distill.data.transforms import Sample, Transform
-from distill.imaging.resizing import resized_size
 from distill.types import Size, Target
 
 
@@ -84,9 +83,7 @@ class ImageDataset(Dataset[Sample]):
     def cache_in_memory(self, threads: int) -> int:
         """Decode and resize all images now, and keep them. Return the number of bytes of the cache."""
         transform, indices = self.transform, range(len(self))
-        cache = ImageCache(
-            [resized_size(self.size(index), transform.min_sizes[-1], transform.max_size) for index in indices]
-        )
+        cache = ImageCache([transform.fit(self.size(index)) for index in indices])
 
         def fill(index: int) -> None:
             cache[index].copy_(transform.resize(self.load(self.files.text(index))))

@@ -23,7 +23,7 @@ from distill.data.buffers import BufferPool, WorkerBatch, wrap_images
 from distill.data.own_transforms import OwnTransform, apply_transforms, validate_callables
 from distill.data.random_streams import Purpose, Streams
 from distill.data.rle import resize_masks
-from distill.imaging.resizing import copy_padded, padded_size, resize_boxes, resize_image, resized_size
+from distill.imaging.resizing import SHAPES, copy_padded, padded_size, resize_boxes, resize_image, resized_size
 from distill.types import Batch, DistillError, MissingTargets, Size, Target
 
 MIN_SIDE = 1e-2
@@ -86,9 +86,11 @@ class Transform:
         seed: seed of all random draws.
         augment: augmentation that moves boxes, before the resize.
         transforms: transforms of the user, after all others.
+        shape: ``ratio`` or ``square``, see `imaging.resizing.ResizeOptions`.
 
     Raises:
-        DistillError: a size or probability is out of range, or a transform is no callable.
+        DistillError: a size or probability is out of range, options contradict each other, or a transform is no
+            callable.
     """
 
     min_sizes: tuple[int, ...]
@@ -99,6 +101,7 @@ class Transform:
     seed: int = 0
     augment: Augmentation = NO_AUGMENTATION
     transforms: Sequence[OwnTransform] = ()
+    shape: str = "ratio"
 
     def __post_init__(self) -> None:
         if not self.min_sizes or min(self.min_sizes) < 1 or max(self.min_sizes) > self.max_size:
@@ -109,12 +112,23 @@ class Transform:
         if not 0 <= self.flip <= 1:
             raise DistillError(f"data.flip: expected a probability from 0 to 1, got {self.flip}.")
         validate_callables(self.transforms)
+        if self.shape not in SHAPES:
+            raise DistillError(f"data.resize: expected {' or '.join(SHAPES)}, got {self.shape!r}.")
+        if self.shape == "square" and (len(self.min_sizes) > 1 or self.augment.mosaic or self.augment.scale_jitter):
+            raise DistillError(
+                "data.resize=square: all images of a batch need one size, which detectors without padding expect, got "
+                f"data.min_size={list(self.min_sizes)}, data.augment.mosaic={self.augment.mosaic} and "
+                f"data.augment.scale_jitter={self.augment.scale_jitter}. Give one size, and set "
+                "data.augment.mosaic=0 and data.augment.scale_jitter=null."
+            )
 
-    def resize(self, image: Tensor, min_size: int | None = None) -> Tensor:
-        """Resize an image without augmentation. ``min_size`` defaults to the last of ``min_sizes``."""
-        old = (image.shape[-2], image.shape[-1])
-        new = resized_size(old, min_size or self.min_sizes[-1], self.max_size)
-        return resize_image(image, new, self.antialias)
+    def resize(self, image: Tensor) -> Tensor:
+        """Resize an image without augmentation, see `fit`."""
+        return resize_image(image, self.fit((image.shape[-2], image.shape[-1])), self.antialias)
+
+    def fit(self, size: Size, choice: int = -1) -> Size:
+        """Return (height, width) of an image of some size after the resize to ``min_sizes[choice]``."""
+        return resized_size(size, self.min_sizes[choice], self.max_size, self.shape)
 
     def draw_partners(self, image_id: int, epoch: int, count: int) -> list[int]:
         """Return the indices, below ``count``, of the images that join an image in a mosaic. Usually there are none."""
@@ -149,7 +163,7 @@ class Transform:
         # Both numbers are always drawn, in this order, so that one option does not change the random numbers of
         # another.
         choice, mirrored = int(rng.integers(len(self.min_sizes))), bool(rng.random() < self.flip)
-        fit = partial(resized_size, min_size=self.min_sizes[choice], max_size=self.max_size)
+        fit = partial(self.fit, choice=choice)
         if self.augment.is_on(epoch):
             images = [LoadedImage(image, target, original_size, codes), *partners]
             image, target = self.augment(images, fit, self.antialias, streams)

@@ -35,13 +35,17 @@ class Detector(nn.Module):
     """torchvision's enum of weights of this family, with a ResNet-50."""
     coco_eps: ClassVar[float] = 0.0
     """Epsilon of the norms for the enum's COCO_V1. torchvision's builders set 0, except the builder of FCOS."""
-    class_layers: ClassVar[Mapping[str, int]]
-    """Name of a layer whose output rows belong to classes -> number of consecutive rows per class.
+    class_layers: Mapping[str, int]
+    """Name of a layer whose rows belong to classes -> number of consecutive rows per class.
 
-    The rows of the background come first. In a dense head the rows repeat for each anchor.
+    `rows_around` names further rows. In a dense head all rows repeat for each anchor.
     """
+    float32_parts: ClassVar[Sequence[str]] = ()
+    """Names of modules of `net` that keep float32 in a teacher of a lower precision, because they compute boxes."""
     view_class: type[LazyView]
     """The View of the family, or of the detector's options."""
+    body_path: ClassVar[str] = "backbone.body"
+    """Name of the backbone's body in `net`."""
 
     net: Any
 
@@ -124,6 +128,26 @@ class Detector(nn.Module):
         """Class names in label order; label 0 is background."""
         return self.spec.classes
 
+    def rows_around(self, layer: str) -> tuple[int, int]:
+        """Return how many groups of rows a layer of `class_layers` has before and behind those of the classes.
+
+        torchvision's layers have one before them: the background, which has label 0.
+        """
+        return 1, 0
+
+    def read_published(self, source: str) -> Any:
+        """Read weights in a format of the library that this family comes from, other than torchvision.
+
+        Returns:
+            A `weights.Source`, or None if `source` names no such weights.
+        """
+        return None
+
+    @property
+    def body(self) -> Any:
+        """The part of the network that computes the maps C2 to C5."""
+        return self.net.get_submodule(self.body_path)
+
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
@@ -138,7 +162,7 @@ class Detector(nn.Module):
         """Set the mode as in torch. Frozen stages stay in evaluation mode, so that their statistics do not change."""
         super().train(mode)
         for name in self._frozen:
-            self.net.backbone.body.get_submodule(name).eval()
+            self.body.get_submodule(name).eval()
         return self
 
     def pixels(self, device: torch.device) -> tuple[Tensor, Tensor]:

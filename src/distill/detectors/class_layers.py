@@ -59,16 +59,20 @@ def count_outputs(detector: Detector, state: State) -> int | None:
 def _select_rows(detector: Detector, state: State, classes: int, labels: Sequence[int]) -> dict[str, Tensor]:
     """Select the rows of `labels`, which holds, for each label of the detector, its label among the state's `classes`.
 
-    Label 0 is the background. Label 0 means that the state does not know the class.
+    Label 0 is the background. For a class, label 0 means that the state does not know it.
     """
     current = detector.net.state_dict()
-    unknown = [label for label, known in enumerate(labels) if label and not known]
     selected = {}
     for layer, rows in detector.class_layers.items():
+        before, behind = detector.rows_around(layer)
+        groups = before + classes + behind
+        unknown = [before + index for index, known in enumerate(labels[1:]) if not known]
+        of_classes = [max(0, before + known - 1) for known in labels[1:]]
+        chosen = [*range(before), *of_classes, *range(before + classes, groups)]
         for name in (f"{layer}.weight", f"{layer}.bias"):
-            if name not in state or len(state[name]) % ((classes + 1) * rows):
+            if name not in state or len(state[name]) % (groups * rows):
                 continue  # `fit` reports the error
-            values = state[name].reshape(-1, classes + 1, rows, *state[name].shape[1:])[:, list(labels)]
+            values = state[name].reshape(-1, groups, rows, *state[name].shape[1:])[:, chosen]
             if values.flatten(0, 2).shape == current[name].shape:
                 values[:, unknown] = current[name].reshape(values.shape)[:, unknown].to(values.dtype)
             selected[name] = values.flatten(0, 2)

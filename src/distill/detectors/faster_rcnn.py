@@ -217,7 +217,7 @@ class FasterRCNN(PyramidDetector):
 
     family = "faster_rcnn"
     enum = FasterRCNN_ResNet50_FPN_Weights
-    class_layers: ClassVar[Mapping[str, int]] = {
+    class_layers: Mapping[str, int] = {
         "roi_heads.box_predictor.cls_score": 1,
         "roi_heads.box_predictor.bbox_pred": 4,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +202,7 @@ class FCOS(DenseDetector):
     family = "fcos"
     enum = FCOS_ResNet50_FPN_Weights
     coco_eps = 1e-5
-    class_layers: ClassVar[Mapping[str, int]] = {"head.classification_head.cls_logits": 1}
+    class_layers: Mapping[str, int] = {"head.classification_head.cls_logits": 1}
     view_class = FCOSView
     passed_on = (
         "center_sampling_radius",

@@ -6,8 +6,6 @@ from distill.detectors.base import Detector
 from distill.detectors.class_layers import class_rows
 from distill.types import DistillError
 
-BODY = "backbone.body."
-
 
 def inherit(student: Detector, teacher: Detector) -> list[str]:
     """Copy the teacher's layers into the student, except the layers of the backbone's body.
@@ -27,7 +25,8 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
             f"init=inherit: expected pyramids of equal strides, got the student's {student_strides} and the "
             f"teacher's {teacher_strides}. Choose a teacher of the same family, or set init=scratch"
         )
-    student_state = {name: value for name, value in student.net.state_dict().items() if not name.startswith(BODY)}
+    body = f"{student.body_path}."
+    student_state = {name: value for name, value in student.net.state_dict().items() if not name.startswith(body)}
     teacher_state = dict(teacher.net.state_dict())
     if student.classes != teacher.classes:
         remedy = "set init=scratch, or choose another teacher"

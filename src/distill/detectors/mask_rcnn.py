@@ -109,7 +109,7 @@ class MaskRCNN(FasterRCNN):
 
     family = "mask_rcnn"
     enum = MaskRCNN_ResNet50_FPN_Weights
-    class_layers: ClassVar[Mapping[str, int]] = {
+    class_layers: Mapping[str, int] = {
         **FasterRCNN.class_layers,
         "roi_heads.mask_predictor.mask_fcn_logits": 1,
     }

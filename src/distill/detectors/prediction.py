@@ -69,7 +69,7 @@ def predict_images(
     for number, given in enumerate(images):
         image = as_tensor(given, number)
         original = (image.shape[-2], image.shape[-1])
-        size = resized_size(original, *limits)
+        size = resized_size(original, *limits, resize.shape)
         group = waiting[padded_size([size], resize.pad_to)]
         group.append(_Resized(number, resize_image(image, size, resize.antialias), original))
         if len(group) == batch_size:

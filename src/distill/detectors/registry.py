@@ -10,10 +10,12 @@ import torch
 
 from distill import plugins
 from distill.detectors.base import Detector, import_path
+from distill.detectors.dfine import DFine
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.retinanet import RetinaNet
+from distill.detectors.rtdetr import RTDETR
 from distill.detectors.state_dicts import fit, fit_sizes
 from distill.detectors.student_files import read_file, weights_file
 from distill.imaging.resizing import read_resize_options
@@ -21,7 +23,9 @@ from distill.run_folder import DESCRIPTION
 from distill.type_checks import type_errors
 from distill.types import DistillError
 
-FAMILIES: dict[str, type[Detector]] = {family.family: family for family in (FasterRCNN, MaskRCNN, RetinaNet, FCOS)}
+FAMILIES: dict[str, type[Detector]] = {
+    family.family: family for family in (FasterRCNN, MaskRCNN, RetinaNet, FCOS, RTDETR, DFine)
+}
 """Family name -> class. A new family of distill adds one entry; other families are named by the path of their class."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -263,7 +263,7 @@ class RetinaNet(DenseDetector):
 
     family = "retinanet"
     enum = RetinaNet_ResNet50_FPN_Weights
-    class_layers: ClassVar[Mapping[str, int]] = {"head.classification_head.cls_logits": 1}
+    class_layers: Mapping[str, int] = {"head.classification_head.cls_logits": 1}
     view_class = RetinaNetView
     passed_on = ("fg_iou", "bg_iou", "topk", "score_thresh", "nms_thresh", "detections_per_img", "min_size", "max_size")
     anchor_defaults = ANCHORS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from distill.detectors.base import Detector
 from distill.detectors.class_layers import count_outputs
 from distill.detectors.state_dicts import State
 from distill.types import DistillError
+
+
+class NoWeights(Enum):
+    """Stands for torchvision's enum in a family of which torchvision publishes no weights."""
+
 
 OTHER_PARTS = {
     **dict.fromkeys(
@@ -100,6 +106,8 @@ def is_coco_state(detector: Detector, state: State) -> bool:
     This is so if it has their number of outputs. A detector with as many classes under other names decides otherwise:
     the file is then taken to have the detector's classes.
     """
+    if detector.enum is NoWeights:
+        return False
     names = categories(detector.enum.COCO_V1)
     if count_outputs(detector, state) != len(names) + 1:
         return False

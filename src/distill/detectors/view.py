@@ -231,20 +231,17 @@ class LazyView:
         return results
 
 
-class PyramidView(LazyView):
-    """The part of `distill.types.View` that detectors with a feature pyramid and a dense head share."""
+class NeckView(LazyView):
+    """The part of `distill.types.View` that detectors with a feature pyramid share."""
 
-    outputs = LazyView.outputs | {"neck", "anchors", "deltas", "anchor_targets", "anchor_boxes", "roi_features"}
+    outputs = LazyView.outputs | {"neck", "roi_features"}
 
-    @network
+    @property
     def neck(self) -> Pyramid:
         """The feature pyramid: nominal stride -> map."""
-        fpn = self.net.backbone.fpn
-        stages = list(self.body.values())[-len(fpn.inner_blocks) :]
-        maps = fpn({str(index): x for index, x in enumerate(stages)})
-        return dict(zip(self.spec.neck, maps.values(), strict=True))
+        raise NotImplementedError
 
-    def with_neck(self, maps: Pyramid, targets: Sequence[Target] | None = None) -> PyramidView:
+    def with_neck(self, maps: Pyramid, targets: Sequence[Target] | None = None) -> NeckView:
         """Return a View of the same detector and images with other maps as its neck, and other targets if given.
 
         Its stages record gradients to the maps, also where this View is frozen.
@@ -255,26 +252,6 @@ class PyramidView(LazyView):
         view._autocast = self._autocast
         vars(view)["neck"] = dict(maps)
         return view
-
-    @geometry
-    def anchors(self) -> dict[int, Tensor]:
-        """Stride -> (H*W*A, 4) float32 in the order (row, column, anchor). All images share the anchors."""
-        # Every stage halves the size and rounds up. The image size therefore gives the grids, without a forward pass.
-        height, width = self.batch.images.shape[-2:]
-        grids = [(math.ceil(height / stride), math.ceil(width / stride)) for stride in self.spec.neck]
-        generator = self.generator
-        if generator.cell_anchors[0].dtype != torch.float32:  # torchvision's forward pass rounds them under autocast
-            generator.cell_anchors = list(map(generator.generate_anchors, generator.sizes, generator.aspect_ratios))
-        # The anchors get the dtype of the maps. These empty maps are float32.
-        maps = [torch.empty((), device=self.device).expand(1, 1, *grid) for grid in grids]
-        (flat,) = generator(ImageList(self.batch.images, [(height, width)]), maps)
-        counts = [h * w * a for (h, w), a in zip(grids, self.spec.anchors.values(), strict=True)]
-        return dict(zip(self.spec.neck, flat.split(counts), strict=True))
-
-    @property
-    def generator(self) -> Any:
-        """torchvision's AnchorGenerator of this family."""
-        raise NotImplementedError
 
     @property
     def pool(self) -> Any:
@@ -314,6 +291,40 @@ class PyramidView(LazyView):
         if key not in self._kept:
             self._kept[key] = tuple(boxes), compute(boxes)
         return cast(T, self._kept[key][1])
+
+
+class PyramidView(NeckView):
+    """The part of `distill.types.View` that torchvision's detectors share: a pyramid with anchors and a dense head."""
+
+    outputs = NeckView.outputs | {"anchors", "deltas", "anchor_targets", "anchor_boxes"}
+
+    @network
+    def neck(self) -> Pyramid:
+        """The feature pyramid: nominal stride -> map."""
+        fpn = self.net.backbone.fpn
+        stages = list(self.body.values())[-len(fpn.inner_blocks) :]
+        maps = fpn({str(index): x for index, x in enumerate(stages)})
+        return dict(zip(self.spec.neck, maps.values(), strict=True))
+
+    @geometry
+    def anchors(self) -> dict[int, Tensor]:
+        """Stride -> (H*W*A, 4) float32 in the order (row, column, anchor). All images share the anchors."""
+        # Every stage halves the size and rounds up. The image size therefore gives the grids, without a forward pass.
+        height, width = self.batch.images.shape[-2:]
+        grids = [(math.ceil(height / stride), math.ceil(width / stride)) for stride in self.spec.neck]
+        generator = self.generator
+        if generator.cell_anchors[0].dtype != torch.float32:  # torchvision's forward pass rounds them under autocast
+            generator.cell_anchors = list(map(generator.generate_anchors, generator.sizes, generator.aspect_ratios))
+        # The anchors get the dtype of the maps. These empty maps are float32.
+        maps = [torch.empty((), device=self.device).expand(1, 1, *grid) for grid in grids]
+        (flat,) = generator(ImageList(self.batch.images, [(height, width)]), maps)
+        counts = [h * w * a for (h, w), a in zip(grids, self.spec.anchors.values(), strict=True)]
+        return dict(zip(self.spec.neck, flat.split(counts), strict=True))
+
+    @property
+    def generator(self) -> Any:
+        """torchvision's AnchorGenerator of this family."""
+        raise NotImplementedError
 
     @property
     def deltas(self) -> Pyramid:

@@ -36,6 +36,8 @@ MEANING = (
     *("pixels.mean", "pixels.std", "backbone.stride_in_1x1", "anchors.sizes", "anchors.ratios"),
     *("box_sampling_ratio", "p6_from", "backbone.groups", "backbone.group_width"),
     *("neck_norm", "rpn_convs", "box_convs", "head_norm"),
+    *("strides", "encoder_heads", "encoder_expansion", "encoder_depth", "decoder_heads", "decoder_points"),
+    *("bins", "bin_curve", "version"),
     *anchors.DEFAULTS,
 )
 """Dotted paths of options that change the results of weights, although the weights load with any value."""
@@ -156,7 +158,7 @@ def load_backbone(detector: Detector, source: str) -> list[str]:
         DistillError: the weights cannot be read or fetched, or do not fit.
     """
     backbone, depth, width = (detector.options["backbone"][name] for name in ("name", "depth", "width"))
-    body = detector.net.backbone.body
+    body = detector.body
     if backbone.startswith(TIMM):
         state = _timm_state(backbone.removeprefix(TIMM), source)
     else:
@@ -187,7 +189,10 @@ def _timm_state(name: str, source: str) -> State:
 
 
 def read_source(source: str, detector: Detector) -> Source:
-    """Read the weights of a whole detector from torchvision or a file, with the facts that are known about them."""
+    """Read the weights of a whole detector from a library or a file, with the facts that are known about them."""
+    published: Source | None = detector.read_published(source)
+    if published is not None:
+        return published
     if entry := find_entry(source, detector.enum):
         eps = detector.coco_eps if entry is detector.enum.COCO_V1 else 1e-5
         known = {"backbone.norm": "frozen", "backbone.norm_eps": eps, **entry_options(entry)}

@@ -20,7 +20,7 @@ from distill.data.datamodule import DetectionData
 from distill.data.records import Records
 from distill.diagnostics.memory import peak
 from distill.diagnostics.sampled_evaluation import synchronize
-from distill.imaging.resizing import padded_size, resized_size
+from distill.imaging.resizing import padded_size
 from distill.precision import autocast_context
 from distill.training.callbacks.term_check import largest_gradient
 from distill.training.distiller import Distiller, StepResult
@@ -76,7 +76,7 @@ def padding_share(data: DetectionData) -> float:
     (images, batches), transform = data.labeled_batches(), data.train_transform
     used = total = 0
     for keys in batches:
-        sizes = [resized_size(images.size(index), transform.min_sizes[-1], transform.max_size) for _, index in keys]
+        sizes = [transform.fit(images.size(index)) for _, index in keys]
         height, width = padded_size(sizes, data.pad_to)
         total += height * width * len(sizes)
         used += sum(h * w for h, w in sizes)

@@ -80,7 +80,7 @@ class ExportedDetector:
         """Outputs of a dense file for an image (3, H, W), and the size of the resized image."""
         rule, canvas = self.facts["resize"], self.facts["canvas"]
         original = (image.shape[-2], image.shape[-1])
-        size = resized_size(original, rule["min_size"], rule["max_size"])
+        size = resized_size(original, rule["min_size"], rule["max_size"], rule.get("shape", "ratio"))
         if size[0] > canvas[0] or size[1] > canvas[1]:
             raise DistillError(
                 f"{self.path.name}: an image of {original[1]}x{original[0]} pixels is resized to {size[1]}x{size[0]}, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distill.export.extras import import_extra
+from distill.extras import import_extra
 from distill.types import DistillError
 
 EXTRA = "hub"

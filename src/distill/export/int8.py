@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.export.extras import import_extra
 from distill.export.metadata import to_strings
 from distill.export.onnx_file import EXTRA
+from distill.extras import import_extra
 from distill.types import DistillError
 
 LAYERS = ("Conv", "Gemm")

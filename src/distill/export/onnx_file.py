@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.export.extras import import_extra
 from distill.export.metadata import from_strings, to_strings
+from distill.extras import import_extra
 from distill.types import DistillError
 
 OPSETS = range(16, 21)

@@ -17,7 +17,6 @@ from distill.detectors.student_files import save_safetensors
 from distill.diagnostics.cost import folded_copy
 from distill.export.dense import DenseProgram
 from distill.export.exported import ExportedDetector
-from distill.export.extras import import_extra
 from distill.export.graphs import Canvas, DenseGraph, FullGraph
 from distill.export.int8 import quantize
 from distill.export.metadata import describe_file
@@ -28,6 +27,7 @@ from distill.export.openvino_file import convert_to_openvino
 from distill.export.proof import Detect, ValidationImages, detect_by
 from distill.export.torchscript_file import export_torchscript
 from distill.export.torchvision_code import detect_with_torchvision, torchvision_code, torchvision_state
+from distill.extras import import_extra
 from distill.files import write_text
 from distill.imaging.resizing import padded_size, resized_size
 from distill.progress import track
@@ -142,7 +142,7 @@ def choose_canvas(detector: Detector, options: ExportOptions, data: DetectionDat
         return Canvas(*options.canvas)
     images = data.dataset("val", training=False)
     limits = detector.options["min_size"], detector.options["max_size"]
-    sizes = [resized_size(images.size(index), *limits) for index in range(len(images))]
+    sizes = [resized_size(images.size(index), *limits, detector.resize.shape) for index in range(len(images))]
     return Canvas(*padded_size(sizes, detector.resize.pad_to))
 
 

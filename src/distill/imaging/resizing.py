@@ -19,6 +19,8 @@ from torchvision.transforms.v2 import functional as F
 
 from distill.types import DistillError, Size
 
+SHAPES = ("ratio", "square")
+
 
 class ResizeOptions(NamedTuple):
     """How images are resized and padded, besides the sizes."""
@@ -27,6 +29,8 @@ class ResizeOptions(NamedTuple):
     """Whether a low-pass filter is applied before an image is reduced."""
     pad_to: int = 32
     """The sides of a padded image are multiples of this number of pixels."""
+    shape: str = "ratio"
+    """``ratio`` keeps the ratio of the sides; ``square`` gives both sides the length of the shorter one."""
 
 
 def read_resize_options(options: Mapping[str, Any]) -> ResizeOptions:
@@ -39,19 +43,24 @@ def read_resize_options(options: Mapping[str, Any]) -> ResizeOptions:
         resize = ResizeOptions(**options)
         if not (isinstance(resize.antialias, bool) and isinstance(resize.pad_to, int) and resize.pad_to > 0):
             raise ValueError("antialias is true or false, pad_to a number of pixels")
+        if resize.shape not in SHAPES:
+            raise ValueError(f"shape is {' or '.join(SHAPES)}")
     except (TypeError, ValueError) as error:
         raise DistillError(f"expected 'resize': {error}") from error
     return resize
 
 
-def resized_size(size: Size, min_size: int, max_size: int) -> Size:
+def resized_size(size: Size, min_size: int, max_size: int, shape: str = "ratio") -> Size:
     """Return (height, width) after the resize. No side is below one pixel.
 
     Args:
         size: (height, width) of the original image.
         min_size: wanted length of the shorter side.
         max_size: greatest length of the longer side. It takes precedence over ``min_size``.
+        shape: see `ResizeOptions`. With ``square``, both sides have the length of the smaller limit.
     """
+    if shape == "square":
+        return min(min_size, max_size), min(min_size, max_size)
     scale = min(min_size / min(size), max_size / max(size))
     height, width = (max(1, math.floor(side * scale)) for side in size)
     return height, width

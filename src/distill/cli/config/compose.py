@@ -93,14 +93,25 @@ def register_options() -> None:
     config_folders.register()
 
 
+SQUARE = ("distill.RTDETR", "distill.DFine")
+"""Detectors that see padding as image. Where one takes part, all images are resized to squares."""
+
+
+def resize_of(*detectors: str | None) -> str:
+    """The value of ``data.resize`` for the classes of a student and its teacher."""
+    return "square" if set(detectors) & set(SQUARE) else "ratio"
+
+
 def register_resolvers() -> None:
     """Register distill's own resolvers for configurations.
 
+    ``${resize_of:class,class}`` is the value of ``data.resize`` for the classes of student and teacher.
     ``${names:node}`` joins a mapping's keys, for the names of run folders; ``${sweep:mode,folder}`` is the name of a
     sweep's folder inside a sweep, and in the processes of its jobs, and null elsewhere. ``${configuration:overrides}``
     names a configuration without its seed, see `configuration_name`.
     """
     OmegaConf.register_new_resolver("configuration", configuration_name, replace=True)
+    OmegaConf.register_new_resolver("resize_of", resize_of, replace=True)
     OmegaConf.register_new_resolver("names", lambda node: "+".join(node) or "none", replace=True)
     OmegaConf.register_new_resolver(
         "sweep",

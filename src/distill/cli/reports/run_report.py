@@ -152,7 +152,9 @@ def finish_run(
     best = _load_best(trainer, module)
     device = trainer.strategy.root_device  # Lightning has moved the module back to the CPU
     if trainer.is_global_zero:
-        save_student(module.student, plan.folder.path, {"category_ids": data.category_ids, "resize": data.resize})
+        save_student(
+            module.student, plan.folder.path, {"category_ids": data.category_ids, "resize": data.resize_options}
+        )
     values: dict[str, float] = {}
     for split in splits:
         recorder = DetectionRecorder(data.ground_truth(split), data.classes)

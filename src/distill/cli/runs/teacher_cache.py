@@ -243,6 +243,8 @@ def run_config(overrides: Sequence[str]) -> DictConfig:
 def _cache_key(overrides: Sequence[str]) -> str:
     config = run_config(overrides)
     data = {name: value for name, value in to_containers(config.data).items() if name not in IGNORED_DATA}
+    if data.get("resize") == "ratio":  # an older version, whose teachers are cached, knew no other
+        del data["resize"]
     model = {name: value for name, value in to_containers(config.model).items() if name not in IGNORED_MODEL}
     content = {"data": data, "model": model, "schedule": to_containers(config.schedule), "seed": config.seed}
     content |= {"supervised": to_containers(config.supervised), "init": config.init}

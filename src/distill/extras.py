@@ -1,4 +1,4 @@
-"""Import of optional packages, which only some formats need and which extras of distill install."""
+"""Import of optional packages, which extras of distill install."""
 
 from __future__ import annotations
 

@@ -1,0 +1,274 @@
+"""The Views of set-prediction detectors: equal to transformers bit for bit, lazy, the same in any reading order."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.types import Batch, DistillError, QueryPoints, Target
+from helpers.detectors import QUERY_FAMILIES, gradients, query_detector, square_batch
+
+pytest.importorskip("transformers", reason="the extra detr is not installed")
+
+KINDS = [
+    pytest.param("rtdetr", {"version": 1}, id="rtdetr-1"),
+    pytest.param("rtdetr", {"version": 2}, id="rtdetr-2"),
+    pytest.param("dfine", {}, id="dfine"),
+    pytest.param(
+        "dfine",
+        {"backbone": {"name": "hgnet_b0", "width": 0.25}, "strides": [16, 32], "decoder_points": [2, 3]},
+        id="dfine-two-levels",
+    ),
+]
+
+
+def without_boxes(data: Batch) -> Batch:
+    return replace(data, targets=tuple(Target(target.boxes[:0], target.labels[:0]) for target in data.targets))
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize(("family", "options"), KINDS)
+def test_losses_and_gradients_equal_the_librarys_bit_for_bit(family: str, options: dict[str, Any]) -> None:
+    """In training mode, with denoising queries, and with the statistics of all norms."""
+    detector, data = query_detector(family, criterion="library", **options), square_batch()
+    reference = copy.deepcopy(detector.net)
+    torch.manual_seed(7)
+    view: Any = detector.view(data)
+    sum(view.library_terms.values()).backward()
+    torch.manual_seed(7)
+    expected = reference(data.images.float() / 255, labels=view.labels)
+    expected.loss.backward()
+    assert view.denoising is not None
+    assert list(view.library_terms) == list(expected.loss_dict)
+    assert_same(view.library_terms, expected.loss_dict)
+    assert torch.equal(sum(view.library_terms.values()), expected.loss)
+    theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    assert_same(gradients(detector), theirs)
+    assert len(theirs) > 100
+    assert_same(dict(detector.net.named_buffers()), dict(reference.named_buffers()))
+    assert torch.isclose(sum(view.losses.values()), expected.loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "options"), KINDS)
+def test_detections_equal_the_librarys_bit_for_bit(family: str, options: dict[str, Any]) -> None:
+    from transformers import RTDetrImageProcessor
+
+    detector, data = query_detector(family, detections_per_img=20, **options).eval(), square_batch()
+    view = detector.view(data, training=False, frozen=True)
+    with torch.no_grad():
+        outputs = detector.net(data.images.float() / 255)
+    sizes = torch.tensor(data.original_sizes)
+    expected = RTDetrImageProcessor().post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+    for actual, other in zip(view.detections, expected, strict=True):
+        assert len(actual.boxes) == 20
+        assert torch.equal(actual.boxes, other["boxes"])
+        assert torch.equal(actual.scores, other["scores"])
+        assert torch.equal(actual.labels - 1, other["labels"])
+    dense = torch.cat([x.flatten(2).transpose(1, 2) for x in view.class_logits.values()], dim=1)
+    assert torch.equal(dense, outputs.enc_outputs_class)
+    assert {stride: tuple(x.shape[2:]) for stride, x in view.class_logits.items()} == {
+        stride: (96 // stride, 128 // stride) for stride in detector.spec.neck
+    }
+
+
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
+def test_the_own_criterion_gives_every_layer_a_gradient(family: str) -> None:
+    """transformers' loss of D-FINE gives the last but one layer none."""
+    detector, data = query_detector(family), square_batch()
+    view = detector.view(data, seed=1)
+    layers = view.queries
+    kept = [x for layer in layers for x in layer[:4] if x is not None]
+    for x in kept:
+        x.retain_grad()
+    sum(view.losses.values()).backward()
+    assert len(layers) == 3
+    assert all((layer.corners is None) == (family == "rtdetr") for layer in layers)
+    for layer in layers:
+        assert layer.logits.grad.abs().sum() > 0
+        assert layer.boxes.grad.abs().sum() > 0
+        if layer.corners is not None:
+            assert layer.corners.grad.abs().sum() > 0
+    assert not [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
+@pytest.mark.parametrize("criterion", ["own", "library"])
+def test_a_batch_without_any_box_leaves_no_parameter_without_a_gradient(family: str, criterion: str) -> None:
+    detector = query_detector(family, criterion=criterion)
+    losses = detector.view(without_boxes(square_batch())).losses
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert not [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
+def test_reading_order_changes_nothing(family: str) -> None:
+    detector, data = query_detector(family), square_batch()
+    buffers = {name: value.clone() for name, value in detector.net.named_buffers()}
+    reference: Any = None
+    for order in itertools.permutations(("losses", "queries", "class_logits")):
+        detector.net.load_state_dict(buffers, strict=False)
+        torch.manual_seed(3)
+        view = detector.view(data)
+        for stage in order:
+            getattr(view, stage)
+        sum(view.losses.values()).backward()
+        values = dict(view.losses) | {"boxes": view.queries[-1].boxes}, gradients(detector)
+        reference = reference or values
+        assert_same(values[0], reference[0])
+        assert_same(values[1], reference[1])
+
+
+def test_a_seeded_view_leaves_the_global_stream_alone() -> None:
+    detector, data = query_detector("rtdetr"), square_batch()
+    before = torch.get_rng_state()
+    losses = [sum(detector.view(data, seed=seed).losses.values()) for seed in (1, 1, 2)]
+    assert torch.equal(before, torch.get_rng_state())
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
+def test_only_what_is_read_is_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector, calls = query_detector(family), dict.fromkeys(("body", "encoder", "scores", "boxes", "decoder"), 0)
+    model = detector.net.model
+    parts = (model.backbone.model, model.encoder, model.enc_score_head, model.enc_bbox_head, model.decoder)
+
+    def counting(name: str, forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return forward(*args, **kwargs)
+
+        return run
+
+    for name, part in zip(calls, parts, strict=True):
+        monkeypatch.setattr(part, "forward", counting(name, part.forward))
+    view, ran = detector.view(square_batch()), []
+    for stage in ("body", "neck", "class_logits", "query_points", "queries", "losses"):
+        getattr(view, stage)
+        ran.append([name for name, count in calls.items() if count])
+    names = list(calls)
+    assert ran == [names[:1], names[:2], names[:3], names[:4], names, names]
+    assert set(calls.values()) == {1}
+
+
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
+def test_a_frozen_view_gives_every_layer_and_changes_no_buffer(family: str) -> None:
+    detector, data = query_detector(family).eval(), square_batch()
+    buffers = {name: value.clone() for name, value in detector.net.named_buffers()}
+    view = detector.view(data, frozen=True)
+    layers = view.queries
+    assert len(layers) == 3
+    assert not any(x.requires_grad for layer in layers for x in layer if x is not None)
+    assert_same(dict(detector.net.named_buffers()), buffers)
+    assert not any(module.training for module in detector.net.modules())
+    boxes = [target.boxes for target in data.targets]
+    assert view.roi_features(boxes).shape == (6, 32, 7, 7)
+    for image, (queries, objects) in enumerate(view.query_targets[0]):
+        count = len(data.targets[image].labels)
+        assert sorted(objects.tolist()) == list(range(count))
+        assert len(set(queries.tolist())) == count
+
+
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
+def test_the_decoder_starts_from_any_points(family: str) -> None:
+    """From its own it gives its own queries; a gradient reaches decoder and encoder from others, of any number."""
+    detector, data = query_detector(family).eval(), square_batch()
+    view = detector.view(data, training=False)
+    for again, layer in zip(view.decode(view.query_points), view.queries, strict=True):
+        torch.testing.assert_close(again.boxes, layer.boxes, rtol=0, atol=1e-5)
+        torch.testing.assert_close(again.logits, layer.logits, rtol=0, atol=1e-4)
+    cells, boxes = view.query_points
+    points = QueryPoints(cells.repeat(1, 2), boxes.flip(1).repeat(1, 2, 1))
+    layers = view.decode(points)
+    assert layers[-1].logits.shape == (3, 40, 3)
+    layers[-1].logits.sum().backward()
+    body = next(detector.body.parameters())
+    assert body.grad is not None
+    assert body.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
+def test_boxes_are_float32_in_bfloat16(family: str) -> None:
+    from distill.teacher import Teacher
+
+    detector, data = query_detector(family), square_batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        view = detector.view(data)
+        losses = view.losses
+    assert view.neck[16].dtype == torch.bfloat16
+    assert {x.dtype for layer in view.queries for x in layer if x is not None} == {torch.float32}
+    assert {x.dtype for x in view.class_logits.values()} == {torch.float32}
+    assert all(value.isfinite() for value in losses.values())
+    exact = Teacher(detector, dtype="float32").view(data).queries[-1].boxes
+    teacher = Teacher(detector, dtype="bfloat16")
+    rounded = teacher.view(data)
+    assert rounded.neck[16].dtype == torch.bfloat16
+    assert next(teacher.optimized(torch.device("cpu")).net.model.decoder.parameters()).dtype == torch.float32
+    assert rounded.queries[-1].boxes.dtype == torch.float32
+    assert exact.shape == rounded.queries[-1].boxes.shape
+
+
+def test_training_works_after_evaluation_in_inference_mode() -> None:
+    """The library caches start boxes and position codes; tensors of inference mode must not be among them."""
+    detector, data = query_detector("rtdetr"), square_batch(((64, 160), (64, 160)))
+    with torch.inference_mode():
+        assert detector.view(data, training=False).detections
+    copy.deepcopy(detector)
+    sum(detector.view(data).losses.values()).backward()
+    assert gradients(detector)
+
+
+def test_thresholds_can_be_given() -> None:
+    view = query_detector("rtdetr").view(square_batch(), training=False)
+    default = view.predictions()
+    assert {len(image.boxes) for image in default} == {60}
+    assert [len(image.boxes) for image in view.predictions(top=7)] == [7, 7, 7]
+    middle = default[0].scores[10].item()
+    assert len(view.predictions(score=middle)[0].boxes) == 11
+    few = view.predictions(nms=0.3, top=5)
+    assert all(len(image.boxes) <= 5 for image in few)
+    assert all(image.labels.min() >= 1 and image.labels.max() <= 3 for image in default)
+
+
+def test_images_and_queries_that_do_not_fit_are_refused() -> None:
+    detector = query_detector("rtdetr")
+    with pytest.raises(DistillError, match=r"multiples of 32 pixels.*100 x 128.*data\.resize=square"):
+        _ = detector.view(square_batch(((100, 128),))).neck
+    with pytest.raises(DistillError, match=r"84 cells.*model\.queries=84"):
+        _ = query_detector("rtdetr", queries=100).view(square_batch(((64, 64),))).queries
+    with pytest.raises(DistillError, match=r"min_size, max_size: expected multiples of 32.*100 and 128"):
+        query_detector("rtdetr", min_size=100)
+    view = detector.view(square_batch())
+    with pytest.raises(DistillError, match=r"view\.anchors: the detector is a rtdetr, which has no anchors"):
+        _ = view.anchors
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("family", "options"), KINDS)
+def test_one_batch_can_be_learned_by_heart(family: str, options: dict[str, Any]) -> None:
+    detector, data = query_detector(family, denoising=0, **options), square_batch(((128, 128), (128, 128)))
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
+    for _ in range(250):
+        optimizer.zero_grad()
+        sum(detector.view(data).losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
+        optimizer.step()
+    found, truth = detector.view(data).predictions(top=3)[0], data.targets[0]
+    from torchvision.ops import box_iou
+
+    best = box_iou(truth.boxes, found.boxes).max(dim=1)
+    assert best.values.min() > 0.7
+    assert torch.equal(found.labels[best.indices], truth.labels)
+    assert found.scores.min() > 0.5
