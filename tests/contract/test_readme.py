@@ -104,7 +104,7 @@ def keys() -> set[str]:
     """Every key that some choice of options has."""
     found: set[str] = set()
     lines = [
-        *([f"model={option}", "distill=none"] for option in ("mask_rcnn", "retinanet", "fcos")),
+        *([f"model={option}", "distill=none"] for option in ("mask_rcnn", "retinanet", "fcos", "rtdetr", "dfine")),
         *([f"data={option}", "distill=none"] for option in ("coco", "voc")),
         [f"distill=[{','.join(OPTIONS)}]", "trainer=ddp", "logger=wandb", "callbacks=ema", "schedule=sgd"],
     ]
@@ -152,7 +152,10 @@ def test_keys_and_options_exist(page: str) -> None:
     assert not wrong
 
 
-MODELS = sorted(set(compose.config_groups()["model"]) - {"base"})
+MODELS = sorted(
+    name for name in compose.config_groups()["model"] if name != "base" and not name.startswith(("rtdetr", "dfine"))
+)
+"""Models whose backbone has ImageNet weights of torchvision."""
 
 
 @pytest.mark.parametrize("option", mostly_exhaustive(MODELS, MODELS[::6]))

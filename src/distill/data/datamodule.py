@@ -278,13 +278,8 @@ class DetectionData(L.LightningDataModule):
     @property
     def resize_options(self) -> dict[str, Any]:
         """The other settings of the resize for evaluation, which a deployed student needs too."""
-        shape = self.eval_transform.shape
-        # An older version knew only the ratio. The fingerprints of its runs stay valid.
-        return {
-            "antialias": self.eval_transform.antialias,
-            "pad_to": self.pad_to,
-            **({} if shape == "ratio" else {"shape": shape}),
-        }
+        transform = self.eval_transform
+        return {"antialias": transform.antialias, "pad_to": self.pad_to, "shape": transform.shape}
 
     def fingerprint(self, split: Split) -> str:
         """Return the SHA-256 hash of a split as evaluation sees it.
@@ -294,7 +289,9 @@ class DetectionData(L.LightningDataModule):
         contrast, is not valid for other image files with the same annotations.
         """
         records = self.records(split)
-        seen = self.classes, self.input_size, self.resize_options
+        # An older version knew only the ratio. The fingerprints of its runs stay valid.
+        resize = {name: value for name, value in self.resize_options.items() if (name, value) != ("shape", "ratio")}
+        seen = self.classes, self.input_size, resize
         facts = [records.files.texts(), digest_records(records, self.masks), *seen]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -104,16 +104,16 @@ class DFine(SetPredictionDetector):
             raise DistillError(
                 f"bins, bin_curve: expected an even number from 4 and one above 0, got {bins}, {bin_curve}"
             )
+        decoder_points = points  # in the description in one form
         super().__init__(locals())
         self.set_criterion = SetCriterion(bins=CornerBins(bins + 1, CORNER_LIMIT, bin_curve), union=True)
 
     def build(self, library: Any, body: Any, channels: Sequence[int], options: Mapping[str, Any]) -> Any:
         """Build transformers' D-FINE."""
-        points = options["decoder_points"]
         return library.DFineForObjectDetection(
             library.DFineConfig(
                 backbone_config=body,
-                decoder_n_points=[points] * len(options["strides"]) if isinstance(points, int) else points,
+                decoder_n_points=options["decoder_points"],
                 depth_mult=options["encoder_depth"],
                 max_num_bins=options["bins"],
                 reg_scale=float(options["bin_curve"]),

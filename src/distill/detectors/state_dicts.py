@@ -68,6 +68,7 @@ def fit(
         DistillError: the message lists missing tensors, unexpected tensors, and tensors of another shape.
     """
     own = module.state_dict()
+    state = _with_tied(module, state)
     # Frozen batch norms ignore this buffer of batch norms.
     missing, unexpected = (
         [name for name in names if not name.endswith(".num_batches_tracked")]
@@ -91,6 +92,29 @@ def fit(
     ]
     if problems:
         raise DistillError("\n".join([f"{where}: the weights do not fit this {what}.", *problems, advice]))
+
+
+def without_tied(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a module with each parameter once, under the first of its names."""
+    repeated = {name for names in _tied_names(module) for name in names[1:]}
+    return {name: value for name, value in module.state_dict().items() if name not in repeated}
+
+
+def _tied_names(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [several for several in names.values() if len(several) > 1]
+
+
+def _with_tied(module: nn.Module, state: State) -> State:
+    """Add the other names of tied parameters, which files of transformers and of safetensors hold once."""
+    found = dict(state)
+    for names in _tied_names(module):
+        known = next((name for name in names if name in state), None)
+        found |= {name: state[known] for name in names if known is not None and name not in state}
+    return found
 
 
 def fit_sizes(module: nn.Module, state: State, where: str) -> None:

@@ -18,7 +18,7 @@ from distill.convert.formats import read_foreign
 from distill.detectors.base import Detector
 from distill.detectors.description import FORMAT, checkpoint_model, to_current_format
 from distill.detectors.foreign_files import find_config, warn_of_assumptions
-from distill.detectors.state_dicts import extract_state
+from distill.detectors.state_dicts import extract_state, without_tied
 from distill.files import atomic_write, load_tensors, read_json, write_text
 from distill.run_folder import DESCRIPTION, STUDENT, RunFolder
 from distill.types import DistillError
@@ -63,7 +63,7 @@ def save_safetensors(detector: Detector, folder: str | Path, extra: Mapping[str,
         The path of `student.safetensors`.
     """
     run, (save, _) = RunFolder(folder), _safetensors()
-    state = {name: value.detach().cpu().contiguous() for name, value in detector.net.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in without_tied(detector.net).items()}
     write_text(run.description, _description(detector, extra))
     content = save(state, {"format": "pt"})
     return atomic_write(run.student.with_suffix(SAFETENSORS), lambda file: file.write(content))

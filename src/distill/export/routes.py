@@ -113,6 +113,8 @@ class Route:
     """Module -> the extra that installs it."""
     folded: bool = True
     """Whether batch norms are folded into convolutions before the export."""
+    traced: bool = True
+    """Whether another program computes the network. Else the files hold weights for distill itself."""
 
 
 def write_export(
@@ -130,7 +132,13 @@ def write_export(
     Raises:
         DistillError: the format cannot express the detector. The message names the part.
     """
-    route, canvas = ROUTES[options.to], None if options.parts == "full" else choose_canvas(detector, options, data)
+    route = ROUTES[options.to]
+    if route.traced and "queries" in detector.spec.outputs:
+        raise DistillError(
+            f"--to {options.to}: a {detector.spec.family} samples its maps at learned points (GridSample), which this "
+            "export cannot write yet. Use --to safetensors; transformers' own tools export the network of the result"
+        )
+    canvas = None if options.parts == "full" else choose_canvas(detector, options, data)
     if route.folded:
         detector = folded_copy(detector, data.load_batch("val", [0]), torch.device("cpu")).eval()
     return route.write(detector, options, canvas, extra, folder)
@@ -248,7 +256,9 @@ ROUTES: dict[str, Route] = {
     "onnx": Route(_write_onnx, needs={"onnx": ONNX, "onnxruntime": ONNX}),
     "openvino": Route(_write_openvino, needs={"onnx": OPENVINO, "onnxruntime": OPENVINO, "openvino": OPENVINO}),
     "torchscript": Route(_write_torchscript, parts=("full",)),
-    "safetensors": Route(_write_safetensors, _open_detector, ("full",), {"safetensors": "hub"}, folded=False),
+    "safetensors": Route(
+        _write_safetensors, _open_detector, ("full",), {"safetensors": "hub"}, folded=False, traced=False
+    ),
     "torchvision": Route(_write_torchvision, _open_torchvision, ("full",), folded=False),
 }
 """Format -> how it is written."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from distill.types import DistillError
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
-SHAPES = ("step", "cosine", "one_cycle", "constant")
+SHAPES = ("step", "cosine", "one_cycle", "flat_cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Schedule:
     * `cosine`: half a cosine from 1 to 0,
     * `one_cycle`: half a cosine from 1/25 up to 1 over the first 30 % of the steps, then half a cosine down to 0 (Smith
       2018, in the form of torch's `OneCycleLR`),
+    * `flat_cosine`: 1 for the first `flat` of the steps, then half a cosine down to 0,
     * `constant`.
 
     Args:
@@ -41,11 +42,13 @@ class Schedule:
         shape: shape of the learning rate after the warm-up.
         milestones: epochs after which `step` multiplies the learning rate by `gamma`.
         gamma: factor of `step`, 0 or more.
+        flat: share of the steps before the descent of `flat_cosine`, from 0 to below 1.
         warmup_steps: length of the warm-up in optimizer steps.
         warmup_factor: factor of the learning rate at the first step of the warm-up, in [0, 1].
         base_batch: the learning rate is multiplied by (total batch / `base_batch`), where the total batch includes all
             processes and accumulated batches; None for no scaling.
         decay_norms: whether weight decay applies to norms and biases too.
+        backbone_rate: learning rate of the backbone's body, relative to that of the other layers.
         adapter_rate: learning rate of the distillation losses' own parameters, relative to that of the student.
         clip: L2 norm that the gradient is clipped to; None for no clipping.
         accumulate: batches per optimizer step.
@@ -63,10 +66,12 @@ class Schedule:
     shape: str = "step"
     milestones: Sequence[float] = (8, 11)
     gamma: float = 0.1
+    flat: float = 0.5
     warmup_steps: int = 500
     warmup_factor: float = 0.001
     base_batch: int | None = None
     decay_norms: bool = True
+    backbone_rate: float = 1.0
     adapter_rate: float = 1.0
     clip: float | None = None
     accumulate: int = 1
@@ -83,6 +88,8 @@ class Schedule:
             "steps": self.steps == -1 or self.steps >= 1,
             "gamma": 0 <= self.gamma < math.inf,
             "warmup_factor": 0 <= self.warmup_factor <= 1,
+            "flat": 0 <= self.flat < 1,
+            "backbone_rate": 0 <= self.backbone_rate < math.inf,
             "adapter_rate": 0 <= self.adapter_rate < math.inf,
             "clip": self.clip is None or self.clip > 0,
             "base_batch": self.base_batch is None or self.base_batch >= 1,
@@ -90,8 +97,8 @@ class Schedule:
         wrong = [f"{name}={getattr(self, name)}" for name, fine in ranges.items() if not fine]
         if wrong:
             raise DistillError(
-                f"schedule: {', '.join(wrong)}: expected steps of -1 or from 1, gamma and adapter_rate from 0, "
-                "warmup_factor in 0..1, clip above 0 or null, base_batch from 1 or null"
+                f"schedule: {', '.join(wrong)}: expected steps of -1 or from 1, gamma, backbone_rate and adapter_rate "
+                "from 0, warmup_factor in 0..1, flat from 0 to below 1, clip above 0 or null, base_batch from 1 or null"
             )
         self._try()
 
@@ -118,12 +125,17 @@ class Schedule:
         """Build the optimizer and the learning rate scheduler. Call `scheduler.step()` after each optimizer step.
 
         Args:
-            student: trained at the base learning rate.
+            student: trained at the base learning rate; its `body`, if it has one, at this rate times `backbone_rate`.
             adapters: trained at the base learning rate times `adapter_rate`.
             steps: number of optimizer steps of the run.
             batch: total batch of a step, for `base_batch`.
         """
-        groups = [*self._groups(student, 1.0), *self._groups(adapters, self.adapter_rate)]
+        body = set(student.body.parameters()) if self.backbone_rate != 1 and hasattr(student, "body") else set()
+        groups = [
+            *self._groups(student, 1.0, leave_out=body),
+            *(self._groups(student.body, self.backbone_rate) if body else []),
+            *self._groups(adapters, self.adapter_rate),
+        ]
         optimizer = self.optimizer([{"params": group["params"]} for group in groups])
         scale = 1.0 if self.base_batch is None else batch / self.base_batch
         for options, group in zip(groups, optimizer.param_groups, strict=True):
@@ -149,17 +161,18 @@ class Schedule:
             "step": lambda step: step_decay(step, milestones, self.gamma),
             "cosine": lambda step: cosine_decay(step, total),
             "one_cycle": lambda step: one_cycle_factor(step, total),
+            "flat_cosine": lambda step: flat_cosine_factor(step, total, self.flat),
             "constant": lambda step: 1.0,
         }
         shape = shapes[self.shape]
         return lambda step: linear_warmup(step, self.warmup_steps, self.warmup_factor) * shape(step)
 
-    def _groups(self, module: nn.Module, rate: float) -> list[dict[str, Any]]:
+    def _groups(self, module: Any, rate: float, leave_out: Collection[Parameter] = ()) -> list[dict[str, Any]]:
         decaying: list[Parameter] = []
         plain: list[Parameter] = []
         for owner in module.modules():
             for name, parameter in owner.named_parameters(recurse=False):
-                if parameter.requires_grad:
+                if parameter.requires_grad and parameter not in leave_out:
                     spared = not self.decay_norms and (isinstance(owner, NORMS) or name.endswith("bias"))
                     (plain if spared else decaying).append(parameter)
         return [
@@ -212,3 +225,9 @@ def one_cycle_factor(step: int, steps: int, rise: float = 0.3, start: float = 1 
     if step < up:
         return start + (1 - start) * (1 - cosine_decay(step, up))
     return cosine_decay(step - up, steps - up)
+
+
+def flat_cosine_factor(step: int, steps: int, flat: float) -> float:
+    """Return 1 over the part `flat` of `steps` steps, then half a cosine down to 0."""
+    start = round(flat * steps)
+    return 1.0 if step < start else cosine_decay(step - start, max(1, steps - start))

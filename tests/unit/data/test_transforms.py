@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from distill.data.augment import Augmentation
 from distill.data.transforms import Transform, collate, flip_boxes
 from distill.imaging.resizing import padded_size, resize_boxes, resize_image, resized_size
 from distill.types import DistillError, Target
@@ -204,3 +205,32 @@ def test_a_target_is_pickled_without_shared_tensors():
     sent.dispatch_table[torch.Tensor] = lambda tensor: shared.append(tensor.shape) or (torch.empty, (0,))
     sent.dump(before)
     assert shared == [(3, 5, 6)]
+
+
+def test_a_square_resize_scales_each_axis_on_its_own():
+    """Images of one batch have one size, so that none of them is padded."""
+    transform, image = Transform((64,), 96, flip=0.0, shape="square"), torch.zeros(3, 50, 200, dtype=torch.uint8)
+    target = Target(torch.tensor([[20.0, 10.0, 100.0, 40.0]]), torch.tensor([1]))
+    sample = transform(image, target, (50, 200), 7, 0)
+    assert sample.image.shape == (3, 64, 64)
+    assert torch.allclose(sample.target.boxes, torch.tensor([[20 * 0.32, 10 * 1.28, 100 * 0.32, 40 * 1.28]]))
+    assert transform.resize(image).shape == (3, 64, 64)
+    batch = collate([sample, transform(torch.zeros(3, 90, 30, dtype=torch.uint8), target, (90, 30), 8, 0)])
+    assert batch.images.shape == (2, 3, 64, 64)
+    assert batch.sizes == ((64, 64), (64, 64))
+
+
+def test_a_square_resize_refuses_what_makes_sizes_differ():
+    for options in ({"min_sizes": (64, 96)}, {"augment": Augmentation(mosaic=0.5)}):
+        with pytest.raises(DistillError, match=r"data\.resize=square: all images of a batch need one size"):
+            Transform(**{"min_sizes": (64,), "max_size": 96, "shape": "square", **options})
+    with pytest.raises(DistillError, match=r"data\.resize: expected ratio or square, got 'circle'"):
+        Transform((64,), 96, shape="circle")
+    augment = Augmentation(zoom_out=1.0, iou_crop=1.0)
+    transform = Transform((64,), 64, shape="square", augment=augment)
+    target = Target(torch.tensor([[20.0, 10.0, 100.0, 40.0]]), torch.tensor([1]))
+    sizes = {
+        transform(torch.zeros(3, 50, 200, dtype=torch.uint8), target, (50, 200), image, 0).image.shape
+        for image in range(20)
+    }
+    assert sizes == {(3, 64, 64)}

@@ -1,6 +1,8 @@
 """Learning rate and parameter groups against hand-worked values and torch's own schedulers."""
 
+import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +63,24 @@ def test_one_cycle_follows_torch_to_within_a_step() -> None:
     assert rates(Schedule(shape="one_cycle", warmup_steps=0), 1000) == pytest.approx(expected, abs=0.02 * 0.006)
 
 
+def test_flat_cosine_is_a_cosine_behind_its_flat_part() -> None:
+    schedule = Schedule(epochs=1, shape="flat_cosine", flat=0.6, warmup_steps=0)
+    found = rates(schedule, steps=10)
+    assert found[:7] == pytest.approx([0.02] * 7, rel=1e-9)
+    assert found[7:] == pytest.approx([0.02 * (0.5 + 0.5 * math.cos(math.pi * k / 4)) for k in (1, 2, 3)], rel=1e-9)
+
+
+def test_the_backbone_has_its_own_rate() -> None:
+    student: Any = model()
+    student.body = student[0]
+    schedule = Schedule(optimizer=partial(torch.optim.SGD, lr=0.02), backbone_rate=0.1, warmup_steps=0)
+    optimizer, _ = schedule.build_optimizer(student, nn.ModuleDict(), 10, 16)
+    found = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert found == {
+        id(p): pytest.approx(0.002 if name.startswith("0.") else 0.02) for name, p in student.named_parameters()
+    }
+
+
 def test_rate_scales_with_the_total_batch() -> None:
     base = rates(Schedule(warmup_steps=0, base_batch=16), 4, batch=16)
     assert rates(Schedule(warmup_steps=0, base_batch=16), 4, batch=4) == pytest.approx([rate / 4 for rate in base])
@@ -93,6 +113,7 @@ def test_frozen_parameters_stay_out() -> None:
 
 def test_unknown_shape_is_refused() -> None:
     with pytest.raises(
-        DistillError, match=r"schedule.shape: expected one of step, cosine, one_cycle, constant, got 'stpe'"
+        DistillError,
+        match=r"schedule.shape: expected one of step, cosine, one_cycle, flat_cosine, constant, got 'stpe'",
     ):
         Schedule(shape="stpe")

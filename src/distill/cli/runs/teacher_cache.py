@@ -40,6 +40,8 @@ IGNORED_DATA = (*LOADING_KEYS, "on_overlap", "unlabeled")
 IGNORED_MODEL = ("box_roi_align",)  # changes only the order of additions
 # These check, log and print only.
 IGNORED_CALLBACKS = ("teacher", "schedule", "terms", "gradients", "rate", "panels", "history", "lines", "progress")
+NEWER_KEYS = (("data", "resize", "ratio"), ("schedule", "flat", 0.5), ("schedule", "backbone_rate", 1.0))
+"""Group, key and value as in older versions, which did not have the key. Their cached teachers stay valid."""
 UNTRAINED = "untrained"
 """Source of a teacher that has random weights."""
 
@@ -184,9 +186,10 @@ def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[
     """
     from distill.detectors.registry import restore_detector
     from distill.detectors.student_files import read_detector
+    from distill.detectors.transformers_weights import is_published
 
     path = Path(source).expanduser()
-    if path.exists():
+    if path.exists() and not is_published(source):
         source = str(path)
         model, state = read_detector(path)
         if model is not None:
@@ -243,10 +246,11 @@ def run_config(overrides: Sequence[str]) -> DictConfig:
 def _cache_key(overrides: Sequence[str]) -> str:
     config = run_config(overrides)
     data = {name: value for name, value in to_containers(config.data).items() if name not in IGNORED_DATA}
-    if data.get("resize") == "ratio":  # an older version, whose teachers are cached, knew no other
-        del data["resize"]
     model = {name: value for name, value in to_containers(config.model).items() if name not in IGNORED_MODEL}
     content = {"data": data, "model": model, "schedule": to_containers(config.schedule), "seed": config.seed}
+    for group, key, value in NEWER_KEYS:
+        if content[group].get(key) == value:
+            del content[group][key]
     content |= {"supervised": to_containers(config.supervised), "init": config.init}
     # Not resolved: the paths of callbacks are below each run's own folder.
     callbacks: Any = OmegaConf.to_container(config.callbacks)
