@@ -130,10 +130,11 @@ class Schedule:
             steps: number of optimizer steps of the run.
             batch: total batch of a step, for `base_batch`.
         """
-        body = set(student.body.parameters()) if self.backbone_rate != 1 and hasattr(student, "body") else set()
+        backbone: Any = getattr(student, "body", None)
+        body = set() if self.backbone_rate == 1 or backbone is None else set(backbone.parameters())
         groups = [
             *self._groups(student, 1.0, leave_out=body),
-            *(self._groups(student.body, self.backbone_rate) if body else []),
+            *(self._groups(backbone, self.backbone_rate) if body else []),
             *self._groups(adapters, self.adapter_rate),
         ]
         optimizer = self.optimizer([{"params": group["params"]} for group in groups])
