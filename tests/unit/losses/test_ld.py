@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from distill.losses.base import DistillLoss
 from distill.losses.ld import LD, AnchorGrid, valuable
 from distill.types import Batch, DetectorSpec, DistillError
 from helpers.detectors import padded_batch, random_detector
-from helpers.fake_view import PYRAMIDS, FakeView, spec
-from helpers.loss_grid import LossGrid
+from helpers.fake_view import PYRAMIDS, FakeView, batch, spec
+from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
+from helpers.two_processes import assert_two_equal_one
 
 BINS = 5
 DENSE = spec(two_stage=False, strides=(8, 16, 32), anchors=2)
@@ -156,6 +158,19 @@ class TestClasses(TestLD):
             for anchor in (labels[image] > 0).nonzero()[:, 0].tolist():
                 total += slow_kl(own[anchor].tolist(), other[anchor].tolist(), 8.0)
         return {"logits.classes": total / max(1, int((labels > 0).sum()))}
+
+
+def make(normalizer: str) -> DistillLoss:
+    return LD(SPEC, SPEC, normalizer=normalizer)
+
+
+def scene() -> tuple[FakeView, FakeView]:
+    return TestLD().pair(batch([OBJECTS[0], OBJECTS[1], NOTHING, OBJECTS[1]]))
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Sums without a divisor, too: they are those of the whole batch."""
+    assert_two_equal_one(make, scene, tmp_path, relative=1e-6)
 
 
 def test_real_heads_teach_each_other() -> None:
