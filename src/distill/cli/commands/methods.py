@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
             "all pairs" if len(row.pairs) == len(PAIRS) else ", ".join(row.pairs),
             ", ".join(f"{term} {weight:g}" for term, weight in row.terms.items()),
             f"{row.name}: {row.paper}",
-            "" if row.cost is None else f"{row.cost:.2f}",
+            "" if row.cost is None else f"{row.cost:.1f}",
         )
         for row in rows
     )
