@@ -27,8 +27,8 @@ class GradientBalance:
 
         factor = share * sum of |g_detection| / sum of |g_method|
 
-    ``|g|`` is the norm of a loss's gradient at the student's neck (`neck_gradient_norms`): of the sum of the student's own
-    weighted losses, and of the sum of the method's weighted terms, with a ramp of 1. The sums run over the measured
+    ``|g|`` is the norm of a loss's gradient at the student's neck (`neck_gradient_norms`): of the sum of the student's
+    own weighted losses, and of the sum of the method's weighted terms, with a ramp of 1. The sums run over the measured
     batches of all processes. The proportions of a method's own terms stay as they are configured, and its ramp
     multiplies the balanced weights.
 
