@@ -69,6 +69,21 @@ def export(detector: Detector, folder: Path, canvas: Canvas | None = None, **opt
     return ROUTES["onnx"].write(detector, chosen, canvas, {"category_ids": {1: 7}}, folder).main
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [  # of an untrained RetinaNet on the small MobileNet, scores are equal, and the file cuts off others of them
+        ("faster_rcnn", "timm/resnet18"),
+        ("faster_rcnn", "timm/mobilenetv3_small_050"),
+        ("retinanet", "timm/resnet18"),
+    ],
+)
+def test_full_file_of_a_timm_backbone(family: str, name: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="install distill[timm]")
+    detector = detector_of(family, backbone={"name": name, "depth": None, "width": 1.0})
+    assert_equal_detections(detector, export(detector, tmp_path))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_file_finds_what_the_detector_finds(family: str, tmp_path: Path) -> None:
     detector = detector_of(family)
