@@ -61,7 +61,7 @@ def _unpickled(boxes: Any, labels: Any, masks: Tensor | None) -> Target:
 
 
 class MissingTargets(tuple[Target, ...]):
-    """The targets of images whose boxes nobody knows. Reading one raises an error: an empty target would say that the
+    """The targets of images whose boxes are not known. Reading one raises an error: an empty target would say that the
     image has no objects."""
 
     __slots__ = ()

@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 
     image: Tensor
     target: Target | None
-    """None: nobody knows the boxes of the image."""
+    """None: the boxes of the image are not known."""
     original_size: Size
     id: int
     labeled: bool = True
