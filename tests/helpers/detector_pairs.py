@@ -19,17 +19,19 @@ PAIRS = {
     "two-stage": ["model=frcnn_r10_mini", "teacher=frcnn_r18_mini", *TINY_HEADS],
     "one-stage": ["model=retinanet_r10_quarter", "teacher=retinanet_r18"],
 }
+QUERIES = ("detr_assignment", "detr_corners", "detr_features", "detr_logits", "detr_points")
+"""Options for detectors with queries."""
 NOT_HERE = {
     "two-stage": {
         *("adl", "bckd", "crosskd", "crosskd_fcos", "cwd_logits", "dicod", "foundation"),
-        *("dsig_retinanet", "dsig_retinanet_small", "ld", "ld_fcos"),
+        *("dsig_retinanet", "dsig_retinanet_small", "ld", "ld_fcos", *QUERIES),
     },
     "one-stage": {
         *("chen", "defeat_full", "dicod", "foundation", "global_knowledge", "mimic", "tadf"),
-        *("dsig", "dsig_r50_r101", "dsig_r101_r152", "ld", "ld_fcos"),
+        *("dsig", "dsig_r50_r101", "dsig_r101_r152", "ld", "ld_fcos", *QUERIES),
     },
 }
-"""Options that do not fit the pair: of a model of its own, of the other kind of detector, of distribution heads."""
+"""Options that do not fit the pair: of a model of its own, of the other kind of detector, of distribution heads, of queries."""
 
 ONE_OF_EACH_METHOD = {
     "two-stage": (

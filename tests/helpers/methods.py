@@ -14,6 +14,10 @@ from distill.losses.chen import Chen
 from distill.losses.crosskd import CrossKD
 from distill.losses.cwd import CWD
 from distill.losses.defeat import DeFeat
+from distill.losses.detr_corners import DETRCorners
+from distill.losses.detr_features import DETRFeatures
+from distill.losses.detr_logits import DETRLogits
+from distill.losses.detr_points import DETRPoints
 from distill.losses.dicod import DICOD
 from distill.losses.dist import DIST
 from distill.losses.dsig import DSIG
@@ -65,6 +69,10 @@ METHODS = {
     "crosskd": Method(CrossKD, "crosskd", family="retinanet", trained_alone=False),
     "cwd": Method(CWD, "cwd", trained_alone=False),
     "defeat": Method(DeFeat, "defeat_full", EVERYTHING),
+    "detr_corners": Method(DETRCorners, "detr_corners", family="dfine", trained_alone=False),
+    "detr_features": Method(DETRFeatures, "detr_features", family="rtdetr", trained_alone=False),
+    "detr_logits": Method(DETRLogits, "detr_logits", family="rtdetr", trained_alone=False),
+    "detr_points": Method(DETRPoints, "detr_points", family="rtdetr", trained_alone=False),
     "dicod": Method(DICOD, "dicod", needs_model=True),
     "dist": Method(DIST, "dist", trained_alone=False),
     "dsig": Method(DSIG, "dsig", {"adapter": {"kernel": 1}}),
@@ -87,6 +95,10 @@ METHODS = {
     "ssim": Method(SSIM, "ssim"),
     "tadf": Method(TADF, "tadf"),
 }
+
+
+QUERY_METHODS = {name for name, method in METHODS.items() if method.family in ("rtdetr", "dfine")}
+"""Methods of detectors with queries, which tests/contract/test_query_losses.py tries."""
 
 
 class Imitation(NamedTuple):

@@ -27,7 +27,7 @@ from distill.data.shapes import CLASSES
 from distill.evaluation.coco import CocoMetric
 from distill.evaluation.recording import load_recording
 from distill.training.distiller import Distiller
-from helpers.detector_pairs import NOT_HERE
+from helpers.detector_pairs import NOT_HERE, QUERIES
 from helpers.grids import exhaustive, mostly_exhaustive
 from helpers.methods import METHODS
 from helpers.runs import TINY, TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
@@ -35,11 +35,12 @@ from helpers.wandb_files import read_wandb
 
 WIDE = "model.neck_channels=64"  # group norm
 DISTRIBUTION_HEADS = ("ld", "ld_fcos")
-OPTIONS = [option for option in compose.config_groups()["distill"] if option not in ("none", *DISTRIBUTION_HEADS)]
+OTHER_HEADS = (*DISTRIBUTION_HEADS, *QUERIES)
+OPTIONS = [option for option in compose.config_groups()["distill"] if option not in ("none", *OTHER_HEADS)]
 ONE_STAGE = [
     option
     for option in OPTIONS
-    if "retinanet" in option or option in NOT_HERE["two-stage"] - {"dicod", "foundation", *DISTRIBUTION_HEADS}
+    if "retinanet" in option or option in NOT_HERE["two-stage"] - {"dicod", "foundation", *OTHER_HEADS}
 ]
 TOGETHER = {
     family: sorted(

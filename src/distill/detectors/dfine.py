@@ -108,6 +108,10 @@ class DFine(SetPredictionDetector):
         super().__init__(locals())
         self.set_criterion = SetCriterion(bins=CornerBins(bins + 1, CORNER_LIMIT, bin_curve), union=True)
 
+    def corner_bins(self, options: Mapping[str, Any]) -> dict[str, float]:
+        """Return the bins of the corner distributions."""
+        return {"count": options["bins"] + 1, "limit": CORNER_LIMIT, "scale": float(options["bin_curve"])}
+
     def build(self, library: Any, body: Any, channels: Sequence[int], options: Mapping[str, Any]) -> Any:
         """Build transformers' D-FINE."""
         return library.DFineForObjectDetection(

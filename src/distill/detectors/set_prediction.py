@@ -431,6 +431,7 @@ class SetPredictionDetector(Detector):
             mean=tuple(pixels.mean),
             std=tuple(pixels.std),
             norm=backbone.norm,
+            corner_bins=self.corner_bins(options),
         )
         super().__init__(net, spec, options, freeze(body, backbone.trainable_stages))
         self.resize = ResizeOptions(shape="square")
@@ -438,6 +439,10 @@ class SetPredictionDetector(Detector):
         """RoIAlign over the encoder's maps for losses that read regions. The library's network has none."""
         self.class_layers = _class_layers(net)
         initialise(self, backbone.weights, given["weights"], given["head"])
+
+    def corner_bins(self, options: Mapping[str, Any]) -> dict[str, float]:
+        """Return `DetectorSpec.corner_bins`: empty, because this family has no distributions."""
+        return {}
 
     @abstractmethod
     def build(self, library: Any, body: Any, channels: Sequence[int], options: Mapping[str, Any]) -> Any:

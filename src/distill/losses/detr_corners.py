@@ -47,9 +47,9 @@ class DETRCorners(DistillLoss):
     pair is positive if the student's query is matched to an object. w is the IoU of the student's box with this object
     on positive pairs, and the teacher's highest score elsewhere. No gradient flows through w.
 
-    Source: the form, T and the weight 1.5 are those of DDF, by which D-FINE's layers imitate the last one: Peng et al.,
-    "D-FINE", 2024, arXiv 2410.13842. DDF across two models is our transfer, without a published number; for dense
-    heads see Zheng et al., "Localization Distillation", CVPR 2022, arXiv 2102.12252.
+    Source: Peng et al., "D-FINE", 2024, arXiv 2410.13842: the form, T and the weight 1.5 are those of DDF, by which its
+    layers imitate the last one. DDF across two models is our transfer, without a published number; for dense heads see
+    Zheng et al., "Localization Distillation", CVPR 2022, arXiv 2102.12252.
 
     The distributions are of offsets from each model's own boxes of the first decoder layer, which may differ between
     the models.

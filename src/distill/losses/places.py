@@ -10,6 +10,7 @@ PLACES = {
     **dict.fromkeys(("regions", "nodes"), "regions"),
     **dict.fromkeys(("edges", "relation"), "relations"),
     **dict.fromkeys(("pixels", "features"), "crops"),
+    "corners": "corners",
     "tokens": "masks",
 }
 """First part of a term's name -> the place that the term compares. Other terms compare `OUTPUTS`."""
@@ -20,6 +21,7 @@ KINDS = {
     "relations": "relations",
     "crops": "boxes",
     "masks": "masks",
+    "corners": "boxes",
     OUTPUTS: OUTPUTS,
 }
 """Place -> the kind of what is compared there."""

@@ -20,6 +20,10 @@ PAIRS = {
     "one-stage": ("retinanet", "retinanet"),
     "FCOS": ("fcos", "fcos"),
     "mixed": ("retinanet", "faster_rcnn"),
+    "RT-DETR": ("rtdetr", "rtdetr"),
+    "D-FINE": ("dfine", "dfine"),
+    "RT-DETR as teacher": ("faster_rcnn", "rtdetr"),
+    "RT-DETR as student": ("rtdetr", "faster_rcnn"),
 }
 """Name -> the families of student and teacher for which an option is built."""
 DISTRIBUTIONS = "distribution heads"
@@ -28,6 +32,10 @@ COMPOSED = "_global_.distill.losses."
 """Prefix of the place of each loss in the defaults of an option that composes several losses."""
 COSTS = "costs.csv"
 """File of the measured costs: ``docs/results/costs.csv`` of the checkout, in ``conf`` of an installed package."""
+QUERY_OUTPUTS = frozenset(
+    {"body", "neck", "roi_features", "class_logits", "queries", "query_targets", "query_points", "decode"}
+)
+"""Outputs of RT-DETR and D-FINE."""
 HELD_MODELS = ("classifier", "model")
 """Keys of a loss's frozen model."""
 
@@ -202,8 +210,10 @@ def _specs() -> dict[str, DetectorSpec]:
 
     from distill.detectors.registry import FAMILIES
 
-    specs, small = {}, {"backbone": {"depth": 10, "width": 0.25}, "neck_channels": 64}
-    for family in {family for pair in PAIRS.values() for family in pair}:
+    specs: dict[str, DetectorSpec] = {}
+    small = {"backbone": {"depth": 10, "width": 0.25}, "neck_channels": 64}
+    specs |= {"rtdetr": query_spec("rtdetr"), "dfine": query_spec("dfine", {"count": 33, "limit": 0.5, "scale": 4.0})}
+    for family in {family for pair in PAIRS.values() for family in pair} - specs.keys():
         build: Any = FAMILIES[family]
         with torch.device("meta"):
             specs[family] = build(["a", "b"], **small).spec
@@ -211,3 +221,19 @@ def _specs() -> dict[str, DetectorSpec]:
         heads = {"box_head": "distribution", "box_loss": "giou"}
         specs[DISTRIBUTIONS] = FAMILIES["retinanet"](["a", "b"], **small, **heads).spec  # type: ignore[arg-type]
     return specs
+
+
+def query_spec(family: str, bins: Mapping[str, float] | None = None) -> DetectorSpec:
+    """The spec of a set-prediction detector, also where the library of its network is not installed."""
+    return DetectorSpec(
+        family=family,
+        outputs=QUERY_OUTPUTS,
+        classes=("a", "b"),
+        body={4: 16, 8: 32, 16: 64, 32: 128},
+        neck=dict.fromkeys((8, 16, 32), 64),
+        anchors={},
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        norm="batch",
+        corner_bins=bins or {},
+    )
