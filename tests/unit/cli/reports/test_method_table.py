@@ -55,7 +55,11 @@ def test_an_option_may_compose_several_methods(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(compose, "all_folders", lambda: [compose.config_folder(), tmp_path])
     monkeypatch.setattr(compose, "config_groups", lambda: {"distill": ["both", "none", "pkd"]})
     (row,) = method_rows(["both"])
-    assert (row.name, row.places, row.pairs) == ("PKD + DIST", ["neck", "outputs"], ["two-stage", "one-stage", "FCOS"])
+    assert (row.name, row.places, row.pairs) == (
+        "PKD + DIST",
+        ["neck", "outputs"],
+        ["two-stage", "one-stage", "FCOS", "RT-DETR", "D-FINE"],
+    )
     assert row.terms == {"pkd/neck.all": 6.0, "dist/classes.inter": 1.0, "dist/classes.intra": 1.0}
 
 

@@ -1,0 +1,104 @@
+"""The losses of queries on real detectors of transformers: numbers, gradients, and a teacher that stays as it is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from distill.losses.base import DistillLoss
+from distill.losses.detr_corners import DETRCorners
+from distill.losses.detr_features import DETRFeatures
+from distill.losses.detr_logits import DETRLogits
+from distill.losses.detr_points import DETRPoints
+from distill.types import DetectorSpec, DistillError
+from helpers.detectors import QUERY_FAMILIES, SMALL_QUERIES, padded_batch, random_detector
+
+pytest.importorskip("transformers", reason="the detectors with queries are transformers'")
+pytest.importorskip("scipy", reason="the matching of queries needs scipy")
+
+
+@functools.cache
+def detector(family: str, seed: int, layers: int = 3) -> Any:
+    """A small detector with random weights."""
+    if family not in QUERY_FAMILIES:
+        return random_detector(family, seed)
+    torch.manual_seed(seed)
+    made = QUERY_FAMILIES[family](["cat", "dog", "owl"], **{**SMALL_QUERIES, "decoder_layers": layers})
+    with torch.no_grad():
+        for name, parameter in made.net.named_parameters():
+            if "bbox_embed" in name:  # the last layers start at 0: all queries have one distribution
+                parameter += 0.05 * torch.randn_like(parameter)
+    return made
+
+
+def views(student: Any, teacher: Any) -> tuple[Any, Any]:
+    batch = padded_batch(((128, 128), (128, 128)))
+    return student.train().view(batch, seed=0), teacher.eval().view(batch, frozen=True, seed=0)
+
+
+ALL = {"classes": 1.0, "l1": 5.0, "giou": 2.0}
+CASES: dict[str, tuple[Callable[..., DistillLoss], str, str]] = {
+    "logits": (DETRLogits, "rtdetr", "rtdetr"),
+    "logits between families": (DETRLogits, "rtdetr", "dfine"),
+    "points": (partial(DETRPoints, assignment=ALL), "rtdetr", "rtdetr"),
+    "points between families": (partial(DETRPoints, assignment=ALL), "dfine", "rtdetr"),
+    "corners of points": (DETRCorners, "dfine", "dfine"),
+    "corners of matches": (partial(DETRCorners, corners={"pairs": "matching"}), "dfine", "dfine"),
+    "features": (DETRFeatures, "rtdetr", "dfine"),
+    "features of another family": (DETRFeatures, "faster_rcnn", "rtdetr"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_loss_gives_numbers_and_gradients(case: str) -> None:
+    """The teacher's decoder is deeper than the student's."""
+    build, families = CASES[case][0], CASES[case][1:]
+    student, teacher = detector(families[0], 0), detector(families[1], 1, 4)
+    before = {name: value.clone() for name, value in teacher.net.state_dict().items()}
+    loss = build(student.spec, teacher.spec)
+    values = loss(*views(student, teacher))
+    assert values.keys() == loss.weights.keys()
+    parameters = {name: parameter for name, parameter in student.net.named_parameters() if parameter.requires_grad}
+    for name, value in values.items():
+        assert value.isfinite(), name
+        gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+        assert all(gradient is None or gradient.isfinite().all() for gradient in gradients), name
+        moved = {
+            n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None and gradient.any()
+        }
+        assert any(parameter.startswith(("model.backbone", "backbone")) for parameter in moved), name
+    assert all(parameter.grad is None for parameter in teacher.net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.net.state_dict().items())
+
+
+def test_the_student_s_own_points_give_its_own_queries() -> None:
+    """So that a pair of equal detectors has the points' terms at their minimum."""
+    twin = detector("rtdetr", 0)
+    student, teacher = views(twin, twin)
+    twin.eval()  # the same statistics in both
+    values = DETRPoints(twin.spec, twin.spec)(student, teacher)
+    assert values["points.l1"].item() == pytest.approx(0, abs=1e-5)
+    assert values["points.giou"].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_other_bins_and_strides_are_refused() -> None:
+    plain = detector("dfine", 0).spec
+    curved = QUERY_FAMILIES["dfine"](["cat", "dog", "owl"], **SMALL_QUERIES, bin_curve=8.0).spec
+    coarse = QUERY_FAMILIES["rtdetr"](["cat", "dog", "owl"], **SMALL_QUERIES, strides=(16, 32)).spec
+    with pytest.raises(DistillError, match="expected equal bins, got .*4.0.*8.0"):
+        DETRCorners(plain, curved)
+    with pytest.raises(DistillError, match=r"the student has \[16, 32\], the teacher \[8, 16, 32\]"):
+        DETRPoints(coarse, detector("rtdetr", 0).spec)
+
+
+def test_methods_that_a_family_lacks_the_outputs_for_say_so() -> None:
+    from distill.losses.bckd import BCKD
+
+    spec: DetectorSpec = detector("rtdetr", 0).spec
+    with pytest.raises(DistillError, match="a rtdetr, which has no"):
+        BCKD(spec, spec)(*views(detector("rtdetr", 0), detector("rtdetr", 1)))
