@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from distill.cli.config import compose, instantiate
+from distill.cli.reports import method_table
 from distill.losses.base import DistillLoss
 from distill.losses.detr_corners import DETRCorners
 from distill.losses.detr_features import DETRFeatures
 from distill.losses.detr_logits import DETRLogits
 from distill.losses.detr_points import DETRPoints
-from distill.types import DetectorSpec, DistillError
+from distill.types import DistillError
 from helpers.detectors import QUERY_FAMILIES, SMALL_QUERIES, padded_batch, random_detector
+from helpers.grids import exhaustive
 
 pytest.importorskip("transformers", reason="the detectors with queries are transformers'")
 pytest.importorskip("scipy", reason="the matching of queries needs scipy")
@@ -90,15 +93,27 @@ def test_other_bins_and_strides_are_refused() -> None:
     plain = detector("dfine", 0).spec
     curved = QUERY_FAMILIES["dfine"](["cat", "dog", "owl"], **SMALL_QUERIES, bin_curve=8.0).spec
     coarse = QUERY_FAMILIES["rtdetr"](["cat", "dog", "owl"], **SMALL_QUERIES, strides=(16, 32)).spec
-    with pytest.raises(DistillError, match="expected equal bins, got .*4.0.*8.0"):
+    with pytest.raises(DistillError, match=r"expected equal bins, got .*4.0.*8.0"):
         DETRCorners(plain, curved)
     with pytest.raises(DistillError, match=r"the student has \[16, 32\], the teacher \[8, 16, 32\]"):
         DETRPoints(coarse, detector("rtdetr", 0).spec)
 
 
-def test_methods_that_a_family_lacks_the_outputs_for_say_so() -> None:
-    from distill.losses.bckd import BCKD
+PAIRS = {name: families for name, families in method_table.PAIRS.items() if QUERY_FAMILIES.keys() & set(families)}
 
-    spec: DetectorSpec = detector("rtdetr", 0).spec
-    with pytest.raises(DistillError, match="a rtdetr, which has no"):
-        BCKD(spec, spec)(*views(detector("rtdetr", 0), detector("rtdetr", 1)))
+
+@pytest.mark.parametrize("name", [exhaustive(name) for name in PAIRS])
+def test_every_option_runs_or_is_refused_at_construction(name: str) -> None:
+    """An option is never refused in the first step. Options with a model of their own are built without it."""
+    student, teacher = (detector(family, seed) for seed, family in enumerate(PAIRS[name]))
+    ran = set()
+    for option in set(compose.config_groups()["distill"]) - {"none", "dicod", "foundation"}:
+        (part,) = method_table._parts(method_table._node(option)).values()
+        try:
+            loss = instantiate.build_node(part, student=student.spec, teacher=teacher.spec)
+        except DistillError:
+            continue
+        values = loss(*views(student, teacher))
+        assert all(value.isfinite() and value.requires_grad for value in values.values()), option
+        ran.add(option)
+    assert {"pkd", "defeat", "cwd", "fgd", "mgd", "mimic_neck", "ssim"} <= ran

@@ -31,7 +31,8 @@ NOT_HERE = {
         *("dsig", "dsig_r50_r101", "dsig_r101_r152", "ld", "ld_fcos", *QUERIES),
     },
 }
-"""Options that do not fit the pair: of a model of its own, of the other kind of detector, of distributions, of queries."""
+"""Options that do not fit the pair: of a model of its own, of the other kind of detector, of distributions or queries.
+"""
 
 ONE_OF_EACH_METHOD = {
     "two-stage": (

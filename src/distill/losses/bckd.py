@@ -14,7 +14,7 @@ from distill.losses import base, heads
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.heads import ClassMap
 from distill.precision import upcast
-from distill.types import DetectorSpec, View
+from distill.types import DetectorSpec, View, require
 
 LOGITS = {"classes": 1.0, "boxes": 4.0}
 
@@ -64,6 +64,7 @@ class BCKD(DistillLoss):
         logits = base.merge_options("logits", logits, LOGITS)
         super().__init__({f"logits.{name}": weight for name, weight in logits.items()}, ramp, normalizer, seed)
         if self.weights:
+            require(student, "anchor_targets", "logits", "student", "Set the weights of logits to 0")
             self.classes = heads.dense_class_map("logits", student, teacher)
 
     @property

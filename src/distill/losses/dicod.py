@@ -16,7 +16,7 @@ from distill.losses.base import DistillLoss
 from distill.losses.crops import crops
 from distill.losses.heads import Positives
 from distill.precision import upcast
-from distill.types import Batch, DetectorSpec, DistillError, View
+from distill.types import Batch, DetectorSpec, DistillError, View, require
 
 WEIGHTS = {"classes": 0.4, "pixels": 0.15, "features": 0.15}
 SIGMOID = ("kl-ce", "kl-bce")
@@ -141,6 +141,8 @@ class DICOD(DistillLoss):
         super().__init__(base.merge_options("weights", weights, WEIGHTS), ramp, normalizer, seed)
         if sigmoid not in SIGMOID:
             raise DistillError(f"sigmoid: expected {' or '.join(SIGMOID)}, got '{sigmoid}'")
+        if "rois" not in student.outputs:
+            require(student, "anchor_targets", "DICOD", "student")
         if sigmoid == "kl-ce" and "rois" not in student.outputs and len(student.classes) == 1:
             raise DistillError(
                 "DICOD: sigmoid=kl-ce divides the sigmoids of a row by their sum, which is constant with only one "

@@ -16,7 +16,7 @@ from distill.losses.heads import ClassMap
 from distill.losses.imitation import MapImitation, RegionErrors
 from distill.losses.kernels.graph import graph_errors
 from distill.precision import upcast
-from distill.types import DetectorSpec, DistillError, View
+from distill.types import DetectorSpec, DistillError, View, require
 
 NODES = {"foreground": 0.5, "background": 0.5, "alpha": 7.5, "predicted": 0.0}
 EDGES = {"all": 2.0, "mining": 0.6}
@@ -220,6 +220,7 @@ class DSIG(DistillLoss):
                 f"{', '.join(settings)}"
             )
         if self.terms("logits") and not self.two_stage:
+            require(student, "anchor_targets", "logits", "student", "Set the weights of logits to 0")
             heads.require_equal_anchors("logits", student, teacher)
         if "logits.classes" in self.weights and not self.two_stage and len(student.classes) == 1:
             raise DistillError(

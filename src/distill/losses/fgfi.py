@@ -10,7 +10,7 @@ from torch import Tensor
 from distill.losses import base, masks
 from distill.losses.base import DistillLoss
 from distill.losses.imitation import MapImitation
-from distill.types import DetectorSpec, View
+from distill.types import DetectorSpec, View, require
 
 NECK = {"foreground": 4.0, "levels": None}
 MASK = {"kind": "fine_grained", "scale": 56.0, "threshold": 0.5}
@@ -67,6 +67,8 @@ class FGFI(DistillLoss):
         self.mask = masks.Mask(**base.merge_options("mask", mask, MASK))
         self.maps: MapImitation | None = None
         if self.weights:
+            if self.mask.kind.startswith("fine_grained"):
+                require(student, "anchors", "mask", "student", "Set mask.kind=ground_truth")
             adapter = base.merge_options("adapter", adapter, ADAPTER)
             self.maps = MapImitation(
                 "neck", student.neck, teacher.neck, neck["levels"], adapter, normalization=normalization, seed=seed

@@ -10,7 +10,7 @@ from torch import Tensor
 from distill.losses import base, heads
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.heads import ClassMap
-from distill.types import DetectorSpec, View
+from distill.types import DetectorSpec, View, require
 
 LOGITS = {"classes": 1.0}
 
@@ -57,6 +57,8 @@ class Response(DistillLoss):
         self.two_stage = "rois" in student.outputs
         if self.weights:
             self.classes = heads.head_class_map("logits", student, teacher)
+            if not self.two_stage:
+                require(student, "anchor_targets", "logits", "student", "Set the weights of logits to 0")
 
     @property
     def truth_terms(self) -> list[str]:

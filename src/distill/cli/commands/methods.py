@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     if names:
         everything = list(method_rows())
         for row in rows:
+            for pair, reason in row.refused.items():
+                print(f"{row.option} refuses {pair}: {reason}")
             print(f"{row.option} may be added to {', '.join(partners(row, everything)) or 'no other option'}.")
     by_place = ((place, ", ".join(options)) for place, options in options_by_place(rows).items())
     print_table("At most one option from each line", ("place", "options"), by_place, left=2)

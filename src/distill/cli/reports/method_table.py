@@ -52,6 +52,8 @@ class MethodRow(NamedTuple):
     """First author, year and arXiv number, as far as the documentation names them."""
     pairs: list[str]
     """Names in `PAIRS` of the pairs that the option fits, without changed settings."""
+    refused: dict[str, str]
+    """Name in `PAIRS` of a pair that the option does not fit -> the reason."""
     terms: dict[str, float]
     """Term -> weight."""
     places: list[str]
@@ -108,6 +110,7 @@ def _composed(option: str, rows: Sequence[MethodRow]) -> MethodRow:
         "; ".join(row.idea for row in rows),
         "; ".join(row.paper for row in rows),
         [pair for pair in rows[0].pairs if all(pair in row.pairs for row in rows)],
+        {pair: reason for row in rows for pair, reason in row.refused.items()},
         {f"{row.option}/{term}": weight for row in rows for term, weight in row.terms.items()},
         list(dict.fromkeys(place for row in rows for place in row.places)),
         rows[0].cost,
@@ -163,19 +166,21 @@ def _node(option: str) -> DictConfig:
 
 
 def _row(option: str, loss: Any, node: DictConfig, specs: Mapping[str, DetectorSpec], cost: float | None) -> MethodRow:
-    fitting, terms = list[str](), dict[str, float]()
+    fitting, refused, terms = list[str](), dict[str, str](), dict[str, float]()
     for pair, (student, teacher) in {**PAIRS, DISTRIBUTIONS: (DISTRIBUTIONS, DISTRIBUTIONS)}.items():
         if pair == DISTRIBUTIONS and fitting:
             break
         try:
             built = _build(node, loss, specs[student], specs[teacher])
-        except DistillError:
+        except DistillError as error:
+            if pair in PAIRS:
+                refused[pair] = str(error)
             continue
         fitting.append(pair)
         terms = terms or dict(built.weights)
     documentation = " ".join((loss.__doc__ or "").split())
     words = _idea(documentation), _paper(documentation)
-    return MethodRow(option, loss.__name__, *words, fitting, terms, places(terms), cost)
+    return MethodRow(option, loss.__name__, *words, fitting, refused, terms, places(terms), cost)
 
 
 def _build(node: DictConfig, loss: Any, student: DetectorSpec, teacher: DetectorSpec) -> Any:

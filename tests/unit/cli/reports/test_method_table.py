@@ -31,6 +31,9 @@ def test_rows_say_what_an_option_compares_and_whom_it_fits(rows: dict[str, Metho
     assert rows["dsig_r50_r101"].kinds == ["features", "relations"]
     assert rows["pkd_retinanet"].terms == {"neck.all": 10.0}
     assert rows["pkd_retinanet"].paper == "Cao 2022, arXiv 2207.02039"
+    assert rows["detr_features"].pairs == ["RT-DETR", "D-FINE", "RT-DETR as teacher"]
+    assert "which has no corner distributions" in rows["detr_corners"].refused["RT-DETR"]
+    assert all({*row.pairs, *row.refused} >= set(method_table.PAIRS) for row in rows.values())
     assert rows["dicod"].terms == {"classes": 0.4, "pixels": 0.15, "features": 0.15}
 
 
@@ -55,11 +58,8 @@ def test_an_option_may_compose_several_methods(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(compose, "all_folders", lambda: [compose.config_folder(), tmp_path])
     monkeypatch.setattr(compose, "config_groups", lambda: {"distill": ["both", "none", "pkd"]})
     (row,) = method_rows(["both"])
-    assert (row.name, row.places, row.pairs) == (
-        "PKD + DIST",
-        ["neck", "outputs"],
-        ["two-stage", "one-stage", "FCOS", "RT-DETR", "D-FINE"],
-    )
+    assert (row.name, row.places) == ("PKD + DIST", ["neck", "outputs"])
+    assert row.pairs == ["two-stage", "one-stage", "FCOS", "RT-DETR", "D-FINE"]
     assert row.terms == {"pkd/neck.all": 6.0, "dist/classes.inter": 1.0, "dist/classes.intra": 1.0}
 
 
@@ -79,3 +79,8 @@ def test_the_command_takes_methods_and_options(capsys: pytest.CaptureFixture[str
     assert "cwd_all_levels" not in printed
     with pytest.raises(DistillError, match="there is no method 'pdk'; did you mean"):
         list(method_rows(["pdk"]))
+
+
+def test_the_specs_of_detectors_with_queries_are_those_of_the_detectors() -> None:
+    view = pytest.importorskip("distill.detectors.set_prediction", reason="needs transformers").QueryView
+    assert view.outputs == method_table.QUERY_OUTPUTS
