@@ -166,8 +166,10 @@ def difference_figure(differences: Mapping[str, Difference], metric: str) -> Fig
                 alpha=0.5,
             )
         axes.plot([100 * difference.mean], [place], "o", color="C0")
+        text = f"{100 * difference.mean:+.1f}"
+        axes.annotate(text, (100 * difference.mean, place), (0, 7), textcoords="offset points", ha="center")
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"difference in {metric}, percentage points")
+    axes.set_ylim(len(names) - 0.5, -0.5)  # the first configuration on top
+    axes.set_xlabel(f"difference in {metric} to the reference, percentage points; bar: 95 % interval over seeds")
     axes.grid(alpha=0.4, axis="x")
     return figure
