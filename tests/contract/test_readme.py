@@ -23,6 +23,7 @@ import distill
 from distill import plugins
 from distill.cli.commands.compare import take_own_keys
 from distill.cli.config import compose, config_folders, override_checks, renamed_keys, target_policy
+from distill.cli.config.data_paths import expand_data_paths
 from distill.cli.config.prepared_sweeps import read_sweep
 from distill.cli.config.teacher_words import expand_teacher_words
 from distill.cli.main import main
@@ -70,7 +71,7 @@ DAILY = {words for words in TRAIN if words in README} | {*TRAIN[::2]}
 @pytest.mark.parametrize("words", mostly_exhaustive(TRAIN, DAILY))
 def test_train_commands_compose(words: str) -> None:
     named = [re.sub(r"data=(LARGER_)?DIR", "data=coco", word) for word in shlex.split(words) if word[0] != "-"]
-    overrides = expand_teacher_words(named)
+    overrides = expand_teacher_words(expand_data_paths(named))
     plugins = ("hydra/", "hydra.sweeper.", "hydra.launcher.")  # of packages that may not be installed
     override_checks.validate_overrides([word for word in overrides if not word.startswith(plugins)])
 
