@@ -256,11 +256,13 @@ MAPS = ("body", "neck", "objectness", "class_logits", "side_logits", "deltas", "
 """Outputs with one map per stride, in the order in which a detector computes them."""
 
 _PYRAMID = "choose a detector with a feature pyramid (model=frcnn_r50, model=retinanet_r50)"
+_ANCHORS = "choose a detector with anchors (model=frcnn_r50, model=retinanet_r50)"
 _TWO_STAGE = "choose a two-stage detector (model=frcnn_r50)"
 _ANCHOR_FREE = "choose an anchor-free detector (model=fcos_r50)"
 _QUERIES = "choose a detector with queries (model=rtdetr_r18)"
 ALTERNATIVES = {
-    **dict.fromkeys(("neck", "anchors", "deltas", "anchor_targets", "anchor_boxes", "roi_features"), _PYRAMID),
+    **dict.fromkeys(("neck", "roi_features"), _PYRAMID),
+    **dict.fromkeys(("anchors", "deltas", "anchor_targets", "anchor_boxes"), _ANCHORS),
     **dict.fromkeys(("objectness", "proposals", "rois", "roi_logits", "roi_boxes"), _TWO_STAGE),
     **dict.fromkeys(("points", "centerness"), _ANCHOR_FREE),
     **dict.fromkeys(("tower_features", "finish_tower"), "choose a one-stage detector (model=retinanet_r50)"),
