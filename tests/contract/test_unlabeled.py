@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
+from distill.diagnostics.doctor import measure_terms
 from distill.diagnostics.replay import _batch
 from distill.evaluation import labeling
 from distill.losses.at import AT
@@ -27,9 +28,11 @@ from distill.losses.chen import Chen
 from distill.losses.defeat import DeFeat
 from distill.losses.dsig import DSIG
 from distill.losses.fgd import FGD
+from distill.losses.foundation import Foundation
 from distill.losses.mimic import Mimic
 from distill.losses.pkd import PKD
 from distill.losses.ssim import SSIM
+from distill.training.balance import GradientBalance
 from distill.training.nonfinite import _batch_containers
 from distill.types import Batch, DistillError, MissingTargets
 from helpers.detectors import padded_batch, random_detector
@@ -111,6 +114,35 @@ def test_own_losses_see_labeled_images_alone_and_terms_are_means_over_all_images
     expected = (4 * labeled.terms["at/neck.all"] + 2 * unlabeled.terms["at/neck.all"]) / 6
     assert step.terms["at/neck.all"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert step.terms["at/neck.all"].item() != pytest.approx(labeled.terms["at/neck.all"].item(), rel=1e-3)
+
+
+def test_shares_of_the_gradient_are_those_of_the_labeled_images() -> None:
+    """The share that `balance` gives a method is the share that doctor and the logs show."""
+    module = distiller(losses={"at": AT})
+    joint = first_batch({"images": 4, "ratio": 0.5})
+    found, expected = (measure_terms(module.compute_step(x, 3, 0.0)) for x in (joint, replace(joint, unlabeled=None)))
+    assert 0 < found["at/neck.all"]["share"] < 1
+    assert found == expected
+
+
+def test_a_balance_is_measured_after_the_forward_passes() -> None:
+    """`Foundation` takes a forward pass for a new step, and would count the measurement as a step of its own."""
+
+    class Features:
+        channels = 6
+
+        def features(self, batch: Batch, cells: tuple[int, int]) -> torch.Tensor:
+            return torch.randn(len(batch), 6, *cells, generator=torch.Generator().manual_seed(batch.ids[0]))
+
+    joint, norms = first_batch({"images": 4, "ratio": 0.5}), []
+    for loss_scale in (None, 1.0):
+        build = partial(Foundation, model=Features(), neck={"cosine": 1e-3})
+        module = distiller(losses={"foundation": build}, balance=GradientBalance(share=1e9))  # a factor of 1
+        module.compute_step(joint, 3, 0.0, loss_scale).loss.backward()
+        module.losses["foundation"]._collect()
+        norms.append(module.losses["foundation"].norms)
+    assert norms[0].all()
+    assert torch.equal(norms[0], norms[1])
 
 
 def test_weights_of_zero_leave_the_student_alone(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from distill.types import DetectorSpec
 
 BODY_STRIDES = (4, 8, 16, 32)
 """Strides of C2 to C5."""
-POINT_AND_DELTA_OPTIONS = ("point_offset", "point_step", "anchor_delta_weights")
+POINT_AND_DELTA_OPTIONS = ("point_offset", "point_step", "anchor_delta_weights", "box_head")
 """Options outside of ``anchors`` that decide which box the deltas of an anchor or point stand for."""
 
 
@@ -67,7 +67,6 @@ class PyramidDetector(Detector):
             anchor_options={
                 **{f"anchors.{name}": value for name, value in options.get("anchors", {}).items()},
                 **{name: options[name] for name in POINT_AND_DELTA_OPTIONS if name in options},
-                **({"box_head": "distribution"} if "side_logits" in self.view_class.outputs else {}),
             },
             side_bins=options["box_bins"] if "side_logits" in self.view_class.outputs else None,
         )

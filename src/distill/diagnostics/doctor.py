@@ -141,12 +141,12 @@ def adapters(losses: nn.ModuleDict) -> list[dict[str, Any]]:
 def measure_terms(step: StepResult) -> dict[str, dict[str, float | bool]]:
     """Measure each term of a step: value, weight, weighted value, and share of the gradient at the neck.
 
-    The share is that of `training.gradients`. ``reaches`` says whether the term has a gradient on any map of the
+    The share is that of `training.gradients`. The terms are those of the images with labels. ``reaches`` says whether the term has a gradient on any map of the
     student's neck or body.
     """
     student, weights = step.student, step.weights
     maps = trained_maps(student)
-    parts = shares(neck_gradient_norms(student, step.terms, weights))
+    parts = shares(neck_gradient_norms(student, step.labeled, weights))
     return {
         name: {
             "value": value.item(),
@@ -155,7 +155,7 @@ def measure_terms(step: StepResult) -> dict[str, dict[str, float | bool]]:
             "share": parts[name].item(),
             "reaches": bool(largest_gradient(value, maps)),
         }
-        for name, value in step.terms.items()
+        for name, value in step.labeled.items()
     }
 
 

@@ -64,6 +64,9 @@ class StepResult(NamedTuple):
     """Sum of all weighted terms, a scalar."""
     student: View
     teacher: View | None
+    labeled: dict[str, Tensor]
+    """The terms of the images with labels alone, which are those of `student`: measure gradients at `student` with
+    these. They equal `terms` in a batch without ``data.unlabeled``."""
 
 
 class BatchLosses(NamedTuple):
@@ -136,7 +139,8 @@ class Distiller(L.LightningModule):
         if self.balance:
             self.balance.require_methods(list(self.losses))
         self.observers: list[Callable[[View, dict[str, Tensor], dict[str, float]], None]] = []
-        """Functions that every step calls with the student's View, the terms with their graph, and their weights."""
+        """Functions that every step calls with the student's View of the images with labels, the terms of these images
+        with their graph, and their weights."""
         self.step_measurements: dict[str, Tensor] = {}
         """Scalars on this process that an observer adds to the values of the current optimizer step."""
         needy = [name for name, loss in self.losses.items() if loss.needs_teacher]
@@ -205,7 +209,7 @@ class Distiller(L.LightningModule):
         measures = self.balance is not None and not self.balance.is_fixed
         step = self.compute_step(batch, seed, self.progress, self.loss_scale if measures else None)
         for observe in self.observers:
-            observe(step.student, step.terms, step.weights)
+            observe(step.student, step.labeled, step.weights)
         detached = {name: value.detach() for name, value in step.terms.items()}
         self.guard.record(StepRecord(batch, seed, self.progress, detached, step.weights))
         losses = {name: value.detach() for name, value in step.losses.items()}
@@ -254,17 +258,23 @@ class Distiller(L.LightningModule):
         teacher = self.teacher_view(batch, seed, self._prefetch)
         student = self.student.view(batch, training=True, seed=seed)
         supervised, distilled = self.supervised_terms(student), self.distillation_terms(student, teacher, progress)
-        if self.balance and loss_scale is not None:  # on the images with labels, as the detection loss
+        labeled = supervised.values | distilled.values
+        values = distilled.values
+        if batch.unlabeled is not None and values:
+            values = self._with_unlabeled(values, batch, seed, progress)
+        # After all forward passes, because losses may count a forward pass as a new step. On the images with labels, as
+        # the detection loss.
+        if self.balance and loss_scale is not None:
             self.balance.measure(student, weighted(*supervised), self._full_losses(distilled.values), loss_scale)
-            distilled = Terms(distilled.values, self._distillation_weights(distilled.values, progress))
-        if batch.unlabeled is not None and distilled.values:
-            distilled = self._with_unlabeled(distilled, batch, seed, progress)
+        distilled = Terms(values, self._distillation_weights(values, progress))
         self._prefetch = teacher.stages if teacher else ()
         terms, weights = supervised.values | distilled.values, supervised.weights | distilled.weights
         losses = {name: weights[name] * value for name, value in terms.items()}
-        return StepResult(terms, weights, losses, total(losses), student, teacher)
+        return StepResult(terms, weights, losses, total(losses), student, teacher, labeled)
 
-    def _with_unlabeled(self, labeled: Terms, batch: Batch, seed: int, progress: float) -> Terms:
+    def _with_unlabeled(
+        self, labeled: Mapping[str, Tensor], batch: Batch, seed: int, progress: float
+    ) -> dict[str, Tensor]:
         """The distillation terms as means over the images with and without labels.
 
         A term keeps its scale beside the student's own losses, so its weight keeps its meaning.
@@ -275,8 +285,7 @@ class Distiller(L.LightningModule):
         student = self.student.view(batch.unlabeled, training=True, seed=own_seed)
         other = self.distillation_terms(student, teacher, progress)
         part = len(batch.unlabeled) / (len(batch) + len(batch.unlabeled))
-        means = {name: (1 - part) * value + part * other.values[name] for name, value in labeled.values.items()}
-        return Terms(means, labeled.weights)
+        return {name: (1 - part) * value + part * other.values[name] for name, value in labeled.items()}
 
     def teacher_view(self, batch: Batch, seed: int, prefetch: Sequence[str] = ()) -> View | None:
         """The teacher's View in the step with this seed; None without a teacher or without distillation losses."""

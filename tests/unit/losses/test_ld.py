@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill.detectors.retinanet import DistributionView
 from distill.losses.base import DistillLoss
+from distill.losses.bckd import BCKD
 from distill.losses.ld import LD, AnchorGrid, valuable
 from distill.types import Batch, DetectorSpec, DistillError
 from helpers.detectors import padded_batch, random_detector
@@ -198,6 +199,12 @@ def test_refusals() -> None:
     with pytest.raises(DistillError, match="expected divisor to be none or positives"):
         LD(SPEC, SPEC, divisor="all")
     assert LD(DENSE, DENSE, sides={"main": 0, "valuable": 0}).weights == {"logits.classes": 10.0}
+
+
+def test_a_teacher_of_the_other_box_head_is_named() -> None:
+    student, teacher = random_detector("retinanet", **HEADS), random_detector("retinanet")
+    with pytest.raises(DistillError, match="box_head is distribution for the student and regression for the teacher"):
+        BCKD(student.spec, teacher.spec)
 
 
 def test_all_terms_read_ground_truth() -> None:
