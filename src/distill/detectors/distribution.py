@@ -109,6 +109,6 @@ def check_box_head(box_head: str, bins: int, weight: float) -> bool:
     choose("box_head", box_head, BOX_HEADS)
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
         raise DistillError(f"box_bins: expected a whole number from 2, got {bins!r}")
-    if not 0 <= weight < math.inf:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise DistillError(f"distribution_weight: expected a number from 0, got {weight!r}")
     return box_head == "distribution"

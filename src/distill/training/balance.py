@@ -115,6 +115,15 @@ class GradientBalance:
             for name, norm in zip(measured, norms, strict=True):
                 self.norms[name] = self.norms.get(name, 0.0) + norm
 
+    def warn_of_short_training(self, steps: int) -> None:
+        """Warn if a training of this many optimizer steps ends before the factors are fixed."""
+        if steps < self.steps:
+            rank_zero_warn(
+                f"distill.balance=gradient: the training has {steps} steps, fewer than distill.balance_steps="
+                f"{self.steps}, so the factors are never fixed, and never above 1. Set distill.balance_steps to a "
+                "tenth of the steps"
+            )
+
     def end_step(self, methods: Sequence[str]) -> None:
         """Count a measured optimizer step. After the last one, warn of methods that are not balanced."""
         self.finished_steps += 1

@@ -193,7 +193,10 @@ class Distiller(L.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Warn that a limit on validation batches does not concern all evaluations."""
+        """Warn of factors that are never fixed, and that a limit on validation batches does not concern all evaluations.
+        """
+        if self.balance:
+            self.balance.warn_of_short_training(int(self.trainer.estimated_stepping_batches))
         limit = self.trainer.limit_val_batches
         if limit and evaluates_part(self.trainer):
             rank_zero_warn(

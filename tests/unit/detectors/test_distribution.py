@@ -163,6 +163,7 @@ def test_torchvisions_format_is_refused() -> None:
         ("fcos", {"box_head": "distribution", "box_bins": 1}, "box_bins: expected a whole number from 2"),
         ("fcos", {"box_head": "distribution", "distances": "exp"}, "expected distances=relu and level_scales=false"),
         ("fcos", {"distribution_weight": -1.0}, "distribution_weight: expected a number from 0"),
+        ("fcos", {"distribution_weight": "high"}, "distribution_weight: expected a number from 0, got 'high'"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(family: str, options: dict[str, Any], message: str) -> None:

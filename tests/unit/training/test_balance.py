@@ -143,6 +143,14 @@ def test_a_run_starts_and_goes_on_with_the_share_and_logs_it(tmp_path: Path) -> 
         assert row["loss/a/term"] == pytest.approx(a * row["term/a/term"], rel=1e-5)
 
 
+def test_a_training_that_ends_before_the_factors_are_fixed_causes_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="the training has 1 steps, fewer than distill.balance_steps=2"):
+        fit(balanced(steps=2), tmp_path, max_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="distill.balance")
+        fit(balanced(steps=1), tmp_path, max_steps=1)
+
+
 def test_a_ramp_scales_the_balanced_weights(tmp_path: Path) -> None:
     """The norms are those without the ramp, so a warm-up from 0 changes no factor."""
     found = {}
