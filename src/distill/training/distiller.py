@@ -193,8 +193,7 @@ class Distiller(L.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Warn of factors that are never fixed, and that a limit on validation batches does not concern all evaluations.
-        """
+        """Warn of a balance that is never fixed, and of a limit on validation batches."""
         if self.balance:
             self.balance.warn_of_short_training(int(self.trainer.estimated_stepping_batches))
         limit = self.trainer.limit_val_batches
