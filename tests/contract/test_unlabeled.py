@@ -33,11 +33,21 @@ from distill.losses.mimic import Mimic
 from distill.losses.pkd import PKD
 from distill.losses.ssim import SSIM
 from distill.training.balance import GradientBalance
+from distill.training.distiller import Distiller
 from distill.training.nonfinite import _batch_containers
 from distill.types import Batch, DistillError, MissingTargets
 from helpers.detectors import padded_batch, random_detector
-from helpers.methods import METHODS, small_loss
-from helpers.training import assert_same, copy_weights, distiller, fit, shapes_data, small_teacher
+from helpers.methods import METHODS, QUERY_METHODS, small_loss
+from helpers.training import (
+    assert_same,
+    copy_weights,
+    distiller,
+    fit,
+    sgd,
+    shapes_data,
+    small_detector,
+    small_teacher,
+)
 from helpers.two_processes import start_two_processes
 
 WHOLE = {"kind": "none"}
@@ -45,7 +55,7 @@ SETTINGS: dict[str, tuple[Callable[..., DistillLoss], str]] = {
     **{
         name: (small_loss(name), method.family)
         for name, method in METHODS.items()
-        if name != "dicod" and not method.detectors
+        if not (method.needs_model or method.detectors or name in QUERY_METHODS)
     },
     **{f"{name} of RetinaNet": (small_loss(name), "retinanet") for name in ("dist", "response")},
     "defeat everywhere": (partial(DeFeat, mask=WHOLE, neck={"background": 0}), "faster_rcnn"),
@@ -195,10 +205,15 @@ def test_a_saved_step_keeps_its_unlabeled_images() -> None:
     assert torch.equal(again.unlabeled.images, batch.unlabeled.images)
 
 
+def _slow_distiller() -> Distiller:
+    """Its batches have no statistics, and its steps are so small that other draws in two processes hardly matter."""
+    return distiller(small_detector(norm="frozen"), losses={"at": AT}, schedule=sgd(lr=1e-5))
+
+
 def _train_on_rank(rank: int, folder: Path, port: int) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in place.items()}
-    module = distiller(losses={"at": AT})
+    module = _slow_distiller()
     strategy = DDPStrategy(process_group_backend="gloo", start_method="popen")
     made = data({"images": 5}, batch_size=2)
     fit(module, folder, made, devices=2, strategy=strategy, max_epochs=2)
@@ -215,11 +230,11 @@ def test_two_processes_end_with_one_student(tmp_path: Path) -> None:
     start_two_processes(_train_on_rank, tmp_path, port)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(first, second)
-    alone = distiller(losses={"at": AT})
+    alone = _slow_distiller()
+    start = torch.cat([x.detach().clone().flatten() for x in alone.student.parameters()])
     fit(alone, tmp_path, data({"images": 5}, batch_size=4), max_epochs=2)
     weights = torch.cat([x.flatten() for x in alone.student.parameters()])
-    assert torch.isfinite(first).all()
-    assert (first - weights).abs().max() < 0.5 * (first - 0).abs().max()
+    assert (first - weights).norm() < 0.02 * (weights - start).norm()
 
 
 def test_the_label_file_is_in_cocos_format(tmp_path: Path) -> None:
