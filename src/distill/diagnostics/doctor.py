@@ -141,8 +141,8 @@ def adapters(losses: nn.ModuleDict) -> list[dict[str, Any]]:
 def measure_terms(step: StepResult) -> dict[str, dict[str, float | bool]]:
     """Measure each term of a step: value, weight, weighted value, and share of the gradient at the neck.
 
-    The share is that of `training.gradients`. The terms are those of the images with labels. ``reaches`` says whether the term has a gradient on any map of the
-    student's neck or body.
+    The share is that of `training.gradients`. ``reaches`` says whether the term has a gradient on any map of the
+    student's neck or body. The terms are those of the images with labels.
     """
     student, weights = step.student, step.weights
     maps = trained_maps(student)

@@ -88,6 +88,11 @@ class DETRCorners(DistillLoss):
         require_equal_bins("corners", student, teacher)
         self.classes = ClassMap("corners", student, teacher)
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return list(self.weights)
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
         if not self.weights:

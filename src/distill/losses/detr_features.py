@@ -33,11 +33,13 @@ def query_qualities(layer: QueryLayer, batch: Batch, top: int) -> tuple[Tensor, 
 
     Returns:
         (B, top) int64 queries, which may repeat, and (B, top) qualities: score times the highest IoU of the query's box
-        with an object, or the score alone in an image without objects.
+        with an object, or the score alone in an image without objects, or whose objects are not known.
     """
     scores = upcast(layer.logits).sigmoid().flatten(1)
     score, place = scores.topk(min(top, scores.shape[1]), dim=1)
     query = place // layer.logits.shape[2]
+    if batch.targets_missing:
+        return query, score
     chosen = geometry.corners(upcast(layer.boxes).gather(1, query[..., None].expand(-1, -1, 4)))
     qualities = []
     for image, target in enumerate(batch.targets):

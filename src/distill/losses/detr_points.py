@@ -81,6 +81,11 @@ class DETRPoints(DistillLoss):
             if self.terms("assignment"):
                 base.require_outputs("assignment", student, teacher, "query_targets")
 
+    @property
+    def truth_terms(self) -> list[str]:
+        """See the base class."""
+        return [name for name in self.weights if name.startswith("assignment.")]
+
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
         if not self.weights:

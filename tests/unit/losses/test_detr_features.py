@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from distill.losses.base import DistillLoss
-from distill.losses.detr_features import DETRFeatures, target_mask
-from distill.types import Batch, DetectorSpec, DistillError
+from distill.losses.detr_features import DETRFeatures, query_qualities, target_mask
+from distill.types import Batch, DetectorSpec, DistillError, MissingTargets
 from helpers.fake_queries import query_spec, random_query_view
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import OBJECTS, LossGrid
@@ -78,6 +79,13 @@ class TestDETRFeatures(LossGrid):
 def test_a_mask_without_any_similar_cell_is_one_everywhere() -> None:
     features = torch.ones(1, 2, 3, 3)
     assert torch.equal(target_mask(features, -torch.ones(1, 4, 2), torch.ones(1, 4)), torch.ones(1, 3, 3))
+
+
+def test_the_score_alone_counts_where_the_objects_are_not_known() -> None:
+    layer = random_query_view(batch(OBJECTS), query_spec(), 2).queries[0]
+    _, quality = query_qualities(layer, replace(batch(OBJECTS), targets=MissingTargets()), TOP)
+    assert torch.equal(quality, layer.logits.sigmoid().flatten(1).topk(TOP).values)
+    assert DETRFeatures(spec(), query_spec()).truth_terms == []
 
 
 def test_what_cannot_work_is_refused() -> None:

@@ -173,6 +173,14 @@ def scene() -> tuple[QueryView, QueryView]:
     return random_query_view(images, query_spec(), 1), random_query_view(images, query_spec(), 2)
 
 
+def test_terms_that_read_ground_truth_are_known() -> None:
+    """`data.unlabeled` without boxes refuses them before a teacher is trained."""
+    pair = query_spec(), query_spec()
+    assert DETRPoints(*pair, assignment=ALL).truth_terms == [f"assignment.{name}" for name in ALL]
+    assert DETRPoints(*pair, assignment=dict.fromkeys(ALL, 0.0)).truth_terms == []
+    assert DETRCorners(*pair).truth_terms == ["corners.divergence"]
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Of queries and cells, both processes have equally many."""
     assert_two_equal_one(make, scene, tmp_path, relative=1e-6, differ=("points", "corners"))
