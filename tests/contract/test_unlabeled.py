@@ -36,8 +36,8 @@ from distill.training.balance import GradientBalance
 from distill.training.distiller import Distiller
 from distill.training.nonfinite import _batch_containers
 from distill.types import Batch, DistillError, MissingTargets
-from helpers.detectors import padded_batch, random_detector
-from helpers.methods import METHODS, QUERY_METHODS, small_loss
+from helpers.detectors import QUERY_FAMILIES, padded_batch, query_detector, random_detector, square_batch
+from helpers.methods import METHODS, small_loss
 from helpers.training import (
     assert_same,
     copy_weights,
@@ -55,7 +55,7 @@ SETTINGS: dict[str, tuple[Callable[..., DistillLoss], str]] = {
     **{
         name: (small_loss(name), method.family)
         for name, method in METHODS.items()
-        if not (method.needs_model or method.detectors or name in QUERY_METHODS)
+        if not (method.needs_model or method.detectors)
     },
     **{f"{name} of RetinaNet": (small_loss(name), "retinanet") for name in ("dist", "response")},
     "defeat everywhere": (partial(DeFeat, mask=WHOLE, neck={"background": 0}), "faster_rcnn"),
@@ -79,8 +79,12 @@ SETTINGS: dict[str, tuple[Callable[..., DistillLoss], str]] = {
 
 @functools.cache
 def views(family: str) -> tuple[Any, Any]:
-    batch = replace(padded_batch(), targets=MissingTargets())
-    student, teacher = random_detector(family), random_detector(family, seed=1).eval()
+    build, images = random_detector, padded_batch()
+    if family in QUERY_FAMILIES:
+        pytest.importorskip("transformers", reason="the detectors with queries are those of transformers")
+        build, images = query_detector, square_batch()
+    batch = replace(images, targets=MissingTargets())
+    student, teacher = build(family).train(), build(family, seed=1).eval()
     return student.view(batch, seed=0), teacher.view(batch, frozen=True, seed=0)
 
 

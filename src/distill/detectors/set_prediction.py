@@ -206,9 +206,9 @@ class QueryView(NeckView):
 
     @geometry
     def denoising(self) -> NoisyQueries | None:
-        """Denoising queries; None outside of training, without boxes in the batch, and with ``denoising=0``."""
+        """Denoising queries; None outside of training, without (known) boxes in the batch, and with ``denoising=0``."""
         model, options = self.net.model, self.detector.options
-        if not (self.training and self.net.training and options["denoising"]):
+        if self.batch.targets_missing or not (self.training and self.net.training and options["denoising"]):
             return None
         make = sys.modules[type(self.net).__module__].get_contrastive_denoising_training_group
         with self.draw(DENOISING):
