@@ -229,7 +229,8 @@ def test_run_folder_holds_what_it_promises(cli: Cli, tiny_teacher: Path, tmp_pat
     assert [file.name for file in (run / "detections").iterdir()] == ["val.npz"]
     recording = load_recording(run / "detections" / "val.npz")
     categories = [{"id": label, "name": name} for label, name in enumerate(recording.classes, 1)]
-    metric = CocoMetric({"images": [], "annotations": [], "categories": categories}, recording.classes)
+    truth = {"images": [], "annotations": [], "categories": categories}
+    metric = CocoMetric(truth, recording.classes, per_class=True)
     measured = metric.evaluate(recording.truth, recording.detections)
     assert {f"val/{name}": value for name, value in measured.items()} == summary(run)["student"]
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -509,7 +510,7 @@ def test_a_named_teacher_is_measured_once_for_all_jobs_on_its_data(
     assert summary(tmp_path / "file")["teacher"]["values"] == own
     assert summary(tmp_path / "file")["teacher"]["source"] == str(Path.cwd() / file)
     lines = ["data.source.test=2" if line == "data.source.test=0" else line for line in lines]
-    for number, other in enumerate(["data.source.seed=5", "data.pad_to=96", "metrics.coco.per_class=true"], start=1):
+    for number, other in enumerate(["data.source.seed=5", "data.pad_to=96", "metrics.coco.per_class=false"], start=1):
         assert cli([*lines, other, f"hydra.run.dir={number}"]) == 0
         assert len(measured) == number, other
         values = summary(tmp_path / str(number))["teacher"]["values"]

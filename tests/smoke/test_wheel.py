@@ -60,7 +60,7 @@ def test_holds_the_package_and_nothing_else(wheel: Path) -> None:
     options = {f"distill/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert options
     assert templates
-    assert names == sources | templates | options | {"distill/py.typed"}
+    assert names == sources | templates | options | {"distill/conf/costs.csv", "distill/py.typed"}
 
 
 def test_declares_its_command_and_licence(installed: Installed) -> None:

@@ -43,7 +43,7 @@ def load_detector(path: str | Path) -> Detector:
     content = read_file(file)
     detector = restore_detector(content.model, content.state, str(file))
     try:
-        detector.resize = read_resize_options({**detector.resize._asdict(), **content.resize})
+        detector.resize = read_resize_options(content.resize, detector.resize)
     except DistillError as error:
         raise DistillError(f"{DESCRIPTION} of {file}: {error}") from error
     return detector

@@ -33,14 +33,14 @@ class ResizeOptions(NamedTuple):
     """``ratio`` keeps the ratio of the sides; ``square`` gives both sides the length of the shorter one."""
 
 
-def read_resize_options(options: Mapping[str, Any]) -> ResizeOptions:
-    """Return resize options from plain containers, such as a file of a run.
+def read_resize_options(options: Mapping[str, Any], defaults: ResizeOptions) -> ResizeOptions:
+    """Return resize options from plain containers, such as a file of a run, with defaults for those that it lacks.
 
     Raises:
         DistillError: a name or a value is invalid.
     """
     try:
-        resize = ResizeOptions(**options)
+        resize = defaults._replace(**options)
         if not (isinstance(resize.antialias, bool) and isinstance(resize.pad_to, int) and resize.pad_to > 0):
             raise ValueError("antialias is true or false, pad_to a number of pixels")
         if resize.shape not in SHAPES:

@@ -67,7 +67,7 @@ class FGFI(DistillLoss):
         self.mask = masks.Mask(**base.merge_options("mask", mask, MASK))
         self.maps: MapImitation | None = None
         if self.weights:
-            if self.mask.kind.startswith("fine_grained"):
+            if student.neck and self.mask.kind.startswith("fine_grained"):
                 require(student, "anchors", "mask", "student", "Set mask.kind=ground_truth")
             adapter = base.merge_options("adapter", adapter, ADAPTER)
             self.maps = MapImitation(
