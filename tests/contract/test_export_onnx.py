@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from distill.detectors.base import Detector
+from distill.detectors.detection_rules import RULES, paste_sampled
 from distill.detectors.norms import NORMS
 from distill.export.exported import ExportedDetector
-from distill.export.graphs import Canvas, DenseGraph, FullGraph
+from distill.export.graphs import Canvas, DenseGraph, paste_sampled_masks
 from distill.export.parity import compare_detections
 from distill.export.routes import ROUTES, ExportOptions, open_program
 from distill.imaging.resizing import ResizeOptions
@@ -138,9 +139,32 @@ def test_foreign_options_are_exported(family: str, name: str, tmp_path: Path) ->
 def test_a_rule_that_cannot_be_traced_is_refused() -> None:
     with pytest.raises(DistillError, match=r"--top 5: .*detection_rule=mmdetection"):
         DenseGraph(detector_of("fcos", detection_rule="mmdetection"), Canvas(64, 64), top=5)
-    detector = detector_of("fcos", detection_rule="detectron2")
-    with pytest.raises(DistillError, match="detection_rule=detectron2 cannot be exported"):
-        FullGraph(detector)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "torchvision"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rules_of_other_projects_are_exported(family: str, rule: str, tmp_path: Path) -> None:
+    detector = detector_of(family, detection_rule=rule)
+    path = export(detector, tmp_path)
+    assert_equal_detections(detector, path)
+    for module in (detector.net, getattr(detector.net, "roi_heads", detector.net)):
+        module.score_thresh = 2.0
+    (tmp_path / "none").mkdir()
+    assert len(ExportedDetector(export(detector, tmp_path / "none")).detect(picture((97, 203))).boxes) == 0
+
+
+def test_sampled_masks_are_those_of_the_loop() -> None:
+    """`paste_sampled` samples each mask alone. The file computes all at once; boxes reach over the borders."""
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.rand(40, 1, 28, 28, generator=generator)
+    corners = torch.rand(40, 2, generator=generator) * 90 - 15
+    boxes = torch.cat([corners, corners + torch.rand(40, 2, generator=generator) * 60], dim=1)
+    boxes[0, 2:] = boxes[0, :2]
+    expected, found = paste_sampled(cells, boxes, (60, 80)), paste_sampled_masks(cells, boxes, 60, 80)
+    assert (expected != found).float().mean() < 1e-4
+    assert not found[0].any()
+    assert 0.05 < expected[1:].float().mean() < 0.9
 
 
 @pytest.mark.exhaustive

@@ -26,9 +26,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection import _utils as det_utils
 from torchvision.models.detection import fcos, retinanet
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import batched_nms
+from torchvision.ops import boxes as box_ops
 
 from distill.detectors.anchors import choose
 from distill.types import Detections, DistillError, Size
@@ -70,7 +72,7 @@ class RuledRoIHeads(RoIHeads):  # type: ignore[misc]
             torch.split(decoded, counts), torch.split(probabilities, counts), image_shapes, strict=True
         ):
             valid = boxes.isfinite().flatten(1).all(1) & scores.isfinite().all(1)
-            boxes, scores = clip_boxes_to_image(boxes[valid], size)[:, 1:], scores[valid][:, 1:]
+            boxes, scores = box_ops.clip_boxes_to_image(boxes[valid], size)[:, 1:], scores[valid][:, 1:]
             rows, columns = (scores > self.score_thresh).nonzero(as_tuple=True)
             boxes, scores, labels = boxes[rows, columns], scores[rows, columns], columns + 1
             kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
@@ -152,20 +154,22 @@ def _dense_detections(
                 if rule == "detectron2":
                     ranks = torch.sqrt(ranks * centerness)
             rows, columns = (ranks > net.score_thresh).nonzero(as_tuple=True)
-            scores, best = ranks[rows, columns].topk(min(len(rows), net.topk_candidates))
+            scores = ranks[rows, columns]
+            # A traced file needs the number of candidates as a tensor, which torchvision's helper gives.
+            scores, best = scores.topk(det_utils._topk_min(scores, net.topk_candidates, 0))
             rows, columns = rows[best], columns[best]
             boxes = decode(outputs["bbox_regression"][level][index][rows], places[rows])
             if centerness is not None and rule != "detectron2":
                 scores = scores * centerness[rows, 0]
             if rule != "detectron2":
-                boxes = clip_boxes_to_image(boxes, size)
+                boxes = box_ops.clip_boxes_to_image(boxes, size)
             if rule == "mmdetection":
                 kept = _has_area(boxes)
                 boxes, scores, columns = boxes[kept], scores[kept], columns[kept]
             levels.append((boxes, scores, columns + 1))
         boxes, scores, labels = (torch.cat(part) for part in zip(*levels, strict=True))
         kept = batched_nms(boxes, scores, labels, net.nms_thresh)[: net.detections_per_img]
-        boxes = clip_boxes_to_image(boxes[kept], size)
+        boxes = box_ops.clip_boxes_to_image(boxes[kept], size)
         images.append({"boxes": boxes, "scores": scores[kept], "labels": labels[kept]})
     return images
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import clip_boxes_to_image
+from torchvision.ops import boxes as box_ops
 
 from distill.detectors.detection_rules import finish
 from distill.precision import upcast
@@ -226,7 +226,7 @@ class LazyView:
         results = []
         for image, size, original in zip(detections, self.batch.sizes, self.batch.original_sizes, strict=True):
             boxes = resize_boxes(image.boxes, size, original)
-            boxes = clip_boxes_to_image(boxes, original) if self.rule == "detectron2" else boxes
+            boxes = box_ops.clip_boxes_to_image(boxes, original) if self.rule == "detectron2" else boxes
             results.append(Detections(boxes, image.scores, image.labels))
         return results
 

@@ -18,6 +18,7 @@ from torchvision.models.detection.roi_heads import expand_boxes, expand_masks, m
 from torchvision.ops import boxes as box_ops
 
 from distill.detectors.base import Detector
+from distill.detectors.detection_rules import finish
 from distill.detectors.view import temporarily
 from distill.export.resize_graph import resize_pixels, resized_sides
 from distill.types import Batch, Detections, DistillError, Target
@@ -77,7 +78,11 @@ class TracedMaskView(TracedView):
         logits = view.mask_logits([image.boxes for image in predictions])
         cells = maskrcnn_inference(logits, [image.labels for image in predictions])
         rows = zip(view.enlarged(predictions), cells, view.batch.original_sizes, strict=True)
-        return [image._replace(masks=paste_masks(masks, image.boxes, *size)) for image, masks, size in rows]
+        into_image = paste_masks if view.rule == "torchvision" else paste_sampled_masks
+        return [
+            finish(image._replace(masks=into_image(masks, image.boxes, *size)), view.rule)
+            for image, masks, size in rows
+        ]
 
 
 def paste_masks(cells: Tensor, boxes: Tensor, height: Any, width: Any) -> Tensor:
@@ -103,6 +108,26 @@ def paste_masks(cells: Tensor, boxes: Tensor, height: Any, width: Any) -> Tensor
     x1, y1, x2, y2 = corners.unbind(1)
     rows, columns = weights(y1, y2, height), weights(x1, x2, width)
     return cast(Tensor, rows @ padded[:, 0] @ columns.transpose(1, 2) > 0.5)
+
+
+def paste_sampled_masks(cells: Tensor, boxes: Tensor, height: Any, width: Any) -> Tensor:
+    """Sample mask probabilities (N, 1, M, M) at the pixel centers; return masks (N, height, width) bool.
+
+    The result is that of `detection_rules.paste_sampled`, as two matrix products, see `paste_masks`.
+    """
+    side = cells.shape[-1]
+
+    def weights(low: Tensor, high: Tensor, length: Any) -> Tensor:
+        """(N, length, M): the weight of each cell at each pixel of an axis; 0 for a box without area."""
+        size = (high - low)[:, None]
+        center = torch.arange(length)[None] + 0.5 - low[:, None]
+        source = center / size.clamp(min=torch.finfo(torch.float32).eps) * side - 0.5
+        distance = (source[..., None] - torch.arange(side)).abs()
+        return (1 - distance).clamp(min=0) * (size > 0)[..., None]
+
+    x1, y1, x2, y2 = boxes.unbind(1)
+    rows, columns = weights(y1, y2, height), weights(x1, x2, width)
+    return rows @ cells[:, 0] @ columns.transpose(1, 2) >= 0.5
 
 
 def clip_boxes(boxes: Tensor, size: tuple[Any, Any]) -> Tensor:
@@ -131,11 +156,6 @@ class FullGraph(nn.Module):
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
-        if (rule := detector.options.get("detection_rule", "torchvision")) != "torchvision":
-            raise DistillError(
-                f"export: detection_rule={rule} cannot be exported, only the rule torchvision. Use --parts dense, or "
-                "--to safetensors"
-            )
         self.detector = detector
         self.has_masks = "mask_logits" in detector.spec.outputs
         self.view_class = traced_view(detector, detector.resize.pad_to)

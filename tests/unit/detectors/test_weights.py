@@ -385,6 +385,13 @@ def test_torchvisions_coco_weights_are_held_to_torchvisions_geometry(monkeypatch
             FasterRCNN(["dog"], weights="COCO_V1", **nested({path: value}))
 
 
+def test_weights_of_the_other_box_head_are_refused_by_its_name(tmp_path: Path) -> None:
+    student_files.save_student(RetinaNet(["a"], **nested({"depth": 10, "width": 0.125, "neck_channels": 32})), tmp_path)
+    options = {"depth": 10, "width": 0.125, "neck_channels": 32, "box_head": "distribution", "box_loss": "giou"}
+    with pytest.raises(DistillError, match=r"made for box_head=regression \(here distribution\).*model.box_head="):
+        RetinaNet(["a"], weights=str(tmp_path / "student.pt"), **nested(options))
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "regnety_002"])
 def test_a_timm_classifiers_file_fills_its_body(name: str, tmp_path: Path) -> None:
     state = timm.create_model(name).state_dict()
