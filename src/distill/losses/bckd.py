@@ -65,7 +65,7 @@ class BCKD(DistillLoss):
         super().__init__({f"logits.{name}": weight for name, weight in logits.items()}, ramp, normalizer, seed)
         if self.weights:
             require(student, "anchor_targets", "logits", "student", "Set the weights of logits to 0")
-            self.classes = heads.dense_class_map("logits", student, teacher)
+            self.classes = heads.dense_class_map("logits", student, teacher, boxes="logits.boxes" in self.weights)
 
     @property
     def truth_terms(self) -> list[str]:

@@ -126,7 +126,7 @@ class CrossKD(DistillLoss):
                 f"CrossKD: the teacher's head continues from the student's, so both must be of one family, got a "
                 f"{student.family} taught by a {teacher.family}. Choose teacher={student.family}_r50, or another method"
             )
-        self.classes = heads.dense_class_map("heads", student, teacher)
+        self.classes = heads.dense_class_map("heads", student, teacher, boxes="heads.boxes" in self.weights)
 
     @property
     def truth_terms(self) -> list[str]:

@@ -88,7 +88,7 @@ class FRS(DistillLoss):
             self.neck = NeckPairs(student, teacher, neck["levels"], adapter, seed)
         if self.terms("logits"):
             base.require_outputs("logits", student, teacher, self.stage)
-            heads.require_equal_anchors("logits", student, teacher)
+            heads.require_equal_anchors("logits", student, teacher, boxes=False)
             self.classes = ClassMap("logits", student, teacher, partial=True) if self.stage == "class_logits" else None
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:

@@ -309,14 +309,19 @@ def anchor_classes(name: str, student: View, teacher: View, classes: ClassMap) -
     return flatten_anchors(by_model[0], width), flatten_anchors(by_model[1], width)
 
 
-def dense_class_map(name: str, student: DetectorSpec, teacher: DetectorSpec) -> ClassMap:
+def dense_class_map(name: str, student: DetectorSpec, teacher: DetectorSpec, boxes: bool = False) -> ClassMap:
     """The class map of a pair of one-stage detectors.
+
+    Args:
+        name: of the terms, for the message.
+        student, teacher: specs of both detectors.
+        boxes: whether a term compares boxes, too, see `require_equal_anchors`.
 
     Raises:
         DistillError: a detector is not one-stage, their anchors differ, or the teacher lacks a class and has no bridge.
     """
     require_outputs(name, student, teacher, "class_logits")
-    require_equal_anchors(name, student, teacher)
+    require_equal_anchors(name, student, teacher, boxes)
     return ClassMap(name, student, teacher, partial=True)
 
 
@@ -332,15 +337,20 @@ def head_class_map(name: str, student: DetectorSpec, teacher: DetectorSpec) -> C
     return ClassMap(name, student, teacher, partial=True)
 
 
-def require_equal_anchors(name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Refuse a pair with unequal anchors, because equal deltas then mean different boxes.
+DELTA_OPTIONS = ("anchor_delta_weights", "box_head")
+"""Options that decide which box a delta stands for, but not where its anchor is."""
+
+
+def require_equal_anchors(name: str, student: DetectorSpec, teacher: DetectorSpec, boxes: bool = True) -> None:
+    """Refuse a pair with unequal anchors, because their outputs then belong to different places.
 
     Args:
         name: of the terms, for the message.
         student, teacher: specs of both detectors.
+        boxes: whether a term compares boxes or deltas. Then equal deltas must also be equal boxes.
 
     Raises:
-        DistillError: the anchors differ at some image size, or the units of the deltas differ.
+        DistillError: the anchors differ at some image size, or, with `boxes`, the meaning of the deltas.
     """
     remedy = f"Give both models the same options of anchors and deltas, or set the weights of {name} to 0"
     if student.anchors != teacher.anchors:
@@ -349,7 +359,7 @@ def require_equal_anchors(name: str, student: DetectorSpec, teacher: DetectorSpe
             f"of the student and {teacher.anchors} of the teacher. {remedy}"
         )
     options = student.anchor_options.keys() | teacher.anchor_options.keys()
-    for option in sorted(options):
+    for option in sorted(options.difference(() if boxes else DELTA_OPTIONS)):
         values = [spec.anchor_options.get(option) for spec in (student, teacher)]
         if values[0] != values[1]:
             raise DistillError(

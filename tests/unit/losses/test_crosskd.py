@@ -12,9 +12,14 @@ import torch
 from torchvision.ops import generalized_box_iou
 
 from distill.detectors.towers import split_tower
+from distill.losses.adl import ADL
 from distill.losses.base import DistillLoss
 from distill.losses.bckd import BCKD
 from distill.losses.crosskd import CrossKD, aligned, centerness
+from distill.losses.cwd import CWD
+from distill.losses.dist import DIST
+from distill.losses.frs import FRS
+from distill.losses.response import Response
 from distill.types import Batch, DetectorSpec, DistillError, Target
 from helpers.detectors import padded_batch, random_detector
 from helpers.fake_view import FakeView, batch, random_view, spec
@@ -182,6 +187,37 @@ def test_equal_deltas_of_other_boxes_are_not_compared(family: str, option: str, 
     for loss in (CrossKD, BCKD):
         with pytest.raises(DistillError, match=f"expected equal anchors, but {option} is"):
             loss(student.spec, teacher.spec)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (ADL, {}),
+        (BCKD, {"logits": {"boxes": 0}}),
+        (CrossKD, {"heads": {"boxes": 0}}),
+        (CWD, {"neck": {"all": 0}, "logits": {"classes": 1}}),
+        (DIST, {}),
+        (FRS, {"neck": {"features": 0}}),
+        (Response, {}),
+    ],
+)
+@pytest.mark.parametrize("other", [{"anchor_delta_weights": (10, 10, 5, 5)}, {"box_head": "distribution"}])
+def test_class_scores_are_compared_although_boxes_differ(loss: Any, options: Any, other: dict[str, Any]) -> None:
+    """Terms on class scores give what they give for a teacher with the same weights and the same kind of boxes."""
+    student, same = random_detector("retinanet", box_loss="giou"), random_detector("retinanet", seed=1, box_loss="giou")
+    teacher = random_detector("retinanet", seed=1, box_loss="giou", **other)
+    classes = {name: value for name, value in same.net.state_dict().items() if "regression" not in name}
+    teacher.net.load_state_dict(classes, strict=False)
+    images, values = padded_batch(((64, 64),)), []
+    for detector in (same, teacher):
+        detector.eval().requires_grad_(False)
+        views = student.view(images), detector.view(images, frozen=True)
+        values.append(loss(student.spec, detector.spec, **options)(*views))
+    assert set(values[0]) == set(values[1])
+    assert all(values[0].values())
+    assert {name: value.item() for name, value in values[1].items()} == pytest.approx(
+        {name: value.item() for name, value in values[0].items()}
+    )
 
 
 def test_refusals() -> None:
