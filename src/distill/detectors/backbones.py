@@ -20,6 +20,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
 from distill.detectors.norms import check_norm, convert_norms, norm_layer
 from distill.detectors.timm import TIMM, TimmBody
+from distill.imaging.resizing import average_squares
 from distill.types import DistillError
 
 DEPTHS: dict[int, tuple[Any, tuple[int, int, int, int]]] = {
@@ -275,13 +276,20 @@ class Body(IntermediateLayerGetter):  # type: ignore[misc]
         first: the first stage that the neck uses; 1 = C2.
     """
 
+    input_stride = 1
+    """See `average_squares`."""
+
     def __init__(self, network: Any, first: int) -> None:
         super().__init__(network, {end: str(index) for index, end in enumerate(network.ends[first:])})
         self.ends = network.ends
 
+    def forward(self, images: Tensor) -> Any:
+        """Compute the stages that the neck uses, of images (B, 3, H, W), with torchvision's names."""
+        return super().forward(average_squares(images, self.input_stride))
+
     def maps(self, images: Tensor) -> list[Tensor]:
         """Compute the maps C2 to C5 of images (B, 3, H, W)."""
-        maps = []
+        maps, images = [], average_squares(images, self.input_stride)
         for name, module in self.items():
             images = module(images)
             if name in self.ends[1:]:

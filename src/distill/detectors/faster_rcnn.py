@@ -185,6 +185,8 @@ class FasterRCNN(PyramidDetector):
     Args:
         classes: class names in label order, without background. None means the classes of `weights`.
         backbone: the network below the neck, see `options.BackboneOptions`.
+        input_stride: 1, 2 or 4: the network sees the image averaged over squares of this many pixels. All strides are
+            so many times larger; the sizes of anchors and boxes stay in pixels of the image.
         neck_channels: channels of every level of the feature pyramid.
         anchors: anchors of the strides 4, 8, 16, 32 and 64, see `options.AnchorOptions`.
         delta_clamp: whether deltas of width and height are clamped on the ``upper`` side only, or on ``both`` sides.
@@ -222,13 +224,14 @@ class FasterRCNN(PyramidDetector):
         "roi_heads.box_predictor.bbox_pred": 4,
     }
     view_class = FasterRCNNView
-    strides = (4, 8, 16, 32, 64)
+    level_strides = (4, 8, 16, 32, 64)
     passed_on = ("rpn_", "box_fg", "box_bg", "box_batch", "box_positive", "min_size", "max_size")
 
     def __init__(
         self,
         classes: Sequence[str] | None = None,
         backbone: BackboneOptions | Mapping[str, Any] = BACKBONE,
+        input_stride: int = 1,
         neck_channels: int = 256,
         anchors: AnchorOptions | Mapping[str, Any] = ANCHORS,
         delta_clamp: str = "upper",

@@ -14,10 +14,12 @@ from distill.detectors.options import ANCHORS, BACKBONE, PIXELS, AnchorOptions, 
 from distill.detectors.roi_align import region_pool
 from distill.detectors.weights import class_names, initialise
 from distill.type_checks import parse_options
-from distill.types import DetectorSpec
+from distill.types import DetectorSpec, DistillError
 
 BODY_STRIDES = (4, 8, 16, 32)
-"""Strides of C2 to C5."""
+"""Strides of C2 to C5 in pixels that the network sees."""
+INPUT_STRIDES = (1, 2, 4)
+"""Values of the option `input_stride`."""
 POINT_AND_DELTA_OPTIONS = ("point_offset", "point_step", "anchor_delta_weights", "box_head")
 """Options outside of ``anchors`` that decide which box the deltas of an anchor or point stand for."""
 
@@ -25,8 +27,8 @@ POINT_AND_DELTA_OPTIONS = ("point_offset", "point_step", "anchor_delta_weights",
 class PyramidDetector(Detector):
     """A detector with a backbone and a feature pyramid. Each family implements `build_network`."""
 
-    strides: ClassVar[tuple[int, ...]]
-    """Strides of the neck's levels."""
+    level_strides: ClassVar[tuple[int, ...]]
+    """Strides of the neck's levels in pixels that the network sees."""
     passed_on: ClassVar[tuple[str, ...]]
     """Prefixes of options that torchvision's constructor takes under the same names."""
     anchor_defaults: ClassVar[AnchorOptions] = ANCHORS
@@ -38,6 +40,11 @@ class PyramidDetector(Detector):
         names = class_names(given["classes"], given["weights"], self.enum)
         backbone = parse_options("backbone", given["backbone"], BACKBONE)
         pixels = parse_options("pixels", given["pixels"], PIXELS)
+        side = given["input_stride"]
+        if side not in INPUT_STRIDES:
+            raise DistillError(f"input_stride: expected {', '.join(map(str, INPUT_STRIDES))}, got {side!r}")
+        self.strides = tuple(side * stride for stride in self.level_strides)
+        """Strides of the neck's levels in pixels of the image."""
         body = build_backbone(
             **{name: value for name, value in asdict(backbone).items() if name not in ("trainable_stages", "weights")}
         )
@@ -52,13 +59,14 @@ class PyramidDetector(Detector):
             options,
             {**shared, "image_mean": options["pixels"]["mean"], "image_std": options["pixels"]["std"]},
         )
+        net.backbone.body.input_stride = side
         order_channels(net, pixels.channel_order)
         generator = getattr(net, "rpn", net).anchor_generator
         spec = DetectorSpec(
             family=self.family,
             outputs=self.view_class.outputs,
             classes=names,
-            body=dict(zip(BODY_STRIDES, body.channels, strict=True)),
+            body=dict(zip((side * stride for stride in BODY_STRIDES), body.channels, strict=True)),
             neck=dict.fromkeys(self.strides, options["neck_channels"]),
             anchors=dict(zip(self.strides, generator.num_anchors_per_location(), strict=True)),
             mean=tuple(pixels.mean),
@@ -88,7 +96,7 @@ class PyramidDetector(Detector):
 class DenseDetector(PyramidDetector):
     """A detector whose only heads run on every cell of the levels P3 to P7, without regions: RetinaNet and FCOS."""
 
-    strides = (8, 16, 32, 64, 128)
+    level_strides = (8, 16, 32, 64, 128)
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         super().__init__(arguments)

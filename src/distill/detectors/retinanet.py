@@ -272,6 +272,7 @@ class RetinaNet(DenseDetector):
         self,
         classes: Sequence[str] | None = None,
         backbone: BackboneOptions | Mapping[str, Any] = BACKBONE,
+        input_stride: int = 1,
         neck_channels: int = 256,
         p6_from: str = "p5",
         p7_relu: bool = True,

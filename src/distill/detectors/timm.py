@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.imaging.resizing import average_squares
 from distill.types import DistillError
 
 TIMM = "timm/"
@@ -23,6 +24,9 @@ class TimmBody(nn.Module):
         DistillError: timm is missing, timm does not know the name, or the network has no maps (B, C, H, W) of strides
             4, 8, 16 and 32.
     """
+
+    input_stride = 1
+    """See `average_squares`."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -43,7 +47,7 @@ class TimmBody(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Compute the maps C2 to C5 of images (B, 3, H, W)."""
-        maps = self.net(images)
+        maps = self.net(average_squares(images, self.input_stride))
         return [maps[index] for index in self.chosen]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ HEADS = ("keep", "match", "new")
 MEANING = (
     *("pixels.mean", "pixels.std", "backbone.stride_in_1x1", "anchors.sizes", "anchors.ratios"),
     *("box_sampling_ratio", "p6_from", "backbone.groups", "backbone.group_width"),
-    *("neck_norm", "rpn_convs", "box_convs", "head_norm", "box_head"),
+    *("input_stride", "neck_norm", "rpn_convs", "box_convs", "head_norm", "box_head"),
     *("strides", "encoder_heads", "encoder_expansion", "encoder_depth", "decoder_heads", "decoder_points"),
     *("bins", "bin_curve", "version"),
     *anchors.DEFAULTS,

@@ -17,7 +17,7 @@ EPS = 1e-5
 """Epsilon of torchvision's batch norms."""
 CONVERTED = ("pixels.channel_order",)
 """Settings that torchvision does not have, but that converted weights can express."""
-OTHER_DEFAULTS = {"detection_rule": "torchvision", "level_scales": False, "box_head": "regression"}
+OTHER_DEFAULTS = {"detection_rule": "torchvision", "level_scales": False, "box_head": "regression", "input_stride": 1}
 """Further options of which torchvision has one value only -> this value."""
 TWO_STAGE = ("rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test", "rpn_nms_thresh")
 THRESHOLDS = ("score_thresh", "nms_thresh", "detections_per_img")

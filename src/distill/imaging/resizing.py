@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -102,3 +103,8 @@ def copy_padded(images: Iterable[Tensor], canvases: Tensor) -> None:
         canvas[:, :height, :width] = image
         canvas[:, height:] = 0
         canvas[:, :height, width:] = 0
+
+
+def average_squares(images: Tensor, side: int) -> Tensor:
+    """Average images (B, 3, H, W) over squares of `side` x `side` pixels: the network below sees a smaller image."""
+    return images if side == 1 else avg_pool2d(images, side, ceil_mode=True, count_include_pad=False)

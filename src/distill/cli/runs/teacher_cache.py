@@ -40,7 +40,12 @@ IGNORED_DATA = (*LOADING_KEYS, "on_overlap", "unlabeled")
 IGNORED_MODEL = ("box_roi_align",)  # changes only the order of additions
 # These check, log and print only.
 IGNORED_CALLBACKS = ("teacher", "schedule", "terms", "gradients", "rate", "panels", "history", "lines", "progress")
-NEWER_KEYS = (("data", "resize", "ratio"), ("schedule", "flat", 0.5), ("schedule", "backbone_rate", 1.0))
+NEWER_KEYS = (
+    ("data", "resize", "ratio"),
+    ("schedule", "flat", 0.5),
+    ("schedule", "backbone_rate", 1.0),
+    ("model", "input_stride", 1),
+)
 """Group, key and value as in older versions, which did not have the key. Their cached teachers stay valid."""
 UNTRAINED = "untrained"
 """Source of a teacher that has random weights."""
