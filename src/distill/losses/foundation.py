@@ -63,10 +63,13 @@ def corrected(weight: float, share: float, target: float, tolerance: float) -> f
 
         weight p* (1 - p) / (p (1 - p*))     p* = target + tolerance for a p below the interval, else target - tolerance
 
-    Inside the interval ``target +- tolerance`` the weight stays. The factor is bounded by 0.1 and 10.
+    Inside the interval ``target +- tolerance`` the weight stays. The factor is bounded by 0.1 and 10. A share of 1 or
+    more, which a gradient has that cancels the other losses' gradients, gets the factor 0.1.
     """
-    if abs(share - target) <= tolerance or not 0 < share < 1:
+    if abs(share - target) <= tolerance or share <= 0:
         return weight
+    if share >= 1:
+        return weight * RATIO[0]
     far = target + math.copysign(tolerance, target - share)
     factor = far * (1 - share) / (share * (1 - far))
     return weight * min(max(factor, RATIO[0]), RATIO[1])
@@ -169,8 +172,9 @@ class Foundation(DistillLoss):
         """Correct the weight by the share that was measured in the last epoch."""
         super().on_epoch_start(epoch, data, student, teacher)
         own, whole = self.norms.tolist()
-        if self.share is not None and own > 0 and whole > 0:
-            self._factor = corrected(float(self.factor_of_weight), own / whole, self.share, self.tolerance)
+        if self.share is not None and own > 0:
+            share = own / whole if whole > 0 else math.inf
+            self._factor = corrected(float(self.factor_of_weight), share, self.share, self.tolerance)
             self.factor_of_weight.fill_(self._factor)
         self.norms.zero_()
         self.last_norms.zero_()

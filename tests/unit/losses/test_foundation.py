@@ -87,6 +87,10 @@ def test_cells_of_the_padding_do_not_count() -> None:
         (0.30, 0.09 * 0.70 / (0.30 * 0.91)),
         (0.001, 10.0),
         (0.9, 0.1),
+        (0.99, 0.1),
+        (1.0, 0.1),  # the gradients of the other losses cancel a part of the term's gradient
+        (1.5, 0.1),
+        (math.inf, 0.1),
         (0.0, 1.0),
     ],
 )
@@ -123,6 +127,16 @@ def test_the_share_is_measured_and_steers_the_weight() -> None:
     other = Foundation(spec(), None, FixedFeatures())
     other.load_state_dict(copy.deepcopy(loss.state_dict()))
     assert other.factor("neck.cosine", 0, 1) == loss.factor("neck.cosine", 0, 1)
+
+
+def test_a_term_that_outweighs_the_whole_loss_gets_a_lower_weight() -> None:
+    """The weight would stay at its highest: such a share is the strongest sign that it is too high."""
+    loss = Foundation(spec(), None, FixedFeatures())
+    for whole in (1.0, 0.8, 0.0):
+        before = loss.factor("neck.cosine", 0, 1)
+        loss.norms.copy_(torch.tensor([1.0, whole]))
+        loss.on_epoch_start(1, None, None, None)
+        assert loss.factor("neck.cosine", 0, 1) == pytest.approx(before / 10)
 
 
 def test_a_constant_weight_measures_nothing() -> None:
