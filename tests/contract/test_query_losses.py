@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -87,6 +89,33 @@ def test_the_student_s_own_points_give_its_own_queries() -> None:
     values = DETRPoints(twin.spec, twin.spec)(student, teacher)
     assert values["points.l1"].item() == pytest.approx(0, abs=1e-5)
     assert values["points.giou"].item() == pytest.approx(0, abs=1e-4)
+
+
+def with_other_classes(teacher: Any, order: list[int], names: list[str], bridge: dict[str, str] | None = None) -> Any:
+    """A copy whose class i + 1, with one of `names`, is the class ``order[i] + 1`` of `teacher`."""
+    other = copy.deepcopy(teacher)
+    layers = map(other.net.get_submodule, other.class_layers)
+    tied = {id(parameter): parameter for layer in layers for parameter in layer.parameters()}
+    with torch.no_grad():
+        for parameter in tied.values():
+            parameter[: len(order)] = parameter[order].clone()
+    other.spec = replace(other.spec, classes=tuple(names), bridge=bridge)
+    return other
+
+
+@pytest.mark.parametrize("case", ["points", "corners of points", "corners of matches", "logits"])
+def test_the_order_of_the_teacher_s_classes_changes_nothing(case: str) -> None:
+    """Labels of objects are those of the student. The matching of the teacher's queries read its columns by them."""
+    build, family, _ = CASES[case]
+    student, teacher = detector(family, 0), detector(family, 1)
+    expected = build(student.spec, teacher.spec)(*views(student, teacher))
+    assert [len(rows) for rows, _ in views(student, teacher)[1].query_targets[-1]] == [3, 0]
+    names = {"permuted": ["owl", "cat", "dog"], "mapped": ["bird", "kitten", "puppy"]}
+    for bridge in (None, {"bird": "owl", "kitten": "cat", "puppy": "dog"}):
+        other = with_other_classes(teacher, [2, 0, 1], names["mapped" if bridge else "permuted"], bridge)
+        values = build(student.spec, other.spec)(*views(student, other))
+        for term, value in values.items():
+            assert value.item() == pytest.approx(expected[term].item(), rel=1e-5), (term, bridge)
 
 
 def test_other_bins_and_strides_are_refused() -> None:

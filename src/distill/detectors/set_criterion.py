@@ -16,25 +16,10 @@ from torch import Tensor
 
 from distill import boxes as geometry
 from distill import distributed
-from distill.assignment import Matches, assign, box_costs
+from distill.assignment import COST_FOCAL, COSTS, Matches, SetTarget, match_objects
 from distill.precision import upcast
 from distill.query_losses import balanced_mean, corner_divergence, varifocal_loss
-from distill.types import Batch, DistillError, QueryLayer
-
-
-class SetTarget(NamedTuple):
-    """Ground truth of one image."""
-
-    boxes: Tensor
-    """(T, 4) in the form of `QueryLayer.boxes`."""
-    labels: Tensor
-    """(T,) int64, from 0."""
-
-
-def set_targets(batch: Batch) -> list[SetTarget]:
-    """Ground truth of a batch, as shares of the padded image, with labels from 0."""
-    height, width = batch.images.shape[-2:]
-    return [SetTarget(geometry.shares(target.boxes, height, width), target.labels - 1) for target in batch.targets]
+from distill.types import DistillError, QueryLayer
 
 
 class QueryGroup(NamedTuple):
@@ -122,28 +107,6 @@ class CornerBins:
         left = (torch.searchsorted(offsets, wanted.contiguous(), right=True) - 1).clamp(0, self.count - 2)
         share = (wanted - offsets[left]) / (offsets[left + 1] - offsets[left])
         return left, share.clamp(0, 1)
-
-
-def focal_costs(logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
-    """The classification cost of all pairs of queries and objects.
-
-    ::
-
-        cost = alpha (1 - p)^gamma (-log p) - (1 - alpha) p^gamma (-log(1 - p)),   p = sigmoid(z of the object's class)
-
-    Source: the matcher of Deformable DETR (2010.04159) and RT-DETR (2304.08069), in their released code; alpha = 0.25,
-    gamma = 2. The logarithms are exact here; the released code adds 1e-8 to their arguments.
-
-    Args:
-        logits: (B, Q, K).
-        labels: (B, T), from 0.
-
-    Returns:
-        (B, Q, T).
-    """
-    z = logits.gather(2, labels[:, None].expand(-1, logits.shape[1], -1))
-    p = z.sigmoid()
-    return alpha * (1 - p) ** gamma * -F.logsigmoid(z) - (1 - alpha) * p**gamma * -F.logsigmoid(-z)
 
 
 def matchability_loss(logits: Tensor, quality: Tensor, positive: Tensor, gamma: float) -> Tensor:
@@ -272,35 +235,22 @@ class SetCriterion:
         vfl: tuple[float, float] = (0.75, 2.0),
         mal_gamma: float = 1.5,
         costs: Mapping[str, float] | None = None,
-        cost_focal: tuple[float, float] = (0.25, 2.0),
+        cost_focal: tuple[float, float] = COST_FOCAL,
     ) -> None:
         if classification not in ("vfl", "mal"):
             raise DistillError(f"classification: expected vfl or mal, got '{classification}'")
         self.classification, self.bins, self.union = classification, bins, union
         self.vfl, self.mal_gamma, self.cost_focal = vfl, mal_gamma, cost_focal
-        self.costs = {"classification": 2.0, "l1": 5.0, "giou": 2.0, **(costs or {})}
+        self.costs = {**COSTS, **(costs or {})}
 
     @property
     def names(self) -> list[str]:
         """Names of the terms."""
         return ["classification", "l1", "giou", *(["fgl", "ddf"] if self.bins else [])]
 
-    @torch.no_grad()
     def match(self, layers: Sequence[QueryLayer], targets: Sequence[SetTarget]) -> list[Matches]:
-        """Match each layer's queries to the objects; see :func:`distill.assignment.assign`.
-
-        With more objects than queries, every query is matched.
-        """
-        truth, labels = _padded(targets)
-        with torch.autocast(truth.device.type, enabled=False):
-            costs = [self._cost(layer, truth, labels) for layer in layers]
-        return assign(costs, [len(target.labels) for target in targets])
-
-    def _cost(self, layer: QueryLayer, truth: Tensor, labels: Tensor) -> Tensor:
-        """(B, Q, T)."""
-        classes = focal_costs(upcast(layer.logits), labels, *self.cost_focal)
-        boxes = box_costs(upcast(layer.boxes), truth.to(upcast(layer.boxes)), self.costs["l1"], self.costs["giou"])
-        return self.costs["classification"] * classes + boxes
+        """Match each layer's queries to the objects; see :func:`distill.assignment.match_objects`."""
+        return match_objects(layers, targets, self.costs, self.cost_focal)
 
     def __call__(
         self,
@@ -444,13 +394,6 @@ class SetCriterion:
 def _share(count: Tensor, processes: int) -> Tensor:
     """The factor on this process's sums."""
     return processes / count.clamp(min=1)
-
-
-def _padded(targets: Sequence[SetTarget]) -> tuple[Tensor, Tensor]:
-    """Boxes (B, T, 4) and labels (B, T) of all images, padded with zeros."""
-    truth = torch.nn.utils.rnn.pad_sequence([target.boxes for target in targets], batch_first=True)
-    labels = torch.nn.utils.rnn.pad_sequence([target.labels for target in targets], batch_first=True)
-    return truth, labels
 
 
 def _pairs(matches: Matches, targets: Sequence[SetTarget], layer: QueryLayer) -> _Pairs:

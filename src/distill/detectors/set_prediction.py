@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_convert
 
-from distill.assignment import Matches
+from distill.assignment import Matches, set_targets
 from distill.detectors.backbones import freeze, resolved_options
 from distill.detectors.base import Detector
 from distill.detectors.norms import check_norm, convert_norms
 from distill.detectors.options import BackboneOptions, PixelOptions, to_plain
 from distill.detectors.roi_align import region_pool
-from distill.detectors.set_criterion import Denoising, QueryGroup, SetCriterion, SetLosses, set_targets
+from distill.detectors.set_criterion import Denoising, QueryGroup, SetCriterion, SetLosses
 from distill.detectors.torchvision_weights import NoWeights
 from distill.detectors.transformers_bodies import body_configuration, initialise_convolutions
 from distill.detectors.transformers_weights import published_classes, read_published

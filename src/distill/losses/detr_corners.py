@@ -111,11 +111,12 @@ class DETRCorners(DistillLoss):
     def _layers(self, given: list[QueryLayer], student: View, teacher: View) -> Iterator[_Compared]:
         layers = list(queries.layer_pairs(given, teacher.queries))
         if self.pairs == "points":
+            targets = queries.taught_targets(teacher, self.classes)
             for _, own, index, other in layers:
                 every = torch.ones(other.logits.shape[:2], dtype=torch.bool, device=other.logits.device)
                 image, query = every.nonzero(as_tuple=True)
                 rows = image, query
-                yield self._compare(own, other, rows, rows, teacher.query_targets[index], student.batch)
+                yield self._compare(own, other, rows, rows, targets[index], student.batch)
             return
         pairs = [(queries.own(own), queries.taught(other, self.classes)) for _, own, _, other in layers]
         for (index, own, _, other), (rows, columns) in zip(layers, queries.match_queries(pairs), strict=True):

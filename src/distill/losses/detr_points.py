@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from distill import boxes as geometry
+from distill.assignment import Matches
 from distill.losses import base, queries
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.heads import ClassMap
 from distill.query_losses import varifocal_loss
-from distill.types import DetectorSpec, DistillError, QueryLayer, View
+from distill.types import Batch, DetectorSpec, DistillError, QueryLayer, View
 
 POINTS = {"classes": 2.0, "l1": 5.0, "giou": 2.0}
 ASSIGNMENT = {"classes": 0.0, "l1": 0.0, "giou": 0.0}
@@ -92,11 +93,12 @@ class DETRPoints(DistillLoss):
             return {}
         shares: dict[str, list[SumAndCount]] = {term: [] for term in self.weights}
         decoded = student.decode(teacher.query_points)
+        assigned = queries.taught_targets(teacher, self.classes) if self.terms("assignment") else []
         with torch.autocast(student.batch.images.device.type, enabled=False):
             for _, given, index, target in queries.layer_pairs(decoded, teacher.queries):
                 values = self._imitate(given, target) if self.terms("points") else {}
                 if self.terms("assignment"):
-                    values |= assigned_losses(student, teacher, given, index)
+                    values |= assigned_losses(given, assigned[index], student.batch)
                 for term, share in values.items():
                     if term in shares:
                         shares[term].append(share)
@@ -109,10 +111,10 @@ class DETRPoints(DistillLoss):
         return {f"points.{name}": ((weight * value).sum(), weight.sum()) for name, value in values.items()}
 
 
-def assigned_losses(student: View, teacher: View, layer: QueryLayer, index: int) -> dict[str, SumAndCount]:
-    """The terms ``assignment.*`` of the student's layer, with the matches of the teacher's layer `index`."""
+def assigned_losses(layer: QueryLayer, matches: Matches, batch: Batch) -> dict[str, SumAndCount]:
+    """The terms ``assignment.*`` of the student's layer, with the matches of a layer of the teacher."""
     logits, boxes = queries.own(layer)
-    image, query, truth, labels = queries.matched_objects(teacher.query_targets[index], student.batch, boxes)
+    image, query, truth, labels = queries.matched_objects(matches, batch, boxes)
     given = boxes[image, query]
     corners, wanted = geometry.corners(given), geometry.corners(truth)
     quality = geometry.paired_iou(corners, wanted).detach()

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill import boxes as geometry
-from distill.assignment import Matches, assign, box_costs
+from distill.assignment import Matches, assign, box_costs, match_objects, set_targets
 from distill.losses.base import require_equal_shapes
 from distill.losses.heads import ClassMap
 from distill.precision import upcast
-from distill.types import Batch, QueryLayer
+from distill.types import Batch, QueryLayer, View
 
 REMEDY = "Give both models the outputs of one kind of query"
 Rows = tuple[Tensor, Tensor]
@@ -55,6 +55,18 @@ def own(layer: QueryLayer) -> Predictions:
 def taught(layer: QueryLayer, classes: ClassMap) -> Predictions:
     """Predictions of the teacher."""
     return Predictions(upcast(classes.dense_logits(layer.logits.detach())), upcast(layer.boxes.detach()))
+
+
+def taught_targets(teacher: View, classes: ClassMap) -> list[Matches]:
+    """The teacher's matches of queries to objects, as `View.query_targets`, for labels of the student's classes.
+
+    A teacher with another class list would read the labels as numbers of its own columns. Its columns are brought into
+    the student's order before the matching.
+    """
+    if classes.columns is None:
+        return teacher.query_targets
+    layers = [layer._replace(logits=classes.dense_logits(layer.logits)) for layer in teacher.queries]
+    return match_objects(layers, set_targets(teacher.batch))
 
 
 def best(predictions: Predictions, top: int | None) -> Predictions:

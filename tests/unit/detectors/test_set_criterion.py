@@ -14,15 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.assignment import Matches, assign
+from distill.assignment import Matches, SetTarget, assign, set_targets
 from distill.detectors.set_criterion import (
     CornerBins,
     Denoising,
     QueryGroup,
     SetCriterion,
     SetLosses,
-    SetTarget,
-    set_targets,
     union_matches,
 )
 from distill.types import DistillError, QueryLayer
