@@ -260,7 +260,7 @@ def test_images_and_queries_that_do_not_fit_are_refused() -> None:
 def test_one_batch_can_be_learned_by_heart(family: str, options: dict[str, Any]) -> None:
     detector, data = query_detector(family, denoising=0, **options), square_batch(((128, 128), (128, 128)))
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
-    for _ in range(250):
+    for _ in range(600):  # D-FINE with two levels has an IoU of 0.36 after 250 steps, and 0.98 after 600
         optimizer.zero_grad()
         sum(detector.view(data).losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
