@@ -40,6 +40,8 @@ class Detector(nn.Module):
 
     `rows_around` names further rows. In a dense head all rows repeat for each anchor.
     """
+    needs_squares: ClassVar[bool] = False
+    """Whether the detector sees padding as image. Where it takes part, all images are resized to squares."""
     float32_parts: ClassVar[Sequence[str]] = ()
     """Names of modules of `net` that keep float32 in a teacher of a lower precision, because they compute boxes."""
     view_class: type[LazyView]

@@ -393,6 +393,7 @@ class SetPredictionDetector(Detector):
     enum = NoWeights
     body_path = "model.backbone.model"
     view_class: type[QueryView] = QueryView
+    needs_squares = True
     loss_weights: ClassVar[Mapping[str, float]] = {"classification": 1.0, "l1": 5.0, "giou": 2.0}
     """Name of a loss of the View -> its weight."""
     set_criterion: SetCriterion = SetCriterion()

@@ -93,13 +93,19 @@ def register_options() -> None:
     config_folders.register()
 
 
-SQUARE = ("distill.RTDETR", "distill.DFine")
-"""Detectors that see padding as image. Where one takes part, all images are resized to squares."""
-
-
 def resize_of(*detectors: str | None) -> str:
-    """The value of ``data.resize`` for the classes of a student and its teacher."""
-    return "square" if set(detectors) & set(SQUARE) else "ratio"
+    """The value of ``data.resize`` for the classes of a student and its teacher, see `Detector.needs_squares`."""
+    return "square" if any(getattr(detector_class(name), "needs_squares", False) for name in detectors) else "ratio"
+
+
+def detector_class(name: str | None) -> Any:
+    """The class that a ``_target_`` names. None without a name, and for a name that the run will refuse."""
+    if name is None:
+        return None
+    try:
+        return target_policy.load_class(name, "_target_")
+    except DistillError:
+        return None
 
 
 def register_resolvers() -> None:
