@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distill.data.records import Records
 
@@ -14,6 +15,11 @@ SMALL_OBJECT = 16.0
 """Side in pixels that most objects should have after the resize. Anchors and strides start at 8 to 32 pixels."""
 MOST_ENLARGED = 2.0
 """Images are enlarged by this factor at most. More pixels add computing time, but no information."""
+SQUARES = (256, 640)
+"""Smallest and largest side of squares. 640 pixels are the papers' size. At 256 pixels, the maps of the strides 16
+and 32 have 320 cells: enough for the 300 queries of D-FINE N."""
+SQUARE_STEP = 32
+"""Sides of squares are multiples of the largest stride."""
 BATCHES = ((400, 8), (640, 4))
 """Pairs (limit, batch size), for images whose square root of the area is up to the limit in pixels. Larger: 2."""
 
@@ -38,22 +44,59 @@ def choose_size(records: Records) -> SizeChoice:
         records: the checked training images, with their true sizes.
     """
     shorter, longer = np.sort(records.sizes, axis=1).T.astype(np.float64)
-    own, objects = float(np.median(shorter)), np.maximum(records.boxes, 0)
-    scales = (own / shorter)[records.row_images()]  # of a resize to `own`
-    sides = np.sqrt((objects[:, 2] - objects[:, 0]) * (objects[:, 3] - objects[:, 1])) * scales
-    quarter = float(np.quantile(sides, 0.25)) if len(sides) else SMALL_OBJECT
-    factor = min(max(1.0, SMALL_OBJECT / max(quarter, 1e-6)), MOST_ENLARGED)
+    own = float(np.median(shorter))
+    quarter, factor = _enlargement(records, own / shorter)
     min_size = round(min(own * factor, LARGEST[0]))
     aspect = min(max(float(np.quantile(longer / shorter, 0.95)), 4 / 3), 2.0)
     max_size = LARGEST[1] if min_size == LARGEST[0] else round(min_size * aspect)
-    size = f"images of {round(float(np.median(longer)))}x{round(own)} px"
+    size = _median_size(records)
     if min_size == round(own):
         return SizeChoice(min_size, max_size, f"{size} keep their size")
     if min_size < own:
         return SizeChoice(min_size, max_size, f"{size} are shrunk")
-    return SizeChoice(
-        min_size, max_size, f"{size} are enlarged, because a quarter of the objects is below {quarter:.0f} px"
-    )
+    return SizeChoice(min_size, max_size, f"{size} are enlarged, {_reason(quarter)}")
+
+
+def choose_square(records: Records) -> SizeChoice:
+    """Choose the side of squares, for ``data.resize=square``: as many pixels as the images have, within limits.
+
+    The side is the median square root of the images' areas. As in `choose_size`, it is enlarged if more than a quarter
+    of the objects would be smaller than 16 px. It is rounded to a multiple of 32 from 256 to 640 px.
+
+    Args:
+        records: the checked training images, with their true sizes.
+    """
+    roots = np.sqrt(records.sizes.astype(np.float64).prod(axis=1))
+    own = float(np.median(roots))
+    quarter, factor = _enlargement(records, own / roots)
+    side = round(own * factor / SQUARE_STEP) * SQUARE_STEP
+    side = min(max(side, SQUARES[0]), SQUARES[1])
+    enlarged = factor > 1 and side > own
+    reason = f"{_median_size(records)} become squares" + (f" and are enlarged, {_reason(quarter)}" if enlarged else "")
+    return SizeChoice(side, side, reason)
+
+
+def _enlargement(records: Records, scales: NDArray[np.float64]) -> tuple[float, float]:
+    """The first quartile of the objects' sizes in pixels, and the factor that enlarges it to `SMALL_OBJECT`.
+
+    Args:
+        records: the images and their objects.
+        scales: (N,) the scale of each image's resize, before the enlargement.
+    """
+    objects = np.maximum(records.boxes, 0)
+    areas = (objects[:, 2] - objects[:, 0]) * (objects[:, 3] - objects[:, 1])
+    sides = np.sqrt(areas) * scales[records.row_images()]
+    quarter = float(np.quantile(sides, 0.25)) if len(sides) else SMALL_OBJECT
+    return quarter, min(max(1.0, SMALL_OBJECT / max(quarter, 1e-6)), MOST_ENLARGED)
+
+
+def _median_size(records: Records) -> str:
+    shorter, longer = np.median(np.sort(records.sizes, axis=1), axis=0)
+    return f"images of {round(float(longer))}x{round(float(shorter))} px"
+
+
+def _reason(quarter: float) -> str:
+    return f"because a quarter of the objects is below {quarter:.0f} px"
 
 
 def choose_batch(min_size: int, max_size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distill.data.auto_size import choose_batch, choose_size
+from distill.data.auto_size import choose_batch, choose_size, choose_square
 from distill.data.records import Record, Records, pack_records
 
 
@@ -58,6 +58,33 @@ def test_objects_are_measured_after_the_resize_of_their_own_image() -> None:
     assert choose_size(records(mixed, 40)).min_size == 400
 
 
+@pytest.mark.parametrize(
+    ("sizes", "side", "expected"),
+    [
+        ([(427, 640)] * 5, 40, 512),  # 523 px: not 427x640
+        ([(480, 640)] * 5, 40, 544),
+        ([(640, 480), (480, 640)], 40, 544),
+        ([(3000, 4000)] * 5, 400, 640),
+        ([(100, 100)] * 5, 40, 256),  # cells for 300 queries
+        ([(320, 320)] * 5, 16, 320),
+        ([(320, 320)] * 5, 12, 416),  # 427 px
+        ([(320, 320)] * 5, 2, 640),
+        ([(480, 640)] * 5, 8, 640),
+        ([(300, 300)] * 4 + [(3000, 4000)], 60, 288),  # one large image among small ones
+    ],
+)
+def test_squares_have_the_pixels_of_the_images(sizes: list[tuple[int, int]], side: float, expected: int) -> None:
+    choice = choose_square(records(sizes, side))
+    assert choice[:2] == (expected, expected)
+    assert ("enlarged" in choice.reason) == (side < 16)
+
+
+def test_objects_are_measured_in_the_squares() -> None:
+    """Objects of 24 px in images that are shrunk to a third count as 8 px."""
+    mixed = [(300, 300)] * 3 + [(900, 900)] * 2
+    assert choose_square(records(mixed, 24)).min_size == 608  # 600 px, twice as large
+
+
 def test_images_without_objects() -> None:
     empty = records([(240, 320)], 40)
     empty = pack_records([Record(**{**vars(empty[0]), "boxes": np.zeros((0, 4)), "labels": np.zeros(0, np.int64),
@@ -65,6 +92,7 @@ def test_images_without_objects() -> None:
                                     "area": np.zeros(0), "annotation_indices": None, "segmentation": None,
                                     "annotated_boxes": None})])  # fmt: skip
     assert choose_size(empty)[:2] == (240, 320)
+    assert choose_square(empty)[:2] == (288, 288)  # 277 px
 
 
 @pytest.mark.parametrize(

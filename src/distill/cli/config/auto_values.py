@@ -16,7 +16,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from distill.cli.config import compose, instantiate
 from distill.cli.config.overrides import parse_overrides
-from distill.data.auto_size import SizeChoice, choose_batch, choose_size
+from distill.data.auto_size import SizeChoice, choose_batch, choose_size, choose_square
 from distill.data.datamodule import DetectionData
 from distill.training.auto_schedule import choose_schedule
 from distill.types import DistillError
@@ -44,7 +44,7 @@ FACT_KEYS = (
 
 
 class PaperSettings(NamedTuple):
-    """The papers' setting of a public data set."""
+    """The papers' setting of a public data set, for detectors that see images of any ratio."""
 
     classes: Sequence[str]
     images: int
@@ -59,6 +59,8 @@ PAPERS = {
     "COCO": PaperSettings(COCO_CLASSES, 50_000, "sgd_1x", (800, 1333), 2),
     "Pascal VOC": PaperSettings(VOC_CLASSES, 2_000, "voc", (600, 1000), 2),
 }
+PAPER_SQUARE = SizeChoice(640, 640, "as in papers on detectors that see squares")
+"""Size for ``data.resize=square`` on the data sets of `PAPERS`."""
 
 
 class DataFacts(NamedTuple):
@@ -67,9 +69,13 @@ class DataFacts(NamedTuple):
     images: int
     classes: Sequence[str]
     size: SizeChoice
+    square: SizeChoice
+    """For ``data.resize=square``."""
 
 
-UNREAD = DataFacts(1000, (), SizeChoice(800, 1333, "the data is not read"))
+UNREAD = DataFacts(
+    1000, (), SizeChoice(800, 1333, "the data is not read"), SizeChoice(640, 640, "the data is not read")
+)
 """Stands for the data while a configuration is checked before the data is read."""
 
 
@@ -85,7 +91,7 @@ def read_facts(data: DetectionData) -> DataFacts:
         DistillError: the data fails a check.
     """
     records = data.training_records("train")
-    return DataFacts(len(records), data.classes, choose_size(records))
+    return DataFacts(len(records), data.classes, choose_size(records), choose_square(records))
 
 
 def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[DictConfig, list[str]]:
@@ -102,8 +108,11 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
     cfg, keys = cfg.copy(), set(auto_keys(cfg))
     paper = next((name for name, known in PAPERS.items() if _is_complete(facts, known)), None)
     lines: list[str] = []
-    size, batch = facts.size, None
-    if paper:
+    is_square = cfg.data.resize == "square"
+    size, batch = facts.square if is_square else facts.size, None
+    if paper and is_square:
+        size = PAPER_SQUARE
+    elif paper:
         size, batch = SizeChoice(*PAPERS[paper].size, f"as in papers on {paper}"), PAPERS[paper].batch
     if "data.min_size" in keys and "data.max_size" not in keys and size.min_size > cfg.data.max_size:
         size = SizeChoice(cfg.data.max_size, cfg.data.max_size, f"{size.reason}, within data.max_size")

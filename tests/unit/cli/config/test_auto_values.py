@@ -22,6 +22,7 @@ from distill.cli.config.auto_values import (
 from distill.cli.config.instantiate import to_containers
 from distill.cli.config.override_checks import compose_without_run
 from distill.cli.config.overrides import read_config
+from distill.cli.runs.assembly import build_student
 from distill.cli.runs.preflight import plan_run
 from distill.cli.runs.recorded_run import recompose
 from distill.data.auto_size import SizeChoice, choose_size
@@ -29,7 +30,7 @@ from distill.run_folder import RunFolder
 from distill.types import DistillError
 from helpers.image_folders import write_coco
 
-OWN = DataFacts(60, ("cell",), SizeChoice(240, 320, "kept"))
+OWN = DataFacts(60, ("cell",), SizeChoice(240, 320, "kept"), SizeChoice(288, 288, "kept"))
 
 
 def resolved(*words: str, facts: DataFacts = OWN) -> Any:
@@ -45,6 +46,17 @@ def test_own_data(data: str) -> None:
     assert cfg["schedule"]["epochs"] * (60 // 8) >= 1000
     assert cfg["schedule"]["optimizer"]["lr"] == 1e-3
     assert cfg["trainer"]["max_epochs"] == cfg["schedule"]["epochs"]
+
+
+@pytest.mark.parametrize("words", [["model=rtdetr_r18"], ["model=dfine_n"], ["model=frcnn_r18", "teacher=rtdetr_r50"]])
+def test_own_data_of_a_detector_that_sees_squares(words: list[str]) -> None:
+    """It was given the median shorter side, which is seldom a multiple of 32, and a longer one."""
+    for facts in (OWN, UNREAD):
+        data = resolved("data=coco", *words, facts=facts)["data"]
+        assert data["resize"] == "square"
+        assert (data["min_size"], data["max_size"]) == facts.square[:2]
+    assert resolved("data=coco", *words, "data.resize=ratio")["data"]["min_size"] == 240
+    assert resolved("data=coco", *words, "data.min_size=96")["data"]["max_size"] == 96
 
 
 def test_given_values_stay() -> None:
@@ -82,7 +94,7 @@ def test_a_trained_detector_gets_a_lower_rate(start: str, rate: float) -> None:
 def test_public_data_sets_at_full_size_get_the_papers_settings(
     data: str, classes: tuple[str, ...], images: int, schedule: str, size: list[int]
 ) -> None:
-    full = DataFacts(images, classes[::-1], OWN.size)  # in any order
+    full = OWN._replace(images=images, classes=classes[::-1])  # in any order
     cfg = resolved(f"data={data}", "schedule.clip=5.0", facts=full)
     expected = compose.compose_config([f"schedule={schedule}", "schedule.clip=5.0", "hydra.run.dir=."])
     assert cfg["schedule"] == to_containers(expected.schedule)
@@ -118,6 +130,14 @@ def test_a_plan_reads_the_images_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert made.config["data"]["min_size"] == made.data.input_size[0]
     assert made.schedule.epochs == made.config["schedule"]["epochs"] == made.trainer.settings["max_epochs"]
     assert any("schedule.epochs=" in line for line in made.choices)
+
+
+def test_images_of_odd_sizes_fit_a_student_that_sees_squares(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the extra detr is not installed")
+    write_coco(tmp_path)
+    made = plan(tmp_path, "model=rtdetr_mini")
+    assert made.config["data"]["resize"] == "square"
+    assert build_student(made, made.data).options["min_size"] == made.data.input_size[1] == 256
 
 
 def test_a_wrong_value_is_refused_before_the_data_is_read(tmp_path: Path) -> None:
@@ -159,7 +179,7 @@ def test_auto_elsewhere_is_a_plain_word() -> None:
 
 
 def test_a_key_that_the_papers_schedule_lacks_is_explained() -> None:
-    full = DataFacts(5_000, VOC_CLASSES, OWN.size)
+    full = OWN._replace(images=5_000, classes=VOC_CLASSES)
     words = ["data=voc", "schedule.optimizer.betas=[0.8,0.9]"]
     with pytest.raises(DistillError, match=r"recognized as Pascal VOC, so schedule=voc was chosen\. It lacks a key"):
         resolve(compose_without_run(["data=voc"]), full, words)

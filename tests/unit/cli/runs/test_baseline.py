@@ -106,7 +106,7 @@ def test_values_that_were_chosen_for_the_data_stay() -> None:
     """For COCO, ``schedule=auto`` became SGD. With given epochs it would become AdamW."""
     words = ["data=coco", "distill=none", "schedule.clip=3"]
     cfg = compose_without_run(words)
-    facts = DataFacts(100_000, COCO_CLASSES, SizeChoice(800, 1333, ""))
+    facts = DataFacts(100_000, COCO_CLASSES, SizeChoice(800, 1333, ""), SizeChoice(640, 640, ""))
     config = to_containers(resolve(cfg, facts, words)[0])
     longer = to_containers(compose_without_run([*words, *longer_overrides(config, 1.5, words)]))
     assert longer["schedule"] == config["schedule"] | {"epochs": 18, "evaluate_every": 2, "milestones": [12.0, 16.5]}
