@@ -42,6 +42,8 @@ class Detector(nn.Module):
     """
     needs_squares: ClassVar[bool] = False
     """Whether the detector sees padding as image. Where it takes part, all images are resized to squares."""
+    paper_schedule: ClassVar[str | None] = None
+    """Option of the group ``schedule`` for a public data set at full size. None: that of the papers on the data set."""
     float32_parts: ClassVar[Sequence[str]] = ()
     """Names of modules of `net` that keep float32 in a teacher of a lower precision, because they compute boxes."""
     view_class: type[LazyView]

@@ -394,6 +394,7 @@ class SetPredictionDetector(Detector):
     body_path = "model.backbone.model"
     view_class: type[QueryView] = QueryView
     needs_squares = True
+    paper_schedule = "detr"
     loss_weights: ClassVar[Mapping[str, float]] = {"classification": 1.0, "l1": 5.0, "giou": 2.0}
     """Name of a loss of the View -> its weight."""
     set_criterion: SetCriterion = SetCriterion()

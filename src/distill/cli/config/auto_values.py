@@ -125,9 +125,11 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
     if "data.batch_size" in keys:
         cfg.data.batch_size = batch or choose_batch(largest_min_size, cfg.data.max_size)
     if paper and "schedule.epochs" in keys:
-        option = PAPERS[paper].schedule
+        student = compose.detector_class(OmegaConf.select(cfg, "model._target_"))
+        own: str | None = getattr(student, "paper_schedule", None)
+        option = own or PAPERS[paper].schedule
         cfg.schedule = _compose_schedule(option, paper, words)
-        lines.append(f"schedule={option}: as in papers on {paper}")
+        lines.append(f"schedule={option}: as in papers on {student.__name__ if own else paper}")
     elif any(key.startswith("schedule.") for key in keys):
         lines.append(_resolve_schedule(cfg, facts))
     return cfg, lines

@@ -105,6 +105,24 @@ def test_public_data_sets_at_full_size_get_the_papers_settings(
     assert other["schedule"]["optimizer"]["_target_"] == "torch.optim.AdamW"
 
 
+@pytest.mark.parametrize(("data", "classes"), [("coco", COCO_CLASSES), ("voc", VOC_CLASSES)])
+@pytest.mark.parametrize("model", ["rtdetr_r18", "dfine_n"])
+def test_a_family_with_a_schedule_of_its_own_keeps_it_on_public_data(
+    model: str, data: str, classes: tuple[str, ...]
+) -> None:
+    """SGD with a rate of 0.02 makes a transformer diverge."""
+    full = OWN._replace(images=117_266, classes=classes)
+    words = [f"data={data}", f"model={model}"]
+    cfg, lines = resolve(compose_without_run(words), full, words)
+    expected = compose.compose_config(["schedule=detr", "hydra.run.dir=."]).schedule
+    assert to_containers(cfg.schedule) == to_containers(expected)
+    assert [cfg.data[key] for key in ("min_size", "max_size", "batch_size")] == [640, 640, 4]
+    assert any(line.startswith("schedule=detr: as in papers on ") for line in lines)
+    convolutional = resolved(f"data={data}", "model=frcnn_r18", f"teacher={model}", facts=full)
+    assert convolutional["data"]["min_size"] == 640
+    assert convolutional["schedule"]["optimizer"]["_target_"] == "torch.optim.SGD"
+
+
 def test_the_lists_of_classes() -> None:
     assert (len(COCO_CLASSES), len(VOC_CLASSES)) == (80, 20)
     assert {known.schedule for known in PAPERS.values()} <= set(compose.config_groups()["schedule"])
