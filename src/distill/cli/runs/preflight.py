@@ -225,6 +225,7 @@ def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:
         student_overrides=list(HydraConfig.get().overrides.task),
         student_backbone=OmegaConf.select(cfg, "model.backbone.weights"),
         metrics=instantiate.to_containers(cfg.metrics),
+        resize=cfg.data.resize,
     )
 
 

@@ -80,6 +80,8 @@ class TeacherOptions:
     """Start weights of the student's backbone."""
     metrics: Mapping[str, Any]
     """Metrics of this run. The results of another run are reused only if its metrics are equal."""
+    resize: str
+    """``data.resize`` of this run: the teacher sees its images."""
 
     def __post_init__(self) -> None:
         """Refuse a head that does not come from the weights.
@@ -216,7 +218,8 @@ def teacher_run(options: TeacherOptions) -> SharedRun:
 def teacher_overrides(options: TeacherOptions) -> list[str]:
     """Overrides of the run that trains this teacher: the student's, without those that concern the student alone.
 
-    Keys of ``teacher.schedule``, ``teacher.data`` and ``teacher.run`` follow, in this order, and win.
+    The teacher learns from images of the shape that it will see, ``data.resize`` of the student's run. Keys of
+    ``teacher.schedule``, ``teacher.data`` and ``teacher.run`` follow, in this order, and win.
     """
     kept: list[str] = []
     replaced = {group for group, words in options.own.items() if words and words[0].startswith(f"{group}=")}
@@ -239,6 +242,9 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
     if compose_run(lines, "teacher").init != "scratch":  # an experiment says so
         lines.append("init=scratch")
     own = [word for words in options.own.values() for word in words]
+    # Its own detector alone would decide: a CNN that teaches an RT-DETR would learn from images of any ratio.
+    if compose_run([*lines, *own], "teacher").data.resize != options.resize:
+        lines.append(f"data.resize={options.resize}")
     return [*lines, *own, *node_overrides("model", options.model, compose_run([*lines, *own], "teacher")), *options.run]
 
 

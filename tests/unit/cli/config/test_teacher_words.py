@@ -10,6 +10,7 @@ import pytest
 from distill.cli.commands import train
 from distill.cli.config.override_checks import compose_without_run
 from distill.cli.config.teacher_words import expand_teacher_words
+from distill.cli.runs import teacher_cache
 from distill.cli.runs.preflight import plan_teacher
 from distill.cli.runs.teacher_cache import run_config, teacher_overrides
 from distill.quoting import quote_value
@@ -51,6 +52,36 @@ def test_the_teacher_of_a_data_option_has_the_data_of_its_table() -> None:
         assert (data.source.train, data.batch_size) == (1600, 8)
     assert teacher_run("data=shapes_100", "data.source.train=16").data.source.train == 16
     assert teacher_run("data=shapes_100", "teacher.data.source.train=32").data.source.train == 32
+
+
+CNN_FOR_DETR = (*SHAPES, "model=rtdetr_mini", "teacher=frcnn_r18_mini", "distill=pkd")
+
+
+@pytest.mark.parametrize(
+    ("words", "resize"),
+    [
+        (CNN_FOR_DETR, "square"),
+        ((*CNN_FOR_DETR, "teacher.data=shapes"), "square"),
+        ((*CNN_FOR_DETR, "data.resize=ratio"), "ratio"),
+        ((*CNN_FOR_DETR, "teacher.data.resize=ratio"), "ratio"),
+        ((*CNN_FOR_DETR, 'teacher.run=["data.resize=ratio"]'), "ratio"),
+        ((*SHAPES, "model=frcnn_r18_mini", "teacher=rtdetr_mini", "distill=pkd"), "square"),
+        ((*SHAPES, "model=rtdetr_mini", "data.resize=ratio", "teacher.data=shapes", "distill=detr_logits"), "ratio"),
+        ((*SHAPES, "model=frcnn_r18_mini"), "ratio"),
+    ],
+)
+def test_the_teacher_learns_from_images_as_it_will_see_them(words: tuple[str, ...], resize: str) -> None:
+    """A CNN learned from images of any ratio, and taught an RT-DETR on squares."""
+    assert teacher_run(*words).data.resize == resize
+
+
+def test_teachers_of_squares_and_of_other_images_are_two() -> None:
+    folders = []
+    for words in (CNN_FOR_DETR, (*CNN_FOR_DETR, "teacher.data.resize=ratio"), (*SHAPES, "teacher=frcnn_r18_mini")):
+        options = plan_teacher(compose_without_run(expand_teacher_words(words)))
+        assert options is not None
+        folders.append(teacher_cache.teacher_run(options).folder)
+    assert folders[0] != folders[1] == folders[2]
 
 
 def test_another_option_replaces_all_keys_of_the_group() -> None:
