@@ -17,7 +17,7 @@ from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.retinanet import RetinaNet
 from distill.detectors.rtdetr import RTDETR
 from distill.detectors.state_dicts import fit, fit_sizes
-from distill.detectors.student_files import read_file, weights_file
+from distill.detectors.student_files import read_description, read_file, weights_file
 from distill.imaging.resizing import read_resize_options
 from distill.run_folder import DESCRIPTION
 from distill.type_checks import type_errors
@@ -27,6 +27,7 @@ FAMILIES: dict[str, type[Detector]] = {
     family.family: family for family in (FasterRCNN, MaskRCNN, RetinaNet, FCOS, RTDETR, DFine)
 }
 """Family name -> class. A new family of distill adds one entry; other families are named by the path of their class."""
+CHECKPOINT = ".ckpt"
 
 
 def load_detector(path: str | Path) -> Detector:
@@ -65,6 +66,23 @@ def restore_detector(model: Any, state: dict[str, torch.Tensor], where: str) -> 
     detector = detector_from_description(model, where)
     fit(detector.net, state, where)
     return detector
+
+
+def described_class(path: str | Path) -> type[Detector] | None:
+    """The class of the detector that files describe; None for weights without a description.
+
+    Args:
+        path: as for `load_detector`. Weights are read of a checkpoint only.
+
+    Raises:
+        DistillError: a file is missing or invalid, or its class may not be imported.
+    """
+    file = weights_file(Path(path))
+    if file.suffix == CHECKPOINT:
+        model = read_file(file).model
+    else:
+        model = read_description(file.with_suffix(".json")).get("model")
+    return None if model is None else _family(model.get("family"), str(file))
 
 
 def detector_from_description(model: Any, where: str) -> Detector:

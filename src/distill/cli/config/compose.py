@@ -93,9 +93,16 @@ def register_options() -> None:
     config_folders.register()
 
 
-def resize_of(*detectors: str | None) -> str:
-    """The value of ``data.resize`` for the classes of a student and its teacher, see `Detector.needs_squares`."""
-    return "square" if any(getattr(detector_class(name), "needs_squares", False) for name in detectors) else "ratio"
+def resize_of(student: str | None, teacher: str | None, weights: str | None = None) -> str:
+    """The value of ``data.resize`` for a student and its teacher, see `Detector.needs_squares`.
+
+    Args:
+        student: the student's class, as its ``_target_``.
+        teacher: the class of ``teacher.model``.
+        weights: ``teacher.weights``. A run that it names describes its detector, and ``teacher.model`` is not read.
+    """
+    detectors = detector_class(student), _described_class(weights) or detector_class(teacher)
+    return "square" if any(getattr(detector, "needs_squares", False) for detector in detectors) else "ratio"
 
 
 def detector_class(name: str | None) -> Any:
@@ -108,10 +115,28 @@ def detector_class(name: str | None) -> Any:
         return None
 
 
+def _described_class(weights: str | None) -> Any:
+    """The class of the detector that a run, or a file of one, describes. None for all other weights."""
+    path = None if weights is None else Path(weights).expanduser()
+    if path is None or not path.exists():
+        return None  # nothing, or a name of published weights
+    return _read_class(path.absolute(), path.stat().st_mtime)
+
+
+@cache
+def _read_class(path: Path, _changed: float) -> Any:
+    from distill.detectors.registry import described_class
+
+    try:
+        return described_class(path)
+    except DistillError:  # weights of another form, or damaged ones, which the run refuses
+        return None
+
+
 def register_resolvers() -> None:
     """Register distill's own resolvers for configurations.
 
-    ``${resize_of:class,class}`` is the value of ``data.resize`` for the classes of student and teacher.
+    ``${resize_of:class,class,weights}`` is the value of ``data.resize``, see `resize_of`.
     ``${names:node}`` joins a mapping's keys, for the names of run folders; ``${sweep:mode,folder}`` is the name of a
     sweep's folder inside a sweep, and in the processes of its jobs, and null elsewhere. ``${configuration:overrides}``
     names a configuration without its seed, see `configuration_name`.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distill.detectors.base import Detector
 
 SIZE_KEYS = ("data.min_size", "data.max_size", "data.eval_min_size", "data.eval_max_size")
-RESIZE_KEYS = ("data.antialias", "data.pad_to")
+RESIZE_KEYS = ("data.antialias", "data.pad_to", "data.resize")
 TRAINING_GROUPS = ("trainer", "callbacks", "logger")
 """Groups whose overrides concern a training. Evaluation and replay ignore them, except `MACHINE_KEYS`."""
 MACHINE_KEYS = ("trainer", "trainer.accelerator", "trainer.precision")
@@ -48,6 +48,7 @@ def find_run(source: Path) -> RunFolder:
 def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
     """The run's configuration, composed again with further overrides.
 
+    `data.resize` is that of the run, unless the overrides give another: it may follow from a teacher that moved since.
     Recorded overrides of the training are left out: an older version may have accepted values that are refused now.
     """
     given = {override.key_or_group for override in parse_overrides(overrides)}
@@ -65,9 +66,12 @@ def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
 
     words = with_copy_of_run([*recorded, *overrides], run)
     cfg = override_checks.compose_without_run(words)
-    if auto_values.auto_keys(cfg) and run.config.is_file():
-        cfg = auto_values.resolve_as_recorded(cfg, read_config(run), words)
-    return cfg
+    if not run.config.is_file():
+        return cfg
+    config = read_config(run)
+    if "data.resize" not in given and "resize" in config["data"]:
+        cfg.data.resize = config["data"]["resize"]
+    return auto_values.resolve_as_recorded(cfg, config, words) if auto_values.auto_keys(cfg) else cfg
 
 
 def trained_size(source: Path, overrides: Sequence[str]) -> list[str]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from distill.cli.config import target_policy
 from distill.cli.config.compose import resize_of
+from distill.cli.config.override_checks import compose_without_run
+from distill.cli.runs.recorded_run import recompose
+from distill.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +48,46 @@ def test_a_subclass_has_the_resize_of_its_family(tmp_path: Path, monkeypatch: py
     assert "own_detr" not in sys.modules
     target_policy.set_trusted(["trust=[own_detr]"])
     assert resize_of("own_detr.Mine", None) == resize_of("distill.FCOS", "own_detr.Mine") == "square"
+
+
+def write_student(folder: Path, family: str) -> Path:
+    """The files of a finished run that say which detector it trained, and a checkpoint."""
+    folder.mkdir()
+    model = {"family": family, "classes": ["cat"]}
+    (folder / "student.json").write_text(json.dumps({"format": 2, "model": model}))
+    (folder / "student.pt").write_bytes(b"weights")
+    state = {"student.net.layer": torch.zeros(1)}
+    torch.save({"state_dict": state, "student": model, "student_format": 2}, folder / "last.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("file", [".", "student.pt", "student.json", "last.ckpt"])
+def test_a_run_as_teacher_says_whether_it_needs_squares(file: str, tmp_path: Path) -> None:
+    """`teacher.model` is the default teacher of the student then, which is not built."""
+    detr, cnn = write_student(tmp_path / "a b,c", "rtdetr"), write_student(tmp_path / "cnn", "faster_rcnn")
+    assert resize_of("distill.FasterRCNN", "distill.FasterRCNN", str(detr / file)) == "square"
+    assert resize_of("distill.FasterRCNN", "distill.RTDETR", str(cnn / file)) == "ratio"
+    assert resize_of("distill.RTDETR", "distill.RTDETR", str(cnn / file)) == "square"
+    for other in ("COCO_V1", "PekingU/rtdetr_v2_r18vd", str(tmp_path)):  # described by teacher.model
+        assert resize_of("distill.FasterRCNN", "distill.RTDETR", other) == "square"
+        assert resize_of("distill.FasterRCNN", "distill.FasterRCNN", other) == "ratio"
+
+
+def test_the_resize_of_a_run_stays_where_its_teacher_moved(tmp_path: Path) -> None:
+    detr, run = write_student(tmp_path / "a b,c", "rtdetr"), RunFolder(tmp_path / "run")
+    words = ["data=coco", "model=frcnn_r18", "distill=pkd", "data.min_size=96", f"teacher.weights='{detr}'"]
+    cfg = compose_without_run(words)
+    assert cfg.data.resize == "square"
+    assert compose_without_run([*words, "data.resize=ratio"]).data.resize == "ratio"
+    run.path.mkdir()
+    run.overrides.write_text(yaml.safe_dump(words))
+    run.config.write_text(
+        yaml.safe_dump({"data": {"resize": "square", "max_size": 96, "batch_size": 2}, "schedule": {}})
+    )
+    detr.rename(tmp_path / "moved")
+    for more in ([], ["data=voc"]):
+        assert recompose(run, more).data.resize == "square"
+        assert recompose(run, [*more, "data.resize=ratio"]).data.resize == "ratio"
+    run.overrides.write_text(yaml.safe_dump([*words, "data.resize=ratio"]))
+    run.config.unlink()
+    assert recompose(run, ["data=voc"]).data.resize == "ratio"
