@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from distill.cli.config import compose, instantiate
+from distill.cli.config import compose, instantiate, override_checks
 from distill.cli.reports import method_table
+from distill.cli.runs.assembly import build_losses
+from distill.cli.runs.preflight import plan_losses, plan_teacher
+from distill.cli.runs.teacher_cache import planned_spec
 from distill.losses.base import DistillLoss
 from distill.losses.detr_corners import DETRCorners
 from distill.losses.detr_features import DETRFeatures
@@ -116,6 +119,20 @@ def test_the_order_of_the_teacher_s_classes_changes_nothing(case: str) -> None:
         values = build(student.spec, other.spec)(*views(student, other))
         for term, value in values.items():
             assert value.item() == pytest.approx(expected[term].item(), rel=1e-5), (term, bridge)
+
+
+def test_a_teacher_whose_queries_are_unlike_its_neck_is_refused_before_it_is_trained() -> None:
+    """RT-DETR R101 and D-FINE X have such sizes."""
+    words = ["model=frcnn_r10_mini", "teacher=rtdetr_mini", "teacher.model.neck_channels=96", "distill=detr_features"]
+    cfg = override_checks.compose_without_run(words)
+    options = plan_teacher(cfg)
+    assert options is not None
+    teacher, student = planned_spec(options, ["cat", "dog", "owl"]), detector("faster_rcnn", 0)
+    with pytest.raises(DistillError, match=r"decoder_channels=64 and teacher\.model\.neck_channels=96"):
+        build_losses(plan_losses(cfg), student.spec, teacher)
+    wide = QUERY_FAMILIES["rtdetr"](["cat", "dog", "owl"], **{**SMALL_QUERIES, "neck_channels": 96})
+    layer = views(student, wide)[1].queries[-1]
+    assert layer.hidden.shape[2] == wide.spec.query_channels == SMALL_QUERIES["decoder_channels"]
 
 
 def test_other_bins_and_strides_are_refused() -> None:

@@ -433,6 +433,7 @@ class SetPredictionDetector(Detector):
             mean=tuple(pixels.mean),
             std=tuple(pixels.std),
             norm=backbone.norm,
+            query_channels=options["decoder_channels"],
             corner_bins=self.corner_bins(options),
         )
         super().__init__(net, spec, options, freeze(body, backbone.trainable_stages))

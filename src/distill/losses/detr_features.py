@@ -88,7 +88,8 @@ class DETRFeatures(DistillLoss):
 
     Args:
         student: spec of a detector with a neck.
-        teacher: spec of a set-prediction detector. Its hidden states must have the channels of its neck.
+        teacher: spec of a set-prediction detector. Its hidden states must have the channels of its neck: RT-DETR R101
+            and D-FINE X, with 256 and 384, cannot teach.
         neck: weight of its term; ``levels``: strides, or a number of the finest shared levels, None for all.
         top: number of (query, class) pairs.
         adapter: ``kernel``, ``start`` and ``relu`` of :func:`distill.losses.adapters.adapter`.
@@ -116,6 +117,9 @@ class DETRFeatures(DistillLoss):
             require(teacher, "queries", "neck", "teacher", "Choose another distill option for this teacher")
             options = base.merge_options("adapter", adapter, ADAPTER)
             self.neck = NeckPairs(student, teacher, neck["levels"], options, seed)
+            if teacher.query_channels is not None:
+                for level in self.neck.levels:
+                    require_equal_channels(teacher.query_channels, teacher.neck[level])
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
@@ -129,13 +133,26 @@ class DETRFeatures(DistillLoss):
                 hidden = upcast(layer.hidden.detach())
                 states = hidden.gather(1, query[..., None].expand(-1, -1, hidden.shape[2]))
                 for student_map, teacher_map in pairs:
-                    if teacher_map.shape[1] != states.shape[2]:
-                        raise DistillError(
-                            "neck: expected a teacher whose hidden states have as many channels as its neck, got "
-                            f"{states.shape[2]} and {teacher_map.shape[1]}. Choose another teacher, or a method that "
-                            "reads the neck alone (distill=pkd)"
-                        )
+                    require_equal_channels(states.shape[2], teacher_map.shape[1])
                     mask = target_mask(teacher_map, states, quality)
                     error = squared_error(mask[:, None] * student_map, mask[:, None] * teacher_map)
                     shares.append(base.sum_and_size(error.sum(), teacher_map.numel()))
         return self.average({"neck.features": base.summed(shares)})
+
+
+def require_equal_channels(states: int, neck: int) -> None:
+    """Refuse a teacher whose hidden states and maps cannot be compared.
+
+    Args:
+        states: channels of the hidden states.
+        neck: channels of a map.
+
+    Raises:
+        DistillError: the numbers differ.
+    """
+    if states != neck:
+        raise DistillError(
+            "neck: expected a teacher whose hidden states have as many channels as its neck, got "
+            f"teacher.model.decoder_channels={states} and teacher.model.neck_channels={neck}. Choose another teacher "
+            "(teacher=rtdetr_r50, teacher=dfine_l), or a method that reads the neck alone (distill=pkd)"
+        )

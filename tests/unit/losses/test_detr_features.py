@@ -93,7 +93,14 @@ def test_what_cannot_work_is_refused() -> None:
         DETRFeatures(query_spec(), spec())
     with pytest.raises(DistillError, match="top: expected a number of queries from 1, got 0"):
         DETRFeatures(spec(), query_spec(), top=0)
+    for channels in (None, 6):
+        DETRFeatures(spec(), replace(query_spec(neck=6), query_channels=channels))
+    with pytest.raises(
+        DistillError, match=r"got teacher\.model\.decoder_channels=4 and teacher.*=6.*teacher=rtdetr_r50"
+    ):
+        DETRFeatures(spec(), replace(query_spec(neck=6), query_channels=4))
+    DETRFeatures(spec(), replace(query_spec(neck=6), query_channels=4), {"features": 0.0})
     teacher = random_query_view(batch(OBJECTS), query_spec(neck=6), 2)
     teacher.stages["queries"] = [x._replace(hidden=x.hidden[..., :4]) for x in teacher.queries]
-    with pytest.raises(DistillError, match="hidden states have as many channels as its neck, got 4 and 6"):
+    with pytest.raises(DistillError, match=r"hidden states have as many channels as its neck, got .*=4 and .*=6"):
         DETRFeatures(spec(), query_spec())(random_view(batch(OBJECTS), spec(), 1), teacher)
