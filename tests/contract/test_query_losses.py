@@ -135,13 +135,40 @@ def test_a_teacher_whose_queries_are_unlike_its_neck_is_refused_before_it_is_tra
     assert layer.hidden.shape[2] == wide.spec.query_channels == SMALL_QUERIES["decoder_channels"]
 
 
+def test_corners_of_the_published_sizes_of_d_fine_are_refused_before_a_teacher_is_trained() -> None:
+    """X has another curve of its bins than N, S, M and L. N has two levels."""
+    names, specs = ["cat", "dog", "owl"], {}
+    for size in ("n", "s", "l", "x"):
+        words = ["model=dfine_mini", f"teacher=dfine_{size}", "distill=detr_corners"]
+        options = plan_teacher(override_checks.compose_without_run(words))
+        assert options is not None
+        specs[size] = planned_spec(options, names)
+    for size in ("n", "s", "l"):
+        for pairs in ("points", "matching"):
+            with pytest.raises(DistillError, match=r"Train .*\(teacher\.model\.bin_curve=4\.0;"):
+                DETRCorners(specs[size], specs["x"], {"pairs": pairs})
+    with pytest.raises(DistillError, match=r"Set corners\.pairs=matching"):
+        DETRCorners(specs["n"], specs["l"])
+    DETRCorners(specs["n"], specs["l"], {"pairs": "matching"})
+    DETRCorners(specs["s"], specs["l"])
+
+
+def test_corners_of_matches_compare_other_strides() -> None:
+    """D-FINE L teaches D-FINE N: only the matched queries are compared."""
+    student = QUERY_FAMILIES["dfine"](["cat", "dog", "owl"], **SMALL_QUERIES, strides=(16, 32))
+    teacher = detector("dfine", 1)
+    value = DETRCorners(student.spec, teacher.spec, {"pairs": "matching"})(*views(student, teacher))
+    assert value["corners.divergence"].isfinite()
+    assert value["corners.divergence"].requires_grad
+
+
 def test_other_bins_and_strides_are_refused() -> None:
     plain = detector("dfine", 0).spec
     curved = QUERY_FAMILIES["dfine"](["cat", "dog", "owl"], **SMALL_QUERIES, bin_curve=8.0).spec
     coarse = QUERY_FAMILIES["rtdetr"](["cat", "dog", "owl"], **SMALL_QUERIES, strides=(16, 32)).spec
-    with pytest.raises(DistillError, match=r"expected equal bins, got .*4.0.*8.0"):
+    with pytest.raises(DistillError, match=r"model\.bin_curve=4\.0 beside teacher\.model\.bin_curve=8\.0"):
         DETRCorners(plain, curved)
-    with pytest.raises(DistillError, match=r"the student has \[16, 32\], the teacher \[8, 16, 32\]"):
+    with pytest.raises(DistillError, match=r"model\.strides=\[16, 32\] and teacher\.model\.strides=\[8, 16, 32\]"):
         DETRPoints(coarse, detector("rtdetr", 0).spec)
 
 

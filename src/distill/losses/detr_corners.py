@@ -57,8 +57,9 @@ class DETRCorners(DistillLoss):
     Shapes: corners (B, Q, 4, bins).
 
     Args:
-        student, teacher: specs of two detectors with corner distributions of equal bins (number, limit, scale), for
-            ``pairs=points`` also with equal strides of the encoders' maps.
+        student, teacher: specs of two detectors with corner distributions of equal bins (number, limit, scale; D-FINE X
+            has another scale than the smaller ones), for ``pairs=points`` also with equal strides of the encoders' maps
+            (D-FINE N lacks stride 8).
         corners: weight of its term ``divergence``; ``pairs``.
         ramp, normalizer, seed: see :class:`DistillLoss`. The loss draws nothing at random.
     """
@@ -82,10 +83,10 @@ class DETRCorners(DistillLoss):
         self.pairs = self_pairs
         if not self.weights:
             return
-        if self.pairs == "points":
-            require_equal_cells("corners", student, teacher)
         base.require_outputs("corners", student, teacher, "queries", "query_targets")
         require_equal_bins("corners", student, teacher)
+        if self.pairs == "points":
+            require_equal_cells("corners", student, teacher, "Set corners.pairs=matching, which reads no cells. ")
         self.classes = ClassMap("corners", student, teacher)
 
     @property
@@ -141,6 +142,10 @@ class DETRCorners(DistillLoss):
         return _Compared(weight * corner_divergence(upcast(student_corners), upcast(teacher_corners)), positive)
 
 
+BIN_KEYS = {"count": "bins", "scale": "bin_curve"}
+"""Entry of `DetectorSpec.corner_bins` -> the model's option that sets it."""
+
+
 def require_equal_bins(name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
     """Refuse detectors without corner distributions, or with bins that stand for other offsets.
 
@@ -153,9 +158,16 @@ def require_equal_bins(name: str, student: DetectorSpec, teacher: DetectorSpec) 
                 f"{name}: the {role} is a {spec.family}, which has no corner distributions. Set the weights of {name} "
                 "to 0, or choose a D-FINE (model=dfine_n)"
             )
-    if dict(student.corner_bins) != dict(teacher.corner_bins):
-        raise DistillError(
-            f"{name}: expected equal bins, got {dict(student.corner_bins)} of the student and "
-            f"{dict(teacher.corner_bins)} of the teacher. Give both models the same bins, or set the weights of {name} "
-            "to 0"
-        )
+    differing = [key for key, value in student.corner_bins.items() if teacher.corner_bins[key] != value]
+    if not differing:
+        return
+    values = [(BIN_KEYS.get(key, key), student.corner_bins[key], teacher.corner_bins[key]) for key in differing]
+    # `count` is the number of bins; the option is the number of steps between them.
+    values = [(key, own - (key == "bins"), other - (key == "bins")) for key, own, other in values]
+    found = " and ".join(f"model.{key}={own} beside teacher.model.{key}={other}" for key, own, other in values)
+    wanted = " ".join(f"teacher.model.{key}={own}" for key, own, _ in values)
+    raise DistillError(
+        f"{name}: expected equal bins of both models, got {found}. Train the teacher with the student's bins "
+        f"({wanted}; published weights need those that they were made with), choose another teacher, or set the "
+        f"weights of {name} to 0"
+    )

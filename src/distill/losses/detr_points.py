@@ -129,8 +129,8 @@ def assigned_losses(layer: QueryLayer, matches: Matches, batch: Batch) -> dict[s
     return {f"assignment.{name}": base.sum_and_size(value, len(query)) for name, value in values.items()}
 
 
-def require_equal_cells(name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Refuse a pair whose decoders cannot start from the same cells.
+def require_equal_cells(name: str, student: DetectorSpec, teacher: DetectorSpec, remedy: str = "") -> None:
+    """Refuse a pair whose decoders cannot start from the same cells. The message gives the remedy first.
 
     Raises:
         DistillError: a detector has no queries, or the strides of the encoders' maps differ.
@@ -139,6 +139,6 @@ def require_equal_cells(name: str, student: DetectorSpec, teacher: DetectorSpec)
     if list(student.neck) != list(teacher.neck):
         raise DistillError(
             f"{name}: expected encoders with maps of equal strides, because the student's decoder starts from the "
-            f"teacher's cells; the student has {list(student.neck)}, the teacher {list(teacher.neck)}. Choose another "
-            f"teacher, or set the weights of {name} to 0"
+            f"teacher's cells; got model.strides={list(student.neck)} and teacher.model.strides={list(teacher.neck)}. "
+            f"{remedy}Choose a teacher with the student's strides, or set the weights of {name} to 0"
         )

@@ -190,14 +190,18 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     ("build", "message"),
     [
         (lambda: DETRPoints(query_spec(), spec()), "points: the teacher is a faster_rcnn, which has no queries"),
-        (lambda: DETRPoints(query_spec(strides=(8, 16)), query_spec()), r"equal strides.*student has \[8, 16\]"),
+        (lambda: DETRPoints(query_spec(strides=(8, 16)), query_spec()), r"equal strides.*model\.strides=\[8, 16\]"),
         (
             lambda: DETRCorners(query_spec(bins={}), query_spec()),
             "student is a rtdetr, which has no corner",
         ),
         (
             lambda: DETRCorners(query_spec(), query_spec(bins={"count": 33, "limit": 0.5, "scale": 4.0})),
-            "expected equal bins.*'count': 9.*'count': 33",
+            r"expected equal bins.*model\.bins=8 beside teacher\.model\.bins=32\. .*\(teacher\.model\.bins=8;",
+        ),
+        (
+            lambda: DETRCorners(query_spec(strides=(16, 32)), query_spec()),
+            r"model\.strides=\[16, 32\] and teacher\.model\.strides=\[8, 16, 32\]\. Set corners\.pairs=matching",
         ),
         (
             lambda: DETRCorners(query_spec(), query_spec(), {"pairs": "iou"}),
