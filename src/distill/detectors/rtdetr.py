@@ -38,7 +38,9 @@ class RTDETR(SetPredictionDetector):
         label_noise: part of the denoising labels that are changed, times two.
         box_noise: size of the noise of denoising boxes, relative to half the side of the box.
         criterion: ``own``: the losses of `set_criterion`, from the papers' equations, counted over all processes;
-            ``library``: those of transformers, whose terms differ between its versions.
+            ``library``: those of transformers, whose terms differ between its versions. On several processes they are
+            scaled to the boxes of all processes. The terms of denoising queries stay divided by the number of groups of
+            the own process, which follows from its image with the most boxes: two processes do not equal one.
         score_thresh: lowest score of a detection.
         detections_per_img: largest number of detections of an image.
         pixels: by default values from 0 to 1, without mean and standard deviation.
