@@ -20,7 +20,7 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise a map (B, C, H, W)."""
+        """Normalize a map (B, C, H, W)."""
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
@@ -31,7 +31,7 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise a map (B, C, H, W)."""
+        """Normalize a map (B, C, H, W)."""
         if input.device.type != "cpu":
             return super().forward(input)
         update = self.training and self.running_mean is not None
@@ -59,7 +59,7 @@ class _Activated(nn.Module):
     act: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise a map (B, C, H, W), then apply drop and activation."""
+        """Normalize a map (B, C, H, W), then apply drop and activation."""
         activated: Tensor = self.act(self.drop(super().forward(input)))
         return activated
 

@@ -12,7 +12,7 @@ from distill.detectors.backbones import Backbone, build_backbone, freeze, resolv
 from distill.detectors.base import Detector
 from distill.detectors.options import ANCHORS, BACKBONE, PIXELS, AnchorOptions, to_plain
 from distill.detectors.roi_align import region_pool
-from distill.detectors.weights import class_names, initialise
+from distill.detectors.weights import class_names, initialize
 from distill.type_checks import parse_options
 from distill.types import DetectorSpec, DistillError
 
@@ -79,7 +79,7 @@ class PyramidDetector(Detector):
             side_bins=options["box_bins"] if "side_logits" in self.view_class.outputs else None,
         )
         super().__init__(net, spec, options, freeze(net.backbone.body, backbone.trainable_stages))
-        initialise(self, backbone.weights, given["weights"], given["head"])
+        initialize(self, backbone.weights, given["weights"], given["head"])
 
     @abstractmethod
     def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:

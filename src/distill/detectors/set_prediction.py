@@ -25,10 +25,10 @@ from distill.detectors.options import BackboneOptions, PixelOptions, to_plain
 from distill.detectors.roi_align import region_pool
 from distill.detectors.set_criterion import Denoising, QueryGroup, SetCriterion, SetLosses
 from distill.detectors.torchvision_weights import NoWeights
-from distill.detectors.transformers_bodies import body_configuration, initialise_convolutions
+from distill.detectors.transformers_bodies import body_configuration, initialize_convolutions
 from distill.detectors.transformers_weights import published_classes, read_published
 from distill.detectors.view import BODY, NeckView, geometry, network, temporarily
-from distill.detectors.weights import class_names, initialise
+from distill.detectors.weights import class_names, initialize
 from distill.distributed import sum_over_ranks
 from distill.extras import import_extra
 from distill.imaging.resizing import ResizeOptions
@@ -419,7 +419,7 @@ class SetPredictionDetector(Detector):
         body_config, channels = body_configuration(library, backbone, tuple(options["strides"]))
         net = self.build(library, body_config, channels, options)
         body = net.get_submodule(self.body_path)
-        initialise_convolutions(net, body)
+        initialize_convolutions(net, body)
         convert_norms(body, backbone.norm, backbone.norm_eps)
         body.ends = ("embedder", *(f"encoder.stages.{stage}" for stage in range(len(BODY_STRIDES))))
         options["backbone"]["norm_eps"] = resolved_options(body)["norm_eps"]
@@ -441,7 +441,7 @@ class SetPredictionDetector(Detector):
         self.pool = region_pool(tuple(options["strides"]), 7, 2)
         """RoIAlign over the encoder's maps for losses that read regions. The library's network has none."""
         self.class_layers = _class_layers(net)
-        initialise(self, backbone.weights, given["weights"], given["head"])
+        initialize(self, backbone.weights, given["weights"], given["head"])
 
     def corner_bins(self, options: Mapping[str, Any]) -> dict[str, float]:
         """Return `DetectorSpec.corner_bins`: empty, because this family has no distributions."""

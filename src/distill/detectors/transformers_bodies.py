@@ -115,7 +115,7 @@ def _hgnet(library: Any, sizes: HGNet, scaled: Callable[[int], int], stages: lis
     return config, channels
 
 
-def initialise_convolutions(net: nn.Module, body: nn.Module) -> None:
+def initialize_convolutions(net: nn.Module, body: nn.Module) -> None:
     """Give convolutions and batch norms random weights with which signals keep their size.
 
     transformers draws the weights of a whole network with a standard deviation of 0.01, norms included. The encoder's

@@ -73,7 +73,7 @@ def class_names(classes: Sequence[str] | None, weights: str | None, enum: Any) -
     return check_classes(classes)
 
 
-def initialise(detector: Detector, backbone_weights: str | None, weights: str | None, head: str) -> None:
+def initialize(detector: Detector, backbone_weights: str | None, weights: str | None, head: str) -> None:
     """Load the weights that a constructor was given, and add to the detector's report.
 
     Args:

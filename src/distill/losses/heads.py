@@ -55,7 +55,7 @@ class ClassMap(nn.Module):
 
     Without a bridge, classes match by exact name. With the bridge of the teacher's spec, several classes of the teacher
     may stand for one of the student: their probabilities are summed. A class of the student that the teacher does not
-    know takes no part: `compared` removes its column, and the rows that are labelled with it, from both sides of a
+    know takes no part: `compared` removes its column, and the rows that are labeled with it, from both sides of a
     softmax. Where each class has a sigmoid of its own, `covered` and `covered_maps` remove its column.
 
     Args:

@@ -123,9 +123,9 @@ def test_other_data_is_another_fact() -> None:
     nudged = data()
     nudged.records("train")[1].boxes[0, 0] += 1e-9
     assert different(nudged) == {"data seen.train"}
-    relabelled = data()
-    relabelled.records("val")[0].labels[0] = 1 + relabelled.records("val")[0].labels[0] % 6
-    assert different(relabelled) == {"data seen.val"}
+    relabeled = data()
+    relabeled.records("val")[0].labels[0] = 1 + relabeled.records("val")[0].labels[0] % 6
+    assert different(relabeled) == {"data seen.val"}
 
 
 def test_what_was_measured_holds_for_the_same_files_boxes_and_sizes_alone() -> None:
