@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the extra detr is not installed")
 
 PAIRS = [("rtdetr", "rtdetr"), ("rtdetr", "faster_rcnn"), ("faster_rcnn", "rtdetr"), ("dfine", "retinanet")]
 OPTIONS = [option for option in compose.config_groups()["distill"] if option != "none"]
-NEED_MODELS = ("dicod", "foundation")
+NEED_MODELS = ("dicod", "foundation", "foundation_dinov3")
 WORK_EVERYWHERE = (
     "defeat",
     "ssim",

@@ -11,11 +11,16 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from omegaconf import DictConfig
 
 from distill.cli.config import compose, instantiate
 from distill.cli.config.auto_values import auto_keys
-from helpers.detectors import FAMILIES, random_detector
+from distill.cli.config.override_checks import compose_without_run
+from distill.cli.runs.preflight import plan_teacher
+from distill.cli.runs.shared_run import compose_run
+from distill.cli.runs.teacher_cache import teacher_overrides
+from helpers.detectors import FAMILIES, QUERY_FAMILIES, random_detector
 
 
 class Recipe(NamedTuple):
@@ -143,14 +148,42 @@ MODERN = {
     "maskd_coco_frcnn_r101_r50": FASTER(weights=weights("maskd", neck_all=1, tokens_task=1, tokens_diversity=1)),
 }
 
-RECIPES = MODERN | DEFEAT | FGFI | MIMIC | TADF | DSIG | SSIM
+# RT-DETRv2's released configurations: AdamW with 1e-4 on 16 images, a constant rate, 72 epochs, for ResNet-18 120, of
+# which the last and the last three have no augmentation; a tenth of the rate for the backbone, except for ResNet-18.
+# Those of D-FINE: N 8e-4 on 128 images, 160 epochs, from 148 on without augmentation; S 2e-4 on 32, 132, 120; half the
+# rate for the backbone. Weights: DETRDistill (arXiv 2211.10156) 1, 5, 2 and 1; KD-DETR (arXiv 2211.08071) 2, 5, 2, from
+# memory; DDF 1.5 (arXiv 2410.13842); RT-DETRv4 5 at the start (arXiv 2510.25257); PKD 6 for Faster R-CNN (arXiv
+# 2207.02039).
+SMALL_RTDETR = partial(Recipe, "rtdetr resnet_d18", rate=1e-4, batch=16, milestones=(117,), epochs=120)
+MATCHED = weights("detr_logits", queries_classes=1, queries_l1=5, queries_giou=2)
+QUERIES = {
+    "detr_logits_coco_rtdetr_r101_r18": SMALL_RTDETR("rtdetr resnet_d101", weights=MATCHED),
+    "detr_points_coco_rtdetr_r50_r18": SMALL_RTDETR(
+        "rtdetr resnet_d50", weights=weights("detr_points", points_classes=2, points_l1=5, points_giou=2)
+    ),
+    "detr_features_coco_rtdetr_r101_r50": Recipe(
+        *("rtdetr resnet_d50", "rtdetr resnet_d101", 1e-4, 16, (71,), 72), weights("detr_features", neck_features=1)
+    ),
+    "detr_logits_coco_dfine_x_n": Recipe("dfine hgnet_b0", "dfine hgnet_b5", 8e-4, 128, (148,), 160, MATCHED),
+    "detr_corners_coco_dfine_l_s": Recipe(
+        *("dfine hgnet_b0", "dfine hgnet_b4", 2e-4, 32, (120,), 132), weights("detr_corners", corners_divergence=1.5)
+    ),
+    "foundation_coco_dfine_s": Recipe(
+        *("dfine hgnet_b0", "", 2e-4, 32, (120,), 132), weights("foundation", neck_cosine=5)
+    ),
+    "pkd_coco_frcnn_r101_rtdetr_r18": SMALL_RTDETR("frcnn r101", weights=weights("pkd", neck_all=6)),
+}
+"""`milestones` has the first epoch without augmentation, because the rate is constant."""
+
+RECIPES = MODERN | DEFEAT | FGFI | MIMIC | TADF | DSIG | SSIM | QUERIES
 PREFIXES = {family.detector.__name__: family.options for family in FAMILIES.values()}
+PREFIXES |= {kind.__name__: family for family, kind in QUERY_FAMILIES.items()}
 
 
 def name(model: DictConfig) -> str:
     backbone = model.backbone
     width = "" if backbone.width == 1 else f" x{backbone.width:g}"
-    body = f"r{backbone.depth}" if backbone.name == "resnet" else str(backbone.name)
+    body = f"r{backbone.depth}" if backbone.name == "resnet" else f"{backbone.name}{backbone.depth or ''}"
     return f"{PREFIXES[model._target_.rpartition('.')[2]]} {body}{width}"
 
 
@@ -172,10 +205,22 @@ def spec(family: str) -> Any:
     return random_detector(family).spec
 
 
+def planned_spec(model: DictConfig) -> Any:
+    with torch.device("meta"):
+        return instantiate.build_node(model, classes=["cat", "dog"], **instantiate.without_weights(model)).spec
+
+
 def terms(cfg: DictConfig) -> dict[str, float]:
     """``LOSS/term`` -> weight, of the losses as they are built."""
-    family = {"frcnn": "faster_rcnn", "mask_rcnn": "faster_rcnn", "retinanet": "retinanet"}[name(cfg.model).split()[0]]
-    given = {"student": spec(family), "teacher": spec(family)}
+    families = {"frcnn": "faster_rcnn", "mask_rcnn": "faster_rcnn", "retinanet": "retinanet"}
+    if family := families.get(name(cfg.model).split()[0]):
+        given = {"student": spec(family), "teacher": spec(family)}
+    else:  # their losses look at strides and bins, in which the models of a family differ
+        models = {"student": cfg.model, "teacher": cfg.teacher.get("model")}
+        given = {role: model and planned_spec(model) for role, model in models.items()}
+        if foundation := cfg.distill.losses.get("foundation"):
+            assert foundation.model.name == "vit_base_patch16_dinov3.lvd1689m"
+            foundation.model.update({"name": "test_vit.r160_in1k", "weights": "random"})
     losses = {key: instantiate.build_node(node, **given) for key, node in cfg.distill.losses.items()}
     return {f"{key}/{term}": weight for key, loss in losses.items() for term, weight in loss.weights.items()}
 
@@ -184,7 +229,32 @@ def test_no_recipe_is_left_out() -> None:
     assert set(RECIPES) == set(compose.config_groups()["experiment"]) - {"bccd", "demo"}
 
 
-@pytest.mark.parametrize("experiment", RECIPES)
+@pytest.mark.parametrize("experiment", QUERIES)
+def test_a_recipe_of_queries_is_what_its_source_says(experiment: str) -> None:
+    pytest.importorskip("transformers", reason="the extra detr is not installed")
+    if experiment.startswith("foundation"):
+        pytest.importorskip("timm", reason="the vision transformers are timm's")
+    cfg = composed(experiment)
+    schedule, batch = cfg.schedule, cfg.data.batch_size * processes(experiment)
+    assert (schedule.shape, schedule.accumulate, schedule.clip, schedule.decay_norms) == ("constant", 1, 0.1, False)
+    assert schedule.optimizer._target_ == "torch.optim.AdamW"
+    teacher = cfg.teacher.get("model")
+    assert RECIPES[experiment] == Recipe(
+        name(cfg.model),
+        name(teacher) if teacher else "",
+        pytest.approx(schedule.optimizer.lr * batch / schedule.base_batch),
+        batch,
+        (cfg.data.augment.stop_epoch,),
+        schedule.epochs,
+        terms(cfg),
+    )
+    own_rate = {"rtdetr resnet_d18": 1.0, "rtdetr resnet_d50": 0.1}.get(name(cfg.model), 0.5)
+    assert (schedule.backbone_rate, cfg.callbacks.ema.decay) == (own_rate, 0.9999)
+    assert (cfg.data.min_size, cfg.data.max_size, cfg.data.resize) == (640, 640, "square")
+    assert auto_keys(cfg) == []
+
+
+@pytest.mark.parametrize("experiment", [name for name in RECIPES if name not in QUERIES])
 def test_a_recipe_is_what_its_source_says(experiment: str) -> None:
     cfg = composed(experiment)
     schedule, batch = cfg.schedule, cfg.data.batch_size * processes(experiment)
@@ -210,6 +280,20 @@ def test_a_retinanet_of_another_framework_has_its_p6(experiment: str) -> None:
     """Detectron2 and MMDetection make it from C5, torchvision's first RetinaNet from P5."""
     cfg = composed(experiment)
     assert (cfg.model.p6_from, cfg.teacher.model.p6_from) == ("c5", "c5")
+
+
+def test_a_teacher_with_anchors_trains_by_its_own_recipe() -> None:
+    """RT-DETR's optimizer, average and augmentation are not those of a Faster R-CNN, but its squares are."""
+    options = plan_teacher(compose_without_run(["experiment=pkd_coco_frcnn_r101_rtdetr_r18", "data.source.root=x"]))
+    assert options
+    cfg = compose_run(teacher_overrides(options), "teacher")
+    schedule = cfg.schedule
+    assert (schedule.optimizer._target_, schedule.optimizer.lr, schedule.base_batch) == ("torch.optim.SGD", 0.02, 16)
+    assert (schedule.shape, list(schedule.milestones), schedule.epochs) == ("step", [16, 22], 24)
+    assert (schedule.clip, schedule.backbone_rate, cfg.callbacks.ema) == (None, 1.0, None)
+    assert (cfg.data.resize, cfg.data.photometric, cfg.data.augment.zoom_out, cfg.data.augment.iou_crop) == (
+        *("square", False, 0, 0),
+    )
 
 
 @pytest.mark.parametrize("experiment", ["defeat_coco_frcnn_r152_r50", "defeat_coco_frcnn_r50_quarter"])

@@ -23,11 +23,11 @@ QUERIES = ("detr_assignment", "detr_corners", "detr_features", "detr_logits", "d
 """Options for detectors with queries."""
 NOT_HERE = {
     "two-stage": {
-        *("adl", "bckd", "crosskd", "crosskd_fcos", "cwd_logits", "dicod", "foundation"),
+        *("adl", "bckd", "crosskd", "crosskd_fcos", "cwd_logits", "dicod", "foundation", "foundation_dinov3"),
         *("dsig_retinanet", "dsig_retinanet_small", "ld", "ld_fcos", *QUERIES),
     },
     "one-stage": {
-        *("chen", "defeat_full", "dicod", "foundation", "global_knowledge", "mimic", "tadf"),
+        *("chen", "defeat_full", "dicod", "foundation", "foundation_dinov3", "global_knowledge", "mimic", "tadf"),
         *("dsig", "dsig_r50_r101", "dsig_r101_r152", "ld", "ld_fcos", *QUERIES),
     },
 }

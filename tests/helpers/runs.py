@@ -29,6 +29,11 @@ TINY_HEADS = [
     "model.rpn_post_nms_top_n_test=20",
     "model.box_batch_size_per_image=16",
 ]
+TINY_QUERIES = [
+    *("model.backbone.width=0.25", "model.backbone.weights=null", "model.neck_channels=16", "model.encoder_ffn=16"),
+    *("model.decoder_channels=16", "model.decoder_ffn=16", "model.queries=10", "model.denoising=4"),
+]
+"""Of a set-prediction detector. The recipe's numbers of layers and levels stay."""
 TINY_DATA = [
     "data.source.train=8",
     "data.source.val=4",

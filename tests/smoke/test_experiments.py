@@ -16,10 +16,14 @@ from distill.cli.runs import assembly, teacher_cache
 from distill.types import DistillError
 from helpers.grids import mostly_exhaustive
 from helpers.image_folders import write_coco, write_voc
-from helpers.runs import TINY_HEADS, TINY_MODEL, TINY_RUN, Cli, summary
+from helpers.runs import TINY_HEADS, TINY_MODEL, TINY_QUERIES, TINY_RUN, Cli, summary
 
 EXPERIMENTS = [name for name in compose.config_groups()["experiment"] if name != "demo"]
 """On data sets in folders."""
+UNKNOWN = [name for name in EXPERIMENTS if any(family in name for family in ("_rtdetr_", "_dfine_"))]
+"""Recipes of detectors for which no number is published."""
+WITHOUT_TEACHER = ("foundation_coco_dfine_s",)
+"""Recipes whose teacher is no detector."""
 DAILY = ["bccd", "dsig_coco_mask_rcnn_r50_r18", "dsig_coco_retinanet_r50_mnv2", "tadf_voc_frcnn_r152_r50"]
 """Recipes that between them have every family, source of data and kind of backbone."""
 
@@ -34,7 +38,20 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"coco": top / "coco", "voc": top / "devkit", "bccd": top / "bccd"}
 
 
+def folder(experiment: str, data_sets: dict[str, Path]) -> Path:
+    return data_sets[next(name for name in data_sets if name in experiment.split("_"))]
+
+
 def tiny(experiment: str, root: Path) -> list[str]:
+    if experiment in UNKNOWN:
+        pytest.importorskip("transformers", reason="the extra detr is not installed")
+        family = [] if "_dfine_" in experiment else ["model.backbone.depth=10"]
+        made: list[str] = []
+        if experiment.startswith("foundation"):
+            pytest.importorskip("timm", reason="the vision transformers are timm's")
+            made = [f"distill.losses.foundation.model.{line}" for line in ("name=test_vit.r160_in1k", "weights=random")]
+        sizes = [f"data.source.root={root}", "data.min_size=64", "data.max_size=64", "data.batch_size=2"]
+        return [f"experiment={experiment}", *TINY_QUERIES, *family, *made, *TINY_RUN, *sizes, "data.workers=0"]
     other = any(f"_{backbone}" in experiment for backbone in ("mnv2", "eb0"))  # which have no depth, and one width
     model = [
         line for line in TINY_MODEL if not (other and line.startswith(("model.backbone.depth", "model.backbone.width")))
@@ -48,14 +65,16 @@ def tiny(experiment: str, root: Path) -> list[str]:
 def test_recipe_trains_and_its_baseline_is_clean(
     experiment: str, data_sets: dict[str, Path], cli: Cli, tmp_path: Path
 ) -> None:
-    root = data_sets["bccd" if experiment == "bccd" else experiment.split("_")[1]]
+    root = folder(experiment, data_sets)
     lines = tiny(experiment, root)
-    assert cli(["train", *lines, "distill=none", "init=scratch", "hydra.run.dir=teacher"]) == 0
+    alone = [line for line in lines if not line.startswith("distill.losses.")]
+    assert cli(["train", *alone, "distill=none", "init=scratch", "hydra.run.dir=teacher"]) == 0
     baseline = summary(tmp_path / "teacher")
     assert baseline["teacher"] is None
     assert not [name for name in baseline["terms"] if "student/" not in name and name != "loss/total"]
 
-    assert cli(["train", *lines, "teacher.weights=teacher", "hydra.run.dir=run"]) == 0
+    teacher = [] if experiment in WITHOUT_TEACHER else ["teacher.weights=teacher"]
+    assert cli(["train", *lines, *teacher, "hydra.run.dir=run"]) == 0
     report = summary(tmp_path / "run")
     losses = compose.compose_config([f"experiment={experiment}"]).distill.losses
     assert all(any(name.startswith(f"term/{loss}/") for name in report["terms"]) for loss in losses)
@@ -74,8 +93,14 @@ def test_header_says_command_and_expected_number(experiment: str) -> None:
         return
     assert re.search(r"arXiv \d{4}\.\d{5}|(CVPR|ICCV|ECCV|ICLR|NeurIPS) \d{4}", header)
     expected = header.partition(" Expected ")[2]
+    source = r"tables? \d|README of the release|abstract|second-hand"
+    if re.match(r"AP: unknown[,.] ", expected):  # and then what is known of the nearest pair, with its source
+        assert experiment in UNKNOWN
+        source += r"|nothing is published"
+    else:
+        assert experiment not in UNKNOWN
     assert re.search(r"\d\d\.\d", expected)
-    assert re.search(r"tables? \d|README of the release|abstract|second-hand", expected)
+    assert re.search(source, expected)
 
 
 @pytest.mark.parametrize("experiment", mostly_exhaustive(EXPERIMENTS, DAILY))
@@ -89,7 +114,7 @@ OF_TEACHER: list[list[str]] = [
     ["teacher.model.backbone.norm=frozen"],
     ["teacher=retinanet_r18", "teacher.model.pixels.mean=[0.4,0.4,0.4]"],
 ]
-OWN_RUNS = list(itertools.product(EXPERIMENTS, OF_TEACHER))
+OWN_RUNS = list(itertools.product([name for name in EXPERIMENTS if name not in WITHOUT_TEACHER], OF_TEACHER))
 
 
 @pytest.mark.parametrize(("experiment", "more"), mostly_exhaustive(OWN_RUNS, [(DAILY[0], OF_TEACHER[1])]))
@@ -112,9 +137,9 @@ def test_the_teachers_own_run_has_the_model_that_is_printed(
     monkeypatch.setattr(assembly, "find_teacher", look)
     monkeypatch.setattr(assembly, "planned_spec", lambda *_: None)
     monkeypatch.setattr(assembly, "build_losses", lambda *_: {})
-    root = data_sets["bccd" if experiment == "bccd" else experiment.split("_")[1]]
+    root = folder(experiment, data_sets)
     lines = [*tiny(experiment, root), "model.score_thresh=0.2", *more, "hydra.run.dir=run"]
     assert cli(["train", *lines]) == 1
     printed, used = made[0]
     assert OmegaConf.to_container(used) == printed
-    assert used.score_thresh == 0.05
+    assert used.score_thresh == (0.0 if used._target_ in ("distill.RTDETR", "distill.DFine") else 0.05)
