@@ -161,8 +161,8 @@ QUERIES = {
     "detr_points_coco_rtdetr_r50_r18": SMALL_RTDETR(
         "rtdetr resnet_d50", weights=weights("detr_points", points_classes=2, points_l1=5, points_giou=2)
     ),
-    "detr_features_coco_rtdetr_r101_r50": Recipe(
-        *("rtdetr resnet_d50", "rtdetr resnet_d101", 1e-4, 16, (71,), 72), weights("detr_features", neck_features=1)
+    "detr_features_coco_rtdetr_r50_r18": SMALL_RTDETR(
+        "rtdetr resnet_d50", weights=weights("detr_features", neck_features=1)
     ),
     "detr_logits_coco_dfine_x_n": Recipe("dfine hgnet_b0", "dfine hgnet_b5", 8e-4, 128, (148,), 160, MATCHED),
     "detr_corners_coco_dfine_l_s": Recipe(
