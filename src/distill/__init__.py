@@ -22,6 +22,7 @@ _MODULES = {
     "Coco": "data.coco",
     "CocoMetric": "evaluation.coco",
     "CrossKD": "losses.crosskd",
+    "DEIMv2": "detectors.deimv2",
     "DETRCorners": "losses.detr_corners",
     "DETRFeatures": "losses.detr_features",
     "DETRLogits": "losses.detr_logits",

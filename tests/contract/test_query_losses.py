@@ -57,6 +57,7 @@ CASES: dict[str, tuple[Callable[..., DistillLoss], str, str]] = {
     "points between families": (partial(DETRPoints, assignment=ALL), "dfine", "rtdetr"),
     "corners of points": (DETRCorners, "dfine", "dfine"),
     "corners of matches": (partial(DETRCorners, corners={"pairs": "matching"}), "dfine", "dfine"),
+    "corners of another family": (partial(DETRCorners, corners={"pairs": "matching"}), "deimv2", "dfine"),
     "features": (DETRFeatures, "rtdetr", "dfine"),
     "features of another family": (DETRFeatures, "faster_rcnn", "rtdetr"),
 }

@@ -16,6 +16,11 @@ from helpers.detectors import QUERY_FAMILIES, gradients, query_detector, square_
 
 pytest.importorskip("transformers", reason="the extra detr is not installed")
 
+LITE = {
+    **{"backbone": {"name": "hgnet_pico", "width": 0.25}, "encoder": "lite", "gateway": False},
+    **{"share_box_head": True, "corner_losses": False},
+}
+"""Options of the lite sizes of DEIMv2."""
 KINDS = [
     pytest.param("rtdetr", {"version": 1}, id="rtdetr-1"),
     pytest.param("rtdetr", {"version": 2}, id="rtdetr-2"),
@@ -25,6 +30,13 @@ KINDS = [
         {"backbone": {"name": "hgnet_b0", "width": 0.25}, "strides": [16, 32], "decoder_points": [2, 3]},
         id="dfine-two-levels",
     ),
+    pytest.param("deimv2", {}, id="deimv2"),
+    pytest.param(
+        "deimv2",
+        {"backbone": {"name": "hgnet_b0", "width": 0.25}, "strides": [8, 16, 32], "decoder_points": [2, 3, 1]},
+        id="deimv2-three-levels",
+    ),
+    pytest.param("deimv2", LITE, id="deimv2-lite"),
 ]
 
 
@@ -84,7 +96,7 @@ def test_detections_equal_the_librarys_bit_for_bit(family: str, options: dict[st
 
 @pytest.mark.parametrize("family", QUERY_FAMILIES)
 def test_the_own_criterion_gives_every_layer_a_gradient(family: str) -> None:
-    """transformers' loss of D-FINE gives the last but one layer none."""
+    """transformers' loss of D-FINE and DEIMv2 gives the last but one layer none."""
     detector, data = query_detector(family), square_batch()
     view = detector.view(data, seed=1)
     layers = view.queries
@@ -143,7 +155,7 @@ def test_a_seeded_view_leaves_the_global_stream_alone() -> None:
 def test_only_what_is_read_is_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     detector, calls = query_detector(family), dict.fromkeys(("body", "encoder", "scores", "boxes", "decoder"), 0)
     model = detector.net.model
-    parts = (model.backbone.model, model.encoder, model.enc_score_head, model.enc_bbox_head, model.decoder)
+    parts = (detector.body, model.encoder, model.enc_score_head, model.enc_bbox_head, model.decoder)
 
     def counting(name: str, forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -105,7 +105,10 @@ def keys() -> set[str]:
     """Every key that some choice of options has."""
     found: set[str] = set()
     lines = [
-        *([f"model={option}", "distill=none"] for option in ("mask_rcnn", "retinanet", "fcos", "rtdetr", "dfine")),
+        *(
+            [f"model={option}", "distill=none"]
+            for option in ("mask_rcnn", "retinanet", "fcos", "rtdetr", "dfine", "deimv2")
+        ),
         *([f"data={option}", "distill=none"] for option in ("coco", "voc")),
         [f"distill=[{','.join(OPTIONS)}]", "trainer=ddp", "logger=wandb", "callbacks=ema", "schedule=sgd"],
     ]
@@ -154,7 +157,9 @@ def test_keys_and_options_exist(page: str) -> None:
 
 
 MODELS = sorted(
-    name for name in compose.config_groups()["model"] if name != "base" and not name.startswith(("rtdetr", "dfine"))
+    name
+    for name in compose.config_groups()["model"]
+    if name != "base" and not name.startswith(("rtdetr", "dfine", "deimv2"))
 )
 """Models whose backbone has ImageNet weights of torchvision."""
 

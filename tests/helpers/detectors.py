@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.models import detection
 
 from distill.detectors.base import Detector
+from distill.detectors.deimv2 import DEIMv2
 from distill.detectors.description import RENAMED_OPTIONS
 from distill.detectors.dfine import DFine
 from distill.detectors.faster_rcnn import FasterRCNN
@@ -63,7 +64,7 @@ FAMILIES = {
     ),
     "mask_rcnn": Family(MaskRCNN, "mask_rcnn", detection.MaskRCNN, two_stage=True, needs_masks=True),
 }
-QUERY_FAMILIES: dict[str, type[Detector]] = {"rtdetr": RTDETR, "dfine": DFine}
+QUERY_FAMILIES: dict[str, type[Detector]] = {"rtdetr": RTDETR, "dfine": DFine, "deimv2": DEIMv2}
 """The set-prediction detectors of transformers. They have no anchors, no NMS and no network of torchvision."""
 SMALL_QUERIES = {
     "backbone": {"name": "resnet_d", "depth": 10, "width": 0.25},

@@ -94,17 +94,8 @@ class DFine(SetPredictionDetector):
         weights: str | None = None,
         head: str = "keep",
     ) -> None:
-        points = [decoder_points] * len(strides) if isinstance(decoder_points, int) else list(decoder_points)
-        if len(points) != len(strides) or min(points, default=0) < 1:
-            raise DistillError(
-                f"decoder_points: expected a number from 1 on, or one for each of the strides {list(strides)}, got "
-                f"{decoder_points!r}"
-            )
-        if bins < 4 or bins % 2 or not bin_curve > 0:
-            raise DistillError(
-                f"bins, bin_curve: expected an even number from 4 and one above 0, got {bins}, {bin_curve}"
-            )
-        decoder_points = points  # in the description in one form
+        check_bins(bins, bin_curve)
+        decoder_points = points_of_levels(decoder_points, strides)  # in the description in one form
         super().__init__(locals())
         self.set_criterion = SetCriterion(bins=CornerBins(bins + 1, CORNER_LIMIT, bin_curve), union=True)
 
@@ -124,3 +115,28 @@ class DFine(SetPredictionDetector):
                 **self.shared_configuration(channels, options),
             )
         )
+
+
+def points_of_levels(points: int | Sequence[int], strides: Sequence[int]) -> list[int]:
+    """The number of sampled points for each level.
+
+    Raises:
+        DistillError: there is not one number from 1 on for each of the strides.
+    """
+    each = [points] * len(strides) if isinstance(points, int) else list(points)
+    if len(each) != len(strides) or min(each, default=0) < 1:
+        raise DistillError(
+            f"decoder_points: expected a number from 1 on, or one for each of the strides {list(strides)}, got "
+            f"{points!r}"
+        )
+    return each
+
+
+def check_bins(bins: int, bin_curve: float) -> None:
+    """Check the options of the corner distributions.
+
+    Raises:
+        DistillError: the number of bins is odd or below 4, or the curve is not above 0.
+    """
+    if bins < 4 or bins % 2 or not bin_curve > 0:
+        raise DistillError(f"bins, bin_curve: expected an even number from 4 and one above 0, got {bins}, {bin_curve}")

@@ -10,6 +10,7 @@ import torch
 
 from distill import plugins
 from distill.detectors.base import Detector, import_path
+from distill.detectors.deimv2 import DEIMv2
 from distill.detectors.dfine import DFine
 from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
@@ -24,7 +25,7 @@ from distill.type_checks import type_errors
 from distill.types import DistillError
 
 FAMILIES: dict[str, type[Detector]] = {
-    family.family: family for family in (FasterRCNN, MaskRCNN, RetinaNet, FCOS, RTDETR, DFine)
+    family.family: family for family in (FasterRCNN, MaskRCNN, RetinaNet, FCOS, RTDETR, DFine, DEIMv2)
 }
 """Family name -> class. A new family of distill adds one entry; other families are named by the path of their class."""
 CHECKPOINT = ".ckpt"

@@ -1,4 +1,4 @@
-"""Set-prediction detectors of Hugging Face transformers: what RT-DETR and D-FINE share.
+"""Set-prediction detectors of Hugging Face transformers: what RT-DETR, D-FINE and DEIMv2 share.
 
 The View calls the library's own parts in the library's own order: backbone, encoder, scores of the encoder's cells,
 decoder. A contract test compares losses and detections with the library's own forward pass, bit for bit. All stages
@@ -55,8 +55,8 @@ def transformers(module: str = "transformers") -> Any:
     Raises:
         DistillError: transformers is not installed, or the scipy that its matcher needs.
     """
-    import_extra("scipy", "detr", "the matcher of RT-DETR and D-FINE")
-    return import_extra(module, "detr", "a detector of the families RTDETR and DFine")
+    import_extra("scipy", "detr", "the matcher of set-prediction detectors")
+    return import_extra(module, "detr", "a detector of the families RTDETR, DFine and DEIMv2")
 
 
 class Cells(NamedTuple):
@@ -68,7 +68,7 @@ class Cells(NamedTuple):
     """(height, width) of each level."""
 
 
-LIBRARY_NAMES = {"vfl": "classification", "bbox": "l1"}
+LIBRARY_NAMES = {"vfl": "classification", "mal": "classification", "bbox": "l1"}
 """Kind of a term in the library -> our name, where it differs."""
 
 
@@ -110,7 +110,7 @@ class QueryView(NeckView):
 
     @network
     def body(self) -> Pyramid:
-        """Stride -> map, for all of C2 to C5, also for stages that the neck does not use."""
+        """Stride -> map, for all stages from C2 on, also for those that the neck does not use."""
         height, width = self.batch.images.shape[-2:]
         if height % LARGEST_STRIDE or width % LARGEST_STRIDE:
             raise DistillError(
@@ -120,7 +120,8 @@ class QueryView(NeckView):
             )
         images = self.images
         with self.draw(BODY):
-            maps = self.net.model.backbone.model(images, output_hidden_states=True).hidden_states
+            body = self.net.get_submodule(self.detector.body_path)
+            maps = body(images, output_hidden_states=True).hidden_states
         return dict(zip(self.spec.body, maps[-len(self.spec.body) :], strict=True))
 
     @network
@@ -416,18 +417,20 @@ class SetPredictionDetector(Detector):
         check_norm(backbone.norm)
         _check_values(given)
         options = to_plain({**given, "backbone": backbone, "pixels": pixels, "classes": names})
-        body_config, channels = body_configuration(library, backbone, tuple(options["strides"]))
+        body_config, channels = body_configuration(library, backbone, self.encoder_strides(options))
         net = self.build(library, body_config, channels, options)
         body = net.get_submodule(self.body_path)
         initialize_convolutions(net, body)
         convert_norms(body, backbone.norm, backbone.norm_eps)
-        body.ends = ("embedder", *(f"encoder.stages.{stage}" for stage in range(len(BODY_STRIDES))))
+        ends = ["embedder", *(f"encoder.stages.{stage}" for stage in range(len(channels)))]
+        # A backbone without C5 names its last stage twice, because `trainable_stages` counts from C5.
+        body.ends = (*ends, *ends[-1:] * (1 + len(BODY_STRIDES) - len(ends)))
         options["backbone"]["norm_eps"] = resolved_options(body)["norm_eps"]
         spec = DetectorSpec(
             family=self.family,
             outputs=self.view_class.outputs,
             classes=names,
-            body=dict(zip(BODY_STRIDES, channels, strict=True)),
+            body=dict(zip(BODY_STRIDES, channels, strict=False)),
             neck=dict.fromkeys(options["strides"], options["neck_channels"]),
             anchors={},
             mean=tuple(pixels.mean),
@@ -447,6 +450,10 @@ class SetPredictionDetector(Detector):
         """Return `DetectorSpec.corner_bins`: empty, because this family has no distributions."""
         return {}
 
+    def encoder_strides(self, options: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the strides of the backbone's maps that the encoder reads: those of its own maps."""
+        return tuple(options["strides"])
+
     @abstractmethod
     def build(self, library: Any, body: Any, channels: Sequence[int], options: Mapping[str, Any]) -> Any:
         """Build the library's network with random weights.
@@ -454,14 +461,14 @@ class SetPredictionDetector(Detector):
         Args:
             library: transformers.
             body: configuration of the backbone.
-            channels: channels of the backbone's stages C2 to C5.
+            channels: channels of the backbone's stages from C2 on.
             options: all options, in plain containers.
         """
 
     def shared_configuration(self, channels: Sequence[int], options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of the library's configuration that all families share."""
         strides, neck = list(options["strides"]), options["neck_channels"]
-        read = [size for stride, size in zip(BODY_STRIDES, channels, strict=True) if stride in strides]
+        read = [size for stride, size in zip(BODY_STRIDES, channels, strict=False) if stride in strides]
         return {
             "num_labels": len(options["classes"]),
             "freeze_backbone_batch_norms": False,  # the norms of the body become those of `backbone.norm`

@@ -25,13 +25,15 @@ class HGNet(NamedTuple):
     """Sizes of an HGNetV2 (Baidu 2023), stage by stage."""
 
     stem: tuple[int, int]
-    inputs: tuple[int, int, int, int]
-    middles: tuple[int, int, int, int]
-    outputs: tuple[int, int, int, int]
-    blocks: tuple[int, int, int, int]
+    inputs: tuple[int, ...]
+    middles: tuple[int, ...]
+    outputs: tuple[int, ...]
+    blocks: tuple[int, ...]
     layers: int
     affine: bool = False
     """Whether trained factors and shifts follow the activations."""
+    kernels: tuple[int, ...] = (3, 3, 5, 5)
+    """Sides of the convolutions."""
 
 
 HGNETS = {
@@ -43,27 +45,37 @@ HGNETS = {
     "hgnet_b5": HGNet(
         (32, 64), (64, 128, 512, 1024), (64, 128, 256, 512), (128, 512, 1024, 2048), (1, 2, 5, 2), 6, False
     ),
+    # Three stages: strides 4, 8 and 16.
+    "hgnet_pico": HGNet((16, 16), (16, 64, 256), (16, 32, 64), (64, 256, 512), (1, 1, 2), 3, True, (3, 3, 5)),
+    "hgnet_femto": HGNet((16, 16), (16, 64, 256), (16, 32, 64), (64, 256, 512), (1, 1, 1), 3, True, (3, 3, 5)),
+    "hgnet_atto": HGNet((16, 16), (16, 64, 256), (16, 32, 64), (64, 256, 256), (1, 1, 1), 3, True, (3, 3, 3)),
 }
-"""Name -> sizes. D-FINE N and S have B0, M has B2, L has B4, X has B5."""
+"""Name -> sizes. D-FINE N and S have B0, M has B2, L has B4, X has B5. DEIMv2 N has B0, Pico, Femto and Atto theirs."""
 
-BODY_NAMES = ("resnet_d", *HGNETS)
-"""Names of these backbones."""
+LAST_STRIDES = {"resnet_d": 32} | {name: 2 ** (1 + len(sizes.outputs)) for name, sizes in HGNETS.items()}
+"""Names of these backbones, and the strides of their last maps."""
 
 
 def body_configuration(library: Any, backbone: BackboneOptions, strides: tuple[int, ...]) -> tuple[Any, list[int]]:
-    """Return transformers' configuration of a backbone, and the channels of its stages C2 to C5.
+    """Return transformers' configuration of a backbone, and the channels of its stages from C2 on.
 
     Args:
         library: transformers.
         backbone: the options.
-        strides: strides of the maps that the encoder reads.
+        strides: strides of the maps that the encoder reads. The last one must be that of the last stage, because a
+            stage that nothing reads gets no gradient.
 
     Raises:
-        DistillError: an option does not fit the network.
+        DistillError: an option does not fit the network, or the backbone ends at another stride.
     """
     name, width, stages = backbone.name, backbone.width, [stride.bit_length() - 2 for stride in strides]
-    if name not in BODY_NAMES:
-        raise DistillError(f"backbone.name: expected one of {', '.join(BODY_NAMES)}, got {name!r}")
+    fitting = [body for body, last in LAST_STRIDES.items() if last == strides[-1]]
+    if name not in fitting:
+        end = f", which ends at stride {LAST_STRIDES[name]}" if name in LAST_STRIDES else ""
+        raise DistillError(
+            f"backbone.name: expected one of {', '.join(fitting)}, whose last map has stride {strides[-1]}, got "
+            f"{name!r}{end}"
+        )
     if (backbone.groups, backbone.group_width) != (1, 64):
         raise DistillError(
             f"backbone.groups, backbone.group_width: expected 1 and 64, as {name} has no groups, got "
@@ -99,7 +111,7 @@ def body_configuration(library: Any, backbone: BackboneOptions, strides: tuple[i
 
 
 def _hgnet(library: Any, sizes: HGNet, scaled: Callable[[int], int], stages: list[int]) -> tuple[Any, list[int]]:
-    channels = [scaled(size) for size in sizes.outputs]
+    channels, count = [scaled(size) for size in sizes.outputs], len(sizes.outputs)
     config = library.HGNetV2Config(
         embedding_size=scaled(sizes.stem[1]),
         hidden_sizes=channels,
@@ -108,7 +120,12 @@ def _hgnet(library: Any, sizes: HGNet, scaled: Callable[[int], int], stages: lis
         stage_mid_channels=[scaled(size) for size in sizes.middles],
         stage_out_channels=channels,
         stage_num_blocks=list(sizes.blocks),
-        stage_numb_of_layers=[sizes.layers] * len(channels),
+        stage_numb_of_layers=[sizes.layers] * count,
+        stage_downsample=[False, True, True, True][:count],
+        stage_downsample_strides=[2] * count,
+        stage_light_block=[False, False, True, True][:count],
+        stage_kernel_size=list(sizes.kernels),
+        depths=[sizes.layers] * count,
         use_learnable_affine_block=sizes.affine,
         out_indices=stages,
     )

@@ -19,15 +19,24 @@ OPTIONS = {
     "encoder_depth": "depth_mult",
     "bins": "max_num_bins",
     "bin_curve": "reg_scale",
+    "encoder": "encoder_type",
+    "gateway": "use_gateway",
+    "share_box_head": "share_bbox_head",
 }
 """Option -> key of the library's configuration that changes results, but no shape of a tensor."""
 SAME = (
     *("activation_function", "encoder_activation_function", "decoder_activation_function", "normalize_before"),
     *("layer_norm_eps", "batch_norm_eps", "positional_encoding_temperature", "eval_size", "anchor_image_size"),
     *("learn_initial_query", "with_box_refine", "decoder_offset_scale", "decoder_method", "eval_idx", "layer_scale"),
-    *("up", "top_prob_values"),
+    *("up", "top_prob_values", "encoder_fuse_op", "encoder_has_trailing_conv"),
 )
 """Keys of transformers' configuration for which distill has no option. Weights must have been made with our values."""
+WITHOUT_EFFECT = {"deimv2": ("eval_size",)}
+"""Type of a network -> keys of `SAME` that its weights do not depend on.
+
+The `eval_size` of published DEIMv2s is the size of their evaluation. With it, transformers leaves out the encoder's
+position codes in evaluation, which the weights were trained with; here they are always there.
+"""
 
 
 def is_published(source: str) -> bool:
@@ -64,7 +73,14 @@ def read_published(library: Any, source: str, net: Any) -> Source | None:
     config, own = _call(source, library.AutoConfig.from_pretrained), net.config
     if config.model_type != own.model_type:
         raise DistillError(f"{source}: expected weights of the type {own.model_type}, got {config.model_type}")
-    differing = [key for key in SAME if getattr(config, key, None) != getattr(own, key, None)]
+    body, own_body = config.backbone_config.model_type, own.backbone_config.model_type
+    if body != own_body:
+        raise DistillError(
+            f"{source}: expected weights with a backbone of the type {own_body}, got {body}. distill builds RT-DETR, "
+            "D-FINE and DEIMv2 on ResNet-D (rt_detr_resnet) and HGNetV2 (hgnet_v2), not on vision transformers"
+        )
+    compared = [key for key in SAME if key not in WITHOUT_EFFECT.get(own.model_type, ())]
+    differing = [key for key in compared if getattr(config, key, None) != getattr(own, key, None)]
     if differing:
         values = "; ".join(f"{key}={getattr(config, key)} (here {getattr(own, key)})" for key in differing)
         raise DistillError(f"{source}: these weights were made for {values}, for which distill has no option")
@@ -79,7 +95,10 @@ def _options(config: Any, own: Any) -> dict[str, Any]:
     body = config.backbone_config
     frozen = "frozen" if config.freeze_backbone_batch_norms else "batch"
     facts = {"backbone.stride_in_1x1": getattr(body, "downsample_in_bottleneck", False), "backbone.norm": frozen}
-    return {**known, **facts, "strides": list(config.feat_strides)}
+    # The feat_strides of a DEIMv2's lite encoder are those that it reads. It makes one more map.
+    strides, last = list(config.feat_strides), config.feat_strides[-1]
+    strides += [last * 2] if getattr(config, "encoder_type", None) == "lite" else []
+    return {**known, **facts, "strides": strides}
 
 
 def _call(source: str, read: Any) -> Any:

@@ -466,3 +466,27 @@ def test_d_fine_differs_from_transformers_5_24() -> None:
         local = criterion.loss_local(outputs, inputs["labels"], losses.matches[index], 5)
         for term in ("fgl", "ddf"):
             assert losses.parts[f"layer_{index}"][term].item() == pytest.approx(local[f"loss_{term}"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.5, 2.0])
+def test_mal_is_that_of_transformers_with_the_gamma_of_the_paper(gamma: float) -> None:
+    """The default of Deimv2Config is the gamma of the focal loss, 2. As with D-FINE, the last layer but one gets no
+    loss of the ordinary queries."""
+    config = library_config()
+    config.weight_loss_mal, config.mal_alpha, config.use_dense_one_to_one = 1.0, None, True
+    config.focal_loss_gamma = gamma
+    queries, encoder, denoising = groups()
+    rows = list(zip(queries.layers, denoising.layers, strict=True))
+    corners = [torch.cat([noisy.corners, x.corners], dim=1).float().flatten(2) for x, noisy in rows]
+    start = torch.cat([denoising.first.boxes, queries.first.boxes], dim=1).float()
+    inputs = library_inputs(first=True) | {"config": config, "predicted_corners": torch.stack(corners, dim=1)}
+    inputs |= {"initial_reference_points": torch.stack([start] * 3, dim=1)}
+    values = library("loss_deimv2").Deimv2ForObjectDetectionLoss(**inputs)[1]
+    losses = SetCriterion("mal", BINS)(queries, TARGETS, encoder)
+    suffixes = {"layer_2": "", "first": "_aux_0", "layer_0": "_aux_1", "encoder": "_aux_2"}
+    assert {f"loss_mal{suffix}" for suffix in suffixes.values()} == {
+        name for name in values if "mal" in name and "_dn_" not in name
+    }
+    for part, suffix in suffixes.items():
+        found, expected = losses.parts[part]["classification"].item(), values[f"loss_mal{suffix}"].item()
+        assert (found == pytest.approx(expected, rel=1e-5)) == (gamma == 1.5), part

@@ -11,7 +11,7 @@ import torch
 from distill.detectors.registry import load_detector
 from distill.detectors.student_files import save_safetensors, save_student
 from distill.types import DistillError
-from helpers.detectors import query_detector, square_batch
+from helpers.detectors import QUERY_FAMILIES, query_detector, square_batch
 
 pytest.importorskip("transformers", reason="the extra detr is not installed")
 
@@ -31,7 +31,7 @@ def boxes(detector: Any) -> torch.Tensor:
     return torch.cat([last.boxes, last.logits], dim=-1)
 
 
-@pytest.mark.parametrize("family", ["rtdetr", "dfine"])
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
 def test_a_folder_of_transformers_is_loaded(family: str, tmp_path: Path) -> None:
     first = query_detector(family, seed=3)
     source = publish(first, tmp_path / "published", ["cat", "dog", "owl"])
@@ -74,10 +74,37 @@ def test_weights_of_another_meaning_are_refused(tmp_path: Path) -> None:
         query_detector("rtdetr", weights=str(tmp_path / "empty"))
 
 
+def test_published_deimv2s_are_loaded(tmp_path: Path) -> None:
+    """Their configuration names the size of their evaluation; that of the lite sizes names the one stride it reads."""
+    lite = {"backbone": {"name": "hgnet_pico", "width": 0.25}, "encoder": "lite", "gateway": False}
+    first = query_detector("deimv2", seed=3, share_box_head=True, **lite)
+    assert first.net.config.feat_strides == [16]
+    first.net.config.eval_size = [640, 640]
+    source = publish(first, tmp_path / "published", ["cat", "dog", "owl"])
+    loaded = query_detector("deimv2", share_box_head=True, weights=source, **lite)
+    assert torch.equal(boxes(loaded), boxes(first))
+    with pytest.raises(DistillError, match=r"'model\.gateway=false' 'model\.share_box_head=true'"):
+        query_detector("deimv2", weights=source, **{**lite, "gateway": True})
+    with pytest.raises(DistillError, match=r'\'model\.encoder="lite"\''):
+        query_detector("deimv2", weights=source, backbone={"name": "hgnet_b0", "width": 0.25})
+
+
+def test_a_published_vision_transformer_is_refused(tmp_path: Path) -> None:
+    from transformers import Deimv2Config, Deimv2ForObjectDetection, DINOv3ViTConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    body = DINOv3ViTConfig(**sizes, out_indices=[1, 2, 3], apply_layernorm=True, reshape_hidden_states=True)
+    narrow = {"encoder_hidden_dim": 32, "d_model": 32, "decoder_in_channels": [32] * 3, "decoder_layers": 2}
+    Deimv2ForObjectDetection(Deimv2Config(backbone_config=body, num_labels=3, **narrow)).save_pretrained(tmp_path)
+    with pytest.raises(DistillError, match=r"a backbone of the type rt_detr_resnet, got dinov3_vit.*vision transf"):
+        query_detector("deimv2", weights=str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["dfine", "deimv2"])
 @pytest.mark.parametrize("save", [save_student, save_safetensors])
-def test_a_saved_detector_is_the_same(save: Any, tmp_path: Path) -> None:
+def test_a_saved_detector_is_the_same(save: Any, family: str, tmp_path: Path) -> None:
     """Heads are tied to layers of the decoder. A file of safetensors holds each tensor once."""
-    first = query_detector("dfine", seed=3)
+    first = query_detector(family, seed=3, **({"share_box_head": True} if family == "deimv2" else {}))
     path = save(first, tmp_path)
     again = load_detector(tmp_path)
     assert torch.equal(boxes(again), boxes(first))

@@ -35,7 +35,7 @@ COSTS = "costs.csv"
 QUERY_OUTPUTS = frozenset(
     {"body", "neck", "roi_features", "class_logits", "queries", "query_targets", "query_points", "decode"}
 )
-"""Outputs of RT-DETR and D-FINE."""
+"""Outputs of RT-DETR, D-FINE and DEIMv2."""
 HELD_MODELS = ("classifier", "model")
 """Keys of a loss's frozen model."""
 
