@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from PIL import Image
 
 from distill.cli.main import main
 from distill.data.shapes import Shapes
-from helpers.runs import TINY, Cli
+from distill.export.exported import ExportedDetector
+from helpers.runs import TINY, TINY_DATA, TINY_QUERIES, TINY_RUN, Cli
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -56,24 +58,56 @@ def test_export_writes_the_file_its_script_and_its_proof(run: Path) -> None:
         assert all(0 < spread["median"] <= spread["p95"] for spread in row["latency"])
 
 
+def without_torch(
+    folder: Path, picture: Path, blocked: Sequence[str] = ("torch", "torchvision", "distill")
+) -> list[dict[str, Any]]:
+    """The rows that the script beside a file prints in a process that cannot import some modules."""
+    site = picture.parent / "blocked"
+    site.mkdir()
+    text = f"import sys\nfor name in {tuple(blocked)!r}:\n    sys.modules[name] = None\n"
+    (site / "sitecustomize.py").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    kind = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, env=environment)
+    assert kind.returncode != 0  # the block works
+    command = [sys.executable, str(folder / "infer.py"), str(folder / "student.onnx"), str(picture), "0.0"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
 def test_script_needs_no_torch(run: Path, picture: Path, cli: Cli) -> None:
     folder = run / "export" / "onnx"
-    blocked = picture.parent / "blocked"
-    blocked.mkdir()
-    (blocked / "sitecustomize.py").write_text(
-        "import sys\nfor name in ('torch', 'torchvision', 'distill'):\n    sys.modules[name] = None\n"
-    )
-    command = [sys.executable, str(folder / "infer.py"), str(folder / "student.onnx"), str(picture), "0.0"]
-    environment = {**os.environ, "PYTHONPATH": str(blocked)}
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    rows = [json.loads(line) for line in output.splitlines()]
+    rows = without_torch(folder, picture)
     assert cli(["predict", str(run), str(picture), "--out", "found"]) == 0
     expected = json.loads(Path("found/detections.json").read_text())
     assert len(rows) == len(expected) > 0
     assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in expected], abs=1e-4)
-    kind = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, env=environment)
-    assert kind.returncode != 0  # the block works
     assert len((folder / "infer.py").read_text().splitlines()) < 40
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model", ["rtdetr_mini", "dfine_mini"])
+def test_the_file_of_a_set_prediction_detector_needs_neither_torch_nor_its_library(
+    model: str, picture: Path, cli: Cli
+) -> None:
+    """Through the command, with its proof and a quantized file, and the script in a process without torch."""
+    pytest.importorskip("transformers", reason="the extra detr is not installed")
+    lines = [*TINY_DATA, *TINY_QUERIES, *TINY_RUN, "test=false", "hydra.run.dir=run"]
+    assert cli(["train", "distill=none", f"model={model}", *lines]) == 0
+    assert cli(["export", "run", "--to", "onnx", *FEW]) == 0
+    folder = Path("run/export/onnx")
+    parity = json.loads((folder / "proof.json").read_text())["parity"]
+    assert (parity["missing"], parity["surplus"]) == (0, 0)
+    assert parity["detections"] == 4 * 10 * 6  # images, queries, classes
+    rows = without_torch(folder, picture, blocked=("torch", "torchvision", "distill", "transformers"))
+    assert cli(["predict", "run", str(picture), "--out", "found"]) == 0
+    expected = json.loads(Path("found/detections.json").read_text())
+    assert len(rows) == len(expected) == 60
+    assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in expected], abs=1e-4)
+    assert cli(["export", "run", "--to", "onnx", "--int8", "--calibration", "4", *FEW, "--out", "int8"]) == 0
+    assert "int8" in ExportedDetector("int8/student.onnx").facts
+    assert cli(["export", "run", "--to", "onnx", "--parts", "dense", "--top", "30", *FEW, "--out", "dense"]) == 0
+    assert cli(["evaluate", "dense/student.onnx", "--json", "dense.json", "data=shapes", *TINY_DATA]) == 0
+    assert cli(["export", "run", "--to", "torchvision", *FEW, "--out", "torchvision"]) == 1
 
 
 def test_evaluate_and_predict_take_the_file(run: Path, picture: Path, cli: Cli) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from distill.detectors.base import Detector
 from distill.export.exported import ExportedDetector, select_detections
 from distill.imaging.resizing import copy_padded, resize_image
-from distill.types import Batch, Detections, Size, Target
+from distill.types import Batch, Detections, QueryLayer, Size, Target
 
 
 class DenseProgram:
@@ -33,7 +34,11 @@ class DenseProgram:
         if "boxes" in outputs and self.exported.facts["detects"]:
             return self.exported.finish(outputs, size, original)
         view = self._view(image, size)
-        if "boxes" in outputs:
+        if "query_boxes" in outputs:
+            frame = torch.tensor([size[1], size[0]] * 2)
+            boxes = box_convert(outputs["query_boxes"] / frame, "xyxy", "cxcywh")
+            vars(view)["queries"] = [QueryLayer(outputs["logits"], boxes, boxes[..., :0])]
+        elif "boxes" in outputs:
             vars(view)["proposals"] = [self._proposals(outputs, size)]
         elif self.exported.facts["detects"]:
             self._replace_dense_outputs(view, outputs)

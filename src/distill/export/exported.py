@@ -105,8 +105,11 @@ class ExportedDetector:
 def select_detections(
     boxes: Tensor, scores: Tensor, labels: Tensor, facts: dict[str, Any], size: Size, original: Size
 ) -> Detections:
-    """Threshold and NMS by class, as in the facts of a file; boxes (N, 4) are scaled from `size` to `original`."""
+    """Threshold and, if the file's facts have one, NMS by class; boxes (N, 4) are scaled from `size` to `original`."""
     sure = scores > facts["score_threshold"]
     boxes, scores, labels = boxes[sure], scores[sure], labels[sure]
-    keep = batched_nms(boxes, scores, labels, facts["nms_threshold"])[: facts["detections_per_image"]]
+    threshold, count = facts["nms_threshold"], facts["detections_per_image"]
+    if threshold is None:  # a set-prediction detector has no NMS
+        return Detections(resize_boxes(boxes[:count], size, original), scores[:count], labels[:count])
+    keep = batched_nms(boxes, scores, labels, threshold)[:count]
     return Detections(resize_boxes(boxes[keep], size, original), scores[keep], labels[keep])

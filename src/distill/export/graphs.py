@@ -20,10 +20,9 @@ from torchvision.ops import boxes as box_ops
 from distill.detectors.base import Detector
 from distill.detectors.detection_rules import finish
 from distill.detectors.view import temporarily
+from distill.export.query_graphs import NO_TARGET, DenseQueryGraph, TracedQueryView, image_size
 from distill.export.resize_graph import resize_pixels, resized_sides
-from distill.types import Batch, Detections, DistillError, Target
-
-NO_TARGET = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+from distill.types import Batch, Detections, DistillError
 
 
 class TracedView:
@@ -65,6 +64,10 @@ class TracedView:
         flat = view.generator(ImageList(self.images, [(height, width)]), maps)[0]
         counts = [x.shape[2] * x.shape[3] * a for x, a in zip(maps, view.spec.anchors.values(), strict=True)]
         return dict(zip(view.spec.neck, flat.split(counts), strict=True))
+
+
+class TracedSetView(TracedQueryView, TracedView):
+    """A traced View of a set-prediction detector."""
 
 
 class TracedMaskView(TracedView):
@@ -158,7 +161,8 @@ class FullGraph(nn.Module):
         super().__init__()
         self.detector = detector
         self.has_masks = "mask_logits" in detector.spec.outputs
-        self.view_class = traced_view(detector, detector.resize.pad_to)
+        self.square = image_size(detector) if has_queries(detector) else None
+        self.view_class = traced_view(detector, detector.resize.pad_to if self.square is None else 1)
 
     @property
     def outputs(self) -> list[str]:
@@ -169,10 +173,13 @@ class FullGraph(nn.Module):
         """Return the detections in an image (H, W, 3)."""
         limits = self.detector.options["min_size"], self.detector.options["max_size"]
         original = torch._shape_as_tensor(image)[:2]
-        height, width = resized_sides(original, *limits)
+        height, width = resized_sides(original, *limits) if self.square is None else map(torch.tensor, self.square)
         pixels = image.permute(2, 0, 1)[None].to(torch.float32)
         pixels = resize_pixels(pixels, height, width, self.detector.resize.antialias).to(torch.uint8)
-        view = self.view_class(self.detector, _batch(pixels, (height, width), original.unbind()), False, True, None)
+        size: Any = (height, width)
+        if self.square is not None:
+            pixels, size = pixels.reshape(1, 3, *self.square), self.square  # later sizes are numbers in the graph
+        view = self.view_class(self.detector, _batch(pixels, size, original.unbind()), False, True, None)
         with temporarily(box_ops, clip_boxes_to_image=clip_boxes):
             found: tuple[Tensor, ...] = view.detections[0]
         return found if self.has_masks else found[:3]
@@ -246,6 +253,17 @@ class DenseGraph(nn.Module):
         return {"logits": flat.pop(logits), **flat, "anchors": torch.cat(list(view.anchors.values()))}
 
 
+def dense_graph(detector: Detector, canvas: Canvas, top: int | None = None) -> DenseGraph | DenseQueryGraph:
+    """The dense graph of a detector's family.
+
+    Raises:
+        DistillError: the canvas or `top` does not fit the detector.
+    """
+    if has_queries(detector):
+        return DenseQueryGraph(detector, canvas, top, traced_view(detector, 1))
+    return DenseGraph(detector, canvas, top)
+
+
 def _flatten(x: Tensor, anchors: int) -> Tensor:
     """Reshape (B, A*C, H, W) to (B, H*W*A, C)."""
     height, width = x.shape[-2:]
@@ -280,6 +298,11 @@ def _batch(images: Tensor, size: Any, original: Any) -> Batch:
     return Batch(images, (tuple(size),), (tuple(original),), (NO_TARGET,), (0,))
 
 
+def has_queries(detector: Detector) -> bool:
+    """Whether a detector is a set-prediction detector."""
+    return "queries" in detector.spec.outputs
+
+
 def traced_view(detector: Detector, pad_to: int) -> Any:
     """The View class of a detector for tracing.
 
@@ -292,5 +315,7 @@ def traced_view(detector: Detector, pad_to: int) -> Any:
             f"export: the detector is a {detector.spec.family}. Expected a family with a feature pyramid whose View "
             "has rois or class_logits; its View's outputs are " + ", ".join(sorted(outputs))
         )
-    mixin = TracedMaskView if "mask_logits" in outputs else TracedView
+    mixin: type = TracedMaskView if "mask_logits" in outputs else TracedView
+    if has_queries(detector):
+        mixin = TracedSetView
     return type(f"Traced{kind.__name__}", (mixin, kind), {"pad_to": pad_to})

@@ -19,12 +19,18 @@ INPUTS = {
     "dense": "images: (batch, 3, H, W) uint8 RGB, resized and in the upper left corner; sizes: (batch, 2) int32, "
     "height and width of each resized image",
 }
+RULES = {
+    "ratio": "scale = min(min_size / shorter side, max_size / longer side); each side is rounded down",
+    "square": "both sides become min(min_size, max_size)",
+}
+"""Shape of the resize, see `ResizeOptions` -> the rule."""
 OUTPUTS = {
     "boxes": "boxes: x1, y1, x2, y2 in pixels of the {frame} image",
     "scores": "scores: from 0 to 1, best first",
     "labels": "labels: from 1; classes[label - 1] is the name",
     "masks": "masks: (N, height, width) bool",
-    "logits": "logits: (batch, N, K) before the sigmoid, anchor by anchor",
+    "logits": "logits: (batch, N, K) before the sigmoid, anchor by anchor or query by query",
+    "query_boxes": "query_boxes: (batch, Q, 4) x1, y1, x2, y2 in pixels of `sizes`",
     "deltas": "deltas: (batch, N, 4), relative to the anchors",
     "centerness": "centerness: (batch, N, 1) before the sigmoid",
     "anchors": "anchors: (N, 4) x1, y1, x2, y2 in pixels of the resized image",
@@ -65,7 +71,7 @@ def describe_file(
         "resize": {
             "min_size": options["min_size"],
             "max_size": options["max_size"],
-            "rule": "scale = min(min_size / shorter side, max_size / longer side); each side is rounded down",
+            "rule": RULES[detector.resize.shape],
             "interpolation": "bilinear",
             **detector.resize._asdict(),
         },

@@ -17,7 +17,7 @@ from distill.detectors.student_files import save_safetensors
 from distill.diagnostics.cost import folded_copy
 from distill.export.dense import DenseProgram
 from distill.export.exported import ExportedDetector
-from distill.export.graphs import Canvas, DenseGraph, FullGraph
+from distill.export.graphs import Canvas, FullGraph, dense_graph
 from distill.export.int8 import quantize
 from distill.export.metadata import describe_file
 from distill.export.onnx_file import DEFAULT_OPSET, OnnxProgram, check_opset, export_onnx
@@ -113,8 +113,6 @@ class Route:
     """Module -> the extra that installs it."""
     folded: bool = True
     """Whether batch norms are folded into convolutions before the export."""
-    traced: bool = True
-    """Whether another program computes the network. Else the files hold weights for distill itself."""
 
 
 def write_export(
@@ -133,11 +131,6 @@ def write_export(
         DistillError: the format cannot express the detector. The message names the part.
     """
     route = ROUTES[options.to]
-    if route.traced and "queries" in detector.spec.outputs:
-        raise DistillError(
-            f"--to {options.to}: a {detector.spec.family} samples its maps at learned points (GridSample), which this "
-            "export cannot write yet. Use --to safetensors; transformers' own tools export the network of the result"
-        )
     canvas = None if options.parts == "full" else choose_canvas(detector, options, data)
     if route.folded:
         detector = folded_copy(detector, data.load_batch("val", [0]), torch.device("cpu")).eval()
@@ -168,7 +161,7 @@ def _write_onnx(
         export_onnx(graph, (_example_image(),), path, axes, graph.outputs, facts, options.opset)
         write_text(folder / "infer.py", (TEMPLATES / "infer.py").read_text(encoding="utf-8"))
         return Written(path, [path])
-    dense = DenseGraph(detector, canvas, options.top).eval()
+    dense = dense_graph(detector, canvas, options.top).eval()
     further = {
         "opset": options.opset,
         "canvas": list(canvas),
@@ -256,9 +249,7 @@ ROUTES: dict[str, Route] = {
     "onnx": Route(_write_onnx, needs={"onnx": ONNX, "onnxruntime": ONNX}),
     "openvino": Route(_write_openvino, needs={"onnx": OPENVINO, "onnxruntime": OPENVINO, "openvino": OPENVINO}),
     "torchscript": Route(_write_torchscript, parts=("full",)),
-    "safetensors": Route(
-        _write_safetensors, _open_detector, ("full",), {"safetensors": "hub"}, folded=False, traced=False
-    ),
+    "safetensors": Route(_write_safetensors, _open_detector, ("full",), {"safetensors": "hub"}, folded=False),
     "torchvision": Route(_write_torchvision, _open_torchvision, ("full",), folded=False),
 }
 """Format -> how it is written."""
