@@ -104,7 +104,8 @@ def bridge_classes(
     pairs: Mapping[str, str | None] = {} if isinstance(given, str) else given
     if isinstance(given, str) and given != AUTO:
         raise DistillError(
-            f"classes.map={given}: expected auto, or pairs as in classes.map={{car:vehicle,truck:vehicle}}"
+            f"classes.map={given}: expected auto, or pairs as in 'classes.map={{car:vehicle,truck:vehicle}}', in "
+            "quotes, because a shell expands braces"
         )
     for names, known, whose in ((pairs.keys(), teacher, "teacher"), (pairs.values(), data, "data")):
         if wrong := [name for name in names if name is not None and name not in known]:
@@ -121,7 +122,7 @@ def bridge_classes(
     if not bridge:
         raise DistillError(
             f"classes.map: none of the teacher's classes {[name for name in teacher if name != 'N/A'][:10]} has a "
-            f"partner among {list(data)[:10]}. Name pairs, as in classes.map={{{teacher[0]}:{data[0]}}}; or choose a "
+            f"partner among {list(data)[:10]}. Name pairs, as in 'classes.map={{{teacher[0]}:{data[0]}}}'; or choose a "
             "method that compares features alone, which needs no map: distill=ssim"
         )
     return bridge
