@@ -22,12 +22,13 @@ from distill.data.datamodule import DetectionData
 from distill.data.shapes import Shapes
 from distill.evaluation.coco import CocoMetric
 from distill.losses.defeat import DeFeat
+from distill.losses.detr_logits import DETRLogits
 from distill.teacher import Teacher
 from distill.training.balance import GradientBalance
 from distill.training.distiller import Distiller
 from distill.training.schedule import Schedule
 from distill.types import Batch, Target
-from helpers.detectors import BOX_FAMILIES, FAMILIES, small_options
+from helpers.detectors import BOX_FAMILIES, FAMILIES, QUERY_FAMILIES, query_detector, small_options
 from helpers.two_processes import start_two_processes
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
@@ -208,23 +209,51 @@ RUNS: dict[str, Any] = {  # each a function of the number of processes
 }
 
 
-def work(rank: int, port: int, folder: str) -> None:
+def set_prediction(family: str, processes: int, bare: tuple[int, ...]) -> dict[str, Any]:
+    """A set-prediction student with the own criterion, taught by matched queries, which read no labels."""
+    student, teacher = (query_detector(family, seed, classes=CLASSES, **SQUARES) for seed in (0, 1))
+    losses = {"detr_logits": DETRLogits(student.spec, teacher.spec)}
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    schedule = Schedule(optimizer=optimizer, shape="constant", warmup_steps=0, clip=0.1)
+    module = Telling(student, Teacher(teacher), losses, schedule=schedule, metrics=[Counting])
+    return fit(module, data(2, train=8, bare=bare), processes, log_every_n_steps=1)
+
+
+SQUARES = {"min_size": 64, "max_size": 64, "score_thresh": 0.0}
+QUERY_RUNS: dict[str, Any] = {
+    f"{family}, {name}": partial(set_prediction, family, bare=bare)
+    for family in QUERY_FAMILIES
+    for name, bare in {"no process with boxes": (0, 1), "one process with boxes": (1,)}.items()
+}
+
+
+def work(rank: int, port: int, folder: str, queries: bool = False) -> None:
     """What one of the processes does; Lightning sees from LOCAL_RANK that somebody else has started it."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, run in RUNS.items():
+    for name, run in (QUERY_RUNS if queries else RUNS).items():
         os.environ |= {"WORLD_SIZE": "2"}
-        torch.save(run(2), Path(folder) / f"{name}-{rank}.pt")
+        torch.save(run(processes=2) if queries else run(2), Path(folder) / f"{name}-{rank}.pt")
+
+
+def found_by_two(folder: Path, queries: bool = False) -> dict[str, list[Any]]:
+    """Run -> what each of two processes found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_two_processes(work, port, str(folder), queries)
+    runs = QUERY_RUNS if queries else RUNS
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in runs}
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """Run -> what each of two processes found."""
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_two_processes(work, port, str(folder))
-    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in RUNS}
+    return found_by_two(tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.fixture(scope="module")
+def both_with_queries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    pytest.importorskip("transformers", reason="the extra detr is not installed")
+    return found_by_two(tmp_path_factory.mktemp("ddp_queries"), queries=True)
 
 
 def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
@@ -273,6 +302,31 @@ def test_a_process_that_sees_only_empty_images_keeps_up(name: str, both: dict[st
         assert [parameter for parameter, gradient in found["gradients"].items() if gradient is None] == []
         assert all(gradient.isfinite().all() for gradient in found["gradients"].values())
     assert_same(both[name][0]["weights"], both[name][1]["weights"])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", QUERY_RUNS)
+def test_set_prediction_detectors_stay_equal_without_boxes(name: str, both_with_queries: dict[str, list[Any]]) -> None:
+    """Both steps have finite losses and gradients of every weight; boxes are counted over both processes."""
+    first, second = both_with_queries[name]
+    for found in (first, second):
+        assert found["steps"] == len(found["shares"]) == 2
+        for shares in found["shares"]:
+            values = torch.tensor(list(shares.values()))
+            assert len(values) > 3
+            assert values.isfinite().all(), shares
+            assert shares["term/detr_logits/queries.classes"] > 0
+        missing = [weight for weight, gradient in found["gradients"].items() if gradient is None]
+        assert missing == []
+        assert all(gradient.isfinite().all() for gradient in found["gradients"].values())
+    start = query_detector(name.partition(",")[0], classes=CLASSES, **SQUARES)
+    moved = [
+        key for key, value in start.named_parameters() if not torch.equal(value, first["weights"][f"student.{key}"])
+    ]
+    assert len(moved) > 50
+    assert_same(first["gradients"], second["gradients"])
+    parameters = first["gradients"].keys()
+    assert_same(*({key: found["weights"][key] for key in parameters} for found in (first, second)))
 
 
 def test_logged_values_are_the_mean_over_the_processes(both: dict[str, list[Any]]) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,16 +26,20 @@ from torch.multiprocessing import ProcessExitedException
 
 from distill.losses.at import AT
 from distill.losses.defeat import DeFeat
+from distill.losses.detr_logits import DETRLogits
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.mimic import Mimic
 from distill.losses.pad import PAD
+from distill.teacher import Teacher
 from distill.training.callbacks import checkpoints
 from distill.training.callbacks.averaging import WeightAverage
 from distill.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint, RestoreSignalHandlers, parse_interval
 from distill.training.checkpoint_io import CheckpointFiles, read_checkpoint
 from distill.types import DistillError, View
+from helpers.detectors import query_detector
 from helpers.grids import exhaustive
 from helpers.training import (
+    CLASSES,
     EVERYTHING,
     FormulaLoss,
     assert_same,
@@ -95,6 +100,7 @@ def poisoned(student: View, teacher: View) -> Tensor:
 
 LOSSES: dict[str, Any] = {
     "at": AT,
+    "detr_logits": DETRLogits,
     "poisoned": partial(FormulaLoss, formula=poisoned),
     "defeat": partial(DeFeat, **EVERYTHING, mask={"kind": "random"}, ramp={"shape": "peak"}),
     "global_knowledge": partial(GlobalKnowledge, prototypes={"count": 2, "min_side": 6.0}),
@@ -119,11 +125,18 @@ class Ended:
         norm: str | None = None,
         plugins: tuple[Any, ...] = (),
         unlabeled: int = 0,
+        queries: bool = False,
         **options: Any,
     ) -> None:
         schedule = sgd(epochs=2, shape="one_cycle", accumulate=accumulate)
         student = small_detector(norm=norm) if norm else None
-        self.module = distiller(student, losses={loss: LOSSES[loss]} if loss else {}, schedule=schedule)
+        teacher = None
+        if queries:  # with the optimizer of this family, and denoising queries, which are drawn in every step
+            student, teacher = (query_detector("rtdetr", seed, CLASSES, min_size=64, max_size=64) for seed in (0, 1))
+            teacher = Teacher(teacher)
+            schedule = replace(schedule, optimizer=partial(torch.optim.AdamW, lr=1e-3), clip=0.1, backbone_rate=0.5)
+        losses = {loss: LOSSES[loss]} if loss else {}
+        self.module = distiller(student, teacher, losses=losses, schedule=schedule)
         journal, files = Journal(), Archive(folder / "history")
         self.best = BestCheckpoint(folder, "val/AP")
         keep = (
@@ -172,6 +185,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "steps": {"max_epochs": 3, "max_steps": 7},
     "workers": {"workers": 2},
     "images without labels": {"loss": "at", "unlabeled": 5},
+    "queries": {"loss": "detr_logits", "queries": True},
     "loss scaler": {"loss": "defeat", "plugins": (partial(half_precision, 2.0**15, interval=2),)},
 }
 
@@ -184,11 +198,13 @@ EACH, SOME = 1, 3
     ("name", "step"),
     [
         *(((name, EACH) if name in ("defeat", "accumulated") else exhaustive((name, EACH))) for name in SETTINGS),
-        *((name, SOME) for name in SETTINGS if name not in ("defeat", "accumulated")),
+        *((name, SOME) for name in SETTINGS if name not in ("defeat", "accumulated", "queries")),
     ],
 )
 def test_every_checkpoint_leads_to_the_same_end(name: str, step: int, tmp_path: Path) -> None:
     """In an epoch, before and after an evaluation: equal images, rates, losses, evaluations, weights and best score."""
+    if "queries" in SETTINGS[name]:
+        pytest.importorskip("transformers", reason="the extra detr is not installed")
     whole = Ended(tmp_path / "whole", **SETTINGS[name])
     assert len(whole.files) >= 4
     files = list(enumerate(whole.files))[::-1][::step]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -117,10 +117,10 @@ def random_detector(family: str, seed: int = 0, **options: Any) -> Any:
     return detector
 
 
-def query_detector(family: str, seed: int = 0, **options: Any) -> Any:
+def query_detector(family: str, seed: int = 0, classes: Sequence[str] = ("cat", "dog", "owl"), **options: Any) -> Any:
     """A small set-prediction detector with random weights."""
     torch.manual_seed(seed)
-    return QUERY_FAMILIES[family](["cat", "dog", "owl"], **{**SMALL_QUERIES, **options})
+    return QUERY_FAMILIES[family](classes, **{**SMALL_QUERIES, **options})
 
 
 def square_batch(sizes: tuple[tuple[int, int], ...] = ((96, 128),) * 3, seed: int = 1) -> Batch:

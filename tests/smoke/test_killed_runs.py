@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from distill.training.callbacks.teacher_check import TeacherCheck
 from distill.training.distiller import Distiller
 from helpers import kill_runs, leave_loader_open
 from helpers.grids import exhaustive, mostly_exhaustive
-from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, Cli, started, wait_until
+from helpers.runs import TINY_DATA, TINY_HEADS, TINY_MODEL, TINY_QUERIES, Cli, started, wait_until
 
 SMALL = [*TINY_MODEL, *TINY_HEADS, *TINY_DATA, "data.batch_size=2", "trainer.accelerator=cpu", "pictures=0", "cost=0"]
 SMALL += ["callbacks.history.curves=false"]
@@ -44,10 +45,17 @@ def assert_same_student(left: Path, right: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def killed(how: str, seed: int, kills: int, lines: list[str], teacher: Path, folder: Path) -> list[str]:
-    """Output of kill_runs.py for a run with prototypes, adapters, a ramp and an average, which must all be restored."""
-    method = ["distill=global_knowledge", "distill.losses.global_knowledge.prototypes.min_side=6.0"]
-    lines = [*SMALL, *method, f"teacher.weights={teacher}", "callbacks=ema", "callbacks.ema.decay=0.8", *lines]
+PROTOTYPES = [*SMALL, "distill=global_knowledge", "distill.losses.global_knowledge.prototypes.min_side=6.0"]
+"""A run with prototypes, adapters, a ramp and an average, which must all be restored."""
+QUERIES = ["model=rtdetr_mini", *TINY_QUERIES, *SMALL[len(TINY_MODEL) + len(TINY_HEADS) :], "schedule=detr"]
+"""A set-prediction detector, whose denoising queries are drawn in every step."""
+
+
+def killed(
+    how: str, seed: int, kills: int, lines: list[str], teacher: Path, folder: Path, run: Sequence[str] = PROTOTYPES
+) -> list[str]:
+    """Output of kill_runs.py for a run."""
+    lines = [*run, f"teacher.weights={teacher}", "callbacks=ema", "callbacks.ema.decay=0.8", *lines]
     lines += ["data.photometric=true", "data.eval_batch_size=2", "metric=val/AP50"]
     command = [sys.executable, str(Path(kill_runs.__file__)), how, str(folder), str(seed), str(kills), *lines]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
@@ -88,6 +96,18 @@ def test_after_a_kill_at_each_event_the_student_is_the_same_to_the_bit(
     events = [line for line in told if line in kill_runs.EVENTS]
     assert len(events) == kills
     assert set(events) == set(kill_runs.EVENTS)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.exhaustive
+def test_a_killed_student_with_matched_queries_is_the_same_to_the_bit(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the extra detr is not installed")
+    taught = [*QUERIES, "schedule.epochs=1", "distill=none", "test=false", "hydra.run.dir=teacher"]
+    assert cli(["train", *taught]) == 0
+    lines = ["schedule.epochs=5", "trainer.save_every=2 steps", "schedule.warmup_steps=9"]
+    run = [*QUERIES, "distill=detr_logits"]
+    told = killed("events", 3, 8, lines, tmp_path / "teacher", tmp_path, run)
+    assert len([line for line in told if line in kill_runs.EVENTS]) == 8
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
