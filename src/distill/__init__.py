@@ -64,6 +64,7 @@ _MODULES = {
     "PAD": "losses.pad",
     "PKD": "losses.pkd",
     "PredictionImages": "training.callbacks.prediction_images",
+    "RFDETR": "detectors.rfdetr",
     "RTDETR": "detectors.rtdetr",
     "Response": "losses.response",
     "RetinaNet": "detectors.retinanet",

@@ -152,9 +152,10 @@ def _probe_neck(detector: Detector, device: torch.device) -> Mapping[int, Tensor
 
     The maps are the neck's, or the body's for a detector without a neck.
     """
-    pixels = torch.arange(3 * 64 * 96, device=device).remainder(251).to(torch.uint8).view(1, 3, 64, 96)
+    size = height, width = detector.probe_size
+    pixels = torch.arange(3 * height * width, device=device).remainder(251).to(torch.uint8).view(1, 3, *size)
     no_objects = Target(torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device))
-    batch = Batch(pixels, ((64, 96),), ((64, 96),), (no_objects,), (0,))
+    batch = Batch(pixels, (size,), (size,), (no_objects,), (0,))
     with torch.autocast(device.type, enabled=False):
         view = detector.view(batch, training=False, frozen=True)
         return view.neck if "neck" in view.spec.outputs else view.body

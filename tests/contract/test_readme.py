@@ -107,7 +107,7 @@ def keys() -> set[str]:
     lines = [
         *(
             [f"model={option}", "distill=none"]
-            for option in ("mask_rcnn", "retinanet", "fcos", "rtdetr", "dfine", "deimv2")
+            for option in ("mask_rcnn", "retinanet", "fcos", "rtdetr", "dfine", "deimv2", "rfdetr")
         ),
         *([f"data={option}", "distill=none"] for option in ("coco", "voc")),
         [f"distill=[{','.join(OPTIONS)}]", "trainer=ddp", "logger=wandb", "callbacks=ema", "schedule=sgd"],
@@ -159,7 +159,7 @@ def test_keys_and_options_exist(page: str) -> None:
 MODELS = sorted(
     name
     for name in compose.config_groups()["model"]
-    if name != "base" and not name.startswith(("rtdetr", "dfine", "deimv2"))
+    if name != "base" and not name.startswith(("rtdetr", "dfine", "deimv2", "rfdetr"))
 )
 """Models whose backbone has ImageNet weights of torchvision."""
 

@@ -73,6 +73,13 @@ SMALL_QUERIES = {
     **{"queries": 20, "denoising": 10, "min_size": 128, "max_size": 128},
 }
 """Options of a small set-prediction detector."""
+SMALL_RFDETR = {
+    "backbone": {"name": "dinov2", "depth": 4, "width": 0.17},
+    **{"positions": 8, "neck_channels": 32, "neck_blocks": 1, "decoder_ffn": 64, "self_heads": 4, "cross_heads": 4},
+    **{"queries": 20, "groups": 3, "decoder_layers": 3, "min_size": 128, "max_size": 128},
+}
+"""Options of a small RF-DETR. It is no row of `QUERY_FAMILIES`: it has one stride, takes squares only, and its decoder
+starts from no foreign points."""
 BOX_FAMILIES = {name: family for name, family in FAMILIES.items() if not family.needs_masks}
 SIZES = ((96, 64), (70, 100), (128, 90))
 FEW = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_train": 50}

@@ -50,6 +50,8 @@ class Detector(nn.Module):
     """The View of the family, or of the detector's options."""
     body_path: ClassVar[str] = "backbone.body"
     """Name of the backbone's body in `net`."""
+    probe_size: tuple[int, int] = (64, 96)
+    """(height, width) of a small image that the network takes."""
 
     net: Any
 

@@ -16,6 +16,7 @@ from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.retinanet import RetinaNet
+from distill.detectors.rfdetr import RFDETR
 from distill.detectors.rtdetr import RTDETR
 from distill.detectors.state_dicts import fit, fit_sizes
 from distill.detectors.student_files import read_description, read_file, weights_file
@@ -25,7 +26,7 @@ from distill.type_checks import type_errors
 from distill.types import DistillError
 
 FAMILIES: dict[str, type[Detector]] = {
-    family.family: family for family in (FasterRCNN, MaskRCNN, RetinaNet, FCOS, RTDETR, DFine, DEIMv2)
+    family.family: family for family in (FasterRCNN, MaskRCNN, RetinaNet, FCOS, RTDETR, DFine, DEIMv2, RFDETR)
 }
 """Family name -> class. A new family of distill adds one entry; other families are named by the path of their class."""
 CHECKPOINT = ".ckpt"

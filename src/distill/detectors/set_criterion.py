@@ -126,6 +126,27 @@ def matchability_loss(logits: Tensor, quality: Tensor, positive: Tensor, gamma: 
     return F.binary_cross_entropy_with_logits(logits, quality**gamma, weight, reduction="sum")
 
 
+def aligned_loss(logits: Tensor, quality: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
+    """IA-BCE: the target of a matched class follows from both the score and the IoU.
+
+    ::
+
+        t = max(p^alpha q^(1 - alpha), 0.01)
+        L = -t log p - (1 - t) log(1 - p)    matched class
+        L = -p^gamma log(1 - p)              all others
+
+    Source: Chen et al., "LW-DETR: A Transformer Replacement to YOLO for Real-Time Detection", 2024, arXiv 2406.03459,
+    after Cai et al., "Align-DETR", 2023, arXiv 2304.07527; alpha = 0.25, gamma = 2. No gradient flows through t; it
+    flows through the factor p^gamma.
+
+    Args, returns: as `query_losses.varifocal_loss`.
+    """
+    p = logits.sigmoid()
+    target = (p.detach() ** alpha * quality ** (1 - alpha)).clamp(min=0.01)
+    log_yes, log_no = F.logsigmoid(logits), F.logsigmoid(-logits)
+    return -torch.where(positive, target * log_yes + (1 - target) * log_no, p**gamma * log_no).sum()
+
+
 def fine_grained_loss(corners: Tensor, left: Tensor, share: Tensor, quality: Tensor) -> Tensor:
     """FGL: a cross-entropy with the two bins around each side's true offset.
 
@@ -195,13 +216,13 @@ class _Counts(NamedTuple):
 
 
 class SetCriterion:
-    """Own losses of RT-DETR, D-FINE and DEIM, from the equations of their papers.
+    """Own losses of RT-DETR, D-FINE, DEIM and RF-DETR, from the equations of their papers.
 
     Every part (each decoder layer, the encoder's selected queries, D-FINE's first boxes) is matched to the objects on
     its own, at the least total cost ``2 focal + 5 L1 - 2 GIoU``. Denoising queries have fixed objects. The losses are
 
-    * ``classification``: VFL or MAL over all queries, :func:`distill.query_losses.varifocal_loss` or
-      :func:`matchability_loss`,
+    * ``classification``: VFL, MAL or IA-BCE over all queries, :func:`distill.query_losses.varifocal_loss`,
+      :func:`matchability_loss` or :func:`aligned_loss`,
     * ``l1``: ``sum |b - g|`` over matched pairs, ``giou``: ``sum 1 - GIoU(b, g)``,
     * ``fgl``: :func:`fine_grained_loss` of each decoder layer,
     * ``ddf``: each decoder layer but the last imitates the corner distributions of the last one (D-FINE, equation of
@@ -218,11 +239,12 @@ class SetCriterion:
     Published weights: RT-DETR 1, 5, 2; D-FINE also 0.15 of fgl and 1.5 of ddf. The terms are unweighted.
 
     Args:
-        classification: ``vfl`` or ``mal``.
+        classification: ``vfl``, ``mal`` or ``ia_bce``.
         bins: of the corner distributions; None for a detector without them.
         union: match boxes and distributions of all parts to the union of their matches, see :func:`union_matches`.
         vfl: alpha and gamma of VFL.
         mal_gamma: gamma of MAL.
+        ia_bce: alpha and gamma of IA-BCE.
         costs: weights of the matching: ``classification``, ``l1``, ``giou``.
         cost_focal: alpha and gamma of the classification cost.
     """
@@ -234,13 +256,14 @@ class SetCriterion:
         union: bool = False,
         vfl: tuple[float, float] = (0.75, 2.0),
         mal_gamma: float = 1.5,
+        ia_bce: tuple[float, float] = (0.25, 2.0),
         costs: Mapping[str, float] | None = None,
         cost_focal: tuple[float, float] = COST_FOCAL,
     ) -> None:
-        if classification not in ("vfl", "mal"):
-            raise DistillError(f"classification: expected vfl or mal, got '{classification}'")
+        if classification not in ("vfl", "mal", "ia_bce"):
+            raise DistillError(f"classification: expected vfl, mal or ia_bce, got '{classification}'")
         self.classification, self.bins, self.union = classification, bins, union
-        self.vfl, self.mal_gamma, self.cost_focal = vfl, mal_gamma, cost_focal
+        self.vfl, self.mal_gamma, self.ia_bce, self.cost_focal = vfl, mal_gamma, ia_bce, cost_focal
         self.costs = {**COSTS, **(costs or {})}
 
     @property
@@ -352,6 +375,8 @@ class SetCriterion:
         positive = torch.zeros_like(flat, dtype=torch.bool).index_put(places, torch.ones_like(quality).bool())
         if self.classification == "vfl":
             return varifocal_loss(flat, target, positive, *self.vfl)
+        if self.classification == "ia_bce":
+            return aligned_loss(flat, target, positive, *self.ia_bce)
         return matchability_loss(flat, target, positive, self.mal_gamma)
 
     def _boxes(self, layer: QueryLayer, pairs: _Pairs, share: Tensor) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def transformers(module: str = "transformers") -> Any:
         DistillError: transformers is not installed, or the scipy that its matcher needs.
     """
     import_extra("scipy", "detr", "the matcher of set-prediction detectors")
-    return import_extra(module, "detr", "a detector of the families RTDETR, DFine and DEIMv2")
+    return import_extra(module, "detr", "a detector of the families RTDETR, DFine, DEIMv2 and RFDETR")
 
 
 class Cells(NamedTuple):
@@ -68,7 +68,7 @@ class Cells(NamedTuple):
     """(height, width) of each level."""
 
 
-LIBRARY_NAMES = {"vfl": "classification", "mal": "classification", "bbox": "l1"}
+LIBRARY_NAMES = {"vfl": "classification", "mal": "classification", "ce": "classification", "bbox": "l1"}
 """Kind of a term in the library -> our name, where it differs."""
 
 

@@ -22,6 +22,8 @@ OPTIONS = {
     "encoder": "encoder_type",
     "gateway": "use_gateway",
     "share_box_head": "share_bbox_head",
+    "self_heads": "decoder_self_attention_heads",
+    "cross_heads": "decoder_cross_attention_heads",
 }
 """Option -> key of the library's configuration that changes results, but no shape of a tensor."""
 SAME = (
@@ -93,6 +95,8 @@ def _options(config: Any, own: Any) -> dict[str, Any]:
     """Dotted path of an option -> its value for the weights."""
     known = {name: getattr(config, key) for name, key in OPTIONS.items() if hasattr(own, key)}
     body = config.backbone_config
+    if not hasattr(own, "feat_strides"):  # RF-DETR: one stride, and layer norms
+        return {**known, "windows": body.num_windows}
     frozen = "frozen" if config.freeze_backbone_batch_norms else "batch"
     facts = {"backbone.stride_in_1x1": getattr(body, "downsample_in_bottleneck", False), "backbone.norm": frozen}
     # The feat_strides of a DEIMv2's lite encoder are those that it reads. It makes one more map.

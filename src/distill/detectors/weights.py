@@ -38,6 +38,7 @@ MEANING = (
     *("input_stride", "neck_norm", "rpn_convs", "box_convs", "head_norm", "box_head"),
     *("strides", "encoder_heads", "encoder_expansion", "encoder_depth", "decoder_heads", "decoder_points"),
     *("bins", "bin_curve", "version", "encoder", "gateway", "share_box_head"),
+    *("windows", "self_heads", "cross_heads"),
     *anchors.DEFAULTS,
 )
 """Dotted paths of options that change the results of weights, although the weights load with any value."""

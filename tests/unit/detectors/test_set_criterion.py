@@ -94,7 +94,7 @@ def slow_match(layer: QueryLayer, targets: list[SetTarget]) -> list[list[tuple[i
     return found
 
 
-def slow_classes(layer: QueryLayer, matches: list[list[tuple[int, int]]], mal: bool) -> float:
+def slow_classes(layer: QueryLayer, matches: list[list[tuple[int, int]]], kind: str) -> float:
     total = 0.0
     for image, pairs in enumerate(matches):
         for query, logits in enumerate(layer.logits[image].tolist()):
@@ -104,10 +104,11 @@ def slow_classes(layer: QueryLayer, matches: list[list[tuple[int, int]]], mal: b
                 if owner:
                     truth = TARGETS[image].boxes[owner[0]].tolist()
                     q = slow_overlap(layer.boxes[image, query].tolist(), truth)[0]
-                    q, factor = (q**1.5, 1.0) if mal else (q, q)
+                    targets = {"vfl": (q, q), "mal": (q**1.5, 1.0), "ia_bce": (max(p**0.25 * q**0.75, 0.01), 1.0)}
+                    q, factor = targets[kind]
                     total -= factor * (q * math.log(p) + (1 - q) * math.log(1 - p))
                 else:
-                    total -= (p**1.5 if mal else 0.75 * p**2) * math.log(1 - p)
+                    total -= {"vfl": 0.75 * p**2, "mal": p**1.5, "ia_bce": p**2}[kind] * math.log(1 - p)
     return total
 
 
@@ -170,7 +171,7 @@ def slow_union(matches: list[list[list[tuple[int, int]]]]) -> list[list[tuple[in
     return union
 
 
-def slow_losses(mal: bool, union: bool) -> dict[str, dict[str, float]]:
+def slow_losses(kind: str, union: bool) -> dict[str, dict[str, float]]:
     queries, encoder, denoising = groups()
     parts = {f"layer_{i}": x for i, x in enumerate(queries.layers)} | {"first": queries.first, "encoder": encoder}
     matches = [slow_match(x, TARGETS) for x in parts.values()]
@@ -179,7 +180,7 @@ def slow_losses(mal: bool, union: bool) -> dict[str, dict[str, float]]:
     for (name, x), own in zip(parts.items(), matches, strict=True):
         located = shared if union else own
         l1, giou = slow_boxes(x, located)
-        values[name] = {"classification": slow_classes(x, own, mal) / 5, "l1": l1 / pairs, "giou": giou / pairs}
+        values[name] = {"classification": slow_classes(x, own, kind) / 5, "l1": l1 / pairs, "giou": giou / pairs}
         if name.startswith("layer"):
             fgl, ddf = slow_fgl(x, queries.first, located) / pairs, slow_ddf(x, queries.layers[-1], located)
             values[name] |= {"fgl": fgl, "ddf": ddf}
@@ -187,7 +188,7 @@ def slow_losses(mal: bool, union: bool) -> dict[str, dict[str, float]]:
     parts = {f"denoising_{i}": x for i, x in enumerate(denoising.layers)} | {"denoising_first": denoising.first}
     for name, x in parts.items():
         l1, giou = slow_boxes(x, fixed)
-        values[name] = {"classification": slow_classes(x, fixed, mal) / 10, "l1": l1 / 10, "giou": giou / 10}
+        values[name] = {"classification": slow_classes(x, fixed, kind) / 10, "l1": l1 / 10, "giou": giou / 10}
         if name != "denoising_first":
             ddf = slow_ddf(x, denoising.layers[-1], fixed)
             values[name] |= {"fgl": slow_fgl(x, denoising.first, fixed) / 10, "ddf": ddf}
@@ -225,12 +226,12 @@ def test_the_union_takes_the_object_with_most_votes() -> None:
 
 
 @pytest.mark.parametrize("union", [False, True], ids=["own", "union"])
-@pytest.mark.parametrize("mal", [False, True], ids=["vfl", "mal"])
-def test_losses_equal_slow_loops(mal: bool, union: bool) -> None:
-    criterion = SetCriterion("mal" if mal else "vfl", BINS, union)
+@pytest.mark.parametrize("kind", ["vfl", "mal", "ia_bce"])
+def test_losses_equal_slow_loops(kind: str, union: bool) -> None:
+    criterion = SetCriterion(kind, BINS, union)
     queries, encoder, denoising = groups()
     losses = criterion(queries, TARGETS, encoder, denoising)
-    expected = slow_losses(mal, union)
+    expected = slow_losses(kind, union)
     assert losses.parts.keys() == expected.keys()
     for name, part in losses.parts.items():
         values = {term: value.item() for term, value in part.items()}
@@ -306,7 +307,7 @@ def test_bins_follow_the_equation() -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(DistillError, match="classification: expected vfl or mal, got 'focal'"):
+    with pytest.raises(DistillError, match="classification: expected vfl, mal or ia_bce, got 'focal'"):
         SetCriterion("focal")
     plain = QueryGroup([layer(1)._replace(corners=None)])
     with pytest.raises(DistillError, match="expected corner distributions of every decoder layer"):
