@@ -11,18 +11,19 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from distill.assignment import set_targets
 from distill.detectors.backbones import freeze, resolved_options
 from distill.detectors.base import Detector
 from distill.detectors.norms import check_norm, convert_norms
 from distill.detectors.options import PIXELS, BackboneOptions, PixelOptions, to_plain
 from distill.detectors.roi_align import region_pool
-from distill.detectors.set_criterion import QueryGroup, SetCriterion, SetLosses, set_targets
+from distill.detectors.set_criterion import QueryGroup, SetCriterion, SetLosses
 from distill.detectors.set_prediction import CRITERIA, LIBRARY_NAMES, Cells, QueryView, transformers
 from distill.detectors.torchvision_weights import NoWeights
-from distill.detectors.transformers_bodies import initialise_convolutions
+from distill.detectors.transformers_bodies import initialize_convolutions
 from distill.detectors.transformers_weights import published_classes, read_published
 from distill.detectors.view import BODY, NeckView, geometry, network
-from distill.detectors.weights import class_names, initialise
+from distill.detectors.weights import class_names, initialize
 from distill.imaging.resizing import ResizeOptions
 from distill.precision import upcast
 from distill.type_checks import parse_options
@@ -274,6 +275,8 @@ class RFDETR(Detector):
     family = "rfdetr"
     enum = NoWeights
     view_class = RFDETRView
+    needs_squares = True
+    paper_schedule = "detr"
     body_path = "model.backbone.backbone"
     loss_weights: ClassVar[Mapping[str, float]] = {"classification": 1.0, "l1": 5.0, "giou": 2.0}
     """Name of a loss of the View -> its weight."""
@@ -320,7 +323,7 @@ class RFDETR(Detector):
         options = to_plain({**given, "backbone": chosen, "pixels": shown, "classes": names})
         net = library.RfDetrForObjectDetection(_configuration(library, chosen, options))
         body, channels = net.get_submodule(self.body_path), HEAD * _heads(chosen)
-        initialise_convolutions(net.model.backbone.projector, body)
+        initialize_convolutions(net.model.backbone.projector, body)
         convert_norms(body, chosen.norm, chosen.norm_eps)
         body.embeddings.mask_token.requires_grad_(False)  # nothing reads it
         body.ends = ("embeddings", *(f"encoder.layer.{layer - 1}" for layer in _read_layers(chosen)))
@@ -342,7 +345,7 @@ class RFDETR(Detector):
         self.pool = region_pool((STRIDE,), 7, 2)
         """RoIAlign over the neck for losses that read regions. The library's network has none."""
         self.class_layers = {"class_embed": 1, **{f"model.enc_out_class_embed.{group}": 1 for group in range(groups)}}
-        initialise(self, chosen.weights, weights, head)
+        initialize(self, chosen.weights, weights, head)
 
     def rows_around(self, layer: str) -> tuple[int, int]:
         """Rows before and behind those of the classes: none."""
@@ -415,8 +418,7 @@ def _check_values(given: Mapping[str, Any], backbone: BackboneOptions) -> None:
     if any(given[name] % side or given[name] < side for name in ("min_size", "max_size")):
         raise DistillError(
             f"min_size, max_size: expected multiples of {side} pixels ({STRIDE} of a patch × windows), got "
-            f"{given['min_size']} and {given['max_size']}. Set data.resize=square, and equal data.min_size and "
-            "data.max_size"
+            f"{given['min_size']} and {given['max_size']}. Set data.min_size and data.max_size to one such number"
         )
     width = given["neck_channels"]
     if width < 4 or width % 4 or width % given["self_heads"] or width % given["cross_heads"]:
