@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -20,7 +21,7 @@ from torchvision.ops import boxes as box_ops
 from distill.detectors.base import Detector
 from distill.detectors.detection_rules import finish
 from distill.detectors.view import temporarily
-from distill.export.query_graphs import NO_TARGET, DenseQueryGraph, TracedQueryView, image_size
+from distill.export.query_graphs import NO_TARGET, DenseQueryGraph, FixedPositions, TracedQueryView, image_size
 from distill.export.resize_graph import resize_pixels, resized_sides
 from distill.types import Batch, Detections, DistillError
 
@@ -162,6 +163,7 @@ class FullGraph(nn.Module):
         self.detector = detector
         self.has_masks = "mask_logits" in detector.spec.outputs
         self.square = image_size(detector) if has_queries(detector) else None
+        self.positions = None if self.square is None else FixedPositions(detector, self.square)
         self.view_class = traced_view(detector, detector.resize.pad_to if self.square is None else 1)
 
     @property
@@ -180,7 +182,8 @@ class FullGraph(nn.Module):
         if self.square is not None:
             pixels, size = pixels.reshape(1, 3, *self.square), self.square  # later sizes are numbers in the graph
         view = self.view_class(self.detector, _batch(pixels, size, original.unbind()), False, True, None)
-        with temporarily(box_ops, clip_boxes_to_image=clip_boxes):
+        fixed = nullcontext() if self.positions is None else self.positions.applied()
+        with fixed, temporarily(box_ops, clip_boxes_to_image=clip_boxes):
             found: tuple[Tensor, ...] = view.detections[0]
         return found if self.has_masks else found[:3]
 

@@ -1,4 +1,4 @@
-"""Set-prediction detectors (RT-DETR, D-FINE) as traceable modules, without GridSample.
+"""Set-prediction detectors (RT-DETR, D-FINE, DEIMv2, RF-DETR) as traceable modules, without GridSample.
 
 Their decoders sample maps at learned points with `grid_sample`, which TensorRT (10.13 to 11.1) translates into wrong
 results without an error. An exported graph computes the same bilinear interpolation from rows that it gathers.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +62,34 @@ def without_grid_sample() -> Iterator[None]:
     """Inside the context, the library samples by `sample_by_gathers`."""
     with temporarily(F, grid_sample=sample_by_gathers):
         yield
+
+
+class FixedPositions:
+    """The position codes of a vision transformer for images of one size, as constants of a graph.
+
+    The library resizes its trained codes in every forward pass, with an interpolation that ONNX does not have.
+
+    Args:
+        detector: in evaluation mode. Without a vision transformer nothing is replaced.
+        size: (height, width) of the images.
+    """
+
+    def __init__(self, detector: Detector, size: Size) -> None:
+        embeddings: Any = getattr(detector.body, "embeddings", None)
+        self.embeddings = embeddings if hasattr(embeddings, "interpolate_pos_encoding") else None
+        if self.embeddings is None:
+            return
+        (height, width), trained = size, embeddings.position_embeddings
+        cells = height // embeddings.patch_size * (width // embeddings.patch_size)
+        with torch.no_grad():
+            blank = trained.new_zeros(1, 1 + cells, trained.shape[2])
+            self.codes = embeddings.interpolate_pos_encoding(blank, height, width).clone()
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Inside the context, the detector uses the constants."""
+        if self.embeddings is None:
+            return nullcontext()
+        return temporarily(self.embeddings, interpolate_pos_encoding=lambda *_: self.codes)
 
 
 class TracedQueryView:
@@ -126,6 +154,7 @@ class DenseQueryGraph(nn.Module):
                 f"without padding; expected {size[0]}x{size[1]}"
             )
         self.detector, self.canvas, self.top, self.view_class = detector, size, top, view_class
+        self.positions = FixedPositions(detector, size)
 
     @property
     def outputs(self) -> list[str]:
@@ -135,7 +164,8 @@ class DenseQueryGraph(nn.Module):
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of a batch of images."""
         batch = Batch(images, (self.canvas,), (self.canvas,), (NO_TARGET,), (0,))
-        last = self.view_class(self.detector, batch, False, True, None).queries[-1]
+        with self.positions.applied():
+            last = self.view_class(self.detector, batch, False, True, None).queries[-1]
         frame = sizes.flip(1).repeat(1, 2)[:, None].to(last.boxes.dtype)
         boxes = box_convert(last.boxes, "cxcywh", "xyxy") * frame
         if self.top is None:
