@@ -100,7 +100,7 @@ def test_full_file_has_no_grid_sample_and_finds_what_the_detector_finds(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", [*QUERY_FAMILIES, "rfdetr"])
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
 @pytest.mark.parametrize("top", [None, 3 * QUERIES, 7])
 def test_dense_file_in_batches(family: str, top: int | None, tmp_path: Path) -> None:
     detector = detector_of(family)
@@ -134,6 +134,15 @@ def test_other_programs_find_what_the_detector_finds(family: str, to: str, tmp_p
         pytest.importorskip("openvino", reason="the extra openvino is not installed")
     detector = detector_of(family)
     assert_equal_detections(detector, export(detector, tmp_path, to=to), to)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("top", [None, 3 * QUERIES])
+def test_a_dense_rfdetr_takes_one_image(top: int | None, tmp_path: Path) -> None:
+    detector = detector_of("rfdetr")
+    with pytest.raises(DistillError, match=r"--batch dynamic: the library's rfdetr .* Use --batch 1"):
+        export(detector, tmp_path, Canvas(SIDE, SIDE), batch="dynamic", top=top)
+    assert_equal_detections(detector, export(detector, tmp_path, Canvas(SIDE, SIDE), batch="1", top=top))
 
 
 @pytest.mark.parametrize("family", QUERY_FAMILIES)

@@ -214,6 +214,9 @@ class DenseGraph(nn.Module):
         top: number of candidates; None: raw outputs.
     """
 
+    one_image = False
+    """Whether a file of this graph takes one image per call only."""
+
     def __init__(self, detector: Detector, canvas: Canvas, top: int | None = None) -> None:
         super().__init__()
         if any(side % detector.resize.pad_to for side in canvas):

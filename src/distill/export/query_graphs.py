@@ -155,6 +155,8 @@ class DenseQueryGraph(nn.Module):
             )
         self.detector, self.canvas, self.top, self.view_class = detector, size, top, view_class
         self.positions = FixedPositions(detector, size)
+        self.one_image = self.positions.embeddings is not None
+        """The library divides a batch into windows with numbers that a graph holds as constants."""
 
     @property
     def outputs(self) -> list[str]:

@@ -162,6 +162,10 @@ def _write_onnx(
         write_text(folder / "infer.py", (TEMPLATES / "infer.py").read_text(encoding="utf-8"))
         return Written(path, [path])
     dense = dense_graph(detector, canvas, options.top).eval()
+    if options.batch == "dynamic" and dense.one_image:
+        raise DistillError(
+            f"--batch dynamic: the library's {detector.spec.family} takes a fixed number of images. Use --batch 1"
+        )
     further = {
         "opset": options.opset,
         "canvas": list(canvas),
