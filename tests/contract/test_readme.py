@@ -46,7 +46,8 @@ PLACEHOLDERS = re.compile(r"\[(?:overrides|--)[^\]]*\]")
 def commands(program: str) -> list[str]:
     """The words after `program` in indented lines and in inline code, without placeholders and comments."""
     lines: list[str] = []
-    for text in PAGES.values():
+    for page in PAGES.values():
+        text = re.sub(r" \\\n +", " ", page)  # a command may go on in the next line
         lines += re.findall(rf"^ {{4,}}{program} (.+?)(?:  +#.*)?$", text, re.MULTILINE)
         lines += [code.removeprefix(f"{program} ") for code in INLINE.findall(text) if code.startswith(f"{program} ")]
     return sorted({PLACEHOLDERS.sub("", line).strip() for line in lines})
