@@ -254,6 +254,15 @@ def test_thresholds_can_be_given() -> None:
     assert all(image.labels.min() >= 1 and image.labels.max() <= 3 for image in default)
 
 
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
+def test_numbers_that_are_too_low_are_refused(family: str) -> None:
+    """Two layers are enough; with one, the library cannot tie the heads."""
+    message = r"expected queries from 1 on, decoder_layers from 2 on, got queries=0, decoder_layers=1"
+    with pytest.raises(DistillError, match=message):
+        query_detector(family, decoder_layers=1, queries=0)
+    assert len(query_detector(family, decoder_layers=2).eval().view(square_batch()).queries) == 2
+
+
 def test_images_and_queries_that_do_not_fit_are_refused() -> None:
     detector = query_detector("rtdetr")
     with pytest.raises(DistillError, match=r"multiples of 32 pixels.*100 x 128.*data\.resize=square"):

@@ -519,12 +519,14 @@ def _check_values(given: Mapping[str, Any]) -> None:
     if given["criterion"] not in CRITERIA:
         raise DistillError(f"criterion: expected {' or '.join(CRITERIA)}, got {given['criterion']!r}")
     least = {
-        **dict.fromkeys(("queries", "decoder_layers", "encoder_heads", "decoder_heads", "detections_per_img"), 1),
+        **dict.fromkeys(("queries", "encoder_heads", "decoder_heads", "detections_per_img"), 1),
+        "decoder_layers": 2,  # the library cannot tie the heads of a single layer
         **dict.fromkeys(("encoder_ffn", "decoder_ffn", "denoising", "label_noise", "box_noise"), 0),
     }
-    low = [f"{name}={given[name]}" for name, value in least.items() if given[name] < value]
+    low = {name: value for name, value in least.items() if given[name] < value}
     if low:
-        raise DistillError(f"{', '.join(low)}: expected numbers from 1 on, or from 0 for widths and noise")
+        bounds = ", ".join(f"{name} from {value} on" for name, value in low.items())
+        raise DistillError(f"expected {bounds}, got {', '.join(f'{name}={given[name]}' for name in low)}")
     for width, heads in (("neck_channels", "encoder_heads"), ("decoder_channels", "decoder_heads")):
         if given[width] < 4 or given[width] % 4 or given[width] % given[heads]:
             raise DistillError(f"{width}: expected a multiple of 4 and of {heads}={given[heads]}, got {given[width]}")
