@@ -23,7 +23,7 @@ from distill.teacher import Teacher
 from distill.training.callbacks.term_check import GRADIENT_FACTOR, measure_terms
 from distill.training.nonfinite import non_finite_levels
 from distill.types import ALTERNATIVES, MAPS, Batch, DetectorSpec, DistillError, MissingOutputError, Target, require
-from helpers.detectors import QUERY_FAMILIES, SMALL_QUERIES
+from helpers.detectors import QUERY_FAMILIES, SMALL_QUERIES, SMALL_RFDETR
 from helpers.fake_view import spec as pyramid_spec
 
 SMALL = {"backbone": {"depth": 10, "width": 0.25, "norm": "batch_fixed_stats"}, "neck_channels": 64}
@@ -86,14 +86,15 @@ class QueryDetector(Detector):
 
 def batch() -> Batch:
     target = Target(torch.tensor([[4.0, 4.0, 40.0, 40.0]]), torch.tensor([1]))
-    pixels = (torch.arange(3 * 64 * 96) * 37 % 251).to(torch.uint8).view(1, 3, 64, 96)
-    return Batch(pixels, ((64, 96),), ((64, 96),), (target,), (1,))
+    pixels = (torch.arange(3 * 96 * 96) * 37 % 251).to(torch.uint8).view(1, 3, 96, 96)
+    return Batch(pixels, ((96, 96),), ((96, 96),), (target,), (1,))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_view_has_exactly_the_outputs_of_its_spec(family: str) -> None:
     detector: Any = FAMILIES[family]
-    view = detector(["cat", "dog"], **(SMALL_QUERIES if family in QUERY_FAMILIES else SMALL)).view(batch())
+    options = dict.fromkeys(QUERY_FAMILIES, SMALL_QUERIES) | {"rfdetr": SMALL_RFDETR}
+    view = detector(["cat", "dog"], **options.get(family, SMALL)).view(batch())
     assert view.spec.outputs <= {*ALTERNATIVES, *MAPS}
     for output in {*ALTERNATIVES, *MAPS}:
         assert hasattr(view, output) == (output in view.spec.outputs), output

@@ -59,7 +59,8 @@ class PyramidDetector(Detector):
             options,
             {**shared, "image_mean": options["pixels"]["mean"], "image_std": options["pixels"]["std"]},
         )
-        net.backbone.body.input_stride = side
+        if side != 1:
+            net.backbone.body.input_stride = side
         order_channels(net, pixels.channel_order)
         generator = getattr(net, "rpn", net).anchor_generator
         spec = DetectorSpec(
