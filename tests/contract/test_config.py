@@ -540,7 +540,7 @@ def test_an_experiment_takes_any_data(experiment: str, data: str) -> None:
     assert set(cfg.data) == set(alone.data)
     resolved = auto_values.resolve(cfg, auto_values.UNREAD, [f"data={data}"])[0].data
     if cfg.data.resize == "square" and OmegaConf.is_list(cfg.data.min_size):
-        with pytest.raises(DistillError, match="data.resize=square: all images of a batch need one size"):
+        with pytest.raises(DistillError, match=r"data\.resize=square: all images of a batch need one size"):
             instantiate.build_node(resolved)
         return
     instantiate.build_node(resolved)

@@ -54,7 +54,7 @@ def sizes(family: str, scale: int) -> list[list[int]]:
     return [[scale * 8 * 2**level] for level in range(5)]
 
 
-@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("factor", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_enlarged_image_gives_enlarged_boxes(family: str, factor: int) -> None:
     """The oracle is the same network on the small image."""
