@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill.detectors.options import BackboneOptions, PixelOptions
 from distill.detectors.set_criterion import CornerBins, QueryGroup, SetCriterion
-from distill.detectors.set_prediction import PIXELS, QueryView, SetPredictionDetector
+from distill.detectors.set_prediction import PIXELS, PointView, SetPredictionDetector
 from distill.precision import upcast
 from distill.types import DistillError, QueryLayer
 
@@ -19,7 +19,7 @@ BACKBONE = BackboneOptions(name="hgnet_b4")
 """The backbone of D-FINE L."""
 
 
-class DFineView(QueryView):
+class DFineView(PointView):
     """The View of a D-FINE. Its queries have the distributions of the sides' offsets."""
 
     def group(self, decoded: Any, rows: slice) -> QueryGroup:

@@ -22,7 +22,7 @@ from distill.detectors.set_prediction import CRITERIA, LIBRARY_NAMES, Cells, Que
 from distill.detectors.torchvision_weights import NoWeights
 from distill.detectors.transformers_bodies import initialize_convolutions
 from distill.detectors.transformers_weights import published_classes, read_published
-from distill.detectors.view import BODY, NeckView, geometry, network
+from distill.detectors.view import BODY, geometry, network
 from distill.detectors.weights import class_names, initialize
 from distill.imaging.resizing import ResizeOptions
 from distill.precision import upcast
@@ -47,8 +47,6 @@ class RFDETRView(QueryView):
     In training, there are several groups of queries, which see nothing of each other. `queries` are those of the first
     group, the only one outside of training.
     """
-
-    outputs = NeckView.outputs | {"class_logits", "queries", "query_targets"}
 
     @property
     def _groups(self) -> int:

@@ -101,7 +101,7 @@ class QueryView(NeckView):
     """The View of a set-prediction detector. `class_logits` are the scores of the encoder's cells."""
 
     detector: Any
-    outputs = NeckView.outputs | {"class_logits", "queries", "query_targets", "query_points", "decode"}
+    outputs = NeckView.outputs | {"class_logits", "queries", "query_targets"}
 
     @property
     def pool(self) -> Any:
@@ -191,11 +191,6 @@ class QueryView(NeckView):
         return torch.topk(scores, count, dim=1).indices
 
     @geometry
-    def query_points(self) -> QueryPoints:
-        """The cells and boxes from which the decoder starts."""
-        return QueryPoints(self._chosen, _rows(self.cell_boxes, self._chosen).detach().sigmoid())
-
-    @geometry
     def labels(self) -> list[dict[str, Tensor]]:
         """Ground truth in the library's form: labels from 0, and boxes as `QueryLayer.boxes`."""
         height, width = self.batch.images.shape[-2:]
@@ -272,13 +267,6 @@ class QueryView(NeckView):
         outputs = logits, boxes, decoded.intermediate_hidden_states
         columns = (upcast(x[:, :, rows]).unbind(1) for x in outputs)
         return QueryGroup([QueryLayer(*layer) for layer in zip(*columns, strict=True)])
-
-    def decode(self, points: QueryPoints) -> list[QueryLayer]:
-        """Run the decoder from any points of this image size. Gradients reach the decoder and the encoder."""
-        with self.scope(autocast=False):
-            content = _rows(self.cell_features, points.cells).detach()
-            decoded = self._decode(content, torch.logit(points.boxes, eps=1e-5), None)
-            return list(self.group(decoded, slice(None)).layers)
 
     @geometry
     def query_targets(self) -> list[list[tuple[Tensor, Tensor]]]:
@@ -374,6 +362,24 @@ class QueryView(NeckView):
         return images if nms is None else [_suppressed(image, nms, top) for image in images]
 
 
+class PointView(QueryView):
+    """The View of a set-prediction detector whose decoder can start from any points."""
+
+    outputs = QueryView.outputs | {"query_points", "decode"}
+
+    @geometry
+    def query_points(self) -> QueryPoints:
+        """The cells and boxes from which the decoder starts."""
+        return QueryPoints(self._chosen, _rows(self.cell_boxes, self._chosen).detach().sigmoid())
+
+    def decode(self, points: QueryPoints) -> list[QueryLayer]:
+        """Run the decoder from any points of this image size. Gradients reach the decoder and the encoder."""
+        with self.scope(autocast=False):
+            content = _rows(self.cell_features, points.cells).detach()
+            decoded = self._decode(content, torch.logit(points.boxes, eps=1e-5), None)
+            return list(self.group(decoded, slice(None)).layers)
+
+
 def _rows(x: Tensor, indices: Tensor) -> Tensor:
     """Rows (B, Q, C) of x (B, N, C) at indices (B, Q)."""
     return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
@@ -393,7 +399,7 @@ class SetPredictionDetector(Detector):
 
     enum = NoWeights
     body_path = "model.backbone.model"
-    view_class: type[QueryView] = QueryView
+    view_class: type[QueryView] = PointView
     needs_squares = True
     paper_schedule = "detr"
     loss_weights: ClassVar[Mapping[str, float]] = {"classification": 1.0, "l1": 5.0, "giou": 2.0}
