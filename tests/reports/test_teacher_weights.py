@@ -42,6 +42,17 @@ def test_the_best_checkpoint_of_a_run(tmp_path: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in detector.net.state_dict().items())
 
 
+def test_published_weights_of_a_teacher_without_batch_norms(tmp_path: Path) -> None:
+    """The norms of other teachers are frozen. An RF-DETR has none that could be."""
+    pytest.importorskip("transformers", reason="the extra detr is not installed")
+    planned = options("teacher=rfdetr_mini")
+    made = planned.build(classes=["cat", "dog"], min_size=128, max_size=128)
+    made.net.config.id2label = {0: "cat", 1: "dog"}
+    made.net.save_pretrained(tmp_path)
+    detector = teacher_cache.load_teacher(planned, str(tmp_path), ["cat", "dog"])
+    assert torch.equal(detector.net.class_embed.weight, made.net.class_embed.weight)
+
+
 def test_a_coco_file_of_torchvision_with_classes_of_the_data(tmp_path: Path) -> None:
     source = teacher_cache.untrained(options(), [f"class {label}" for label in range(1, 91)])
     state = {name: value for name, value in source.net.state_dict().items() if "num_batches_tracked" not in name}

@@ -15,9 +15,9 @@ SMALL_OBJECT = 16.0
 """Side in pixels that most objects should have after the resize. Anchors and strides start at 8 to 32 pixels."""
 MOST_ENLARGED = 2.0
 """Images are enlarged by this factor at most. More pixels add computing time, but no information."""
-SQUARES = (256, 640)
-"""Smallest and largest side of squares. 640 pixels are the papers' size. At 256 pixels, the maps of the strides 16
-and 32 have 320 cells: enough for the 300 queries of D-FINE N."""
+SQUARES = (288, 640)
+"""Smallest and largest side of squares. 640 pixels are the papers' size. At 288 pixels, the map of stride 16 has 324
+cells: enough for the 300 queries of RF-DETR and D-FINE N."""
 SQUARE_STEP = 32
 """Sides of squares are multiples of the largest stride."""
 BATCHES = ((400, 8), (640, 4))

@@ -40,6 +40,8 @@ class Detector(nn.Module):
 
     `rows_around` names further rows. In a dense head all rows repeat for each anchor.
     """
+    has_batch_norms: ClassVar[bool] = True
+    """Whether the backbone may have batch norms, which ``backbone.norm=frozen`` fixes in a teacher."""
     needs_squares: ClassVar[bool] = False
     """Whether the detector sees padding as image. Where it takes part, all images are resized to squares."""
     paper_schedule: ClassVar[str | None] = None

@@ -23,7 +23,7 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
     if student_strides != teacher_strides:
         raise DistillError(
             f"init=inherit: expected pyramids of equal strides, got the student's {student_strides} and the "
-            f"teacher's {teacher_strides}. Choose a teacher of the same family, or set init=scratch"
+            f"teacher's {teacher_strides}. Choose a teacher of the same family and input_stride, or set init=scratch"
         )
     body = f"{student.body_path}."
     student_state = {name: value for name, value in student.net.state_dict().items() if not name.startswith(body)}

@@ -273,6 +273,7 @@ class RFDETR(Detector):
     family = "rfdetr"
     enum = NoWeights
     view_class = RFDETRView
+    has_batch_norms = False
     needs_squares = True
     paper_schedule = "detr"
     body_path = "model.backbone.backbone"
@@ -417,6 +418,13 @@ def _check_values(given: Mapping[str, Any], backbone: BackboneOptions) -> None:
         raise DistillError(
             f"min_size, max_size: expected multiples of {side} pixels ({STRIDE} of a patch × windows), got "
             f"{given['min_size']} and {given['max_size']}. Set data.min_size and data.max_size to one such number"
+        )
+    smallest = min(given["min_size"], given["max_size"])
+    cells = (smallest // STRIDE) ** 2
+    if given["queries"] > cells:
+        raise DistillError(
+            f"queries={given['queries']}: an image of {smallest} pixels has {cells} cells of stride {STRIDE}. Set "
+            f"model.queries={cells} or fewer (of a teacher: teacher.model.queries), or larger images with data.min_size"
         )
     width = given["neck_channels"]
     if width < 4 or width % 4 or width % given["self_heads"] or width % given["cross_heads"]:

@@ -42,6 +42,8 @@ MEANING = (
     *anchors.DEFAULTS,
 )
 """Dotted paths of options that change the results of weights, although the weights load with any value."""
+OLDER = {"input_stride": 1}
+"""Values of options that older descriptions, and torchvision, do not have."""
 
 
 @dataclass(frozen=True)
@@ -197,14 +199,15 @@ def read_source(source: str, detector: Detector) -> Source:
     if entry := find_entry(source, detector.enum):
         eps = detector.coco_eps if entry is detector.enum.COCO_V1 else 1e-5
         known = {"backbone.norm": "frozen", "backbone.norm_eps": eps, **entry_options(entry)}
-        options = {**anchors.DEFAULTS, **known}
+        options = {**OLDER, **anchors.DEFAULTS, **known}
         return Source(str(entry), download(entry, "weights"), categories(entry), options)
     file = str(weights_file(Path(source)))
     model, state = read_detector(Path(file))
     if model is not None:
-        return Source(file, state, tuple(model["classes"]) if "classes" in model else None, dict(leaves(model)))
+        options = {**OLDER, **dict(leaves(model))}
+        return Source(file, state, tuple(model["classes"]) if "classes" in model else None, options)
     if is_coco_state(detector, state):
-        options = {**anchors.DEFAULTS, "backbone.norm_eps": coco_eps(detector, state, file)}
+        options = {**OLDER, **anchors.DEFAULTS, "backbone.norm_eps": coco_eps(detector, state, file)}
         return Source(f"{file} (torchvision's COCO classes)", state, categories(detector.enum.COCO_V1), options)
     return Source(file, state)
 

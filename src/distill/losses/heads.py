@@ -352,7 +352,8 @@ def require_equal_anchors(name: str, student: DetectorSpec, teacher: DetectorSpe
     Raises:
         DistillError: the anchors differ at some image size, or, with `boxes`, the meaning of the deltas.
     """
-    remedy = f"Give both models the same options of anchors and deltas, or set the weights of {name} to 0"
+    same = "Give both models the same input_stride and the same options of anchors and deltas"
+    remedy = f"{same}, or set the weights of {name} to 0"
     if student.anchors != teacher.anchors:
         raise DistillError(
             f"{name}: expected as many anchors per cell at the same strides, got (stride: anchors) {student.anchors} "

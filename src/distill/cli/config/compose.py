@@ -117,10 +117,13 @@ def detector_class(name: str | None) -> Any:
 
 def _described_class(weights: str | None) -> Any:
     """The class of the detector that a run, or a file of one, describes. None for all other weights."""
-    path = None if weights is None else Path(weights).expanduser()
-    if path is None or not path.exists():
-        return None  # nothing, or a name of published weights
-    return _read_class(path.absolute(), path.stat().st_mtime)
+    try:
+        path = None if weights is None else Path(weights).expanduser()
+        if path is None or not path.exists():
+            return None  # nothing, or a name of published weights
+        return _read_class(path.absolute(), path.stat().st_mtime)
+    except (OSError, RuntimeError):  # no path at all, which the run refuses
+        return None
 
 
 @cache

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distill.cli.config import compose
 from distill.cli.config.overrides import parse_overrides
 from distill.cli.runs.preflight import RunPlan
 from distill.cli.runs.resume import MAY_DIFFER
@@ -80,7 +81,13 @@ def _run_folders(plan: RunPlan) -> Iterator[Path]:
 
 def baseline_command(plan: RunPlan) -> str:
     """The shell command that trains the same student alone."""
-    return shlex.join(["python", "-m", "distill", "train", *baseline_overrides(plan.overrides), "distill=none"])
+    words = baseline_overrides(plan.overrides)
+    # Without the teacher, the student's own class would choose the shape of the images.
+    shape = plan.config.get("data", {}).get("resize")
+    own = compose.resize_of(plan.config.get("model", {}).get("_target_"), None)
+    if shape not in (None, own) and not any(word.startswith("data.resize=") for word in words):
+        words.append(f"data.resize={shape}")
+    return shlex.join(["python", "-m", "distill", "train", *words, "distill=none"])
 
 
 def baseline_overrides(overrides: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from distill.cli.config import compose
 from distill.cli.config.auto_values import auto_keys, facts_of, resolve
 from distill.cli.config.instantiate import to_containers, without_weights
 from distill.cli.config.overrides import TRAINER_KEYS, node_overrides, parse_overrides
@@ -203,8 +204,9 @@ def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[
             return restore_detector(model, state, source)
     if options is None:
         raise DistillError(f"{source} does not describe its model: choose its teacher=…, not none")
-    # Frozen norms compute as in evaluation mode.
-    backbone = {**options.model.get("backbone", {}), "norm": "frozen"}
+    backbone = dict(options.model.get("backbone", {}))
+    if getattr(compose.detector_class(options.model.get("_target_")), "has_batch_norms", True):
+        backbone["norm"] = "frozen"  # computes as in evaluation mode
     names = list(classes) if options.class_map is None else None  # a map needs all classes of the weights
     return options.build(classes=names, weights=source, backbone=backbone, head="keep")
 

@@ -155,7 +155,7 @@ def test_images_of_odd_sizes_fit_a_student_that_sees_squares(tmp_path: Path) -> 
     write_coco(tmp_path)
     made = plan(tmp_path, "model=rtdetr_mini")
     assert made.config["data"]["resize"] == "square"
-    assert build_student(made, made.data).options["min_size"] == made.data.input_size[1] == 256
+    assert build_student(made, made.data).options["min_size"] == made.data.input_size[1] == 288
 
 
 def test_a_wrong_value_is_refused_before_the_data_is_read(tmp_path: Path) -> None:

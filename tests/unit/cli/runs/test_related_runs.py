@@ -91,3 +91,10 @@ def test_the_baseline_s_command_keeps_all_but_the_distillation() -> None:
     distilled: Any = Plan({}, RunFolder("run"), lines)
     words = shlex.split(baseline_command(distilled))
     assert words == ["python", "-m", "distill", "train", *lines[:3], "distill=none"]
+
+
+def test_the_baseline_s_command_keeps_squares_that_the_teacher_needed() -> None:
+    config = {"data": {"resize": "square"}, "model": {"_target_": "distill.FasterRCNN"}}
+    for lines, added in ((["model=frcnn_r18"], ["data.resize=square"]), (["data.resize=square"], [])):
+        words = shlex.split(baseline_command(Plan(config, RunFolder("run"), lines)))  # type: ignore[arg-type]
+        assert words[4:] == [*lines, *added, "distill=none"]
