@@ -59,7 +59,7 @@ PAPERS = {
     "COCO": PaperSettings(COCO_CLASSES, 50_000, "sgd_1x", (800, 1333), 2),
     "Pascal VOC": PaperSettings(VOC_CLASSES, 2_000, "voc", (600, 1000), 2),
 }
-PAPER_SQUARE = SizeChoice(640, 640, "as in papers on detectors that see squares")
+PAPER_SQUARE = SizeChoice(640, 640, "as in the papers on RT-DETR and D-FINE")
 """Size for ``data.resize=square`` on the data sets of `PAPERS`."""
 
 
@@ -129,7 +129,7 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
         own: str | None = getattr(student, "paper_schedule", None)
         option = own or PAPERS[paper].schedule
         cfg.schedule = _compose_schedule(option, paper, words)
-        lines.append(f"schedule={option}: as in papers on {student.__name__ if own else paper}")
+        lines.append(f"schedule={option}: as in papers on {'RT-DETR and D-FINE' if own else paper}")
     elif any(key.startswith("schedule.") for key in keys):
         lines.append(_resolve_schedule(cfg, facts))
     return cfg, lines
