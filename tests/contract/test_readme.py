@@ -92,7 +92,7 @@ def test_commands_of_other_verbs_are_accepted(words: str, capsys: pytest.Capture
             assert read_sweep(own["sweep"])
     settings = [word for word in rest if "=" in word and word.partition("=")[2] not in READERS_OPTIONS]
     known = [word.replace("data=DIR", "data=coco") for word in settings if not word.startswith("trust=")]
-    override_checks.validate_overrides(known)
+    override_checks.validate_overrides(expand_teacher_words(known))
 
 
 # -- keys and options
