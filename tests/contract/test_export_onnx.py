@@ -34,6 +34,7 @@ OTHER_OPTIONS = {
     "adaptive sampling": {"box_sampling_ratio": 0},
     "linear p7": {"p7_relu": False, "p6_from": "c5"},
     "group norm": {"head_norm": "group", "neck_channels": 64},
+    "version 2": {"neck_norm": "batch", "rpn_convs": 2, "box_convs": 4, "head_norm": "batch"},
     "distributions": {"box_head": "distribution", "box_loss": "giou"},
     "distributions of FCOS": {"box_head": "distribution", "distances": "relu"},
 }
@@ -117,7 +118,8 @@ def options_of(family: str) -> dict[str, dict[str, Any]]:
     return {
         name: options
         for name, options in OTHER_OPTIONS.items()
-        if all(flat.get(key, "anchors" if key in ("order", "step") else key) in known for key in options)
+        if not (name == "group norm" and FAMILIES[family].two_stage)  # their heads have none, or batch norms
+        and all(flat.get(key, "anchors" if key in ("order", "step") else key) in known for key in options)
     }
 
 

@@ -124,5 +124,6 @@ def test_two_students_are_compared_and_analyzed(tmp_path: Path, monkeypatch: pyt
     assert any("not decided" in text and "run more seeds" in text for text in texts)
     similarities = next(text for text in texts if text.startswith("baseline  stride"))
     assert similarities.count("student ") == 5
-    assert count_pictures(notebook) == 4
+    # Detectors of one epoch may leave the list of images empty.
+    assert count_pictures(notebook) == 3 + any("objects lost" in text for text in texts)
     assert int(texts[-1].split()[0]) < 5000

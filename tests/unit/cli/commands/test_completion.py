@@ -73,6 +73,8 @@ def test_in_bash(tmp_path: Path) -> None:
         return set(run.stdout.split())
 
     assert complete("distill re") == {"resume", "replay", "report"}
-    assert complete("distill train model=frcnn_r5") == {"model=frcnn_r50", "model=frcnn_r50_quarter"}
+    assert complete("distill train model=frcnn_r5") == {
+        *("model=frcnn_r50", "model=frcnn_r50_quarter", "model=frcnn_r50_v2")
+    }
     assert complete("distill train distill=none schedule.ep") == {"schedule.epochs="}
     assert complete("distill resume ru") == {"runs"}
