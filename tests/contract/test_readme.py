@@ -329,6 +329,23 @@ def test_the_python_of_the_readme_trains_a_student(tmp_path: Path, monkeypatch: 
     assert distill.load_detector(tmp_path / "my_student").classes == tuple(classes)
 
 
+def test_three_lines_load_a_student_into_plain_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand in the README and on the page of `export`."""
+    monkeypatch.chdir(tmp_path)
+    found = re.search(r"^    import torch, torchvision\n(?:    .+\n)+", README, re.MULTILINE)
+    assert found is not None
+    lines = [line.strip() for line in found[0].splitlines()]
+    assert len(lines) == 3
+    assert "\n\n".join([lines[0], "\n".join(lines[1:])]) in PAGES["docs/export.md"]
+    student = distill.model("frcnn_r50", ["cat", "dog", "owl"])
+    distill.save_student(student, tmp_path)
+    names: dict[str, Any] = {}
+    exec("\n".join(lines), names)
+    assert torch.equal(
+        names["net"].roi_heads.box_predictor.cls_score.weight, student.net.roi_heads.box_predictor.cls_score.weight
+    )
+
+
 def test_the_python_of_the_documents_runs_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
