@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from distill.types import Batch, DistillError, QueryPoints, Target
-from helpers.detectors import QUERY_FAMILIES, gradients, query_detector, square_batch
+from helpers.detectors import (
+    QUERY_FAMILIES,
+    assert_order_changes_nothing,
+    assert_same,
+    gradients,
+    query_detector,
+    square_batch,
+)
 
 pytest.importorskip("transformers", reason="the extra detr is not installed")
 
@@ -42,12 +47,6 @@ KINDS = [
 
 def without_boxes(data: Batch) -> Batch:
     return replace(data, targets=tuple(Target(target.boxes[:0], target.labels[:0]) for target in data.targets))
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert torch.equal(value, right[name]), name
 
 
 @pytest.mark.parametrize(("family", "options"), KINDS)
@@ -126,20 +125,7 @@ def test_a_batch_without_any_box_leaves_no_parameter_without_a_gradient(family: 
 
 @pytest.mark.parametrize("family", QUERY_FAMILIES)
 def test_reading_order_changes_nothing(family: str) -> None:
-    detector, data = query_detector(family), square_batch()
-    buffers = {name: value.clone() for name, value in detector.net.named_buffers()}
-    reference: Any = None
-    for order in itertools.permutations(("losses", "queries", "class_logits")):
-        detector.net.load_state_dict(buffers, strict=False)
-        torch.manual_seed(3)
-        view = detector.view(data)
-        for stage in order:
-            getattr(view, stage)
-        sum(view.losses.values()).backward()
-        values = dict(view.losses) | {"boxes": view.queries[-1].boxes}, gradients(detector)
-        reference = reference or values
-        assert_same(values[0], reference[0])
-        assert_same(values[1], reference[1])
+    assert_order_changes_nothing(query_detector(family), square_batch())
 
 
 def test_a_seeded_view_leaves_the_global_stream_alone() -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from distill.cli.config import compose, instantiate
 from distill.detectors.registry import load_detector
 from distill.detectors.rfdetr import RFDETR
 from distill.detectors.student_files import save_safetensors, save_student
 from distill.types import DistillError, Target
-from helpers.detectors import SMALL_RFDETR, gradients, query_detector, square_batch
+from helpers.detectors import (
+    SMALL_RFDETR,
+    assert_order_changes_nothing,
+    assert_same,
+    gradients,
+    query_detector,
+    square_batch,
+)
 
 pytest.importorskip("transformers", reason="the extra detr is not installed")
 
@@ -31,12 +36,6 @@ def rfdetr(seed: int = 0, **options: Any) -> Any:
         for head in (detector.net.bbox_embed, *detector.net.model.enc_out_bbox_embed):
             head.layers[-1].weight.normal_(std=0.05)
     return detector
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert torch.equal(value, right[name]), name
 
 
 @pytest.mark.parametrize("sizes", [SQUARE, ((96, 96),) * 3], ids=["codes-as-trained", "interpolated"])
@@ -132,18 +131,7 @@ def test_every_parameter_and_layer_gets_a_gradient(criterion: str, boxes: bool) 
 
 
 def test_reading_order_changes_nothing() -> None:
-    detector, data = rfdetr(dropout=0.1), square_batch(SQUARE)
-    reference: Any = None
-    for order in itertools.permutations(("losses", "queries", "class_logits")):
-        torch.manual_seed(3)
-        view = detector.view(data)
-        for stage in order:
-            getattr(view, stage)
-        sum(view.losses.values()).backward()
-        values = dict(view.losses) | {"boxes": view.queries[-1].boxes}, gradients(detector)
-        reference = reference or values
-        assert_same(values[0], reference[0])
-        assert_same(values[1], reference[1])
+    assert_order_changes_nothing(rfdetr(dropout=0.1), square_batch(SQUARE))
 
 
 def test_a_frozen_view_gives_every_layer_and_changes_no_mode() -> None:

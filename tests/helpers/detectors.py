@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -164,6 +165,30 @@ def gradients(detector: Detector) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in detector.net.named_parameters() if p.grad is not None}
     detector.zero_grad()
     return found
+
+
+def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    """Both have the same names and the same values, bit for bit."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+def assert_order_changes_nothing(detector: Detector, data: Batch) -> None:
+    """The stages of a set-prediction detector's View may be read in any order."""
+    buffers = {name: value.clone() for name, value in detector.net.named_buffers()}
+    reference: Any = None
+    for order in itertools.permutations(("losses", "queries", "class_logits")):
+        detector.net.load_state_dict(buffers, strict=False)
+        torch.manual_seed(3)
+        view: Any = detector.view(data)
+        for stage in order:
+            getattr(view, stage)
+        sum(view.losses.values()).backward()
+        values = dict(view.losses) | {"boxes": view.queries[-1].boxes}, gradients(detector)
+        reference = reference or values
+        assert_same(values[0], reference[0])
+        assert_same(values[1], reference[1])
 
 
 def count_calls(detector: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
