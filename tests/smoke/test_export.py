@@ -181,6 +181,7 @@ def test_openvino_finds_what_the_student_finds(run: Path, cli: Cli) -> None:
         (["--to", "torchscript", "--parts", "dense"], "has no dense part"),
         (["--to", "openvino", "--int8"], "--int8 quantizes"),
         (["--to", "onnx", "--images", "0"], "--images 0"),
+        (["--to", "onnx", "--int8", "--calibration", "0"], "--calibration 0: expected at least one image of train"),
         (["--to", "torchvision"], "backbone.width=0.25"),
     ],
 )

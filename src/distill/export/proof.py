@@ -117,18 +117,19 @@ class ValidationImages:
         data: the data.
         split: the split.
         limit: largest number of images; None: all.
+        option: the option of `distill export` that gives `limit`, for the message.
 
     Raises:
-        DistillError: the split is empty.
+        DistillError: there is no image, because the split is empty or `limit` is below 1.
     """
 
-    def __init__(self, data: DetectionData, split: str, limit: int | None = None) -> None:
+    def __init__(self, data: DetectionData, split: str, limit: int | None = None, option: str = "--images") -> None:
         self.data, self.split = data, split
         self.dataset = data.dataset(split, training=False)
         count = len(self.dataset)
         limit = count if limit is None else limit
         if not count or limit < 1:
-            raise DistillError(f"--images {limit}: expected at least one image of {split}, which has {count}")
+            raise DistillError(f"{option} {limit}: expected at least one image of {split}, which has {count}")
         self.indices = spread(count, limit)
 
     def __len__(self) -> int:

@@ -285,7 +285,7 @@ def quantize_export(written: Written, options: ExportOptions, data: DetectionDat
     Raises:
         DistillError: the export cannot be quantized, or there are no training images.
     """
-    images = ValidationImages(data, "train", count)
+    images = ValidationImages(data, "train", count, "--calibration")
     path = written.main
     full = path.with_name("float32.onnx")
     path.rename(full)
