@@ -232,7 +232,7 @@ class DetectorSpec:
     """Options that decide which boxes deltas stand for at every image size (``anchors.sizes``, ``point_offset``, ...).
     In detectors of one family with equal `anchors` and `anchor_options`, equal deltas are equal boxes."""
     query_channels: int | None = None
-    """Channels of `QueryLayer.hidden`. None without queries, or if they are not known before a forward pass."""
+    """Channels of `QueryLayer.hidden`. None: no queries, or the detector does not state the number."""
     corner_bins: Mapping[str, float] = field(default_factory=dict)
     """The bins of the corner distributions in `QueryLayer.corners`: arguments of `set_criterion.CornerBins` (``count``,
     ``limit``, ``scale``). Empty without distributions."""

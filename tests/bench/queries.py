@@ -158,7 +158,7 @@ def main() -> None:
     seconds = {name: values[args.warmup :] for name, values in turns.seconds.items()}
     answer: dict[str, Any] = {
         "seconds": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
-        "library / alone": median_ratio(seconds["library"], seconds["trainer"]),
+        "library / alone, under the trainer": median_ratio(seconds["library"], seconds["trainer"]),
         "library / alone, without the trainer": median_ratio(seconds["library"], seconds["alone"]),
     }
     read = {} if args.alone else {"pkd": "teacher's neck", "detr_logits": "teacher's queries"}

@@ -95,7 +95,7 @@ def test_detections_equal_the_librarys_bit_for_bit(family: str, options: dict[st
 
 @pytest.mark.parametrize("family", QUERY_FAMILIES)
 def test_the_own_criterion_gives_every_layer_a_gradient(family: str) -> None:
-    """transformers' loss of D-FINE and DEIMv2 gives the last but one layer none."""
+    """transformers' loss of D-FINE and DEIMv2 has no term for the ordinary queries of the second-to-last layer."""
     detector, data = query_detector(family), square_batch()
     view = detector.view(data, seed=1)
     layers = view.queries

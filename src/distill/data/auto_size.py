@@ -61,7 +61,7 @@ def choose_square(records: Records) -> SizeChoice:
     """Choose the side of squares, for ``data.resize=square``: as many pixels as the images have, within limits.
 
     The side is the median square root of the images' areas. As in `choose_size`, it is enlarged if more than a quarter
-    of the objects would be smaller than 16 px. It is rounded to a multiple of 32 from 256 to 640 px.
+    of the objects would be smaller than 16 px. It is rounded to a multiple of 32, from 288 to 640 px.
 
     Args:
         records: the checked training images, with their true sizes.

@@ -185,8 +185,8 @@ class FasterRCNN(PyramidDetector):
     Args:
         classes: class names in label order, without background. None means the classes of `weights`.
         backbone: the network below the neck, see `options.BackboneOptions`.
-        input_stride: 1, 2 or 4: the network sees the image averaged over squares of this many pixels. All strides are
-            so many times larger; the sizes of anchors and boxes stay in pixels of the image.
+        input_stride: 1, 2 or 4: side in pixels of the squares over which the image is averaged for the network. All
+            strides are multiplied by it; the sizes of anchors and boxes stay in pixels of the image.
         neck_channels: channels of every level of the feature pyramid.
         anchors: anchors of the strides 4, 8, 16, 32 and 64, see `options.AnchorOptions`.
         delta_clamp: whether deltas of width and height are clamped on the ``upper`` side only, or on ``both`` sides.

@@ -74,7 +74,7 @@ def described_class(path: str | Path) -> type[Detector] | None:
     """The class of the detector that files describe; None for weights without a description.
 
     Args:
-        path: as for `load_detector`. Weights are read of a checkpoint only.
+        path: as for `load_detector`. The weights are read only if it is a checkpoint.
 
     Raises:
         DistillError: a file is missing or invalid, or its class may not be imported.

@@ -253,9 +253,10 @@ class RFDETR(Detector):
         backbone: options of the backbone: the name is ``dinov2``; `depth` is the number of layers, a multiple of 4
             (None is 12); `width` 1 has six heads of 64 channels (DINOv2 S), 2 twelve (B). The norms are layer norms:
             ``norm=batch`` changes nothing.
-        windows: the image is divided into windows² windows. Only every fourth of the depth looks at the whole image.
-        positions: side of the trained position codes in cells; other image sizes interpolate them. The published sizes
-            have their image's side / 16.
+        windows: the image is divided into windows² windows. Only three layers, at one, two and three quarters of
+            the depth, attend to the whole image.
+        positions: side in cells of the trained grid of position embeddings, which is interpolated for other image
+            sizes. Each published size has the side of its images / 16.
         neck_channels: channels of the projector's map and of the queries.
         neck_expansion: width of the projector's blocks, relative to `neck_channels`.
         neck_blocks: number of the projector's blocks.
@@ -267,7 +268,8 @@ class RFDETR(Detector):
         groups: number of groups in training.
 
     Raises:
-        DistillError: an option has an invalid value, the weights do not fit, or transformers is not installed.
+        DistillError: an option has an invalid value, the weights do not fit, or transformers is not installed or older
+            than 5.18.
     """
 
     family = "rfdetr"
@@ -404,8 +406,8 @@ def _check_values(given: Mapping[str, Any], backbone: BackboneOptions) -> None:
         )
     if (backbone.depth is not None and (backbone.depth < READ or backbone.depth % READ)) or not 0 < backbone.width <= 8:
         raise DistillError(
-            f"backbone.depth, backbone.width: expected a multiple of {READ} or null, and a factor above 0, got "
-            f"{backbone.depth!r} and {backbone.width!r}"
+            f"backbone.depth, backbone.width: expected a multiple of {READ} or null, and a factor above 0 and up "
+            f"to 8, got {backbone.depth!r} and {backbone.width!r}"
         )
     counts = (
         *("windows", "positions", "neck_blocks", "decoder_layers", "decoder_ffn", "self_heads", "cross_heads"),

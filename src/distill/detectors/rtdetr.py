@@ -39,8 +39,8 @@ class RTDETR(SetPredictionDetector):
         box_noise: size of the noise of denoising boxes, relative to half the side of the box.
         criterion: ``own``: the losses of `set_criterion`, from the papers' equations, counted over all processes;
             ``library``: those of transformers, whose terms differ between its versions. On several processes they are
-            scaled to the boxes of all processes. The terms of denoising queries stay divided by the number of groups of
-            the own process, which follows from its image with the most boxes: two processes do not equal one.
+            scaled to the boxes of all processes. The terms of denoising queries are also
+            divided by the number of denoising groups of each process, so they depend on the number of processes.
         score_thresh: lowest score of a detection.
         detections_per_img: largest number of detections of an image.
         pixels: by default values from 0 to 1, without mean and standard deviation.

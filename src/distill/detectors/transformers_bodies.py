@@ -50,7 +50,8 @@ HGNETS = {
     "hgnet_femto": HGNet((16, 16), (16, 64, 256), (16, 32, 64), (64, 256, 512), (1, 1, 1), 3, True, (3, 3, 5)),
     "hgnet_atto": HGNet((16, 16), (16, 64, 256), (16, 32, 64), (64, 256, 256), (1, 1, 1), 3, True, (3, 3, 3)),
 }
-"""Name -> sizes. D-FINE N and S have B0, M has B2, L has B4, X has B5. DEIMv2 N has B0, Pico, Femto and Atto theirs."""
+"""Name -> sizes. D-FINE N and S have B0, M has B2, L has B4, X has B5. DEIMv2 N has B0.
+DEIMv2 Pico, Femto and Atto have the backbones of the same names."""
 
 LAST_STRIDES = {"resnet_d": 32} | {name: 2 ** (1 + len(sizes.outputs)) for name, sizes in HGNETS.items()}
 """Names of these backbones, and the strides of their last maps."""

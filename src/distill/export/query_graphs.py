@@ -65,9 +65,9 @@ def without_grid_sample() -> Iterator[None]:
 
 
 class FixedPositions:
-    """The position codes of a vision transformer for images of one size, as constants of a graph.
+    """The position embeddings of a vision transformer for images of one size, as constants of a graph.
 
-    The library resizes its trained codes in every forward pass, with an interpolation that ONNX does not have.
+    The library resizes its trained embeddings in every forward pass, with an interpolation that ONNX does not have.
 
     Args:
         detector: in evaluation mode. Without a vision transformer nothing is replaced.

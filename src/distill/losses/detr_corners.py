@@ -168,6 +168,6 @@ def require_equal_bins(name: str, student: DetectorSpec, teacher: DetectorSpec) 
     wanted = " ".join(f"teacher.model.{key}={own}" for key, own, _ in values)
     raise DistillError(
         f"{name}: expected equal bins of both models, got {found}. Train the teacher with the student's bins "
-        f"({wanted}; published weights need those that they were made with), choose another teacher, or set the "
-        f"weights of {name} to 0"
+        f"({wanted}; published weights work only with the bins that they were trained with), choose another "
+        f"teacher, or set the weights of {name} to 0"
     )

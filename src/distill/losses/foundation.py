@@ -64,7 +64,8 @@ def corrected(weight: float, share: float, target: float, tolerance: float) -> f
         weight p* (1 - p) / (p (1 - p*))     p* = target + tolerance for a p below the interval, else target - tolerance
 
     Inside the interval ``target +- tolerance`` the weight stays. The factor is bounded by 0.1 and 10. A share of 1 or
-    more, which a gradient has that cancels the other losses' gradients, gets the factor 0.1.
+    more gets the factor 0.1: the gradients of the other losses then cancel a part of the term's gradient. A share of 0
+    or below changes nothing.
     """
     if abs(share - target) <= tolerance or share <= 0:
         return weight

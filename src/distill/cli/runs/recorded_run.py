@@ -48,7 +48,8 @@ def find_run(source: Path) -> RunFolder:
 def recompose(run: RunFolder, overrides: Sequence[str]) -> DictConfig:
     """The run's configuration, composed again with further overrides.
 
-    `data.resize` is that of the run, unless the overrides give another: it may follow from a teacher that moved since.
+    `data.resize` is that of the run, unless the overrides give another: the teacher that decided it may
+    have moved since.
     Recorded overrides of the training are left out: an older version may have accepted values that are refused now.
     """
     given = {override.key_or_group for override in parse_overrides(overrides)}

@@ -71,7 +71,7 @@ CNN_FOR_DETR = (*SHAPES, "model=rtdetr_mini", "teacher=frcnn_r18_mini", "distill
     ],
 )
 def test_the_teacher_learns_from_images_as_it_will_see_them(words: tuple[str, ...], resize: str) -> None:
-    """A CNN learned from images of any ratio, and taught an RT-DETR on squares."""
+    """A CNN that teaches an RT-DETR on squares learns from squares, unless the overrides say otherwise."""
     assert teacher_run(*words).data.resize == resize
 
 
