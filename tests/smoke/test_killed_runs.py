@@ -111,7 +111,8 @@ def test_a_killed_student_with_matched_queries_is_the_same_to_the_bit(cli: Cli, 
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize(("kills", "epochs"), [(5, 4), exhaustive((10, 8))])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("kills", "epochs"), [(5, 4), (10, 8)])
 def test_killed_at_any_moments_whatever_they_do_runs_end_with_the_same_bits(
     kills: int, epochs: int, tiny_teacher: Path, tmp_path: Path
 ) -> None:

@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 
 from distill.cli.runs.sweep import claim_folder, run_process
 from distill.cli.signals import Terminated, stop_on_signals
-from helpers.grids import exhaustive
 from helpers.runs import TINY, Cli, started, summary, wait_until
 
 NONE = ["distill=none", *TINY, "pictures=0", "test=false"]
@@ -54,10 +53,9 @@ def test_a_failed_job_is_recorded_and_the_next_ones_run(
     assert (tmp_path / "sweep" / "1" / "student.pt").stat().st_mtime_ns == finished
 
 
+@pytest.mark.exhaustive  # `make test` runs joblib's jobs in the test below
 @pytest.mark.parametrize(
-    "launcher",
-    [["joblib", "hydra.launcher.n_jobs=2"], exhaustive(["submitit_local"])],
-    ids=lambda words: words[0],
+    "launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]], ids=lambda words: words[0]
 )
 def test_any_launcher_of_hydra_runs_a_sweep(launcher: list[str], tmp_path: Path) -> None:
     """Jobs of several processes at once: one table, a failed job is a row, and the same words run what is not done."""
