@@ -189,15 +189,26 @@ def name_configurations(
     """
     words = [_decisive_words(configuration, free) for configuration in configurations]
     shared = set(words[0]).intersection(*words[1:])
+    full, short = [], []
     for configuration, given in zip(configurations, words, strict=True):
         fitting = [label for key, label in labels.items() if key <= set(configuration.first.words)]
-        configuration.name = (
-            fitting[-1] if fitting else _short_name(configuration, [word for word in given if word not in shared])
-        )
+        kept = [word for word in given if word not in shared]
+        full.append(fitting[-1] if fitting else _short_name(configuration, kept))
+        short.append(fitting[-1] if fitting else _short_name(configuration, _without_followers(kept)))
+    for configuration, name, shorter in zip(configurations, full, short, strict=True):
+        configuration.name = shorter if short.count(shorter) == 1 else name
     taken: dict[str, int] = {}
     for configuration in configurations:
         taken[configuration.name] = taken.get(configuration.name, 0) + 1
         configuration.name += f" ({taken[configuration.name]})" if taken[configuration.name] > 1 else ""
+
+
+def _without_followers(words: Sequence[str]) -> list[str]:
+    """The words without those that follow the number of epochs, if it is among them: ``epochs=15`` says enough."""
+    if not any(word.startswith("schedule.epochs=") for word in words):
+        return list(words)
+    followers = set(LENGTH_KEYS) - {"schedule.epochs", "schedule.steps", "trainer.max_steps", "trainer.max_epochs"}
+    return [word for word in words if word.partition("=")[0] not in followers]
 
 
 def _short_name(configuration: Configuration, words: Sequence[str]) -> str:

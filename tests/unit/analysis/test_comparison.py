@@ -158,6 +158,22 @@ def test_equal_time_takes_the_student_alone_whose_time_is_nearest() -> None:
     assert found.extra_time == pytest.approx(14 / 15 - 1)
 
 
+def test_the_name_of_a_longer_training_leaves_out_what_follows_the_epochs() -> None:
+    def alone(epochs: int, evaluate_every: int) -> FinishedRun:
+        words = (f"schedule.epochs={epochs}", f"schedule.evaluate_every={evaluate_every}")
+        made = run("none", 0, 0.4, epochs=epochs, words=words)
+        made.config["schedule"]["evaluate_every"] = evaluate_every
+        return made
+
+    answer = compare([*NONE, alone(6, 3), alone(9, 4)], free=FREE, images=False)
+    assert [row.configuration for row in answer.rows] == ["none", "none epochs=6", "none epochs=9"]
+    answer = compare([alone(6, 3), alone(6, 2)], free=FREE, images=False)
+    assert [row.configuration for row in answer.rows] == ["none evaluate_every=3", "none evaluate_every=2"]
+    answer = compare([*NONE, alone(6, 3), alone(6, 2), alone(9, 4)], free=FREE, images=False)
+    names = ["none", "none epochs=6 evaluate_every=3", "none epochs=6 evaluate_every=2", "none epochs=9"]
+    assert [row.configuration for row in answer.rows] == names
+
+
 def test_without_a_student_alone_the_first_configuration_is_the_reference() -> None:
     answer = compare([*DEFEAT, run("dsig", 0, 0.2)], free=FREE, images=False)
     assert difference(answer, "dsig").reference == "defeat"

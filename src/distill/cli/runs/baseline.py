@@ -90,9 +90,11 @@ def plan_baseline(plan: RunPlan, data: DetectionData, splits: Sequence[str], pro
 def longer_training(config: Mapping[str, Any], factor: float) -> dict[str, Any]:
     """The nodes ``schedule`` and ``data`` of a configuration for a training with so many times the epochs.
 
-    The length, the milestones, the epochs between evaluations and the end of the augmentation change alike.
+    The length, the milestones, the epochs between evaluations and the end of the augmentation change alike. The number
+    of epochs is rounded first, and the others follow it: factors that give the same epochs give the same training.
     """
     schedule, data = dict(config["schedule"]), dict(config["data"])
+    factor = _whole_factor(config, factor)
     if factor == 1:
         return {"schedule": schedule, "data": data}
 
@@ -109,6 +111,13 @@ def longer_training(config: Mapping[str, Any], factor: float) -> dict[str, Any]:
     return {"schedule": schedule, "data": data}
 
 
+def _whole_factor(config: Mapping[str, Any], factor: float) -> float:
+    """The factor that gives whole epochs, or whole steps where steps end the training."""
+    steps = [config["schedule"]["steps"], config["trainer"]["max_steps"] or 0]
+    length = next((number for number in steps if number > 0), config["schedule"]["epochs"])
+    return float(max(1, round(factor * length)) / length)
+
+
 def longer_overrides(config: Mapping[str, Any], factor: float, words: Sequence[str]) -> list[str]:
     """Overrides that turn the student alone of these words into that of a configuration, with so many times the epochs.
 
@@ -121,6 +130,7 @@ def longer_overrides(config: Mapping[str, Any], factor: float, words: Sequence[s
         words: overrides of the student alone, with the seed of `config`.
     """
     composed, wanted = compose_run(words, BASELINE), longer_training(config, factor)
+    factor = _whole_factor(config, factor)
     overrides = [word for node in ("data", "schedule") for word in node_overrides(node, wanted[node], composed)]
     steps, of_schedule = config["trainer"]["max_steps"], config["schedule"]["steps"]
     if steps is not None and steps > 0 and steps != of_schedule and factor != 1:

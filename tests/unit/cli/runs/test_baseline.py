@@ -125,7 +125,8 @@ def test_given_steps_of_the_trainer_are_multiplied() -> None:
 def test_what_changes_with_the_length() -> None:
     schedule = {"epochs": 12, "evaluate_every": 3, "steps": -1, "milestones": [8, 11], "shape": "step"}
     data = {"augment": {"stop_epoch": 10, "mosaic": 0.5}, "batch_size": 2}
-    doubled = longer_training({"schedule": schedule, "data": data}, 2.0)
+    config = {"schedule": schedule, "data": data, "trainer": {"max_steps": -1}}
+    doubled = longer_training(config, 2.0)
     assert doubled["schedule"] == {
         "epochs": 24,
         "evaluate_every": 6,
@@ -134,11 +135,21 @@ def test_what_changes_with_the_length() -> None:
         "shape": "step",
     }
     assert doubled["data"] == {"augment": {"stop_epoch": 20, "mosaic": 0.5}, "batch_size": 2}
-    halved = longer_training({"schedule": schedule | {"evaluate_every": 1, "steps": 100}, "data": data}, 0.5)[
-        "schedule"
-    ]
+    halved = longer_training(config | {"schedule": schedule | {"evaluate_every": 1, "steps": 100}}, 0.5)["schedule"]
     assert (halved["epochs"], halved["evaluate_every"], halved["steps"]) == (6, 1, 50)
-    assert longer_training({"schedule": schedule, "data": data}, 1)["schedule"] == schedule
+    assert longer_training(config, 1)["schedule"] == schedule
+
+
+@pytest.mark.parametrize(("epochs", "steps", "max_steps"), [(10, -1, -1), (3, 10, -1), (3, -1, 10)])
+def test_factors_of_the_same_length_give_the_same_training(epochs: int, steps: int, max_steps: int) -> None:
+    """1.46 and 1.54 times 10 epochs are 15 epochs: evaluated every 7 or 8 epochs, they were two trainings."""
+    schedule = {"epochs": epochs, "evaluate_every": 5, "steps": steps, "milestones": [8], "shape": "step"}
+    data = {"augment": {"stop_epoch": 9}}
+    config = {"schedule": schedule, "data": data, "trainer": {"max_steps": max_steps}}
+    shorter, longer = (longer_training(config, factor) for factor in (1.46, 1.54))
+    assert shorter == longer
+    assert (shorter["schedule"]["evaluate_every"], shorter["schedule"]["milestones"]) == (8, [12.0])
+    assert longer_training(config, 1.04)["schedule"] == schedule
 
 
 def test_a_run_that_is_named(tmp_path: Path) -> None:
