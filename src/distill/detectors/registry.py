@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def restore_detector(model: Any, state: dict[str, torch.Tensor], where: str) -> 
     return detector
 
 
-def described_class(path: str | Path) -> type[Detector] | None:
-    """The class of the detector that files describe; None for weights without a description.
+def described_model(path: str | Path) -> tuple[type[Detector], Mapping[str, Any]] | None:
+    """Class and options of the detector that files describe; None for weights without a description.
 
     Args:
         path: as for `load_detector`. The weights are read only if it is a checkpoint.
@@ -81,10 +82,17 @@ def described_class(path: str | Path) -> type[Detector] | None:
     """
     file = weights_file(Path(path))
     if file.suffix == CHECKPOINT:
-        model = read_file(file).model
+        facts = file.stat()
+        model = _checkpoint_model(file.resolve(), (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
     else:
         model = read_description(file.with_suffix(".json")).get("model")
-    return None if model is None else _family(model.get("family"), str(file))
+    return None if model is None else (_family(model.get("family"), str(file)), model)
+
+
+@lru_cache(maxsize=8)
+def _checkpoint_model(file: Path, _version: tuple[int, ...]) -> Any:
+    """The description in a checkpoint. `_version` differs if the file was replaced or changed: it is read again."""
+    return read_file(file).model
 
 
 def detector_from_description(model: Any, where: str) -> Detector:

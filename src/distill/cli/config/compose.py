@@ -101,7 +101,8 @@ def resize_of(student: str | None, teacher: str | None, weights: str | None = No
         teacher: the class of ``teacher.model``.
         weights: ``teacher.weights``. A run that it names describes its detector, and ``teacher.model`` is not read.
     """
-    detectors = detector_class(student), _described_class(weights) or detector_class(teacher)
+    described = described_detector(weights)
+    detectors = detector_class(student), described[0] if described else detector_class(teacher)
     return "square" if any(getattr(detector, "needs_squares", False) for detector in detectors) else "ratio"
 
 
@@ -115,25 +116,17 @@ def detector_class(name: str | None) -> Any:
         return None
 
 
-def _described_class(weights: str | None) -> Any:
-    """The class of the detector that a run, or a file of one, describes. None for all other weights."""
+def described_detector(weights: str | None) -> tuple[Any, Mapping[str, Any]] | None:
+    """Class and options of the detector that a run, or a file of one, describes. None for all other weights."""
     try:
         path = None if weights is None else Path(weights).expanduser()
         if path is None or not path.exists():
             return None  # nothing, or a name of published weights
-        return _read_class(path.absolute(), path.stat().st_mtime)
-    except (OSError, RuntimeError):  # no path at all, which the run refuses
-        return None
+        from distill.detectors.registry import described_model
 
-
-@cache
-def _read_class(path: Path, _changed: float) -> Any:
-    from distill.detectors.registry import described_class
-
-    try:
-        return described_class(path)
-    except DistillError:  # weights of another form, or damaged ones, which the run refuses
-        return None
+        return described_model(path)
+    except (OSError, RuntimeError, DistillError):
+        return None  # no path at all, weights of another form, or damaged ones, which the run refuses
 
 
 def register_resolvers() -> None:

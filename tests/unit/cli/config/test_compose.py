@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,35 @@ def test_a_run_as_teacher_says_whether_it_needs_squares(file: str, tmp_path: Pat
     for other in ("COCO_V1", "PekingU/rtdetr_v2_r18vd", str(tmp_path)):  # described by teacher.model
         assert resize_of("distill.FasterRCNN", "distill.RTDETR", other) == "square"
         assert resize_of("distill.FasterRCNN", "distill.FasterRCNN", other) == "ratio"
+
+
+def rewrite(file: Path, content: str | bytes) -> None:
+    """Write a file in place. Its time of modification stays, and so do its folder's times."""
+    before = file.stat().st_mtime_ns
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.utime(file, ns=(before, before))
+
+
+@pytest.mark.parametrize("file", [".", "student.pt", "last.ckpt"])
+def test_a_run_that_was_trained_again_is_read_again(file: str, tmp_path: Path) -> None:
+    """The class of the first reading stayed, because the time of the given path was the same."""
+    run, other = write_student(tmp_path / "run", "faster_rcnn"), write_student(tmp_path / "other", "rtdetr")
+    assert resize_of("distill.FCOS", None, str(run / file)) == "ratio"
+    for name in ("student.json", "last.ckpt"):
+        rewrite(run / name, (other / name).read_bytes())
+    assert resize_of("distill.FCOS", None, str(run / file)) == "square"
+
+
+@pytest.mark.parametrize("file", [".", "last.ckpt"])
+def test_a_link_that_leads_to_another_run_is_read_again(file: str, tmp_path: Path) -> None:
+    runs = [write_student(tmp_path / family, family) for family in ("faster_rcnn", "rtdetr")]
+    newest = tmp_path / "newest"
+    for run, shape in zip(runs, ("ratio", "square"), strict=True):
+        for path in (run, run / "last.ckpt"):
+            os.utime(path, (10**9, 10**9))
+        newest.unlink(missing_ok=True)
+        newest.symlink_to(run)
+        assert resize_of("distill.FCOS", None, str(newest / file)) == shape
 
 
 def test_the_resize_of_a_run_stays_where_its_teacher_moved(tmp_path: Path) -> None:
