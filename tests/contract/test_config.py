@@ -40,7 +40,7 @@ GIVEN = {
     "ground_truth",
     "min_size",
     "max_size",
-}  # handed over at run time, so no YAML can name them
+}  # handed over at run time, so no YAML needs to name them
 
 
 def combined() -> list[dict[str, str]]:

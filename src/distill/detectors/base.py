@@ -136,6 +136,15 @@ class Detector(nn.Module):
         """Class names in label order; label 0 is background."""
         return self.spec.classes
 
+    @classmethod
+    def side_multiple(cls, options: Mapping[str, Any]) -> int:
+        """Return the number of pixels whose multiples the sides of a batch must be. Padding makes the sides so.
+
+        Args:
+            options: the arguments of the constructor.
+        """
+        return 1
+
     def rows_around(self, layer: str) -> tuple[int, int]:
         """Return how many groups of rows a layer of `class_layers` has before and behind those of the classes.
 

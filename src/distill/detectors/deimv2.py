@@ -91,7 +91,7 @@ class DEIMv2(SetPredictionDetector):
         detections_per_img: int = 300,
         pixels: PixelOptions | Mapping[str, Any] = PIXELS,
         min_size: int = 640,
-        max_size: int = 640,
+        max_size: int | None = None,
         weights: str | None = None,
         head: str = "keep",
     ) -> None:

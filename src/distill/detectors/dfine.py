@@ -90,7 +90,7 @@ class DFine(SetPredictionDetector):
         detections_per_img: int = 300,
         pixels: PixelOptions | Mapping[str, Any] = PIXELS,
         min_size: int = 640,
-        max_size: int = 640,
+        max_size: int | None = None,
         weights: str | None = None,
         head: str = "keep",
     ) -> None:

@@ -58,7 +58,7 @@ class RFDETRView(QueryView):
     def _maps(self) -> list[Tensor]:
         """The backbone's maps that the neck reads, each (B, C, H, W)."""
         height, width = self.batch.images.shape[-2:]
-        side = STRIDE * self.detector.options["windows"]
+        side = self.detector.side_multiple(self.detector.options)
         if height != width or height % side:
             raise DistillError(
                 f"rfdetr: expected square images whose sides are multiples of {side} pixels ({STRIDE} of a patch × "
@@ -310,11 +310,12 @@ class RFDETR(Detector):
         detections_per_img: int = 300,
         pixels: PixelOptions | Mapping[str, Any] = PIXELS,
         min_size: int = 384,
-        max_size: int = 384,
+        max_size: int | None = None,
         weights: str | None = None,
         head: str = "keep",
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        given["max_size"] = min_size if max_size is None else max_size
         library = transformers()
         names = published_classes(library, weights) if classes is None else None
         names = names or class_names(classes, weights, self.enum)
@@ -347,6 +348,11 @@ class RFDETR(Detector):
         """RoIAlign over the neck for losses that read regions. The library's network has none."""
         self.class_layers = {"class_embed": 1, **{f"model.enc_out_class_embed.{group}": 1 for group in range(groups)}}
         initialize(self, chosen.weights, weights, head)
+
+    @classmethod
+    def side_multiple(cls, options: Mapping[str, Any]) -> int:
+        """See the base class: the image is divided into windows of whole patches."""
+        return STRIDE * max(1, int(options["windows"]))
 
     def rows_around(self, layer: str) -> tuple[int, int]:
         """Rows before and behind those of the classes: none."""
@@ -415,7 +421,7 @@ def _check_values(given: Mapping[str, Any], backbone: BackboneOptions) -> None:
     )
     if low := [f"{name}={given[name]}" for name in counts if given[name] < 1]:
         raise DistillError(f"{', '.join(low)}: expected numbers from 1 on")
-    side = STRIDE * given["windows"]
+    side = RFDETR.side_multiple(given)
     if any(given[name] % side or given[name] < side for name in ("min_size", "max_size")):
         raise DistillError(
             f"min_size, max_size: expected multiples of {side} pixels ({STRIDE} of a patch × windows), got "

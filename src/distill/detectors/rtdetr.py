@@ -45,7 +45,7 @@ class RTDETR(SetPredictionDetector):
         detections_per_img: largest number of detections of an image.
         pixels: by default values from 0 to 1, without mean and standard deviation.
         min_size: side of the image in pixels, a multiple of 32.
-        max_size: as `min_size`.
+        max_size: upper limit of the side; None: `min_size`.
         weights: a folder in transformers' format, a name on Hugging Face's hub, a run's folder or a file.
         head: see `weights.load_weights`.
 
@@ -79,7 +79,7 @@ class RTDETR(SetPredictionDetector):
         detections_per_img: int = 300,
         pixels: PixelOptions | Mapping[str, Any] = PIXELS,
         min_size: int = 640,
-        max_size: int = 640,
+        max_size: int | None = None,
         weights: str | None = None,
         head: str = "keep",
     ) -> None:

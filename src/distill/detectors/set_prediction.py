@@ -415,6 +415,7 @@ class SetPredictionDetector(Detector):
         """Build the network and load its weights. `arguments` are the `locals()` of the family's constructor."""
         parameters = inspect.signature(type(self)).parameters
         given = {name: value for name, value in arguments.items() if name in parameters}
+        given["max_size"] = given["min_size"] if given["max_size"] is None else given["max_size"]
         library = transformers()
         names = published_classes(library, given["weights"]) if given["classes"] is None else None
         names = names or class_names(given["classes"], given["weights"], self.enum)
@@ -451,6 +452,11 @@ class SetPredictionDetector(Detector):
         """RoIAlign over the encoder's maps for losses that read regions. The library's network has none."""
         self.class_layers = _class_layers(net)
         initialize(self, backbone.weights, given["weights"], given["head"])
+
+    @classmethod
+    def side_multiple(cls, options: Mapping[str, Any]) -> int:
+        """See the base class."""
+        return LARGEST_STRIDE
 
     def corner_bins(self, options: Mapping[str, Any]) -> dict[str, float]:
         """Return `DetectorSpec.corner_bins`: empty, because this family has no distributions."""

@@ -7,7 +7,8 @@ of a run have the resolved values. A resume, an evaluation and a replay use thes
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hydra.errors import HydraException
@@ -60,7 +61,7 @@ PAPERS = {
     "Pascal VOC": PaperSettings(VOC_CLASSES, 2_000, "voc", (600, 1000), 2),
 }
 PAPER_SQUARE = SizeChoice(640, 640, "as in the papers on RT-DETR and D-FINE")
-"""Size for ``data.resize=square`` on the data sets of `PAPERS`."""
+"""Size for ``data.resize=square`` on the data sets of `PAPERS`, if no model has a size of its own."""
 
 
 class DataFacts(NamedTuple):
@@ -109,9 +110,9 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
     paper = next((name for name, known in PAPERS.items() if _is_complete(facts, known)), None)
     lines: list[str] = []
     is_square = cfg.data.resize == "square"
-    size, batch = facts.square if is_square else facts.size, None
-    if paper and is_square:
-        size = PAPER_SQUARE
+    size, batch = facts.size, None
+    if is_square:
+        size = _choose_square(cfg, PAPER_SQUARE if paper else facts.square)
     elif paper:
         size, batch = SizeChoice(*PAPERS[paper].size, f"as in papers on {paper}"), PAPERS[paper].batch
     if "data.min_size" in keys and "data.max_size" not in keys and size.min_size > cfg.data.max_size:
@@ -133,6 +134,42 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
     elif any(key.startswith("schedule.") for key in keys):
         lines.append(_resolve_schedule(cfg, facts))
     return cfg, lines
+
+
+def _choose_square(cfg: DictConfig, default: SizeChoice) -> SizeChoice:
+    """Choose the side of squares: the student's own image size, or the teacher's if the student sees any ratio.
+
+    The side is rounded up to a multiple that all detectors which see padding as image can take.
+
+    Args:
+        cfg: the composed configuration.
+        default: the choice if no detector has an image size of its own.
+    """
+    detectors, size = list(_square_detectors(cfg)), default
+    own = detectors[0][2].get("min_size") if detectors else None
+    if isinstance(own, int):
+        side = min(own, detectors[0][2].get("max_size") or own)
+        size = SizeChoice(side, side, f"the {detectors[0][0]}'s own image size")
+    multiple = math.lcm(*(kind.side_multiple(options) for _, kind, options in detectors))
+    side = math.ceil(size.min_size / multiple) * multiple
+    return (
+        size
+        if side == size.min_size
+        else SizeChoice(side, side, f"{size.reason}, rounded up to a multiple of {multiple} px")
+    )
+
+
+def _square_detectors(cfg: DictConfig) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Role, class and options of each detector that sees padding as image, the student first."""
+    teacher = OmegaConf.select(cfg, "teacher.model")
+    weights = OmegaConf.select(cfg, "teacher.weights")
+    nodes = {"student": cfg.model, "teacher": teacher}
+    for role, node in nodes.items():
+        found = compose.described_detector(weights) if role == "teacher" else None
+        if found is None and OmegaConf.is_dict(node) and "_target_" in node:
+            found = compose.detector_class(node._target_), instantiate.to_containers(node)
+        if found is not None and getattr(found[0], "needs_squares", False):
+            yield role, *found
 
 
 def _compose_schedule(option: str, paper: str, words: Sequence[str]) -> DictConfig:

@@ -100,7 +100,7 @@ class RunPlan:
 
     @property
     def size_is_chosen(self) -> bool:
-        """Whether the size of the resized images was chosen from the data."""
+        """Whether the size of the resized images was chosen, from the data or by a model's own size."""
         return any(line.startswith("data.min_size=") for line in self.choices)
 
     @property
@@ -226,6 +226,7 @@ def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:
         student_backbone=OmegaConf.select(cfg, "model.backbone.weights"),
         metrics=instantiate.to_containers(cfg.metrics),
         resize=cfg.data.resize,
+        side=cfg.data.min_size,
     )
 
 

@@ -82,11 +82,13 @@ def _run_folders(plan: RunPlan) -> Iterator[Path]:
 def baseline_command(plan: RunPlan) -> str:
     """The shell command that trains the same student alone."""
     words = baseline_overrides(plan.overrides)
-    # Without the teacher, the student's own class would choose the shape of the images.
-    shape = plan.config.get("data", {}).get("resize")
+    # Without the teacher, the student's own class would choose the shape of the images, and the side of squares.
+    data = plan.config.get("data", {})
     own = compose.resize_of(plan.config.get("model", {}).get("_target_"), None)
-    if shape not in (None, own) and not any(word.startswith("data.resize=") for word in words):
-        words.append(f"data.resize={shape}")
+    sizes = ("min_size", "max_size") if data.get("resize") == "square" != own else ()
+    for key in ("resize", *sizes):
+        if data.get(key) not in (None, own) and not any(word.startswith(f"data.{key}=") for word in words):
+            words.append(f"data.{key}={data[key]}")
     return shlex.join(["python", "-m", "distill", "train", *words, "distill=none"])
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from distill.cli.config import compose
-from distill.cli.config.auto_values import auto_keys, facts_of, resolve
+from distill.cli.config.auto_values import AUTO, auto_keys, facts_of, resolve
 from distill.cli.config.instantiate import to_containers, without_weights
 from distill.cli.config.overrides import TRAINER_KEYS, node_overrides, parse_overrides
 from distill.cli.config.target_policy import COMMAND_LINE_KEYS
@@ -38,7 +38,7 @@ KEPT_GROUPS = ("data", "schedule", "trainer", "experiment", "paths", "trust", "c
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")  # no num_nodes: one machine trains it
 # Keys that do not change the teacher's weights. Runs that differ in these keys only share one teacher.
 IGNORED_DATA = (*LOADING_KEYS, "on_overlap", "unlabeled")
-IGNORED_MODEL = ("box_roi_align",)  # changes only the order of additions
+IGNORED_MODEL = ("box_roi_align", "min_size", "max_size")  # changes only the order of additions; `data` decides
 # These check, log and print only.
 IGNORED_CALLBACKS = ("teacher", "schedule", "terms", "gradients", "rate", "panels", "history", "lines", "progress")
 NEWER_KEYS = (
@@ -83,6 +83,8 @@ class TeacherOptions:
     """Metrics of this run. The results of another run are reused only if its metrics are equal."""
     resize: str
     """``data.resize`` of this run: the teacher sees its images."""
+    side: Any
+    """``data.min_size`` of this run: the side of squares."""
 
     def __post_init__(self) -> None:
         """Refuse a head that does not come from the weights.
@@ -220,8 +222,8 @@ def teacher_run(options: TeacherOptions) -> SharedRun:
 def teacher_overrides(options: TeacherOptions) -> list[str]:
     """Overrides of the run that trains this teacher: the student's, without those that concern the student alone.
 
-    The teacher learns from images of the shape that it will see, ``data.resize`` of the student's run. Keys of
-    ``teacher.schedule``, ``teacher.data`` and ``teacher.run`` follow, in this order, and win.
+    The teacher learns from images of the shape that it will see, ``data.resize`` of the student's run, and from squares
+    of the same side. Keys of ``teacher.schedule``, ``teacher.data`` and ``teacher.run`` follow, in this order, and win.
     """
     kept: list[str] = []
     replaced = {group for group, words in options.own.items() if words and words[0].startswith(f"{group}=")}
@@ -244,10 +246,16 @@ def teacher_overrides(options: TeacherOptions) -> list[str]:
     if compose_run(lines, "teacher").init != "scratch":  # an experiment says so
         lines.append("init=scratch")
     own = [word for words in options.own.values() for word in words]
-    # Its own detector alone would decide: a CNN that teaches an RT-DETR would learn from images of any ratio.
-    if compose_run([*lines, *own], "teacher").data.resize != options.resize:
+    composed = compose_run([*lines, *own], "teacher")
+    # Its own detector alone would decide: a CNN that teaches an RT-DETR would learn from images of any ratio, and an
+    # RF-DETR Large that teaches a Nano from larger squares.
+    if composed.data.resize != options.resize:
         lines.append(f"data.resize={options.resize}")
-    return [*lines, *own, *node_overrides("model", options.model, compose_run([*lines, *own], "teacher")), *options.run]
+        composed = compose_run([*lines, *own], "teacher")
+    if composed.data.resize == "square" and composed.data.min_size == AUTO:
+        largest = composed.data.max_size
+        lines.append(f"data.min_size={min(options.side, options.side if largest == AUTO else largest)}")
+    return [*lines, *own, *node_overrides("model", options.model, composed), *options.run]
 
 
 def run_config(overrides: Sequence[str]) -> DictConfig:

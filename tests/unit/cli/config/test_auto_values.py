@@ -48,15 +48,66 @@ def test_own_data(data: str) -> None:
     assert cfg["trainer"]["max_epochs"] == cfg["schedule"]["epochs"]
 
 
-@pytest.mark.parametrize("words", [["model=rtdetr_r18"], ["model=dfine_n"], ["model=frcnn_r18", "teacher=rtdetr_r50"]])
-def test_own_data_of_a_detector_that_sees_squares(words: list[str]) -> None:
-    """It was given the median shorter side, which is seldom a multiple of 32, and a longer one."""
-    for facts in (OWN, UNREAD):
-        data = resolved("data=coco", *words, facts=facts)["data"]
-        assert data["resize"] == "square"
-        assert (data["min_size"], data["max_size"]) == facts.square[:2]
-    assert resolved("data=coco", *words, "data.resize=ratio")["data"]["min_size"] == 240
-    assert resolved("data=coco", *words, "data.min_size=96")["data"]["max_size"] == 96
+OWN_SIDES = {
+    **{"rtdetr_r18": 640, "rtdetr_mini": 128, "dfine_n": 640, "dfine_mini": 128},
+    **{"deimv2_n": 640, "deimv2_pico": 640, "deimv2_femto": 416, "deimv2_atto": 320},
+    **{"rfdetr_nano": 384, "rfdetr_small": 512, "rfdetr_medium": 576, "rfdetr_large": 704},
+}
+"""The image sizes of the published models; 128 for the small ones of tests."""
+
+
+@pytest.mark.parametrize("model", OWN_SIDES)
+def test_a_detector_with_queries_gets_the_images_that_it_was_published_with(model: str) -> None:
+    """All had squares of 640 px on public data, and on other data a side that the images alone decided."""
+    full = OWN._replace(images=117_266, classes=COCO_CLASSES)
+    words = ["data=coco", f"model={model}"]
+    composed = compose_without_run(words)
+    for facts in (OWN, full, UNREAD):
+        cfg, lines = resolve(composed, facts, words)
+        data, side = cfg.data, OWN_SIDES[model]
+        assert (data.resize, data.min_size, data.max_size) == ("square", side, side)
+        assert f"data.min_size={side}: the student's own image size" in lines
+
+
+@pytest.mark.parametrize(
+    ("words", "side"),
+    [
+        (["model=frcnn_r18", "teacher=rfdetr_nano"], 384),
+        (["model=rfdetr_nano", "teacher=rfdetr_large"], 384),
+        (["model=deimv2_atto", "teacher=frcnn_r50"], 320),
+        (["model=rfdetr_nano", "data.min_size=512"], 512),
+        (["model=rfdetr_large", "data.max_size=512"], 512),
+        (["model=rfdetr_nano", "model.min_size=448"], 448),
+        (["model=rfdetr_nano", "model.windows=5", "teacher=none"], 400),  # steps of 5 windows of 16 px
+        (["model=rfdetr_nano", "model.windows=5", "teacher=rfdetr_small"], 480),  # and of the teacher's 2 windows
+        (["model=deimv2_femto", "teacher=rfdetr_nano", "teacher.model.windows=4"], 448),
+        (["model=frcnn_r18", "teacher=retinanet_r50", "data.resize=square"], 288),  # the data decides
+    ],
+)
+def test_the_side_of_squares_of_a_pair(words: list[str], side: int) -> None:
+    data = resolved("data=coco", *words)["data"]
+    assert (data["resize"], data["min_size"], data["max_size"]) == ("square", side, side)
+
+
+def test_squares_may_be_turned_off() -> None:
+    assert resolved("data=coco", "model=rtdetr_r18", "data.resize=ratio")["data"]["min_size"] == 240
+
+
+def test_a_run_as_teacher_brings_its_image_size(tmp_path: Path) -> None:
+    """Its weights know objects of this size. ``teacher.model`` is another detector, which is not built."""
+    description = {"family": "rfdetr", "classes": ["cat"], "min_size": 448, "max_size": 448, "windows": 4}
+    RunFolder(tmp_path).description.write_text(json.dumps({"format": 2, "model": description}))
+    RunFolder(tmp_path).student.write_bytes(b"weights")
+    teacher = f"teacher.weights={tmp_path}"
+    assert resolved("data=coco", "model=frcnn_r18", teacher)["data"]["min_size"] == 448
+    assert resolved("data=coco", "model=deimv2_atto", teacher)["data"]["min_size"] == 320
+    assert resolved("data=coco", "model=deimv2_femto", teacher)["data"]["min_size"] == 448  # 4 windows: not 416
+
+
+def test_an_rfdetr_has_the_positions_of_its_own_image_size() -> None:
+    for model in (name for name in compose.config_groups()["model"] if name.startswith("rfdetr_")):
+        node = compose.compose_config([f"model={model}"]).model
+        assert node.min_size == 16 * node.positions, model
 
 
 def test_given_values_stay() -> None:
@@ -155,7 +206,7 @@ def test_images_of_odd_sizes_fit_a_student_that_sees_squares(tmp_path: Path) -> 
     write_coco(tmp_path)
     made = plan(tmp_path, "model=rtdetr_mini")
     assert made.config["data"]["resize"] == "square"
-    assert build_student(made, made.data).options["min_size"] == made.data.input_size[1] == 288
+    assert build_student(made, made.data).options["min_size"] == made.data.input_size[1] == 128
 
 
 def test_a_wrong_value_is_refused_before_the_data_is_read(tmp_path: Path) -> None:

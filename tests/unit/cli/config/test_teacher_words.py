@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 
 from distill.cli.commands import train
+from distill.cli.config.auto_values import DataFacts, resolve
 from distill.cli.config.override_checks import compose_without_run
 from distill.cli.config.teacher_words import expand_teacher_words
 from distill.cli.runs import teacher_cache
 from distill.cli.runs.preflight import plan_teacher
+from distill.cli.runs.shared_run import compose_run
 from distill.cli.runs.teacher_cache import run_config, teacher_overrides
+from distill.data.auto_size import SizeChoice
 from distill.quoting import quote_value
 from distill.types import DistillError
 from helpers.image_folders import write_coco
@@ -73,6 +76,31 @@ CNN_FOR_DETR = (*SHAPES, "model=rtdetr_mini", "teacher=frcnn_r18_mini", "distill
 def test_the_teacher_learns_from_images_as_it_will_see_them(words: tuple[str, ...], resize: str) -> None:
     """A CNN that teaches an RT-DETR on squares learns from squares, unless the overrides say otherwise."""
     assert teacher_run(*words).data.resize == resize
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        (["model=rfdetr_nano", "teacher=rfdetr_large"], (384, 384)),
+        (["model=rfdetr_nano", "teacher=frcnn_r50"], (384, 384)),
+        (["model=frcnn_r18", "teacher=rfdetr_small"], (512, 512)),
+        (["model=rfdetr_nano", "teacher=rfdetr_large", "teacher.data=voc"], (384, 384)),
+        (["model=rfdetr_nano", "teacher=rfdetr_large", "teacher.data.min_size=704"], (704, 704)),
+        (["model=rfdetr_nano", "teacher=rfdetr_large", "teacher.data.max_size=256"], (256, 256)),
+        (["model=rfdetr_nano", "teacher=rfdetr_large", "data.min_size=512"], (512, 512)),
+        (["model=rfdetr_nano", "teacher=frcnn_r50", "teacher.data.resize=ratio"], (240, 320)),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_the_teacher_learns_from_squares_of_the_side_that_it_will_see(words: list[str], sizes: tuple[int, int]) -> None:
+    """Its own image size is another one. Squares of 384 pixels came from a teacher that had learned from 704."""
+    facts = DataFacts(60, ("cell",), SizeChoice(240, 320, "kept"), SizeChoice(288, 288, "kept"))
+    lines = expand_teacher_words(["data=coco", *words])
+    options = plan_teacher(resolve(compose_without_run(lines), facts, lines)[0])
+    assert options is not None
+    overrides = teacher_overrides(options)
+    data = resolve(compose_run(overrides, "teacher"), facts, overrides)[0].data
+    assert (data.min_size, data.max_size) == sizes
 
 
 def test_teachers_of_squares_and_of_other_images_are_two() -> None:
