@@ -21,7 +21,7 @@ from distill.cli.config import auto_values, compose, instantiate, override_check
 from distill.cli.main import main
 from distill.cli.runs.assembly import build_losses, build_student, build_trainer
 from distill.cli.runs.preflight import plan_losses, plan_run
-from distill.cli.runs.teacher_cache import planned_spec
+from distill.cli.runs.teacher_cache import planned_teacher
 from distill.detectors.options import to_plain
 from distill.type_checks import leaves
 from distill.types import DistillError
@@ -412,7 +412,7 @@ def test_the_default_method_builds_for_a_student_and_its_default_teacher(student
     plan = plan_run(override_checks.compose_without_run([f"model={student}", "data.masks=true"]))
     assert plan.teacher is not None
     detector = build_student(plan, plan.data)
-    assert build_losses(plan.losses, detector.spec, planned_spec(plan.teacher, plan.data.classes))
+    assert build_losses(plan.losses, detector.spec, planned_teacher(plan.teacher, plan.data.classes).spec)
 
 
 @pytest.mark.parametrize("experiment", mostly_exhaustive(EXPERIMENTS, EXPERIMENTS[::6]))

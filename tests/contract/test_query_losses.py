@@ -16,7 +16,7 @@ from distill.cli.config import compose, instantiate, override_checks
 from distill.cli.reports import method_table
 from distill.cli.runs.assembly import build_losses
 from distill.cli.runs.preflight import plan_losses, plan_teacher
-from distill.cli.runs.teacher_cache import planned_spec
+from distill.cli.runs.teacher_cache import planned_teacher
 from distill.losses.base import DistillLoss
 from distill.losses.detr_corners import DETRCorners
 from distill.losses.detr_features import DETRFeatures
@@ -128,7 +128,7 @@ def test_a_teacher_whose_queries_are_unlike_its_neck_is_refused_before_it_is_tra
     cfg = override_checks.compose_without_run(words)
     options = plan_teacher(cfg)
     assert options is not None
-    teacher, student = planned_spec(options, ["cat", "dog", "owl"]), detector("faster_rcnn", 0)
+    teacher, student = planned_teacher(options, ["cat", "dog", "owl"]).spec, detector("faster_rcnn", 0)
     with pytest.raises(DistillError, match=r"decoder_channels=64 and teacher\.model\.neck_channels=96"):
         build_losses(plan_losses(cfg), student.spec, teacher)
     wide = QUERY_FAMILIES["rtdetr"](["cat", "dog", "owl"], **{**SMALL_QUERIES, "neck_channels": 96})
@@ -143,7 +143,7 @@ def test_corners_of_the_published_sizes_of_d_fine_are_refused_before_a_teacher_i
         words = ["model=dfine_mini", f"teacher=dfine_{size}", "distill=detr_corners"]
         options = plan_teacher(override_checks.compose_without_run(words))
         assert options is not None
-        specs[size] = planned_spec(options, names)
+        specs[size] = planned_teacher(options, names).spec
     for size in ("n", "s", "l"):
         for pairs in ("points", "matching"):
             with pytest.raises(DistillError, match=r"Train .*\(teacher\.model\.bin_curve=4\.0;"):

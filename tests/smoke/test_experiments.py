@@ -135,7 +135,6 @@ def test_the_teachers_own_run_has_the_model_that_is_printed(
 
     monkeypatch.setattr(teacher_notice, "announce_teacher", lambda *_: None)
     monkeypatch.setattr(assembly, "find_teacher", look)
-    monkeypatch.setattr(assembly, "planned_spec", lambda *_: None)
     monkeypatch.setattr(assembly, "build_losses", lambda *_: {})
     root = folder(experiment, data_sets)
     lines = [*tiny(experiment, root), "model.score_thresh=0.2", *more, "hydra.run.dir=run"]

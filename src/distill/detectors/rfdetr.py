@@ -33,6 +33,8 @@ BACKBONE = BackboneOptions(name="dinov2")
 """The default backbone: a DINOv2 S whose attention is in windows."""
 STRIDE = 16
 """Side of a patch, and stride of all maps."""
+WINDOWS = 2
+"""Windows along a side, by default."""
 HEAD = 64
 """Channels of an attention head of the backbone."""
 SMALL_HEADS = 6
@@ -292,7 +294,7 @@ class RFDETR(Detector):
         self,
         classes: Sequence[str] | None = None,
         backbone: BackboneOptions | Mapping[str, Any] = BACKBONE,
-        windows: int = 2,
+        windows: int = WINDOWS,
         positions: int = 24,
         neck_channels: int = 256,
         neck_expansion: float = 0.5,
@@ -352,7 +354,8 @@ class RFDETR(Detector):
     @classmethod
     def side_multiple(cls, options: Mapping[str, Any]) -> int:
         """See the base class: the image is divided into windows of whole patches."""
-        return STRIDE * max(1, int(options["windows"]))
+        windows = options.get("windows", WINDOWS)
+        return STRIDE * (windows if isinstance(windows, int) and windows > 0 else 1)
 
     def rows_around(self, layer: str) -> tuple[int, int]:
         """Rows before and behind those of the classes: none."""

@@ -146,17 +146,14 @@ def _choose_square(cfg: DictConfig, default: SizeChoice) -> SizeChoice:
         default: the choice if no detector has an image size of its own.
     """
     detectors, size = list(_square_detectors(cfg)), default
-    own = detectors[0][2].get("min_size") if detectors else None
-    if isinstance(own, int):
-        side = min(own, detectors[0][2].get("max_size") or own)
-        size = SizeChoice(side, side, f"the {detectors[0][0]}'s own image size")
+    for role, _, options in detectors[:1]:
+        limits = [x for x in (options.get("min_size"), options.get("max_size")) if isinstance(x, int)]
+        size = SizeChoice(min(limits), min(limits), f"the {role}'s own image size") if limits else default
     multiple = math.lcm(*(kind.side_multiple(options) for _, kind, options in detectors))
     side = math.ceil(size.min_size / multiple) * multiple
-    return (
-        size
-        if side == size.min_size
-        else SizeChoice(side, side, f"{size.reason}, rounded up to a multiple of {multiple} px")
-    )
+    if side != size.min_size:
+        size = SizeChoice(side, side, f"{size.reason}, rounded up to a multiple of {multiple} px")
+    return size
 
 
 def _square_detectors(cfg: DictConfig) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from distill.cli.config import instantiate
-from distill.cli.runs.preflight import LossOptions, RunPlan, check_masks
+from distill.cli.runs.preflight import LossOptions, RunPlan, check_masks, check_squares
 from distill.cli.runs.resume import IDENTITY_KEYS
-from distill.cli.runs.teacher_cache import find_teacher, planned_spec
+from distill.cli.runs.teacher_cache import find_teacher, planned_teacher
 from distill.cli.tables import print_line
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
@@ -46,6 +46,7 @@ def build_student(plan: RunPlan, data: DetectionData, **options: Any) -> Detecto
     min_size, max_size = data.input_size
     student = plan.student(classes=list(data.classes), min_size=min_size, max_size=max_size, **options)
     check_masks(plan, student, data)
+    check_squares(data, type(student), student.options, "student")
     return student
 
 
@@ -65,6 +66,7 @@ def assemble(
         DistillError: student, teacher, losses and data do not fit together.
     """
     student = student or build_student(plan, data)
+    check_squares(data, type(student), student.options, "student", training=False)
     losses: dict[str, DistillLoss] = {}
     with isolate_rng():  # student weights and random draws equal those of a run without distillation
         if not plan.needs_teacher:
@@ -72,9 +74,12 @@ def assemble(
         elif teacher is None:
             assert plan.teacher is not None  # checked in the preflight
             if plan.teacher.weights is None:  # refuse an impossible pair before the teacher is trained
-                planned = build_losses(plan.losses, student.spec, planned_spec(plan.teacher, data.classes))
-                check_unlabeled(data, planned)
+                planned = planned_teacher(plan.teacher, data.classes)
+                check_squares(data, type(planned), planned.options, "teacher")
+                check_unlabeled(data, build_losses(plan.losses, student.spec, planned.spec))
             teacher = find_teacher(plan.teacher, data)
+        if teacher is not None:
+            check_squares(data, type(teacher.detector), teacher.detector.options, "teacher")
         losses = build_losses(plan.losses, student.spec, teacher.spec if teacher else None)
         check_unlabeled(data, losses)
         if teacher is not None:

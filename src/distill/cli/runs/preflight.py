@@ -1,11 +1,13 @@
 """The typed plan of a run, and everything that a run refuses before its first step.
 
 `plan_run` needs the configuration alone; it reads the training images only for values that are ``auto``. `load_data`
-and `check_metrics` need the data too, and run before a teacher is trained. `check_masks` needs the student.
+and `check_metrics` need the data too, and run before a teacher is trained. `check_masks` and `check_squares` need the
+detectors.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +28,7 @@ from distill.cli.runs.teacher_cache import TeacherOptions
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
 from distill.evaluation.evaluate import MetricFactory
+from distill.imaging.resizing import padded_size
 from distill.losses.base import DistillLoss
 from distill.precision import resolve_precision
 from distill.run_folder import RunFolder
@@ -342,3 +345,40 @@ def check_masks(plan: RunPlan, student: Detector, data: DetectionData) -> None:
             f"metric={plan.metric} measures masks, but the student, a {student.spec.family}, finds none: set "
             "metric=val/AP, or choose a model with masks (model=mask_rcnn_r50)"
         )
+
+
+def check_squares(
+    data: DetectionData, kind: type[Detector], options: Mapping[str, Any], role: str, training: bool = True
+) -> None:
+    """Refuse squares that are padded, or have a side that the detector cannot take, if it sees padding as image.
+
+    Args:
+        data: the data.
+        kind: class of the detector.
+        options: arguments of its constructor.
+        role: ``student`` or ``teacher``, for messages.
+        training: whether the detector sees training images too.
+
+    Raises:
+        DistillError: names the key of the data.
+    """
+    if not kind.needs_squares or data.eval_transform.shape != "square":
+        return
+    multiple = kind.side_multiple(options)
+    transforms = {"eval_min_size": data.eval_transform} | ({"min_size": data.train_transform} if training else {})
+    for key, transform in transforms.items():
+        side, _ = square = transform.fit((1, 1))
+        if side % multiple:
+            below = side // multiple * multiple
+            sides = f"{below} or {below + multiple}" if below else str(multiple)
+            raise DistillError(
+                f"data.{key}: the {role} is a {kind.family}, which takes squares whose side is a multiple of "
+                f"{multiple} pixels, got squares of {side}. Set data.min_size to {sides}"
+            )
+        if side % data.pad_to:
+            padded, _ = padded_size([square], data.pad_to)
+            raise DistillError(
+                f"data.pad_to={data.pad_to}: squares of {side} pixels would be padded to {padded}, and the {role}, a "
+                f"{kind.family}, sees padding as image. Set data.pad_to={multiple}, or data.min_size to a multiple of "
+                f"{math.lcm(multiple, data.pad_to)}"
+            )

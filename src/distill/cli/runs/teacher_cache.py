@@ -26,7 +26,7 @@ from distill.cli.tables import print_line
 from distill.labels import bridge_classes, describe_bridge
 from distill.quoting import quote_value
 from distill.run_folder import STUDENT
-from distill.types import DetectorSpec, DistillError
+from distill.types import DistillError
 
 if TYPE_CHECKING:
     from distill.data.datamodule import DetectionData
@@ -101,8 +101,8 @@ class TeacherOptions:
             )
 
 
-def planned_spec(options: TeacherOptions, classes: Sequence[str]) -> DetectorSpec:
-    """Spec of the teacher that ``teacher.model`` describes, before it is trained. Allocates no memory for weights.
+def planned_teacher(options: TeacherOptions, classes: Sequence[str]) -> Detector:
+    """The teacher that ``teacher.model`` describes, before it is trained. Allocates no memory for weights.
 
     Raises:
         DistillError: the options do not fit together.
@@ -110,7 +110,7 @@ def planned_spec(options: TeacherOptions, classes: Sequence[str]) -> DetectorSpe
     import torch
 
     with torch.device("meta"):
-        return untrained(options, classes).spec
+        return untrained(options, classes)
 
 
 def untrained(options: TeacherOptions, classes: Sequence[str]) -> Detector:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.cli.config import override_checks
-from distill.cli.runs import teacher_cache
+from distill.cli.runs import assembly, teacher_cache
 from distill.cli.runs.assembly import assemble, build_student
 from distill.cli.runs.preflight import RunPlan, plan_run
 from distill.data.datamodule import DetectionData
@@ -102,3 +102,61 @@ def test_a_missing_teacher_is_refused_before_data_is_read(
     monkeypatch.setattr(DetectionData, "records", lambda *_: pytest.fail("data was read"))
     with pytest.raises(DistillError, match="cannot do without a teacher"):
         plan(*lines, "teacher=none")
+
+
+SMALL_DATA = ["data.source.train=4", "data.source.val=2", "data.source.test=0", "data.batch_size=2", "data.workers=0"]
+
+
+def query_plan(*lines: str) -> RunPlan:
+    pytest.importorskip("transformers", reason="the extra detr is not installed")
+    return plan_run(override_checks.compose_without_run([*SMALL_DATA, "distill=pkd", *lines]))
+
+
+SQUARE_96 = ["data.min_size=96", "data.max_size=96"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["model=rtdetr_mini", *SQUARE_96, "data.pad_to=64"], r"data\.pad_to=64.*padded to 128.*data\.pad_to=32"),
+        (
+            ["model=rfdetr_mini", "model.queries=20", *SQUARE_96, "data.pad_to=64"],
+            r"data\.pad_to=64.*padded to 128.*data\.pad_to=32",
+        ),
+        (["model=rfdetr_mini", "model.windows=4", *SQUARE_96], r"multiples of 64 pixels.*got 96"),
+        (
+            ["model=rfdetr_mini", "model.windows=4", "data.min_size=96", "data.eval_min_size=128"],
+            r"data\.min_size: the student is a rfdetr.*multiple of 64.*squares of 96\. Set data\.min_size to 64 or 128",
+        ),
+        (["model=dfine_mini", "data.min_size=100", "data.eval_min_size=128"], r"data\.min_size: .*Set .* to 96 or 128"),
+    ],
+)
+def test_squares_that_the_student_cannot_take(lines: list[str], message: str) -> None:
+    """The first step failed, or the student saw the padding as image."""
+    run = query_plan("teacher=frcnn_r18_mini", *lines)
+    with pytest.raises(DistillError, match=message):
+        build_student(run, run.data)
+
+
+def test_squares_that_the_teacher_cannot_take_are_refused_before_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "find_teacher", lambda *_: pytest.fail("it would be trained now"))
+    four_windows = ["teacher=rfdetr_mini", "teacher.model.windows=4"]
+    for student in ("rtdetr_mini", "frcnn_r10_mini"):
+        run = query_plan(f"model={student}", *four_windows, *SQUARE_96)
+        with pytest.raises(DistillError, match=r"the teacher is a rfdetr.*multiple of 64 pixels, got squares of 96"):
+            assemble(run, run.data)
+    run = query_plan("model=frcnn_r10_mini", "teacher=rfdetr_mini", *SQUARE_96, "data.pad_to=64")
+    with pytest.raises(DistillError, match=r"data\.pad_to=64.*the teacher, a rfdetr, sees padding as image"):
+        assemble(run, run.data)
+
+
+def test_squares_that_a_loaded_teacher_cannot_take() -> None:
+    run = query_plan("model=frcnn_r10_mini", "teacher=rfdetr_mini", "teacher.model.windows=4", *SQUARE_96)
+    with pytest.raises(DistillError, match=r"the teacher is a rfdetr.*multiple of 64 pixels, got squares of 96"):
+        assemble(run, run.data, teacher=untrained_teacher(run))
+
+
+def test_squares_of_any_side_suit_detectors_that_are_used_to_padding() -> None:
+    sizes = ["data.resize=square", "data.min_size=100", "data.max_size=100", "data.pad_to=64"]
+    run = plan(*sizes, "distill=pkd")
+    assert assemble(run, run.data, teacher=untrained_teacher(run)).teacher is not None
