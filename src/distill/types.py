@@ -236,6 +236,8 @@ class DetectorSpec:
     corner_bins: Mapping[str, float] = field(default_factory=dict)
     """The bins of the corner distributions in `QueryLayer.corners`: arguments of `set_criterion.CornerBins` (``count``,
     ``limit``, ``scale``). Empty without distributions."""
+    trains_corners: bool = True
+    """Whether the detector's own losses train the form of these distributions. Otherwise they train the mean alone."""
     side_bins: int | None = None
     """Distances in the distribution of each side (`side_logits`). None without distributions."""
     bridge: Mapping[str, str] | None = None

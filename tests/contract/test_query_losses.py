@@ -23,7 +23,7 @@ from distill.losses.detr_features import DETRFeatures
 from distill.losses.detr_logits import DETRLogits
 from distill.losses.detr_points import DETRPoints
 from distill.types import DistillError
-from helpers.detectors import QUERY_FAMILIES, SMALL_QUERIES, padded_batch, random_detector
+from helpers.detectors import QUERY_FAMILIES, SMALL_QUERIES, padded_batch, query_detector, random_detector, square_batch
 from helpers.grids import exhaustive
 
 pytest.importorskip("transformers", reason="the detectors with queries are transformers'")
@@ -152,6 +152,36 @@ def test_corners_of_the_published_sizes_of_d_fine_are_refused_before_a_teacher_i
         DETRCorners(specs["n"], specs["l"])
     DETRCorners(specs["n"], specs["l"], {"pairs": "matching"})
     DETRCorners(specs["s"], specs["l"])
+
+
+def test_corners_of_a_lite_deimv2_are_no_targets_but_can_learn() -> None:
+    """The losses of Pico, Femto and Atto train the mean of a distribution alone, not its form."""
+    names, specs = ["cat", "dog", "owl"], {}
+    for size in ("n", "atto", "pico"):
+        words = ["model=dfine_n", f"teacher=deimv2_{size}", "distill=detr_corners"]
+        options = plan_teacher(override_checks.compose_without_run(words))
+        assert options is not None
+        specs[size] = planned_teacher(options, names).spec
+    for size in ("atto", "pico"):
+        with pytest.raises(DistillError, match=r"teacher is a deimv2 with corner_losses=false.*teacher=deimv2_n"):
+            DETRCorners(specs["n"], specs[size])
+        DETRCorners(specs[size], specs["n"])
+        assert not DETRCorners(specs["n"], specs[size], {"divergence": 0}).weights
+
+
+@pytest.mark.parametrize("corner_losses", [False, True])
+def test_without_corner_losses_the_form_of_a_distribution_is_not_trained(corner_losses: bool) -> None:
+    """Distributions of another form that lead to the same boxes have the same losses."""
+    torch.manual_seed(0)
+    student = query_detector("deimv2", corner_losses=corner_losses, denoising=0)
+    assert student.spec.trains_corners == corner_losses
+    losses = []
+    for scale in (0.0, 1.0):
+        view = student.view(square_batch(), frozen=True, seed=0)
+        for layer in view.queries:
+            layer.corners.add_(scale * torch.randn_like(layer.corners))
+        losses.append(float(sum(view.losses.values())))
+    assert (losses[0] != losses[1]) == corner_losses
 
 
 def test_corners_of_matches_compare_other_strides() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from distill.detectors.dfine import CORNER_LIMIT, DFineView, check_bins, points_of_levels
@@ -102,6 +103,7 @@ class DEIMv2(SetPredictionDetector):
         super().__init__(locals())
         corner_bins = CornerBins(bins + 1, CORNER_LIMIT, bin_curve) if corner_losses else None
         self.set_criterion = SetCriterion("mal", corner_bins, union=corner_losses)
+        self.spec = replace(self.spec, trains_corners=corner_losses)
 
     def corner_bins(self, options: Mapping[str, Any]) -> dict[str, float]:
         """Return the bins of the corner distributions."""

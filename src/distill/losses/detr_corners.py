@@ -59,7 +59,8 @@ class DETRCorners(DistillLoss):
     Args:
         student, teacher: specs of two detectors with corner distributions of equal bins (number, limit, scale; D-FINE X
             has another scale than the smaller ones), for ``pairs=points`` also with equal strides of the encoders' maps
-            (D-FINE N lacks stride 8).
+            (D-FINE N lacks stride 8). The teacher's losses must train the distributions (FGL, DDF), which those of the
+            lite sizes of DEIMv2 do not. Such a student may learn: it has the distributions.
         corners: weight of its term ``divergence``; ``pairs``.
         ramp, normalizer, seed: see :class:`DistillLoss`. The loss draws nothing at random.
     """
@@ -147,7 +148,7 @@ BIN_KEYS = {"count": "bins", "scale": "bin_curve"}
 
 
 def require_equal_bins(name: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Refuse detectors without corner distributions, or with bins that stand for other offsets.
+    """Refuse detectors without corner distributions, teachers that do not train them, and bins of other offsets.
 
     Raises:
         DistillError: see above.
@@ -158,6 +159,13 @@ def require_equal_bins(name: str, student: DetectorSpec, teacher: DetectorSpec) 
                 f"{name}: the {role} is a {spec.family}, which has no corner distributions. Set the weights of {name} "
                 "to 0, or choose a D-FINE (model=dfine_n)"
             )
+    if not teacher.trains_corners:
+        raise DistillError(
+            f"{name}: the teacher is a {teacher.family} with corner_losses=false, as the sizes Pico, Femto and Atto of "
+            "DEIMv2. Its losses train the mean of a distribution alone, so the distribution's form teaches nothing. "
+            "Choose another teacher (teacher=deimv2_n), train this one with teacher.model.corner_losses=true, or set "
+            f"the weights of {name} to 0"
+        )
     differing = [key for key, value in student.corner_bins.items() if teacher.corner_bins[key] != value]
     if not differing:
         return
