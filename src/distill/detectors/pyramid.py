@@ -41,7 +41,7 @@ class PyramidDetector(Detector):
         backbone = parse_options("backbone", given["backbone"], BACKBONE)
         pixels = parse_options("pixels", given["pixels"], PIXELS)
         side = given["input_stride"]
-        if side not in INPUT_STRIDES:
+        if isinstance(side, bool) or not isinstance(side, int) or side not in INPUT_STRIDES:
             raise DistillError(f"input_stride: expected {', '.join(map(str, INPUT_STRIDES))}, got {side!r}")
         self.strides = tuple(side * stride for stride in self.level_strides)
         """Strides of the neck's levels in pixels of the image."""

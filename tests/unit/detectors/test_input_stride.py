@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -120,5 +121,11 @@ def test_it_is_stored_and_weights_of_another_stride_are_refused(tmp_path: Any) -
     file.write_text(json.dumps(described))
     with pytest.raises(DistillError, match=r"input_stride=1 \(here 4\)"):
         random_detector("retinanet", weights=str(tmp_path / "student.pt"), input_stride=4)
-    with pytest.raises(DistillError, match="input_stride: expected 1, 2, 4, got 3"):
-        random_detector("retinanet", input_stride=3)
+
+
+@pytest.mark.parametrize("value", [0, 3, -2, True, 1.0, 2.0, "2", None, [2]])
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+def test_other_values_are_refused(family: str, value: Any) -> None:
+    """True is equal to 1, and 2.0 to 2."""
+    with pytest.raises(DistillError, match=re.escape(f"input_stride: expected 1, 2, 4, got {value!r}")):
+        random_detector(family, input_stride=value)
