@@ -53,6 +53,34 @@ def test_published_weights_of_a_teacher_without_batch_norms(tmp_path: Path) -> N
     assert torch.equal(detector.net.class_embed.weight, made.net.class_embed.weight)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "backbone", "norm"),
+    [
+        ("retinanet_r50", "timm/convnext_atto", "batch"),
+        ("fcos_r50", "timm/convnext_atto", "batch"),
+        ("frcnn_r50", "timm/convnext_atto", "batch"),
+        ("retinanet_r50", "timm/resnet10t", "frozen"),
+        ("retinanet_r50", "mobilenet_v3_small", "frozen"),
+        ("retinanet_r50", "resnet", "frozen"),
+    ],
+)
+def test_batch_norms_of_a_teacher_are_frozen_if_it_has_some(
+    teacher: str, backbone: str, norm: str, tmp_path: Path
+) -> None:
+    """A file of weights for a ConvNeXt was refused: its layer norms cannot be frozen."""
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm", reason="the extra timm is not installed")
+    depth = 10 if backbone == "resnet" else "null"
+    words = [f"teacher.model.backbone.name={backbone}", f"teacher.model.backbone.depth={depth}"]
+    planned = options(f"teacher={teacher}", *words, "teacher.model.neck_channels=64")
+    source = teacher_cache.untrained(planned, ["cat", "dog"])
+    torch.save(source.net.state_dict(), tmp_path / "weights.pth")
+    detector = teacher_cache.load_teacher(planned, str(tmp_path / "weights.pth"), ["cat", "dog"])
+    assert detector.spec.norm == norm
+    state = detector.net.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in source.net.state_dict().items() if name in state)
+
+
 def test_a_coco_file_of_torchvision_with_classes_of_the_data(tmp_path: Path) -> None:
     source = teacher_cache.untrained(options(), [f"class {label}" for label in range(1, 91)])
     state = {name: value for name, value in source.net.state_dict().items() if "num_batches_tracked" not in name}

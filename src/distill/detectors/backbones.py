@@ -8,9 +8,11 @@ in `ENDS`, or a network of timm. Module names, state dict keys and outputs equal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models._utils import IntermediateLayerGetter
@@ -19,6 +21,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
 from distill.detectors.norms import check_norm, convert_norms, norm_layer
+from distill.detectors.options import BackboneOptions
 from distill.detectors.timm import TIMM, TimmBody
 from distill.imaging.resizing import average_squares
 from distill.types import DistillError
@@ -198,6 +201,25 @@ def build_backbone(
     body = TimmBody(name.removeprefix(TIMM)) if name.startswith(TIMM) else _torchvisions(name, width)
     convert_norms(body, norm, norm_eps)
     return body
+
+
+def has_batch_norms(options: BackboneOptions) -> bool:
+    """Whether a backbone has batch norms, which other kinds of norms can replace. Allocates no memory for weights.
+
+    Args:
+        options: the norm's kind and epsilon are not read.
+
+    Raises:
+        DistillError: see `build_backbone`.
+    """
+    with torch.device("meta"):
+        body = build_backbone(**network_options(replace(options, norm="batch", norm_eps=None)))
+    return any(isinstance(layer, nn.BatchNorm2d) for layer in body.modules())
+
+
+def network_options(options: BackboneOptions) -> dict[str, Any]:
+    """Return the options that decide the network: the arguments of `build_backbone`."""
+    return {name: value for name, value in asdict(options).items() if name not in ("trainable_stages", "weights")}
 
 
 def _torchvisions(backbone: str, width: float) -> Layers:

@@ -40,8 +40,6 @@ class Detector(nn.Module):
 
     `rows_around` names further rows. In a dense head all rows repeat for each anchor.
     """
-    has_batch_norms: ClassVar[bool] = True
-    """Whether the backbone may have batch norms, which ``backbone.norm=frozen`` fixes in a teacher."""
     needs_squares: ClassVar[bool] = False
     """Whether the detector sees padding as image. Where it takes part, all images are resized to squares."""
     paper_schedule: ClassVar[str | None] = None
@@ -135,6 +133,15 @@ class Detector(nn.Module):
     def classes(self) -> tuple[str, ...]:
         """Class names in label order; label 0 is background."""
         return self.spec.classes
+
+    @classmethod
+    def has_batch_norms(cls, backbone: Mapping[str, Any]) -> bool:
+        """Whether a backbone has batch norms, which ``backbone.norm=frozen`` fixes in a teacher.
+
+        Args:
+            backbone: the argument `backbone` of the constructor.
+        """
+        return True
 
     @classmethod
     def side_multiple(cls, options: Mapping[str, Any]) -> int:

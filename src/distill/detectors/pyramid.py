@@ -8,7 +8,15 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 from distill.detectors.anchors import order_channels, p6_p7
-from distill.detectors.backbones import Backbone, build_backbone, freeze, resolved_options, with_fpn
+from distill.detectors.backbones import (
+    Backbone,
+    build_backbone,
+    freeze,
+    has_batch_norms,
+    network_options,
+    resolved_options,
+    with_fpn,
+)
 from distill.detectors.base import Detector
 from distill.detectors.options import ANCHORS, BACKBONE, PIXELS, AnchorOptions, to_plain
 from distill.detectors.roi_align import region_pool
@@ -45,9 +53,7 @@ class PyramidDetector(Detector):
             raise DistillError(f"input_stride: expected {', '.join(map(str, INPUT_STRIDES))}, got {side!r}")
         self.strides = tuple(side * stride for stride in self.level_strides)
         """Strides of the neck's levels in pixels of the image."""
-        body = build_backbone(
-            **{name: value for name, value in asdict(backbone).items() if name not in ("trainable_stages", "weights")}
-        )
+        body = build_backbone(**network_options(backbone))
         resolved = {"backbone": {**asdict(backbone), **resolved_options(body)}, "pixels": pixels}
         if "anchors" in given:
             resolved["anchors"] = parse_options("anchors", given["anchors"], self.anchor_defaults)
@@ -81,6 +87,11 @@ class PyramidDetector(Detector):
         )
         super().__init__(net, spec, options, freeze(net.backbone.body, backbone.trainable_stages))
         initialize(self, backbone.weights, given["weights"], given["head"])
+
+    @classmethod
+    def has_batch_norms(cls, backbone: Mapping[str, Any]) -> bool:
+        """See the base class: many networks of timm have others, such as ConvNeXt."""
+        return has_batch_norms(parse_options("backbone", backbone, BACKBONE))
 
     @abstractmethod
     def build_network(self, body: Any, classes: int, options: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:

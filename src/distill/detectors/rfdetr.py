@@ -277,7 +277,6 @@ class RFDETR(Detector):
     family = "rfdetr"
     enum = NoWeights
     view_class = RFDETRView
-    has_batch_norms = False
     needs_squares = True
     paper_schedule = "detr"
     body_path = "model.backbone.backbone"
@@ -350,6 +349,11 @@ class RFDETR(Detector):
         """RoIAlign over the neck for losses that read regions. The library's network has none."""
         self.class_layers = {"class_embed": 1, **{f"model.enc_out_class_embed.{group}": 1 for group in range(groups)}}
         initialize(self, chosen.weights, weights, head)
+
+    @classmethod
+    def has_batch_norms(cls, backbone: Mapping[str, Any]) -> bool:
+        """See the base class: a DINOv2 has layer norms."""
+        return False
 
     @classmethod
     def side_multiple(cls, options: Mapping[str, Any]) -> int:

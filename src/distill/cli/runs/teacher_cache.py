@@ -207,7 +207,8 @@ def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[
     if options is None:
         raise DistillError(f"{source} does not describe its model: choose its teacher=…, not none")
     backbone = dict(options.model.get("backbone", {}))
-    if getattr(compose.detector_class(options.model.get("_target_")), "has_batch_norms", True):
+    kind = compose.detector_class(options.model.get("_target_"))
+    if not hasattr(kind, "has_batch_norms") or kind.has_batch_norms(backbone):
         backbone["norm"] = "frozen"  # computes as in evaluation mode
     names = list(classes) if options.class_map is None else None  # a map needs all classes of the weights
     return options.build(classes=names, weights=source, backbone=backbone, head="keep")
