@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from distill.detectors.base import Detector
 from distill.detectors.class_layers import class_rows
 from distill.types import DistillError
@@ -15,6 +17,18 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
 
     Returns:
         One line per part of the network: how many tensors were copied, and which were not.
+
+    Raises:
+        DistillError: see `inherited_tensors`.
+    """
+    copied = inherited_tensors(student, teacher)
+    student.net.load_state_dict(copied, strict=False)
+    names = [name for name in student.net.state_dict() if not name.startswith(f"{student.body_path}.")]
+    return _report(names, set(copied))
+
+
+def inherited_tensors(student: Detector, teacher: Detector) -> dict[str, Tensor]:
+    """Return the tensors of the teacher that the student takes over, by name. The teacher may be on the device meta.
 
     Raises:
         DistillError: the strides of the pyramids differ, so that equal names mean different levels; or no layer fits.
@@ -44,8 +58,7 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
             f"{sorted(set(teacher.spec.neck.values()))}. "
             "Set model.neck_channels and the head's sizes as the teacher has them, or set init=scratch"
         )
-    student.net.load_state_dict(copied, strict=False)
-    return _report(list(student_state), set(copied))
+    return copied
 
 
 def _layer(name: str) -> str:

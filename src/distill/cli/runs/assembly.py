@@ -22,7 +22,7 @@ from distill.cli.runs.teacher_cache import find_teacher, planned_teacher
 from distill.cli.tables import print_line
 from distill.data.datamodule import DetectionData
 from distill.detectors.base import Detector
-from distill.detectors.inherit import inherit
+from distill.detectors.inherit import inherit, inherited_tensors
 from distill.evaluation.labeling import label_by_teacher
 from distill.losses.base import DistillLoss, require_no_truth
 from distill.losses.places import shared_places
@@ -77,6 +77,8 @@ def assemble(
                 planned = planned_teacher(plan.teacher, data.classes)
                 check_squares(data, type(planned), planned.options, "teacher")
                 check_unlabeled(data, build_losses(plan.losses, student.spec, planned.spec))
+                if plan.inherit:
+                    inherited_tensors(student, planned)
             teacher = find_teacher(plan.teacher, data)
         if teacher is not None:
             check_squares(data, type(teacher.detector), teacher.detector.options, "teacher")

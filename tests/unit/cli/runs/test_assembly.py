@@ -160,3 +160,33 @@ def test_squares_of_any_side_suit_detectors_that_are_used_to_padding() -> None:
     sizes = ["data.resize=square", "data.min_size=100", "data.max_size=100", "data.pad_to=64"]
     run = plan(*sizes, "distill=pkd")
     assert assemble(run, run.data, teacher=untrained_teacher(run)).teacher is not None
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ["model.input_stride=2"],
+            r"student's \[8, 16, 32, 64, 128\] and the teacher's \[4, 8, 16, 32, 64\].*input_st",
+        ),
+        (["teacher.model.input_stride=2"], r"student's \[4, 8, 16, 32, 64\] and the teacher's \[8, 16, 32, 64, 128\]"),
+        (["teacher=retinanet_r18"], r"pyramids of equal strides"),
+    ],
+)
+def test_a_teacher_of_which_nothing_can_be_inherited_is_refused_before_it_is_trained(
+    lines: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "find_teacher", lambda *_: pytest.fail("it would be trained now"))
+    run = plan("init=inherit", "distill=none", *lines)
+    with pytest.raises(DistillError, match=message):
+        assemble(run, run.data)
+
+
+def test_a_student_that_sees_small_images_inherits_from_a_teacher_that_does() -> None:
+    neck = "teacher.model.neck_channels=16"
+    run = plan("init=inherit", "distill=none", "model.input_stride=2", "teacher.model.input_stride=2", neck)
+    teacher = untrained_teacher(run)
+    student, given = assemble(run, run.data, teacher=teacher).student.net, teacher.detector.net
+    assert student.backbone.body.input_stride == 2
+    for name, value in given.rpn.head.state_dict().items():
+        assert torch.equal(student.rpn.head.state_dict()[name], value), name
