@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from distill.detectors.options import BackboneOptions, PixelOptions
+from distill.detectors.query_view import PointView
 from distill.detectors.set_criterion import CornerBins, QueryGroup, SetCriterion
-from distill.detectors.set_prediction import PIXELS, PointView, SetPredictionDetector
+from distill.detectors.set_prediction import PIXELS, SetPredictionDetector
 from distill.precision import upcast
 from distill.types import DistillError, QueryLayer
 

@@ -16,9 +16,10 @@ from distill.detectors.backbones import freeze, resolved_options
 from distill.detectors.base import Detector
 from distill.detectors.norms import check_norm, convert_norms
 from distill.detectors.options import PIXELS, BackboneOptions, PixelOptions, to_plain
+from distill.detectors.query_view import LIBRARY_NAMES, Cells, QueryView
 from distill.detectors.roi_align import region_pool
 from distill.detectors.set_criterion import QueryGroup, SetCriterion, SetLosses
-from distill.detectors.set_prediction import CRITERIA, LIBRARY_NAMES, Cells, QueryView, transformers
+from distill.detectors.set_prediction import CRITERIA, transformers
 from distill.detectors.torchvision_weights import NoWeights
 from distill.detectors.transformers_bodies import initialize_convolutions
 from distill.detectors.transformers_weights import published_classes, read_published

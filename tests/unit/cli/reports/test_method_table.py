@@ -82,5 +82,5 @@ def test_the_command_takes_methods_and_options(capsys: pytest.CaptureFixture[str
 
 
 def test_the_specs_of_detectors_with_queries_are_those_of_the_detectors() -> None:
-    view = pytest.importorskip("distill.detectors.set_prediction", reason="needs transformers").PointView
+    view = pytest.importorskip("distill.detectors.query_view", reason="needs transformers").PointView
     assert view.outputs == method_table.QUERY_OUTPUTS
