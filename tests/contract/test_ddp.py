@@ -219,7 +219,7 @@ def set_prediction(family: str, processes: int, bare: tuple[int, ...]) -> dict[s
     return fit(module, data(2, train=8, bare=bare), processes, log_every_n_steps=1)
 
 
-SQUARES = {"min_size": 64, "max_size": 64, "score_thresh": 0.0}
+SQUARES = {"min_size": 64, "max_size": 64, "queries": 16, "score_thresh": 0.0}
 QUERY_RUNS: dict[str, Any] = {
     f"{family}, {name}": partial(set_prediction, family, bare=bare)
     for family in QUERY_FAMILIES

@@ -23,7 +23,7 @@ from distill.teacher import Teacher
 from distill.training.callbacks.term_check import GRADIENT_FACTOR, measure_terms
 from distill.training.nonfinite import non_finite_levels
 from distill.types import ALTERNATIVES, MAPS, Batch, DetectorSpec, DistillError, MissingOutputError, Target, require
-from helpers.detectors import QUERY_FAMILIES, SMALL_QUERIES, SMALL_RFDETR
+from helpers.detectors import QUERY_FAMILIES, query_detector
 from helpers.fake_view import spec as pyramid_spec
 
 SMALL = {"backbone": {"depth": 10, "width": 0.25, "norm": "batch_fixed_stats"}, "neck_channels": 64}
@@ -92,9 +92,9 @@ def batch(height: int = 64) -> Batch:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_view_has_exactly_the_outputs_of_its_spec(family: str) -> None:
-    detector: Any = FAMILIES[family]
-    options = dict.fromkeys(QUERY_FAMILIES, SMALL_QUERIES) | {"rfdetr": SMALL_RFDETR}
-    view = detector(["cat", "dog"], **options.get(family, SMALL)).view(batch(96 if family == "rfdetr" else 64))
+    kind: Any = FAMILIES[family]
+    detector = query_detector(family) if family in QUERY_FAMILIES else kind(["cat", "dog"], **SMALL)
+    view = detector.view(batch(96))
     assert view.spec.outputs <= {*ALTERNATIVES, *MAPS}
     for output in {*ALTERNATIVES, *MAPS}:
         assert hasattr(view, output) == (output in view.spec.outputs), output

@@ -22,8 +22,10 @@ from distill.losses.detr_corners import DETRCorners
 from distill.losses.detr_features import DETRFeatures
 from distill.losses.detr_logits import DETRLogits
 from distill.losses.detr_points import DETRPoints
+from distill.losses.fgd import FGD
+from distill.losses.pkd import PKD
 from distill.types import DistillError
-from helpers.detectors import QUERY_FAMILIES, SMALL_QUERIES, padded_batch, query_detector, random_detector, square_batch
+from helpers.detectors import QUERY_FAMILIES, padded_batch, query_detector, random_detector, square_batch
 from helpers.grids import exhaustive
 
 pytest.importorskip("transformers", reason="the detectors with queries are transformers'")
@@ -35,8 +37,7 @@ def detector(family: str, seed: int, layers: int = 3) -> Any:
     """A small detector with random weights."""
     if family not in QUERY_FAMILIES:
         return random_detector(family, seed)
-    torch.manual_seed(seed)
-    made = QUERY_FAMILIES[family](["cat", "dog", "owl"], **{**SMALL_QUERIES, "decoder_layers": layers})
+    made = query_detector(family, seed, decoder_layers=layers)
     with torch.no_grad():
         for name, parameter in made.net.named_parameters():
             if "bbox_embed" in name:  # the last layers start at 0: all queries have one distribution
@@ -53,6 +54,8 @@ ALL = {"classes": 1.0, "l1": 5.0, "giou": 2.0}
 CASES: dict[str, tuple[Callable[..., DistillLoss], str, str]] = {
     "logits": (DETRLogits, "rtdetr", "rtdetr"),
     "logits between families": (DETRLogits, "rtdetr", "dfine"),
+    "logits of groups": (DETRLogits, "rfdetr", "rtdetr"),
+    "logits of a teacher with groups": (DETRLogits, "rtdetr", "rfdetr"),
     "points": (partial(DETRPoints, assignment=ALL), "rtdetr", "rtdetr"),
     "points between families": (partial(DETRPoints, assignment=ALL), "dfine", "rtdetr"),
     "corners of points": (DETRCorners, "dfine", "dfine"),
@@ -60,6 +63,10 @@ CASES: dict[str, tuple[Callable[..., DistillLoss], str, str]] = {
     "corners of another family": (partial(DETRCorners, corners={"pairs": "matching"}), "deimv2", "dfine"),
     "features": (DETRFeatures, "rtdetr", "dfine"),
     "features of another family": (DETRFeatures, "faster_rcnn", "rtdetr"),
+    "features on one stride": (DETRFeatures, "rfdetr", "rtdetr"),
+    "features of one stride": (DETRFeatures, "rtdetr", "rfdetr"),
+    "maps on one stride": (PKD, "rfdetr", "dfine"),
+    "maps of one stride": (FGD, "deimv2", "rfdetr"),
 }
 
 
@@ -131,9 +138,9 @@ def test_a_teacher_whose_queries_are_unlike_its_neck_is_refused_before_it_is_tra
     teacher, student = planned_teacher(options, ["cat", "dog", "owl"]).spec, detector("faster_rcnn", 0)
     with pytest.raises(DistillError, match=r"decoder_channels=64 and teacher\.model\.neck_channels=96"):
         build_losses(plan_losses(cfg), student.spec, teacher)
-    wide = QUERY_FAMILIES["rtdetr"](["cat", "dog", "owl"], **{**SMALL_QUERIES, "neck_channels": 96})
+    wide = query_detector("rtdetr", neck_channels=96, decoder_channels=32)
     layer = views(student, wide)[1].queries[-1]
-    assert layer.hidden.shape[2] == wide.spec.query_channels == SMALL_QUERIES["decoder_channels"]
+    assert layer.hidden.shape[2] == wide.spec.query_channels == 32
 
 
 def test_corners_of_the_published_sizes_of_d_fine_are_refused_before_a_teacher_is_trained() -> None:
@@ -186,7 +193,7 @@ def test_without_corner_losses_the_form_of_a_distribution_is_not_trained(corner_
 
 def test_corners_of_matches_compare_other_strides() -> None:
     """D-FINE L teaches D-FINE N: only the matched queries are compared."""
-    student = QUERY_FAMILIES["dfine"](["cat", "dog", "owl"], **SMALL_QUERIES, strides=(16, 32))
+    student = query_detector("dfine", strides=(16, 32))
     teacher = detector("dfine", 1)
     value = DETRCorners(student.spec, teacher.spec, {"pairs": "matching"})(*views(student, teacher))
     assert value["corners.divergence"].isfinite()
@@ -195,12 +202,15 @@ def test_corners_of_matches_compare_other_strides() -> None:
 
 def test_other_bins_and_strides_are_refused() -> None:
     plain = detector("dfine", 0).spec
-    curved = QUERY_FAMILIES["dfine"](["cat", "dog", "owl"], **SMALL_QUERIES, bin_curve=8.0).spec
-    coarse = QUERY_FAMILIES["rtdetr"](["cat", "dog", "owl"], **SMALL_QUERIES, strides=(16, 32)).spec
+    curved, coarse = query_detector("dfine", bin_curve=8.0).spec, query_detector("rtdetr", strides=(16, 32)).spec
     with pytest.raises(DistillError, match=r"model\.bin_curve=4\.0 beside teacher\.model\.bin_curve=8\.0"):
         DETRCorners(plain, curved)
     with pytest.raises(DistillError, match=r"model\.strides=\[16, 32\] and teacher\.model\.strides=\[8, 16, 32\]"):
         DETRPoints(coarse, detector("rtdetr", 0).spec)
+    for families in (("rfdetr", "rtdetr"), ("rtdetr", "rfdetr")):  # whose decoder starts from no foreign points
+        for assignment in ({}, ALL):
+            with pytest.raises(DistillError, match=r"the (student|teacher) is a rfdetr, which has no"):
+                DETRPoints(*(detector(family, 0).spec for family in families), assignment=assignment)
 
 
 PAIRS = {name: families for name, families in method_table.PAIRS.items() if QUERY_FAMILIES.keys() & set(families)}

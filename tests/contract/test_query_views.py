@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from distill.detectors.set_prediction import SetPredictionDetector
 from distill.types import Batch, DistillError, QueryPoints, Target
 from helpers.detectors import (
     QUERY_FAMILIES,
     assert_order_changes_nothing,
     assert_same,
     gradients,
+    query_batch,
     query_detector,
     square_batch,
 )
@@ -42,6 +44,8 @@ KINDS = [
         id="deimv2-three-levels",
     ),
     pytest.param("deimv2", LITE, id="deimv2-lite"),
+    pytest.param("rfdetr", {}, id="rfdetr"),
+    pytest.param("rfdetr", {"positions": 6}, id="rfdetr-interpolated"),  # the trained position codes are resized
 ]
 
 
@@ -51,18 +55,21 @@ def without_boxes(data: Batch) -> Batch:
 
 @pytest.mark.parametrize(("family", "options"), KINDS)
 def test_losses_and_gradients_equal_the_librarys_bit_for_bit(family: str, options: dict[str, Any]) -> None:
-    """In training mode, with denoising queries, and with the statistics of all norms."""
-    detector, data = query_detector(family, criterion="library", **options), square_batch()
+    """In training mode, with denoising queries or groups and dropout, and with the statistics of all norms."""
+    row = QUERY_FAMILIES[family]
+    detector, data = query_detector(family, criterion="library", **row.random, **options), query_batch(family)
     reference = copy.deepcopy(detector.net)
     torch.manual_seed(7)
     view: Any = detector.view(data)
     sum(view.library_terms.values()).backward()
     torch.manual_seed(7)
-    expected = reference(data.images.float() / 255, labels=view.labels)
+    expected = reference(view.images, labels=view.labels)
     expected.loss.backward()
-    assert view.denoising is not None
-    assert list(view.library_terms) == list(expected.loss_dict)
-    assert_same(view.library_terms, expected.loss_dict)
+    assert row.groups or view.denoising is not None
+    if not row.groups:  # there, the library's terms have no weights
+        assert list(view.library_terms) == list(expected.loss_dict)
+        assert_same(view.library_terms, expected.loss_dict)
+    assert set(view.library_terms) == {name for name in expected.loss_dict if not name.startswith("cardinality")}
     assert torch.equal(sum(view.library_terms.values()), expected.loss)
     theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     assert_same(gradients(detector), theirs)
@@ -73,38 +80,43 @@ def test_losses_and_gradients_equal_the_librarys_bit_for_bit(family: str, option
 
 @pytest.mark.parametrize(("family", "options"), KINDS)
 def test_detections_equal_the_librarys_bit_for_bit(family: str, options: dict[str, Any]) -> None:
-    from transformers import RTDetrImageProcessor
+    import transformers
 
-    detector, data = query_detector(family, detections_per_img=20, **options).eval(), square_batch()
+    row = QUERY_FAMILIES[family]
+    detector, data = query_detector(family, detections_per_img=20, **options).eval(), query_batch(family)
     view = detector.view(data, training=False, frozen=True)
     with torch.no_grad():
-        outputs = detector.net(data.images.float() / 255)
-    sizes = torch.tensor(data.original_sizes)
-    expected = RTDetrImageProcessor().post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+        outputs = detector.net(view.images)
+    sizes, processor = torch.tensor(data.original_sizes), getattr(transformers, row.processor)()
+    pixels = processor(list(data.images), do_resize=False, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(view.images, pixels, rtol=0, atol=1e-6)
+    expected = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
     for actual, other in zip(view.detections, expected, strict=True):
         assert len(actual.boxes) == 20
         assert torch.equal(actual.boxes, other["boxes"])
         assert torch.equal(actual.scores, other["scores"])
         assert torch.equal(actual.labels - 1, other["labels"])
     dense = torch.cat([x.flatten(2).transpose(1, 2) for x in view.class_logits.values()], dim=1)
+    if row.groups:  # there, the library gives the scores of the best cells only
+        dense = dense.gather(1, dense.amax(dim=2).topk(20).indices[..., None].expand(-1, -1, 3))
     assert torch.equal(dense, outputs.enc_outputs_class)
     assert {stride: tuple(x.shape[2:]) for stride, x in view.class_logits.items()} == {
-        stride: (96 // stride, 128 // stride) for stride in detector.spec.neck
+        stride: (row.images[0] // stride, row.images[1] // stride) for stride in detector.spec.neck
     }
 
 
 @pytest.mark.parametrize("family", QUERY_FAMILIES)
 def test_the_own_criterion_gives_every_layer_a_gradient(family: str) -> None:
     """transformers' loss of D-FINE and DEIMv2 has no term for the ordinary queries of the second-to-last layer."""
-    detector, data = query_detector(family), square_batch()
-    view = detector.view(data, seed=1)
-    layers = view.queries
+    detector, data = query_detector(family), query_batch(family)
+    view: Any = detector.view(data, seed=1)
+    layers = view._layers if QUERY_FAMILIES[family].groups else view.queries
     kept = [x for layer in layers for x in layer[:4] if x is not None]
     for x in kept:
         x.retain_grad()
     sum(view.losses.values()).backward()
     assert len(layers) == 3
-    assert all((layer.corners is None) == (family == "rtdetr") for layer in layers)
+    assert all((layer.corners is not None) == QUERY_FAMILIES[family].corners for layer in layers)
     for layer in layers:
         assert layer.logits.grad.abs().sum() > 0
         assert layer.boxes.grad.abs().sum() > 0
@@ -114,10 +126,11 @@ def test_the_own_criterion_gives_every_layer_a_gradient(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", QUERY_FAMILIES)
-@pytest.mark.parametrize("criterion", ["own", "library"])
-def test_a_batch_without_any_box_leaves_no_parameter_without_a_gradient(family: str, criterion: str) -> None:
-    detector = query_detector(family, criterion=criterion)
-    losses = detector.view(without_boxes(square_batch())).losses
+@pytest.mark.parametrize(("criterion", "boxes"), [("own", False), ("library", False), ("library", True)])
+def test_no_parameter_is_left_without_a_gradient(family: str, criterion: str, boxes: bool) -> None:
+    """Also not by a batch without any box, because DDP expects a gradient of every weight."""
+    detector, data = query_detector(family, criterion=criterion), query_batch(family)
+    losses = detector.view(data if boxes else without_boxes(data)).losses
     sum(losses.values()).backward()
     assert all(value.isfinite() for value in losses.values())
     assert not [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
@@ -125,7 +138,7 @@ def test_a_batch_without_any_box_leaves_no_parameter_without_a_gradient(family: 
 
 @pytest.mark.parametrize("family", QUERY_FAMILIES)
 def test_reading_order_changes_nothing(family: str) -> None:
-    assert_order_changes_nothing(query_detector(family), square_batch())
+    assert_order_changes_nothing(query_detector(family, **QUERY_FAMILIES[family].random), query_batch(family))
 
 
 def test_a_seeded_view_leaves_the_global_stream_alone() -> None:
@@ -139,9 +152,8 @@ def test_a_seeded_view_leaves_the_global_stream_alone() -> None:
 
 @pytest.mark.parametrize("family", QUERY_FAMILIES)
 def test_only_what_is_read_is_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    detector, calls = query_detector(family), dict.fromkeys(("body", "encoder", "scores", "boxes", "decoder"), 0)
-    model = detector.net.model
-    parts = (detector.body, model.encoder, model.enc_score_head, model.enc_bbox_head, model.decoder)
+    row, calls = QUERY_FAMILIES[family], dict.fromkeys(("body", "encoder", "scores", "boxes", "decoder"), 0)
+    detector = query_detector(family)
 
     def counting(name: str, forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -150,20 +162,23 @@ def test_only_what_is_read_is_run(family: str, monkeypatch: pytest.MonkeyPatch) 
 
         return run
 
-    for name, part in zip(calls, parts, strict=True):
+    for name, path in zip(calls, row.parts, strict=True):
+        part = detector.net.get_submodule(path)
         monkeypatch.setattr(part, "forward", counting(name, part.forward))
-    view, ran = detector.view(square_batch()), []
-    for stage in ("body", "neck", "class_logits", "query_points", "queries", "losses"):
+    view, ran = detector.view(query_batch(family)), []
+    for stage in ("body", "neck", "class_logits", *["query_points"][: row.any_points], "queries", "losses"):
         getattr(view, stage)
         ran.append([name for name, count in calls.items() if count])
     names = list(calls)
-    assert ran == [names[:1], names[:2], names[:3], names[:4], names, names]
+    assert ran == [names[:1], names[:2], names[:3], *[names[:4]][: row.any_points], names, names]
+    if row.groups:  # there, the library scores cells and chooses the best of them in one function
+        assert calls.pop("scores") > 0
     assert set(calls.values()) == {1}
 
 
 @pytest.mark.parametrize("family", QUERY_FAMILIES)
 def test_a_frozen_view_gives_every_layer_and_changes_no_buffer(family: str) -> None:
-    detector, data = query_detector(family).eval(), square_batch()
+    detector, data = query_detector(family).eval(), query_batch(family)
     buffers = {name: value.clone() for name, value in detector.net.named_buffers()}
     view = detector.view(data, frozen=True)
     layers = view.queries
@@ -182,8 +197,13 @@ def test_a_frozen_view_gives_every_layer_and_changes_no_buffer(family: str) -> N
 @pytest.mark.parametrize("family", QUERY_FAMILIES)
 def test_the_decoder_starts_from_any_points(family: str) -> None:
     """From its own it gives its own queries; a gradient reaches decoder and encoder from others, of any number."""
-    detector, data = query_detector(family).eval(), square_batch()
+    detector, data = query_detector(family).eval(), query_batch(family)
     view = detector.view(data, training=False)
+    if not QUERY_FAMILIES[family].any_points:
+        for output in ("query_points", "decode"):
+            with pytest.raises(DistillError, match=rf"view\.{output}: the detector is a {family}, which has no"):
+                getattr(view, output)
+        return
     for again, layer in zip(view.decode(view.query_points), view.queries, strict=True):
         torch.testing.assert_close(again.boxes, layer.boxes, rtol=0, atol=1e-5)
         torch.testing.assert_close(again.logits, layer.logits, rtol=0, atol=1e-4)
@@ -201,7 +221,7 @@ def test_the_decoder_starts_from_any_points(family: str) -> None:
 def test_boxes_are_float32_in_bfloat16(family: str) -> None:
     from distill.teacher import Teacher
 
-    detector, data = query_detector(family), square_batch()
+    detector, data = query_detector(family), query_batch(family)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         view = detector.view(data)
         losses = view.losses
@@ -218,9 +238,10 @@ def test_boxes_are_float32_in_bfloat16(family: str) -> None:
     assert exact.shape == rounded.queries[-1].boxes.shape
 
 
-def test_training_works_after_evaluation_in_inference_mode() -> None:
+@pytest.mark.parametrize(("family", "size"), [("rtdetr", (64, 160)), ("rfdetr", (96, 96))])
+def test_training_works_after_evaluation_in_inference_mode(family: str, size: tuple[int, int]) -> None:
     """The library caches start boxes and position codes; tensors of inference mode must not be among them."""
-    detector, data = query_detector("rtdetr"), square_batch(((64, 160), (64, 160)))
+    detector, data = query_detector(family), square_batch((size, size))
     with torch.inference_mode():
         assert detector.view(data, training=False).detections
     copy.deepcopy(detector)
@@ -228,8 +249,9 @@ def test_training_works_after_evaluation_in_inference_mode() -> None:
     assert gradients(detector)
 
 
-def test_thresholds_can_be_given() -> None:
-    view = query_detector("rtdetr").view(square_batch(), training=False)
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
+def test_thresholds_can_be_given(family: str) -> None:
+    view = query_detector(family).view(query_batch(family), training=False)
     default = view.predictions()
     assert {len(image.boxes) for image in default} == {60}
     assert [len(image.boxes) for image in view.predictions(top=7)] == [7, 7, 7]
@@ -240,7 +262,9 @@ def test_thresholds_can_be_given() -> None:
     assert all(image.labels.min() >= 1 and image.labels.max() <= 3 for image in default)
 
 
-@pytest.mark.parametrize("family", QUERY_FAMILIES)
+@pytest.mark.parametrize(
+    "family", [x for x, y in QUERY_FAMILIES.items() if issubclass(y.detector, SetPredictionDetector)]
+)
 def test_numbers_that_are_too_low_are_refused(family: str) -> None:
     """Two layers are enough; with one, the library cannot tie the heads."""
     message = r"expected queries from 1 on, decoder_layers from 2 on, got queries=0, decoder_layers=1"
@@ -265,8 +289,10 @@ def test_images_and_queries_that_do_not_fit_are_refused() -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("family", "options"), KINDS)
 def test_one_batch_can_be_learned_by_heart(family: str, options: dict[str, Any]) -> None:
-    detector, data = query_detector(family, denoising=0, **options), square_batch(((128, 128), (128, 128)))
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
+    row = QUERY_FAMILIES[family]
+    still = {"denoising": 0} if "denoising" in row.small else {}
+    detector, data = query_detector(family, **still, **options), square_batch(((128, 128), (128, 128)))
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=row.rate)
     for _ in range(600):  # D-FINE with two levels has an IoU of 0.36 after 250 steps, and 0.98 after 600
         optimizer.zero_grad()
         sum(detector.view(data).losses.values()).backward()

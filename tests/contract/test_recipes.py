@@ -177,7 +177,7 @@ QUERIES = {
 
 RECIPES = MODERN | DEFEAT | FGFI | MIMIC | TADF | DSIG | SSIM | QUERIES
 PREFIXES = {family.detector.__name__: family.options for family in FAMILIES.values()}
-PREFIXES |= {kind.__name__: family for family, kind in QUERY_FAMILIES.items()}
+PREFIXES |= {row.detector.__name__: family for family, row in QUERY_FAMILIES.items()}
 
 
 def name(model: DictConfig) -> str:

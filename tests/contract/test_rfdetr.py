@@ -1,9 +1,11 @@
-"""RF-DETR: equal to transformers bit for bit, groups that see nothing of each other, and what is refused."""
+"""RF-DETR: its groups of queries, its own losses, its sizes, and what is refused.
+
+What holds for all families with queries is in ``test_query_views.py`` and the other tests over `QUERY_FAMILIES`.
+"""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,68 +13,13 @@ import pytest
 import torch
 
 from distill.cli.config import compose, instantiate
-from distill.detectors.registry import load_detector
-from distill.detectors.rfdetr import RFDETR
-from distill.detectors.student_files import save_safetensors, save_student
-from distill.types import DistillError, Target
-from helpers.detectors import (
-    SMALL_RFDETR,
-    assert_order_changes_nothing,
-    assert_same,
-    gradients,
-    query_detector,
-    square_batch,
-)
+from distill.types import DistillError
+from helpers.detectors import query_detector, square_batch
 
 pytest.importorskip("transformers", reason="the extra detr is not installed")
 
 SQUARE = ((128, 128),) * 3
-
-
-def rfdetr(seed: int = 0, **options: Any) -> Any:
-    torch.manual_seed(seed)
-    detector = RFDETR(["cat", "dog", "owl"], **{**SMALL_RFDETR, **options})
-    with torch.no_grad():  # fresh box heads are 0, and all boxes those of their cells
-        for head in (detector.net.bbox_embed, *detector.net.model.enc_out_bbox_embed):
-            head.layers[-1].weight.normal_(std=0.05)
-    return detector
-
-
-@pytest.mark.parametrize("sizes", [SQUARE, ((96, 96),) * 3], ids=["codes-as-trained", "interpolated"])
-def test_losses_and_gradients_equal_the_librarys_bit_for_bit(sizes: Any) -> None:
-    """In training mode, with all groups and with dropout."""
-    detector, data = rfdetr(criterion="library", dropout=0.1), square_batch(sizes)
-    reference = copy.deepcopy(detector.net)
-    torch.manual_seed(7)
-    view = detector.view(data)
-    total = sum(view.library_terms.values())
-    total.backward()
-    torch.manual_seed(7)
-    expected = reference(view.images, labels=view.labels)
-    expected.loss.backward()
-    assert torch.equal(total, expected.loss)
-    assert set(view.library_terms) == {name for name in expected.loss_dict if not name.startswith("cardinality")}
-    theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-    assert_same(gradients(detector), theirs)
-    assert len(theirs) > 100
-    assert torch.isclose(sum(view.losses.values()), expected.loss, rtol=1e-6)
-
-
-def test_detections_equal_the_librarys_bit_for_bit() -> None:
-    from transformers import RfDetrImageProcessor
-
-    detector, data = rfdetr(detections_per_img=20).eval(), square_batch(SQUARE)
-    view = detector.view(data, training=False, frozen=True)
-    with torch.no_grad():
-        outputs = detector.net(view.images)
-    sizes = torch.tensor(data.original_sizes)
-    expected = RfDetrImageProcessor().post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
-    for actual, other in zip(view.detections, expected, strict=True):
-        assert len(actual.boxes) == 20
-        assert torch.equal(actual.boxes, other["boxes"])
-        assert torch.equal(actual.scores, other["scores"])
-        assert torch.equal(actual.labels - 1, other["labels"])
-    assert view.class_logits[16].shape == (3, 3, 8, 8)
+rfdetr = partial(query_detector, "rfdetr")
 
 
 def test_the_own_losses_are_the_librarys_up_to_rounding() -> None:
@@ -111,39 +58,12 @@ def test_groups_see_nothing_of_each_other() -> None:
         torch.testing.assert_close(value, detector.view(data, training=False).losses[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("criterion", ["own", "library"])
-@pytest.mark.parametrize("boxes", [True, False])
-def test_every_parameter_and_layer_gets_a_gradient(criterion: str, boxes: bool) -> None:
-    detector, data = rfdetr(criterion=criterion), square_batch(SQUARE)
-    if not boxes:
-        data = replace(data, targets=tuple(Target(x.boxes[:0], x.labels[:0]) for x in data.targets))
-    view = detector.view(data)
-    layers = view._layers
-    for layer in layers:
-        layer.logits.retain_grad()
-        layer.boxes.retain_grad()
-    losses = view.losses
-    sum(losses.values()).backward()
-    assert all(value.isfinite() for value in losses.values())
-    assert not [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
-    if boxes and criterion == "own":
-        assert all(layer.logits.grad.abs().sum() > 0 and layer.boxes.grad.abs().sum() > 0 for layer in layers)
-
-
-def test_reading_order_changes_nothing() -> None:
-    assert_order_changes_nothing(rfdetr(dropout=0.1), square_batch(SQUARE))
-
-
-def test_a_frozen_view_gives_every_layer_and_changes_no_mode() -> None:
-    detector, data = rfdetr(), square_batch(SQUARE)
-    view = detector.view(data, training=False, frozen=True)
-    assert len(view.queries) == 3
-    assert not any(x.requires_grad for layer in view.queries for x in layer if x is not None)
+def test_a_view_for_evaluation_has_one_group_and_changes_no_mode() -> None:
+    detector = rfdetr()
+    view = detector.view(square_batch(SQUARE), training=False, frozen=True)
+    assert [layer.logits.shape for layer in view._layers] == [(3, 20, 3)] * 3
     assert all(module.training for module in detector.net.modules())
-    assert view.roi_features([target.boxes for target in data.targets]).shape == (6, 32, 7, 7)
     assert {stride: x.shape[1:] for stride, x in view.body.items()} == {16: (64, 8, 8)}
-    with pytest.raises(DistillError, match=r"rfdetr, which has no query_points|query_points"):
-        _ = view.query_points
 
 
 def test_operations_can_be_counted() -> None:
@@ -155,68 +75,19 @@ def test_operations_can_be_counted() -> None:
     assert counter.get_total_flops() > 1e6
 
 
-def test_boxes_are_float32_in_bfloat16() -> None:
-    from distill.teacher import Teacher
-
-    detector, data = rfdetr(), square_batch(SQUARE)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        view = detector.view(data)
-        losses = view.losses
-    assert {x.dtype for layer in view.queries for x in layer if x is not None} == {torch.float32}
-    assert all(value.isfinite() for value in losses.values())
-    rounded = Teacher(detector, dtype="bfloat16").view(data)
-    assert rounded.neck[16].dtype == torch.bfloat16
-    assert rounded.queries[-1].boxes.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    "option", ["detr_logits", "detr_features", "detr_assignment", "pkd", "cwd", "fgd", "detr_points"]
-)
-def test_it_teaches_and_learns_from_another_family(option: str) -> None:
-    """On the shared map of stride 16. Its decoder cannot start from foreign points, so `detr_points` refuses it."""
-    pair = rfdetr(neck_channels=64).train(), query_detector("rtdetr", 1, neck_channels=64, decoder_channels=64)
-    data, nodes = square_batch(SQUARE), compose.compose_config([f"distill={option}", "hydra.run.dir=."]).distill.losses
-    for student, teacher in (pair, pair[::-1]):
-
-        def build(student: Any = student, teacher: Any = teacher) -> list[Any]:
-            specs = {"student": student.spec, "teacher": teacher.spec}
-            return [instantiate.build_node(node, **specs) for node in nodes.values()]
-
-        if option in ("detr_points", "detr_assignment"):
-            with pytest.raises(DistillError, match="rfdetr"):
-                build()
-            continue
-        views = student.view(data, seed=1), teacher.view(data, frozen=True, seed=2)
-        terms = [term for loss in build() for term in loss(*views).values()]
-        assert terms
-        sum(terms).backward()
-        assert all(term.isfinite() for term in terms)
-        assert any(p.grad is not None and p.grad.any() for p in student.body.parameters())
-
-
-@pytest.mark.parametrize("save", [save_student, save_safetensors])
-def test_a_saved_detector_is_the_same(save: Any, tmp_path: Path) -> None:
-    first = rfdetr(seed=3)
-    save(first, tmp_path)
-    again = load_detector(tmp_path)
-    assert again.options == first.options
-    assert again.resize.shape == "square"
-    assert_same(dict(again.state_dict()), dict(first.state_dict()))
-
-
-def test_a_folder_of_transformers_is_loaded(tmp_path: Path) -> None:
+def test_classes_of_a_folder_of_transformers_are_matched_by_name(tmp_path: Path) -> None:
     first = rfdetr(seed=3)
     first.net.config.id2label = {0: "owl", 1: "cat", 2: "dog"}
     first.net.config.label2id = {"owl": 0, "cat": 1, "dog": 2}
     first.net.save_pretrained(tmp_path)
-    loaded = RFDETR(["cat", "dog", "owl"], **{**SMALL_RFDETR, "weights": str(tmp_path)})
+    loaded = rfdetr(weights=str(tmp_path))
     data = square_batch(SQUARE)
     expected, found = (x.eval().view(data, training=False, frozen=True).queries[-1] for x in (first, loaded))
     assert torch.equal(found.boxes, expected.boxes)
     torch.testing.assert_close(found.logits, expected.logits[..., [1, 2, 0]], rtol=0, atol=1e-6)
-    assert RFDETR(**{**SMALL_RFDETR, "weights": str(tmp_path)}).classes == ("owl", "cat", "dog")
+    assert rfdetr(classes=None, weights=str(tmp_path)).classes == ("owl", "cat", "dog")
     with pytest.raises(DistillError, match=r"model\.windows=2.*model\.self_heads=4"):
-        RFDETR(["cat", "dog", "owl"], **{**SMALL_RFDETR, "weights": str(tmp_path), "windows": 1, "self_heads": 2})
+        rfdetr(weights=str(tmp_path), windows=1, self_heads=2)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("rfdetr_nano", 30.5), ("rfdetr_small", 32.1), ("rfdetr_medium", 33.7)])
@@ -237,6 +108,7 @@ def test_sizes_have_the_published_number_of_parameters(name: str, millions: floa
         ({"min_size": 144}, r"min_size, max_size: expected multiples of 32 pixels.*144 and 128"),
         ({"self_heads": 5}, r"neck_channels: expected a multiple of 4, of self_heads=5"),
         ({"groups": 0}, r"groups=0: expected numbers from 1 on"),
+        ({"queries": 0, "decoder_layers": 0}, r"decoder_layers=0, queries=0: expected numbers from 1 on"),
         ({"criterion": "both"}, r"criterion: expected own or library"),
     ],
 )
@@ -253,20 +125,3 @@ def test_images_that_do_not_fit_are_refused() -> None:
             _ = detector.view(square_batch((size,))).neck
     with pytest.raises(DistillError, match=r"64 cells of stride 16.*model\.queries=64"):
         _ = rfdetr(queries=100).view(square_batch(SQUARE)).queries
-
-
-@pytest.mark.exhaustive
-def test_one_batch_can_be_learned_by_heart() -> None:
-    from torchvision.ops import box_iou
-
-    detector, data = rfdetr(), square_batch(SQUARE[:2])
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
-    for _ in range(300):
-        optimizer.zero_grad()
-        sum(detector.view(data).losses.values()).backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
-        optimizer.step()
-    found, truth = detector.view(data).predictions(top=3)[0], data.targets[0]
-    best = box_iou(truth.boxes, found.boxes).max(dim=1)
-    assert best.values.min() > 0.7
-    assert torch.equal(found.labels[best.indices], truth.labels)

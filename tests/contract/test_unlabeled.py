@@ -26,6 +26,7 @@ from distill.losses.at import AT
 from distill.losses.base import DistillLoss
 from distill.losses.chen import Chen
 from distill.losses.defeat import DeFeat
+from distill.losses.detr_logits import DETRLogits
 from distill.losses.dsig import DSIG
 from distill.losses.fgd import FGD
 from distill.losses.foundation import Foundation
@@ -36,7 +37,7 @@ from distill.training.balance import GradientBalance
 from distill.training.distiller import Distiller
 from distill.training.nonfinite import _batch_containers
 from distill.types import Batch, DistillError, MissingTargets
-from helpers.detectors import QUERY_FAMILIES, padded_batch, query_detector, random_detector, square_batch
+from helpers.detectors import QUERY_FAMILIES, padded_batch, query_batch, query_detector, random_detector
 from helpers.methods import METHODS, small_loss
 from helpers.training import (
     assert_same,
@@ -57,6 +58,7 @@ SETTINGS: dict[str, tuple[Callable[..., DistillLoss], str]] = {
         for name, method in METHODS.items()
         if not (method.needs_model or method.detectors)
     },
+    **{f"detr_logits of {family}": (DETRLogits, family) for family in QUERY_FAMILIES if family != "rtdetr"},
     **{f"{name} of RetinaNet": (small_loss(name), "retinanet") for name in ("dist", "response")},
     "defeat everywhere": (partial(DeFeat, mask=WHOLE, neck={"background": 0}), "faster_rcnn"),
     "ssim, masked": (partial(SSIM, mask={"kind": "ground_truth"}), "faster_rcnn"),
@@ -82,7 +84,7 @@ def views(family: str) -> tuple[Any, Any]:
     build, images = random_detector, padded_batch()
     if family in QUERY_FAMILIES:
         pytest.importorskip("transformers", reason="the detectors with queries are those of transformers")
-        build, images = query_detector, square_batch()
+        build, images = query_detector, query_batch(family)
     batch = replace(images, targets=MissingTargets())
     student, teacher = build(family).train(), build(family, seed=1).eval()
     return student.view(batch, seed=0), teacher.view(batch, frozen=True, seed=0)

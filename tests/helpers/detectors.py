@@ -20,6 +20,7 @@ from distill.detectors.faster_rcnn import FasterRCNN
 from distill.detectors.fcos import FCOS
 from distill.detectors.mask_rcnn import MaskRCNN
 from distill.detectors.retinanet import RetinaNet
+from distill.detectors.rfdetr import RFDETR
 from distill.detectors.rtdetr import RTDETR
 from distill.types import Batch, Target
 
@@ -65,22 +66,69 @@ FAMILIES = {
     ),
     "mask_rcnn": Family(MaskRCNN, "mask_rcnn", detection.MaskRCNN, two_stage=True, needs_masks=True),
 }
-QUERY_FAMILIES: dict[str, type[Detector]] = {"rtdetr": RTDETR, "dfine": DFine, "deimv2": DEIMv2}
-"""The set-prediction detectors of transformers. They have no anchors, no NMS and no network of torchvision."""
-SMALL_QUERIES = {
+
+
+class QueryFamily(NamedTuple):
+    """One row of the table of families with queries: what tests have to know of it. Whoever adds a family adds a row.
+
+    They are the set-prediction detectors of transformers. They have no anchors, no NMS and no network of torchvision.
+    """
+
+    detector: type[Detector]
+    small: Mapping[str, Any]
+    """Options of a small detector."""
+    parts: tuple[str, str, str, str, str]
+    """Its layers of the body, the encoder, the encoder's scores and boxes, and the decoder."""
+    processor: str = "RTDetrImageProcessor"
+    """The library's own class that makes pixels of images and detections of outputs."""
+    images: tuple[int, int] = (96, 128)
+    """Height and width of the images of its tests: not square if it takes such."""
+    corners: bool = False
+    """Its boxes have distributions of their sides."""
+    any_points: bool = True
+    """Its decoder starts from any points, as `query_points` and `decode` of the View say."""
+    groups: bool = False
+    """In training it has several groups of queries, and `queries` of the View are those of the first one."""
+    random: Mapping[str, Any] = {}
+    """Options with which its training draws numbers, if it draws none by default."""
+    box_heads: tuple[str, ...] = ()
+    """Beginnings of the names of heads whose fresh last layers are 0, so that all boxes are those of their cells."""
+    rate: float = 2e-3
+    """A learning rate with which it learns one batch by heart."""
+
+
+_SMALL = {
     "backbone": {"name": "resnet_d", "depth": 10, "width": 0.25},
     **{"neck_channels": 32, "encoder_ffn": 64, "encoder_heads": 4, "encoder_expansion": 0.5},
     **{"decoder_channels": 32, "decoder_layers": 3, "decoder_ffn": 64, "decoder_heads": 4, "decoder_points": 2},
     **{"queries": 20, "denoising": 10, "min_size": 128, "max_size": 128},
 }
-"""Options of a small set-prediction detector."""
-SMALL_RFDETR = {
-    "backbone": {"name": "dinov2", "depth": 4, "width": 0.17},
-    **{"positions": 8, "neck_channels": 32, "neck_blocks": 1, "decoder_ffn": 64, "self_heads": 4, "cross_heads": 4},
-    **{"queries": 20, "groups": 3, "decoder_layers": 3, "min_size": 128, "max_size": 128},
+_PARTS = ("model.encoder", "model.enc_score_head", "model.enc_bbox_head", "model.decoder")
+QUERY_FAMILIES = {
+    "rtdetr": QueryFamily(RTDETR, _SMALL, ("model.backbone.model", *_PARTS)),
+    "dfine": QueryFamily(DFine, _SMALL, ("model.backbone.model", *_PARTS), corners=True),
+    "deimv2": QueryFamily(DEIMv2, _SMALL, ("model.conv_encoder.model", *_PARTS), corners=True),
+    "rfdetr": QueryFamily(
+        RFDETR,
+        {
+            "backbone": {"name": "dinov2", "depth": 4, "width": 0.17},
+            **{"positions": 8, "neck_channels": 32, "neck_blocks": 1},
+            **{"decoder_layers": 3, "decoder_ffn": 64, "self_heads": 4, "cross_heads": 4},
+            **{"queries": 20, "groups": 3, "min_size": 128, "max_size": 128},
+        },
+        (
+            *("model.backbone.backbone", "model.backbone.projector"),
+            *("model.enc_out_class_embed.0", "model.enc_out_bbox_embed.0", "model.decoder"),
+        ),
+        processor="RfDetrImageProcessor",
+        images=(128, 128),
+        any_points=False,
+        groups=True,
+        random={"dropout": 0.1},
+        box_heads=("bbox_embed", "model.enc_out_bbox_embed"),
+        rate=1e-3,
+    ),
 }
-"""Options of a small RF-DETR. It is no row of `QUERY_FAMILIES`: it has one stride, takes squares only, and its decoder
-starts from no foreign points."""
 BOX_FAMILIES = {name: family for name, family in FAMILIES.items() if not family.needs_masks}
 SIZES = ((96, 64), (70, 100), (128, 90))
 FEW = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_train": 50}
@@ -128,7 +176,18 @@ def random_detector(family: str, seed: int = 0, **options: Any) -> Any:
 def query_detector(family: str, seed: int = 0, classes: Sequence[str] = ("cat", "dog", "owl"), **options: Any) -> Any:
     """A small set-prediction detector with random weights."""
     torch.manual_seed(seed)
-    return QUERY_FAMILIES[family](classes, **{**SMALL_QUERIES, **options})
+    row = QUERY_FAMILIES[family]
+    detector: Any = row.detector(classes, **{**row.small, **options})
+    if "weights" not in options:
+        for name, module in detector.net.named_modules():
+            if name.startswith(row.box_heads) and hasattr(module, "layers"):
+                torch.nn.init.normal_(module.layers[-1].weight, std=0.05)
+    return detector
+
+
+def query_batch(family: str, count: int = 3) -> Batch:
+    """Images for a small detector of the family; the second one has no boxes."""
+    return square_batch((QUERY_FAMILIES[family].images,) * count)
 
 
 def square_batch(sizes: tuple[tuple[int, int], ...] = ((96, 128),) * 3, seed: int = 1) -> Batch:
