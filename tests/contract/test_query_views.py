@@ -141,8 +141,9 @@ def test_reading_order_changes_nothing(family: str) -> None:
     assert_order_changes_nothing(query_detector(family, **QUERY_FAMILIES[family].random), query_batch(family))
 
 
-def test_a_seeded_view_leaves_the_global_stream_alone() -> None:
-    detector, data = query_detector("rtdetr"), square_batch()
+@pytest.mark.parametrize("family", QUERY_FAMILIES)
+def test_a_seeded_view_leaves_the_global_stream_alone(family: str) -> None:
+    detector, data = query_detector(family, **QUERY_FAMILIES[family].random), query_batch(family)
     before = torch.get_rng_state()
     losses = [sum(detector.view(data, seed=seed).losses.values()) for seed in (1, 1, 2)]
     assert torch.equal(before, torch.get_rng_state())

@@ -40,6 +40,8 @@ HEAD = 64
 """Channels of an attention head of the backbone."""
 SMALL_HEADS = 6
 """Attention heads of a DINOv2 S."""
+DROPOUT = 0
+"""Number of the draw of the decoder's dropout for `LazyView.draw`."""
 READ = 4
 """Number of the backbone's layers that the neck reads, at equal distances; the last one is the last layer."""
 
@@ -137,7 +139,8 @@ class RFDETRView(QueryView):
             _first_rows(x.weight, count).expand(len(starts), -1, -1)
             for x in (model.reference_point_embed, model.query_feat)
         )
-        with _mode(model.decoder, training=self.net.training and self._groups == self.detector.options["groups"]):
+        training = self.net.training and self._groups == self.detector.options["groups"]
+        with _mode(model.decoder, training=training), self.draw(DROPOUT):
             outputs = model.decoder(
                 inputs_embeds=content,
                 reference_points=self._refine(starts, shifts),
