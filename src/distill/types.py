@@ -264,13 +264,15 @@ _ANCHORS = "choose a detector with anchors (model=frcnn_r50, model=retinanet_r50
 _TWO_STAGE = "choose a two-stage detector (model=frcnn_r50)"
 _ANCHOR_FREE = "choose an anchor-free detector (model=fcos_r50)"
 _QUERIES = "choose a detector with queries (model=rtdetr_r18)"
+_POINTS = "choose a detector whose queries start from any points (model=rtdetr_r18)"
 ALTERNATIVES = {
     **dict.fromkeys(("neck", "roi_features"), _PYRAMID),
     **dict.fromkeys(("anchors", "deltas", "anchor_targets", "anchor_boxes"), _ANCHORS),
     **dict.fromkeys(("objectness", "proposals", "rois", "roi_logits", "roi_boxes"), _TWO_STAGE),
     **dict.fromkeys(("points", "centerness"), _ANCHOR_FREE),
     **dict.fromkeys(("tower_features", "finish_tower"), "choose a one-stage detector (model=retinanet_r50)"),
-    **dict.fromkeys(("queries", "query_targets", "query_points", "decode"), _QUERIES),
+    **dict.fromkeys(("queries", "query_targets"), _QUERIES),
+    **dict.fromkeys(("query_points", "decode"), _POINTS),
     "class_logits": "choose a one-stage detector (model=retinanet_r50)",
     "side_logits": (
         "give a one-stage student and teacher distribution heads (box_head=distribution, and for RetinaNet "

@@ -105,7 +105,8 @@ class DEIMv2(SetPredictionDetector):
         self.set_criterion = SetCriterion("mal", corner_bins, union=corner_losses)
         self.spec = replace(self.spec, trains_corners=corner_losses)
 
-    def corner_bins(self, options: Mapping[str, Any]) -> dict[str, float]:
+    @staticmethod
+    def corner_bins(options: Mapping[str, Any]) -> dict[str, float]:
         """Return the bins of the corner distributions."""
         return {"count": options["bins"] + 1, "limit": CORNER_LIMIT, "scale": float(options["bin_curve"])}
 

@@ -100,7 +100,8 @@ class DFine(SetPredictionDetector):
         super().__init__(locals())
         self.set_criterion = SetCriterion(bins=CornerBins(bins + 1, CORNER_LIMIT, bin_curve), union=True)
 
-    def corner_bins(self, options: Mapping[str, Any]) -> dict[str, float]:
+    @staticmethod
+    def corner_bins(options: Mapping[str, Any]) -> dict[str, float]:
         """Return the bins of the corner distributions."""
         return {"count": options["bins"] + 1, "limit": CORNER_LIMIT, "scale": float(options["bin_curve"])}
 

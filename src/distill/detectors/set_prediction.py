@@ -108,7 +108,8 @@ class SetPredictionDetector(Detector):
         """See the base class."""
         return LARGEST_STRIDE
 
-    def corner_bins(self, options: Mapping[str, Any]) -> dict[str, float]:
+    @staticmethod
+    def corner_bins(options: Mapping[str, Any]) -> dict[str, float]:
         """Return `DetectorSpec.corner_bins`: empty, because this family has no distributions."""
         return {}
 

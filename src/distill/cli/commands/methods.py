@@ -22,14 +22,14 @@ def main(argv: Sequence[str]) -> int:
     )
     # Folders of --config-dir are set already; their word, config_dirs=[…], is no name.
     names = sorted({name.lower() for name in parser.parse_args(list(argv)).names if "=" not in name})
-    from distill.cli.reports.method_table import PAIRS, method_rows, options_by_place, partners
+    from distill.cli.reports.method_table import grouped, method_rows, options_by_place, partners, refusals
 
     rows = list(method_rows(names))
     cells = (
         (
             row.option,
             ", ".join(row.kinds),
-            "all pairs" if len(row.pairs) == len(PAIRS) else ", ".join(row.pairs),
+            ", ".join(grouped(row.pairs)),
             ", ".join(f"{term} {weight:g}" for term, weight in row.terms.items()),
             f"{row.name}: {row.paper}",
             "" if row.cost is None else f"{row.cost:.1f}",
@@ -43,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
     if names:
         everything = list(method_rows())
         for row in rows:
-            for pair, reason in row.refused.items():
-                print(f"{row.option} refuses {pair}: {reason}")
+            for pairs, reason in refusals(row).items():
+                print(f"{row.option} refuses {pairs}: {reason}")
             print(f"{row.option} may be added to {', '.join(partners(row, everything)) or 'no other option'}.")
     by_place = ((place, ", ".join(options)) for place, options in options_by_place(rows).items())
     print_table("At most one option from each line", ("place", "options"), by_place, left=2)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -15,28 +16,29 @@ from distill.cli.config.suggestions import nearest
 from distill.losses.places import KINDS, places
 from distill.types import DetectorSpec, DistillError
 
+QUERY_NAMES = {"rtdetr": "RT-DETR", "dfine": "D-FINE", "deimv2": "DEIMv2", "rfdetr": "RF-DETR"}
+"""Family with queries -> its name in `PAIRS`."""
 PAIRS = {
     "two-stage": ("faster_rcnn", "faster_rcnn"),
     "one-stage": ("retinanet", "retinanet"),
     "FCOS": ("fcos", "fcos"),
     "mixed": ("retinanet", "faster_rcnn"),
-    "RT-DETR": ("rtdetr", "rtdetr"),
-    "D-FINE": ("dfine", "dfine"),
-    "RT-DETR as teacher": ("faster_rcnn", "rtdetr"),
-    "RT-DETR as student": ("rtdetr", "faster_rcnn"),
+    **{name: (family, family) for family, name in QUERY_NAMES.items()},
+    **{f"{name} as teacher": ("faster_rcnn", family) for family, name in QUERY_NAMES.items()},
+    **{f"{name} as student": (family, "faster_rcnn") for family, name in QUERY_NAMES.items()},
 }
 """Name -> the families of student and teacher for which an option is built."""
+GROUPS = {
+    f"queries{role}": [name + role for name in QUERY_NAMES.values()] for role in ("", " as teacher", " as student")
+}
+"""Name of a group of pairs -> its names in `PAIRS`."""
 DISTRIBUTIONS = "distribution heads"
 """Name of a pair of one-stage detectors with ``box_head=distribution``, for options that fit no other pair."""
 COMPOSED = "_global_.distill.losses."
 """Prefix of the place of each loss in the defaults of an option that composes several losses."""
 COSTS = "costs.csv"
 """File of the measured costs: ``docs/results/costs.csv`` of the checkout, in ``conf`` of an installed package."""
-QUERY_OUTPUTS = frozenset(
-    {"body", "neck", "roi_features", "class_logits", "queries", "query_targets", "query_points", "decode"}
-)
-"""Outputs of RT-DETR, D-FINE and DEIMv2."""
-HELD_MODELS = ("classifier", "model")
+HELD_MODELS = frozenset({"classifier", "model"})
 """Keys of a loss's frozen model."""
 
 
@@ -126,6 +128,30 @@ def options_by_place(rows: Iterable[MethodRow]) -> dict[str, list[str]]:
     return by_place
 
 
+def grouped(pairs: Iterable[str]) -> list[str]:
+    """Names of pairs, with one name for each group in `GROUPS` of which all pairs are given; ``all pairs`` for all."""
+    given = list(pairs)
+    if given == list(PAIRS):
+        return ["all pairs"]
+    group_of = {name: group for group, names in GROUPS.items() if set(names) <= set(given) for name in names}
+    return list(dict.fromkeys(group_of.get(name, name) for name in given))
+
+
+def refusals(row: MethodRow) -> dict[str, str]:
+    """Names of pairs that an option refuses for the same reason, as `grouped` writes them -> the reason.
+
+    Reasons that differ only in the name of a family with queries are the same.
+    """
+    families, alike = "|".join(QUERY_NAMES), dict[str, dict[str, str]]()
+    for pair, reason in row.refused.items():
+        kind = re.sub(rf"\ba (?:{families})\b", "a detector with queries", reason)
+        alike.setdefault(kind, {})[pair] = reason
+    return {
+        ", ".join(grouped(pairs)): kind if len(set(pairs.values())) > 1 else next(iter(pairs.values()))
+        for kind, pairs in alike.items()
+    }
+
+
 def partners(row: MethodRow, rows: Iterable[MethodRow]) -> list[str]:
     """The options that compare no place of this option, for at least one pair of detectors that both fit."""
     return [
@@ -167,12 +193,13 @@ def _node(option: str) -> DictConfig:
 
 def _row(option: str, loss: Any, node: DictConfig, specs: Mapping[str, DetectorSpec], cost: float | None) -> MethodRow:
     fitting, refused, terms = list[str](), dict[str, str](), dict[str, float]()
+    build = _constructor(node, loss)  # once, because Hydra takes longer than the constructor
     for pair, (student, teacher) in {**PAIRS, DISTRIBUTIONS: (DISTRIBUTIONS, DISTRIBUTIONS)}.items():
         if pair == DISTRIBUTIONS and fitting:
             break
         try:
-            built = _build(node, loss, specs[student], specs[teacher])
-        except DistillError as error:
+            built = build(specs[student], specs[teacher])
+        except (DistillError, *instantiate.ARGUMENT_ERRORS) as error:
             if pair in PAIRS:
                 refused[pair] = str(error)
             continue
@@ -183,14 +210,22 @@ def _row(option: str, loss: Any, node: DictConfig, specs: Mapping[str, DetectorS
     return MethodRow(option, loss.__name__, *words, fitting, refused, terms, places(terms), cost)
 
 
-def _build(node: DictConfig, loss: Any, student: DetectorSpec, teacher: DetectorSpec) -> Any:
-    """The loss of a node. Models that losses hold, such as an image classifier, are not built: they need weights."""
-    held = [key for key in HELD_MODELS if key in node]
-    if not held:
-        return instantiate.build_node(node, student=student, teacher=teacher)
-    options = {key: value for key, value in instantiate.to_containers(node).items() if key != "_target_"}
-    model = SimpleNamespace(classes=student.classes, channels=8)
-    return loss(student, teacher, **{**options, **dict.fromkeys(held, model)})
+def _constructor(node: DictConfig, loss: Any) -> Callable[[DetectorSpec, DetectorSpec], Any]:
+    """The function from two specs to the loss of a node.
+
+    Models that losses hold, such as an image classifier, are not built: they need weights.
+    """
+    options = instantiate.to_containers(node)
+    if not any(key in options for key in HELD_MODELS):
+        made: Callable[..., Any] = instantiate.build_node({**options, "_partial_": True})
+        return lambda student, teacher: made(student=student, teacher=teacher)
+
+    def with_stand_in(student: DetectorSpec, teacher: DetectorSpec) -> Any:
+        held = dict.fromkeys(HELD_MODELS & options.keys(), SimpleNamespace(classes=student.classes, channels=8))
+        return loss(student, teacher, **{**options, **held})
+
+    del options["_target_"]
+    return with_stand_in
 
 
 def _idea(documentation: str) -> str:
@@ -217,7 +252,7 @@ def _specs() -> dict[str, DetectorSpec]:
 
     specs: dict[str, DetectorSpec] = {}
     small = {"backbone": {"depth": 10, "width": 0.25}, "neck_channels": 64}
-    specs |= {"rtdetr": query_spec("rtdetr"), "dfine": query_spec("dfine", {"count": 33, "limit": 0.5, "scale": 4.0})}
+    specs |= {family: query_spec(family) for family in QUERY_NAMES}
     for family in {family for pair in PAIRS.values() for family in pair} - specs.keys():
         build: Any = FAMILIES[family]
         with torch.device("meta"):
@@ -228,17 +263,27 @@ def _specs() -> dict[str, DetectorSpec]:
     return specs
 
 
-def query_spec(family: str, bins: Mapping[str, float] | None = None) -> DetectorSpec:
-    """The spec of a set-prediction detector, also where the library of its network is not installed."""
+def query_spec(family: str) -> DetectorSpec:
+    """The spec of a set-prediction detector with default options, from what its class declares.
+
+    The detector is not built, because the library of its network may be missing.
+    """
+    from distill.detectors.registry import FAMILIES
+    from distill.detectors.rfdetr import STRIDE
+    from distill.detectors.set_prediction import BODY_STRIDES, SetPredictionDetector
+
+    kind: Any = FAMILIES[family]
+    options = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    pyramid = issubclass(kind, SetPredictionDetector)  # an RF-DETR has one stride
     return DetectorSpec(
         family=family,
-        outputs=QUERY_OUTPUTS,
+        outputs=kind.view_class.outputs,
         classes=("a", "b"),
-        body={4: 16, 8: 32, 16: 64, 32: 128},
-        neck=dict.fromkeys((8, 16, 32), 64),
+        body=dict.fromkeys(BODY_STRIDES if pyramid else (STRIDE,), 64),
+        neck=dict.fromkeys(options["strides"] if pyramid else (STRIDE,), 64),
         anchors={},
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
         norm="batch",
-        corner_bins=bins or {},
+        corner_bins=kind.corner_bins(options) if pyramid else {},
     )

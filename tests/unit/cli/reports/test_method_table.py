@@ -5,11 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from distill.cli.config import compose
 from distill.cli.main import main
 from distill.cli.reports import method_table
-from distill.cli.reports.method_table import MethodRow, measured_costs, method_rows, options_by_place, partners
+from distill.cli.reports.method_table import (
+    MethodRow,
+    grouped,
+    measured_costs,
+    method_rows,
+    options_by_place,
+    partners,
+    refusals,
+)
+from distill.detectors.registry import FAMILIES
 from distill.types import DistillError
 
 
@@ -31,7 +41,10 @@ def test_rows_say_what_an_option_compares_and_whom_it_fits(rows: dict[str, Metho
     assert rows["dsig_r50_r101"].kinds == ["features", "relations"]
     assert rows["pkd_retinanet"].terms == {"neck.all": 10.0}
     assert rows["pkd_retinanet"].paper == "Cao 2022, arXiv 2207.02039"
-    assert rows["detr_features"].pairs == ["RT-DETR", "D-FINE", "RT-DETR as teacher"]
+    assert grouped(rows["pkd"].pairs) == ["all pairs"]
+    assert grouped(rows["detr_features"].pairs) == ["queries", "queries as teacher"]
+    assert grouped(rows["detr_points"].pairs) == ["RT-DETR", "D-FINE", "DEIMv2"]
+    assert grouped(rows["detr_corners"].pairs) == ["D-FINE", "DEIMv2"]
     assert "which has no corner distributions" in rows["detr_corners"].refused["RT-DETR"]
     assert all({*row.pairs, *row.refused} >= set(method_table.PAIRS) for row in rows.values())
     assert rows["dicod"].terms == {"classes": 0.4, "pixels": 0.15, "features": 0.15}
@@ -59,7 +72,7 @@ def test_an_option_may_compose_several_methods(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(compose, "config_groups", lambda: {"distill": ["both", "none", "pkd"]})
     (row,) = method_rows(["both"])
     assert (row.name, row.places) == ("PKD + DIST", ["neck", "outputs"])
-    assert row.pairs == ["two-stage", "one-stage", "FCOS", "RT-DETR", "D-FINE"]
+    assert grouped(row.pairs) == ["two-stage", "one-stage", "FCOS", "queries"]
     assert row.terms == {"pkd/neck.all": 6.0, "dist/classes.inter": 1.0, "dist/classes.intra": 1.0}
 
 
@@ -81,6 +94,29 @@ def test_the_command_takes_methods_and_options(capsys: pytest.CaptureFixture[str
         list(method_rows(["pdk"]))
 
 
-def test_the_specs_of_detectors_with_queries_are_those_of_the_detectors() -> None:
-    view = pytest.importorskip("distill.detectors.query_view", reason="needs transformers").PointView
-    assert view.outputs == method_table.QUERY_OUTPUTS
+def test_pairs_that_are_refused_for_one_reason_are_named_together(rows: dict[str, MethodRow]) -> None:
+    found = refusals(rows["chen"])
+    assert list(found) == ["one-stage, mixed", "FCOS", "queries, queries as student", "queries as teacher"]
+    assert found["queries as teacher"].startswith("rpn: the teacher is a detector with queries, which has no objectn")
+    points = refusals(rows["detr_points"])["RF-DETR, RF-DETR as student"]
+    assert points.startswith("points: the student is a rfdetr, which has no query_points.")
+    assert "whose queries start from any points" in points
+
+
+def test_every_family_with_queries_is_in_the_table() -> None:
+    assert set(method_table.QUERY_NAMES) == {
+        name for name, family in FAMILIES.items() if "queries" in family.view_class.outputs
+    }
+
+
+@pytest.mark.parametrize("family", method_table.QUERY_NAMES)
+def test_the_specs_of_detectors_with_queries_are_those_of_the_detectors(family: str) -> None:
+    pytest.importorskip("transformers", reason="the extra detr is not installed")
+    with torch.device("meta"):
+        real = FAMILIES[family](["a", "b"]).spec  # type: ignore[call-arg,arg-type]
+    declared = method_table.query_spec(family)
+    assert declared.outputs == real.outputs
+    assert list(declared.neck) == list(real.neck)
+    assert list(declared.body) == list(real.body)
+    assert declared.corner_bins == real.corner_bins
+    assert (declared.anchors, declared.side_bins) == (real.anchors, real.side_bins)
