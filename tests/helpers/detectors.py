@@ -185,6 +185,16 @@ def query_detector(family: str, seed: int = 0, classes: Sequence[str] = ("cat", 
     return detector
 
 
+def random_query_detector(family: str, seed: int = 0, **options: Any) -> Any:
+    """A small set-prediction detector whose queries have unlike boxes and distributions. Fresh ones have equal ones."""
+    detector = query_detector(family, seed, **options)
+    with torch.no_grad():
+        for name, parameter in detector.net.named_parameters():
+            if "bbox_embed" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+    return detector
+
+
 def query_batch(family: str, count: int = 3) -> Batch:
     """Images for a small detector of the family; the second one has no boxes."""
     return square_batch((QUERY_FAMILIES[family].images,) * count)
