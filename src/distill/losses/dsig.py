@@ -198,10 +198,13 @@ class DSIG(DistillLoss):
         if self.mining is not None and not self.two_stage:
             wrong.append("edges.mining=null")
         if wrong:
-            regions = "foreground and background regions" if self.two_stage else "predicted regions, of one kind"
+            regions = ["predicted regions", "foreground and background regions"]
+            options = OPTIONS[self.two_stage]
+            if "queries" in student.outputs:
+                options = "dsig_retinanet_small"  # without a term on logits, which needs anchors
             raise DistillError(
-                f"DSIG: the student is a {student.family}, whose nodes are its {regions}, but the settings are for the "
-                f"other kind. Choose distill={OPTIONS[self.two_stage]}, or set {', '.join(wrong)}"
+                f"DSIG: the student is a {student.family}, whose nodes are its {regions[self.two_stage]}, but the "
+                f"settings are for {regions[not self.two_stage]}. Choose distill={options}, or set {', '.join(wrong)}"
             )
 
     def _match_heads(self, student: DetectorSpec, teacher: DetectorSpec) -> None:

@@ -18,6 +18,7 @@ from distill.losses.base import DistillLoss
 from distill.losses.dsig import DSIG
 from distill.losses.kernels.graph import graph_errors
 from distill.types import AnchorTargets, Detections, DetectorSpec, DistillError, Regions
+from helpers.fake_queries import query_spec
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS, LossGrid
 from helpers.two_processes import run_in_two_processes
@@ -588,6 +589,12 @@ def test_settings_of_the_other_family_name_the_option_to_choose() -> None:
         DSIG(ONE_STAGE, ONE_STAGE, **{**PREDICTED, "nodes": {"foreground": 0}})
     with pytest.raises(DistillError, match=r"the student is a retinanet.*or set edges.mining=null$"):
         DSIG(ONE_STAGE, ONE_STAGE, **{**PREDICTED, "edges": {"all": 1}})
+    queries = replace(query_spec(), outputs=query_spec().outputs | {"roi_features"})
+    nodes = "whose nodes are its predicted regions, but the settings are for foreground and background regions. "
+    with pytest.raises(DistillError, match=f"{nodes}Choose distill=dsig_retinanet_small, or set"):
+        DSIG(
+            replace(queries, outputs=queries.outputs | {"roi_features"}), queries
+        )  # without anchors, dsig_retinanet does not fit either
     choose = "Choose distill=dsig, dsig_r50_r101 or dsig_r101_r152, or set nodes.predicted=0"
     with pytest.raises(DistillError, match=choose):
         DSIG(spec(), spec(), **PREDICTED)
