@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from distill.frozen import FrozenModel
 from distill.losses.base import DistillLoss
+from distill.losses.fbkd import FBKD
 from distill.losses.global_knowledge import GlobalKnowledge
 from distill.losses.pad import Variance
+from distill.losses.standardization import BatchNorm
 from distill.types import Batch, DetectorSpec, View
 from helpers.fake_view import FakeView
 
@@ -40,6 +42,16 @@ def with_prototypes(loss: GlobalKnowledge, student: DetectorSpec, teacher: Detec
     for buffer in (loss.student_prototypes, loss.teacher_prototypes):
         buffer.normal_(generator=generator)
         buffer[3] = 0
+    return loss
+
+
+def with_related_cells(loss: FBKD) -> FBKD:
+    """With non-local blocks that are not the identity."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for part in loss.modules():
+            if isinstance(part, BatchNorm):
+                part.weight.normal_(generator=generator)
     return loss
 
 

@@ -15,48 +15,54 @@ from distill.losses.adapters import adapter as convolution
 from distill.losses.attention import spatial_attention
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.imitation import NeckPairs
+from distill.losses.standardization import BatchNorm
 from distill.precision import upcast
 from distill.types import DetectorSpec, View
 
 NECK = {"attended": 7e-5, "channels": 4e-3, "cells": 4e-3, "relation": 7e-5, "levels": 4}
 ADAPTER = {"kernel": 1, "start": "default", "relu": False}
-POOLED = (8, 4, 4, 2)
-"""Side of the max-pooling in the non-local block of each level, finest level first; further levels have no pooling."""
+BLOCKS = ((8, 4), (4, 4))
+"""Side of the max-pooling, and channels of the map per inner channel, in the non-local blocks of the finest levels."""
+OTHER_BLOCKS = (2, 2)
+"""The same for all other levels."""
 
 
 class NonLocal(nn.Module):
-    """Relate every cell to all cells: F + W_o (theta(F) (phi(F)^T g(F)) / cells), without a softmax.
+    """Relate every cell to all cells: F + BN(W_o (theta(F) (phi(F)^T g(F)) / cells)), without a softmax.
 
-    Source: Wang et al., "Non-local Neural Networks", CVPR 2018, with dot products. theta, phi and g are 1x1
-    convolutions to half of the channels. W_o is a 1x1 convolution with initial weights 0, so the untrained block is the
-    identity.
+    Source: Wang et al., "Non-local Neural Networks", CVPR 2018, with dot products, as in MMRazor. theta, phi, g and W_o
+    are 1x1 convolutions. BN is a batch norm over the current batch, whose weight starts at 0, so the untrained block is
+    the identity.
 
     Args:
         channels: of the maps (B, C, H, W).
         pool: side of the max-pooling of phi and g, clipped to the map.
+        reduction: theta, phi and g have C / reduction channels, at least 1.
         seed: of the start values.
+        everywhere: whether the batch norm takes its statistics over the batches of all processes.
     """
 
-    def __init__(self, channels: int, pool: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self, channels: int, pool: int = 1, reduction: int = 2, seed: int = 0, everywhere: bool = False
+    ) -> None:
         super().__init__()
-        hidden = max(1, channels // 2)
+        hidden = max(1, channels // reduction)
         self.theta, self.phi, self.g = (
             convolution(channels, hidden, 1, start="default", seed=seed + part) for part in range(3)
         )
         self.out = convolution(hidden, channels, 1, start="default", seed=seed + 3)
-        with torch.no_grad():
-            for parameter in self.out.parameters():
-                parameter.zero_()
+        self.out.register_parameter("bias", None)  # the norm would cancel it
+        self.norm = BatchNorm(channels, everywhere)
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         side = min(self.pool, *x.shape[2:])
         phi, g = (F.max_pool2d(layer(x), side).flatten(2) for layer in (self.phi, self.g))
-        # The products are associative: (phi^T g) has half of the channels squared, theta phi^T has the cells squared.
+        # The products are associative: (phi^T g) has the inner channels squared, theta phi^T has the cells squared.
         mixing = phi @ g.transpose(1, 2) / phi.shape[2]  # (B, hidden of phi, hidden of g)
         related = torch.einsum("bihw,bij->bjhw", self.theta(x), mixing)
-        added: Tensor = self.out(related)
+        added: Tensor = self.norm(self.out(related))
         return x + added
 
 
@@ -79,8 +85,9 @@ class FBKD(DistillLoss):
     the student's map before its adapter, as in MMRazor.
 
     The batch is the batch of one process, as published, so the terms grow with the square root of the batch size per
-    GPU. With ``normalizer="global"`` the norms are computed over the batches of all processes. Where we differ: the
-    non-local blocks have no batch norm, half of the channels inside on all levels, and a pooling by 8, 4, 4 and 2.
+    GPU. With ``normalizer="global"`` the norms, and the batch norms of the non-local blocks, are computed over the
+    batches of all processes. The blocks pool by 8, 4, 2 and 2 and have a quarter, a quarter, a half and a half of the
+    channels inside, finest level first. Their batch norms have no bias before them, which they would cancel.
 
     Shapes: maps (B, C, H, W). Published: 7e-5, 4e-3, 4e-3 and 7e-5 on the four finest levels of Faster R-CNN, tau =
     0.5.
@@ -114,20 +121,36 @@ class FBKD(DistillLoss):
             self.levels = base.shared_levels("neck", student.neck, teacher.neck, neck["levels"])
         if "neck.attended" in self.weights:
             self.neck = NeckPairs(student, teacher, self.levels, adapter, seed)
-        pools = dict(zip(self.levels, (*POOLED, *[1] * len(self.levels)), strict=False))
+        blocks = zip(self.levels, (*BLOCKS, *[OTHER_BLOCKS] * len(self.levels)), strict=False)
+        sides = [(level, (student.neck[level], teacher.neck[level]), block) for level, block in blocks]
         layers = {
             term: nn.ModuleDict(
                 {
-                    str(level): _layers(
-                        term, student.neck[level], teacher.neck[level], pool, base.derive_seed(seed, term, level)
-                    )
-                    for level, pool in pools.items()
+                    str(level): self._layers(term, channels, block, base.derive_seed(seed, term, level))
+                    for level, channels, block in sides
                 }
             )
             for term in self.terms("neck")
             if term != "attended"
         }
         self.layers: Any = nn.ModuleDict(layers)
+
+    def _layers(self, term: str, channels: tuple[int, int], block: tuple[int, int], seed: int) -> nn.Module:
+        """The trained layers of a term at one level, for maps of so many channels, student and teacher."""
+        student, teacher = channels
+        if term == "channels":
+            # A linear layer over channels is a 1x1 convolution of a map of one cell.
+            return convolution(student, teacher, 1, start="default", seed=seed)
+        if term == "cells":
+            return convolution(1, 1, 3, start="default", seed=seed)
+        everywhere = self.normalizer == "global"
+        return nn.ModuleDict(
+            {
+                "student": NonLocal(student, *block, seed, everywhere),
+                "adapter": convolution(student, teacher, 1, start="default", seed=seed + 4),
+                "teacher": NonLocal(teacher, *block, seed + 5, everywhere),
+            }
+        )
 
     def forward(self, student: View, teacher: View) -> dict[str, Tensor]:
         """The terms of `weights`, scalars."""
@@ -153,22 +176,6 @@ class FBKD(DistillLoss):
         total = squares.sum()
         total = distributed.sum_with_gradient(total) if self.normalizer == "global" else total
         return base.sum_and_size(total.clamp(min=torch.finfo(total.dtype).tiny).sqrt(), 1)
-
-
-def _layers(term: str, student: int, teacher: int, pool: int, seed: int) -> nn.Module:
-    """The trained layers of a term at one level, for maps of so many channels."""
-    if term == "channels":
-        # A linear layer over channels is a 1x1 convolution of a map of one cell.
-        return convolution(student, teacher, 1, start="default", seed=seed)
-    if term == "cells":
-        return convolution(1, 1, 3, start="default", seed=seed)
-    return nn.ModuleDict(
-        {
-            "student": NonLocal(student, pool, seed),
-            "adapter": convolution(student, teacher, 1, start="default", seed=seed + 4),
-            "teacher": NonLocal(teacher, pool, seed + 5),
-        }
-    )
 
 
 def _summaries(term: str, layers: Any, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

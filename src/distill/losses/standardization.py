@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill import distributed
+from distill.precision import upcast
 
 EPSILON = 1e-6
 """Added to a standard deviation, as the released codes of PKD and CrossKD do."""
@@ -45,3 +46,31 @@ def standardized(x: Tensor, moments: tuple[Tensor, Tensor]) -> Tensor:
     """(x - mean) / (standard deviation + 1e-6), with moments of :func:`channel_moments`."""
     mean, deviation = moments
     return (x - mean) / (deviation + EPSILON)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm with the statistics of the current batch in every step; it keeps no running statistics.
+
+    Weight and bias start at 0, so the untrained layer returns 0.
+
+    Args:
+        channels: of the maps (B, C, H, W).
+        everywhere: take the statistics over the batches of all processes.
+        epsilon: added to the variance.
+    """
+
+    def __init__(self, channels: int, everywhere: bool = False, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.zeros(channels)) for _ in range(2))
+        self.everywhere, self.epsilon = everywhere, epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), in float32 at least."""
+        x = upcast(x)
+        ((mean, deviation),) = channel_moments([x], self.everywhere)
+        count = x.new_full((), x.numel() / x.shape[1])
+        if self.everywhere:
+            count, _ = distributed.sum_over_ranks(count)
+        variance = deviation.square() * ((count - 1) / count)  # of the population
+        scale = self.weight.view(1, -1, 1, 1) / (variance + self.epsilon).sqrt()
+        return (x - mean) * scale + self.bias.view(1, -1, 1, 1)

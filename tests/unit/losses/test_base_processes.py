@@ -23,7 +23,14 @@ from distill.losses.pkd import PKD
 from distill.losses.ssim import SSIM
 from helpers.fake_view import FakeView, batch, random_view, spec
 from helpers.loss_grid import NOTHING, OBJECTS
-from helpers.loss_states import ALL_TERMS, SeveralLosses, randomize_variances, with_prototypes, with_two_classes
+from helpers.loss_states import (
+    ALL_TERMS,
+    SeveralLosses,
+    randomize_variances,
+    with_prototypes,
+    with_related_cells,
+    with_two_classes,
+)
 from helpers.two_processes import assert_two_equal_one
 
 
@@ -51,7 +58,7 @@ def make_of_batches(normalizer: str) -> DistillLoss:
         at=AT(*known, **how),
         cwd=CWD(*known, **how),
         dist=DIST(*known, **how),
-        fbkd=FBKD(*known, neck={"relation": 0}, **how),
+        fbkd=with_related_cells(FBKD(*known, **how)),
         frs=FRS(*known, **how),
         fgd=FGD(*known, neck=context, **how),
         hint=Hint(*known, **how),

@@ -23,7 +23,7 @@ def slow_attention(x: Tensor) -> Tensor:
 
 
 def slow_non_local(block: NonLocal, x: Tensor) -> Tensor:
-    """All pairs of cells, image by image."""
+    """All pairs of cells, image by image; torch's batch norm."""
     out = []
     for image in x:
         cells = image.flatten(1).T
@@ -31,9 +31,13 @@ def slow_non_local(block: NonLocal, x: Tensor) -> Tensor:
         side = min(block.pool, *image.shape[1:])
         phi, g = (F.max_pool2d(v.T.view(1, -1, *image.shape[1:]), side).flatten(2)[0].T for v in (phi, g))
         weights = theta @ phi.T / len(phi)
-        y = weights @ g @ block.out.weight[:, :, 0, 0].T + block.out.bias
-        out.append(image + y.T.view(-1, *image.shape[1:]))
-    return torch.stack(out)
+        y = weights @ g @ block.out.weight[:, :, 0, 0].T
+        out.append(y.T.view(-1, *image.shape[1:]))
+    related = torch.stack(out)
+    weight, bias = block.norm.weight, block.norm.bias
+    if len(cells) * len(x) > 1:
+        return x + F.batch_norm(related, None, None, weight, bias, training=True)
+    return x + bias.view(1, -1, 1, 1)
 
 
 def stirred(loss: FBKD) -> FBKD:
@@ -42,8 +46,8 @@ def stirred(loss: FBKD) -> FBKD:
     with torch.no_grad():
         for block in loss.modules():
             if isinstance(block, NonLocal):
-                block.out.weight.normal_(generator=generator)
-                block.out.bias.normal_(generator=generator)
+                block.norm.weight.normal_(generator=generator)
+                block.norm.bias.normal_(generator=generator)
     return loss
 
 
@@ -89,6 +93,25 @@ def test_equal_maps_have_no_distance_and_a_gradient_of_zero() -> None:
     value["neck.attended"].backward()
     assert value["neck.attended"] < 1e-30
     assert all(leaf.grad is None or not leaf.grad.any() for leaf in student.leaves())
+
+
+def test_non_local_blocks_are_those_of_mmrazor() -> None:
+    """Finest first: pooling by 8, 4, 2, 2, and 64, 64, 128, 128 of 256 channels inside."""
+    wide = spec(neck=256)
+    relation = FBKD(wide, wide, neck={"levels": None}).layers["relation"]
+    for role in ("student", "teacher"):
+        blocks = [level[role] for level in relation.values()]
+        assert [block.pool for block in blocks] == [8, 4, 2, 2, 2]
+        assert [block.theta.out_channels for block in blocks] == [64, 64, 128, 128, 128]
+
+
+def test_an_untrained_block_is_the_identity_and_its_norm_learns_first() -> None:
+    x = torch.randn(2, 8, 6, 4, generator=torch.Generator().manual_seed(0))
+    block = NonLocal(8, pool=2)
+    assert torch.equal(block(x), x)
+    block(x).square().sum().backward()
+    assert block.norm.weight.grad is not None
+    assert block.norm.weight.grad.any()
 
 
 def test_refusals() -> None:
