@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,8 +60,10 @@ class NonLocal(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         side = min(self.pool, *x.shape[2:])
         phi, g = (F.max_pool2d(layer(x), side).flatten(2) for layer in (self.phi, self.g))
+        # Divided before the product: a sum over thousands of cells may exceed the range of float16.
+        phi, g = (part / math.sqrt(part.shape[2]) for part in (phi, g))
         # The products are associative: (phi^T g) has the inner channels squared, theta phi^T has the cells squared.
-        mixing = phi @ g.transpose(1, 2) / phi.shape[2]  # (B, hidden of phi, hidden of g)
+        mixing = phi @ g.transpose(1, 2)  # (B, hidden of phi, hidden of g)
         related = torch.einsum("bihw,bij->bjhw", self.theta(x), mixing)
         added: Tensor = self.norm(self.out(related))
         return x + added

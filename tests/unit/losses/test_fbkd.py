@@ -114,6 +114,20 @@ def test_an_untrained_block_is_the_identity_and_its_norm_learns_first() -> None:
     assert block.norm.weight.grad.any()
 
 
+def test_a_block_stays_finite_under_fp16_where_a_sum_over_its_cells_would_not() -> None:
+    """5 is a plausible feature; the sum over 4200 cells of products of such features is above 65504."""
+    x = 5 + torch.randn(1, 32, 60, 70, generator=torch.Generator().manual_seed(0))
+    block = NonLocal(32, pool=1)
+    with torch.no_grad():
+        block.norm.weight.fill_(1)
+        for layer in (block.theta, block.phi, block.g):
+            layer.weight.fill_(0.04)
+        with torch.autocast("cpu", dtype=torch.float16):
+            half = block(x)
+        full = block(x)
+    assert (half - full).norm() < 0.05 * (full - x).norm()
+
+
 def test_refusals() -> None:
     with pytest.raises(DistillError, match="temperature: expected a number above 0"):
         FBKD(spec(), spec(), temperature=0)
