@@ -28,23 +28,27 @@ class MaskTokens(nn.Module):
 
     ::
 
-        m_t = sigmoid(sum_c token_tc F_c),      p = softmax(W_2 relu(W_1 mean_hw F))
+        m_t = sigmoid(sum_c token_tc F_c),      p = softmax(W_2 mean_hw(W_1 * F + b_1) + b_2)
+
+    W_1 is a 3x3 convolution with zeros around the map, W_2 a linear layer, and nothing lies between them.
 
     Args:
         channels: of the maps (B, C, H, W).
         count: number of tokens T.
-        seed: of the start values: tokens from N(0, 0.01^2), W_1 and W_2 from torch's default.
+        seed: of the start values: tokens from N(0, 0.01^2), W_1 from N(0, 2 / (9 C)), W_2 from N(0, 2 / T), no biases.
     """
 
     def __init__(self, channels: int, count: int, seed: int) -> None:
         super().__init__()
-        source, bound = torch.Generator().manual_seed(seed), 1 / math.sqrt(channels)
+        source = torch.Generator().manual_seed(seed)
 
-        def uniform(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=source))
+        def normal(deviation: float, *shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).normal_(0, deviation, generator=source))
 
-        self.tokens = nn.Parameter(torch.empty(count, channels).normal_(0, 0.01, generator=source))
-        self.hidden, self.weights, self.bias = uniform(channels, channels), uniform(count, channels), uniform(count)
+        self.tokens = normal(0.01, count, channels)
+        self.filters = normal(math.sqrt(2 / (9 * channels)), channels, channels, 3, 3)
+        self.weights = normal(math.sqrt(2 / count), count, channels)
+        self.filters_bias, self.bias = (nn.Parameter(torch.zeros(size)) for size in (channels, count))
 
     def masks(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T, H, W)."""
@@ -52,8 +56,16 @@ class MaskTokens(nn.Module):
 
     def probabilities(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T), with a sum of 1 for each image."""
-        hidden = F.relu(x.mean((2, 3)) @ self.hidden.T)
+        # The mean of a convolution needs no convolution, only the mean of what each weight sees.
+        hidden = torch.einsum("oiyx,biyx->bo", self.filters, shifted_means(x)) + self.filters_bias
         return F.softmax(hidden @ self.weights.T + self.bias, dim=1)
+
+
+def shifted_means(x: Tensor) -> Tensor:
+    """Mean over cells of a map moved by -1, 0 and 1 rows and columns, zeros moving in: (B, C, H, W) -> (B, C, 3, 3)."""
+    rows = torch.stack([x[:, :, :-1].sum(2), x.sum(2), x[:, :, 1:].sum(2)], dim=2)  # (B, C, 3, W)
+    both = torch.stack([rows[..., :-1].sum(3), rows.sum(3), rows[..., 1:].sum(3)], dim=3)
+    return both / (x.shape[2] * x.shape[3])
 
 
 def masked_error(student: Tensor, teacher: Tensor, masks: Tensor, probabilities: Tensor) -> Tensor:
@@ -91,15 +103,16 @@ class MasKD(DistillLoss):
     Source: Huang, Zhang, You, Wang, Qian, Cao, Xu, "Masked Distillation with Receptive Tokens", ICLR 2023, arXiv
     2205.14589, and its released code.
 
-    Where we differ: the original trains the tokens for 2000 steps in a run of its own, and applies the student's masks
-    after 1000 steps; here both happen in the epochs of the student's run. The weights of ``tokens.*`` are ours, and so
-    are the layers of p: the original has a 3x3 convolution before the mean, and no ReLU. The published settings also
-    imitate the teacher's box head (smooth L1, weight 1), which is left out: add ``distill=[maskd,response]`` or another
-    method for the head.
+    Where we differ: the original trains the tokens for 2000 steps in a run of its own, with Adam (learning rate 0.01,
+    falling along a cosine); here it happens in the first epochs of the student's run, with the student's optimizer,
+    while ``neck.all`` already uses the tokens. The original applies the student's masks after a number of steps: 7330
+    (Faster R-CNN), 7000 and 8500 (RetinaNet), 5000 (FCOS), which is about one epoch of COCO at 16 images. The settings
+    for Faster R-CNN and RetinaNet also imitate the teacher's box head (L1 or smooth L1, weight 1), which is left out:
+    add ``distill=[maskd,response]`` or another method for the head.
 
     Shapes: maps (B, C, H, W). B is counted over all processes. Published weights of ``neck.all``: 1 (Faster R-CNN), 7
-    (RetinaNet, learning rate 0.02, gradients clipped at a norm of 35), 10 (FCOS). The teacher's heads run once more
-    per step while the tokens are trained.
+    (RetinaNet, learning rate 0.02, gradients clipped at a norm of 35, neck and head inherited: ``init=inherit``), 10
+    (FCOS, clipped, too); of ``tokens.*``: 1. The teacher's heads run once more per step while the tokens are trained.
 
     Args:
         student, teacher: specs of both detectors.

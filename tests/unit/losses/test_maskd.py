@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from distill.losses.maskd import MasKD, dice, masked_error
+from distill.losses.maskd import MasKD, MaskTokens, dice, masked_error
 from distill.types import DistillError
 from helpers.detectors import padded_batch, random_detector
 from helpers.fake_view import FakeView, batch, random_view, spec
@@ -34,7 +35,7 @@ def slow_term(loss: MasKD, student: FakeView, teacher: FakeView, both: bool) -> 
     for at, x in student.neck.items():
         part = loss.tokens[str(at)]
         for own, target in zip(x, teacher.neck[at], strict=True):
-            hidden = (target.mean((1, 2)) @ part.hidden.T).clamp(min=0)
+            hidden = F.conv2d(target[None], part.filters, part.filters_bias, padding=1).mean((0, 2, 3))
             powers = (part.weights @ hidden + part.bias).exp()
             masks = slow_masks(part.tokens, target)
             if both:
@@ -80,6 +81,22 @@ def test_one_mask_of_ones_is_the_mean_squared_error_and_equal_masks_overlap() ->
     assert dice(mask.expand(1, 3, 4, 5)).item() == pytest.approx(1, rel=1e-5)
     apart = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
     assert dice(apart).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [(5, 4), (1, 3), (2, 1), (1, 1)])
+def test_probabilities_are_those_of_a_convolution_and_start_as_published(size: tuple[int, int]) -> None:
+    """The released layers: 3x3 convolution, mean over cells, 1x1 convolution, softmax."""
+    part, x = MaskTokens(64, 6, seed=3).double(), torch.randn(2, 64, *size, dtype=torch.float64)
+    with torch.no_grad():
+        part.filters_bias.normal_()
+        part.bias.normal_()
+        pooled = F.conv2d(x, part.filters, part.filters_bias, padding=1).mean((2, 3), keepdim=True)
+        expected = F.conv2d(pooled, part.weights[..., None, None], part.bias).softmax(1)
+    torch.testing.assert_close(part.probabilities(x), expected[:, :, 0, 0])
+    start = MaskTokens(64, 6, seed=3)
+    assert start.filters.std().item() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.05)
+    assert start.weights.std().item() == pytest.approx(math.sqrt(2 / 6), rel=0.15)
+    assert not start.filters_bias.any()
 
 
 def gradients(module: Any) -> list[bool]:
