@@ -24,8 +24,10 @@ class Hint(DistillLoss):
         neck.all = sum_l mean (A_l(S_l) - T_l)^2            mean over n, c, h, w; A_l a 1x1 convolution
 
     Source: Romero, Ballas, Kahou, Chassang, Gatta, Bengio, "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv
-    1412.6550, equation 3: one hidden layer, half the squared norm. The variant here (mean squared error, 1x1
-    convolutions, all levels, weight 1) is the "mimic" term that DIST adds for detectors: ``distill=[dist,hint]``.
+    1412.6550, equation 3: one hidden layer, half the squared norm. The released cost of FitNets is
+    ``normalization="half_l2"``: half the squared norm of each cell, in the mean over images and cells. The default here
+    (mean squared error, 1x1 convolutions, all levels, weight 1) is the "mimic" term that DIST adds for detectors:
+    ``distill=[dist,hint]``.
     :class:`distill.losses.mimic.Mimic` has the same term as a mean over levels, with masks.
 
     Shapes: maps (B, C, H, W). B is counted over all processes.
