@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from distill.boxes import paired_iou
+from distill.boxes import paired_giou, paired_iou
 from distill.losses import base, heads
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.heads import ClassMap
 from distill.precision import upcast
-from distill.types import DetectorSpec, View, require
+from distill.types import DetectorSpec, DistillError, View, require
 
 LOGITS = {"classes": 1.0, "boxes": 4.0}
+OVERLAPS = {"giou": paired_giou, "iou": paired_iou}
+LEVELS = ("all", "positive")
 
 
 def disagreement(student: Tensor, teacher: Tensor) -> Tensor:
@@ -30,23 +31,27 @@ class BCKD(DistillLoss):
     ::
 
         logits.classes = 1/N sum_{i, c} w_ic BCE(z_s, sigmoid z_t)            w_ic = |sigmoid z_t - sigmoid z_s|
-        logits.boxes   = 1/N sum_i max_c w_ic (1 - IoU(box_s, box_t))
+        logits.boxes   = 1/N sum_i max_c w_ic (1 - GIoU(box_s, box_t))
 
-    over all anchors i that are not ignored, and classes c; N is the number of positive anchors. The gradient does not
-    flow through the weights.
+    over all anchors i that are not ignored, and classes c. N is the number of positive anchors, at least 1 in each
+    image. In `logits.classes`, the gradient also flows through w, as in the quality focal loss; in `logits.boxes` it
+    does not.
 
     Source: Yang, Zhou, Li, Yuan, Li, Li, "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object
-    Detection", ICCV 2023, arXiv 2308.14286. The equation follows the abstract. The weights 1 and 4, the divisor and
-    the detached w were written from memory and are not checked against the paper.
+    Detection", ICCV 2023, arXiv 2308.14286, with the weights, the divisor and the GIoU of its released code for GFL.
+    As we remember the paper, it has the IoU: ``box_error="iou"``.
 
-    Where we differ: N is counted over all processes. The logits of a teacher with more classes are reduced to the
-    student's.
+    Where we differ: N is counted over all processes. The released code leaves out the levels without a positive anchor
+    in the batch, with all their background: ``levels="positive"``. The logits of a teacher with more classes are
+    reduced to the student's.
 
     Shapes: logits (B, A*K, H, W), boxes (B, N, 4).
 
     Args:
         student, teacher: specs of two one-stage detectors with equal anchors.
         logits: weights of its terms.
+        box_error: ``giou`` or ``iou``.
+        levels: ``all``, or ``positive``: those with a positive anchor in the batch of this process.
         ramp, normalizer, seed: see :class:`DistillLoss`. The loss draws nothing at random.
     """
 
@@ -57,12 +62,20 @@ class BCKD(DistillLoss):
         student: DetectorSpec,
         teacher: DetectorSpec,
         logits: Mapping[str, float] = LOGITS,
+        box_error: str = "giou",
+        levels: str = "all",
         ramp: Mapping[str, Any] = base.RAMP,
         normalizer: str = "global",
         seed: int = 0,
     ) -> None:
         logits = base.merge_options("logits", logits, LOGITS)
         super().__init__({f"logits.{name}": weight for name, weight in logits.items()}, ramp, normalizer, seed)
+        if box_error not in OVERLAPS or levels not in LEVELS:
+            raise DistillError(
+                f"bckd: expected box_error of {' or '.join(OVERLAPS)} and levels of {' or '.join(LEVELS)}, got "
+                f"box_error={box_error} and levels={levels}"
+            )
+        self.overlap, self.positive_levels = OVERLAPS[box_error], levels == "positive"
         if self.weights:
             require(student, "anchor_targets", "logits", "student", "Set the weights of logits to 0")
             self.classes = heads.dense_class_map("logits", student, teacher, boxes="logits.boxes" in self.weights)
@@ -77,17 +90,26 @@ class BCKD(DistillLoss):
         if not self.weights:
             return {}
         labels = student.anchor_targets.labels
-        counted, count = labels >= 0, (labels > 0).sum()
+        counted, positive = labels >= 0, labels > 0
+        count = positive.sum(1).clamp(min=1).sum()
+        if self.positive_levels:
+            counted = counted & self._on_positive_levels(student, positive)
         logits, teacher_logits = heads.anchor_classes("logits", student, teacher, self.classes)
-        weight = disagreement(logits, teacher_logits)
         shares: dict[str, list[SumAndCount]] = {}
         if "logits.classes" in self.weights:
-            entropy = F.binary_cross_entropy_with_logits(logits, teacher_logits.sigmoid(), reduction="none")
-            shares["logits.classes"] = [((counted * (weight * entropy).sum(2)).sum(), count)]
+            error = heads.quality_focal(logits, teacher_logits).sum(2)
+            shares["logits.classes"] = [((counted * error).sum(), count)]
         if "logits.boxes" in self.weights:
+            weight = disagreement(logits, teacher_logits).amax(2)
             deltas, teacher_deltas = heads.anchor_outputs("logits.boxes", "deltas", student, teacher, 4)
             boxes, teacher_boxes = student.anchor_boxes(deltas), student.anchor_boxes(teacher_deltas.detach())
             with torch.autocast(boxes.device.type, enabled=False):
-                error = 1 - paired_iou(boxes.flatten(0, 1), teacher_boxes.flatten(0, 1)).view(counted.shape)
-            shares["logits.boxes"] = [((counted * weight.amax(2) * error).sum(), count)]
+                overlap = self.overlap(boxes.flatten(0, 1), teacher_boxes.flatten(0, 1)).view(counted.shape)
+            shares["logits.boxes"] = [((counted * weight * (1 - overlap)).sum(), count)]
         return self.average(shares)
+
+    @staticmethod
+    def _on_positive_levels(student: View, positive: Tensor) -> Tensor:
+        """Whether an anchor's level has a positive anchor in the batch; (B, N) bool -> (1, N) bool."""
+        levels = torch.split(positive, [len(level) for level in student.anchors.values()], dim=1)
+        return torch.cat([level.any().expand(1, level.shape[1]) for level in levels], dim=1)

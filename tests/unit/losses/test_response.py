@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision.ops import generalized_box_iou
 
 from distill.losses import heads
 from distill.losses.adl import ADL, entropy
@@ -114,17 +115,20 @@ class TestADLOfPositives(TestADL):
 
 class TestBCKD(Dense):
     relative = 1e-6  # anchors are float32
+    options: Mapping[str, Any] = {}
 
     def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
-        return BCKD(student, teacher)
+        return BCKD(student, teacher, **self.options)
+
+    def overlap(self, box: list[float], other: list[float]) -> float:
+        return generalized_box_iou(torch.tensor([box]), torch.tensor([other])).item()
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
         corners = torch.cat(list(student.stages["anchors"].values())).tolist() * len(student.batch)
         deltas = [[row for image in slow_rows(view, "deltas", 4) for row in image] for view in (student, teacher)]
-        sums, positives = [0.0, 0.0], 0
+        sums, positives = [0.0, 0.0], sum(max(1, int((x > 0).sum())) for x in student.stages["anchor_targets"].labels)
         rows = zip(self.anchors(student, teacher), corners, *deltas, strict=True)
         for (label, own, other), anchor, delta, target in rows:
-            positives += label > 0
             if label < 0:
                 continue
             p, q = [sigmoid(a) for a in own], [sigmoid(b) for b in other]
@@ -133,9 +137,44 @@ class TestBCKD(Dense):
                 w * (b * math.log(a) + (1 - b) * math.log(1 - a)) for w, a, b in zip(gaps, p, q, strict=True)
             )
             boxes = [[corner + move for corner, move in zip(anchor, moves, strict=True)] for moves in (delta, target)]
-            sums[1] += max(gaps) * (1 - iou(*boxes))
+            sums[1] += max(gaps) * (1 - self.overlap(*boxes))
         terms = ("logits.classes", "logits.boxes")
-        return {term: value / max(1, positives) for term, value in zip(terms, sums, strict=True)}
+        return {term: value / positives for term, value in zip(terms, sums, strict=True)}
+
+
+class TestBCKDOfIoU(TestBCKD):
+    options: Mapping[str, Any] = {"box_error": "iou"}
+
+    def overlap(self, box: list[float], other: list[float]) -> float:
+        return iou(box, other)
+
+
+def test_bckd_sends_a_gradient_through_the_weight_of_classes_but_not_of_boxes() -> None:
+    """One anchor and class at student p = 1/2, teacher q: d/dz |p - q| BCE(p, q), with p = sigmoid z."""
+    dense = spec(("cat",), two_stage=False, strides=(8,), anchors=1)
+    student, teacher = (random_view(batch([OBJECTS[0]], 8, 8), dense, seed) for seed in (1, 2))
+    z = torch.zeros(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    student.stages["class_logits"] = {8: z}
+    teacher.stages["class_logits"] = {8: torch.full_like(z, math.log(9))}  # q = 0.9
+    assert student.stages["anchor_targets"].labels.tolist() == [[1]]
+    values = BCKD(dense, dense)(student, teacher)
+    (slope,) = torch.autograd.grad(values["logits.classes"], z)
+    assert slope.item() == pytest.approx(-0.25 * math.log(2) + 0.4 * (0.5 - 0.9))
+    assert not values["logits.boxes"].requires_grad
+
+
+def test_bckd_can_leave_out_levels_without_positive_anchors() -> None:
+    """The coarse levels have no positive anchor, whatever their logits."""
+    student, teacher = TestBCKD().views(OBJECTS)
+    labels = student.stages["anchor_targets"].labels
+    labels[:, len(student.stages["anchors"][8]) :].clamp_(max=0)
+    fine = BCKD(TestBCKD.student, TestBCKD.teacher, levels="positive")
+    values = {name: value.item() for name, value in fine(student, teacher).items()}
+    labels[:, len(student.stages["anchors"][8]) :] = -1
+    expected = BCKD(TestBCKD.student, TestBCKD.teacher)(student, teacher)
+    assert values == pytest.approx({name: value.item() for name, value in expected.items()})
+    with pytest.raises(DistillError, match="levels of all or positive, got box_error=giou and levels=some"):
+        BCKD(TestBCKD.student, TestBCKD.teacher, levels="some")
 
 
 def test_entropy_of_a_sure_and_of_an_unsure_teacher() -> None:
