@@ -63,16 +63,16 @@ class CrossKD(DistillLoss):
         heads.boxes   = 1/N sum_anchors v u l(b, teacher's box),                     u = max over classes of q
 
     v is 0 for anchors that the student's assignment ignores, else 1; l = 1 - GIoU, or -log IoU. N is the number of
-    positive anchors (RetinaNet) or the sum of the centerness targets of the positive points (FCOS). No ReLU for i = 0.
-    The gradient goes through the frozen layers to the student's tower.
+    positive anchors, at least 1 in each image (RetinaNet), or the sum of the centerness targets of the positive points
+    (FCOS). No ReLU for i = 0. The gradient goes through the frozen layers to the student's tower.
 
     Source: Wang, Chen, Zheng, Li, Cheng, Hou, "CrossKD: Cross-Head Knowledge Distillation for Object Detection", CVPR
     2024, arXiv 2306.11369; equation and settings as in its released code.
 
     Statistics and N are those of one process, as published, or with ``normalizer="global"`` those of all processes.
-    Where we differ: N is 1 in a batch without positive anchors or points. Heads of unequal channels get a 1x1 adapter
-    for each tower; the original refuses them. FCOS is torchvision's: points are the corners of cells, and the boxes
-    come from a ReLU instead of an exponential.
+    Where we differ: in a batch without positive points, the N of FCOS is 1, not 1e-6. Heads of unequal channels get a
+    1x1 adapter for each tower; the original refuses them. FCOS is torchvision's: points are the corners of cells, and
+    the boxes come from a ReLU instead of an exponential.
 
     Shapes: tower features (B, C, H, W). Published: RetinaNet i = 3, weights 1 and 1 with GIoU; FCOS i = 2, weights 0.4
     and 0.75 with -log IoU. The centerness is not distilled. Three convolutions of each of the student's towers run a
@@ -139,7 +139,10 @@ class CrossKD(DistillLoss):
             return {}
         targets = student.anchor_targets
         counted, positive = targets.labels >= 0, targets.labels > 0
-        count = (positive * centerness(targets.deltas)).sum() if self.by_centerness else positive.sum()
+        if self.by_centerness:
+            count = (positive * centerness(targets.deltas)).sum()
+        else:
+            count = positive.sum(1).clamp(min=1).sum()
         scores = heads.flatten_anchors(
             {stride: upcast(x) for stride, x in teacher.class_logits.items()}, len(teacher.spec.classes)
         )
