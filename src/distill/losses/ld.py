@@ -16,12 +16,14 @@ from distill.losses.heads import ClassMap
 from distill.precision import upcast
 from distill.types import DetectorSpec, DistillError, View
 
-SIDES = {"main": 5.0, "valuable": 0.15}
+SIDES = {"main": 5.0, "valuable": 0.6}
 LOGITS = {"classes": 10.0}
 CANDIDATES = 9
 """Anchors of each level whose overlap with a box determines the threshold of the box (ATSS)."""
 LOWEST = 0.25
 """Lower bound of the valuable region, relative to the threshold."""
+REGIONS = ("diou", "inside")
+SOFTMAXES = ("side", "anchor")
 
 
 class AnchorGrid(NamedTuple):
@@ -61,21 +63,30 @@ def thresholds(overlaps: Tensor, truth: Tensor, grid: AnchorGrid) -> Tensor:
 
 
 def valuable(truth: Tensor, grid: AnchorGrid) -> Tensor:
-    """Whether an anchor is in the valuable region of a box: ``t / 4 <= DIoU < t``, t the threshold of ATSS.
+    """The weights of anchors in the valuable region of a box: ``t / 4 <= DIoU < t``, t the threshold of ATSS.
 
     Args:
         truth: ground truth boxes (G, 4) of one image.
         grid: the anchors.
 
     Returns:
-        (N,) bool.
+        (N,): the highest IoU with a box in whose region the anchor is, 0 for anchors in no region.
     """
     if not len(truth):
-        return torch.zeros(len(grid.boxes), dtype=torch.bool, device=grid.boxes.device)
-    limits = thresholds(box_iou(truth, grid.boxes), truth, grid)[:, None]
-    overlaps = distance_box_iou(truth, grid.boxes)
-    inside: Tensor = (overlaps >= LOWEST * limits) & (overlaps < limits)
-    return inside.any(0)
+        return torch.zeros_like(grid.boxes[:, 0])
+    overlaps = box_iou(truth, grid.boxes)
+    limits, distances = thresholds(overlaps, truth, grid)[:, None], distance_box_iou(truth, grid.boxes)
+    inside = (distances >= LOWEST * limits) & (distances < limits)
+    weights: Tensor = (inside * overlaps).amax(0)
+    return weights
+
+
+def inside_boxes(truth: Tensor, grid: AnchorGrid) -> Tensor:
+    """Whether the center of an anchor is inside a box (G, 4) of the image -> (N,) bool."""
+    centers = (grid.boxes[:, :2] + grid.boxes[:, 2:]) / 2
+    distances = torch.cat([centers - truth[:, None, :2], truth[:, None, 2:] - centers], dim=2)
+    found: Tensor = (distances > 0).all(2).any(0)
+    return found
 
 
 class LD(DistillLoss):
@@ -84,25 +95,37 @@ class LD(DistillLoss):
     ::
 
         sides.main     = sum_{i positive} w_i / 4 sum_{4 sides} KL(q_i || p_i)       w_i = max_c sigmoid z_s,ic
-        sides.valuable = 1/16 sum_{i valuable} sum_{4 sides} KL(q_i || p_i)
-        logits.classes = 1/N_pos sum_{i positive} KL(softmax(z_t,i / tau_c) || softmax(z_s,i / tau_c))
+        sides.valuable = 1/16 sum_{i valuable} u_i sum_{4 sides} KL(q_i || p_i)
+        logits.classes = sum_l 1/N_l sum_{i positive, of level l} KL(softmax(z_t,i / tau_c) || softmax(z_s,i / tau_c))
         KL(q || p)     = tau^2 mean_k q_k (log q_k - log p_k)                        over bins, or over classes
 
-    p and q are the softmax of the logits of student and teacher / tau. An anchor i is valuable if t / 4 <= DIoU < t for
-    the threshold t of a ground truth box: mean plus standard deviation of the IoU of its 9 nearest anchors on each
-    level (ATSS). The gradient does not flow through w. The class scores of the head are sigmoids, but `logits.classes`
-    compares their softmax, as published.
+    p and q are the softmax of the logits of student and teacher / tau; N_l is the number of positive anchors of level
+    l. With ``region="diou"``, an anchor i is valuable if t / 4 <= DIoU < t for the threshold t of a ground truth box:
+    mean plus standard deviation of the IoU of its 9 nearest anchors on each level (ATSS); u_i is its highest IoU with
+    such a box. With ``region="inside"``, i is valuable if its center is inside a box, and u_i = w_i. The gradient does
+    not flow through w and u. The class scores of the head are sigmoids, but `logits.classes` compares their softmax, as
+    published.
 
     Source: Zheng, Ye, Wang, Ren, Zuo, Hou, Cheng, "Localization Distillation for Dense Object Detection", CVPR 2022,
-    arXiv 2102.12252, and its released code: weights 5 and 10, tau = 10 and tau_c = 8 for RetinaNet; 0.25 and 10, tau =
-    10 and tau_c = 2 for FCOS. The code gives the valuable region 0.03 times the weight of the main one in a RetinaNet;
-    for FCOS the weight is not known, so it is 0.
+    arXiv 2102.12252, and its released code, in the units of our terms:
+
+    ==========  ====  ========  =======  ===  =====  ======  ================
+    detector    main  valuable  classes  tau  tau_c  region  region_positives
+    ==========  ====  ========  =======  ===  =====  ======  ================
+    RetinaNet   5     0.6       10       10   8      diou    False
+    FCOS        0.25  0.25      10       10   2      inside  False
+    GFL         0.25  0.25      10       10   2      diou    True
+    ==========  ====  ========  =======  ===  =====  ======  ================
+
+    The released code of RetinaNet takes one softmax over the bins of all four sides of an anchor: it gives
+    ``softmax_over="anchor"``, where the sum over sides has a single summand with the mean over 4 x bins.
 
     The sums over positive and valuable anchors have no divisor, as published: they grow with the objects of the batch.
-    ``divisor="positives"`` divides them by N_pos. Where we differ: positive are the anchors that the student's own loss
-    takes, and a RetinaNet's unit of distance is an eighth of the anchor's side (`detectors.RetinaNet`); N_pos is
-    counted over all processes, and so is a sum without a divisor, which with ``normalizer="process"`` is that of each
-    process. The imitation of neck cells (GI) is not included; combine LD with a method for the neck.
+    ``divisor="positives"`` divides them by the number of positive anchors. Where we differ: positive are the anchors
+    that the student's own loss takes, and a RetinaNet's unit of distance is an eighth of the anchor's side
+    (`detectors.RetinaNet`); counts are those of all processes, and so is a sum without a divisor, which with
+    ``normalizer="process"`` is that of each process. The imitation of neck cells (GI) is not included; combine LD with
+    a method for the neck.
 
     Shapes: side logits (B, A*4*bins, H, W), class logits (B, A*K, H, W).
 
@@ -113,6 +136,9 @@ class LD(DistillLoss):
         temperature: tau, of the sides.
         class_temperature: tau_c, of the classes.
         divisor: of both terms of sides: ``none`` or ``positives``.
+        region: of the valuable anchors: ``diou`` or ``inside``.
+        region_positives: whether positive anchors can be valuable, too.
+        softmax_over: the bins of each ``side``, or of the four sides of an ``anchor`` together.
         ramp, normalizer, seed: see :class:`DistillLoss`. The loss draws nothing at random.
     """
 
@@ -127,6 +153,9 @@ class LD(DistillLoss):
         temperature: float = 10.0,
         class_temperature: float = 8.0,
         divisor: str = "none",
+        region: str = "diou",
+        region_positives: bool = False,
+        softmax_over: str = "side",
         ramp: Mapping[str, Any] = base.RAMP,
         normalizer: str = "global",
         seed: int = 0,
@@ -139,7 +168,13 @@ class LD(DistillLoss):
         self.class_temperature = base.check_temperature("class_temperature", class_temperature)
         if divisor not in ("none", "positives"):
             raise DistillError(f"LD: expected divisor to be none or positives, got '{divisor}'")
-        self.by_positives = divisor == "positives"
+        if region not in REGIONS or softmax_over not in SOFTMAXES:
+            raise DistillError(
+                f"LD: expected region of {' or '.join(REGIONS)} and softmax_over of {' or '.join(SOFTMAXES)}, got "
+                f"region={region} and softmax_over={softmax_over}"
+            )
+        self.by_positives, self.region, self.region_positives = divisor == "positives", region, region_positives
+        self.by_side = softmax_over == "side"
         if self.terms("sides"):
             base.require_outputs("sides", student, teacher, "side_logits")
             heads.require_equal_anchors("sides", student, teacher)
@@ -162,28 +197,39 @@ class LD(DistillLoss):
         if not self.weights:
             return {}
         positive = student.anchor_targets.labels > 0
-        count, shares = positive.sum(), dict[str, list[SumAndCount]]()
-        if self.terms("sides"):
-            error = self._side_errors(student, teacher)
-            if "sides.main" in self.weights:
-                scores = heads.flatten_anchors(student.class_logits, len(student.spec.classes))
-                weight = upcast(scores.detach()).amax(2).sigmoid()
-                shares["sides.main"] = [self._share((positive * weight * error).sum() / 4, count)]
-            if "sides.valuable" in self.weights:
-                shares["sides.valuable"] = [self._share((self._valuable(student) * error).sum() / 16, count)]
+        shares = self._sides(student, teacher, positive) if self.terms("sides") else {}
         if "logits.classes" in self.weights:
-            logits, targets = heads.anchor_classes("logits", student, teacher, self.classes)
-            taught = positive & self.classes.known[student.anchor_targets.labels.clamp(min=0)]
-            shares["logits.classes"] = [((taught * softened(logits, targets, self.class_temperature)).sum(), count)]
+            shares["logits.classes"] = self._classes(student, teacher, positive)
         return self.average(shares)
+
+    def _sides(self, student: View, teacher: View, positive: Tensor) -> dict[str, list[SumAndCount]]:
+        error, count, shares = self._side_errors(student, teacher), positive.sum(), dict[str, list[SumAndCount]]()
+        logits = heads.flatten_anchors(student.class_logits, len(student.spec.classes))
+        scores = upcast(logits.detach()).amax(2).sigmoid()
+        if "sides.main" in self.weights:
+            shares["sides.main"] = [self._share((positive * scores * error).sum() / 4, count)]
+        if "sides.valuable" in self.weights:
+            weight = self._valuable(student, scores)
+            weight = weight if self.region_positives else ~positive * weight
+            shares["sides.valuable"] = [self._share((weight * error).sum() / 16, count)]
+        return shares
+
+    def _classes(self, student: View, teacher: View, positive: Tensor) -> list[SumAndCount]:
+        """A share for each level: the term is the sum of the levels' means."""
+        logits, targets = heads.anchor_classes("logits", student, teacher, self.classes)
+        taught = positive & self.classes.known[student.anchor_targets.labels.clamp(min=0)]
+        errors = taught * softened(logits, targets, self.class_temperature)
+        counts = [len(level) for level in student.anchors.values()]
+        levels = zip(torch.split(errors, counts, dim=1), torch.split(positive, counts, dim=1), strict=True)
+        return base.summed([(error.sum(), members.sum()) for error, members in levels])
 
     def _side_errors(self, student: View, teacher: View) -> Tensor:
         """Divergence of each anchor, summed over the sides, (B, N)."""
         bins = student.spec.side_bins
         assert bins is not None  # checked by `require_outputs`
         logits, targets = heads.anchor_outputs("sides", "side_logits", student, teacher, 4 * bins)
-        by_side = (*logits.shape[:2], 4, bins)
-        return softened(logits.view(by_side), targets.view(by_side), self.temperature).sum(2)
+        shape = (*logits.shape[:2], *((4, bins) if self.by_side else (1, 4 * bins)))
+        return softened(logits.view(shape), targets.view(shape), self.temperature).sum(2)
 
     def _share(self, total: Tensor, count: Tensor) -> SumAndCount:
         if self.by_positives:
@@ -191,10 +237,12 @@ class LD(DistillLoss):
         everywhere = self.normalizer == "global"
         return base.sum_and_size(total * (distributed.world_size() if everywhere else 1), 1)
 
-    @staticmethod
-    def _valuable(student: View) -> Tensor:
-        """(B, N) bool."""
+    def _valuable(self, student: View, scores: Tensor) -> Tensor:
+        """The weights u of all anchors, 0 for those that are not valuable; scores w (B, N) -> (B, N)."""
         levels = list(student.anchors.values())
         grid = AnchorGrid(torch.cat(levels), [len(level) for level in levels])
+        truth = [target.boxes.float() for target in student.batch.targets]
         with torch.autocast(grid.boxes.device.type, enabled=False):
-            return torch.stack([valuable(target.boxes.float(), grid) for target in student.batch.targets])
+            if self.region == "inside":
+                return torch.stack([inside_boxes(boxes, grid) for boxes in truth]) * scores
+            return torch.stack([valuable(boxes, grid) for boxes in truth])

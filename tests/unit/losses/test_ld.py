@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ def slow_diou(a: list[float], b: list[float]) -> float:
     return slow_iou(a, b) - math.dist(center(a), center(b)) ** 2 / diagonal
 
 
-def slow_valuable(truth: list[list[float]], levels: list[list[list[float]]]) -> list[bool]:
+def slow_valuable(truth: list[list[float]], levels: list[list[list[float]]]) -> list[float]:
     anchors = [anchor for level in levels for anchor in level]
-    found = [False] * len(anchors)
+    found = [0.0] * len(anchors)
     for box in truth:
         candidates = []
         for level in levels:
@@ -65,8 +66,13 @@ def slow_valuable(truth: list[list[float]], levels: list[list[list[float]]]) -> 
         mean = sum(candidates) / len(candidates)
         limit = mean + math.sqrt(sum((x - mean) ** 2 for x in candidates) / (len(candidates) - 1))
         for index, anchor in enumerate(anchors):
-            found[index] = found[index] or limit / 4 <= slow_diou(box, anchor) < limit
+            if limit / 4 <= slow_diou(box, anchor) < limit:
+                found[index] = max(found[index], slow_iou(box, anchor))
     return found
+
+
+def is_inside(point: tuple[float, float], box: list[float]) -> bool:
+    return box[0] < point[0] < box[2] and box[1] < point[1] < box[3]
 
 
 def test_the_valuable_region_is_that_of_the_loop() -> None:
@@ -79,8 +85,8 @@ def test_the_valuable_region_is_that_of_the_loop() -> None:
     truth = torch.tensor([[10.0, 12.0, 44.0, 40.0], [50.0, 30.0, 90.0, 99.0]])
     found = valuable(truth, AnchorGrid(torch.cat(levels), [len(level) for level in levels]))
     expected = slow_valuable(truth.tolist(), [level.tolist() for level in levels])
-    assert found.tolist() == expected
-    assert 0 < sum(expected) < len(expected)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    assert 0 < len([weight for weight in expected if weight]) < len(expected)
 
 
 class TestLD(LossGrid):
@@ -89,11 +95,10 @@ class TestLD(LossGrid):
     twice = 2.0  # sums without a divisor
     relative = 1e-6
     divisor = "none"
+    options: Mapping[str, Any] = {}
 
     def loss(self, student: DetectorSpec, teacher: DetectorSpec) -> DistillLoss:
-        return LD(
-            student, teacher, sides={"main": 5.0, "valuable": 0.15}, logits={"classes": 0.0}, divisor=self.divisor
-        )
+        return LD(student, teacher, logits={"classes": 0.0}, divisor=self.divisor, **self.options)
 
     def pair(self, images: Batch, **options: Any) -> tuple[FakeView, FakeView]:
         views = super().pair(images, **options)
@@ -124,20 +129,34 @@ class TestLD(LossGrid):
         ]
         return list(torch.cat(levels, 1))
 
+    def near(self, truth: list[list[float]], levels: list[list[list[float]]]) -> list[float] | None:
+        """The weights of the valuable anchors; None: the scores of those inside a box."""
+        return slow_valuable(truth, levels)
+
+    @staticmethod
+    def inside(view: FakeView, image: int, anchor: int) -> bool:
+        point = center(torch.cat(list(view.stages["anchors"].values()))[anchor].tolist())
+        return any(is_inside(point, box) for box in view.batch.targets[image].boxes.tolist())
+
+    def error(self, own: list[list[float]], other: list[list[float]]) -> float:
+        return sum(slow_kl(s, t, 10.0) for s, t in zip(own, other, strict=True))
+
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
         labels, sums = student.stages["anchor_targets"].labels, {"sides.main": 0.0, "sides.valuable": 0.0}
         levels = [boxes.tolist() for boxes in student.stages["anchors"].values()]
         pairs = zip(self.sides(student), self.sides(teacher), strict=True)
         for image, (own, other) in enumerate(pairs):
-            near = slow_valuable(student.batch.targets[image].boxes.tolist(), levels)
-            scores = self.scores(student)[image].tolist()
+            weights = self.near(student.batch.targets[image].boxes.tolist(), levels)
+            scores = [1 / (1 + math.exp(-max(logits))) for logits in self.scores(student)[image].tolist()]
             for anchor in range(len(own)):
-                sides = zip(own[anchor].tolist(), other[anchor].tolist(), strict=True)
-                error = sum(slow_kl(s, t, 10.0) for s, t in sides)
-                if labels[image, anchor] > 0:
-                    sums["sides.main"] += error / 4 / (1 + math.exp(-max(scores[anchor])))
-                if near[anchor]:
-                    sums["sides.valuable"] += error / 16
+                error, positive = self.error(own[anchor].tolist(), other[anchor].tolist()), labels[image, anchor] > 0
+                weight = (
+                    weights[anchor] if weights is not None else self.inside(student, image, anchor) * scores[anchor]
+                )
+                if positive:
+                    sums["sides.main"] += error / 4 * scores[anchor]
+                if self.options.get("region_positives") or not positive:
+                    sums["sides.valuable"] += error / 16 * weight
         count = max(1, int((labels > 0).sum())) if self.divisor == "positives" else 1
         return {name: value / count for name, value in sums.items()}
 
@@ -147,6 +166,26 @@ class TestDividedLD(TestLD):
     twice = 1.0
 
 
+class TestLDWithPositives(TestLD):
+    options: Mapping[str, Any] = {"region_positives": True}
+
+
+class TestLDInside(TestLD):
+    options: Mapping[str, Any] = {"region": "inside"}
+
+    def near(self, truth: list[list[float]], levels: list[list[list[float]]]) -> list[float] | None:
+        return None
+
+
+class TestLDOfAnchors(TestLD):
+    """One softmax over the bins of all sides."""
+
+    options: Mapping[str, Any] = {"softmax_over": "anchor"}
+
+    def error(self, own: list[list[float]], other: list[list[float]]) -> float:
+        return slow_kl(*([logit for side in sides for logit in side] for sides in (own, other)), 10.0)
+
+
 class TestClasses(TestLD):
     twice = 1.0
 
@@ -154,11 +193,16 @@ class TestClasses(TestLD):
         return LD(student, teacher, sides={"main": 0.0, "valuable": 0.0})
 
     def oracle(self, loss: DistillLoss, student: FakeView, teacher: FakeView) -> dict[str, float]:
-        labels, total = student.stages["anchor_targets"].labels, 0.0
-        for image, (own, other) in enumerate(zip(self.scores(student), self.scores(teacher), strict=True)):
-            for anchor in (labels[image] > 0).nonzero()[:, 0].tolist():
-                total += slow_kl(own[anchor].tolist(), other[anchor].tolist(), 8.0)
-        return {"logits.classes": total / max(1, int((labels > 0).sum()))}
+        """The sum over levels of the mean over the positive anchors of the level."""
+        labels, total, start = student.stages["anchor_targets"].labels, 0.0, 0
+        pairs = list(zip(self.scores(student), self.scores(teacher), strict=True))
+        for boxes in student.stages["anchors"].values():
+            rows = [(image, anchor) for image, anchor in (labels > 0).nonzero().tolist() if start <= anchor]
+            rows = [(image, anchor) for image, anchor in rows if anchor < start + len(boxes)]
+            values = [slow_kl(*(x[anchor].tolist() for x in pairs[image]), 8.0) for image, anchor in rows]
+            total += sum(values) / max(1, len(values))
+            start += len(boxes)
+        return {"logits.classes": total}
 
 
 def make(normalizer: str) -> DistillLoss:
@@ -198,6 +242,10 @@ def test_refusals() -> None:
         LD(SPEC, SPEC, class_temperature=0)
     with pytest.raises(DistillError, match="expected divisor to be none or positives"):
         LD(SPEC, SPEC, divisor="all")
+    with pytest.raises(
+        DistillError, match=r"expected region of diou or inside .* got region=near and softmax_over=side"
+    ):
+        LD(SPEC, SPEC, region="near")
     assert LD(DENSE, DENSE, sides={"main": 0, "valuable": 0}).weights == {"logits.classes": 10.0}
 
 
