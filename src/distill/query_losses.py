@@ -40,15 +40,18 @@ def corner_divergence(student: Tensor, teacher: Tensor, temperature: float = TEM
     return temperature**2 * (target.exp() * (target - given)).sum(-1).mean(-1)
 
 
-def balanced_mean(values: Tensor, positive: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
-    """``(sqrt(n_pos) mean_pos + sqrt(n_neg) mean_neg) / (sqrt(n_pos) + sqrt(n_neg))``, of this process's values.
+def balanced_mean(
+    values: Tensor, positive: Tensor, counts: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """``(sqrt(m_pos) mean_pos + sqrt(m_neg) mean_neg) / (sqrt(m_pos) + sqrt(m_neg))``, of this process's values.
 
     Args:
         values: (...).
         positive: (...) bool.
-        counts: n_pos and n_neg over all processes, as scalars.
+        counts: numbers of positive and negative values over all processes, as scalars.
+        weights: m_pos and m_neg; None: the counts.
     """
-    roots = [count.sqrt() for count in counts]
+    roots = [number.sqrt() for number in weights or counts]
     sums = (values * positive).sum(), (values * ~positive).sum()
     means = [root * total / count.clamp(min=1) for root, total, count in zip(roots, sums, counts, strict=True)]
     return sum(means, values.new_zeros(())) / (roots[0] + roots[1]).clamp(min=1)

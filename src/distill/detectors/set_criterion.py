@@ -229,7 +229,8 @@ class SetCriterion:
       L_DDF): :func:`distill.query_losses.corner_divergence` at T = 5, weighted by the IoU of the layer's box with the
       object on matched queries and by the last layer's highest score elsewhere, combined by
       :func:`distill.query_losses.balanced_mean`. No gradient reaches the last layer. As in the released code the
-      layers' values are added; the paper divides by their number.
+      layers' values are added, while the paper divides by their number, and the means of denoising queries are weighted
+      by the numbers of matched and other ordinary queries.
 
     They are divided by the number of objects (with a union: of united pairs, for ``l1``, ``giou`` and ``fgl``; of
     denoising pairs, for the denoising queries), counted over all processes with one all-reduce, and multiplied by the
@@ -299,7 +300,7 @@ class SetCriterion:
         with torch.autocast(queries.layers[0].boxes.device.type, enabled=False):
             values = dict(self._group(queries, parts, targets, matches, united, counts))
             if denoising is not None:
-                values |= self._denoising(denoising, targets, counts)
+                values |= self._denoising(denoising, targets, united is not None, counts)
         terms = {
             name: torch.stack([part[name] for part in values.values() if name in part]).sum() for name in self.names
         }
@@ -345,14 +346,16 @@ class SetCriterion:
             pairs = shared or pairs
             values |= self._boxes(layer, pairs, _share(located, counts.processes))
             if self.bins and name.startswith("layer"):
-                scale = _share(located, counts.processes), counts.processes, (positives, counts.queries - positives)
+                ordinary = positives, counts.queries - positives
+                scale = _share(located, counts.processes), counts.processes, ordinary, ordinary
                 values |= self._corners(layer, queries, pairs, *scale)
             yield name, values
 
     def _denoising(
-        self, group: Denoising, targets: Sequence[SetTarget], counts: _Counts
+        self, group: Denoising, targets: Sequence[SetTarget], united: bool, counts: _Counts
     ) -> dict[str, dict[str, Tensor]]:
         """The parts of the denoising queries."""
+        positives = counts.united if united else counts.matched
         pairs, share = _pairs(group.matches, targets, group.layers[0]), _share(counts.denoised, counts.processes)
         parts = {f"denoising_{index}": layer for index, layer in enumerate(group.layers)}
         parts |= {"denoising_first": group.first} if group.first is not None else {}
@@ -360,7 +363,8 @@ class SetCriterion:
         for name, layer in parts.items():
             values[name] = {"classification": self._classes(layer, pairs) * share, **self._boxes(layer, pairs, share)}
             if self.bins and name != "denoising_first":
-                scale = share, counts.processes, (counts.denoised, counts.denoising - counts.denoised)
+                own = counts.denoised, counts.denoising - counts.denoised
+                scale = share, counts.processes, own, (positives, counts.queries - positives)
                 values[name] |= self._corners(layer, QueryGroup(group.layers, group.first), pairs, *scale)
         return values
 
@@ -392,8 +396,9 @@ class SetCriterion:
         share: Tensor,
         processes: int,
         counts: tuple[Tensor, Tensor],
+        weights: tuple[Tensor, Tensor],
     ) -> dict[str, Tensor]:
-        """FGL and DDF of one decoder layer."""
+        """FGL and DDF of one decoder layer; counts and weights as in `balanced_mean`."""
         last = group.layers[-1]
         if self.bins is None or group.first is None or layer.corners is None or last.corners is None:
             raise DistillError(
@@ -413,7 +418,7 @@ class SetCriterion:
             (pairs.queries,), torch.ones_like(quality).bool()
         )
         values = weight * corner_divergence(corners, upcast(last.corners).detach().flatten(0, 1))
-        return {"fgl": fgl, "ddf": balanced_mean(values, positive, counts) * processes}
+        return {"fgl": fgl, "ddf": balanced_mean(values, positive, counts, weights) * processes}
 
 
 def _share(count: Tensor, processes: int) -> Tensor:

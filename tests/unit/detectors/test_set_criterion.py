@@ -146,7 +146,13 @@ def slow_fgl(layer: QueryLayer, first: QueryLayer, matches: list[list[tuple[int,
     return total
 
 
-def slow_ddf(layer: QueryLayer, last: QueryLayer, matches: list[list[tuple[int, int]]]) -> float:
+def slow_ddf(
+    layer: QueryLayer,
+    last: QueryLayer,
+    matches: list[list[tuple[int, int]]],
+    numbers: tuple[int, int] | None = None,
+) -> float:
+    """`numbers` of matched and other queries, whose roots weight the means; None: those of the layer."""
     values: dict[bool, list[float]] = {True: [], False: []}
     for image, pairs in enumerate(matches):
         for query in range(layer.logits.shape[1]):
@@ -158,7 +164,8 @@ def slow_ddf(layer: QueryLayer, last: QueryLayer, matches: list[list[tuple[int, 
             for side in range(4):
                 rows = (x.corners[image, query, side].tolist() for x in (layer, last))
                 values[query in dict(pairs)].append(weight * slow_kl(*rows, 5))
-    roots = {kind: math.sqrt(len(rows)) for kind, rows in values.items()}
+    numbers = numbers or (len(values[True]), len(values[False]))
+    roots = {kind: math.sqrt(number) for kind, number in zip((True, False), numbers, strict=True)}
     return sum(roots[kind] * sum(rows) / len(rows) for kind, rows in values.items() if rows) / sum(roots.values())
 
 
@@ -185,12 +192,14 @@ def slow_losses(kind: str, union: bool) -> dict[str, dict[str, float]]:
             fgl, ddf = slow_fgl(x, queries.first, located) / pairs, slow_ddf(x, queries.layers[-1], located)
             values[name] |= {"fgl": fgl, "ddf": ddf}
     fixed = [list(zip(q.tolist(), t.tolist(), strict=True)) for q, t in FIXED]
+    positives = pairs if union else 5
+    ordinary = positives, math.prod(queries.first.logits.shape[:2]) - positives
     parts = {f"denoising_{i}": x for i, x in enumerate(denoising.layers)} | {"denoising_first": denoising.first}
     for name, x in parts.items():
         l1, giou = slow_boxes(x, fixed)
         values[name] = {"classification": slow_classes(x, fixed, kind) / 10, "l1": l1 / 10, "giou": giou / 10}
         if name != "denoising_first":
-            ddf = slow_ddf(x, denoising.layers[-1], fixed)
+            ddf = slow_ddf(x, denoising.layers[-1], fixed, ordinary)
             values[name] |= {"fgl": slow_fgl(x, denoising.first, fixed) / 10, "ddf": ddf}
     return values
 
