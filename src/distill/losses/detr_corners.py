@@ -120,7 +120,10 @@ class DETRCorners(DistillLoss):
                 rows = image, query
                 yield self._compare(own, other, rows, rows, targets[index], student.batch)
             return
-        pairs = [(queries.own(own), queries.taught(other, self.classes)) for _, own, _, other in layers]
+        pairs = [
+            (queries.own(own), queries.clipped(queries.taught(other, self.classes), student.batch))
+            for _, own, _, other in layers
+        ]
         for (index, own, _, other), (rows, columns) in zip(layers, queries.match_queries(pairs), strict=True):
             yield self._compare(own, other, rows, columns, student.query_targets[index], student.batch)
 

@@ -10,7 +10,8 @@ import torch
 from distill.losses import base, queries
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.heads import ClassMap
-from distill.types import DetectorSpec, DistillError, View
+from distill.losses.queries import Predictions
+from distill.types import Batch, DetectorSpec, DistillError, QueryLayer, View
 
 QUERIES: dict[str, Any] = {"classes": 1.0, "l1": 5.0, "giou": 2.0, "top": None}
 
@@ -25,11 +26,12 @@ class DETRLogits(DistillLoss):
         queries.l1       = sum_l 1/N_l sum over pairs  |b_i - b_j|_1
         queries.giou     = sum_l 1/N_l sum over pairs  1 - GIoU(b_i, b_j)
 
-    over decoder layers l and the pairs of the student's query i with the teacher's query j. N_l is the number of pairs.
+    over decoder layers l and the pairs of the student's query i with the teacher's query j, whose box b_j is clipped to
+    the image. N_l is the number of pairs.
 
     Source: Chang, Wang, Cai, Dou, Zheng, Wu, "DETRDistill: A Universal Knowledge Distillation Framework for
-    DETR-families", ICCV 2023, arXiv 2211.10156, Hungarian-matching logits distillation. The cost, the weights, and
-    that all queries of the teacher take part with weight 1, are those of its released code.
+    DETR-families", ICCV 2023, arXiv 2211.10156, Hungarian-matching logits distillation. The cost, the weights,
+    the clipped boxes, and that all queries of the teacher take part with weight 1, are those of its released code.
 
     Where we differ: N_l is counted over all processes. Decoders of different depth are compared from the last layer
     downwards (`queries.layer_pairs`). The boxes are shares of the padded image.
@@ -73,12 +75,13 @@ class DETRLogits(DistillLoss):
         shares: dict[str, list[SumAndCount]] = {term: [] for term in self.weights}
         with torch.autocast(student.batch.images.device.type, enabled=False):
             layers = queries.layer_pairs(student.queries, teacher.queries)
-            pairs = [
-                (queries.own(given), queries.best(queries.taught(target, self.classes), self.top))
-                for _, given, _, target in layers
-            ]
+            pairs = [(queries.own(given), self._targets(target, student.batch)) for _, given, _, target in layers]
             for (given, target), (rows, columns) in zip(pairs, queries.match_queries(pairs), strict=True):
                 for name, values in queries.distances(given.at(rows), target.at(columns)).items():
                     if f"queries.{name}" in shares:
                         shares[f"queries.{name}"].append(base.sum_and_size(values.sum(), len(values)))
         return self.average({term: base.summed(layers) for term, layers in shares.items()})
+
+    def _targets(self, layer: QueryLayer, batch: Batch) -> Predictions:
+        best = queries.best(queries.taught(layer, self.classes), self.top)
+        return queries.clipped(best, batch)

@@ -57,6 +57,17 @@ def taught(layer: QueryLayer, classes: ClassMap) -> Predictions:
     return Predictions(upcast(classes.dense_logits(layer.logits.detach())), upcast(layer.boxes.detach()))
 
 
+def clipped(predictions: Predictions, batch: Batch) -> Predictions:
+    """The predictions with boxes clipped to their images, as DETRDistill's released code does with the teacher's."""
+    height, width = batch.images.shape[-2:]
+    sizes = torch.tensor(batch.sizes, dtype=predictions.boxes.dtype)
+    right = (sizes[:, [1, 0, 1, 0]] / sizes.new_tensor([width, height, width, height]))[:, None]
+    corners = geometry.corners(predictions.boxes)
+    inside = corners.clamp(min=0).minimum(right.to(corners.device, non_blocking=True))
+    cut = (inside != corners).any(-1, keepdim=True)  # the others keep their exact values
+    return predictions._replace(boxes=torch.where(cut, geometry.shares(inside, 1, 1), predictions.boxes))
+
+
 def taught_targets(teacher: View, classes: ClassMap) -> list[Matches]:
     """The teacher's matches of queries to objects, as `View.query_targets`, for labels of the student's classes.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,8 +21,14 @@ from helpers.slow_queries import slow_bce, slow_l1, slow_overlap
 pytest.importorskip("scipy", reason="the matching needs scipy")
 
 
+def slow_clipped(box: list[float]) -> list[float]:
+    (x, y, w, h), clip = box, lambda side: min(max(side, 0.0), 1.0)
+    left, top, right, bottom = map(clip, (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+    return [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+
+
 def slow_distances(student: QueryLayer, teacher: QueryLayer, image: int, i: int, j: int) -> list[float]:
-    boxes = student.boxes[image, i].tolist(), teacher.boxes[image, j].tolist()
+    boxes = student.boxes[image, i].tolist(), slow_clipped(teacher.boxes[image, j].tolist())
     classes = slow_bce(student.logits[image, i].tolist(), teacher.logits[image, j].tolist())
     return [classes, slow_l1(*boxes), 1 - slow_overlap(*boxes)[1]]
 
@@ -83,6 +90,19 @@ def test_the_best_queries_alone_take_part() -> None:
     few = QueryLayer(*(torch.stack([x[i, chosen[i]] for i in range(2)]) for x in teacher.queries[0]))
     values = DETRLogits(known, known, {"top": 2})(student, teacher)
     assert [value.item() for value in values.values()] == pytest.approx(slow_terms(student.queries[0], few))
+
+
+def test_the_teachers_boxes_are_clipped_to_the_image_and_not_to_its_padding() -> None:
+    """The second image is 64 x 48 pixels (width x height) of 64 x 64."""
+    images, known = batch(OBJECTS), query_spec()
+    images = replace(images, sizes=((64, 64), (48, 64)))
+    student, teacher, twin = (random_query_view(images, known, seed, regions=2, layers=1) for seed in (1, 2, 2))
+    boxes = [[[0.9, 0.5, 0.4, 0.2], [0.5, 0.05, 0.5, 0.2]], [[0.2, 0.7, 0.5, 0.3], [0.3, 0.4, 0.2, 0.2]]]
+    clipped = [[[0.85, 0.5, 0.3, 0.2], [0.5, 0.075, 0.5, 0.15]], [[0.225, 0.65, 0.45, 0.2], [0.3, 0.4, 0.2, 0.2]]]
+    for view, given in ((teacher, boxes), (twin, clipped)):
+        view.stages["queries"] = [view.queries[0]._replace(boxes=torch.tensor(given, dtype=torch.float64))]
+    values = [value.item() for value in DETRLogits(known, known)(student, teacher).values()]
+    assert values == pytest.approx(slow_terms(student.queries[0], twin.queries[0]))
 
 
 def test_classes_are_matched_by_name() -> None:
