@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distill import boxes as geometry
-from distill.assignment import Matches
+from distill.assignment import Matches, match_objects, set_targets
 from distill.losses import base, queries
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.heads import ClassMap
@@ -18,6 +18,7 @@ from distill.types import Batch, DetectorSpec, DistillError, QueryLayer, View
 
 POINTS = {"classes": 2.0, "l1": 5.0, "giou": 2.0}
 ASSIGNMENT = {"classes": 0.0, "l1": 0.0, "giou": 0.0}
+ASSIGNERS = ("teacher", "student")
 VFL = (0.75, 2.0)
 
 
@@ -40,8 +41,9 @@ class DETRPoints(DistillLoss):
     with Consistent Distillation Points Sampling", CVPR 2024, arXiv 2211.08071 (its specific points; the weights, 2, 5
     and 2, are from memory; the divisor W_l is our choice), and Chen, Chen, Wu, "D3ETR", 2022, arXiv 2211.09768, fixed
     matching. Source of ``assignment``: DETRDistill, ICCV 2023, arXiv 2211.10156, query-prior assignment: its released
-    code adds the teacher's learned queries as a second group. Two-stage detectors have no learned queries; their
-    points are cells of the encoder's maps.
+    code adds the teacher's learned queries as a second group. It computes the teacher's matches, but does not pass
+    them on, and matches the student's boxes of this group itself: ``assigned_by="student"``. Two-stage detectors have
+    no learned queries; their points are cells of the encoder's maps.
 
     Where we differ: KD-DETR's general points, drawn at random, are not implemented. Counts are summed over all
     processes. Decoders of different depth are compared from the last layer downwards.
@@ -55,6 +57,8 @@ class DETRPoints(DistillLoss):
         points: weights of the terms that compare with the teacher.
         assignment: weights of the terms that compare with the ground truth; 0 by default. The student's own losses have
             the weights 1, 5 and 2.
+        assigned_by: the matches of ``assignment``: those of the ``teacher``'s queries, or those of the ``student``'s
+            outputs of the additional pass.
         ramp, normalizer, seed: see :class:`DistillLoss`. The loss draws nothing at random.
     """
 
@@ -66,6 +70,7 @@ class DETRPoints(DistillLoss):
         teacher: DetectorSpec,
         points: Mapping[str, float] = POINTS,
         assignment: Mapping[str, float] = ASSIGNMENT,
+        assigned_by: str = "teacher",
         ramp: Mapping[str, Any] = base.RAMP,
         normalizer: str = "global",
         seed: int = 0,
@@ -76,6 +81,9 @@ class DETRPoints(DistillLoss):
         }
         weights = {f"{place}.{name}": weight for place, terms in places.items() for name, weight in terms.items()}
         super().__init__(weights, ramp, normalizer, seed)
+        if assigned_by not in ASSIGNERS:
+            raise DistillError(f"assigned_by: expected {' or '.join(ASSIGNERS)}, got '{assigned_by}'")
+        self.assigned_by = assigned_by
         if self.weights:
             require_equal_cells("points", student, teacher)
             self.classes = ClassMap("points", student, teacher)
@@ -93,16 +101,23 @@ class DETRPoints(DistillLoss):
             return {}
         shares: dict[str, list[SumAndCount]] = {term: [] for term in self.weights}
         decoded = student.decode(teacher.query_points)
-        assigned = queries.taught_targets(teacher, self.classes) if self.terms("assignment") else []
+        own = self.assigned_by == "student"
+        assigned = self._matches(decoded, student, teacher) if self.terms("assignment") else []
         with torch.autocast(student.batch.images.device.type, enabled=False):
-            for _, given, index, target in queries.layer_pairs(decoded, teacher.queries):
+            for layer, given, index, target in queries.layer_pairs(decoded, teacher.queries):
                 values = self._imitate(given, target) if self.terms("points") else {}
                 if self.terms("assignment"):
-                    values |= assigned_losses(given, assigned[index], student.batch)
+                    values |= assigned_losses(given, assigned[layer if own else index], student.batch)
                 for term, share in values.items():
                     if term in shares:
                         shares[term].append(share)
         return self.average({term: base.summed(layers) for term, layers in shares.items()})
+
+    def _matches(self, decoded: list[QueryLayer], student: View, teacher: View) -> list[Matches]:
+        """For each decoder layer of the student or of the teacher."""
+        if self.assigned_by == "teacher":
+            return queries.taught_targets(teacher, self.classes)
+        return match_objects(decoded, set_targets(student.batch))
 
     def _imitate(self, given: QueryLayer, target: QueryLayer) -> dict[str, SumAndCount]:
         teacher = queries.taught(target, self.classes)

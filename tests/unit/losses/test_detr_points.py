@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.assignment import match_objects, set_targets
 from distill.losses import queries
 from distill.losses.base import DistillLoss
 from distill.losses.detr_corners import DETRCorners
@@ -87,6 +88,22 @@ class TestDETRPoints(QueryGrid, LossGrid):
             first.backward()
             optimizer.step()
             assert loss(student, teacher)[term] < first, term
+
+
+def test_the_student_can_match_its_additional_pass_itself() -> None:
+    """With decoders of unequal depth, and the teacher's matches far off."""
+    images, known = batch(OBJECTS), query_spec()
+    student = random_query_view(images, known, 1, layers=3)
+    teacher = random_query_view(images, known, 2, layers=2)
+    objects = set_targets(images)
+    matches = match_objects(student.stages["decoded"], objects)
+    twin = QueryView(images, known, **{**teacher.stages, "query_targets": matches[1:]})
+    none = dict.fromkeys(ALL, 0.0)
+    values = DETRPoints(known, known, none, ALL, assigned_by="student")(student, teacher)
+    expected = DETRPoints(known, known, none, ALL)(student, twin)
+    assert {name: value.item() for name, value in values.items()} == {k: v.item() for k, v in expected.items()}
+    other = DETRPoints(known, known, none, ALL)(student, teacher)
+    assert all(values[name] != other[name] for name in values)
 
 
 class CornersGrid(QueryGrid, LossGrid):
@@ -206,6 +223,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         (
             lambda: DETRCorners(query_spec(), query_spec(), {"pairs": "iou"}),
             "expected points or matching",
+        ),
+        (
+            lambda: DETRPoints(query_spec(), query_spec(), assigned_by="both"),
+            "assigned_by: expected teacher or student",
         ),
     ],
 )
