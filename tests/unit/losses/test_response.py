@@ -11,7 +11,7 @@ import torch
 from torchvision.ops import generalized_box_iou
 
 from distill.losses import heads
-from distill.losses.adl import ADL, entropy
+from distill.losses.adl import ADL, adaptive_divergence, entropy
 from distill.losses.base import DistillLoss
 from distill.losses.bckd import BCKD
 from distill.losses.response import Response
@@ -100,9 +100,12 @@ class TestADL(Dense):
             positives += label > 0
             for a, b in zip(own, other, strict=True):
                 p, q = sigmoid(a), sigmoid(b)
-                divergence, doubt = bernoulli(p, q), -q * math.log(q) - (1 - q) * math.log(1 - q)
-                total += (1 - math.exp(-(divergence + loss.beta * doubt))) ** loss.gamma * divergence
                 scores.append(q)
+                if label < 0 and not loss.ignored:
+                    continue
+                divergence, doubt = bernoulli(p, q), -q * math.log(q) - (1 - q) * math.log(1 - q)
+                compared = divergence if loss.error == "divergence" else divergence + doubt
+                total += (1 - math.exp(-(divergence + loss.beta * doubt))) ** loss.gamma * compared
         return {"logits.classes": total / max(1.0, self.count(scores, positives))}
 
 
@@ -111,6 +114,40 @@ class TestADLOfPositives(TestADL):
 
     def count(self, scores: list[float], positives: int) -> float:
         return positives
+
+
+class TestADLAsReleased(TestADL):
+    """With the cross-entropy, the least value is not 0; the gradient vanishes there."""
+
+    options: Mapping[str, Any] = {"error": "cross_entropy", "ignored": False}
+
+    def test_is_at_its_minimum_when_student_equals_teacher(self) -> None:
+        student, _ = self.views(OBJECTS)
+        twin = student.mapped(torch.clone)
+        (value,) = self.run(self.loss(self.student, self.student), student, twin).values()
+        value.backward()
+        assert all(x.grad.abs().max() < 1e-12 for x in student.class_logits.values())
+
+
+def test_adl_as_released_has_the_gradient_of_its_kernel() -> None:
+    """With A = 1 - exp(-D), D = BCE(p, q), of one logit: 2 A exp(-D) (p - q) BCE + A^2 (p - q), times the weight."""
+    z, p, q = math.log(0.3 / 0.7), 0.3, 0.9
+    logit, other = torch.tensor(z, dtype=torch.float64, requires_grad=True), torch.tensor(math.log(9)).double()
+    value = adaptive_divergence(logit, other, beta=1.0, gamma=2.0, error="cross_entropy")
+    bce = -q * math.log(p) - (1 - q) * math.log(1 - p)
+    a = 1 - math.exp(-bce)
+    assert value.item() == pytest.approx(a**2 * bce)
+    (slope,) = torch.autograd.grad(value, logit)
+    assert slope.item() == pytest.approx(2 * a * math.exp(-bce) * (p - q) * bce + a**2 * (p - q))
+
+
+def test_adl_needs_no_ground_truth_but_for_positives_and_ignored_anchors() -> None:
+    dense = TestADL.student
+    assert ADL(dense, dense).truth_terms == []
+    for options in ({"ignored": False}, {"divide_by": "positives"}):
+        assert ADL(dense, dense, **options).truth_terms == ["logits.classes"]
+    with pytest.raises(DistillError, match=r"error of divergence or cross_entropy, got .*error=kl"):
+        ADL(dense, dense, error="kl")
 
 
 class TestBCKD(Dense):
