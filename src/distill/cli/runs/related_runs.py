@@ -31,6 +31,8 @@ LEFT_OUT = (
     *("baseline", "baseline_epochs"),
 )
 """Keys of a distillation's overrides that do not belong to its baseline."""
+OWN_FOLDER = "paths.run"
+"""Key of the run's folder. A baseline that kept it would be trained into the folder of the distilled run."""
 
 
 class RelatedRun(NamedTuple):
@@ -93,9 +95,9 @@ def baseline_command(plan: RunPlan) -> str:
 
 
 def baseline_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides of a distilled run that its baseline keeps: all but those of the distillation."""
+    """The overrides of a distilled run that its baseline keeps: all but its folder and those of the distillation."""
     return [
         str(override.input_line)
         for override in parse_overrides(overrides)
-        if override.key_or_group.split(".")[0].split("@")[0] not in LEFT_OUT
+        if override.key_or_group != OWN_FOLDER and override.key_or_group.split(".")[0].split("@")[0] not in LEFT_OUT
     ]

@@ -88,6 +88,7 @@ def test_finished_runs_of_the_recipe_are_found_the_newest_first(tmp_path: Path) 
 def test_the_baseline_s_command_keeps_all_but_the_distillation() -> None:
     lines = ["data=yolo", "data.source.root='a b'", "model=frcnn_r18", "distill=[defeat,ssim]"]
     lines += ["distill.losses.defeat.neck.foreground=2", "teacher.weights=t", "init=inherit", "hydra.run.dir=r"]
+    lines += ["paths.run='the run'"]  # as analyze sets it
     distilled: Any = Plan({}, RunFolder("run"), lines)
     words = shlex.split(baseline_command(distilled))
     assert words == ["python", "-m", "distill", "train", *lines[:3], "distill=none"]
