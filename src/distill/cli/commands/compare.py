@@ -6,8 +6,8 @@
 
 The student alone (distill=none) is always among the configurations. All runs share one teacher. Each run has its own
 process. seeds=3 stands for seed=0,1,2. equal=time also trains the student alone for as long as each distilled student
-took. The same command with hydra.sweep.dir=DIR continues a stopped comparison. Its folder gets comparison.csv and
-comparison.json.
+took; for finished runs, it takes the student alone whose time is nearest. The same command with hydra.sweep.dir=DIR
+continues a stopped comparison. Its folder gets comparison.csv, comparison.json and comparison.html.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
     """``distill compare [overrides] [seeds=3] [equal=time] [sweep=NAME]``, or ``distill compare RUN RUN ...``."""
     parser = argparse.ArgumentParser(
         prog="distill compare",
-        usage="distill compare [overrides] [seeds=3] [equal=epochs|time] [sweep=NAME] | RUN RUN ... [--csv FILE] "
-        "[--json FILE] [--html FILE] [--no-images]",
+        usage="distill compare [overrides] [seeds=3] [equal=epochs|time] [sweep=NAME] | RUN RUN ... [equal=epochs|time] "
+        "[--csv FILE] [--json FILE] [--html FILE] [--no-images]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -118,11 +118,8 @@ def _compare_runs(
             f"{others[0]}: finished runs are compared as they are. Leave out the overrides, or the run folders"
         )
     from distill.cli.reports import comparison_report as report
-    from distill.cli.runs.finished_runs import expand_folders
 
-    comparison = report.compare_folders(
-        expand_folders(folders), values.get("equal", EQUAL[0]), images=not args.no_images
-    )
+    comparison = report.compare_paths(folders, values.get("equal"), images=not args.no_images)
     report.write_comparison(comparison, args.csv, args.json)
     report.print_comparison(comparison)
     if args.html:

@@ -31,10 +31,9 @@ def main(argv: Sequence[str]) -> int:
     if missing := [folder for folder in args.folders if not folder.is_dir()]:
         raise DistillError(f"{missing[0]}: there is no such folder. Expected the folder of a sweep or of a run")
     from distill.cli.reports import comparison_report, wandb_report
-    from distill.cli.runs.finished_runs import expand_folders
 
     site = wandb_report.parse_site(args.wandb) if args.wandb else None
-    comparison = comparison_report.compare_folders(expand_folders(args.folders), images=not args.no_images)
+    comparison = comparison_report.compare_paths(args.folders, images=not args.no_images)
     pages = wandb_report.build_pages(comparison, site, f"distill: {args.folders[0].resolve().name}") if site else None
     print_line(
         "report", comparison_report.write_page(comparison, args.html or args.folders[0] / comparison_report.PAGE)

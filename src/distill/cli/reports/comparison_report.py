@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +12,14 @@ from distill.analysis import comparison as analysis
 from distill.analysis.comparison import Comparison, Difference, Row
 from distill.analysis.configurations import measured
 from distill.analysis.statistics import MOST_SEEDS, Interval, student_quantile
-from distill.cli.runs.finished_runs import read_runs
+from distill.cli.runs.finished_runs import expand_folders, read_runs
 from distill.cli.runs.related_runs import UNRELATED
+from distill.cli.runs.sweep_folder import job_folders, recorded_words
 from distill.cli.tables import print_line, print_table
-from distill.files import atomic_write, write_text
+from distill.files import atomic_write, read_json, write_text
+from distill.run_folder import RunFolder
 from distill.training.callbacks.history import to_csv
+from distill.types import DistillError
 from distill.units import MISSING, duration, percent
 
 STUDENT_KEYS = ("data.source*", "distill*", "teacher*", "init", "model*")
@@ -44,6 +48,46 @@ def compare_folders(
     """
     runs, left_out = read_runs(folders)
     return analysis.compare(runs, left_out, free_keys(), equal, labels, images)
+
+
+def compare_paths(paths: Sequence[Path], equal: str | None = None, images: bool = True) -> Comparison:
+    """Compare the finished runs in folders of runs and sweeps.
+
+    A single sweep is compared as its own comparison was: equal epochs or equal time, and the names of its
+    configurations. So its page and its table do not contradict each other.
+
+    Args:
+        paths: folders of runs and sweeps.
+        equal: ``epochs`` or ``time``; None: as recorded, else ``epochs``.
+        images: whether to compute intervals over images.
+
+    Raises:
+        DistillError: there is no finished run.
+    """
+    recorded, labels = recorded_choices(paths[0]) if len(paths) == 1 else (None, {})
+    return compare_folders(expand_folders(paths), equal or recorded or "epochs", labels, images)
+
+
+def recorded_choices(folder: Path) -> tuple[str | None, dict[frozenset[str], str]]:
+    """What the comparison in a sweep's folder recorded: what is equal, and the names of configurations by their words.
+
+    None, and no names, if there is no such file, or none that can be read. No names if jobs finished since.
+    """
+    file = folder / JSON
+    if not file.is_file():
+        return None, {}
+    with suppress(DistillError, KeyError, TypeError):
+        content = read_json(file)
+        names = {Path(run["folder"]).name: str(run["configuration"]) for run in content["runs"]}
+        words = {
+            name: frozenset(word for word in recorded_words(folder / name) if not word.startswith("seed="))
+            for name in names
+        }
+        finished = {job.name for job in job_folders(folder) if RunFolder(job).finished}
+        labels = {words[name]: label for name, label in names.items()} if finished <= names.keys() else {}
+        equal = "time" if content["equal"] == "time" else "epochs"
+        return equal, dict(sorted(labels.items(), key=lambda item: len(item[0])))
+    return None, {}
 
 
 def is_worth_showing(comparison: Comparison) -> bool:

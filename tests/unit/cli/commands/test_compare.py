@@ -177,6 +177,29 @@ def test_equal_time_trains_the_student_alone_for_longer(
     assert len(jobs.ran) == 6
 
 
+@pytest.mark.parametrize("words", [["distill=defeat", "equal=time"], ["sweep=defeat_figure5"]])
+def test_a_sweep_is_shown_again_as_its_comparison_was(
+    words: list[str], cli: Cli, jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With equal time, or with the names of a prepared sweep. Else the page and the table contradict each other."""
+    sweep = tmp_path / "sweep"
+    assert cli(["compare", *words, "seeds=2", "schedule.epochs=4", "metric=test/AP", "hydra.sweep.dir=sweep"]) == 0
+    page, table = ((sweep / f"comparison.{suffix}").read_text() for suffix in ("html", "csv"))
+    assert cli(["report", "sweep", "--no-images"]) == 0
+    again = (sweep / "comparison.html").read_text()
+    assert [line for line in again.splitlines() if "<td>" in line] == [
+        line for line in page.splitlines() if "<td>" in line
+    ]
+    assert cli(["compare", "sweep", "--no-images", "--csv", "again.csv"]) == 0
+    assert (tmp_path / "again.csv").read_text() == table
+    assert cli(["compare", "sweep", "equal=epochs", "--no-images", "--csv", "epochs.csv"]) == 0
+    assert ((tmp_path / "epochs.csv").read_text() == table) is ("equal=time" not in words)
+    for damaged in ("{", "[]", "{}", '{"runs": [{}], "equal": 3}'):
+        (sweep / "comparison.json").write_text(damaged)
+        assert cli(["report", "sweep", "--no-images"]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_a_longer_student_alone_trusts_what_the_command_line_trusts(tmp_path: Path) -> None:
     """The words of a job come from a file."""
     settings = resolved_nodes(["data.seed=4"])
