@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 from PIL import Image
 
+from distill.analysis.run_page import MAPS, PLOTS
 from helpers.runs import TINY, Cli
 
 KINDS = {"classification", "localization", "both", "duplicate", "background", "missed"}
@@ -65,6 +67,9 @@ def test_files_of_an_analysis(runs: Path, cli: Cli, capsys: pytest.CaptureFixtur
     assert {row["model"]: float(row["error"]) for row in table(run, "edges")}["baseline"] == pytest.approx(0, abs=1e-9)
     assert all(float(row["all"]) == pytest.approx(1) for row in table(run, "cka") if row["model"] == "baseline")
     pictures = {file.stem for file in (run / "analysis").glob("*.png")}
+    shown = {name for captions in (*PLOTS.values(), *MAPS.values()) for name in captions}
+    assert pictures == shown - {"gradient_shares"}  # of a run of two steps
+    assert all(str(escape(caption)) in page for caption in MAPS["Student and teacher"].values())
     assert pictures >= {"errors", "shares", "precision_recall", "f1", "confusion", "calibration", "agreement"}
     assert pictures >= {"terms", "gradients", "gradients_examples", "distances", "ssim", "ssim_examples", "cka"}
     for file in (run / "analysis").rglob("*.png"):

@@ -17,6 +17,11 @@ COLUMNS = 3
 CELL = (4.0, 3.0)
 """Width and height of one diagram, in inches of 100 pixels."""
 
+MOST_INSIDE = 6
+"""Most lines whose names stand inside of a diagram. More names would cover the lines; they stand beside it."""
+BESIDE = 2.4
+"""Width of the names beside a diagram, in inches."""
+
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Name of a line -> its abscissae and ordinates."""
 Bars = Mapping[str, Mapping[str, float]]
@@ -36,7 +41,8 @@ def line_charts(diagrams: Mapping[str, Lines], x_label: str, y_label: str, unit:
         x_label, y_label: names of the axes.
         unit: whether both axes go from 0 to 1.
     """
-    figure, all_axes = _grid(len(diagrams))
+    is_beside = any(len(lines) > MOST_INSIDE for lines in diagrams.values())
+    figure, all_axes = _grid(len(diagrams), CELL[0] + (BESIDE if is_beside else 0.0))
     for axes, (title, lines) in zip(all_axes, diagrams.items(), strict=True):
         for name, (x, y) in lines.items():
             style: dict[str, Any] = {"color": "gray", "linestyle": "--"} if name == "ideal" else {}
@@ -52,7 +58,10 @@ def line_charts(diagrams: Mapping[str, Lines], x_label: str, y_label: str, unit:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.4)
         if lines:
-            axes.legend(loc="best", frameon=False, fontsize="small")
+            place: dict[str, Any] = {"loc": "best"}
+            if len(lines) > MOST_INSIDE:
+                place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+            axes.legend(**place, frameon=False, fontsize="small")
     return figure
 
 
@@ -133,8 +142,8 @@ def map_charts(rows: Sequence[Mapping[str, FloatArray]]) -> Figure:
     return figure
 
 
-def _grid(count: int) -> tuple[Figure, list[Any]]:
+def _grid(count: int, width: float) -> tuple[Figure, list[Any]]:
     columns = min(COLUMNS, max(1, count))
     rows = max(1, -(-count // columns))
-    figure = Figure(figsize=(CELL[0] * columns, CELL[1] * rows), dpi=100, layout="constrained")
+    figure = Figure(figsize=(width * columns, CELL[1] * rows), dpi=100, layout="constrained")
     return figure, [figure.add_subplot(rows, columns, number) for number in range(1, count + 1)]

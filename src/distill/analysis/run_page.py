@@ -31,7 +31,6 @@ PLOTS = {
         "gradients": "Gradient of the detection loss in the neck, inside and outside of objects (DeFeat, figure 2).",
         "distances": "Distance between student and teacher per channel of the neck (DeFeat, figure 8).",
         "ssim": "SSIM between the necks.",
-        "edges": "Edges of DSIG's graphs in student and teacher.",
     },
     "Training": {
         "terms": "Weighted terms of the loss by epoch.",
@@ -39,6 +38,14 @@ PLOTS = {
     },
 }
 """Section -> name of a figure of the analysis -> its caption."""
+MAPS = {
+    "Student and teacher": {
+        "gradients_examples": "Gradient of the detection loss at the finest level of the neck; bright is large.",
+        "ssim_examples": "SSIM with the teacher at the finest level of the neck; bright is similar.",
+        "edges_examples": "DSIG's edges: cosine similarity of each pair of objects; bright is similar.",
+    }
+}
+"""Section -> name of a figure with images and maps -> its caption."""
 MOST_PICTURES = 8
 """Pictures in each section, so that the page stays below 5 MB."""
 
@@ -62,6 +69,7 @@ def write_run_page(run: RunFolder, analysis: Path) -> Path:
                 title,
                 tables=tables_of(title, found),
                 plots=_plots({analysis / f"{name}.png": caption for name, caption in captions.items()}),
+                pictures=_maps(analysis, title),
             )
             for title, captions in PLOTS.items()
         ),
@@ -150,6 +158,11 @@ def _plots(captions: Mapping[Path, str]) -> list[Plot]:
 
 def _pictures(folder: Path, caption: str) -> list[Picture]:
     return [Picture(file, f"{file.stem}: {caption}") for file in sorted(folder.glob("*.png"))[:MOST_PICTURES]]
+
+
+def _maps(analysis: Path, title: str) -> list[Picture]:
+    files = {analysis / f"{name}.png": caption for name, caption in MAPS.get(title, {}).items()}
+    return [Picture(file, caption) for file, caption in files.items() if file.is_file()]
 
 
 def to_do_text(report: Mapping[str, Any]) -> list[str]:
