@@ -58,6 +58,8 @@ class Difference:
     verdict: str
     further_seeds: int | None
     """Further seeds that would decide it; None if it is decided or no number can be given."""
+    equal_length: bool = True
+    """Whether both were trained for the same number of epochs and steps."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,11 @@ def compare(
         equal=equal,
         rows=rows,
         left_out=out,
-        notes=[*regime_notes(configurations, references, metrics[0]), *(bootstrap.notes if bootstrap else ())],
+        notes=[
+            *pairing_notes(configurations, references),
+            *regime_notes(configurations, references, metrics[0]),
+            *(bootstrap.notes if bootstrap else ()),
+        ],
         settings=differing_settings(configurations),
         runs=[
             _run_entry(configuration, run) for configuration in configurations for run in configuration.runs.values()
@@ -175,6 +181,7 @@ def difference_to(
         extra_time=time / reference_time - 1 if time and reference_time else None,
         verdict=verdict,
         further_seeds=statistics.seeds_to_decide(differences) or None,
+        equal_length=configuration.epochs_and_steps() == reference.epochs_and_steps(),
     )
 
 
@@ -263,6 +270,20 @@ def configuration_row(configuration: Configuration, metrics: Sequence[str], diff
         difference=difference,
         group=configuration.first.group,
     )
+
+
+def pairing_notes(configurations: Sequence[Configuration], references: Sequence[Configuration | None]) -> list[str]:
+    """Sentences that say why there is no difference: one configuration only, or no common seed."""
+    if len(configurations) == 1:
+        return [
+            f"{configurations[0].name} is the only configuration, so there is no difference to show. Add runs of the "
+            "student alone (distill=none) or of another method"
+        ]
+    return [
+        f"{configuration.name} and {reference.name} have no seed in common, so there is no difference to show"
+        for configuration, reference in zip(configurations, references, strict=True)
+        if reference is not None and not set(configuration.runs) & set(reference.runs)
+    ]
 
 
 def regime_notes(

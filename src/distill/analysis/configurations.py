@@ -97,6 +97,10 @@ class Configuration:
         """The settings without those of the distillation."""
         return {key: value for key, value in self.settings.items() if not _matches(key, DISTILLATION_KEYS)}
 
+    def epochs_and_steps(self) -> list[str | None]:
+        """The settings that say how long the student is trained."""
+        return [self.settings.get(key) for key in ("schedule.epochs", "schedule.steps", "trainer.max_steps")]
+
     def mean_seconds(self) -> float | None:
         """Mean duration of the runs."""
         return mean_of([run.seconds for run in self.runs.values()])
@@ -222,7 +226,8 @@ def _short_name(configuration: Configuration, words: Sequence[str]) -> str:
             continue
         prefix, _, end = key.partition("distill.losses.")
         parts = (end or prefix).split(".")
-        others.append(f"{'.'.join(parts[1:]) if end else parts[-1]}={value}")
+        owner = "teacher." if key.lstrip("+~").startswith("teacher.") else ""  # its epochs are not the student's
+        others.append(f"{'.'.join(parts[1:]) if end else owner + parts[-1]}={value}")
     return " ".join([method, *others])
 
 

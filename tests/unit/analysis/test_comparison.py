@@ -21,6 +21,7 @@ from distill.analysis.comparison import (
 from distill.analysis.configurations import FinishedRun
 from distill.analysis.image_bootstrap import bootstrap_ap
 from distill.evaluation.metric import DetectionArrays
+from distill.cli.reports.comparison_report import describe
 from distill.evaluation.recording import save_recording
 from distill.types import DistillError
 from helpers.recordings import random_recording
@@ -111,6 +112,32 @@ def test_a_fixed_seed_of_the_data_does_not_split_a_configuration() -> None:
 def test_no_common_seed_is_no_difference() -> None:
     answer = compare([*NONE, run("defeat", 9, 0.9)], free=FREE, images=False)
     assert named(answer, "defeat").difference is None
+    assert answer.notes[0] == "defeat and none have no seed in common, so there is no difference to show"
+
+
+def test_a_single_configuration_says_what_is_missing() -> None:
+    (note,) = compare(DEFEAT, free=FREE, images=False).notes
+    assert note.startswith("defeat is the only configuration")
+    assert "distill=none" in note
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(4, "at equal epochs"), (6, "with another number of epochs or steps")]
+)
+def test_equal_epochs_are_said_only_of_equal_epochs(epochs: int, expected: str) -> None:
+    """A reference may be shorter or longer: a named baseline, or the first of several configurations."""
+    answer = compare([*NONE, run("none", 0, 0.2, 25.0, epochs=epochs, words=("lr=1",))], free=FREE, images=False)
+    if epochs == 4:
+        answer = compare([*NONE, *DEFEAT], free=FREE, images=False)
+    (row,) = [row for row in answer.rows if row.difference]
+    assert row.difference is not None
+    assert f"more time {expected} (equal=time" in describe(row.difference, answer)
+
+
+def test_the_epochs_of_the_teacher_are_named_as_such() -> None:
+    longer = run("defeat", 0, 0.4, words=("++teacher.schedule.epochs=30", "schedule.epochs=10"), weight=2.0)
+    answer = compare([*NONE, longer], free=FREE, images=False)
+    assert answer.rows[-1].configuration == "defeat teacher.epochs=30 epochs=10"
 
 
 def test_an_interval_that_holds_zero_says_how_many_seeds_would_decide() -> None:

@@ -213,8 +213,10 @@ def describe(difference: Difference, comparison: Comparison) -> str:
         text += f"; over the images of seed {difference.seeds[0]}: {_range(difference.by_image)}"
     if difference.extra_time is not None and abs(difference.extra_time) >= 0.01:
         amount = f"{100 * abs(difference.extra_time):.0f} % {'more' if difference.extra_time > 0 else 'less'} time"
-        advice = " at equal epochs (equal=time compares at equal time)" if comparison.equal == "epochs" else ""
-        text += f"; it took {amount}{advice}"
+        text += f"; it took {amount}"
+        if comparison.equal == "epochs":
+            length = "at equal epochs" if difference.equal_length else "with another number of epochs or steps"
+            text += f" {length} (equal=time compares at equal time)"
     return text
 
 
