@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def load_recording(path: Path) -> Recording:
         DistillError: the file does not exist, is damaged, or was written by a newer version.
     """
     try:
+        if path.is_file() and not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to load that
+            raise ValueError("no archive of numpy")
         with np.load(path, allow_pickle=False) as content:
             if int(content["format"]) != FORMAT:
                 raise ValueError(f"format {int(content['format'])}, this version of distill reads {FORMAT}")
@@ -94,4 +97,4 @@ def load_recording(path: Path) -> Recording:
             ),
         )
     except Exception as error:  # damaged archives raise exceptions of many types
-        raise DistillError(f"{path}: not the detections of a run ({error}); run the evaluation again") from error
+        raise DistillError(f"{path}: not the detections of a run ({error}); copy the file or train again") from error

@@ -67,3 +67,13 @@ def test_a_damaged_missing_or_newer_file_is_refused(tmp_path: Path) -> None:
     for path in (file, tmp_path / "none.npz"):
         with pytest.raises(DistillError, match=f"{path.name}: not the detections of a run"):
             load_recording(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"xx", b"\x80\x04K\x01.", b"a" * 1000])
+def test_nobody_is_told_to_load_a_pickle(content: bytes, tmp_path: Path) -> None:
+    """numpy takes any file that is no archive for a pickle, and says how to load it unsafely."""
+    file = tmp_path / "val.npz"
+    file.write_bytes(content)
+    with pytest.raises(DistillError, match="not the detections of a run") as caught:
+        load_recording(file)
+    assert "pickle" not in str(caught.value)

@@ -40,7 +40,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[Pa
         try:
             run = read_run(folder)
         except DistillError as error:
-            left_out.append((folder, str(error).removeprefix(f"{folder}: ")))
+            left_out.append((folder, str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")))
             continue
         runs.append(run)
         if run.baseline is not None and run.baseline.absolute() not in known and run.baseline.is_dir():
@@ -56,6 +56,8 @@ def read_run(folder: Path) -> FinishedRun:
         DistillError: the folder holds no run, a file of it is damaged, or see `read_finished`.
     """
     run = RunFolder(folder)
+    if not folder.exists():
+        raise DistillError(f"{folder}: does not exist. Expected the folder of a run or of a sweep")
     if not folder.is_dir() or not (run.config.is_file() or run.overrides.is_file() or run.summary.is_file()):
         raise DistillError(f"{folder}: not a run: expected the folder of a run or of a sweep")
     summary = read_finished(run)

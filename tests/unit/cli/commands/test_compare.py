@@ -251,7 +251,7 @@ def test_finished_runs_are_compared_without_training(
     assert cli(["compare", str(folders[0]), "seeds=3"]) == 1
     assert "seeds=3: finished runs are compared as they are" in capsys.readouterr().err
     assert cli(["compare", str(odd / "none")]) == 1
-    assert "not a run: expected the folder of a run" in capsys.readouterr().err
+    assert "none: does not exist. Expected the folder of a run" in capsys.readouterr().err
     assert not jobs.ran
 
 

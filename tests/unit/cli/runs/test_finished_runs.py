@@ -78,6 +78,7 @@ def test_a_folder_that_is_no_finished_run_is_named_and_left_out(
     ((folder, said),) = answer.left_out
     assert folder == bad
     assert reason in said
+    assert str(bad) not in said  # it stands before the reason
     assert answer.rows[0].seeds == [0]
     assert answer.rows[0].values["test/AP"] == 0.1
 
@@ -90,7 +91,7 @@ def test_a_failed_job_and_a_folder_without_a_run_say_so(tmp_path: Path) -> None:
     assert not runs
     assert left_out == [
         (failed, "failed: out of memory"),
-        (tmp_path / "none", "not a run: expected the folder of a run or of a sweep"),
+        (tmp_path / "none", "does not exist. Expected the folder of a run or of a sweep"),
         (tmp_path, "not a run: expected the folder of a run or of a sweep"),
     ]
 
