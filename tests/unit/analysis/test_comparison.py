@@ -20,8 +20,8 @@ from distill.analysis.comparison import (
 )
 from distill.analysis.configurations import FinishedRun
 from distill.analysis.image_bootstrap import bootstrap_ap
-from distill.evaluation.metric import DetectionArrays
 from distill.cli.reports.comparison_report import describe
+from distill.evaluation.metric import DetectionArrays
 from distill.evaluation.recording import save_recording
 from distill.types import DistillError
 from helpers.recordings import random_recording
