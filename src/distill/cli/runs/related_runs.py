@@ -87,8 +87,8 @@ def baseline_command(plan: RunPlan) -> str:
     # Without the teacher, the student's own class would choose the shape of the images, and the side of squares.
     data = plan.config.get("data", {})
     own = compose.resize_of(plan.config.get("model", {}).get("_target_"), None)
-    sizes = ("min_size", "max_size") if data.get("resize") == "square" != own else ()
-    for key in ("resize", *sizes):
+    side = ("min_size",) if data.get("resize") == "square" else ()
+    for key in ("resize", *side):
         if data.get(key) not in (None, own) and not any(word.startswith(f"data.{key}=") for word in words):
             words.append(f"data.{key}={data[key]}")
     return shlex.join(["python", "-m", "distill", "train", *words, "distill=none"])

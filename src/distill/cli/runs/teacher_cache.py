@@ -86,6 +86,11 @@ class TeacherOptions:
     side: Any
     """``data.min_size`` of this run: the side of squares."""
 
+    @property
+    def image_size(self) -> dict[str, int]:
+        """Size of the images for the teacher's constructor, if they are squares; otherwise the constructor's own."""
+        return {"min_size": self.side, "max_size": self.side} if self.resize == "square" else {}
+
     def __post_init__(self) -> None:
         """Refuse a head that does not come from the weights.
 
@@ -114,8 +119,15 @@ def planned_teacher(options: TeacherOptions, classes: Sequence[str]) -> Detector
 
 
 def untrained(options: TeacherOptions, classes: Sequence[str]) -> Detector:
-    """The detector that ``teacher.model`` describes, with random weights."""
-    return options.build(classes=list(classes), **without_weights(options.model))
+    """The detector that ``teacher.model`` describes, with random weights.
+
+    Raises:
+        DistillError: the options do not fit together, or not to the size of the images.
+    """
+    try:
+        return options.build(classes=list(classes), **without_weights(options.model), **options.image_size)
+    except DistillError as error:
+        raise DistillError(f"teacher.model: {error}") from error
 
 
 def find_teacher(options: TeacherOptions, data: DetectionData) -> Teacher:
@@ -211,7 +223,7 @@ def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[
     if not hasattr(kind, "has_batch_norms") or kind.has_batch_norms(backbone):
         backbone["norm"] = "frozen"  # computes as in evaluation mode
     names = list(classes) if options.class_map is None else None  # a map needs all classes of the weights
-    return options.build(classes=names, weights=source, backbone=backbone, head="keep")
+    return options.build(classes=names, weights=source, backbone=backbone, head="keep", **options.image_size)
 
 
 def teacher_run(options: TeacherOptions) -> SharedRun:

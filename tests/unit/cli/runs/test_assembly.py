@@ -143,17 +143,32 @@ def test_squares_that_the_teacher_cannot_take_are_refused_before_it_is_trained(m
     four_windows = ["teacher=rfdetr_mini", "teacher.model.windows=4"]
     for student in ("rtdetr_mini", "frcnn_r10_mini"):
         run = query_plan(f"model={student}", *four_windows, *SQUARE_96)
-        with pytest.raises(DistillError, match=r"the teacher is a rfdetr.*multiple of 64 pixels, got squares of 96"):
+        with pytest.raises(DistillError, match=r"teacher\.model: min_size.*multiples of 64 pixels.*got 96 and 96"):
             assemble(run, run.data)
-    run = query_plan("model=frcnn_r10_mini", "teacher=rfdetr_mini", *SQUARE_96, "data.pad_to=64")
+    few = ["teacher=rfdetr_mini", "teacher.model.queries=20"]
+    run = query_plan("model=frcnn_r10_mini", *few, *SQUARE_96, "data.pad_to=64")
     with pytest.raises(DistillError, match=r"data\.pad_to=64.*the teacher, a rfdetr, sees padding as image"):
         assemble(run, run.data)
 
 
+def test_a_teacher_is_planned_for_the_squares_of_the_run() -> None:
+    """Three windows need multiples of 48 pixels. The teacher's own image size is 128."""
+    three = ["teacher=rfdetr_mini", "teacher.model.windows=3", "data.min_size=192", "data.max_size=192"]
+    run = query_plan("model=rtdetr_mini", *three)
+    assert run.teacher is not None
+    planned = teacher_cache.planned_teacher(run.teacher, ["cat"])
+    assert (planned.options["min_size"], planned.options["max_size"]) == (192, 192)
+    few = query_plan("model=frcnn_r10_mini", "teacher=rfdetr_mini", *SQUARE_96)
+    assert few.teacher is not None
+    with pytest.raises(DistillError, match=r"queries=60: an image of 96 pixels has 36 cells.*teacher\.model\.queries"):
+        teacher_cache.planned_teacher(few.teacher, ["cat"])
+
+
 def test_squares_that_a_loaded_teacher_cannot_take() -> None:
-    run = query_plan("model=frcnn_r10_mini", "teacher=rfdetr_mini", "teacher.model.windows=4", *SQUARE_96)
+    words = ["model=frcnn_r10_mini", "teacher=rfdetr_mini", "teacher.model.windows=4"]
+    teacher, run = untrained_teacher(query_plan(*words)), query_plan(*words, *SQUARE_96)
     with pytest.raises(DistillError, match=r"the teacher is a rfdetr.*multiple of 64 pixels, got squares of 96"):
-        assemble(run, run.data, teacher=untrained_teacher(run))
+        assemble(run, run.data, teacher=teacher)
 
 
 def test_squares_of_any_side_suit_detectors_that_are_used_to_padding() -> None:

@@ -101,18 +101,11 @@ def test_the_baseline_s_command_keeps_squares_that_the_teacher_needed() -> None:
         assert words[4:] == [*lines, *added, "distill=none"]
 
 
-def test_the_baseline_s_command_keeps_the_side_of_the_teacher_s_squares() -> None:
-    """Alone, the student would get squares of another side, and its AP would not compare."""
-    config = {
-        "data": {"resize": "square", "min_size": 384, "max_size": 384},
-        "model": {"_target_": "distill.FasterRCNN"},
-    }
-    sizes = ["data.min_size=384", "data.max_size=384"]
-    for lines, added in (
-        (["model=frcnn_r18"], ["data.resize=square", *sizes]),
-        (["data.resize=square", "data.min_size=384"], sizes[1:]),
-    ):
+@pytest.mark.parametrize("model", ["distill.FasterRCNN", "distill.RFDETR"])
+def test_the_baseline_s_command_keeps_the_side_that_the_pair_got(model: str) -> None:
+    """Alone, the student may get squares of another side, and its AP would not compare."""
+    config = {"data": {"resize": "square", "min_size": 384, "max_size": 384}, "model": {"_target_": model}}
+    shape = [] if model == "distill.RFDETR" else ["data.resize=square"]
+    for lines, added in (([], [*shape, "data.min_size=384"]), (["data.min_size=384"], shape)):
         words = shlex.split(baseline_command(Plan(config, RunFolder("run"), lines)))  # type: ignore[arg-type]
         assert words[4:] == [*lines, *added, "distill=none"]
-    config["model"]["_target_"] = "distill.RFDETR"
-    assert shlex.split(baseline_command(Plan(config, RunFolder("run"), [])))[4:] == ["distill=none"]  # type: ignore[arg-type]
