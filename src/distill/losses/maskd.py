@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill import distributed
 from distill.losses import base
 from distill.losses.base import DistillLoss, SumAndCount
 from distill.losses.heads import ClassMap
@@ -21,6 +23,8 @@ from distill.types import DetectorSpec, DistillError, Pyramid, Target, View
 NECK = {"all": 1.0, "levels": None}
 TOKENS = {"task": 1.0, "diversity": 1.0, "count": 6, "epochs": 1, "warmup": 1}
 ADAPTER = {"kernel": 1, "start": "default", "relu": False}
+ALIKE = 0.9
+"""Mean overlap of trained masks, 1 for equal masks, from which on a warning is given."""
 
 
 class MaskTokens(nn.Module):
@@ -105,10 +109,11 @@ class MasKD(DistillLoss):
 
     Where we differ: the original trains the tokens for 2000 steps in a run of its own, with Adam (learning rate 0.01,
     falling along a cosine); here it happens in the first epochs of the student's run, with the student's optimizer,
-    while ``neck.all`` already uses the tokens. The original applies the student's masks after a number of steps: 7330
-    (Faster R-CNN), 7000 and 8500 (RetinaNet), 5000 (FCOS), which is about one epoch of COCO at 16 images. The settings
-    for Faster R-CNN and RetinaNet also imitate the teacher's box head (L1 or smooth L1, weight 1), which is left out:
-    add ``distill=[maskd,response]`` or another method for the head.
+    while ``neck.all`` already uses the tokens. SGD with a rate of 0.02 needs about as many steps, with lower rates
+    more: a warning says if the masks are still alike afterwards. The original applies the student's masks after a
+    number of steps: 7330 (Faster R-CNN), 7000 and 8500 (RetinaNet), 5000 (FCOS), which is about one epoch of COCO at 16
+    images. The settings for Faster R-CNN and RetinaNet also imitate the teacher's box head (L1 or smooth L1, weight 1),
+    which is left out: add ``distill=[maskd,response]`` or another method for the head.
 
     Shapes: maps (B, C, H, W). B is counted over all processes. Published weights of ``neck.all``: 1 (Faster R-CNN), 7
     (RetinaNet, learning rate 0.02, gradients clipped at a norm of 35, neck and head inherited: ``init=inherit``), 10
@@ -162,6 +167,8 @@ class MasKD(DistillLoss):
         # The optimizer decays all its parameters, so the masks come from copies after the training.
         self.trained: Any = copy.deepcopy(self.tokens).requires_grad_(False)
         self.register_buffer("is_trained", torch.tensor(False))
+        self.overlap: Tensor | None = None
+        """Mean overlap of the masks in the last batch of the tokens' training."""
         if "tokens.task" in self.weights:
             self.classes = ClassMap("tokens.task", student, teacher, partial=True)
             if self.classes.is_merged:
@@ -176,6 +183,18 @@ class MasKD(DistillLoss):
         if epoch >= self.token_epochs and not self.is_trained:
             self.trained.load_state_dict(self.tokens.state_dict())
             self.is_trained.fill_(True)
+            self._warn_of_equal_masks()
+
+    def _warn_of_equal_masks(self) -> None:
+        if self.overlap is None or distributed.rank() > 0 or float(self.overlap) < ALIKE:
+            return
+        warnings.warn(
+            f"maskd: the masks are still alike after tokens.epochs={self.token_epochs} (overlap "
+            f"{float(self.overlap):.2f}, 1 for equal masks), so neck.all is close to a multiple of the mean squared "
+            "error of whole maps. Train the tokens longer (tokens.epochs) or, with SGD, with larger weights "
+            "(tokens.task=10 tokens.diversity=10)",
+            stacklevel=2,
+        )
 
     @property
     def truth_terms(self) -> list[str]:
@@ -202,6 +221,8 @@ class MasKD(DistillLoss):
                 mixed = torch.einsum("bt,bthw->bhw", probabilities, masks)[:, None]
                 changed[level] = (teacher_map * mixed).to(teacher.neck[level].dtype)
         terms = self.average({term: base.summed(levels) for term, levels in shares.items() if levels})
+        if "tokens.diversity" in shares and training:
+            self.overlap = terms["tokens.diversity"].detach() / len(pairs)
         if "tokens.task" in shares and training:
             losses = teacher.with_neck(changed, self._known(teacher.batch.targets)).losses.values()
             terms["tokens.task"] = torch.stack([upcast(value) for value in losses]).sum()

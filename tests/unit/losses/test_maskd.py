@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -151,6 +152,26 @@ def test_weight_decay_leaves_the_masks_of_trained_tokens() -> None:
     resumed.load_state_dict(loss.state_dict())
     resumed.on_epoch_start(2, None, None, None)
     assert torch.equal(resumed(student, teacher)["neck.all"], before["neck.all"])
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_masks_that_stay_alike_are_reported_once(alike: bool) -> None:
+    """Untrained tokens are nearly 0, so all masks are about 1/2 everywhere."""
+    loss = MasKD(spec(), spec(), tokens={"task": 0.0}, adapter={"kernel": None}).double()
+    if not alike:
+        with torch.no_grad():
+            for part in loss.tokens.values():
+                part.tokens.normal_(0, 5, generator=torch.Generator().manual_seed(0))
+    loss.on_epoch_start(0, None, None, None)
+    loss(*views())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss.on_epoch_start(1, None, None, None)
+        loss(*views())
+        loss.on_epoch_start(2, None, None, None)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == int(alike)
+    assert all("maskd: the masks are still alike after tokens.epochs=1 (overlap 1.00" in text for text in messages)
 
 
 def test_half_precision_and_draws() -> None:
