@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
     """``distill compare [overrides] [seeds=3] [equal=time] [sweep=NAME]``, or ``distill compare RUN RUN ...``."""
     parser = argparse.ArgumentParser(
         prog="distill compare",
-        usage="distill compare [overrides] [seeds=3] [equal=epochs|time] [sweep=NAME] | RUN RUN ... "
-        "[equal=epochs|time] [--csv FILE] [--json FILE] [--html FILE] [--no-images]",
+        usage="distill compare [overrides] [seeds=3] [equal=epochs|time] [sweep=NAME] | RUN RUN ... [equal=time] "
+        "[--csv FILE] [--json FILE] [--html FILE] [--no-images]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
