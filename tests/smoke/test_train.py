@@ -465,7 +465,7 @@ def test_loggers_get_the_values_of_the_csv_files(
         records = read_wandb(file)
     assert records.run.run_group.startswith("data.source.train=")
     assert "seed" not in records.run.run_group
-    assert {"frcnn_r10_mini", "shapes", "dsig"} <= set(records.run.tags)
+    assert {"frcnn_r10_mini", "shapes", "dsig", f"{tiny_teacher.name} → frcnn_r10_mini"} <= set(records.run.tags)
     assert records.axes["epoch/*"] == "epoch"
     assert records.best["val/*"] == "max"
     assert records.files.keys() >= {"student.pt", "student.json"}

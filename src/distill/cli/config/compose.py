@@ -135,16 +135,32 @@ def register_resolvers() -> None:
     ``${resize_of:class,class,weights}`` is the value of ``data.resize``, see `resize_of`.
     ``${names:node}`` joins a mapping's keys, for the names of run folders; ``${sweep:mode,folder}`` is the name of a
     sweep's folder inside a sweep, and in the processes of its jobs, and null elsewhere. ``${configuration:overrides}``
-    names a configuration without its seed, see `configuration_name`.
+    names a configuration without its seed, see `configuration_name`. ``${pair:choices,weights,losses}`` names teacher
+    and student, see `name_pair`.
     """
     OmegaConf.register_new_resolver("configuration", configuration_name, replace=True)
     OmegaConf.register_new_resolver("resize_of", resize_of, replace=True)
     OmegaConf.register_new_resolver("names", lambda node: "+".join(node) or "none", replace=True)
+    OmegaConf.register_new_resolver("pair", name_pair, replace=True)
     OmegaConf.register_new_resolver(
         "sweep",
         lambda mode, path: Path(path).name if "MULTIRUN" in str(mode) else os.environ.get("DISTILL_SWEEP"),
         replace=True,
     )
+
+
+def name_pair(choices: Mapping[str, Any], weights: str | None, losses: Mapping[str, Any]) -> str | None:
+    """``teacher → student``, for a tag; None for a student alone.
+
+    Args:
+        choices: the chosen options by group.
+        weights: ``teacher.weights``; a teacher that is given so is named by its folder, file or enum.
+        losses: the losses by name.
+    """
+    if not losses:
+        return None
+    teacher = Path(str(weights)).name if weights else choices.get("model@teacher.model")
+    return f"{teacher} → {choices['model']}" if teacher else None
 
 
 def config_groups() -> dict[str, list[str]]:

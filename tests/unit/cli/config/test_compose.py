@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from distill.cli.config import target_policy
-from distill.cli.config.compose import resize_of
+from distill.cli.config.compose import name_pair, resize_of
 from distill.cli.config.override_checks import compose_without_run
 from distill.cli.runs.recorded_run import recompose
 from distill.run_folder import RunFolder
@@ -121,3 +121,12 @@ def test_the_resize_of_a_run_stays_where_its_teacher_moved(tmp_path: Path) -> No
     run.overrides.write_text(yaml.safe_dump([*words, "data.resize=ratio"]))
     run.config.unlink()
     assert recompose(run, ["data=voc"]).data.resize == "ratio"
+
+
+def test_a_pair_is_named_after_the_teacher_that_is_used() -> None:
+    choices = {"model": "frcnn_r10_mini", "model@teacher.model": "frcnn_r18_mini"}
+    losses = {"dsig": {}}
+    assert name_pair(choices, None, losses) == "frcnn_r18_mini → frcnn_r10_mini"
+    assert name_pair(choices, "outputs/teachers/mine", losses) == "mine → frcnn_r10_mini"
+    assert name_pair(choices, None, {}) is None  # a student alone, whatever the default teacher
+    assert name_pair({"model": "frcnn_r10_mini"}, None, losses) is None
