@@ -141,7 +141,7 @@ def sweep_key(override: Override) -> str:
 
 
 TRAINING_GROUPS = ("data", "experiment", "start", "model", "supervised", "teacher", "distill", "schedule", "init")
-"""Groups and keys that name what a run trains and how, in the order of a configuration's name."""
+"""Groups and keys that name what a run trains and how, in the order of a configuration's name, but for the method."""
 TRAINER_KEYS = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 """Keys of ``trainer`` that change the weights."""
 
@@ -149,11 +149,12 @@ TRAINER_KEYS = ("precision", "max_steps", "max_time", "limit_train_batches", "ov
 def configuration_name(overrides: Sequence[str]) -> str:
     """The name of a configuration without its seed: its overrides that change the training, or ``defaults``.
 
-    Runs that differ in the seed, the machine or the logging have the same name.
+    Runs that differ in the seed, the machine or the logging have the same name. The method stands first, because W&B
+    cuts long names at their end.
     """
     places = {group: place for place, group in enumerate((*TRAINING_GROUPS, *TRAINER_KEYS))}
     named = [override for override in parse_overrides(overrides) if _group(override) in places]
-    named.sort(key=lambda override: places[_group(override)])
+    named.sort(key=lambda override: (_group(override) != "distill", places[_group(override)]))
     return " ".join(str(override.input_line) for override in named) or "defaults"
 
 

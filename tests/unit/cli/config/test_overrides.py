@@ -11,6 +11,7 @@ import pytest
 from distill.cli.config.overrides import configuration_name, parse_overrides, recorded_overrides
 from distill.quoting import quote_value
 from distill.run_folder import RunFolder
+from distill.training.wandb_run import shorten
 from distill.types import DistillError
 
 PATHS = [
@@ -57,14 +58,20 @@ def test_a_word_that_is_no_override_is_named() -> None:
     [
         ([], "defaults"),
         (["seed=3", "trainer=gpu", "hydra.run.dir=x", "logger=wandb", "paths.outputs=y"], "defaults"),
-        (["distill=defeat", "seed=3", "model=frcnn_r50"], "model=frcnn_r50 distill=defeat"),
-        (["~distill.losses.defeat", "+model.x=1", "data.limit=3"], "data.limit=3 +model.x=1 ~distill.losses.defeat"),
+        (["distill=defeat", "seed=3", "model=frcnn_r50"], "distill=defeat model=frcnn_r50"),
+        (["~distill.losses.defeat", "+model.x=1", "data.limit=3"], "~distill.losses.defeat data.limit=3 +model.x=1"),
         (["schedule.epochs=3", "teacher.seed=1"], "teacher.seed=1 schedule.epochs=3"),
         (["trainer.max_steps=5", "trainer.devices=2", "distill=ssim"], "distill=ssim trainer.max_steps=5"),
     ],
 )
 def test_a_configuration_is_named_without_its_seed(words: list[str], name: str) -> None:
     assert configuration_name(words) == name
+
+
+def test_a_long_name_that_is_cut_for_wandb_still_says_the_method() -> None:
+    data = ["data=coco", f"data.source.root=/data/{'x' * 200}", "model=frcnn_r50"]
+    names = [shorten(configuration_name([*data, f"distill={method}"])) for method in ("none", "dsig")]
+    assert [name.partition(" ")[0] for name in names] == ["distill=none", "distill=dsig"]
 
 
 @pytest.mark.parametrize(
