@@ -360,6 +360,16 @@ def test_a_resume_with_another_teacher_is_refused(now: str, tmp_path: Path) -> N
         fit(module, tmp_path, ckpt_path=tmp_path / "last.ckpt")
 
 
+def test_a_resume_with_other_layers_of_a_loss_is_refused(tmp_path: Path) -> None:
+    """Such as a checkpoint of a version whose loss had other layers."""
+    keep = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    written = {"defeat": partial(DeFeat, adapter={"kernel": 1})}
+    fit(distiller(losses=written), tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[keep])
+    module = distiller(losses={"defeat": partial(DeFeat, adapter={"kernel": 3})})
+    with pytest.raises(DistillError, match=r"trained layers of defeat differ .* such as losses\.defeat\."):
+        fit(module, tmp_path, ckpt_path=tmp_path / "last.ckpt")
+
+
 # -- weights, logs, optimiser
 
 

@@ -534,6 +534,21 @@ class Distiller(L.LightningModule):
         if "teacher" in checkpoint:  # resume=anyway leaves it out
             now = self.teacher.identity() if self.teacher else None
             _require_same("the teacher", checkpoint["teacher"], now, "teacher.weights and distill")
+        self._require_own_layers(checkpoint.get("state_dict", {}))
+
+    def _require_own_layers(self, saved: Mapping[str, Tensor]) -> None:
+        """Refuse a checkpoint whose losses have other trained layers, such as one of another version of the method."""
+        prefix = "losses."
+        there = {name: value.shape for name, value in saved.items() if name.startswith(prefix)}
+        here = {name: value.shape for name, value in self.state_dict().items() if name.startswith(prefix)}
+        differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        if there and differing:
+            names = dict.fromkeys(name.split(".")[1] for name in differing)
+            raise DistillError(
+                f"resume: the trained layers of {', '.join(names)} differ from those in the checkpoint, which another "
+                f"version of distill or other settings made ({len(differing)} tensors, such as {differing[0]}). Start "
+                "a new run without ckpt_path"
+            )
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
