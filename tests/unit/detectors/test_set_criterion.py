@@ -359,15 +359,14 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 # -- transformers
 
 
-COMPARED = "5.24.0"
+COMPARED = ("5.18.0", "5.21.1", "5.24.0")
+"""Versions with equal losses, to the last bit: the oldest one, the last one for Python 3.10, and a newer one."""
 
 
 def library(module: str) -> Any:
     transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
-    if transformers.__version__ != COMPARED:
-        pytest.skip(
-            f"compared with transformers {COMPARED}, whose losses differ from those of {transformers.__version__}"
-        )
+    if transformers.__version__ not in COMPARED:
+        pytest.skip(f"compared with transformers {', '.join(COMPARED)}; {transformers.__version__} may differ")
     return __import__(f"transformers.loss.{module}", fromlist=["loss"])
 
 
