@@ -14,7 +14,7 @@ import torch
 
 from distill.cli.config import compose, instantiate
 from distill.types import DistillError
-from helpers.detectors import query_detector, square_batch
+from helpers.detectors import QUERY_FAMILIES, query_detector, square_batch
 
 pytest.importorskip("transformers", reason="the extra detr is not installed")
 
@@ -64,6 +64,18 @@ def test_a_view_for_evaluation_has_one_group_and_changes_no_mode() -> None:
     assert [layer.logits.shape for layer in view._layers] == [(3, 20, 3)] * 3
     assert all(module.training for module in detector.net.modules())
     assert {stride: x.shape[1:] for stride, x in view.body.items()} == {16: (64, 8, 8)}
+
+
+def test_fresh_cells_have_scores_of_one_percent_and_do_not_move_their_boxes() -> None:
+    """As fresh queries, of all groups. transformers 5.18 to 5.21 start them with scores of 50 % and random boxes."""
+    torch.manual_seed(0)
+    row = QUERY_FAMILIES["rfdetr"]
+    detector: Any = row.detector(["cat", "dog", "owl"], **row.small)
+    view = detector.view(square_batch(SQUARE))
+    logits = torch.cat([view.encoded.logits, *(layer.logits for layer in view._layers)], dim=1)
+    assert logits.shape[1] == 4 * 3 * 20
+    assert logits.sigmoid().mean(dim=(0, 1)).tolist() == pytest.approx([0.01] * 3, rel=0.3)
+    assert torch.cdist(view.encoded.boxes, view._proposals[1], p=1).amin(dim=2).max() < 1e-6
 
 
 def test_operations_can_be_counted() -> None:
