@@ -16,12 +16,16 @@ from distill.cli.config import override_checks
 from distill.cli.runs.assembly import build_losses
 from distill.cli.runs.preflight import plan_losses, plan_teacher
 from distill.cli.runs.teacher_cache import planned_teacher
+from distill.losses.adl import ADL
 from distill.losses.base import DistillLoss
+from distill.losses.cwd import CWD
 from distill.losses.detr_corners import DETRCorners
 from distill.losses.detr_features import DETRFeatures
 from distill.losses.detr_logits import DETRLogits
 from distill.losses.detr_points import DETRPoints
+from distill.losses.dist import DIST
 from distill.losses.fgd import FGD
+from distill.losses.frs import FRS
 from distill.losses.pkd import PKD
 from distill.types import DistillError
 from helpers.detectors import (
@@ -207,6 +211,12 @@ def test_other_bins_and_strides_are_refused() -> None:
         DETRCorners(plain, curved)
     with pytest.raises(DistillError, match=r"model\.strides=\[16, 32\] and teacher\.model\.strides=\[8, 16, 32\]"):
         DETRPoints(coarse, detector("rtdetr", 0).spec)
+    message = r"expected outputs at the same strides, got \[.*\] of the student \(a .*\) and \[.*\] of the teacher"
+    for build in (ADL, partial(CWD, logits={"classes": 1.0}), DIST, FRS):  # that compare scores cell by cell
+        for specs in ((coarse, plain), (plain, coarse), (detector("rfdetr", 0).spec, coarse)):
+            with pytest.raises(DistillError, match=message):
+                build(*specs)
+    FRS(coarse, plain, logits={"classes": 0.0})  # the neck is compared on the strides that both have
     for families in (("rfdetr", "rtdetr"), ("rtdetr", "rfdetr")):  # whose decoder starts from no foreign points
         for assignment in ({}, ALL):
             with pytest.raises(DistillError, match=r"the (student|teacher) is a rfdetr, which has no"):

@@ -344,14 +344,23 @@ DELTA_OPTIONS = ("anchor_delta_weights", "box_head")
 def require_equal_anchors(name: str, student: DetectorSpec, teacher: DetectorSpec, boxes: bool = True) -> None:
     """Refuse a pair with unequal anchors, because their outputs then belong to different places.
 
+    The places of detectors without anchors are the cells of their necks.
+
     Args:
         name: of the terms, for the message.
         student, teacher: specs of both detectors.
         boxes: whether a term compares boxes or deltas. Then equal deltas must also be equal boxes.
 
     Raises:
-        DistillError: the anchors differ at some image size, or, with `boxes`, the meaning of the deltas.
+        DistillError: the anchors differ at some image size, or, with `boxes`, the meaning of the deltas; or two
+            detectors without anchors have necks of different strides.
     """
+    if not student.anchors and not teacher.anchors and list(student.neck) != list(teacher.neck):
+        raise DistillError(
+            f"{name}: expected outputs at the same strides, got {list(student.neck)} of the student (a "
+            f"{student.family}) and {list(teacher.neck)} of the teacher (a {teacher.family}). Choose a teacher with "
+            f"the student's strides, or set the weights of {name} to 0"
+        )
     same = "Give both models the same input_stride and the same options of anchors and deltas"
     remedy = f"{same}, or set the weights of {name} to 0"
     if student.anchors != teacher.anchors:
