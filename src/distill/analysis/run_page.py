@@ -61,7 +61,7 @@ def write_run_page(run: RunFolder, analysis: Path) -> Path:
     file = analysis / SUMMARY
     found = read_json(file) if file.is_file() else {}
     sections = [
-        Section("Result", tables=result_tables(summary)),
+        Section("Result", tables=result_tables(summary, baseline_results(summary, found))),
         Section("Learning curves", plots=_plots({run.curves: "Losses and validation AP by epoch."})),
         Section("To do", to_do_text(found), pictures=_pictures(analysis / PICTURES, "teacher right, student wrong")),
         *(
@@ -88,12 +88,29 @@ def render_to(file: Path, name: str, summary: Mapping[str, Any], sections: list[
     return write_text(file, render_page(f"{losses}: {name}", "Metrics are in percent.", sections))
 
 
-def result_tables(summary: Mapping[str, Any]) -> list[Table]:
+def baseline_results(summary: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, float]:
+    """Results of the student alone that the run was compared with, else of the baseline of its analysis.
+
+    The second has results only on splits that are the same images in both runs.
+    """
+    if known := (summary.get("baseline") or {}).get("values"):
+        return dict(known)
+    source = (report.get("models") or {}).get("baseline")
+    file = RunFolder(source).summary if source else None
+    if file is None or not file.is_file():
+        return {}
+    other = read_json(file)
+    measured, here = ((one.get("measured") or {}).get("data") or {} for one in (other, summary))
+    shared = {split for split in measured if measured[split] == here.get(split)}
+    return {name: value for name, value in other["student"].items() if name.partition("/")[0] in shared}
+
+
+def result_tables(summary: Mapping[str, Any], baseline: Mapping[str, float]) -> list[Table]:
     """A table per split: the student alone, the student and the teacher, with their costs."""
     losses = summary.get("losses") or []
     costs = summary.get("cost") or {}
     rows = [
-        ModelRow("student alone", (summary.get("baseline") or {}).get("values") or {}, None),
+        ModelRow("student alone", baseline, None),
         ModelRow(
             f"distilled ({', '.join(losses)})" if losses else "student",
             summary["student"],
