@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +28,16 @@ class WandbFile(NamedTuple):
     """Path in an artifact -> the file that would be uploaded."""
 
 
-def read_wandb(file: Path) -> WandbFile:
-    """Read a file ``run-ID.wandb``."""
+def read_wandb(file: Path, is_complete: Callable[[WandbFile], bool]) -> WandbFile:
+    """Read a file ``run-ID.wandb``. W&B's own process writes its end, so wait up to a minute until it is complete."""
+    deadline, found = time.monotonic() + 60, _read(file)
+    while not is_complete(found) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        found = _read(file)
+    return found
+
+
+def _read(file: Path) -> WandbFile:
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = WandbFile(None, {}, {}, {}, set(), {})

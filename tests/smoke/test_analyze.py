@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from markupsafe import escape
+from omegaconf import OmegaConf
 from PIL import Image
 
 from distill.analysis.run_page import MAPS, PLOTS
 from helpers.runs import TINY, Cli
+from helpers.wandb_files import read_wandb
 
 KINDS = {"classification", "localization", "both", "duplicate", "background", "missed"}
 
@@ -119,3 +121,33 @@ def test_what_is_refused(runs: Path, cli: Cli, tmp_path: Path, capsys: pytest.Ca
     described.write_text(json.dumps(content))
     assert "Name a run of the same classes" in refused(run, "--against", str(described.parent))
     assert "start at 0" in refused(run, "--images", "-1")
+
+
+def test_an_analysis_continues_the_wandb_run_of_the_training(
+    runs: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = runs / "run", ["--images", "2", "--pictures", "1", "--wandb"]
+    assert cli(["analyze", str(run), *words]) == 1
+    assert "trained without logger=wandb" in capsys.readouterr().err
+    shutil.copytree(run, "logged")
+    run = Path("logged").resolve()
+    config = OmegaConf.load(run / "config.yaml")
+    config.logger.wandb = {"_target_": "distill.WandbRun", "group": "a group", "offline": True, "folder": "elsewhere"}
+    OmegaConf.save(config, run / "config.yaml")
+    (run / "wandb_id").write_text("a1b2c3")
+    assert cli(["analyze", str(run), *words]) == 0
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    assert file.name == "run-a1b2c3.wandb"
+    content = analysis(run)
+    logged = read_wandb(file, lambda logged: "analysis/errors/student/ap50" in logged.summary)
+    assert logged.run.run_group == "a group"
+    for model in ("teacher", "student"):
+        for key in ("ap50", "ap50_gain/missed"):
+            value = content["errors"][model]
+            for part in key.split("/"):
+                value = value[part]
+            assert logged.summary[f"analysis/errors/{model}/{key}"] == pytest.approx(value)
+    names = {f"{file.stem}_figure" for file in (run / "analysis").glob("*.png")}
+    tables = {f"{file.stem}_table" for file in (run / "analysis").glob("*.csv")}
+    found = {"/".join(name.split("/")[:2]) for name in logged.logged}  # the parts of an image have names of their own
+    assert {f"analysis/{name}" for name in names | tables | {"to_do"}} <= found

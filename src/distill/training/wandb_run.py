@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,11 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from distill.data.datamodule import DetectionData
-from distill.files import write_text
+from distill.files import read_json, write_text
 from distill.run_folder import RunFolder
 from distill.training.distiller import Distiller
 from distill.training.wandb_table import prediction_table
+from distill.type_checks import leaves
 
 STEP = "trainer/global_step"
 """Lightning's name of the horizontal axis: finished optimizer steps."""
@@ -124,9 +126,53 @@ class WandbRun(WandbLogger):
                 artifact.add_file(str(file))
             self.experiment.log_artifact(artifact)
 
+    def log_analysis(self, folder: Path) -> None:
+        """Add an analysis (``distill analyze``) to the run, below ``analysis/``, and its main numbers to the summary.
+
+        Tables (``…_table``) are W&B tables, figures (``…_figure``) and the pictures of the to-do list are images.
+
+        Args:
+            folder: with ``analysis.json``, and the files CSV and PNG of the analysis.
+        """
+        import wandb
+
+        logged: dict[str, Any] = {}
+        for file in sorted(folder.glob("*.csv")):
+            with file.open(newline="", encoding="utf-8") as lines:
+                columns, *rows = csv.reader(lines)
+            logged[f"analysis/{file.stem}_table"] = wandb.Table(
+                list[Any](columns), [list[Any](map(_number, row)) for row in rows]
+            )
+        for file in sorted(folder.glob("*.png")):
+            logged[f"analysis/{file.stem}_figure"] = wandb.Image(str(file))
+        if pictures := sorted(folder.glob("pictures/*.png")):
+            logged["analysis/to_do"] = [wandb.Image(str(file), caption=file.stem) for file in pictures]
+        self.experiment.log(logged)
+        content = read_json(folder / "analysis.json")
+        numbers = {key: content[key] for key in ANALYZED if key in content}
+        self.experiment.summary.update(
+            {
+                f"analysis/{key.replace('.', '/')}": value
+                for key, value in leaves(numbers)
+                if isinstance(value, (int, float))
+            }
+        )
+
     def close(self, failed: bool) -> None:
         """End the W&B run, which records whether the training failed."""
         self.experiment.finish(exit_code=int(failed))
+
+
+ANALYZED = ("errors", "calibration", "agreement")
+"""Parts of ``analysis.json`` that are numbers of the summary."""
+
+
+def _number(text: str) -> float | str | None:
+    """A cell of a CSV file as a number, if it is one; None if it is empty."""
+    try:
+        return float(text)
+    except ValueError:
+        return text or None
 
 
 GROUP_LENGTH, TAG_LENGTH = 128, 64

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.config.overrides import parse_overrides
+from distill.cli.config.overrides import parse_overrides, read_config
 from distill.cli.devices import add_device_option, find_device
 from distill.cli.runs.recorded_run import class_notes, find_run, load_student, recompose, trained_size
 from distill.cli.tables import print_line, print_table
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from distill.analysis.model_report import Comparison
     from distill.analysis.thresholds import Curve
     from distill.cli.reports.analyzed_models import Models
+    from distill.run_folder import RunFolder
+    from distill.training.wandb_run import WandbRun
 
 MOST_CLASSES = 20
 """Classes in the table of thresholds on the terminal."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """``distill analyze RUN [--against RUN] [--split val] [--images 20] [--pictures 12] [overrides]``."""
+    """``distill analyze RUN [--against RUN] [--split val] [--images 20] [--pictures 12] [--wandb] [overrides]``."""
     parser = argparse.ArgumentParser(
         prog="distill analyze",
-        usage="distill analyze RUN [--against RUN] [--split SPLIT] [--images 20] [--pictures 12] [overrides]",
+        usage="distill analyze RUN [--against RUN] [--split SPLIT] [--images 20] [--pictures 12] [--wandb] [overrides]",
         description=__doc__,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
@@ -51,6 +53,9 @@ def main(argv: Sequence[str]) -> int:
         default=[],
         metavar="CLASSES",
         help="similar classes for Hoiem's shares, as in cat,dog; may be repeated. Default: COCO's supercategories",
+    )
+    parser.add_argument(
+        "--wandb", action="store_true", help="also add tables, figures and main numbers to the W&B run of the training"
     )
     add_device_option(parser, "that of the run (trainer.accelerator)")
     parser.add_argument("overrides", nargs="*", help="as for train, for example data.source.root=… if the data moved")
@@ -77,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     if not data.has_split(args.split):
         raise DistillError(f"--split {args.split}: the data has {', '.join(data.splits)} only")
     groups = _similar_classes(args.similar, data.classes)
+    logger = _wandb_run(run) if args.wandb else None
     models = Models()
     add_teacher(models, run, plan, summary, args.overrides)
     changed = {word.key_or_group for word in parse_overrides(args.overrides)}
@@ -104,7 +110,36 @@ def main(argv: Sequence[str]) -> int:
     )
     print_results(result, models, necks.skipped, folder, args.split)
     print_line("report", write_run_page(run, folder))
+    if logger is not None:
+        _log(logger, folder)
     return 0
+
+
+def _wandb_run(run: RunFolder) -> WandbRun:
+    """The W&B run of the training, not opened yet."""
+    from distill.training.wandb_run import WandbRun
+
+    options = dict(read_config(run).get("logger", {}).get("wandb") or {})
+    if not options or not run.wandb_id.is_file():
+        raise DistillError(f"--wandb: {run.path} was trained without logger=wandb, so it has no W&B run to add to")
+    options.pop("_target_", None)
+    try:
+        logger = WandbRun(**{**options, "folder": run.path})
+    except TypeError as error:
+        raise DistillError(f"--wandb: logger.wandb of {run.config}: {error}") from error
+    logger.choose_id(resumed=True)
+    return logger
+
+
+def _log(logger: WandbRun, folder: Path) -> None:
+    try:
+        logger.log_analysis(folder)
+        logger.close(failed=False)
+    except Exception as error:  # W&B raises errors of any class, for example without a login
+        raise DistillError(
+            f"W&B: {error}. The files are in {folder}. Log in with `wandb login`, or set WANDB_MODE=offline"
+        ) from error
+    print_line("W&B", logger.experiment.url or f"offline: {logger.experiment.dir}")
 
 
 def _similar_classes(given: Sequence[str], classes: Sequence[str]) -> list[list[str]]:
