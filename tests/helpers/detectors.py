@@ -69,7 +69,7 @@ FAMILIES = {
 
 
 class QueryFamily(NamedTuple):
-    """One row of the table of families with queries: what tests have to know of it. Whoever adds a family adds a row.
+    """One row of the table of families with queries: the facts that tests need. A new family adds a row.
 
     They are the set-prediction detectors of transformers. They have no anchors, no NMS and no network of torchvision.
     """

@@ -149,5 +149,9 @@ def test_an_analysis_continues_the_wandb_run_of_the_training(
             assert logged.summary[f"analysis/errors/{model}/{key}"] == pytest.approx(value)
     names = {f"{file.stem}_figure" for file in (run / "analysis").glob("*.png")}
     tables = {f"{file.stem}_table" for file in (run / "analysis").glob("*.csv")}
+    (file,) = run.glob("wandb/offline-run-*/files/media/table/analysis/errors_table_*.json")
+    rows = json.loads(file.read_text())["data"]
+    expected = [[*list(row.values())[:2], *map(float, list(row.values())[2:])] for row in table(run, "errors")]
+    assert rows == expected
     found = {"/".join(name.split("/")[:2]) for name in logged.logged}  # the parts of an image have names of their own
     assert {f"analysis/{name}" for name in names | tables | {"to_do"}} <= found

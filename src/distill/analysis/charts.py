@@ -18,7 +18,7 @@ CELL = (4.0, 3.0)
 """Width and height of one diagram, in inches of 100 pixels."""
 
 MOST_INSIDE = 6
-"""Most lines whose names stand inside of a diagram. More names would cover the lines; they stand beside it."""
+"""Largest number of lines with a legend inside of the diagram. Longer legends stand beside it."""
 BESIDE = 2.4
 """Width of the names beside a diagram, in inches."""
 

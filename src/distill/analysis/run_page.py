@@ -89,9 +89,9 @@ def render_to(file: Path, name: str, summary: Mapping[str, Any], sections: list[
 
 
 def baseline_results(summary: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, float]:
-    """Results of the student alone that the run was compared with, else of the baseline of its analysis.
+    """Results of the student alone: those of the run's own comparison, otherwise those of the analyzed baseline.
 
-    The second has results only on splits that are the same images in both runs.
+    Results of the analyzed baseline are shown only for splits with the same images as this run.
     """
     if known := (summary.get("baseline") or {}).get("values"):
         return dict(known)

@@ -19,7 +19,7 @@ def training_advice(data: DetectionData, size_is_chosen: bool = False) -> list[s
 
     Args:
         data: the data, already read.
-        size_is_chosen: whether the size was chosen from the data, where an enlargement has a reason.
+        size_is_chosen: whether the size was ``auto``, where an enlargement has a reason.
     """
     records = data.training_records("train")
     own = np.median(records.sizes, axis=0)

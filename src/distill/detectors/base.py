@@ -145,7 +145,7 @@ class Detector(nn.Module):
 
     @classmethod
     def side_multiple(cls, options: Mapping[str, Any]) -> int:
-        """Return the number of pixels whose multiples the sides of a batch must be. Padding makes the sides so.
+        """Return a number of pixels: the sides of every batch must be multiples of it.
 
         Args:
             options: the arguments of the constructor.

@@ -1,4 +1,4 @@
-"""The Views of set-prediction detectors of Hugging Face transformers: what RT-DETR, D-FINE and DEIMv2 share.
+"""The Views of RT-DETR, D-FINE and DEIMv2 of Hugging Face transformers, and the base of RF-DETR's View.
 
 A View calls the library's own parts in the library's own order: backbone, encoder, scores of the encoder's cells,
 decoder. A contract test compares losses and detections with the library's own forward pass, bit for bit. All stages

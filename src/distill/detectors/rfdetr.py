@@ -449,7 +449,8 @@ def _check_values(given: Mapping[str, Any], backbone: BackboneOptions) -> None:
     if any(given[name] % side or given[name] < side for name in ("min_size", "max_size")):
         raise DistillError(
             f"min_size, max_size: expected multiples of {side} pixels ({STRIDE} of a patch × windows), got "
-            f"{given['min_size']} and {given['max_size']}. Set data.min_size and data.max_size to one such number"
+            f"{given['min_size']} and {given['max_size']}. Set data.min_size, data.max_size and, if given, "
+            "data.eval_min_size to one such number"
         )
     smallest = min(given["min_size"], given["max_size"])
     cells = (smallest // STRIDE) ** 2

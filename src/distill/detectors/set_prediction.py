@@ -177,7 +177,8 @@ def _check_values(given: Mapping[str, Any]) -> None:
     if any(side % LARGEST_STRIDE or side < 2 * LARGEST_STRIDE for side in sides):
         raise DistillError(
             f"min_size, max_size: expected multiples of {LARGEST_STRIDE} pixels from {2 * LARGEST_STRIDE} on, got "
-            f"{sides[0]} and {sides[1]}. Set data.min_size and data.max_size to one such number"
+            f"{sides[0]} and {sides[1]}. Set data.min_size, data.max_size and, if given, "
+            "data.eval_min_size to one such number"
         )
     if given["criterion"] not in CRITERIA:
         raise DistillError(f"criterion: expected {' or '.join(CRITERIA)}, got {given['criterion']!r}")

@@ -51,9 +51,9 @@ class ADL(DistillLoss):
 
     Source: Tang, Feng, Shao, Kuang, Zhang, Lu, "Learning Efficient Detector with Semi-supervised Adaptive
     Distillation", 2019, arXiv 1901.00366. The constants are those of its released settings of RetinaNet: gamma = 2,
-    theta = 1.8, and beta = 1, because its kernel has the cross-entropy KL + T(q) in the exponent. The equation above is
-    the paper's from memory. The kernel multiplies the weight by the cross-entropy instead of the last KL
-    (``error="cross_entropy"``) with the factor 1/2, our weight, and leaves out ignored anchors (``ignored=False``).
+    theta = 1.8, and beta = 1, because the released exponent is the cross-entropy KL + T(q). The equation above is from
+    memory. The released kernel differs: it multiplies the weight by the cross-entropy (``error="cross_entropy"``) and
+    leaves out ignored anchors (``ignored=False``). Its factor 1/2 is our default weight.
     With ``divide_by="positives"`` N is the number of positive anchors, as in the focal loss.
 
     Shapes: logits (B, A*K, H, W). N is summed over all processes, at least 1.
@@ -94,6 +94,8 @@ class ADL(DistillLoss):
                 f"{' or '.join(ERRORS)}, got beta={beta}, gamma={gamma}, theta={theta}, divide_by={divide_by}, "
                 f"error={error}"
             )
+        if not isinstance(ignored, bool):
+            raise DistillError(f"adl: expected ignored of true or false, got {ignored!r}")
         self.error, self.ignored = error, ignored
         self.beta, self.gamma, self.theta, self.by_scores = beta, gamma, theta, divide_by == "scores"
         if self.truth_terms:

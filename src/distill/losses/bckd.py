@@ -91,7 +91,7 @@ class BCKD(DistillLoss):
             return {}
         labels = student.anchor_targets.labels
         counted, positive = labels >= 0, labels > 0
-        count = positive.sum(1).clamp(min=1).sum()
+        count = heads.count_positives(positive)
         if self.positive_levels:
             counted = counted & self._on_positive_levels(student, positive)
         logits, teacher_logits = heads.anchor_classes("logits", student, teacher, self.classes)
@@ -111,5 +111,5 @@ class BCKD(DistillLoss):
     @staticmethod
     def _on_positive_levels(student: View, positive: Tensor) -> Tensor:
         """Whether an anchor's level has a positive anchor in the batch; (B, N) bool -> (1, N) bool."""
-        levels = torch.split(positive, [len(level) for level in student.anchors.values()], dim=1)
+        levels = heads.split_levels(positive, student)
         return torch.cat([level.any().expand(1, level.shape[1]) for level in levels], dim=1)

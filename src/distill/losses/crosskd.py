@@ -139,10 +139,7 @@ class CrossKD(DistillLoss):
             return {}
         targets = student.anchor_targets
         counted, positive = targets.labels >= 0, targets.labels > 0
-        if self.by_centerness:
-            count = (positive * centerness(targets.deltas)).sum()
-        else:
-            count = positive.sum(1).clamp(min=1).sum()
+        count = (positive * centerness(targets.deltas)).sum() if self.by_centerness else heads.count_positives(positive)
         scores = heads.flatten_anchors(
             {stride: upcast(x) for stride, x in teacher.class_logits.items()}, len(teacher.spec.classes)
         )

@@ -30,12 +30,13 @@ class DETRPoints(DistillLoss):
         points.classes      = sum_l 1/W_l sum_i w_i sum_c BCE(z_ic, sigmoid of the teacher's z_ic)
         points.l1           = sum_l 1/W_l sum_i w_i |b_i - b_i'|_1
         points.giou         = sum_l 1/W_l sum_i w_i (1 - GIoU(b_i, b_i'))
-        assignment.classes  = sum_l 1/N_l VFL of all these queries, the targets assigned as in the teacher
-        assignment.l1       = sum_l 1/N_l sum over the teacher's matches  |b_i - g|_1
-        assignment.giou     = sum_l 1/N_l sum over the teacher's matches  1 - GIoU(b_i, g)
+        assignment.classes  = sum_l 1/N_l VFL of all these queries, with the targets of the matches
+        assignment.l1       = sum_l 1/N_l sum over the matches  |b_i - g|_1
+        assignment.giou     = sum_l 1/N_l sum over the matches  1 - GIoU(b_i, g)
 
     over decoder layers l and the queries i of the additional pass. w_i is the teacher's highest score in the layer, W_l
-    the sum of w_i. g is the object to which the teacher's query i is matched in the layer, N_l their number.
+    the sum of w_i. g is the object to which query i is matched in the layer (see `assigned_by`), N_l the
+    number of matches.
 
     Source of ``points``: Wang, Fan, Zheng, Liu, Wang, Sun, "KD-DETR: Knowledge Distillation for Detection Transformer
     with Consistent Distillation Points Sampling", CVPR 2024, arXiv 2211.08071 (its specific points; the weights, 2, 5
@@ -127,7 +128,7 @@ class DETRPoints(DistillLoss):
 
 
 def assigned_losses(layer: QueryLayer, matches: Matches, batch: Batch) -> dict[str, SumAndCount]:
-    """The terms ``assignment.*`` of the student's layer, with the matches of a layer of the teacher."""
+    """The terms ``assignment.*`` of a student's layer with given matches."""
     logits, boxes = queries.own(layer)
     image, query, truth, labels = queries.matched_objects(matches, batch, boxes)
     given = boxes[image, query]

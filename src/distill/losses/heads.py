@@ -391,6 +391,16 @@ class Positives(NamedTuple):
     """(P, 4) matched ground truth boxes, up to rounding."""
 
 
+def split_levels(x: Tensor, view: View) -> tuple[Tensor, ...]:
+    """Values of all anchors (B, N, ...), divided into the levels of a View's anchors."""
+    return torch.split(x, [len(level) for level in view.anchors.values()], dim=1)
+
+
+def count_positives(positive: Tensor) -> Tensor:
+    """Number of positive anchors, at least 1 in each image; (B, N) bool -> scalar."""
+    return positive.sum(1).clamp(min=1).sum()
+
+
 def positive_regions(view: View) -> Positives:
     """The sampled regions that are objects, each with the box of its label's deltas."""
     regions = view.rois

@@ -85,8 +85,8 @@ def inside_boxes(truth: Tensor, grid: AnchorGrid) -> Tensor:
     """Whether the center of an anchor is inside a box (G, 4) of the image -> (N,) bool."""
     centers = (grid.boxes[:, :2] + grid.boxes[:, 2:]) / 2
     distances = torch.cat([centers - truth[:, None, :2], truth[:, None, 2:] - centers], dim=2)
-    found: Tensor = (distances > 0).all(2).any(0)
-    return found
+    is_inside: Tensor = (distances > 0).all(2).any(0)
+    return is_inside
 
 
 class LD(DistillLoss):
@@ -117,9 +117,9 @@ class LD(DistillLoss):
     GFL         0.25  0.25      10       10   2      diou    True
     ==========  ====  ========  =======  ===  =====  ======  ================
 
-    The released code of RetinaNet takes one softmax over the bins of all four sides of an anchor: it gives
-    ``softmax_over="anchor"``, where the sum over sides has a single summand with the mean over 4 x bins. Its terms are
-    about a sixteenth of those of ``side``, so the weights 5 and 0.6 act like 0.3 and 0.04 there, near those of FCOS.
+    The released code of RetinaNet takes one softmax over the bins of all four sides of an anchor
+    (``softmax_over="anchor"``). The sum over sides then has one summand, a mean over 4 x bins. These terms are about a
+    sixteenth of those with ``side``: the weights 5 and 0.6 then act like 0.3 and 0.04, near those of FCOS.
 
     The sums over positive and valuable anchors have no divisor, as published: they grow with the objects of the batch.
     ``divisor="positives"`` divides them by the number of positive anchors. Where we differ: positive are the anchors
@@ -174,6 +174,8 @@ class LD(DistillLoss):
                 f"LD: expected region of {' or '.join(REGIONS)} and softmax_over of {' or '.join(SOFTMAXES)}, got "
                 f"region={region} and softmax_over={softmax_over}"
             )
+        if not isinstance(region_positives, bool):
+            raise DistillError(f"LD: expected region_positives of true or false, got {region_positives!r}")
         self.by_positives, self.region, self.region_positives = divisor == "positives", region, region_positives
         self.by_side = softmax_over == "side"
         if self.terms("sides"):
@@ -220,8 +222,7 @@ class LD(DistillLoss):
         logits, targets = heads.anchor_classes("logits", student, teacher, self.classes)
         taught = positive & self.classes.known[student.anchor_targets.labels.clamp(min=0)]
         errors = taught * softened(logits, targets, self.class_temperature)
-        counts = [len(level) for level in student.anchors.values()]
-        levels = zip(torch.split(errors, counts, dim=1), torch.split(positive, counts, dim=1), strict=True)
+        levels = zip(heads.split_levels(errors, student), heads.split_levels(positive, student), strict=True)
         return base.summed([(error.sum(), members.sum()) for error, members in levels])
 
     def _side_errors(self, student: View, teacher: View) -> Tensor:

@@ -24,7 +24,7 @@ NECK = {"all": 1.0, "levels": None}
 TOKENS = {"task": 1.0, "diversity": 1.0, "count": 6, "epochs": 1, "warmup": 1}
 ADAPTER = {"kernel": 1, "start": "default", "relu": False}
 ALIKE = 0.9
-"""Mean overlap of trained masks, 1 for equal masks, from which on a warning is given."""
+"""A warning is given if the mean overlap of the trained masks is at least this. Equal masks have 1."""
 
 
 class MaskTokens(nn.Module):

@@ -542,11 +542,11 @@ class Distiller(L.LightningModule):
         there = {name: value.shape for name, value in saved.items() if name.startswith(prefix)}
         here = {name: value.shape for name, value in self.state_dict().items() if name.startswith(prefix)}
         differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-        if there and differing:
+        if saved and differing:
             names = dict.fromkeys(name.split(".")[1] for name in differing)
             raise DistillError(
-                f"resume: the trained layers of {', '.join(names)} differ from those in the checkpoint, which another "
-                f"version of distill or other settings made ({len(differing)} tensors, such as {differing[0]}). Start "
+                f"resume: the checkpoint has other trained layers of {', '.join(names)} ({len(differing)} tensors, "
+                f"such as {differing[0]}). It was written with other settings or by another version of distill. Start "
                 "a new run without ckpt_path"
             )
 

@@ -24,6 +24,12 @@ STEP = "trainer/global_step"
 """Lightning's name of the horizontal axis: finished optimizer steps."""
 
 
+ANALYZED = ("errors", "calibration", "agreement")
+"""Parts of ``analysis.json`` whose numbers go into the summary of the W&B run."""
+NAMES = ("model", "class", "true", "detected", "file", "picture")
+"""Columns of an analysis that hold names, which may look like numbers."""
+
+
 class WandbRun(WandbLogger):
     """Lightning's logger with the axes and summaries of a training with distillation.
 
@@ -140,9 +146,7 @@ class WandbRun(WandbLogger):
         for file in sorted(folder.glob("*.csv")):
             with file.open(newline="", encoding="utf-8") as lines:
                 columns, *rows = csv.reader(lines)
-            logged[f"analysis/{file.stem}_table"] = wandb.Table(
-                list[Any](columns), [list[Any](map(_number, row)) for row in rows]
-            )
+            logged[f"analysis/{file.stem}_table"] = wandb.Table(list[Any](columns), _typed(columns, rows))
         for file in sorted(folder.glob("*.png")):
             logged[f"analysis/{file.stem}_figure"] = wandb.Image(str(file))
         if pictures := sorted(folder.glob("pictures/*.png")):
@@ -163,16 +167,18 @@ class WandbRun(WandbLogger):
         self.experiment.finish(exit_code=int(failed))
 
 
-ANALYZED = ("errors", "calibration", "agreement")
-"""Parts of ``analysis.json`` that are numbers of the summary."""
+def _typed(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[Any]]:
+    """Rows of a CSV file, with numbers in columns that hold nothing else. An empty cell is None. Names stay texts."""
+    cells = zip(*rows, strict=True)
+    typed = [list(column) if name in NAMES else _numbers(column) for name, column in zip(columns, cells, strict=False)]
+    return [list(row) for row in zip(*typed, strict=True)]
 
 
-def _number(text: str) -> float | str | None:
-    """A cell of a CSV file as a number, if it is one; None if it is empty."""
+def _numbers(cells: Sequence[str]) -> list[Any]:
     try:
-        return float(text)
+        return [float(cell) if cell else None for cell in cells]
     except ValueError:
-        return text or None
+        return [cell or None for cell in cells]
 
 
 GROUP_LENGTH, TAG_LENGTH = 128, 64

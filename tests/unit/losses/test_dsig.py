@@ -592,9 +592,7 @@ def test_settings_of_the_other_family_name_the_option_to_choose() -> None:
     queries = replace(query_spec(), outputs=query_spec().outputs | {"roi_features"})
     nodes = "whose nodes are its predicted regions, but the settings are for foreground and background regions. "
     with pytest.raises(DistillError, match=f"{nodes}Choose distill=dsig_retinanet_small, or set"):
-        DSIG(
-            replace(queries, outputs=queries.outputs | {"roi_features"}), queries
-        )  # without anchors, dsig_retinanet does not fit either
+        DSIG(queries, queries)  # dsig_retinanet does not fit either: its term on logits needs anchors
     choose = "Choose distill=dsig, dsig_r50_r101 or dsig_r101_r152, or set nodes.predicted=0"
     with pytest.raises(DistillError, match=choose):
         DSIG(spec(), spec(), **PREDICTED)

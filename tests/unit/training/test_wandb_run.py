@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distill.training.wandb_run import WandbRun, shorten
+from distill.training.wandb_run import WandbRun, _typed, shorten
 
 
 def test_a_long_group_is_cut_and_stays_different() -> None:
@@ -34,3 +34,14 @@ def test_a_resumed_run_without_an_id_gets_one(tmp_path: Path) -> None:
 def test_tags_without_a_value_are_left_out(tmp_path: Path) -> None:
     run = WandbRun(tmp_path, tags=["defeat", None, ""], offline=True)
     assert run._wandb_init["tags"] == ["defeat"]
+
+
+def test_columns_of_numbers_are_numbers_and_names_that_look_like_numbers_stay_texts() -> None:
+    columns = ["class", "objects", "score", "file"]
+    rows = [["all classes", "9", "", "x"], ["1", "4", "0.5", "000139"], ["nan", "5", "1e-3", "7"]]
+    assert _typed(columns, rows) == [
+        ["all classes", 9.0, None, "x"],
+        ["1", 4.0, 0.5, "000139"],
+        ["nan", 5.0, 0.001, "7"],
+    ]
+    assert _typed(columns, []) == []

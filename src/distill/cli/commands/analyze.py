@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,8 +137,11 @@ def _log(logger: WandbRun, folder: Path) -> None:
         logger.log_analysis(folder)
         logger.close(failed=False)
     except Exception as error:  # W&B raises errors of any class, for example without a login
+        with suppress(Exception):  # a run that did not open cannot close
+            logger.close(failed=True)
         raise DistillError(
-            f"W&B: {error}. The files are in {folder}. Log in with `wandb login`, or set WANDB_MODE=offline"
+            f"--wandb: {type(error).__name__}: {error}. The files of the analysis are in {folder}. If W&B refused the "
+            "login, use `wandb login` or WANDB_MODE=offline"
         ) from error
     print_line("W&B", logger.experiment.url or f"offline: {logger.experiment.dir}")
 

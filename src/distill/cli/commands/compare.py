@@ -25,7 +25,7 @@ from distill.cli.config.prepared_sweeps import read_sweep
 from distill.cli.config.target_policy import COMMAND_LINE_KEYS
 from distill.cli.reports import sweep_report
 from distill.cli.runs import sweep
-from distill.cli.runs.sweep_folder import job_folders
+from distill.cli.runs.sweep_folder import EQUAL, job_folders
 from distill.cli.signals import Terminated
 from distill.cli.tables import print_line
 from distill.types import DistillError
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 OWN_KEYS = ("equal", "seeds", "sweep")
 """Keys of this command that are no keys of the configuration."""
-EQUAL = ("epochs", "time")
 SEEDS = 3
 
 
@@ -54,8 +53,8 @@ def main(argv: Sequence[str]) -> int:
     """``distill compare [overrides] [seeds=3] [equal=time] [sweep=NAME]``, or ``distill compare RUN RUN ...``."""
     parser = argparse.ArgumentParser(
         prog="distill compare",
-        usage="distill compare [overrides] [seeds=3] [equal=epochs|time] [sweep=NAME] | RUN RUN ... [equal=time] "
-        "[--csv FILE] [--json FILE] [--html FILE] [--no-images]",
+        usage="distill compare [overrides] [seeds=3] [equal=epochs|time] [sweep=NAME] | RUN RUN ... "
+        "[equal=epochs|time] [--csv FILE] [--json FILE] [--html FILE] [--no-images]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -126,7 +126,7 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
     if "data.batch_size" in keys:
         cfg.data.batch_size = batch or choose_batch(largest_min_size, cfg.data.max_size)
     if paper and "schedule.epochs" in keys:
-        student = compose.detector_class(OmegaConf.select(cfg, "model._target_"))
+        student = compose.target_class(OmegaConf.select(cfg, "model._target_"))
         own: str | None = getattr(student, "paper_schedule", None)
         option = own or PAPERS[paper].schedule
         cfg.schedule = _compose_schedule(option, paper, words)
@@ -139,7 +139,7 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
 def _choose_square(cfg: DictConfig, default: SizeChoice) -> SizeChoice:
     """Choose the side of squares: the student's own image size, or the teacher's if the student sees any ratio.
 
-    The side is rounded up to a multiple that all detectors which see padding as image can take.
+    The side is rounded up to a multiple of ``data.pad_to`` that all detectors which see padding as image can take.
 
     Args:
         cfg: the composed configuration.
@@ -149,7 +149,8 @@ def _choose_square(cfg: DictConfig, default: SizeChoice) -> SizeChoice:
     for role, _, options in detectors[:1]:
         limits = [x for x in (options.get("min_size"), options.get("max_size")) if isinstance(x, int)]
         size = SizeChoice(min(limits), min(limits), f"the {role}'s own image size") if limits else default
-    multiple = math.lcm(*(kind.side_multiple(options) for _, kind, options in detectors))
+    padding = [cfg.data.pad_to] if detectors else []
+    multiple = math.lcm(*(kind.side_multiple(options) for _, kind, options in detectors), *padding)
     side = math.ceil(size.min_size / multiple) * multiple
     if side != size.min_size:
         size = SizeChoice(side, side, f"{size.reason}, rounded up to a multiple of {multiple} px")
@@ -164,7 +165,7 @@ def _square_detectors(cfg: DictConfig) -> Iterator[tuple[str, Any, Mapping[str, 
     for role, node in nodes.items():
         found = compose.described_detector(weights) if role == "teacher" else None
         if found is None and OmegaConf.is_dict(node) and "_target_" in node:
-            found = compose.detector_class(node._target_), instantiate.to_containers(node)
+            found = compose.target_class(node._target_), instantiate.to_containers(node)
         if found is not None and getattr(found[0], "needs_squares", False):
             yield role, *found
 

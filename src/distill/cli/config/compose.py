@@ -102,11 +102,11 @@ def resize_of(student: str | None, teacher: str | None, weights: str | None = No
         weights: ``teacher.weights``. A run that it names describes its detector, and ``teacher.model`` is not read.
     """
     described = described_detector(weights)
-    detectors = detector_class(student), described[0] if described else detector_class(teacher)
+    detectors = target_class(student), described[0] if described else target_class(teacher)
     return "square" if any(getattr(detector, "needs_squares", False) for detector in detectors) else "ratio"
 
 
-def detector_class(name: str | None) -> Any:
+def target_class(name: str | None) -> Any:
     """The class that a ``_target_`` names. None without a name, and for a name that the run will refuse."""
     if name is None:
         return None
@@ -150,14 +150,14 @@ def register_resolvers() -> None:
 
 
 def name_pair(choices: Mapping[str, Any], weights: str | None, losses: Mapping[str, Any]) -> str | None:
-    """``teacher → student``, for a tag; None for a student alone.
+    """``teacher → student``, for a tag; None for a run whose losses read no teacher.
 
     Args:
         choices: the chosen options by group.
-        weights: ``teacher.weights``; a teacher that is given so is named by its folder, file or enum.
+        weights: ``teacher.weights``. If set, the teacher is named by the last part of this path or name.
         losses: the losses by name.
     """
-    if not losses:
+    if not any(getattr(target_class(loss.get("_target_")), "needs_teacher", True) for loss in losses.values()):
         return None
     teacher = Path(str(weights)).name if weights else choices.get("model@teacher.model")
     return f"{teacher} → {choices['model']}" if teacher else None

@@ -141,7 +141,8 @@ def sweep_key(override: Override) -> str:
 
 
 TRAINING_GROUPS = ("data", "experiment", "start", "model", "supervised", "teacher", "distill", "schedule", "init")
-"""Groups and keys that name what a run trains and how, in the order of a configuration's name, but for the method."""
+"""Groups and keys that name what a run trains and how, in the order of a configuration's name. There, `distill`
+always comes first."""
 TRAINER_KEYS = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 """Keys of ``trainer`` that change the weights."""
 

@@ -14,7 +14,7 @@ from distill.analysis.configurations import measured
 from distill.analysis.statistics import MOST_SEEDS, Interval, student_quantile
 from distill.cli.runs.finished_runs import expand_folders, read_runs
 from distill.cli.runs.related_runs import UNRELATED
-from distill.cli.runs.sweep_folder import job_folders, recorded_words
+from distill.cli.runs.sweep_folder import EQUAL, job_folders, recorded_words
 from distill.cli.tables import print_line, print_table
 from distill.files import atomic_write, read_json, write_text
 from distill.run_folder import RunFolder
@@ -53,8 +53,8 @@ def compare_folders(
 def compare_paths(paths: Sequence[Path], equal: str | None = None, images: bool = True) -> Comparison:
     """Compare the finished runs in folders of runs and sweeps.
 
-    A single sweep is compared as its own comparison was: equal epochs or equal time, and the names of its
-    configurations. So its page and its table do not contradict each other.
+    A single sweep keeps the settings of its own comparison (`equal`, names of configurations), so its page and its
+    table agree.
 
     Args:
         paths: folders of runs and sweeps.
@@ -65,13 +65,13 @@ def compare_paths(paths: Sequence[Path], equal: str | None = None, images: bool 
         DistillError: there is no finished run.
     """
     recorded, labels = recorded_choices(paths[0]) if len(paths) == 1 else (None, {})
-    return compare_folders(expand_folders(paths), equal or recorded or "epochs", labels, images)
+    return compare_folders(expand_folders(paths), equal or recorded or EQUAL[0], labels, images)
 
 
 def recorded_choices(folder: Path) -> tuple[str | None, dict[frozenset[str], str]]:
     """What the comparison in a sweep's folder recorded: what is equal, and the names of configurations by their words.
 
-    None, and no names, if there is no such file, or none that can be read. No names if jobs finished since.
+    (None, {}) if the file is missing or cannot be read. There are no names if jobs finished since.
     """
     file = folder / JSON
     if not file.is_file():
@@ -85,7 +85,7 @@ def recorded_choices(folder: Path) -> tuple[str | None, dict[frozenset[str], str
         }
         finished = {job.name for job in job_folders(folder) if RunFolder(job).finished}
         labels = {words[name]: label for name, label in names.items()} if finished <= names.keys() else {}
-        equal = "time" if content["equal"] == "time" else "epochs"
+        equal = content["equal"] if content["equal"] in EQUAL else EQUAL[0]
         return equal, dict(sorted(labels.items(), key=lambda item: len(item[0])))
     return None, {}
 

@@ -65,8 +65,10 @@ def assemble(
     Raises:
         DistillError: student, teacher, losses and data do not fit together.
     """
-    student = student or build_student(plan, data)
-    check_squares(data, type(student), student.options, "student", training=False)
+    if student is None:
+        student = build_student(plan, data)
+    else:
+        check_squares(data, type(student), student.options, "student", training=False)
     losses: dict[str, DistillLoss] = {}
     with isolate_rng():  # student weights and random draws equal those of a run without distillation
         if not plan.needs_teacher:

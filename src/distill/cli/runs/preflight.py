@@ -365,7 +365,7 @@ def check_squares(
     if not kind.needs_squares or data.eval_transform.shape != "square":
         return
     multiple = kind.side_multiple(options)
-    transforms = {"eval_min_size": data.eval_transform} | ({"min_size": data.train_transform} if training else {})
+    transforms = ({"min_size": data.train_transform} if training else {}) | {"eval_min_size": data.eval_transform}
     for key, transform in transforms.items():
         side, _ = square = transform.fit((1, 1))
         if side % multiple:
@@ -373,7 +373,8 @@ def check_squares(
             sides = f"{below} or {below + multiple}" if below else str(multiple)
             raise DistillError(
                 f"data.{key}: the {role} is a {kind.family}, which takes squares whose side is a multiple of "
-                f"{multiple} pixels, got squares of {side}. Set data.min_size to {sides}"
+                f"{multiple} pixels, got squares of {side}. Set data.min_size and, if given, data.eval_min_size "
+                f"to {sides}"
             )
         if side % data.pad_to:
             padded, _ = padded_size([square], data.pad_to)

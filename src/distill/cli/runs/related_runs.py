@@ -87,10 +87,9 @@ def baseline_command(plan: RunPlan) -> str:
     # Without the teacher, the student's own class would choose the shape of the images, and the side of squares.
     data = plan.config.get("data", {})
     own = compose.resize_of(plan.config.get("model", {}).get("_target_"), None)
-    side = ("min_size",) if data.get("resize") == "square" else ()
-    for key in ("resize", *side):
-        if data.get(key) not in (None, own) and not any(word.startswith(f"data.{key}=") for word in words):
-            words.append(f"data.{key}={data[key]}")
+    decided = ["resize"] if data.get("resize") not in (None, own) else []
+    decided += ["min_size"] if data.get("resize") == "square" and "min_size" in data else []
+    words += [f"data.{key}={data[key]}" for key in decided if not any(x.startswith(f"data.{key}=") for x in words)]
     return shlex.join(["python", "-m", "distill", "train", *words, "distill=none"])
 
 

@@ -15,6 +15,8 @@ from distill.run_folder import RunFolder
 METRICS = ("val/AP", "val/mAP", "test/AP", "test/mAP")
 ALONE = "alone/"
 """Prefix of the columns with the results of a job's baseline, for ``baseline=train`` and ``baseline=RUN``."""
+EQUAL = ("epochs", "time")
+"""What a comparison of a sweep keeps equal (``equal=time``); the first is the default."""
 
 
 def job_folders(folder: Path) -> list[Path]:

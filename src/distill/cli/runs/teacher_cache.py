@@ -38,7 +38,7 @@ KEPT_GROUPS = ("data", "schedule", "trainer", "experiment", "paths", "trust", "c
 KEPT_TRAINER = ("accelerator", "devices", "strategy", "precision", "save_every")  # no num_nodes: one machine trains it
 # Keys that do not change the teacher's weights. Runs that differ in these keys only share one teacher.
 IGNORED_DATA = (*LOADING_KEYS, "on_overlap", "unlabeled")
-IGNORED_MODEL = ("box_roi_align", "min_size", "max_size")  # changes only the order of additions; `data` decides
+IGNORED_MODEL = ("box_roi_align", "min_size", "max_size")  # the order of additions; sizes come from `data`
 # These check, log and print only.
 IGNORED_CALLBACKS = ("teacher", "schedule", "terms", "gradients", "rate", "panels", "history", "lines", "progress")
 NEWER_KEYS = (
@@ -219,7 +219,7 @@ def load_teacher(options: TeacherOptions | None, source: str, classes: Sequence[
     if options is None:
         raise DistillError(f"{source} does not describe its model: choose its teacher=…, not none")
     backbone = dict(options.model.get("backbone", {}))
-    kind = compose.detector_class(options.model.get("_target_"))
+    kind = compose.target_class(options.model.get("_target_"))
     if not hasattr(kind, "has_batch_norms") or kind.has_batch_norms(backbone):
         backbone["norm"] = "frozen"  # computes as in evaluation mode
     names = list(classes) if options.class_map is None else None  # a map needs all classes of the weights

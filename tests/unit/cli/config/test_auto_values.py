@@ -78,8 +78,8 @@ def test_a_detector_with_queries_gets_the_images_that_it_was_published_with(mode
         (["model=rfdetr_nano", "data.min_size=512"], 512),
         (["model=rfdetr_large", "data.max_size=512"], 512),
         (["model=rfdetr_nano", "model.min_size=448"], 448),
-        (["model=rfdetr_nano", "model.windows=5", "teacher=none"], 400),  # steps of 5 windows of 16 px
-        (["model=rfdetr_nano", "model.windows=5", "teacher=rfdetr_small"], 480),  # and of the teacher's 2 windows
+        (["model=rfdetr_nano", "model.windows=5", "teacher=none"], 480),  # of 5 windows of 16 px, and of 32
+        (["model=rfdetr_nano", "model.windows=5", "teacher=rfdetr_small"], 480),  # also of the teacher's 2 windows
         (["model=deimv2_femto", "teacher=rfdetr_nano", "teacher.model.windows=4"], 448),
         (["model=frcnn_r18", "teacher=retinanet_r50", "data.resize=square"], 288),  # the data decides
     ],
@@ -87,6 +87,7 @@ def test_a_detector_with_queries_gets_the_images_that_it_was_published_with(mode
 def test_the_side_of_squares_of_a_pair(words: list[str], side: int) -> None:
     data = resolved("data=coco", *words)["data"]
     assert (data["resize"], data["min_size"], data["max_size"]) == ("square", side, side)
+    assert side % data["pad_to"] == 0  # padding would be seen as image
 
 
 def test_squares_may_be_turned_off() -> None:

@@ -130,3 +130,6 @@ def test_a_pair_is_named_after_the_teacher_that_is_used() -> None:
     assert name_pair(choices, "outputs/teachers/mine", losses) == "mine → frcnn_r10_mini"
     assert name_pair(choices, None, {}) is None  # a student alone, whatever the default teacher
     assert name_pair({"model": "frcnn_r10_mini"}, None, losses) is None
+    without = {"dicod": {"_target_": "distill.DICOD"}}  # a classifier teaches, whatever the default teacher
+    assert name_pair(choices, None, without) is None
+    assert name_pair(choices, None, without | losses) == "frcnn_r18_mini → frcnn_r10_mini"
