@@ -359,6 +359,6 @@ def test_a_run_from_outside_that_cannot_be_read_is_named(
 
 def test_only_known_words_are_computed() -> None:
     compose.compose_config([])
-    known = {"now", "hydra", "python_version", "names", "sweep", "configuration", "resize_of"}
+    known = {"now", "hydra", "python_version", "names", "sweep", "configuration", "pair", "resize_of"}
     theirs = {"env", "create", "decode", "deprecated", "select", "dict.keys", "dict.values"}
     assert set(type(OmegaConf.create())._resolvers) == known | {f"oc.{name}" for name in theirs}
