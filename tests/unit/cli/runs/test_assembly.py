@@ -126,7 +126,7 @@ SQUARE_96 = ["data.min_size=96", "data.max_size=96"]
         (["model=rfdetr_mini", "model.windows=4", *SQUARE_96], r"multiples of 64 pixels.*got 96"),
         (
             ["model=rfdetr_mini", "model.windows=4", "data.min_size=96", "data.eval_min_size=128"],
-            r"data\.min_size: student is a rfdetr.*multiple of 64.*squares of 96\. Set data\.min_size .* to 64 or 128",
+            r"data\.min_size: the student is .*multiple of 64.*squares of 96\. Set data\.min_size .* to 64 or 128",
         ),
         (["model=dfine_mini", "data.min_size=100", "data.eval_min_size=128"], r"data\.min_size: .*Set .* to 96 or 128"),
     ],
