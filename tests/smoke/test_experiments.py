@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +137,10 @@ def test_the_teachers_own_run_has_the_model_that_is_printed(
     monkeypatch.setattr(teacher_notice, "announce_teacher", lambda *_: None)
     monkeypatch.setattr(assembly, "find_teacher", look)
     monkeypatch.setattr(assembly, "build_losses", lambda *_: {})
+    # Some of these pairs do not fit, which is refused earlier.
+    monkeypatch.setattr(assembly, "planned_teacher", lambda *_: SimpleNamespace(options={}, spec=None))
+    for check in ("check_squares", "inherited_tensors"):
+        monkeypatch.setattr(assembly, check, lambda *_, **__: None)
     root = folder(experiment, data_sets)
     lines = [*tiny(experiment, root), "model.score_thresh=0.2", *more, "hydra.run.dir=run"]
     assert cli(["train", *lines]) == 1
