@@ -36,10 +36,13 @@ WIDE = "model.neck_channels=64"  # group norm
 DISTRIBUTION_HEADS = ("ld", "ld_fcos")
 OTHER_HEADS = (*DISTRIBUTION_HEADS, *QUERIES)
 OPTIONS = [option for option in compose.config_groups()["distill"] if option not in ("none", *OTHER_HEADS)]
+MADE = {
+    "dicod": "made_classifier",
+    **dict.fromkeys(("foundation", "foundation_dinov3"), "random_vision_transformer"),
+}
+"""Options that need something made first -> the fixture that makes it and gives the overrides that name it."""
 ONE_STAGE = [
-    option
-    for option in OPTIONS
-    if "retinanet" in option or option in NOT_HERE["two-stage"] - {"dicod", "foundation", *OTHER_HEADS}
+    option for option in OPTIONS if "retinanet" in option or option in NOT_HERE["two-stage"] - {*MADE, *OTHER_HEADS}
 ]
 TOGETHER = {
     family: sorted(
@@ -53,8 +56,6 @@ TOGETHER = {
 DISTILL = [*(option for option in OPTIONS if option not in ONE_STAGE), f"[{','.join(TOGETHER['faster_rcnn'])}]"]
 DAILY = [*(method.option for method in METHODS.values() if method.trained_alone), DISTILL[-1]]
 DENSE = [f"[{','.join(['dsig_retinanet', *TOGETHER['retinanet']])}]", *ONE_STAGE]
-MADE = {"dicod": "made_classifier", "foundation": "random_vision_transformer"}
-"""Options that need something made first -> the fixture that makes it and gives the overrides that name it."""
 WITHOUT_TEACHER = {"dicod": ["classes", "pixels", "features"], "foundation": ["neck.cosine"]}
 """Option -> the terms of its loss."""
 
@@ -109,7 +110,7 @@ def test_every_distill_option_trains(
     for loss in compose.compose_config([f"distill={option}"]).distill.losses:
         assert any(name.startswith(f"term/{loss}/") for name in report["terms"]), loss
     assert all(torch.isfinite(torch.tensor(value)) for value in report["terms"].values())
-    assert option in WITHOUT_TEACHER or report["teacher"]["source"] == str(tiny_teacher)
+    assert option in MADE or report["teacher"]["source"] == str(tiny_teacher)
 
 
 @pytest.mark.parametrize("option", WITHOUT_TEACHER)
