@@ -24,7 +24,7 @@ NECK = 64
 
 def small_pair(student: str, teacher: str) -> tuple[Any, Any]:
     """A small student and teacher of two families."""
-    return tuple(_small(family, seed) for seed, family in enumerate((student, teacher)))  # type: ignore[return-value]
+    return _small(student, 0), _small(teacher, 1)
 
 
 def _small(family: str, seed: int) -> Any:
@@ -76,7 +76,7 @@ def refusal(option: str, student: Any, teacher: Any) -> str:
     own = [value for name, value in step.losses.items() if not name.startswith("student/")]
     assert own, option
     body = [parameter for parameter in student.body.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(sum(own), body, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+    found = torch.autograd.grad(torch.stack(own).sum(), body, retain_graph=True, allow_unused=True)
     assert any(gradient is not None and gradient.any() for gradient in found), option
     step.loss.backward()
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]

@@ -97,7 +97,8 @@ def test_the_baseline_s_command_keeps_all_but_the_distillation() -> None:
 def test_the_baseline_s_command_keeps_squares_that_the_teacher_needed() -> None:
     config = {"data": {"resize": "square"}, "model": {"_target_": "distill.FasterRCNN"}}
     for lines, added in ((["model=frcnn_r18"], ["data.resize=square"]), (["data.resize=square"], [])):
-        words = shlex.split(baseline_command(Plan(config, RunFolder("run"), lines)))  # type: ignore[arg-type]
+        distilled: Any = Plan(config, RunFolder("run"), lines)
+        words = shlex.split(baseline_command(distilled))
         assert words[4:] == [*lines, *added, "distill=none"]
 
 
@@ -107,5 +108,6 @@ def test_the_baseline_s_command_keeps_the_side_that_the_pair_got(model: str) -> 
     config = {"data": {"resize": "square", "min_size": 384, "max_size": 384}, "model": {"_target_": model}}
     shape = [] if model == "distill.RFDETR" else ["data.resize=square"]
     for lines, added in (([], [*shape, "data.min_size=384"]), (["data.min_size=384"], shape)):
-        words = shlex.split(baseline_command(Plan(config, RunFolder("run"), lines)))  # type: ignore[arg-type]
+        distilled: Any = Plan(config, RunFolder("run"), lines)
+        words = shlex.split(baseline_command(distilled))
         assert words[4:] == [*lines, *added, "distill=none"]
