@@ -17,10 +17,10 @@ COLUMNS = 3
 CELL = (4.0, 3.0)
 """Width and height of one diagram, in inches of 100 pixels."""
 
-MOST_INSIDE = 6
-"""Largest number of lines with a legend inside of the diagram. Longer legends stand beside it."""
-BESIDE = 2.4
-"""Width of the names beside a diagram, in inches."""
+LEGEND_LINES = 6
+"""Largest number of lines whose legend is drawn inside the diagram. Longer legends are drawn beside it."""
+LEGEND_WIDTH = 2.4
+"""Width of a legend beside a diagram, in inches."""
 
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Name of a line -> its abscissae and ordinates."""
@@ -41,8 +41,8 @@ def line_charts(diagrams: Mapping[str, Lines], x_label: str, y_label: str, unit:
         x_label, y_label: names of the axes.
         unit: whether both axes go from 0 to 1.
     """
-    is_beside = any(len(lines) > MOST_INSIDE for lines in diagrams.values())
-    figure, all_axes = _grid(len(diagrams), CELL[0] + (BESIDE if is_beside else 0.0))
+    is_beside = any(len(lines) > LEGEND_LINES for lines in diagrams.values())
+    figure, all_axes = _grid(len(diagrams), CELL[0] + (LEGEND_WIDTH if is_beside else 0.0))
     for axes, (title, lines) in zip(all_axes, diagrams.items(), strict=True):
         for name, (x, y) in lines.items():
             style: dict[str, Any] = {"color": "gray", "linestyle": "--"} if name == "ideal" else {}
@@ -59,7 +59,7 @@ def line_charts(diagrams: Mapping[str, Lines], x_label: str, y_label: str, unit:
         axes.grid(alpha=0.4)
         if lines:
             place: dict[str, Any] = {"loc": "best"}
-            if len(lines) > MOST_INSIDE:
+            if len(lines) > LEGEND_LINES:
                 place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
             axes.legend(**place, frameon=False, fontsize="small")
     return figure

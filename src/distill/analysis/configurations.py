@@ -17,12 +17,13 @@ from distill.types import DistillError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mAP")
 """Metrics of a comparison, in the order of its columns. The first one that was measured is the main metric."""
-LENGTH_KEYS = (
-    *("schedule.epochs", "schedule.steps", "schedule.milestones", "schedule.evaluate_every"),
-    *("trainer.max_steps", "trainer.max_epochs", "trainer.check_val_every_n_epoch"),
+DURATION_KEYS = ("schedule.epochs", "schedule.steps", "trainer.max_steps", "trainer.max_epochs")
+"""Keys that say how long the student is trained."""
+FOLLOWING_KEYS = (
+    *("schedule.milestones", "schedule.evaluate_every", "trainer.check_val_every_n_epoch"),
     "data.augment.stop_epoch",
 )
-"""Keys of the length of a training, and those that change with it."""
+"""Keys that change with these in a longer training."""
 SEED_KEYS = ("seed", "data.seed", "distill.losses.*.seed")
 """Keys that hold the seed of the run, unless an override of the run sets them."""
 DISTILLATION_KEYS = ("distill.*", "teacher.*", "init", "trust*")
@@ -99,7 +100,7 @@ class Configuration:
 
     def epochs_and_steps(self) -> list[str | None]:
         """The settings that say how long the student is trained."""
-        return [self.settings.get(key) for key in ("schedule.epochs", "schedule.steps", "trainer.max_steps")]
+        return [self.settings.get(key) for key in DURATION_KEYS]
 
     def mean_seconds(self) -> float | None:
         """Mean duration of the runs."""
@@ -211,8 +212,7 @@ def _without_followers(words: Sequence[str]) -> list[str]:
     """The words without those that follow the number of epochs, if it is among them: ``epochs=15`` says enough."""
     if not any(word.startswith("schedule.epochs=") for word in words):
         return list(words)
-    followers = set(LENGTH_KEYS) - {"schedule.epochs", "schedule.steps", "trainer.max_steps", "trainer.max_epochs"}
-    return [word for word in words if word.partition("=")[0] not in followers]
+    return [word for word in words if word.partition("=")[0] not in FOLLOWING_KEYS]
 
 
 def _short_name(configuration: Configuration, words: Sequence[str]) -> str:
@@ -273,7 +273,7 @@ def find_references(configurations: Sequence[Configuration], equal: str) -> list
 
 
 def _reference(configuration: Configuration, alone: Sequence[Configuration], equal: str) -> Configuration | None:
-    free = LENGTH_KEYS if equal == "time" else ()
+    free = (*DURATION_KEYS, *FOLLOWING_KEYS) if equal == "time" else ()
 
     def settings(other: Configuration) -> dict[str, str]:
         return {key: value for key, value in other.student_settings().items() if key not in free}

@@ -145,7 +145,7 @@ class Detector(nn.Module):
 
     @classmethod
     def side_multiple(cls, options: Mapping[str, Any]) -> int:
-        """Return a number of pixels: the sides of every batch must be multiples of it.
+        """Return the number of pixels of which both sides of every batch must be multiples.
 
         Args:
             options: the arguments of the constructor.

@@ -119,7 +119,7 @@ class LD(DistillLoss):
 
     The released code of RetinaNet takes one softmax over the bins of all four sides of an anchor
     (``softmax_over="anchor"``). The sum over sides then has one summand, a mean over 4 x bins. These terms are about a
-    sixteenth of those with ``side``: the weights 5 and 0.6 then act like 0.3 and 0.04, near those of FCOS.
+    sixteenth of those with ``side``: the weights 5 and 0.6 then act like 0.3 and 0.04; FCOS has 0.25 and 0.25.
 
     The sums over positive and valuable anchors have no divisor, as published: they grow with the objects of the batch.
     ``divisor="positives"`` divides them by the number of positive anchors. Where we differ: positive are the anchors

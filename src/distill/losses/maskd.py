@@ -23,8 +23,8 @@ from distill.types import DetectorSpec, DistillError, Pyramid, Target, View
 NECK = {"all": 1.0, "levels": None}
 TOKENS = {"task": 1.0, "diversity": 1.0, "count": 6, "epochs": 1, "warmup": 1}
 ADAPTER = {"kernel": 1, "start": "default", "relu": False}
-ALIKE = 0.9
-"""A warning is given if the mean overlap of the trained masks is at least this. Equal masks have 1."""
+LARGEST_OVERLAP = 0.9
+"""Mean overlap of the trained masks from which on a warning is given. Equal masks have 1."""
 
 
 class MaskTokens(nn.Module):
@@ -60,7 +60,7 @@ class MaskTokens(nn.Module):
 
     def probabilities(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T), with a sum of 1 for each image."""
-        # The mean of a convolution needs no convolution, only the mean of what each weight sees.
+        # The mean of the convolution over all cells is the filters times the means of the shifted maps: cheaper.
         hidden = torch.einsum("oiyx,biyx->bo", self.filters, shifted_means(x)) + self.filters_bias
         return F.softmax(hidden @ self.weights.T + self.bias, dim=1)
 
@@ -183,10 +183,10 @@ class MasKD(DistillLoss):
         if epoch >= self.token_epochs and not self.is_trained:
             self.trained.load_state_dict(self.tokens.state_dict())
             self.is_trained.fill_(True)
-            self._warn_of_equal_masks()
+            self._warn_of_similar_masks()
 
-    def _warn_of_equal_masks(self) -> None:
-        if self.overlap is None or distributed.rank() > 0 or float(self.overlap) < ALIKE:
+    def _warn_of_similar_masks(self) -> None:
+        if self.overlap is None or distributed.rank() > 0 or float(self.overlap) < LARGEST_OVERLAP:
             return
         warnings.warn(
             f"maskd: the masks are still alike after tokens.epochs={self.token_epochs} (overlap "

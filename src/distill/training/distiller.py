@@ -539,15 +539,16 @@ class Distiller(L.LightningModule):
     def _require_own_layers(self, saved: Mapping[str, Tensor]) -> None:
         """Refuse a checkpoint whose losses have other trained layers, such as one of another version of the method."""
         prefix = "losses."
-        there = {name: value.shape for name, value in saved.items() if name.startswith(prefix)}
-        here = {name: value.shape for name, value in self.state_dict().items() if name.startswith(prefix)}
-        differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        saved_shapes = {name: value.shape for name, value in saved.items() if name.startswith(prefix)}
+        own_shapes = {name: value.shape for name, value in self.state_dict().items() if name.startswith(prefix)}
+        names = saved_shapes.keys() | own_shapes.keys()
+        differing = sorted(name for name in names if saved_shapes.get(name) != own_shapes.get(name))
         if saved and differing:
-            names = dict.fromkeys(name.split(".")[1] for name in differing)
+            losses = dict.fromkeys(name.split(".")[1] for name in differing)
             raise DistillError(
-                f"resume: the checkpoint has other trained layers of {', '.join(names)} ({len(differing)} tensors, "
-                f"such as {differing[0]}). It was written with other settings or by another version of distill. Start "
-                "a new run without ckpt_path"
+                f"resume: the trained layers of {', '.join(losses)} in the checkpoint differ from those of this run "
+                f"({len(differing)} tensors, such as {differing[0]}). It was written with other settings or by another "
+                "version of distill. Start a new run without ckpt_path"
             )
 
 

@@ -137,7 +137,7 @@ def resolve(cfg: DictConfig, facts: DataFacts, words: Sequence[str]) -> tuple[Di
 
 
 def _choose_square(cfg: DictConfig, default: SizeChoice) -> SizeChoice:
-    """Choose the side of squares: the student's own image size, or the teacher's if the student sees any ratio.
+    """Choose the side of squares: the student's own image size, or the teacher's if only it needs squares.
 
     The side is rounded up to a multiple of ``data.pad_to`` that all detectors which see padding as image can take.
 

@@ -140,9 +140,8 @@ def sweep_key(override: Override) -> str:
     return ("+" * override.is_add() if not override.is_force_add() else "++") + key.lstrip("+~")
 
 
-TRAINING_GROUPS = ("data", "experiment", "start", "model", "supervised", "teacher", "distill", "schedule", "init")
-"""Groups and keys that name what a run trains and how, in the order of a configuration's name. There, `distill`
-always comes first."""
+TRAINING_GROUPS = ("distill", "data", "experiment", "start", "model", "supervised", "teacher", "schedule", "init")
+"""Groups and keys that name what a run trains and how, in the order of a configuration's name."""
 TRAINER_KEYS = ("precision", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 """Keys of ``trainer`` that change the weights."""
 
@@ -155,7 +154,7 @@ def configuration_name(overrides: Sequence[str]) -> str:
     """
     places = {group: place for place, group in enumerate((*TRAINING_GROUPS, *TRAINER_KEYS))}
     named = [override for override in parse_overrides(overrides) if _group(override) in places]
-    named.sort(key=lambda override: (_group(override) != "distill", places[_group(override)]))
+    named.sort(key=lambda override: places[_group(override)])
     return " ".join(str(override.input_line) for override in named) or "defaults"
 
 

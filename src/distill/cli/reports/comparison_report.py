@@ -64,14 +64,15 @@ def compare_paths(paths: Sequence[Path], equal: str | None = None, images: bool 
     Raises:
         DistillError: there is no finished run.
     """
-    recorded, labels = recorded_choices(paths[0]) if len(paths) == 1 else (None, {})
+    recorded, labels = read_recorded_comparison(paths[0]) if len(paths) == 1 else (None, {})
     return compare_folders(expand_folders(paths), equal or recorded or EQUAL[0], labels, images)
 
 
-def recorded_choices(folder: Path) -> tuple[str | None, dict[frozenset[str], str]]:
-    """What the comparison in a sweep's folder recorded: what is equal, and the names of configurations by their words.
+def read_recorded_comparison(folder: Path) -> tuple[str | None, dict[frozenset[str], str]]:
+    """Read from a sweep's comparison.json what was kept equal, and the names of configurations by their overrides.
 
-    (None, {}) if the file is missing or cannot be read. There are no names if jobs finished since.
+    (None, {}) if the file is missing or cannot be read. The names are left out if further jobs finished after it was
+    written.
     """
     file = folder / JSON
     if not file.is_file():
