@@ -22,6 +22,7 @@ SCALAR_TYPES: dict[str, type | tuple[type, ...]] = {
     "bool": bool,
     "None": type(None),
 }
+HYDRA_KEY = re.compile(r"_[a-z]+_")
 LIST_ANNOTATION = re.compile(r"(?:Sequence|list)\[(\w+)\]")
 
 
@@ -37,6 +38,14 @@ def type_errors(constructor: Callable[..., Any], options: Mapping[str, Any]) -> 
         for name, value in options.items()
         if name in parameters and not matches_annotation(value, parameters[name].annotation)
     ]
+
+
+def unknown_options(constructor: Callable[..., Any], options: Mapping[str, Any]) -> list[str]:
+    """Return the names of options without a parameter, except Hydra's (``_target_``); none if it takes any name."""
+    parameters = inspect.signature(constructor).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return []
+    return [name for name in map(str, options) if name not in parameters and not HYDRA_KEY.fullmatch(name)]
 
 
 def matches_annotation(value: Any, annotation: Any) -> bool:

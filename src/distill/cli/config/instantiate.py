@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hydra.errors import InstantiationException
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.cli.config import target_policy
-from distill.type_checks import type_errors
+from distill.type_checks import type_errors, unknown_options
 from distill.types import DistillError
 
 if TYPE_CHECKING:
@@ -43,15 +44,12 @@ def build_node(node: Any, **given: Any) -> Any:
     Raises:
         DistillError: raised by the constructor, or the arguments do not fit. The message then names the target.
     """
-    _require_target(node)
-    options = to_containers(node)
-    partial = options.get("_partial_") is True
-    target_policy.validate_targets(options, _full_key(node))
-    _validate_types(options, _full_key(node))
+    options = _checked_options(node)
+    partial_only = options.get("_partial_") is True
     try:
         # Run-time arguments are not passed through Hydra, which would convert a dataclass among them into a dict.
         make = instantiate(node, _partial_=True, _convert_="all")
-        if not partial:
+        if not partial_only:
             return make(**given)
         with suppress(ValueError):  # functions written in C may have no signature
             inspect.signature(make.func).bind_partial(*make.args, **make.keywords)
@@ -66,15 +64,44 @@ def build_node(node: Any, **given: Any) -> Any:
         raise DistillError(f"{node.get('_target_')} could not be built: {error or type(error).__name__}") from error
 
 
-def _validate_types(options: Any, where: str) -> None:
-    """Refuse options of a wrong type for constructors of distill and of Lightning, with a clear message."""
+def prepare_node(node: Any) -> Callable[..., Any]:
+    """Check a node now, and return the function that builds it later, with arguments that are known then.
+
+    Raises:
+        DistillError: the target does not exist, or its options have unknown names or wrong types.
+    """
+    _checked_options(node)
+    return partial(build_node, node)
+
+
+def _checked_options(node: Any) -> dict[str, Any]:
+    _require_target(node)
+    options: dict[str, Any] = to_containers(node)
+    target_policy.validate_targets(options, _full_key(node))
+    _validate_options(options, _full_key(node))
+    return options
+
+
+def _validate_options(options: Any, where: str) -> None:
+    """Refuse unknown options, and options of a wrong type, for constructors of distill and of Lightning."""
     nodes = [(where, options), *((below, value) for below, _, value in target_policy.walk(options, where))]
     for below, node in nodes:
         if isinstance(node, dict) and str(node.get("_target_")).startswith(("distill.", "lightning.")):
+            target = target_policy.load_class(node["_target_"], f"{below}._target_")
+            if unknown := unknown_options(target, node):
+                raise DistillError(_unknown_message(below, node["_target_"], unknown))
             # A nested node has the type of the object that is built from it, so the mapping itself is not compared.
             given = {key: value for key, value in node.items() if not (value == "???" or "_target_" in str(value))}
-            if wrong := type_errors(target_policy.load_class(node["_target_"], f"{below}._target_"), given):
-                raise DistillError(f"{below}: {'; '.join(wrong)}")
+            if wrong := type_errors(target, given):
+                raise DistillError(f"{below or node['_target_']}: {'; '.join(wrong)}")
+
+
+def _unknown_message(where: str, target: str, names: list[str]) -> str:
+    message = f"{target} has no option {', '.join(names)}"
+    if not where:  # a mapping that was taken out of the configuration
+        return message
+    removed = " ".join(f"~{where}.{name}" for name in names)
+    return f"{where}: {message}. If an experiment or another option has set it, remove it: {removed}"
 
 
 def load_target(node: Any) -> Any:

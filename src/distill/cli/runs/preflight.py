@@ -163,7 +163,7 @@ def _plan(cfg: DictConfig, run: Path | None, checkpoint: Path | None) -> RunPlan
         pictures=cfg.pictures,
         device=instantiate.trainer_device(cfg),
         data=instantiate.build_node(cfg.data),
-        student=partial(instantiate.build_node, cfg.model),
+        student=instantiate.prepare_node(cfg.model),
         channels_last=cfg.channels_last,
         inherit=cfg.init == "inherit",
         teacher=plan_teacher(cfg),
@@ -213,7 +213,7 @@ def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:
     if not (isinstance(model, DictConfig) and "_target_" in model):
         return None
     return TeacherOptions(
-        build=partial(instantiate.build_node, model),
+        build=partial(instantiate.build_node, model) if options.weights else instantiate.prepare_node(model),
         model=instantiate.to_containers(model),
         option=str(HydraConfig.get().runtime.choices["model@teacher.model"]),
         weights=options.weights,
@@ -244,7 +244,7 @@ def plan_losses(cfg: DictConfig) -> dict[str, LossOptions]:
         kind = instantiate.load_target(node)
         if not (isinstance(kind, type) and issubclass(kind, DistillLoss)):
             raise DistillError(f"distill.losses.{name}: expected a DistillLoss, got {node.get('_target_')}")
-        losses[name] = LossOptions(kind, partial(instantiate.build_node, node))
+        losses[name] = LossOptions(kind, instantiate.prepare_node(node))
     return losses
 
 
@@ -268,11 +268,9 @@ def _plan_trainer(cfg: DictConfig) -> TrainerOptions:
     callbacks = instantiate.named_nodes(cfg.callbacks)
     return TrainerOptions(
         settings=settings | {"precision": precision},
-        callbacks={name: partial(instantiate.build_node, node) for name, node in callbacks.items()},
+        callbacks={name: instantiate.prepare_node(node) for name, node in callbacks.items()},
         monitors={f"callbacks.{name}.monitor": node.get("monitor") for name, node in callbacks.items()},
-        loggers={
-            name: partial(instantiate.build_node, node) for name, node in instantiate.named_nodes(cfg.logger).items()
-        },
+        loggers={name: instantiate.prepare_node(node) for name, node in instantiate.named_nodes(cfg.logger).items()},
         shared=shared_config(cfg),
     )
 
