@@ -134,7 +134,9 @@ def inherited(option: str) -> list[str]:
 
 
 LOSSES = [option for group, option in OPTIONS if group == "distill" and option != "none"]
-BASES = [option for option in LOSSES if not inherited(option)]
+COMBINATIONS = ["best"]
+"""Options that compose several methods."""
+BASES = [option for option in LOSSES if not (inherited(option) or option in COMBINATIONS)]
 
 
 @pytest.mark.parametrize("option", BASES)
@@ -156,7 +158,7 @@ def test_the_base_option_of_a_loss_has_the_constructor_s_defaults(option: str) -
         assert OmegaConf.to_container(node).get("seed") == ("${seed}" if "seed" in parameters else None)
 
 
-@pytest.mark.parametrize("option", [option for option in LOSSES if option not in BASES])
+@pytest.mark.parametrize("option", [option for option in LOSSES if inherited(option)])
 def test_an_option_that_inherits_says_only_what_it_changes(option: str) -> None:
     own = OmegaConf.to_container(OmegaConf.load(compose.config_folder() / "distill" / f"{option}.yaml"))
     own.pop("defaults")
@@ -167,6 +169,17 @@ def test_an_option_that_inherits_says_only_what_it_changes(option: str) -> None:
     for key, value in leaves(own):
         assert key in before
         assert value != before[key], key
+
+
+@pytest.mark.parametrize("option", COMBINATIONS)
+def test_an_option_that_combines_has_the_nodes_of_its_parts(option: str) -> None:
+    """With the keys of their own files: it sets no weight of its own."""
+    lines = OmegaConf.load(compose.config_folder() / "distill" / f"{option}.yaml").defaults
+    parts = dict(line.split("@_global_.distill.losses.") for line in lines if "@_global_" in line)
+    losses = compose.compose_config([f"distill={option}", "paths.run=x"]).distill.losses
+    assert list(losses) == list(parts.values())
+    for part, name in parts.items():
+        assert losses[name] == compose.compose_config([f"distill={part}", "paths.run=x"]).distill.losses[name]
 
 
 @pytest.mark.parametrize("option", ["none", "defeat", "dsig"])

@@ -28,7 +28,7 @@ NOT_HERE = {
     },
     "one-stage": {
         *("chen", "defeat_full", "dicod", "foundation", "foundation_dinov3", "global_knowledge", "mimic", "tadf"),
-        *("dsig", "dsig_r50_r101", "dsig_r101_r152", "ld", "ld_fcos", *QUERIES),
+        *("best", "dsig", "dsig_r50_r101", "dsig_r101_r152", "ld", "ld_fcos", *QUERIES),
     },
 }
 """Options that do not fit the pair: of a model of its own, of the other kind of detector, of distributions or queries.

@@ -55,7 +55,7 @@ def test_options_of_different_places_may_be_combined(rows: dict[str, MethodRow])
     by_place = options_by_place(rows.values())
     assert {"pkd", "defeat_full", "frs"} <= set(by_place["neck"])
     assert {"dist", "defeat_full", "frs"} <= set(by_place["outputs"])
-    assert by_place["relations"] == [option for option in rows if option.startswith("dsig")]
+    assert by_place["relations"] == ["best", *(option for option in rows if option.startswith("dsig"))]
     found = partners(rows["pkd"], rows.values())
     assert {"dist", "crosskd", "dsig_r50_r101"} <= set(found)
     assert not {"cwd", "pkd_retinanet", "frs", "dsig"} & set(found)  # on the neck, too
