@@ -55,7 +55,7 @@ class GradientBalance:
         DistillError: a share that is not above 0, or fewer than one step.
     """
 
-    def __init__(self, share: float | Mapping[str, float] = 0.5, steps: int = 50) -> None:
+    def __init__(self, share: float | Mapping[str, float] = 2.0, steps: int = 50) -> None:
         given = share.values() if isinstance(share, Mapping) else [share]
         if not all(_is_share(value) for value in given) or not given:
             raise DistillError(
