@@ -2,9 +2,10 @@
 
     python docs/results/object_crops.py COCO_DIR CROPS_DIR
 
-A crop is a square around an object of at least 32 pixels, with 1.3 to 2.5 times its longer edge, moved at random so
-that the object stays inside. Objects that cover at least 4 % of the crop, and of which at least half lies inside, are
-to be found. All others are marked as crowds, which are neither learned nor counted.
+A crop is a square around an object whose shorter edge has at least 32 pixels. Its side is 1.3 to 2.5 times the
+object's longer edge, at most the photo's shorter edge. It is moved at random; an object that fits stays inside.
+Objects that cover at least 4 % of the crop, and of which at least half lies inside, are to be found. All others are
+marked as crowds, which are neither learned nor counted.
 """
 
 import argparse

@@ -21,7 +21,7 @@ LARGEST_FACTOR = 1000.0
 
 
 class GradientBalance:
-    """Scales the weights of each distillation method, so that all methods act on the student equally strongly.
+    """Scales the weights of each distillation method to a share of the detection loss's gradient.
 
     A method's weights are multiplied by one factor::
 
