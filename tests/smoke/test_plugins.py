@@ -129,6 +129,9 @@ LOSS = "# @package distill.losses.mimic\ndefaults: [mimic]\nregions: {all: 0.0}\
 def test_a_folder_and_trust_reach_the_run_of_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its options are copied, too: with other options, a resume would look for another teacher in the cache."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    write(tmp_path / "mine.py", "from distill import FCOS\n\n\nclass Own(FCOS):\n    pass\n")
     write(tmp_path / "my conf" / "model" / "own_teacher.yaml", "defaults: [fcos_r10_quarter]\n_target_: mine.Own\n")
     write(tmp_path / "my conf" / "supervised" / "Own.yaml", "defaults: [FCOS]\n")
     given = ["--config-dir", "my conf", "trust=[mine]", "distill=mimic_neck", "model=fcos_r18", "teacher=own_teacher"]
