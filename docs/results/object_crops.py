@@ -4,8 +4,8 @@
 
 A crop is a square around an object whose shorter edge has at least 32 pixels. Its side is 1.3 to 2.5 times the
 object's longer edge, at most the photo's shorter edge. It is moved at random; an object that fits stays inside.
-Objects that cover at least 4 % of the crop, and of which at least half lies inside, are to be found. All others are
-marked as crowds, which are neither learned nor counted.
+Objects of which at least half lies inside, and which cover at least 4 % of the crop, are labeled. All others are marked
+as crowds, which are ignored in training and evaluation.
 """
 
 import argparse
@@ -49,11 +49,11 @@ def main() -> None:
         (words.target / split).mkdir(parents=True)
         for image in truth["images"]:
             picture = Image.open(words.source / split / image["file_name"]).convert("RGB")
-            for center in of_image[image["id"]]:
-                if center["iscrowd"] or min(center["bbox"][2:]) < 32:
+            for main_object in of_image[image["id"]]:
+                if main_object["iscrowd"] or min(main_object["bbox"][2:]) < 32:
                     continue
-                crop = window(center["bbox"], *picture.size, draw)
-                name, number = f"{center['id']}.jpg", len(images) + 1
+                crop = window(main_object["bbox"], *picture.size, draw)
+                name, number = f"{main_object['id']}.jpg", len(images) + 1
                 picture.crop(crop).save(words.target / split / name, quality=95)
                 images.append(
                     {"id": number, "file_name": name, "width": crop[2] - crop[0], "height": crop[3] - crop[1]}

@@ -23,6 +23,7 @@ SCALAR_TYPES: dict[str, type | tuple[type, ...]] = {
     "None": type(None),
 }
 HYDRA_KEY = re.compile(r"_[a-z]+_")
+"""Keys that Hydra reads itself, such as ``_target_`` and ``_partial_``."""
 LIST_ANNOTATION = re.compile(r"(?:Sequence|list)\[(\w+)\]")
 
 
@@ -41,7 +42,10 @@ def type_errors(constructor: Callable[..., Any], options: Mapping[str, Any]) -> 
 
 
 def unknown_options(constructor: Callable[..., Any], options: Mapping[str, Any]) -> list[str]:
-    """Return the names of options without a parameter, except Hydra's (``_target_``); none if it takes any name."""
+    """Return the names of options that are no parameter of the constructor, without Hydra's own keys.
+
+    A constructor with ``**kwargs`` takes every name, so the list is then empty.
+    """
     parameters = inspect.signature(constructor).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return []

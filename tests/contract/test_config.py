@@ -173,7 +173,7 @@ def test_an_option_that_inherits_says_only_what_it_changes(option: str) -> None:
 
 @pytest.mark.parametrize("option", COMBINATIONS)
 def test_an_option_that_combines_has_the_nodes_of_its_parts(option: str) -> None:
-    """With the keys of their own files: it sets no weight of its own."""
+    """Each part is identical to its own option: the combination changes no key."""
     lines = OmegaConf.load(compose.config_folder() / "distill" / f"{option}.yaml").defaults
     parts = dict(line.split("@_global_.distill.losses.") for line in lines if "@_global_" in line)
     losses = compose.compose_config([f"distill={option}", "paths.run=x"]).distill.losses

@@ -99,7 +99,7 @@ UNREAD = [  # the word, and what the message names
     ("trainer.use_distributed_sampler=true", "the loaders already split the images between the processes"),
     (
         "+model.topk_candidates=9",
-        "model: distill.FasterRCNN has no option topk_candidates. If an experiment or another option has set it, ",
+        "model: distill.FasterRCNN has no option topk_candidates. If an experiment or another option sets this, ",
     ),
     ("+trainer.foo=1", "lightning.Trainer has no option foo"),
     ("trainer.devices=2", "trainer.strategy=auto with 2 processes: "),
@@ -110,7 +110,7 @@ UNREAD = [  # the word, and what the message names
     ("callbacks.rate.logging_interval=days", "callbacks.rate: logging_interval"),
     (
         "+callbacks.rate.x=1",
-        "has no option x. If an experiment or another option has set it, remove it: ~callbacks.rate.x",
+        "has no option x. If an experiment or another option sets this, add to the command: ~callbacks.rate.x",
     ),
     ("callbacks.panels.every=0", "callbacks.panels: expected images from 0"),
     ("+callbacks.x={_target_:torch.nn.Identity}", "callbacks.x: expected a Callback"),

@@ -21,7 +21,7 @@ LARGEST_FACTOR = 1000.0
 
 
 class GradientBalance:
-    """Scales the weights of each distillation method to a share of the detection loss's gradient.
+    """Scales each method's weights so that its gradient is `share` times as large as that of the detection loss.
 
     A method's weights are multiplied by one factor::
 

@@ -45,11 +45,11 @@ def build_node(node: Any, **given: Any) -> Any:
         DistillError: raised by the constructor, or the arguments do not fit. The message then names the target.
     """
     options = _checked_options(node)
-    partial_only = options.get("_partial_") is True
+    returns_partial = options.get("_partial_") is True
     try:
         # Run-time arguments are not passed through Hydra, which would convert a dataclass among them into a dict.
         make = instantiate(node, _partial_=True, _convert_="all")
-        if not partial_only:
+        if not returns_partial:
             return make(**given)
         with suppress(ValueError):  # functions written in C may have no signature
             inspect.signature(make.func).bind_partial(*make.args, **make.keywords)
@@ -65,7 +65,7 @@ def build_node(node: Any, **given: Any) -> Any:
 
 
 def prepare_node(node: Any) -> Callable[..., Any]:
-    """Check a node now, and return the function that builds it later, with arguments that are known then.
+    """Check the target and options of a node now. Return a function that builds it later, with run-time arguments.
 
     Raises:
         DistillError: the target does not exist, or its options have unknown names or wrong types.
@@ -101,7 +101,7 @@ def _unknown_message(where: str, target: str, names: list[str]) -> str:
     if not where:  # a mapping that was taken out of the configuration
         return message
     removed = " ".join(f"~{where}.{name}" for name in names)
-    return f"{where}: {message}. If an experiment or another option has set it, remove it: {removed}"
+    return f"{where}: {message}. If an experiment or another option sets this, add to the command: {removed}"
 
 
 def load_target(node: Any) -> Any:

@@ -212,8 +212,10 @@ def plan_teacher(cfg: DictConfig) -> TeacherOptions | None:
     model = options.get("model") if isinstance(options, DictConfig) else None
     if not (isinstance(model, DictConfig) and "_target_" in model):
         return None
+    # With weights, the model's options may come from the weights' own description, so wrong ones are not refused yet.
+    build = partial(instantiate.build_node, model) if options.weights else instantiate.prepare_node(model)
     return TeacherOptions(
-        build=partial(instantiate.build_node, model) if options.weights else instantiate.prepare_node(model),
+        build=build,
         model=instantiate.to_containers(model),
         option=str(HydraConfig.get().runtime.choices["model@teacher.model"]),
         weights=options.weights,
